@@ -1,0 +1,145 @@
+"""What the public losses accept: every check names the argument, what it got, and the remedy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkl.kernels.driver import HeadOptions
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Operands as `F.linear` would see them: in the autocast dtype where autocast is on (float64 is left alone)."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or torch.float64 in (hidden.dtype, weight.dtype):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, who: str = "") -> None:
+    """Shapes, dtypes and devices of one head; `who` prefixes the argument names ("student_", "teacher_", "")."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is None and name == "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{who}{name} must be a tensor, not {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{who}{name} is {tensor.dtype}; use float32, bfloat16, float16 or float64")
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{who}hidden {list(hidden.shape)} does not fit {who}weight {list(weight.shape)}: expected "
+            f"[..., D] and [V, D] (the LM head's weight as torch.nn.Linear keeps it)"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"{who}weight {list(weight.shape)} has an empty vocabulary")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"{who}bias {list(bias.shape)} does not fit {who}weight {list(weight.shape)}: expected [V]")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        check_device(f"{who}{name}", tensor, hidden, f"{who}hidden")
+        if tensor.dtype != hidden.dtype:
+            raise TypeError(
+                f"{who}hidden is {hidden.dtype} but {who}{name} is {tensor.dtype}; cast one of them, "
+                f"or call under torch.autocast"
+            )
+
+
+def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device} but {like_name} is on {like.device}; move one of them")
+
+
+def check_per_token(name: str, tensor: Tensor, hidden: Tensor) -> Tensor:
+    """A real-valued tensor with one entry per token, detached."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if tensor.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{name} is {list(tensor.shape)} but hidden is {list(hidden.shape)}: expected one entry per token, "
+            f"{list(hidden.shape[:-1])}"
+        )
+    check_device(name, tensor, hidden, "hidden")
+    return tensor.detach()
+
+
+def check_tokens(tokens: Tensor, hidden: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
+    """Token ids [...] as int64. On an accelerator ids outside the vocabulary are left to the gather's own device-side
+    assertion: looking at them here would stall the device."""
+    tokens = check_per_token("tokens", tokens, hidden)
+    if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        raise TypeError(f"tokens is {tokens.dtype}; expected integer token ids (torch.int64)")
+    tokens = tokens.to(torch.int64)
+    if tokens.is_cpu:
+        wrong = ((tokens < 0) | (tokens >= vocabulary)) & (tokens != ignore_index)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"tokens holds the id {int(tokens[wrong][0])}, outside the vocabulary of weight (0 … {vocabulary - 1}) "
+                f"and not ignore_index ({ignore_index}); are the tokenizer and the model of one family?"
+            )
+    return tokens
+
+
+def head_options(temperature: float, logit_scale: float, softcap: float | None, who: str = "") -> HeadOptions:
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be > 0 (greedy decoding has no log-probs)")
+    if not logit_scale > 0:
+        raise ValueError(f"{who}logit_scale is {logit_scale}; it must be > 0")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{who}softcap is {softcap}; it must be > 0, or None for a head without one")
+    return HeadOptions(float(temperature), float(logit_scale), None if softcap is None else float(softcap))
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or None for the default")
+
+
+class Reduction(NamedTuple):
+    kind: str  # "sum" | "mean" | "none"
+    normalizer: Tensor | float | None  # of the mean; None: the weights of the mask, summed
+
+    def factor(self, mask: Tensor) -> Tensor | float:
+        """What the sum over tokens is multiplied by; `mask` [N] holds the tokens' weights. No synchronisation."""
+        if self.kind == "sum":
+            return 1.0
+        if self.normalizer is not None:
+            return 1.0 / self.normalizer
+        total = mask.sum()
+        return torch.where(total > 0, 1.0 / total, 0.0)
+
+
+def check_reduction(reduction: str, normalizer: Tensor | float | None) -> Reduction:
+    if reduction not in ("sum", "mean", "none"):
+        raise ValueError(f'reduction is {reduction!r}; use "sum", "mean" or "none"')
+    if normalizer is None:
+        return Reduction(reduction, None)
+    if reduction != "mean":
+        raise ValueError(f'normalizer is given but reduction is {reduction!r}; a normalizer is the divisor of a "mean"')
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() != 0:
+            raise ValueError(f"normalizer is {list(normalizer.shape)}; expected a number or a 0-dim tensor")
+        return Reduction(reduction, normalizer.detach())
+    if not normalizer > 0:
+        raise ValueError(f"normalizer is {normalizer}; it must be > 0 (the global token count)")
+    return Reduction(reduction, float(normalizer))
+
+
+def mask_weights(mask: Tensor | None, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight of each token, flat [N]: 1 without a mask; a bool mask as 0 and 1."""
+    if mask is None:
+        return hidden.new_ones(hidden.shape[:-1].numel(), dtype=dtype)
+    return check_per_token("mask", mask, hidden).reshape(-1).to(dtype)
+
+
+def select_rows(active: Tensor, skip_zero_rows: bool) -> Tensor | None:
+    """Indices of the rows to compute [n], or None for all of them."""
+    if not skip_zero_rows:
+        return None
+    index = active.nonzero().squeeze(1)
+    return None if index.numel() == active.numel() else index

@@ -1,0 +1,91 @@
+"""Every loss once more as plain PyTorch: the specification, the oracle of the tests, the baseline of the benches.
+
+Written the way one would write it without caring for memory: all logits at once, any dtype, gradients by autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def logits(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None = None,  # [V]
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """z [..., V], in the dtype of `hidden`."""
+    z = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def logprobs(z: Tensor, tokens: Tensor, ignore_index: int = -100) -> Tensor:
+    """log softmax(z)[tokens] [...]; 0 at ignored tokens."""
+    counted = tokens != ignore_index
+    index = tokens.where(counted, 0)[..., None]
+    return torch.log_softmax(z, -1).gather(-1, index).squeeze(-1).where(counted, 0.0)
+
+
+def reverse_kl_advantages(
+    sampler_logprobs: Tensor,  # [T], one sequence
+    teacher_logprobs: Tensor,  # [T]
+    mask: Tensor,  # [T]
+    coef: float = 1.0,
+    discount: float = 0.0,
+) -> Tensor:
+    """A_i = −coef Σ_k discountᵏ d_{i+k} for the unmasked tokens, by the recursion y_i = d_i + discount · y_{i+1}."""
+    future, total = torch.zeros_like(sampler_logprobs), sampler_logprobs.new_zeros(())
+    for i in reversed(range(len(sampler_logprobs))):
+        difference = sampler_logprobs[i] - teacher_logprobs[i]
+        total = total * discount + (mask[i] * difference if mask[i] != 0 else 0.0)
+        future[i] = total if mask[i] != 0 else 0.0
+    return -coef * future
+
+
+def policy_gradient(
+    logprobs: Tensor,  # [...], differentiable
+    advantages: Tensor,
+    sampler_logprobs: Tensor | None = None,
+    method: str = "importance_sampling",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    truncate_ratio: float | None = None,
+) -> Tensor:
+    """Loss per token [...]; its gradient by `logprobs` is autograd's."""
+    ratio = torch.exp(logprobs - (logprobs.detach() if sampler_logprobs is None else sampler_logprobs))
+    if truncate_ratio is not None:
+        ratio = ratio * (truncate_ratio / ratio).clamp(max=1.0).detach()
+    clip = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    if method == "importance_sampling":
+        return -ratio * advantages
+    if method == "reinforce":
+        return -advantages * logprobs * (1.0 if truncate_ratio is None else ratio.detach())
+    if method == "cispo":
+        return -clip.detach() * advantages * logprobs
+    loss = -torch.minimum(ratio * advantages, clip * advantages)
+    if dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    return loss
+
+
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Σ p (log p − log q) per row [...]; 0 · log 0 = 0."""
+    log_p, log_q = torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits, -1)
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+
+
+def reduce(losses: Tensor, mask: Tensor, reduction: str = "mean", normalizer: Tensor | float | None = None) -> Tensor:
+    """The tokens' losses weighted by `mask` and reduced; a mean over nothing is 0."""
+    losses = torch.where(mask != 0, losses * mask, 0.0)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / (mask.sum().clamp(min=1e-30) if normalizer is None else normalizer)

@@ -1,0 +1,76 @@
+"""The three products of a chunk: logits, gradient of the hidden states, gradient of the weight.
+
+Every product accumulates in the *compute dtype*: float64 for float64 inputs, else float32. Low-precision inputs keep
+their fp32 accumulator: on CUDA by a GEMM that writes fp32 (`out_dtype`), elsewhere by casting the weight up a block of the
+vocabulary at a time, so that no fp32 copy of the whole weight ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+UPCAST_BLOCK_BYTES = 32 * 2**20
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype logits and accumulators have for inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, out: Tensor) -> None:
+    """out = alpha (hidden weightᵀ + bias); hidden [n, D], weight [V, D], bias [V], out [n, V] in the compute dtype."""
+    if _writes_fp32(hidden):
+        torch.mm(hidden, weight.t(), out.dtype, out=out)
+        if bias is not None:
+            out.add_(bias)
+        if alpha != 1.0:
+            out.mul_(alpha)
+        return
+    hidden = hidden.to(out.dtype)
+    for columns, block in _upcast_blocks(weight, out.dtype):
+        target = out[:, columns]
+        if bias is None:
+            torch.addmm(target, hidden, block.t(), beta=0.0, alpha=alpha, out=target)
+        else:
+            torch.addmm(bias[columns].to(out.dtype), hidden, block.t(), beta=alpha, alpha=alpha, out=target)
+
+
+def hidden_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
+    """gradient @ weight [n, D] in the compute dtype; gradient [n, V], weight [V, D]."""
+    if _writes_fp32(weight):
+        return torch.mm(gradient.to(weight.dtype), weight, gradient.dtype)
+    out = gradient.new_zeros(gradient.shape[0], weight.shape[1])
+    for columns, block in _upcast_blocks(weight, gradient.dtype):
+        out.addmm_(gradient[:, columns], block)
+    return out
+
+
+def add_weight_gradient(accumulator: Tensor, gradient: Tensor, hidden: Tensor, scale: Tensor) -> None:
+    """accumulator += gradientᵀ (scale · hidden).
+
+    accumulator [V, D], gradient [n, V] and scale [n] in the compute dtype, hidden [n, D] as the user gave it.
+    """
+    scaled = hidden * scale[:, None]
+    if _writes_fp32(hidden):
+        low = gradient.to(hidden.dtype)
+        torch.addmm(accumulator, low.t(), scaled.to(hidden.dtype), accumulator.dtype, out=accumulator)
+    else:
+        accumulator.addmm_(gradient.t(), scaled)
+
+
+def _writes_fp32(operand: Tensor) -> bool:
+    return operand.is_cuda and operand.dtype in (torch.bfloat16, torch.float16)
+
+
+def _upcast_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows of `weight` in `dtype`: the weight itself where it already has it."""
+    if weight.dtype == dtype:
+        yield slice(0, weight.shape[0]), weight
+        return
+    rows = max(1, UPCAST_BLOCK_BYTES // (weight.shape[1] * dtype.itemsize))
+    for start in range(0, weight.shape[0], rows):
+        columns = slice(start, min(start + rows, weight.shape[0]))
+        yield columns, weight[columns].to(dtype)

@@ -1,0 +1,103 @@
+"""Row functions in plain PyTorch: what a loss does to a chunk of logits while the chunk exists.
+
+A row function is given the logits of n rows, writes K values per row into `out` [K, n] and, if `gradient` is set, leaves
+in `logits.student` the derivative of `out[0]` with respect to the *scaled scores* x from which the driver made them:
+
+    z = x            or            z = cap · tanh(x)   where the head has a soft-cap
+
+It works in place: nothing of the chunk's size is allocated. Rows are taken in blocks that fit the L2 cache, so that the
+passes over a block cost little beside the GEMMs around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 2 * 2**20
+
+
+class Logits(NamedTuple):
+    """Scaled scores x of a chunk, overwritten in place. Without a teacher the last two are None."""
+
+    student: Tensor  # [n, V], compute dtype
+    student_cap: float | None
+    teacher: Tensor | None  # [n, V], compute dtype
+    teacher_cap: float | None
+
+
+class RowFunction(Protocol):
+    def __call__(self, logits: Logits, tokens: Tensor | None, out: Tensor, gradient: bool) -> None: ...
+
+
+def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: bool) -> None:
+    """out[0] = lse(z) − z[y]; gradient p − 1[y]."""
+    assert tokens is not None
+    for rows in _row_blocks(logits.student):
+        block, y = logits.student[rows], tokens[rows, None]
+        z = _apply_cap(block, logits.student_cap, keep=gradient)
+        target = block.gather(1, y).squeeze(1)
+        lse = _softmax_in_place(block)
+        torch.sub(lse, target, out=out[0, rows])
+        if gradient:
+            block.scatter_add_(1, y, block.new_full((1, 1), -1.0).expand_as(y))
+            _undo_cap(block, z, logits.student_cap)
+
+
+def reverse_kl(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: bool) -> None:
+    """out[0] = Σ p (log p − log q), gradient p (log p − log q − out[0]); out[1] = −log p[y], 0 without tokens.
+
+    A token that the student cannot emit (p = 0) adds nothing, whatever the teacher says of it; one that the student can
+    emit and the teacher cannot (q = 0) makes the divergence infinite.
+    """
+    assert logits.teacher is not None
+    for rows in _row_blocks(logits.student):
+        p, q = logits.student[rows], logits.teacher[rows]
+        z = _apply_cap(p, logits.student_cap, keep=gradient)
+        _apply_cap(q, logits.teacher_cap, keep=False)
+        torch.log_softmax(p, -1, out=p)
+        torch.log_softmax(q, -1, out=q)
+        if tokens is None:
+            out[1, rows] = 0.0
+        else:
+            out[1, rows] = -p.gather(1, tokens[rows, None]).squeeze(1)
+        log_ratio = torch.sub(p, q, out=q)
+        p.exp_()
+        log_ratio.masked_fill_(p == 0, 0.0)
+        kl = torch.linalg.vecdot(p, log_ratio)
+        out[0, rows] = kl
+        if gradient:
+            p.mul_(log_ratio.sub_(kl[:, None]))
+            _undo_cap(p, z, logits.student_cap)
+
+
+def _row_blocks(chunk: Tensor) -> Iterator[slice]:
+    """Blocks of about BLOCK_BYTES on a CPU; the whole chunk elsewhere, where launches cost more than cache misses."""
+    n, vocabulary = chunk.shape
+    step = max(1, BLOCK_BYTES // (vocabulary * chunk.element_size())) if chunk.is_cpu else max(1, n)
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
+
+
+def _softmax_in_place(z: Tensor) -> Tensor:
+    """z becomes softmax(z); returns lse(z) [n], taken from the largest probability, where it is well conditioned."""
+    peak = z.amax(-1)
+    torch.softmax(z, -1, out=z)
+    return peak.sub_(z.amax(-1).log_())
+
+
+def _apply_cap(x: Tensor, cap: float | None, keep: bool) -> Tensor | None:
+    """x becomes z = cap · tanh(x); a copy of z is returned if the gradient will want it back."""
+    if cap is None:
+        return None
+    x.tanh_().mul_(cap)
+    return x.clone() if keep else None
+
+
+def _undo_cap(gradient: Tensor, z: Tensor | None, cap: float | None) -> None:
+    """Gradient by z becomes gradient by x: dz/dx = cap − z² / cap."""
+    if cap is not None and z is not None:
+        gradient.mul_(z.square_().div_(-cap).add_(cap))

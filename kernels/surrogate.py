@@ -1,0 +1,79 @@
+"""The policy-gradient objectives, token by token: loss and its derivative by the token's log-prob, in one place.
+
+With ℓ the log-prob of the token under the policy being trained, ℓₛ under the policy that sampled it, r = exp(ℓ − ℓₛ) and
+A the advantage (a constant):
+
+| method              | loss                                       | d loss / dℓ                        | source                    |
+|---------------------|--------------------------------------------|------------------------------------|---------------------------|
+| importance_sampling | −r A                                       | −r A                               | Tinker `importance_sampling` |
+| reinforce           | −A ℓ                                       | −A                                 | Williams 1992             |
+| ppo                 | −min(r A, clip(r, 1 − low, 1 + high) A)    | −r A where not clipped, else 0     | Schulman et al. 2017      |
+| ppo, dual clip c    | −max(the above, c A) where A < 0           | 0 where c A wins                   | Ye et al. 2020            |
+| cispo               | −sg(clip(r, 1 − low, 1 + high)) A ℓ        | −clip(r, …) A                      | MiniMax-M1, 2025          |
+
+`truncate_ratio` = C caps the ratio at C in value and gradient but, unlike a PPO clip, never cuts a token out: r becomes
+r · sg(min(1, C / r)) (truncated importance sampling). `reinforce` then takes the weight sg(min(r, C)) in place of 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Method = Literal["importance_sampling", "reinforce", "ppo", "cispo"]
+METHODS: tuple[str, ...] = get_args(Method)
+
+
+@dataclasses.dataclass(frozen=True)
+class Surrogate:
+    """Which objective, and its clips. `clip_low = 1` means no lower clip."""
+
+    method: Method = "importance_sampling"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    truncate_ratio: float | None = None
+
+
+class SurrogateTerms(NamedTuple):
+    """Per token, [n] each."""
+
+    loss: Tensor
+    slope: Tensor  # d loss / dℓ
+    clipped: Tensor  # bool: a clip or the truncation changed this token's gradient
+
+
+def importance_ratio(logprobs: Tensor, sampler_logprobs: Tensor | None) -> Tensor:
+    """exp(ℓ − ℓₛ), untruncated; 1 where the sampler is the current policy (None)."""
+    return torch.ones_like(logprobs) if sampler_logprobs is None else torch.exp(logprobs - sampler_logprobs)
+
+
+def surrogate_terms(
+    objective: Surrogate, logprobs: Tensor, sampler_logprobs: Tensor | None, advantages: Tensor
+) -> SurrogateTerms:
+    """Loss and slope per token for detached ℓ, ℓₛ and A [n]."""
+    ratio = importance_ratio(logprobs, sampler_logprobs)
+    truncated = torch.zeros_like(ratio, dtype=torch.bool)
+    if objective.truncate_ratio is not None:
+        truncated = ratio > objective.truncate_ratio
+        ratio = ratio.clamp(max=objective.truncate_ratio)
+    clip = ratio.clamp(1.0 - objective.clip_low, 1.0 + objective.clip_high)
+    if objective.method == "importance_sampling":
+        return SurrogateTerms(-ratio * advantages, -ratio * advantages, truncated)
+    if objective.method == "reinforce":
+        slope = -advantages if objective.truncate_ratio is None else -ratio * advantages
+        return SurrogateTerms(slope * logprobs, slope, truncated)
+    if objective.method == "cispo":
+        slope = -clip * advantages
+        return SurrogateTerms(slope * logprobs, slope, truncated | (clip != ratio))
+    gain = ratio * advantages
+    best = torch.minimum(gain, clip * advantages)
+    clipped = best < gain
+    if objective.dual_clip is not None:
+        floor = objective.dual_clip * advantages
+        floored = (advantages < 0) & (best < floor)
+        best, clipped = torch.where(floored, floor, best), clipped | floored
+    return SurrogateTerms(-best, torch.where(clipped, 0.0, -gain), truncated | clipped)
