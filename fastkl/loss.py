@@ -189,9 +189,9 @@ def reverse_kl_advantages(
     discount: float = 0.0,
     sequence_ids: Tensor | None = None,
 ) -> Tensor:
-    """Advantages [..., T] of on-policy distillation: A_i = −coef · Σ_{k≥0} discountᵏ d_{i+k}, d = mask (ℓ_sampler − ℓ_teacher).
+    """Advantages [..., T] of on-policy distillation: A_i = −coef · Σ_{k≥0} discountᵏ d_{i+k}.
 
-    d is the one-sample estimate of the reverse KL at a token (Thinking Machines, "On-Policy Distillation", 2025); with
+    d = mask · (sampler_logprobs − teacher_logprobs) is the one-sample estimate of the reverse KL at a token (Thinking Machines, "On-Policy Distillation", 2025); with
     discount 0 a token answers for itself alone. The sum runs along the last dimension. `sequence_ids` [..., T] (integers)
     tells the sequences of a packed row apart: equal ids stand together, and no sum crosses from one to the next. The
     advantage of a masked token is 0, whatever its log-probs hold; it still takes one step of the discount.

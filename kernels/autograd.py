@@ -1,11 +1,11 @@
 """The driver under autograd: which plan gives which gradient, and what is kept for the backward pass.
 
-| who needs a gradient, and how                  | forward                      | backward                            | GEMMs |
-|------------------------------------------------|------------------------------|-------------------------------------|-------|
-| nobody                                         | values                       |                                     | 1     |
-| `row_values`, hidden only (frozen head)        | values and unit gradient     | upstream · unit gradient, O(N D)    | 2     |
-| `row_values`, weight or bias too               | values                       | logits again, then both gradients   | 4     |
-| `summed_loss` (slopes known inside)            | values and every gradient    | upstream · gradients                | 2, 3  |
+| who needs a gradient, and how           | forward                  | backward                          | GEMMs |
+|-----------------------------------------|--------------------------|-----------------------------------|-------|
+| nobody                                  | values                   |                                   | 1     |
+| `row_values`, hidden only (frozen head) | values and unit gradient | upstream · unit gradient, O(N D)  | 2     |
+| `row_values`, weight or bias too        | values                   | logits again, then both gradients | 4     |
+| `summed_loss` (slopes known inside)     | values and all gradients | upstream · gradients              | 2, 3  |
 
 (GEMMs of one head; a teacher adds its own forward GEMM.)
 """

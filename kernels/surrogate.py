@@ -3,13 +3,15 @@
 With ℓ the log-prob of the token under the policy being trained, ℓₛ under the policy that sampled it, r = exp(ℓ − ℓₛ) and
 A the advantage (a constant):
 
-| method              | loss                                       | d loss / dℓ                        | source                    |
-|---------------------|--------------------------------------------|------------------------------------|---------------------------|
-| importance_sampling | −r A                                       | −r A                               | Tinker `importance_sampling` |
-| reinforce           | −A ℓ                                       | −A                                 | Williams 1992             |
-| ppo                 | −min(r A, clip(r, 1 − low, 1 + high) A)    | −r A where not clipped, else 0     | Schulman et al. 2017      |
-| ppo, dual clip c    | −max(the above, c A) where A < 0           | 0 where c A wins                   | Ye et al. 2020            |
-| cispo               | −sg(clip(r, 1 − low, 1 + high)) A ℓ        | −clip(r, …) A                      | MiniMax-M1, 2025          |
+| method                  | loss                                    | d loss / dℓ                    |
+|-------------------------|-----------------------------------------|--------------------------------|
+| importance_sampling [1] | −r A                                    | −r A                           |
+| reinforce [2]           | −A ℓ                                    | −A                             |
+| ppo [3]                 | −min(r A, clip(r, 1 − low, 1 + high) A) | −r A where not clipped, else 0 |
+| ppo, dual clip c [4]    | −max(−(the above), c A) where A < 0     | 0 where c A wins               |
+| cispo [5]               | −sg(clip(r, 1 − low, 1 + high)) A ℓ     | −clip(r, …) A                  |
+
+[1] Tinker's `importance_sampling`; [2] Williams 1992; [3] Schulman et al. 2017; [4] Ye et al. 2020; [5] MiniMax-M1, 2025.
 
 `truncate_ratio` = C caps the ratio at C in value and gradient but, unlike a PPO clip, never cuts a token out: r becomes
 r · sg(min(1, C / r)) (truncated importance sampling). `reinforce` then takes the weight sg(min(r, C)) in place of 1.
