@@ -191,10 +191,11 @@ def reverse_kl_advantages(
 ) -> Tensor:
     """Advantages [..., T] of on-policy distillation: A_i = −coef · Σ_{k≥0} discountᵏ d_{i+k}.
 
-    d = mask · (sampler_logprobs − teacher_logprobs) is the one-sample estimate of the reverse KL at a token (Thinking Machines, "On-Policy Distillation", 2025); with
-    discount 0 a token answers for itself alone. The sum runs along the last dimension. `sequence_ids` [..., T] (integers)
-    tells the sequences of a packed row apart: equal ids stand together, and no sum crosses from one to the next. The
-    advantage of a masked token is 0, whatever its log-probs hold; it still takes one step of the discount.
+    d = mask · (sampler_logprobs − teacher_logprobs) is the one-sample estimate of the reverse KL at a token (Thinking
+    Machines, "On-Policy Distillation", 2025); with discount 0 a token answers for itself alone. The sum runs along the
+    last dimension. `sequence_ids` [..., T] (integers) tells the sequences of a packed row apart: equal ids stand
+    together, and no sum crosses from one to the next. The advantage of a masked token is 0, whatever its log-probs hold;
+    it still takes one step of the discount.
 
     Returns float32 (float64 for float64 log-probs), detached.
     """
