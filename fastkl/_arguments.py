@@ -108,6 +108,8 @@ class Reduction(NamedTuple):
         """What the sum over tokens is multiplied by; `mask` [N] holds the tokens' weights. No synchronisation."""
         if self.kind == "sum":
             return 1.0
+        if isinstance(self.normalizer, Tensor):
+            return 1.0 / self.normalizer.to(mask.dtype)
         if self.normalizer is not None:
             return 1.0 / self.normalizer
         total = mask.sum()

@@ -1,0 +1,132 @@
+"""The fused head: a Transformers causal LM whose last step is a fastkl loss instead of a matrix of logits.
+
+    fused = FusedCausalLM(model)                          # model: any Transformers causal LM, or a peft model around one
+    output = fused(lambda hidden, weight, **head:         # hidden [B, T, D], as the LM head receives them
+        policy_gradient_loss(hidden[:, :-1], weight, ids[:, 1:], advantages, sampler_logprobs, **head),
+        input_ids=ids, attention_mask=attention_mask)
+    output.loss.backward()
+
+The model's own forward runs, from embeddings to head; only the head module's `forward` is another one for the length of
+the call. The weight is touched inside the head module alone, where the hooks of DDP, FSDP2, ZeRO and peft expect it, and
+nothing of the model is changed for good: it saves as the ordinary model it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+# Values that the head pretends to have computed, to see what the model makes of them.
+PROBES = (-1e6, -40.0, -3.0, -0.01, 0.01, 0.5, 7.0, 90.0, 1e6)
+
+
+class LogitTransform(NamedTuple):
+    """What a model does to its head's output: softcap · tanh(logit_scale · x / softcap), or logit_scale · x."""
+
+    logit_scale: float
+    softcap: float | None
+
+
+class FusedCausalLM(nn.Module):
+    """A causal LM whose forward takes a function of (hidden, weight, bias=, logit_scale=, softcap=) and returns its result.
+
+    Raises TypeError where the head is not a plain `nn.Linear` (a LoRA adapter on it, a quantised one) and ValueError where
+    the model treats its logits in a way that fastkl.loss does not know.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.transform = measure_logit_transform(model)
+
+    def forward(self, function: Callable[..., T], **inputs: Any) -> T:
+        """`inputs` go to the model: input_ids and, as the case may be, attention_mask, position_ids, …"""
+
+        def fused(hidden: Tensor, head: nn.Linear) -> T:
+            return function(hidden, head.weight, bias=head.bias, **self.transform._asdict())
+
+        with _head_computes(self.model, fused) as results:
+            self.model(**inputs, use_cache=False)
+        if len(results) != 1:
+            raise RuntimeError(
+                f"{_name(self.model)} ran its LM head {len(results)} times in one forward; expected once"
+            )
+        return results[0]
+
+
+def measure_logit_transform(model: nn.Module) -> LogitTransform:
+    """Scale and soft-cap between the head and the logits, read off what the model's forward makes of known values.
+
+    Measured rather than read from the config, because configs disagree on names and on meaning: `logits_scaling` divides in
+    Granite and multiplies in others.
+    """
+    probes = torch.tensor(PROBES, dtype=torch.float64)
+    device = _find_head(model).weight.device
+
+    def pretend(hidden: Tensor, _: nn.Linear) -> Tensor:
+        return probes.to(hidden.device).expand(*hidden.shape[:-1], -1)
+
+    with torch.no_grad(), _head_computes(model, pretend, replace_logits=True):
+        ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+        seen = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1].double().cpu()
+    scale = float(seen[4] / probes[4])
+    softcap = float(seen[-1]) if seen[-1] < 0.5 * scale * probes[-1] else None
+    if softcap is not None:
+        scale *= 1.0 + (scale * PROBES[4] / softcap) ** 2 / 3  # tanh(x) ≈ x (1 − x²/3) at the probe near 0
+    known = probes * scale if softcap is None else softcap * torch.tanh(probes * scale / softcap)
+    if not (scale > 0 and torch.allclose(seen, known, rtol=1e-3)):
+        raise ValueError(
+            f"{_name(model)} does something to its logits that is neither a scale nor a soft-cap "
+            f"({PROBES[5]} becomes {float(seen[5]):.4g}, {PROBES[7]} becomes {float(seen[7]):.4g}) and cannot be fused"
+        )
+    return LogitTransform(*(None if v is None else float(f"{v:.8g}") for v in (scale, softcap)))  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _head_computes(
+    model: nn.Module, function: Callable[[Tensor, nn.Linear], T], replace_logits: bool = False
+) -> Iterator[list[T]]:
+    """While open, the head's forward calls `function(hidden, head)` and collects what it returns.
+
+    The model goes on with empty logits [..., 0], or with the result itself where `replace_logits` is set.
+    """
+    head = _find_head(model)
+    results: list[T] = []
+
+    def forward(hidden: Tensor) -> Any:
+        results.append(function(hidden, head))
+        return results[-1] if replace_logits else hidden.new_empty(*hidden.shape[:-1], 0)
+
+    own = head.__dict__.get("forward")
+    head.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield results
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own  # type: ignore[method-assign]
+
+
+def _find_head(model: nn.Module) -> nn.Linear:
+    """The module that turns hidden states into logits; a copy that peft trains in full (`modules_to_save`) included."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if hasattr(head, "modules_to_save") and head.active_adapters:
+        head = head.modules_to_save[head.active_adapters[0]]
+    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+        raise TypeError(
+            f"the LM head of {_name(model)} is {type(head).__name__}, not a plain linear layer, and cannot be fused; leave "
+            f"it out of LoRA's target_modules (train it in full with modules_to_save) and out of quantisation"
+        )
+    return head
+
+
+def _name(model: nn.Module) -> str:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return type(base).__name__

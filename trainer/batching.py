@@ -1,0 +1,82 @@
+"""From samples to tensors: which samples share a forward pass, and how they are laid out in it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastkl.trainer.samples import Sample
+
+Layout = Literal["packed", "padded"]
+PAD_ID = 0  # any valid id: padding is masked out of the attention and out of the loss
+
+
+@dataclasses.dataclass
+class Batch:
+    """The tensors of one forward pass. Per-token tensors have one entry per token that counts, in the samples' order."""
+
+    samples: list[Sample]
+    inputs: dict[str, Tensor]  # input_ids, position_ids [B, T], and attention_mask [B, T] where padded
+    rows: Tensor  # [n] which hidden state, of [B · T], predicts each counted token
+    tokens: Tensor  # [n]
+
+    def per_token(self, field: str) -> Tensor:
+        """A list of the samples (`advantages`, `sampler_logprobs`, …) as a float32 tensor [n]."""
+        values = [
+            value
+            for sample in self.samples
+            for value, counted in zip(getattr(sample, field), sample.loss_mask, strict=True)
+            if counted
+        ]
+        return torch.tensor(values, dtype=torch.float32, device=self.tokens.device)
+
+    def scatter(self, values: Tensor, field: str) -> None:
+        """Writes a tensor [n] back into the samples' lists; 0 where a token does not count."""
+        remaining = iter(values.tolist())
+        for sample in self.samples:
+            setattr(sample, field, [next(remaining) if counted else 0.0 for counted in sample.loss_mask])
+
+
+def batches(samples: Sequence[Sample], max_tokens: int, layout: Layout, device: torch.device) -> Iterator[Batch]:
+    """Batches of at most `max_tokens` positions (padding counted; a longer sample gets one of its own), by length."""
+    group: list[Sample] = []
+    for sample in sorted(samples, key=lambda s: len(s.ids)):
+        positions = (
+            sum(len(s.ids) for s in [*group, sample]) if layout == "packed" else (len(group) + 1) * len(sample.ids)
+        )
+        if group and positions > max_tokens:
+            yield _collate(group, layout, device)
+            group = []
+        group.append(sample)
+    if group:
+        yield _collate(group, layout, device)
+
+
+def _collate(samples: list[Sample], layout: Layout, device: torch.device) -> Batch:
+    width = sum(len(s.ids) for s in samples) if layout == "packed" else max(len(s.ids) for s in samples)
+    starts: list[int] = []
+    ids: list[int] = []
+    positions: list[int] = []
+    for index, sample in enumerate(samples):
+        starts.append(len(ids) if layout == "packed" else index * width)
+        fill = 0 if layout == "packed" else width - len(sample.ids)
+        ids += sample.ids + [PAD_ID] * fill
+        positions += [*range(len(sample.ids)), *[0] * fill]
+    inputs = {"input_ids": torch.tensor(ids), "position_ids": torch.tensor(positions)}
+    if layout == "padded":
+        lengths = torch.tensor([len(s.ids) for s in samples])
+        inputs["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
+    inputs = {name: tensor.reshape(-1, width).to(device) for name, tensor in inputs.items()}
+    # The hidden state of a place predicts the token of the next one.
+    places = [
+        (start + offset - 1, token)
+        for start, sample in zip(starts, samples, strict=True)
+        for offset, (token, counted) in enumerate(zip(sample.ids, sample.loss_mask, strict=True))
+        if counted
+    ]
+    rows, tokens = torch.tensor(places, dtype=torch.long).reshape(-1, 2).to(device).unbind(1)
+    return Batch(samples, inputs, rows, tokens)

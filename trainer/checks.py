@@ -1,0 +1,85 @@
+"""What must hold before anything expensive starts. Each failure names both values and the remedy."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastkl.trainer.config import ConfigError
+from fastkl.trainer.data import EncodedPrompt
+from fastkl.trainer.models import context_length, end_of_sequence
+
+SPECIALS = ("bos_token_id", "eos_token_id", "unk_token_id")
+SAMPLE_TEXT = "The quick brown fox: 3.14 + 2 = 5,14!\n\tdéjà vu — 日本語 🙂 def f(x): return x ** 2"
+
+
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """One vocabulary: the same text gives the same ids, and the special tokens are the same."""
+    text = SAMPLE_TEXT + (student.eos_token or "")
+    ours, theirs = student(text)["input_ids"], teacher(text)["input_ids"]
+    if ours != theirs:
+        raise ConfigError(
+            f"student and teacher tokenize differently (the same text gives {len(ours)} and {len(theirs)} tokens, "
+            f"{ours[:8]}… and {theirs[:8]}…): the teacher could not score the student's tokens. Use a teacher of the "
+            f"student's family"
+        )
+    for name in SPECIALS:
+        if getattr(student, name) != getattr(teacher, name):
+            raise ConfigError(
+                f"{name} is {getattr(student, name)} in the student's tokenizer and {getattr(teacher, name)} in the "
+                f"teacher's; give both the same (a base and a chat model of one family often differ here)"
+            )
+
+
+def check_vocabularies(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Every id of the tokenizer has a logit on both sides; heads may be padded beyond it."""
+    for name, model in (("student", student), ("teacher", teacher)):
+        rows = model.get_output_embeddings().weight.shape[0]
+        highest = max(tokenizer.get_vocab().values())
+        if rows <= highest:
+            raise ConfigError(
+                f"the {name}'s head has {rows} rows but the tokenizer has ids up to {highest}; resize the model's "
+                f"embeddings (model.resize_token_embeddings) or use its own tokenizer"
+            )
+
+
+def check_chat(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, prompts: list[EncodedPrompt]
+) -> None:
+    """The teacher was trained on the same chat format, where prompts are chats."""
+    chats = [p.row for p in prompts if not isinstance(p.row.prompt, str)]
+    if chats and teacher.chat_template is not None and student.chat_template != teacher.chat_template:
+        messages = chats[0].prompt
+        ours = student.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        theirs = teacher.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if ours != theirs:
+            raise ConfigError(
+                f"the chat templates of student and teacher differ: {ours[:80]!r}… and {theirs[:80]!r}…; the teacher "
+                f"would judge a format it does not know. Copy the teacher's chat_template into the student's tokenizer"
+            )
+
+
+def check_end_of_sequence(student: list[int], teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Where the student stops, the teacher can stop."""
+    theirs = end_of_sequence(teacher, tokenizer)
+    if not student:
+        raise ConfigError("neither the student nor its tokenizer declares an end-of-sequence token; set eos_token_id")
+    if not set(student) & set(theirs):
+        raise ConfigError(f"the student ends with ids {student} and the teacher with {theirs}; give them a common one")
+
+
+def check_room(
+    prompts: list[EncodedPrompt], max_new_tokens: int, models: dict[str, PreTrainedModel], where: str
+) -> None:
+    """The longest prompt and a full completion fit every model's context."""
+    longest = max(prompts, key=lambda prompt: len(prompt.ids))
+    empty = min(prompts, key=lambda prompt: len(prompt.ids))
+    if not empty.ids:
+        raise ConfigError(f"{empty.row.source} is an empty prompt; a completion needs at least one token before it")
+    for name, model in models.items():
+        limit = context_length(model)
+        if limit is not None and len(longest.ids) + max_new_tokens > limit:
+            raise ConfigError(
+                f"{longest.row.source} has {len(longest.ids)} tokens; with {max_new_tokens} new ones it exceeds the "
+                f"{name}'s context of {limit}. Lower max_new_tokens or set {where}.max_prompt_tokens to "
+                f"{max(1, limit - max_new_tokens)}"
+            )

@@ -1,0 +1,63 @@
+"""The subcommands of `fastkl`: what each takes, from a YAML file and the command line, and what it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from fastkl.trainer.config import DistillConfig, EvaluateConfig, ScoreConfig, SftConfig
+
+DESCRIPTION = "On-policy distillation of language models. Each command takes CONFIG.yaml and --key value overrides."
+COMMANDS: dict[str, tuple[type, str]] = {
+    "distill": (DistillConfig, "distil a teacher into a student, on the student's own samples"),
+    "sft": (SftConfig, "fine-tune a student on given completions (the stage before distillation)"),
+    "eval": (EvaluateConfig, "answer prompts with a model and grade the answers"),
+    "score": (ScoreConfig, "write a model's log-probs of given completions to a JSONL file"),
+}
+
+
+def run(argv: list[str]) -> None:
+    """Parses a command line and runs its command."""
+    name, config = parse(argv)
+    if name == "distill":
+        from fastkl.trainer.distill import distill
+
+        distill(config)
+    elif name == "sft":
+        from fastkl.trainer.sft import sft
+
+        sft(config)
+    elif name == "eval":
+        from fastkl.trainer.offline import evaluate_model
+
+        evaluate_model(config)
+    else:
+        from fastkl.trainer.offline import score_completions
+
+        score_completions(config)
+
+
+def parse(argv: list[str]) -> tuple[str, Any]:
+    """The command's name and its config: the YAML file first, then the overrides."""
+    if len(argv) > 1 and argv[0] in COMMANDS and not argv[1].startswith("-"):
+        argv = [argv[0], "--config", *argv[1:]]
+    parser = _parser()
+    values = parser.instantiate(parser.parse_args(argv))
+    name: str = values.command
+    settings = vars(values[name])
+    settings.pop("config", None)
+    return name, COMMANDS[name][0](**settings)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="fastkl", description=DESCRIPTION)
+    commands = parser.add_subcommands(required=True, dest="command", title="commands", metavar="COMMAND")
+    for name, (config, help_text) in COMMANDS.items():
+        command = ArgumentParser(
+            description=help_text[0].upper() + help_text[1:] + ".", usage=f"fastkl {name} CONFIG.yaml [--key value ...]"
+        )
+        command.add_argument("--config", action="config", help="YAML file with any of the settings below.")
+        command.add_class_arguments(config, None)
+        commands.add_subcommand(name, command, help=help_text)
+    return parser

@@ -1,0 +1,378 @@
+"""What a run is made of. Every field can be set in the YAML file or on the command line (`--optim.lr 1e-4`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fastkl.kernels.surrogate import Method
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work, with its name, its value and the remedy."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """A LoRA adapter (peft) on a frozen base model.
+
+    Args:
+        rank: Rank of the adapter; 0 trains all weights instead.
+        alpha: Scale of the adapter; it counts alpha / rank.
+        target_modules: Names of the layers that get one, or "all-linear" (the LM head excepted).
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    target_modules: str | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, f"lora.rank is {self.rank}; it must be >= 0 (0: no LoRA)")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Transformers causal LM.
+
+    Args:
+        path: Folder or Hub id.
+        dtype: Dtype the weights are held in.
+        attn_implementation: Transformers' name of the attention; null for its default.
+        trust_remote_code: Run Python code that comes with the model. Off unless you say so.
+        liger: Liger kernels for the blocks (CUDA only, package liger-kernel).
+    """
+
+    path: str = ""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    liger: bool = False
+
+
+@dataclass(frozen=True)
+class StudentConfig(ModelConfig):
+    """The model that is trained.
+
+    Args:
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        lora: LoRA instead of training all weights.
+    """
+
+    gradient_checkpointing: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts: a JSONL file or a data set of the `datasets` package.
+
+    Each row has `prompt` (text) or `messages` (a chat), and optionally `answer` and `completion`.
+
+    Args:
+        path: JSONL file.
+        dataset: Name of a data set for `datasets.load_dataset`, in place of `path`.
+        split: Its split.
+        chat_template: Wrap a text `prompt` as a user's turn in the tokenizer's chat template.
+        max_prompt_tokens: Leave out prompts longer than this; null keeps all.
+        limit: Use the first rows only; null uses all.
+    """
+
+    path: str | None = None
+    dataset: str | None = None
+    split: str = "train"
+    chat_template: bool = True
+    max_prompt_tokens: int | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Rollouts of the student.
+
+    Args:
+        prompts_per_step: Prompts per step.
+        samples_per_prompt: Completions of each prompt.
+        max_new_tokens: Length limit of a completion.
+        temperature: Sampling temperature, of student and teacher alike.
+        top_p: Must stay 1: anything else samples from another distribution than the loss assumes.
+        top_k: Must stay 0, for the same reason.
+        max_batch_tokens: Tokens the sampling engine works on at once; null lets it decide from the free memory.
+    """
+
+    prompts_per_step: int = 64
+    samples_per_prompt: int = 1
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_batch_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompts_per_step", "samples_per_prompt", "max_new_tokens"):
+            require(getattr(self, name) >= 1, f"sampling.{name} is {getattr(self, name)}; it must be at least 1")
+        require(self.temperature > 0, f"sampling.temperature is {self.temperature}; on-policy sampling needs > 0")
+        require(
+            self.top_p == 1.0 and self.top_k == 0,
+            f"sampling.top_p is {self.top_p} and sampling.top_k is {self.top_k}: with either, samples come from a cut-off "
+            f"distribution whose log-probs are not the student's, and the importance ratio would be wrong. Leave top_p = 1 "
+            f"and top_k = 0; lower sampling.temperature for less random samples",
+        )
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The policy-gradient step on the reverse KL (`fastkl.loss.policy_gradient_loss`).
+
+    Args:
+        method: importance_sampling, reinforce, ppo or cispo.
+        kl_coef: Weight of the reverse KL in the advantage. 0 leaves nothing to learn from.
+        discount: Discount of future tokens' KL; 0 lets each token answer for itself.
+        old_logprobs: What the ratio is taken against: the sampler's log-probs, those of a forward of the trainer before
+            the update (recompute), or the policy itself (current: ratio 1).
+        clip_low: Lower clip of ppo and cispo.
+        clip_high: Upper clip of ppo and cispo.
+        dual_clip: Dual clip of ppo; null for none.
+        truncate_ratio: Cap of the importance ratio; null for none.
+    """
+
+    method: Method = "importance_sampling"
+    kl_coef: float = 1.0
+    discount: float = 0.0
+    old_logprobs: Literal["sampler", "recompute", "current"] = "sampler"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    truncate_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.truncate_ratio is None or self.old_logprobs != "current",
+            f"loss.truncate_ratio is {self.truncate_ratio} but loss.old_logprobs is current, where the ratio is 1; "
+            f"unset one of them",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule.
+
+    Args:
+        lr: Peak learning rate.
+        steps: Steps of the run.
+        warmup_steps: Steps of linear warm-up from 0, within `steps`.
+        schedule: Learning rate after the warm-up.
+        weight_decay: Decoupled weight decay.
+        betas: Adam's betas.
+        max_grad_norm: Gradients are clipped to this norm; null for no clipping.
+        substeps: Optimizer steps per step: the samples of a step are split into so many minibatches.
+    """
+
+    lr: float = 1e-4
+    steps: int = 100
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    max_grad_norm: float | None = 1.0
+    substeps: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.lr >= 0, f"optim.lr is {self.lr}; it must be >= 0")
+        require(self.steps >= 1, f"optim.steps is {self.steps}; it must be at least 1")
+        require(self.substeps >= 1, f"optim.substeps is {self.substeps}; it must be at least 1")
+        require(len(self.betas) == 2, f"optim.betas is {self.betas}; it must be two numbers")
+        require(
+            0 <= self.warmup_steps <= self.steps,
+            f"optim.warmup_steps is {self.warmup_steps}; it must be between 0 and optim.steps ({self.steps})",
+        )
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How samples are laid out for a forward pass.
+
+    Args:
+        max_tokens: Tokens per forward (padding counted); larger minibatches are accumulated.
+        layout: packed (sequences end to end in one row), padded (rows of similar length), or auto: packed where the
+            attention implementation computes packed rows without waste (flash attention), else padded.
+    """
+
+    max_tokens: int = 16384
+    layout: Literal["auto", "packed", "padded"] = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.max_tokens >= 1, f"batch.max_tokens is {self.max_tokens}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Sampled answers to held-out prompts, scored by a named function.
+
+    Args:
+        data: Prompts with an `answer` each; without path or dataset there is no evaluation.
+        grader: Scores a completion against the answer (see `fastkl.trainer.graders`).
+        every: Evaluate each so many steps, and before the first and after the last one; 0: only those two.
+        max_new_tokens: Length limit of an answer.
+        temperature: 0 is greedy.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    grader: str = "last_number"
+    every: int = 0
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints to resume from.
+
+    Args:
+        every: Write one each so many steps (and after the last one); 0: only after the last one.
+        keep: Keep the newest so many.
+    """
+
+    every: int = 0
+    keep: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"checkpoint.every is {self.every}; it must be >= 0")
+        require(self.keep >= 1, f"checkpoint.keep is {self.keep}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every training run has.
+
+    Args:
+        run: Run folder. The same config resumes in it; another one is refused.
+        seed: Seed of prompts' order, sampling and initialisation.
+        student: The model that is trained.
+        data: Where its prompts come from.
+        optim: Optimizer and schedule.
+        batch: Layout of a forward pass.
+        eval: Evaluation on held-out prompts.
+        checkpoint: Checkpoints.
+        mixed_precision: Autocast of the forward pass (accelerate's option).
+        trackers: accelerate's trackers beside metrics.jsonl, for example [tensorboard, wandb].
+        log_samples: Samples of each step that are written to samples.jsonl.
+    """
+
+    run: str
+    seed: int = 0
+    student: StudentConfig = field(default_factory=StudentConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    trackers: list[str] = field(default_factory=list)
+    log_samples: int = 4
+
+    def __post_init__(self) -> None:
+        require(bool(self.run), "run is empty; name the run folder, for example runs/first")
+        require(bool(self.student.path), "student.path is empty; give a model folder or a Hub id")
+        check_source("data", self.data)
+        require(self.log_samples >= 0, f"log_samples is {self.log_samples}; it must be >= 0")
+
+
+@dataclass(frozen=True)
+class DistillConfig(RunConfig):
+    """On-policy distillation: the student samples, the teacher scores, the student learns from the reverse KL.
+
+    Args:
+        teacher: The model that scores the student's tokens; it is never trained.
+        sampling: Rollouts of the student.
+        loss: The policy-gradient step.
+    """
+
+    teacher: ModelConfig = field(default_factory=ModelConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.teacher.path), "teacher.path is empty; give a model folder or a Hub id")
+
+
+@dataclass(frozen=True)
+class SftConfig(RunConfig):
+    """Supervised fine-tuning on given completions: the off-policy stage before distillation.
+
+    Args:
+        examples_per_step: Examples per step.
+    """
+
+    examples_per_step: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.examples_per_step >= self.optim.substeps,
+            f"examples_per_step is {self.examples_per_step}, less than optim.substeps ({self.optim.substeps})",
+        )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Grading a model's answers.
+
+    Args:
+        model: The model that answers.
+        eval: Prompts with answers, and the grader.
+        output: JSONL file for the graded answers; it must not exist. null: only the summary is printed.
+        seed: Seed of sampling, where eval.temperature is above 0.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    output: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(bool(self.model.path), "model.path is empty; give a model folder or a Hub id")
+        check_source("eval.data", self.eval.data)
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Log-probs of given completions.
+
+    Args:
+        model: The model that scores.
+        data: Rows with `prompt` or `messages`, and `completion`.
+        output: JSONL file to write; it must not exist.
+        temperature: The log-probs are those at this temperature.
+        batch: Layout of a forward pass.
+    """
+
+    output: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    temperature: float = 1.0
+    batch: BatchConfig = field(default_factory=BatchConfig)
+
+    def __post_init__(self) -> None:
+        require(bool(self.model.path), "model.path is empty; give a model folder or a Hub id")
+        require(bool(self.output), "output is empty; name the JSONL file to write")
+        require(self.temperature > 0, f"temperature is {self.temperature}; it must be > 0")
+        check_source("data", self.data)
+
+
+def check_source(name: str, data: DataConfig) -> None:
+    require(
+        (data.path is None) != (data.dataset is None),
+        f"{name}.path is {data.path!r} and {name}.dataset is {data.dataset!r}; give exactly one of them",
+    )
+
+
+def as_dict(config: RunConfig) -> dict[str, Any]:
+    """A config as the plain dictionary that config.yaml holds."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,146 @@
+"""Prompts and examples: reading them, encoding them, and which of them a step gets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fastkl.trainer.config import ConfigError, DataConfig
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of the data."""
+
+    source: str  # where it stands, for messages: "train.jsonl:17"
+    prompt: str | list[dict[str, Any]]  # text, or the messages of a chat
+    answer: str | None = None
+    completion: str | None = None
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    row: Prompt
+    ids: list[int]
+
+
+def load_prompts(config: DataConfig) -> list[Prompt]:
+    """The rows of a JSONL file or of a data set, each checked; an error names the line."""
+    rows = _jsonl_rows(Path(config.path)) if config.path is not None else _dataset_rows(config)
+    prompts = []
+    for source, row in rows:
+        prompts.append(_parse(source, row))
+        if config.limit is not None and len(prompts) == config.limit:
+            break
+    if not prompts:
+        raise ConfigError(f"{config.path or config.dataset} holds no rows")
+    return prompts
+
+
+def encode_prompts(
+    prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> list[EncodedPrompt]:
+    """Prompts as token ids; those longer than `max_prompt_tokens` are left out."""
+    encoded = [EncodedPrompt(row, prompt_ids(row, tokenizer, config.chat_template)) for row in prompts]
+    if config.max_prompt_tokens is not None:
+        encoded = [prompt for prompt in encoded if len(prompt.ids) <= config.max_prompt_tokens]
+        if not encoded:
+            raise ConfigError(
+                f"data.max_prompt_tokens is {config.max_prompt_tokens}, and none of the {len(prompts)} prompts is as "
+                f"short as that"
+            )
+    return encoded
+
+
+def prompt_ids(row: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> list[int]:
+    """Token ids of a prompt, ready for the completion: messages go through the chat template, text may."""
+    if isinstance(row.prompt, str) and not chat_template:
+        return list(tokenizer(row.prompt)["input_ids"])
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"{row.source}: the tokenizer has no chat template; set data.chat_template to false and give text prompts"
+        )
+    messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def completion_ids(row: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a given completion and its end of sequence."""
+    if row.completion is None:
+        raise ConfigError(f"{row.source}: no `completion`; each row needs one here")
+    ids = list(tokenizer(row.completion, add_special_tokens=False)["input_ids"])
+    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+
+
+def batch_indices(rows: int, per_step: int, step: int, seed: int) -> list[int]:
+    """The rows of a step: consecutive places of an endless sequence of permutations.
+
+    A pure function, so a resumed run needs no cursor. Every row comes once before any comes twice.
+    """
+    places = range(step * per_step, (step + 1) * per_step)
+    permutations = {epoch: _permutation(rows, epoch, seed) for epoch in {place // rows for place in places}}
+    return [permutations[place // rows][place % rows] for place in places]
+
+
+def _permutation(rows: int, epoch: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order: list[int] = torch.randperm(rows, generator=generator).tolist()
+    return order
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    if not path.is_file():
+        raise ConfigError(f"data file {path} does not exist (looked in {Path.cwd()})")
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{path}:{number}", json.loads(line)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}:{number} is not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}:{number} is not a JSON object: {error.msg} at column {error.colno}") from error
+
+
+def _dataset_rows(config: DataConfig) -> Iterator[tuple[str, Any]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f"data.dataset is {config.dataset!r}, which needs the package `datasets`: pip install datasets, or give "
+            f"data.path, a JSONL file"
+        ) from error
+    for number, row in enumerate(datasets.load_dataset(config.dataset, split=config.split), start=1):
+        yield f"{config.dataset}[{config.split}]:{number}", row
+
+
+def _parse(source: str, row: Any) -> Prompt:
+    if not isinstance(row, dict):
+        raise ConfigError(f"{source} is a {type(row).__name__}; expected an object with `prompt` or `messages`")
+    text, messages = row.get("prompt"), row.get("messages")
+    if (text is None) == (messages is None):
+        raise ConfigError(f"{source} must have exactly one of `prompt` and `messages`; it has {sorted(row)}")
+    if text is not None and not isinstance(text, str):
+        raise ConfigError(f"{source}: `prompt` is a {type(text).__name__}; expected text (a chat goes into `messages`)")
+    if messages is not None and not _are_messages(messages):
+        raise ConfigError(f"{source}: `messages` must be a list of objects with `role` and `content`")
+    answer, completion = row.get("answer"), row.get("completion")
+    if completion is not None and not isinstance(completion, str):
+        raise ConfigError(f"{source}: `completion` is a {type(completion).__name__}; expected text")
+    prompt: Any = messages if text is None else text
+    return Prompt(source, prompt, None if answer is None else str(answer), completion)
+
+
+def _are_messages(messages: Any) -> bool:
+    return (
+        isinstance(messages, Sequence)
+        and len(messages) > 0
+        and all(isinstance(turn, dict) and "role" in turn and "content" in turn for turn in messages)
+    )

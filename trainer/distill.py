@@ -1,0 +1,152 @@
+"""On-policy distillation: the student samples, the teacher scores, the student learns from the reverse KL.
+
+Thinking Machines, "On-Policy Distillation" (2025); Tinker cookbook, recipe `distillation`.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fastkl.head import FusedCausalLM
+from fastkl.loss import reverse_kl_advantages
+from fastkl.trainer import checks
+from fastkl.trainer.config import DistillConfig
+from fastkl.trainer.data import EncodedPrompt, batch_indices, encode_prompts, load_prompts
+from fastkl.trainer.evaluate import load_eval_prompts
+from fastkl.trainer.loop import Clock, Student, fit
+from fastkl.trainer.models import batch_layout, end_of_sequence, load_teacher, load_tokenizer
+from fastkl.trainer.run import RunFolder, check_run_folder
+from fastkl.trainer.sampler import ContinuousBatchingSampler, Sampler
+from fastkl.trainer.samples import Sample, make_sample
+from fastkl.trainer.teacher import score
+
+
+class OnPolicy:
+    """Samples of the student's own, with the advantages the teacher's scores give them."""
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        student: Student,
+        teacher: FusedCausalLM,
+        sampler: Sampler,
+        prompts: list[EncodedPrompt],
+    ) -> None:
+        self._config, self._student, self._teacher = config, student, teacher
+        self._sampler, self._prompts = sampler, prompts
+        self._teacher_layout = batch_layout(config.batch, teacher.model)
+
+    def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
+        with clock("sample"):
+            samples = self._rollout(step)
+        with clock("teacher"):
+            self._score(self._teacher, samples, "teacher_logprobs")
+        with clock("old_logprobs"):
+            self._set_old_logprobs(samples)
+        set_advantages(samples, coef=self._config.loss.kl_coef, discount=self._config.loss.discount)
+        return samples, rollout_metrics(samples)
+
+    def _rollout(self, step: int) -> list[Sample]:
+        config = self._config.sampling
+        chosen = batch_indices(len(self._prompts), config.prompts_per_step, step, self._config.seed)
+        chosen = [index for index in chosen for _ in range(config.samples_per_prompt)]
+        completions = self._sampler.sample(
+            [self._prompts[index].ids for index in chosen],
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=self._config.seed * 1_000_003 + step,
+        )
+        return [
+            make_sample(self._prompts[index].ids, c.token_ids, index, c.logprobs, truncated=c.truncated)
+            for index, c in zip(chosen, completions, strict=True)
+        ]
+
+    def _set_old_logprobs(self, samples: list[Sample]) -> None:
+        """What the importance ratio is taken against: see `LossConfig.old_logprobs`."""
+        if self._config.loss.old_logprobs == "recompute":
+            self._score(self._student.fused, samples, "old_logprobs")
+        elif self._config.loss.old_logprobs == "sampler":
+            for sample in samples:
+                sample.old_logprobs = sample.sampler_logprobs
+
+    def _score(self, model: FusedCausalLM, samples: list[Sample], field: str) -> None:
+        score(
+            model,
+            samples,
+            field,
+            temperature=self._config.sampling.temperature,
+            max_tokens=self._config.batch.max_tokens,
+            layout=self._teacher_layout if model is self._teacher else self._student.layout,
+            device=self._student.device,
+        )
+
+
+def set_advantages(samples: list[Sample], *, coef: float, discount: float) -> None:
+    """The reverse-KL advantages of every token, all samples end to end in one row; no sum crosses a sample's end."""
+    lengths = [len(sample.ids) for sample in samples]
+    own = [sample.old_logprobs or sample.sampler_logprobs for sample in samples]
+    advantages = reverse_kl_advantages(
+        torch.tensor(list(itertools.chain(*own))),
+        torch.tensor(list(itertools.chain(*(sample.teacher_logprobs for sample in samples)))),
+        torch.tensor(list(itertools.chain(*(sample.loss_mask for sample in samples)))),
+        coef=coef,
+        discount=discount,
+        sequence_ids=torch.repeat_interleave(torch.tensor(lengths)),
+    )
+    for sample, row in zip(samples, advantages.split(lengths), strict=True):
+        sample.advantages = row.tolist()
+
+
+def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
+    """teacher_kl and entropy are the one-sample estimates: means of ℓ_sampler − ℓ_teacher and of −ℓ_sampler per token."""
+    tokens = sum(sample.loss_tokens for sample in samples)
+    ours = sum(sum(sample.sampler_logprobs) for sample in samples)
+    theirs = sum(sum(sample.teacher_logprobs) for sample in samples)
+    return {
+        "teacher_kl": (ours - theirs) / tokens,
+        "entropy": -ours / tokens,
+        "completions/mean_length": tokens / len(samples),
+        "completions/truncated_fraction": sum(sample.truncated for sample in samples) / len(samples),
+    }
+
+
+def distill(config: DistillConfig) -> RunFolder:
+    """Runs (or resumes) a distillation; raises ConfigError before anything expensive if it cannot work."""
+    check_run_folder(config)
+    tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
+    checks.check_tokenizers(tokenizer, teacher_tokenizer)
+    prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
+    eval_prompts = load_eval_prompts(config.eval, tokenizer)
+    checks.check_chat(tokenizer, teacher_tokenizer, prompts)
+
+    student = Student(config, config.loss, config.sampling.temperature)
+    teacher = FusedCausalLM(load_teacher(config.teacher, student.device))
+    _check_models(config, student, teacher, tokenizer, prompts, eval_prompts)
+    sampler = ContinuousBatchingSampler(
+        student.model,
+        eos_token_ids=end_of_sequence(student.model, tokenizer),
+        max_batch_tokens=config.sampling.max_batch_tokens,
+    )
+    source = OnPolicy(config, student, teacher, sampler, prompts)
+    with RunFolder(config) as folder:
+        fit(student, source, sampler, tokenizer, eval_prompts, folder)
+    return folder
+
+
+def _check_models(
+    config: DistillConfig,
+    student: Student,
+    teacher: FusedCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[EncodedPrompt],
+    eval_prompts: list[EncodedPrompt],
+) -> None:
+    models = {"student": student.model, "teacher": teacher.model}
+    checks.check_vocabularies(student.model, teacher.model, tokenizer)
+    checks.check_end_of_sequence(end_of_sequence(student.model, tokenizer), teacher.model, tokenizer)
+    checks.check_room(prompts, config.sampling.max_new_tokens, models, "data")
+    if eval_prompts:
+        checks.check_room(eval_prompts, config.eval.max_new_tokens, {"student": student.model}, "eval.data")

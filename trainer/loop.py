@@ -1,0 +1,231 @@
+"""The training loop. On-policy distillation and supervised fine-tuning differ in where a step's samples come from alone."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from fastkl.head import FusedCausalLM
+from fastkl.loss import LossOutput, policy_gradient_loss
+from fastkl.trainer.batching import Batch, batches
+from fastkl.trainer.config import ConfigError, LossConfig, OptimConfig, RunConfig
+from fastkl.trainer.data import EncodedPrompt
+from fastkl.trainer.evaluate import evaluate
+from fastkl.trainer.models import batch_layout, load_student, save_student
+from fastkl.trainer.progress import Report
+from fastkl.trainer.run import RunFolder
+from fastkl.trainer.sampler import Sampler
+from fastkl.trainer.samples import Sample
+
+
+class Clock:
+    """Seconds by phase, for the metrics `time/*`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[f"time/{phase}"] += time.perf_counter() - start
+
+
+class Source(Protocol):
+    """Where the samples of a step come from."""
+
+    def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
+        """Samples with advantages, and metrics. The same for the same step and the same student, always."""
+        ...
+
+
+class Student:
+    """The model being trained, with its optimizer and schedule, under accelerate."""
+
+    def __init__(self, config: RunConfig, loss: LossConfig, temperature: float) -> None:
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision, log_with=config.trackers or None, project_dir=config.run
+        )
+        if self.accelerator.num_processes > 1:
+            raise ConfigError(
+                f"started with {self.accelerator.num_processes} processes; this trainer runs in one (start it without "
+                f"accelerate launch, or with --num_processes 1)"
+            )
+        set_seed(config.seed)
+        self.config, self.loss, self.temperature = config, loss, temperature
+        self.model = load_student(config.student).to(self.device)
+        self.layout = batch_layout(config.batch, self.model)
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        fused = FusedCausalLM(self.model)
+        optimizer = torch.optim.AdamW(
+            trainable,
+            lr=config.optim.lr,
+            betas=(config.optim.betas[0], config.optim.betas[1]),
+            weight_decay=config.optim.weight_decay,
+        )
+        self.scheduler = _scheduler(config.optim, optimizer)
+        self.fused, self.optimizer = self.accelerator.prepare(fused, optimizer)
+        self.accelerator.register_for_checkpointing(self.scheduler)
+        self.accelerator.register_save_state_pre_hook(_keep_trainable)
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def restore(self, folder: str) -> None:
+        self.accelerator.load_state(folder, strict=self.config.student.lora.rank == 0)
+
+    def update(self, samples: list[Sample]) -> dict[str, float]:
+        """One step: `substeps` optimizer steps, each on the mean over its tokens, accumulated batch by batch."""
+        optim, totals, norms = self.config.optim, defaultdict[str, float](float), []
+        mismatch: list[Tensor] = []
+        self.fused.train()
+        for first in range(optim.substeps):
+            minibatch = samples[first :: optim.substeps]
+            tokens = sum(sample.loss_tokens for sample in minibatch)
+            for batch in batches(minibatch, self.config.batch.max_tokens, self.layout, self.device):
+                output = self._loss(batch, tokens)
+                self.accelerator.backward(output.loss)
+                totals["loss"] += output.loss.item() / optim.substeps
+                share = len(batch.tokens) / tokens / optim.substeps
+                for name, value in output.metrics.items():
+                    totals[f"policy/{name}"] += value.item() * share
+                if first == 0 and batch.samples[0].sampler_logprobs and output.logprobs is not None:
+                    mismatch.append(output.logprobs - batch.per_token("sampler_logprobs"))
+            norms.append(self._clip())
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        metrics = {**totals, "optim/lr": self.scheduler.get_last_lr()[0], "optim/grad_norm": sum(norms) / len(norms)}
+        self.scheduler.step()
+        return {**metrics, **_mismatch_metrics(mismatch)}
+
+    def _loss(self, batch: Batch, normalizer: int) -> LossOutput:
+        old = batch.per_token("old_logprobs") if batch.samples[0].old_logprobs else None
+        loss = self.loss
+
+        def function(hidden: Tensor, weight: Tensor, **head: Any) -> LossOutput:
+            return policy_gradient_loss(
+                hidden.flatten(0, 1)[batch.rows],
+                weight,
+                batch.tokens,
+                batch.per_token("advantages"),
+                old,
+                method=loss.method,
+                clip_low=loss.clip_low,
+                clip_high=loss.clip_high,
+                dual_clip=loss.dual_clip,
+                truncate_ratio=loss.truncate_ratio,
+                normalizer=normalizer,
+                temperature=self.temperature,
+                **head,
+            )
+
+        output: LossOutput = self.fused(function, **batch.inputs)
+        return output
+
+    def _clip(self) -> float:
+        limit = self.config.optim.max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(self.fused.parameters(), float("inf") if limit is None else limit)
+        return float(norm)
+
+
+def fit(
+    student: Student,
+    source: Source,
+    sampler: Sampler,
+    tokenizer: PreTrainedTokenizerBase,
+    eval_prompts: list[EncodedPrompt],
+    folder: RunFolder,
+) -> None:
+    """Runs the steps that are left: samples, update, log, evaluate, checkpoint; saves the student at the end."""
+    config, start = student.config, 0
+    checkpoint = folder.latest_checkpoint()
+    if checkpoint is not None:
+        start = checkpoint[0]
+        student.restore(str(checkpoint[1]))
+    folder.rewind(start if checkpoint is not None else -1)
+
+    def grade(metrics: dict[str, float]) -> None:
+        if eval_prompts:
+            metrics |= evaluate(sampler, tokenizer, eval_prompts, config.eval, config.seed)[0]
+
+    with Report(config.optim.steps, start) as report:
+        if checkpoint is None:
+            metrics: dict[str, float] = {}
+            grade(metrics)
+            if metrics:
+                _log(student, folder, 0, metrics)
+                report.step(0, metrics)
+        else:
+            report.note(f"resumed {config.run} after step {start}")
+        for step in range(start, config.optim.steps):
+            clock, done = Clock(), step + 1
+            samples, metrics = source.samples(step, clock)
+            with clock("train"):
+                metrics |= student.update(samples)
+            tokens = sum(len(sample.ids) for sample in samples)
+            metrics |= {**clock.seconds, "tokens_per_second": tokens / sum(clock.seconds.values())}
+            if done == config.optim.steps or (config.eval.every and done % config.eval.every == 0):
+                grade(metrics)
+            _log(student, folder, done, metrics)
+            folder.log("samples.jsonl", _sample_records(samples[: config.log_samples], tokenizer, done))
+            report.step(done, metrics)
+            if done == config.optim.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
+                folder.save_checkpoint(student.accelerator, done)
+    save_student(student.model, tokenizer, folder.student)
+    student.accelerator.end_training()
+
+
+def _log(student: Student, folder: RunFolder, step: int, metrics: dict[str, float]) -> None:
+    folder.log("metrics.jsonl", [{"step": step, **metrics}])
+    student.accelerator.log(metrics, step=step)
+
+
+def _scheduler(config: OptimConfig, optimizer: torch.optim.Optimizer) -> Any:
+    names = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+    return get_scheduler(names[config.schedule], optimizer, config.warmup_steps, config.steps)
+
+
+def _keep_trainable(models: list[nn.Module], weights: list[dict[str, Tensor]], _: str) -> None:
+    """Checkpoints hold what is trained: with LoRA the adapter, not its base."""
+    for model, state in zip(models, weights, strict=True):
+        trained = {
+            name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad
+        }
+        if trained != {name for name, _ in model.named_parameters(remove_duplicate=False)}:
+            for name in [name for name in state if name not in trained]:
+                del state[name]
+
+
+def _mismatch_metrics(differences: list[Tensor]) -> dict[str, float]:
+    """How far the trainer's log-probs are from the sampler's, before the update."""
+    if not differences:
+        return {}
+    difference = torch.cat(differences)
+    ratio = difference.exp()
+    return {
+        "sampler_mismatch/mean_abs": difference.abs().mean().item(),
+        "sampler_mismatch/p95_abs": difference.abs().quantile(0.95).item(),
+        "sampler_mismatch/outside_0.9_1.1": ((ratio < 0.9) | (ratio > 1.1)).float().mean().item(),
+    }
+
+
+def _sample_records(
+    samples: list[Sample], tokenizer: PreTrainedTokenizerBase, step: int
+) -> Iterator[dict[str, object]]:
+    for sample in samples:
+        yield {
+            "step": step,
+            "text": tokenizer.decode(sample.ids),
+            "tokens": [tokenizer.decode([token]) for token in sample.ids],
+            **vars(sample),
+        }

@@ -1,0 +1,116 @@
+"""Loading students and teachers: ordinary Transformers models and tokenizers, from a folder or the Hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from fastkl.trainer.batching import Layout
+from fastkl.trainer.config import BatchConfig, ConfigError, ModelConfig, StudentConfig
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    _check_path(config)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        config.path, trust_remote_code=config.trust_remote_code
+    )
+    return tokenizer
+
+
+def load_model(config: ModelConfig) -> PreTrainedModel:
+    """The model in its dtype, in eval mode, on the CPU."""
+    _check_path(config)
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    model: PreTrainedModel = _auto_class(config).from_pretrained(config.path, **options)
+    return model.eval()
+
+
+def load_teacher(config: ModelConfig, device: torch.device) -> PreTrainedModel:
+    """A model that never gets a gradient."""
+    return load_model(config).requires_grad_(False).to(device)
+
+
+def load_student(config: StudentConfig) -> PreTrainedModel:
+    """The model to train: all of it, or a LoRA adapter on it."""
+    model = load_model(config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.lora.rank == 0:
+        return model.train()
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    if config.gradient_checkpointing:
+        model.enable_input_require_grads()
+    adapter = PeftLoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        target_modules=config.lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, adapter).train()
+
+
+def save_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The trained model as an ordinary Transformers folder; a LoRA adapter is merged into a copy of its base."""
+    if hasattr(model, "merge_adapter"):
+        model.merge_adapter()
+        try:
+            base = model.get_base_model()
+            base.save_pretrained(folder, state_dict=_merged_state(base))
+        finally:
+            model.unmerge_adapter()
+        model.save_pretrained(folder / "adapter")
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
+def end_of_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a completion: the model's own and the tokenizer's."""
+    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = declared if isinstance(declared, list) else [declared]
+    return sorted({token for token in [*ids, tokenizer.eos_token_id] if token is not None})
+
+
+def batch_layout(config: BatchConfig, model: PreTrainedModel) -> Layout:
+    """`auto` resolved: packed rows where the attention computes nothing across sequences, padded rows elsewhere."""
+    if config.layout != "auto":
+        return config.layout
+    return "packed" if "flash" in str(model.config._attn_implementation) else "padded"
+
+
+def _auto_class(config: ModelConfig) -> Any:
+    if not config.liger:
+        return AutoModelForCausalLM
+    if not torch.cuda.is_available():
+        raise ConfigError("liger is true, but Liger's kernels need a CUDA device; set it to false")
+    from liger_kernel.transformers import AutoLigerKernelForCausalLM
+
+    return AutoLigerKernelForCausalLM
+
+
+def _check_path(config: ModelConfig) -> None:
+    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or os.path.exists(config.path)
+    if looks_local and not Path(config.path).expanduser().joinpath("config.json").is_file():
+        raise ConfigError(
+            f"model path {config.path!r} is not a model folder (no config.json in {Path(config.path).resolve()})"
+        )
+
+
+def _merged_state(base: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state of a model with merged LoRA layers under the names it had before peft wrapped them."""
+    return {
+        name.replace(".base_layer.", "."): tensor for name, tensor in base.state_dict().items() if ".lora_" not in name
+    }

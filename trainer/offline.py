@@ -1,0 +1,83 @@
+"""Commands that use a model without training it: `fastkl eval` and `fastkl score`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from fastkl.head import FusedCausalLM
+from fastkl.trainer import checks
+from fastkl.trainer.config import ConfigError, EvaluateConfig, ScoreConfig
+from fastkl.trainer.data import completion_ids, encode_prompts, load_prompts
+from fastkl.trainer.evaluate import evaluate, load_eval_prompts
+from fastkl.trainer.models import batch_layout, end_of_sequence, load_model, load_teacher, load_tokenizer
+from fastkl.trainer.run import write_text
+from fastkl.trainer.sampler import ContinuousBatchingSampler
+from fastkl.trainer.samples import make_sample
+from fastkl.trainer.teacher import score
+
+
+def evaluate_model(config: EvaluateConfig) -> dict[str, float]:
+    """Prints `eval/*` as one JSON line; writes the graded answers if asked to."""
+    output = None if config.output is None else _new_file(config.output)
+    tokenizer = load_tokenizer(config.model)
+    prompts = load_eval_prompts(config.eval, tokenizer)
+    model = load_model(config.model).to(PartialState().device)
+    checks.check_room(prompts, config.eval.max_new_tokens, {"model": model}, "eval.data")
+    sampler = ContinuousBatchingSampler(model, eos_token_ids=end_of_sequence(model, tokenizer))
+    metrics, answers = evaluate(sampler, tokenizer, prompts, config.eval, config.seed)
+    if output is not None:
+        rows = ({**vars(answer.prompt.row), "completion": answer.text, "score": answer.score} for answer in answers)
+        _write_rows(output, rows)
+    print(json.dumps(metrics))
+    return metrics
+
+
+def score_completions(config: ScoreConfig) -> None:
+    """Writes, per row: ids, loss_mask, logprobs (0 for the prompt's tokens), and their sum over the completion."""
+    output = _new_file(config.output)
+    tokenizer = load_tokenizer(config.model)
+    prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
+    samples = [
+        make_sample(prompt.ids, completion_ids(prompt.row, tokenizer), index) for index, prompt in enumerate(prompts)
+    ]
+    device: torch.device = PartialState().device
+    model = FusedCausalLM(load_teacher(config.model, device))
+    checks.check_room(prompts, max(sample.loss_tokens for sample in samples), {"model": model.model}, "data")
+    score(
+        model,
+        samples,
+        "teacher_logprobs",
+        temperature=config.temperature,
+        max_tokens=config.batch.max_tokens,
+        layout=batch_layout(config.batch, model.model),
+        device=device,
+    )
+    rows = (
+        {
+            "source": prompts[sample.prompt_index].row.source,
+            "ids": sample.ids,
+            "loss_mask": sample.loss_mask,
+            "logprobs": sample.teacher_logprobs,
+            "sum": sum(sample.teacher_logprobs),
+        }
+        for sample in samples
+    )
+    _write_rows(output, rows)
+    print(f"{len(samples)} rows written to {output}")
+
+
+def _new_file(name: str) -> Path:
+    path = Path(name)
+    if path.exists():
+        raise ConfigError(f"output {path} exists already; move it away or choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

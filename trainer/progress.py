@@ -1,0 +1,60 @@
+"""What a run shows while it goes: a live bar on a terminal, one plain line a step in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SHOWN = {"loss": "loss", "teacher_kl": "teacher_kl", "tokens_per_second": "tok/s", "eval/accuracy": "accuracy"}
+
+
+class Report:
+    """Shows the steps of a run; a context manager."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self._total = total
+        self._console = Console(stderr=True)
+        self._start, self._first = time.perf_counter(), done
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("", total=total, completed=done)
+
+    def __enter__(self) -> Report:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def step(self, steps_done: int, metrics: dict[str, float]) -> None:
+        text = "  ".join(f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=steps_done, description=text)
+            return
+        pace = (time.perf_counter() - self._start) / max(1, steps_done - self._first)
+        eta = pace * (self._total - steps_done)
+        print(f"step {steps_done}/{self._total}  {text}  eta {eta:.0f} s", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,125 @@
+"""The run folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, student/.
+
+Whatever happens to the process, the folder stays usable: checkpoints appear by renaming, a log's rows beyond the newest
+checkpoint are dropped when a run resumes, and one process at a time may write.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+
+from fastkl.trainer.config import ConfigError, RunConfig, as_dict
+
+INCOMPLETE = ".incomplete"
+
+
+class RunFolder:
+    """A run's folder, locked for this process while the context is open."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.path = Path(config.run)
+        self.student = self.path / "student"
+        self._checkpoints = self.path / "checkpoints"
+        self._keep = config.checkpoint.keep
+        check_run_folder(config)
+        self._checkpoints.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(
+                f"another process is writing to {self.path}; wait for it or choose another run"
+            ) from error
+        write_text(self.path / "config.yaml", yaml.safe_dump(_settings(config), sort_keys=False, allow_unicode=True))
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def log(self, file: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Appends rows to metrics.jsonl or samples.jsonl."""
+        with open(self.path / file, "a", encoding="utf-8") as out:
+            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def latest_checkpoint(self) -> tuple[int, Path] | None:
+        """Steps done and folder of the newest complete checkpoint."""
+        found = sorted(self._checkpoints.glob("step-*"))
+        return (int(found[-1].name.removeprefix("step-")), found[-1]) if found else None
+
+    def save_checkpoint(self, accelerator: Accelerator, steps_done: int) -> None:
+        """Writes a checkpoint aside, renames it into place, then drops the oldest ones."""
+        target = self._checkpoints / f"step-{steps_done:06d}"
+        if target.exists():
+            return
+        aside = self._checkpoints / INCOMPLETE
+        shutil.rmtree(aside, ignore_errors=True)
+        accelerator.save_state(str(aside))
+        os.rename(aside, target)
+        for old in sorted(self._checkpoints.glob("step-*"))[: -self._keep]:
+            shutil.rmtree(old)
+
+    def rewind(self, steps_done: int) -> None:
+        """Drops what the logs hold beyond a checkpoint, and a line that a crash cut short."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            rows = [row for row in read_jsonl(self.path / name) if row["step"] <= steps_done]
+            write_text(self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def check_run_folder(config: RunConfig) -> None:
+    """Refuses a folder that holds a run with another config, or something that is no run."""
+    path = Path(config.run)
+    known = path / "config.yaml"
+    if known.is_file():
+        changes = list(_differences(yaml.safe_load(known.read_text(encoding="utf-8")), _settings(config)))
+        if changes:
+            raise ConfigError(
+                f"{path} holds a run with another config: {'; '.join(changes)}. Choose another run folder, or the old "
+                f"settings to resume"
+            )
+    elif path.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
+        raise ConfigError(f"{path} exists and is not a run folder (no config.yaml); choose another run folder")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The complete rows of a log; none if there is no file."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # cut short by a crash; the step is run again
+    return rows
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file at once: readers see the old text or the new one."""
+    aside = path.with_name(f".{path.name}.new")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """What config.yaml holds: everything but the folder's own name, so that a run may be moved."""
+    return {name: value for name, value in as_dict(config).items() if name != "run"}
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterable[str]:
+    """The settings that differ, as "optim.lr was 0.1 and is 0.2"."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        yield f"{name} was {before!r} and is {now!r}"

@@ -1,0 +1,189 @@
+"""Sampling completions with the continuous batching of Hugging Face Transformers (5.17 to 5.23)."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+
+_CONFIG_FIELDS = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+_PAGE_FIELD = "page_size" if "page_size" in _CONFIG_FIELDS else "block_size"  # renamed in 5.18 or later
+_PAGED_PREFIX = "auto_switch_to_flash" not in _CONFIG_FIELDS  # 5.17 names its attention "paged|sdpa"
+_PAGE_SIZE = 32
+_KEYS_PER_STEP = 2048  # without flash attention, every token of a step scores the keys of all requests in it
+
+
+class Completion(NamedTuple):
+    """One sampled completion of a prompt."""
+
+    token_ids: list[int]
+    """The sampled tokens, with the end-of-sequence token if one was produced."""
+    logprobs: list[float]
+    """Log-probability of each token under softmax(logits / temperature); temperature 1 when greedy."""
+    truncated: bool
+    """True when the completion ran out of tokens before an end-of-sequence token."""
+
+
+class Sampler(Protocol):
+    """Anything that completes prompts and says how likely each token was."""
+
+    def sample(
+        self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seed: int
+    ) -> list[Completion]:
+        """One completion per prompt, in order; the same ones for the same weights and seed. Temperature 0 is greedy."""
+        ...
+
+
+class ContinuousBatchingSampler:
+    """Samples from a causal language model, on its current weights, without changing its state.
+
+    Only the given temperature shapes the distribution: nothing is taken from `model.generation_config`.
+
+    Args:
+        model: A Transformers causal language model, or a PEFT model around one.
+        eos_token_ids: The token ids that end a completion; none when empty.
+        max_requests: The most completions that are in progress at once.
+        max_batch_tokens: The most tokens in one forward pass; longer prompts are processed in pieces.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_token_ids: Iterable[int] = (),
+        max_requests: int = 64,
+        max_batch_tokens: int = 512,
+    ) -> None:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if not hasattr(base, "init_continuous_batching"):
+            raise TypeError(f"{type(base).__name__} has no continuous batching (init_continuous_batching)")
+        if max_requests < 1 or max_batch_tokens < 1:
+            raise ValueError("max_requests and max_batch_tokens must be at least 1")
+        self._model = model
+        self._base: Any = base
+        self._eos = sorted(set(eos_token_ids))
+        self._max_requests = max_requests
+        self._max_batch_tokens = max_batch_tokens
+
+    def sample(
+        self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seed: int
+    ) -> list[Completion]:
+        """Samples one completion per prompt, in order; takes the likeliest tokens when `temperature` is 0.
+
+        Raises:
+            ValueError: For arguments that cannot be sampled from.
+            RuntimeError: When a completion failed or is missing, naming the prompt and the reason.
+        """
+        self._check(prompts, max_new_tokens, temperature)
+        if not prompts:
+            return []
+        attention = self._base.config._attn_implementation
+        training = [(module, module.training) for module in self._model.modules()]
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        try:
+            with torch.random.fork_rng(devices=devices):  # the batch processor seeds the global generators
+                if _PAGED_PREFIX and attention in ("sdpa", "eager"):
+                    self._base.set_attn_implementation(f"paged|{attention}")  # keeps it from going to flash
+                outputs = self._run(prompts, max_new_tokens, temperature, seed)
+        finally:
+            if self._base.config._attn_implementation != attention:
+                self._base.set_attn_implementation(attention)
+            for module, flag in training:
+                module.training = flag
+        return [self._completion(index, output, max_new_tokens) for index, output in enumerate(outputs)]
+
+    def _run(self, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int) -> list[Any]:
+        """Runs all prompts through a fresh manager and returns its outputs in order, None where one is missing."""
+        longest = max(len(prompt) for prompt in prompts) + max_new_tokens
+        manager = self._base.init_continuous_batching(
+            generation_config=self._generation_config(max_new_tokens, temperature),
+            continuous_batching_config=self._batching_config(len(prompts), longest, seed),
+        )
+        try:
+            manager.warmup()  # builds the cache and seeds, here rather than in the thread
+            # All requests are queued before the thread starts: their schedule then depends on no timing.
+            request_ids = manager.add_requests(prompts, max_new_tokens=max_new_tokens)
+            manager.start()
+            manager.stop()  # waits until every queued request is done
+        finally:
+            if manager.is_running():  # interrupted while waiting
+                manager.stop(hard_stop=True)
+        outputs = {}
+        while (output := manager.get_result(timeout=0)) is not None:
+            outputs[output.request_id] = output
+        fatal = manager.background_thread_status.fatal_error
+        if fatal is not None:
+            raise RuntimeError(f"continuous batching failed: {fatal!r}") from fatal
+        return [outputs.get(request_id) for request_id in request_ids]
+
+    def _generation_config(self, max_new_tokens: int, temperature: float) -> GenerationConfig:
+        """Spells out every setting that shapes the distribution, so that none is left to a default."""
+        shape: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            shape = {"do_sample": True, "temperature": float(temperature), "top_k": 0, "top_p": 1.0}
+        return GenerationConfig(
+            **shape,
+            repetition_penalty=1.0,
+            num_return_sequences=1,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self._eos or -1,
+        )
+
+    def _batching_config(self, num_prompts: int, longest: int, seed: int) -> ContinuousBatchingConfig:
+        """Fixes every size that would otherwise depend on the free memory."""
+        requests = min(num_prompts, self._max_requests)
+        if "flash" not in self._base.config._attn_implementation:
+            requests = min(requests, max(8, _KEYS_PER_STEP // longest))
+        settings: dict[str, Any] = {
+            _PAGE_FIELD: _PAGE_SIZE,
+            "num_blocks": 2 * requests * (math.ceil(longest / _PAGE_SIZE) + 1),
+            "max_batch_tokens": max(requests, self._max_batch_tokens),
+            "max_requests_per_batch": requests,
+            "max_blocks_per_request": 0,
+            "safety_margin": 0.0,
+            "allow_block_sharing": False,
+            "use_async_batching": False,
+            "use_cuda_graph": False,
+            "auto_switch_to_flash": False,
+            "return_logprobs": True,
+            "seed": seed,
+        }
+        return ContinuousBatchingConfig(**{key: settings[key] for key in settings if key in _CONFIG_FIELDS})
+
+    def _completion(self, index: int, output: Any, max_new_tokens: int) -> Completion:
+        """Checks and converts the output for the prompt at `index`."""
+        if output is None:
+            raise RuntimeError(f"continuous batching returned nothing for prompt {index}")
+        if output.error is not None:
+            raise RuntimeError(f"continuous batching failed on prompt {index}: {output.error}")
+        tokens, logprobs = output.generated_tokens, output.logprobs
+        ended = bool(tokens) and tokens[-1] in self._eos
+        if len(tokens) != len(logprobs) or not (ended or len(tokens) == max_new_tokens):
+            raise RuntimeError(
+                f"continuous batching returned {len(tokens)} tokens and {len(logprobs)} "
+                f"log-probabilities for prompt {index}, without an end-of-sequence token"
+            )
+        return Completion(list(tokens), list(logprobs), not ended)
+
+    def _check(self, prompts: list[list[int]], max_new_tokens: int, temperature: float) -> None:
+        """Refuses arguments on which the background thread would fail or hang."""
+        if max_new_tokens < 1:
+            raise ValueError("max_new_tokens must be at least 1")
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise ValueError("temperature must be finite and not negative")
+        if hasattr(self._base, "_cached_continuous_batching_manager"):
+            raise RuntimeError("the model keeps a persistent manager; destroy it before sampling")
+        config = self._base.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompt {index} is empty")
+            if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+                raise ValueError(f"prompt {index} has a token id outside 0..{config.vocab_size - 1}")
+            if limit is not None and len(prompt) + max_new_tokens > limit:
+                raise ValueError(
+                    f"prompt {index} has {len(prompt)} tokens: with {max_new_tokens} new ones it exceeds "
+                    f"the model's {limit} positions"
+                )

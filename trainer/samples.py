@@ -1,0 +1,48 @@
+"""The one list that flows through the trainer: samples, from the prompt to the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Sample:
+    """A prompt and its completion, token-exact: ids are never decoded and encoded again.
+
+    `loss_mask`, and every list of log-probs or advantages, is aligned with `ids`; entries where the mask is False (the
+    prompt) mean nothing and are 0.
+    """
+
+    ids: list[int]
+    loss_mask: list[bool]
+    prompt_index: int  # which row of the data it comes from
+    truncated: bool = False  # the completion was cut at the length limit
+    sampler_logprobs: list[float] = field(default_factory=list)
+    teacher_logprobs: list[float] = field(default_factory=list)
+    old_logprobs: list[float] = field(default_factory=list)  # what the ratio is taken against; empty: current policy
+    advantages: list[float] = field(default_factory=list)
+
+    @property
+    def loss_tokens(self) -> int:
+        return sum(self.loss_mask)
+
+    @property
+    def completion_ids(self) -> list[int]:
+        return [token for token, counted in zip(self.ids, self.loss_mask, strict=True) if counted]
+
+
+def make_sample(
+    prompt: list[int],
+    completion: list[int],
+    prompt_index: int,
+    logprobs: list[float] | None = None,
+    truncated: bool = False,
+) -> Sample:
+    """A sample of one turn: the prompt is context, every token of the completion counts."""
+    return Sample(
+        ids=[*prompt, *completion],
+        loss_mask=[False] * len(prompt) + [True] * len(completion),
+        prompt_index=prompt_index,
+        truncated=truncated,
+        sampler_logprobs=[] if logprobs is None else [0.0] * len(prompt) + logprobs,
+    )

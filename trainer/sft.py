@@ -1,0 +1,54 @@
+"""Supervised fine-tuning: the off-policy stage, on given completions, through the same loop and the same fused head.
+
+Cross-entropy is the policy gradient of tokens that all have the advantage 1: −ℓ per token, mean over the tokens.
+"""
+
+from __future__ import annotations
+
+from fastkl.trainer import checks
+from fastkl.trainer.config import LossConfig, SftConfig
+from fastkl.trainer.data import batch_indices, completion_ids, encode_prompts, load_prompts
+from fastkl.trainer.evaluate import load_eval_prompts
+from fastkl.trainer.loop import Clock, Student, fit
+from fastkl.trainer.models import end_of_sequence, load_tokenizer
+from fastkl.trainer.run import RunFolder, check_run_folder
+from fastkl.trainer.sampler import ContinuousBatchingSampler
+from fastkl.trainer.samples import Sample, make_sample
+
+
+class Examples:
+    """The given completions, each token with advantage 1."""
+
+    def __init__(self, examples: list[Sample], per_step: int, seed: int) -> None:
+        self._examples, self._per_step, self._seed = examples, per_step, seed
+
+    def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
+        chosen = batch_indices(len(self._examples), self._per_step, step, self._seed)
+        samples = [self._examples[index] for index in chosen]
+        return samples, {"completions/mean_length": sum(sample.loss_tokens for sample in samples) / len(samples)}
+
+
+def sft(config: SftConfig) -> RunFolder:
+    """Runs (or resumes) a supervised stage; raises ConfigError before anything expensive if it cannot work."""
+    check_run_folder(config)
+    tokenizer = load_tokenizer(config.student)
+    prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
+    examples = [
+        make_sample(prompt.ids, completion_ids(prompt.row, tokenizer), index) for index, prompt in enumerate(prompts)
+    ]
+    for example in examples:
+        example.advantages = [float(counted) for counted in example.loss_mask]
+    eval_prompts = load_eval_prompts(config.eval, tokenizer)
+
+    student = Student(config, LossConfig(method="reinforce", old_logprobs="current"), temperature=1.0)
+    checks.check_vocabularies(student.model, student.model, tokenizer)
+    longest = max(example.loss_tokens for example in examples)
+    checks.check_room(prompts, longest, {"student": student.model}, "data")
+    if eval_prompts:
+        checks.check_room(eval_prompts, config.eval.max_new_tokens, {"student": student.model}, "eval.data")
+    sampler = ContinuousBatchingSampler(student.model, eos_token_ids=end_of_sequence(student.model, tokenizer))
+    with RunFolder(config) as folder:
+        fit(
+            student, Examples(examples, config.examples_per_step, config.seed), sampler, tokenizer, eval_prompts, folder
+        )
+    return folder
