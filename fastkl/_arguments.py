@@ -14,11 +14,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Operands as `F.linear` would see them: in the autocast dtype where autocast is on (float64 is left alone)."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or torch.float64 in (hidden.dtype, weight.dtype):
+    if not _autocasts(hidden, weight):
         return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(hidden.device.type)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _autocasts(hidden: Tensor, weight: Tensor) -> bool:
+    return torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, weight.dtype)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, who: str = "") -> None:
@@ -43,7 +46,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, who: str = "
         if tensor is None:
             continue
         check_device(f"{who}{name}", tensor, hidden, f"{who}hidden")
-        if tensor.dtype != hidden.dtype:
+        if tensor.dtype != hidden.dtype and not _autocasts(hidden, weight):
             raise TypeError(
                 f"{who}hidden is {hidden.dtype} but {who}{name} is {tensor.dtype}; cast one of them, "
                 f"or call under torch.autocast"

@@ -255,7 +255,7 @@ def sampled_reverse_kl_loss(
     for name, tensor in (("teacher_logprobs", teacher_logprobs), ("sampler_logprobs", sampler_logprobs)):
         check.check_per_token(name, tensor, hidden)
     counted = check.check_per_token("tokens", tokens, hidden) != ignore_index
-    share = counted if mask is None else mask * check.check_per_token("mask", counted, hidden)
+    share = counted if mask is None else check.check_per_token("mask", mask, hidden) * counted
     advantages = reverse_kl_advantages(
         sampler_logprobs, teacher_logprobs, share, coef=coef, discount=discount, sequence_ids=sequence_ids
     )

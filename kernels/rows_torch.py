@@ -40,8 +40,8 @@ def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: bool
         block, y = logits.student[rows], tokens[rows, None]
         z = _apply_cap(block, logits.student_cap, keep=gradient)
         target = block.gather(1, y).squeeze(1)
-        lse = _softmax_in_place(block)
-        torch.sub(lse, target, out=out[0, rows])
+        peak, top = _softmax_in_place(block)
+        out[0, rows] = (peak - target) - top  # in this order: large logits cancel before anything is rounded
         if gradient:
             block.scatter_add_(1, y, block.new_full((1, 1), -1.0).expand_as(y))
             _undo_cap(block, z, logits.student_cap)
@@ -82,11 +82,11 @@ def _row_blocks(chunk: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, n))
 
 
-def _softmax_in_place(z: Tensor) -> Tensor:
-    """z becomes softmax(z); returns lse(z) [n], taken from the largest probability, where it is well conditioned."""
+def _softmax_in_place(z: Tensor) -> tuple[Tensor, Tensor]:
+    """z becomes softmax(z). Returns max z and log max p, [n] each; lse(z) is their difference, well conditioned."""
     peak = z.amax(-1)
     torch.softmax(z, -1, out=z)
-    return peak.sub_(z.amax(-1).log_())
+    return peak, z.amax(-1).log_()
 
 
 def _apply_cap(x: Tensor, cap: float | None, keep: bool) -> Tensor | None:

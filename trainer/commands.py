@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from jsonargparse import ArgumentParser
 
 from fastkl.trainer.config import DistillConfig, EvaluateConfig, ScoreConfig, SftConfig
@@ -20,6 +21,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
 def run(argv: list[str]) -> None:
     """Parses a command line and runs its command."""
     name, config = parse(argv)
+    transformers.logging.disable_progress_bar()
     if name == "distill":
         from fastkl.trainer.distill import distill
 

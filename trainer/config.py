@@ -102,7 +102,8 @@ class SamplingConfig:
         temperature: Sampling temperature, of student and teacher alike.
         top_p: Must stay 1: anything else samples from another distribution than the loss assumes.
         top_k: Must stay 0, for the same reason.
-        max_batch_tokens: Tokens the sampling engine works on at once; null lets it decide from the free memory.
+        max_batch_tokens: Tokens in one forward pass of the sampling engine.
+        max_requests: Completions in progress at once.
     """
 
     prompts_per_step: int = 64
@@ -111,7 +112,8 @@ class SamplingConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    max_batch_tokens: int | None = None
+    max_batch_tokens: int = 512
+    max_requests: int = 64
 
     def __post_init__(self) -> None:
         for name in ("prompts_per_step", "samples_per_prompt", "max_new_tokens"):

@@ -17,7 +17,7 @@ from fastkl.trainer.config import DistillConfig
 from fastkl.trainer.data import EncodedPrompt, batch_indices, encode_prompts, load_prompts
 from fastkl.trainer.evaluate import load_eval_prompts
 from fastkl.trainer.loop import Clock, Student, fit
-from fastkl.trainer.models import batch_layout, end_of_sequence, load_teacher, load_tokenizer
+from fastkl.trainer.models import batch_layout, end_of_sequence, fuse, load_teacher, load_tokenizer
 from fastkl.trainer.run import RunFolder, check_run_folder
 from fastkl.trainer.sampler import ContinuousBatchingSampler, Sampler
 from fastkl.trainer.samples import Sample, make_sample
@@ -123,12 +123,13 @@ def distill(config: DistillConfig) -> RunFolder:
     checks.check_chat(tokenizer, teacher_tokenizer, prompts)
 
     student = Student(config, config.loss, config.sampling.temperature)
-    teacher = FusedCausalLM(load_teacher(config.teacher, student.device))
+    teacher = fuse(load_teacher(config.teacher, student.device), "teacher")
     _check_models(config, student, teacher, tokenizer, prompts, eval_prompts)
     sampler = ContinuousBatchingSampler(
         student.model,
         eos_token_ids=end_of_sequence(student.model, tokenizer),
         max_batch_tokens=config.sampling.max_batch_tokens,
+        max_requests=config.sampling.max_requests,
     )
     source = OnPolicy(config, student, teacher, sampler, prompts)
     with RunFolder(config) as folder:

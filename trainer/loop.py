@@ -14,13 +14,12 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from fastkl.head import FusedCausalLM
 from fastkl.loss import LossOutput, policy_gradient_loss
 from fastkl.trainer.batching import Batch, batches
 from fastkl.trainer.config import ConfigError, LossConfig, OptimConfig, RunConfig
 from fastkl.trainer.data import EncodedPrompt
 from fastkl.trainer.evaluate import evaluate
-from fastkl.trainer.models import batch_layout, load_student, save_student
+from fastkl.trainer.models import batch_layout, fuse, load_student, save_student
 from fastkl.trainer.progress import Report
 from fastkl.trainer.run import RunFolder
 from fastkl.trainer.sampler import Sampler
@@ -65,7 +64,7 @@ class Student:
         self.model = load_student(config.student).to(self.device)
         self.layout = batch_layout(config.batch, self.model)
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        fused = FusedCausalLM(self.model)
+        fused = fuse(self.model, "student")
         optimizer = torch.optim.AdamW(
             trainable,
             lr=config.optim.lr,
@@ -75,14 +74,14 @@ class Student:
         self.scheduler = _scheduler(config.optim, optimizer)
         self.fused, self.optimizer = self.accelerator.prepare(fused, optimizer)
         self.accelerator.register_for_checkpointing(self.scheduler)
-        self.accelerator.register_save_state_pre_hook(_keep_trainable)
+        self.accelerator.register_save_state_pre_hook(_keep_trained)
 
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
 
     def restore(self, folder: str) -> None:
-        self.accelerator.load_state(folder, strict=self.config.student.lora.rank == 0)
+        self.accelerator.load_state(folder, strict=False)  # what is not trained is as it was loaded
 
     def update(self, samples: list[Sample]) -> dict[str, float]:
         """One step: `substeps` optimizer steps, each on the mean over its tokens, accumulated batch by batch."""
@@ -195,15 +194,13 @@ def _scheduler(config: OptimConfig, optimizer: torch.optim.Optimizer) -> Any:
     return get_scheduler(names[config.schedule], optimizer, config.warmup_steps, config.steps)
 
 
-def _keep_trainable(models: list[nn.Module], weights: list[dict[str, Tensor]], _: str) -> None:
-    """Checkpoints hold what is trained: with LoRA the adapter, not its base."""
+def _keep_trained(models: list[nn.Module], weights: list[dict[str, Tensor]], _: str) -> None:
+    """Checkpoints hold what is trained, once: no frozen base under a LoRA adapter, no second name of a tied weight."""
     for model, state in zip(models, weights, strict=True):
-        trained = {
-            name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad
-        }
-        if trained != {name for name, _ in model.named_parameters(remove_duplicate=False)}:
-            for name in [name for name in state if name not in trained]:
-                del state[name]
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        for name in dict(model.named_parameters(remove_duplicate=False)):
+            if name not in trained:
+                state.pop(name, None)
 
 
 def _mismatch_metrics(differences: list[Tensor]) -> dict[str, float]:

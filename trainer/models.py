@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastkl.head import FusedCausalLM
 from fastkl.trainer.batching import Layout
 from fastkl.trainer.config import BatchConfig, ConfigError, ModelConfig, StudentConfig
 
@@ -55,6 +56,14 @@ def load_student(config: StudentConfig) -> PreTrainedModel:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, adapter).train()
+
+
+def fuse(model: PreTrainedModel, name: str) -> FusedCausalLM:
+    """The model with a fused head; a head that cannot be fused is a ConfigError naming the model's part in the run."""
+    try:
+        return FusedCausalLM(model)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}: {error}") from error
 
 
 def save_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

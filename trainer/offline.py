@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from fastkl.head import FusedCausalLM
 from fastkl.trainer import checks
 from fastkl.trainer.config import ConfigError, EvaluateConfig, ScoreConfig
 from fastkl.trainer.data import completion_ids, encode_prompts, load_prompts
 from fastkl.trainer.evaluate import evaluate, load_eval_prompts
-from fastkl.trainer.models import batch_layout, end_of_sequence, load_model, load_teacher, load_tokenizer
+from fastkl.trainer.models import batch_layout, end_of_sequence, fuse, load_model, load_teacher, load_tokenizer
 from fastkl.trainer.run import write_text
 from fastkl.trainer.sampler import ContinuousBatchingSampler
 from fastkl.trainer.samples import make_sample
@@ -46,7 +45,7 @@ def score_completions(config: ScoreConfig) -> None:
         make_sample(prompt.ids, completion_ids(prompt.row, tokenizer), index) for index, prompt in enumerate(prompts)
     ]
     device: torch.device = PartialState().device
-    model = FusedCausalLM(load_teacher(config.model, device))
+    model = fuse(load_teacher(config.model, device), "model")
     checks.check_room(prompts, max(sample.loss_tokens for sample in samples), {"model": model.model}, "data")
     score(
         model,

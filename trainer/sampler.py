@@ -1,12 +1,16 @@
 """Sampling completions with the continuous batching of Hugging Face Transformers (5.17 to 5.23)."""
 
 import dataclasses
+import gc
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+
+from fastkl.trainer.config import ConfigError
 
 _CONFIG_FIELDS = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
 _PAGE_FIELD = "page_size" if "page_size" in _CONFIG_FIELDS else "block_size"  # renamed in 5.18 or later
@@ -56,13 +60,23 @@ class ContinuousBatchingSampler:
         max_requests: int = 64,
         max_batch_tokens: int = 512,
     ) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base: Any = model
+        if hasattr(base, "get_base_model"):  # PEFT
+            base = base.get_base_model()
         if not hasattr(base, "init_continuous_batching"):
-            raise TypeError(f"{type(base).__name__} has no continuous batching (init_continuous_batching)")
+            raise ConfigError(f"{type(base).__name__} cannot be sampled from: it has no continuous batching")
+        softcap = getattr(base.config.get_text_config(), "attn_logit_softcapping", None)
+        if softcap is not None and base.config._attn_implementation == "eager":
+            raise ConfigError(
+                f"{type(base).__name__} has attn_logit_softcapping {softcap}, which Transformers' paged eager attention "
+                f"ignores: its samples would be wrong. Use attn_implementation sdpa or a flash attention"
+            )
         if max_requests < 1 or max_batch_tokens < 1:
-            raise ValueError("max_requests and max_batch_tokens must be at least 1")
+            raise ConfigError(
+                f"max_requests is {max_requests}, max_batch_tokens is {max_batch_tokens}; both must be >= 1"
+            )
         self._model = model
-        self._base: Any = base
+        self._base = base
         self._eos = sorted(set(eos_token_ids))
         self._max_requests = max_requests
         self._max_batch_tokens = max_batch_tokens
@@ -83,7 +97,8 @@ class ContinuousBatchingSampler:
         training = [(module, module.training) for module in self._model.modules()]
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         try:
-            with torch.random.fork_rng(devices=devices):  # the batch processor seeds the global generators
+            # The engine seeds and draws from the global generators.
+            with _short_collections(), torch.random.fork_rng(devices=devices):
                 if _PAGED_PREFIX and attention in ("sdpa", "eager"):
                     self._base.set_attn_implementation(f"paged|{attention}")  # keeps it from going to flash
                 outputs = self._run(prompts, max_new_tokens, temperature, seed)
@@ -187,3 +202,16 @@ class ContinuousBatchingSampler:
                     f"prompt {index} has {len(prompt)} tokens: with {max_new_tokens} new ones it exceeds "
                     f"the model's {limit} positions"
                 )
+
+
+@contextmanager
+def _short_collections() -> Iterator[None]:
+    """Hides the objects that exist now from the full garbage collections that Transformers makes on every stop."""
+    if gc.get_freeze_count():  # unfreezing would also release what the caller froze
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
