@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkl.trainer.config import ConfigError
-from fastkl.trainer.data import EncodedPrompt
+from fastkl.trainer.data import EncodedPrompt, render_chat
 from fastkl.trainer.models import context_length, end_of_sequence
 
 SPECIALS = ("bos_token_id", "eos_token_id", "unk_token_id")
@@ -43,14 +43,16 @@ def check_vocabularies(student: PreTrainedModel, teacher: PreTrainedModel, token
 
 
 def check_chat(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, prompts: list[EncodedPrompt]
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    prompts: list[EncodedPrompt],
+    chat_template: bool,
 ) -> None:
-    """The teacher was trained on the same chat format, where prompts are chats."""
-    chats = [p.row for p in prompts if not isinstance(p.row.prompt, str)]
-    if chats and teacher.chat_template is not None and student.chat_template != teacher.chat_template:
-        messages = chats[0].prompt
-        ours = student.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        theirs = teacher.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    """The teacher was trained on the same chat format, where prompts are chats or text is made one."""
+    if teacher.chat_template is None or student.chat_template == teacher.chat_template:
+        return
+    for row in (p.row for p in prompts if chat_template or not isinstance(p.row.prompt, str)):
+        ours, theirs = render_chat(row, student), render_chat(row, teacher)
         if ours != theirs:
             raise ConfigError(
                 f"the chat templates of student and teacher differ: {ours[:80]!r}… and {theirs[:80]!r}…; the teacher "

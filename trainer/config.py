@@ -90,6 +90,11 @@ class DataConfig:
     max_prompt_tokens: int | None = None
     limit: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_tokens", "limit"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"data.{name} is {value}; it must be at least 1, or null")
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -116,7 +121,7 @@ class SamplingConfig:
     max_requests: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("prompts_per_step", "samples_per_prompt", "max_new_tokens"):
+        for name in ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "max_batch_tokens", "max_requests"):
             require(getattr(self, name) >= 1, f"sampling.{name} is {getattr(self, name)}; it must be at least 1")
         require(self.temperature > 0, f"sampling.temperature is {self.temperature}; on-policy sampling needs > 0")
         require(
@@ -158,6 +163,20 @@ class LossConfig:
             f"loss.truncate_ratio is {self.truncate_ratio} but loss.old_logprobs is current, where the ratio is 1; "
             f"unset one of them",
         )
+        require(
+            self.truncate_ratio is None or self.truncate_ratio > 0,
+            f"loss.truncate_ratio is {self.truncate_ratio}; it must be > 0, or null for no cap",
+        )
+        require(
+            0 <= self.clip_low <= 1 and self.clip_high >= 0,
+            f"loss.clip_low is {self.clip_low} and loss.clip_high is {self.clip_high}; clip_low must be between 0 and 1 "
+            f"and clip_high >= 0",
+        )
+        require(
+            self.dual_clip is None or (self.method == "ppo" and self.dual_clip > 1),
+            f"loss.dual_clip is {self.dual_clip} with loss.method {self.method}; it must be > 1 and belongs to ppo",
+        )
+        require(0 <= self.discount <= 1, f"loss.discount is {self.discount}; it must be between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -188,7 +207,15 @@ class OptimConfig:
         require(self.lr >= 0, f"optim.lr is {self.lr}; it must be >= 0")
         require(self.steps >= 1, f"optim.steps is {self.steps}; it must be at least 1")
         require(self.substeps >= 1, f"optim.substeps is {self.substeps}; it must be at least 1")
-        require(len(self.betas) == 2, f"optim.betas is {self.betas}; it must be two numbers")
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"optim.betas is {self.betas}; it must be two numbers, each at least 0 and below 1",
+        )
+        require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it must be >= 0")
+        require(
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            f"optim.max_grad_norm is {self.max_grad_norm}; it must be > 0, or null for no clipping",
+        )
         require(
             0 <= self.warmup_steps <= self.steps,
             f"optim.warmup_steps is {self.warmup_steps}; it must be between 0 and optim.steps ({self.steps})",
@@ -229,6 +256,11 @@ class EvalConfig:
     every: int = 0
     max_new_tokens: int = 256
     temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"eval.every is {self.every}; it must be >= 0")
+        require(self.max_new_tokens >= 1, f"eval.max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        require(self.temperature >= 0, f"eval.temperature is {self.temperature}; it must be >= 0 (0: greedy)")
 
 
 @dataclass(frozen=True)
@@ -302,6 +334,12 @@ class DistillConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.teacher.path), "teacher.path is empty; give a model folder or a Hub id")
+        samples = self.sampling.prompts_per_step * self.sampling.samples_per_prompt
+        require(
+            samples >= self.optim.substeps,
+            f"optim.substeps is {self.optim.substeps}, more than the {samples} samples of a step; raise "
+            f"sampling.prompts_per_step or lower optim.substeps",
+        )
 
 
 @dataclass(frozen=True)

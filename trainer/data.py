@@ -46,8 +46,9 @@ def load_prompts(config: DataConfig) -> list[Prompt]:
 def encode_prompts(
     prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, config: DataConfig
 ) -> list[EncodedPrompt]:
-    """Prompts as token ids; those longer than `max_prompt_tokens` are left out."""
-    encoded = [EncodedPrompt(row, prompt_ids(row, tokenizer, config.chat_template)) for row in prompts]
+    """Prompts as token ids, ready for the completion; those longer than `max_prompt_tokens` are left out."""
+    ids = prompt_ids(prompts, tokenizer, config.chat_template)
+    encoded = [EncodedPrompt(*pair) for pair in zip(prompts, ids, strict=True)]
     if config.max_prompt_tokens is not None:
         encoded = [prompt for prompt in encoded if len(prompt.ids) <= config.max_prompt_tokens]
         if not encoded:
@@ -58,25 +59,41 @@ def encode_prompts(
     return encoded
 
 
-def prompt_ids(row: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> list[int]:
-    """Token ids of a prompt, ready for the completion: messages go through the chat template, text may."""
-    if isinstance(row.prompt, str) and not chat_template:
-        return list(tokenizer(row.prompt)["input_ids"])
+def encode_completions(prompts: Sequence[EncodedPrompt], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of the given completions, each with its end of sequence."""
+    texts = []
+    for prompt in prompts:
+        if prompt.row.completion is None:
+            raise ConfigError(f"{prompt.row.source}: no `completion`; each row needs one here")
+        texts.append(prompt.row.completion)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [[*ids, *end] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def prompt_ids(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> list[list[int]]:
+    """Token ids of prompts: messages go through the chat template, and so does text, as a user's turn, if asked for.
+
+    A template writes its special tokens itself; to plain text the tokenizer adds its own (a BOS, say).
+    """
+    plain = {i: row.prompt for i, row in enumerate(prompts) if isinstance(row.prompt, str) and not chat_template}
+    chats = {i: render_chat(row, tokenizer) for i, row in enumerate(prompts) if i not in plain}
+    ids: dict[int, list[int]] = {}
+    for texts, add_special_tokens in ((plain, True), (chats, False)):
+        if texts:
+            encoded = tokenizer(list(texts.values()), add_special_tokens=add_special_tokens)["input_ids"]
+            ids.update(zip(texts, encoded, strict=True))
+    return [list(ids[i]) for i in range(len(prompts))]
+
+
+def render_chat(row: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A prompt in the tokenizer's chat format, up to where the answer begins."""
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"{row.source}: the tokenizer has no chat template; set data.chat_template to false and give text prompts"
         )
     messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return list(encoded["input_ids"])
-
-
-def completion_ids(row: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a given completion and its end of sequence."""
-    if row.completion is None:
-        raise ConfigError(f"{row.source}: no `completion`; each row needs one here")
-    ids = list(tokenizer(row.completion, add_special_tokens=False)["input_ids"])
-    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+    text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return text
 
 
 def batch_indices(rows: int, per_step: int, step: int, seed: int) -> list[int]:

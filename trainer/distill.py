@@ -120,7 +120,7 @@ def distill(config: DistillConfig) -> RunFolder:
     checks.check_tokenizers(tokenizer, teacher_tokenizer)
     prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
     eval_prompts = load_eval_prompts(config.eval, tokenizer)
-    checks.check_chat(tokenizer, teacher_tokenizer, prompts)
+    checks.check_chat(tokenizer, teacher_tokenizer, prompts, config.data.chat_template)
 
     student = Student(config, config.loss, config.sampling.temperature)
     teacher = fuse(load_teacher(config.teacher, student.device), "teacher")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from decimal import Decimal
 
 Grader = Callable[[str, str], float]
 
@@ -33,8 +34,8 @@ def boxed(completion: str, answer: str) -> float:
 GRADERS: dict[str, Grader] = {"last_number": last_number, "boxed": boxed}
 
 
-def _as_number(text: str) -> float:
-    return float(text.strip().replace(",", ""))
+def _as_number(text: str) -> Decimal:  # exact, where a float is not: integers beyond 2⁵³
+    return Decimal(text.strip().replace(",", ""))
 
 
 def _last_boxed(text: str) -> str | None:

@@ -96,8 +96,7 @@ class Student:
                 self.accelerator.backward(output.loss)
                 totals["loss"] += output.loss.item() / optim.substeps
                 share = len(batch.tokens) / tokens / optim.substeps
-                for name, value in output.metrics.items():
-                    totals[f"policy/{name}"] += value.item() * share
+                _add_policy_metrics(totals, output.metrics, share)
                 if first == 0 and batch.samples[0].sampler_logprobs and output.logprobs is not None:
                     mismatch.append(output.logprobs - batch.per_token("sampler_logprobs"))
             norms.append(self._clip())
@@ -152,6 +151,7 @@ def fit(
         start = checkpoint[0]
         student.restore(str(checkpoint[1]))
     folder.rewind(start if checkpoint is not None else -1)
+    student.accelerator.init_trackers("fastkl")
 
     def grade(metrics: dict[str, float]) -> None:
         if eval_prompts:
@@ -201,6 +201,17 @@ def _keep_trained(models: list[nn.Module], weights: list[dict[str, Tensor]], _: 
         for name in dict(model.named_parameters(remove_duplicate=False)):
             if name not in trained:
                 state.pop(name, None)
+
+
+def _add_policy_metrics(totals: dict[str, float], metrics: dict[str, Tensor], share: float) -> None:
+    """Adds those of a batch that holds `share` of the step's tokens; smallest and largest are not averaged."""
+    for name, value in metrics.items():
+        key, number = f"policy/{name}", value.item()
+        extreme = {"ratio_min": min, "ratio_max": max}.get(name)
+        if extreme is None:
+            totals[key] = totals.get(key, 0.0) + number * share
+        else:
+            totals[key] = extreme(totals.get(key, number), number)
 
 
 def _mismatch_metrics(differences: list[Tensor]) -> dict[str, float]:

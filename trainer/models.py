@@ -15,20 +15,25 @@ from fastkl.trainer.config import BatchConfig, ConfigError, ModelConfig, Student
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    _check_path(config)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        config.path, trust_remote_code=config.trust_remote_code
-    )
+    path = _check_path(config)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no tokenizer could be loaded from {config.path!r}, neither a folder here nor on the Hub: {error}"
+        ) from error
     return tokenizer
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
     """The model in its dtype, in eval mode, on the CPU."""
-    _check_path(config)
+    path = _check_path(config)
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
-    model: PreTrainedModel = _auto_class(config).from_pretrained(config.path, **options)
+    model: PreTrainedModel = _auto_class(config).from_pretrained(path, **options)
     return model.eval()
 
 
@@ -110,12 +115,15 @@ def _auto_class(config: ModelConfig) -> Any:
     return AutoLigerKernelForCausalLM
 
 
-def _check_path(config: ModelConfig) -> None:
-    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or os.path.exists(config.path)
-    if looks_local and not Path(config.path).expanduser().joinpath("config.json").is_file():
+def _check_path(config: ModelConfig) -> str:
+    """The folder or Hub id, `~` expanded; what looks like a folder must be one of a model."""
+    path = os.path.expanduser(config.path)
+    looks_local = path.startswith((".", "/")) or path.count("/") > 1 or os.path.exists(path)
+    if looks_local and not Path(path, "config.json").is_file():
         raise ConfigError(
-            f"model path {config.path!r} is not a model folder (no config.json in {Path(config.path).resolve()})"
+            f"model path {config.path!r} is not a model folder (no config.json in {Path(path).resolve()})"
         )
+    return path
 
 
 def _merged_state(base: PreTrainedModel) -> dict[str, torch.Tensor]:

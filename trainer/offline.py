@@ -11,7 +11,7 @@ from accelerate import PartialState
 
 from fastkl.trainer import checks
 from fastkl.trainer.config import ConfigError, EvaluateConfig, ScoreConfig
-from fastkl.trainer.data import completion_ids, encode_prompts, load_prompts
+from fastkl.trainer.data import encode_completions, encode_prompts, load_prompts
 from fastkl.trainer.evaluate import evaluate, load_eval_prompts
 from fastkl.trainer.models import batch_layout, end_of_sequence, fuse, load_model, load_teacher, load_tokenizer
 from fastkl.trainer.run import write_text
@@ -42,7 +42,8 @@ def score_completions(config: ScoreConfig) -> None:
     tokenizer = load_tokenizer(config.model)
     prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
     samples = [
-        make_sample(prompt.ids, completion_ids(prompt.row, tokenizer), index) for index, prompt in enumerate(prompts)
+        make_sample(prompt.ids, completion, index)
+        for index, (prompt, completion) in enumerate(zip(prompts, encode_completions(prompts, tokenizer), strict=True))
     ]
     device: torch.device = PartialState().device
     model = fuse(load_teacher(config.model, device), "model")
@@ -74,9 +75,9 @@ def _new_file(name: str) -> Path:
     path = Path(name)
     if path.exists():
         raise ConfigError(f"output {path} exists already; move it away or choose another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def _write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

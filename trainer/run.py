@@ -31,7 +31,7 @@ class RunFolder:
         self._checkpoints = self.path / "checkpoints"
         self._keep = config.checkpoint.keep
         check_run_folder(config)
-        self._checkpoints.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path / ".lock")
         try:
             self._lock.acquire(timeout=0)
@@ -40,6 +40,7 @@ class RunFolder:
                 f"another process is writing to {self.path}; wait for it or choose another run"
             ) from error
         write_text(self.path / "config.yaml", yaml.safe_dump(_settings(config), sort_keys=False, allow_unicode=True))
+        self._checkpoints.mkdir(exist_ok=True)  # last: a folder without config.yaml holds nothing but the lock
 
     def __enter__(self) -> RunFolder:
         return self
@@ -87,7 +88,9 @@ def check_run_folder(config: RunConfig) -> None:
                 f"{path} holds a run with another config: {'; '.join(changes)}. Choose another run folder, or the old "
                 f"settings to resume"
             )
-    elif path.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
+    elif path.exists() and not (
+        path.is_dir() and {entry.name for entry in path.iterdir()} <= {".lock", ".config.yaml.new"}
+    ):
         raise ConfigError(f"{path} exists and is not a run folder (no config.yaml); choose another run folder")
 
 
@@ -96,7 +99,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # splitlines() also cuts at U+2028
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fastkl.trainer import checks
 from fastkl.trainer.config import LossConfig, SftConfig
-from fastkl.trainer.data import batch_indices, completion_ids, encode_prompts, load_prompts
+from fastkl.trainer.data import batch_indices, encode_completions, encode_prompts, load_prompts
 from fastkl.trainer.evaluate import load_eval_prompts
 from fastkl.trainer.loop import Clock, Student, fit
 from fastkl.trainer.models import end_of_sequence, load_tokenizer
@@ -34,7 +34,8 @@ def sft(config: SftConfig) -> RunFolder:
     tokenizer = load_tokenizer(config.student)
     prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
     examples = [
-        make_sample(prompt.ids, completion_ids(prompt.row, tokenizer), index) for index, prompt in enumerate(prompts)
+        make_sample(prompt.ids, completion, index)
+        for index, (prompt, completion) in enumerate(zip(prompts, encode_completions(prompts, tokenizer), strict=True))
     ]
     for example in examples:
         example.advantages = [float(counted) for counted in example.loss_mask]

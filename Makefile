@@ -1,0 +1,35 @@
+# Everything runs from a fresh clone: `make demo` and `make test` set up .venv first. Needs Python 3.10+, pip and make.
+PYTHON ?= python3
+BIN := .venv/bin
+# The trainer never looks anything up on the Hub here: the demo and the tests make what they need.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: setup demo test test-slow lint bench clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python recipes/demo/run.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m bench loss --op policy_gradient --shape 1536,576,49152 --head trainable
+	$(BIN)/python -m bench loss --op policy_gradient --shape 1536,576,49152 --head frozen
+
+clean:
+	rm -rf .venv build dist *.egg-info
