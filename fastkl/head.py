@@ -117,9 +117,11 @@ def _head_computes(
 def _find_head(model: nn.Module) -> nn.Linear:
     """The module that turns hidden states into logits; a copy that peft trains in full (`modules_to_save`) included."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    if hasattr(head, "modules_to_save") and head.active_adapters:
-        head = head.modules_to_save[head.active_adapters[0]]
-    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+    if hasattr(head, "modules_to_save"):
+        on = head.active_adapters and not head.disable_adapters
+        head = head.modules_to_save[head.active_adapters[0]] if on else head.original_module
+    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    if not plain or not head.weight.is_floating_point():
         raise TypeError(
             f"the LM head of {_name(model)} is {type(head).__name__}, not a plain linear layer, and cannot be fused; leave "
             f"it out of LoRA's target_modules (train it in full with modules_to_save) and out of quantisation"

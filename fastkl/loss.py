@@ -166,7 +166,8 @@ def policy_gradient_loss(
     if reduction == "none":
         nll = row_values(spec, inputs, chunk_size)
         value, slope = objective(nll.detach(), slice(0, nll.shape[1]))
-        loss = _put(value + slope * (nll[0] - nll[0].detach()), index, y.numel()).reshape(tokens.shape)
+        moving = nll[0].where(slope != 0, 0.0)  # an impossible token (ℓ = −inf) has slope 0, and inf − inf is NaN
+        loss = _put(value + slope * (moving - moving.detach()), index, y.numel()).reshape(tokens.shape)
     else:
         total, nll = summed_loss(spec, inputs, objective, chunk_size)
         loss = total * reduce.factor(share)

@@ -1,15 +1,29 @@
-"""Tiny models, tokenizers and data for the trainer's tests: real Transformers objects, random weights."""
+"""Tiny models, tokenizers, data and configs for the trainer's tests: real Transformers objects, random weights."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+from fastkl.trainer import commands
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 CHARACTERS = "0123456789+-=abcdefghijklmnopqrstuvwxyz .?!"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'][0] }}>{{ message['content'] }}{% endfor %}"
@@ -17,38 +31,70 @@ CHAT_TEMPLATE = (
 )
 
 
-def tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
+def tokenizer(characters: str = CHARACTERS, **special: str) -> PreTrainedTokenizerFast:
     """One token per character, an end token and three roles."""
     words = ["<eos>", "<unk>", "<u>", "<s>", "<a>", *characters]
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"<eos>|<u>|<s>|<a>|."), "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>", pad_token="<eos>")
+    names = {"eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<eos>", **special}
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, **names)
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
 
 def llama(vocabulary: int, *, layers: int = 1, width: int = 16, seed: int = 0, **settings: object) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-        **{"initializer_range": 0.3, "tie_word_embeddings": True, **settings},
-    )
-    return LlamaForCausalLM(config)
+    values = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "initializer_range": 0.3,
+        "tie_word_embeddings": True,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(values | settings)))
 
 
-def save_model(folder: Path, **settings: object) -> Path:
-    """A model folder with its tokenizer."""
-    words = tokenizer()
-    llama(len(words), **settings).save_pretrained(folder)  # type: ignore[arg-type]
+def causal_lm(kind: str = "llama", attention: str = "sdpa", seed: int = 0, **settings: object) -> PreTrainedModel:
+    """A random model of a family, with weights large enough that its distributions are far from flat."""
+    torch.manual_seed(seed)
+    values: dict[str, object] = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    if kind in ("qwen3", "gemma2", "gemma3_text"):
+        values["head_dim"] = 16
+    if kind in ("gemma2", "gemma3_text", "mistral"):
+        values["sliding_window"] = 8
+    if kind == "gemma3_text":
+        values["layer_types"] = ["sliding_attention", "full_attention"]
+    config = AutoConfig.for_model(kind, **(values | settings))
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    return model
+
+
+def save_model(folder: Path, words: PreTrainedTokenizerFast | None = None, **settings: Any) -> Path:
+    """A model folder with its tokenizer. `vocabulary` pads the head beyond the tokenizer's ids."""
+    words = tokenizer() if words is None else words
+    llama(settings.pop("vocabulary", len(words)), **settings).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 
@@ -56,3 +102,58 @@ def save_model(folder: Path, **settings: object) -> Path:
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def sums(count: int = 12) -> list[dict[str, object]]:
+    """Prompts of different lengths, with an answer and a completion each."""
+    return [
+        {"prompt": f"{i}+{i * i}=", "answer": str(i + i * i), "completion": f"{i + i * i}"} for i in range(1, count + 1)
+    ]
+
+
+def arguments(command: str, settings: Mapping[str, object]) -> list[str]:
+    """A command line: `{"optim.lr": 0.1}` becomes `--optim.lr=0.1`."""
+    return [command, *(f"--{name}={json.dumps(v) if isinstance(v, list) else v}" for name, v in settings.items())]
+
+
+def config(command: str, settings: Mapping[str, object]) -> Any:
+    """The config that a command line stands for; the same door as a user's."""
+    return commands.parse(arguments(command, settings))[1]
+
+
+def training(run: Path, student: Path, data: Path, **overrides: object) -> dict[str, object]:
+    """Settings of a short run; `optim__lr=1` sets optim.lr."""
+    settings: dict[str, object] = {
+        "run": run,
+        "student.path": student,
+        "data.path": data,
+        "optim.lr": 0.01,
+        "optim.steps": 3,
+        "log_samples": 1000,
+    }
+    return settings | {name.replace("__", "."): value for name, value in overrides.items()}
+
+
+def distillation(run: Path, student: Path, teacher: Path, data: Path, **overrides: object) -> dict[str, object]:
+    small = {"teacher.path": teacher, "sampling.prompts_per_step": 6, "sampling.max_new_tokens": 8}
+    return training(run, student, data, **overrides) | small | _dotted(overrides)
+
+
+def _dotted(overrides: Mapping[str, object]) -> dict[str, object]:
+    return {name.replace("__", "."): value for name, value in overrides.items()}
+
+
+def run_python(code: str, *args: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter with `code`; stdout and stderr come back as text."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        **options,
+    )

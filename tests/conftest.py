@@ -1,0 +1,37 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastkl.kernels import driver
+
+
+@pytest.fixture
+def gemms(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """The GEMMs that the driver makes from here on, by name: the number of rows of each call."""
+    rows: dict[str, list[int]] = {"project": [], "hidden_gradient": [], "add_weight_gradient": []}
+
+    def count(name: str, position: int) -> None:
+        original: Callable[..., Tensor | None] = getattr(driver, name)
+
+        def counted(*args: Tensor) -> Tensor | None:
+            rows[name].append(args[position].shape[0])
+            return original(*args)
+
+        monkeypatch.setattr(driver, name, counted)
+
+    count("project", 0)  # hidden [n, D]
+    count("hidden_gradient", 0)  # gradient [n, V]
+    count("add_weight_gradient", 1)  # accumulator, gradient [n, V]
+    return rows
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The tensors of the tests are tiny: a second thread costs more than it brings."""
+    torch.set_num_threads(1)

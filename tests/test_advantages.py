@@ -1,0 +1,165 @@
+"""reverse_kl_advantages against the recursion of the reference, sequence by sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from loss_cases import PROPERTY, generator, packed_advantages
+from torch import Tensor
+
+from fastkl import loss
+
+DISCOUNTS = (0.0, 0.5, 1.0)
+MASKS = {"float": torch.float64, "bool": torch.bool, "int": torch.int64}
+
+
+def logprobs(shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
+    g = generator(seed)
+    sampler, teacher = (-torch.rand(shape, generator=g, dtype=torch.float64) * 4 for _ in range(2))
+    return sampler, teacher
+
+
+def masks(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
+    weights = torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=torch.float64)
+    return weights[torch.randint(4, shape, generator=generator(seed + 1))].to(dtype)
+
+
+def packs(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Ids that grow along the last dimension by 0 or 1: sequences of any length, of one token too."""
+    return torch.randint(2, shape, generator=generator(seed + 2)).cumsum(-1)
+
+
+@PROPERTY
+@given(
+    st.integers(0, 2**31),
+    # 1, 2, 3, 8, 9: around the powers of two at which the doubling sum takes one more step.
+    st.sampled_from([(0,), (1,), (2,), (3,), (8,), (9,), (33,), (2, 7), (3, 1), (2, 0), (2, 3, 5)]),
+    st.sampled_from([*DISCOUNTS, 0.97]),
+    st.sampled_from(sorted(MASKS)),
+    st.booleans(),
+    st.sampled_from([1.0, 0.3, -2.0]),
+)
+def test_equals_reference(
+    seed: int, shape: tuple[int, ...], discount: float, mask_dtype: str, packed: bool, coef: float
+) -> None:
+    sampler, teacher = logprobs(shape, seed)
+    mask, ids = masks(shape, seed, MASKS[mask_dtype]), packs(shape, seed) if packed else None
+    ours = loss.reverse_kl_advantages(sampler, teacher, mask, coef=coef, discount=discount, sequence_ids=ids)
+    expected = packed_advantages(sampler, teacher, mask.double(), ids, coef=coef, discount=discount)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("discount", DISCOUNTS)
+def test_without_mask_every_token_counts(discount: float) -> None:
+    sampler, teacher = logprobs((2, 9), 0)
+    ours = loss.reverse_kl_advantages(sampler, teacher, discount=discount)
+    assert torch.equal(ours, loss.reverse_kl_advantages(sampler, teacher, torch.ones(2, 9), discount=discount))
+    assert (ours != 0).all()
+
+
+def test_sign_and_order() -> None:
+    """A token that the teacher likes less than the sampler did is discouraged; the future pays for it, not the past."""
+    sampler, teacher = torch.zeros(3), torch.tensor([0.0, -2.0, 0.0])
+    assert loss.reverse_kl_advantages(sampler, teacher).tolist() == [0.0, -2.0, 0.0]
+    assert loss.reverse_kl_advantages(sampler, teacher, discount=0.5).tolist() == [-1.0, -2.0, 0.0]
+    assert loss.reverse_kl_advantages(sampler, teacher, discount=1.0, coef=0.5).tolist() == [-1.0, -1.0, 0.0]
+
+
+@pytest.mark.parametrize("discount", DISCOUNTS[1:])
+def test_no_sum_crosses_a_boundary(discount: float) -> None:
+    """One sequence packed between two others gets what it gets alone."""
+    sampler, teacher = logprobs((12,), 3)
+    ids = torch.tensor([7] * 3 + [2] * 5 + [9] * 4)  # ids need not be sorted
+    packed = loss.reverse_kl_advantages(sampler, teacher, discount=discount, sequence_ids=ids)
+    middle = slice(3, 8)
+    alone = loss.reverse_kl_advantages(sampler[middle], teacher[middle], discount=discount)
+    torch.testing.assert_close(packed[middle], alone)
+    poisoned = teacher.clone()
+    poisoned[8:] = torch.nan  # a broken sequence stays the only broken one
+    again = loss.reverse_kl_advantages(sampler, poisoned, discount=discount, sequence_ids=ids)
+    assert torch.equal(again[:8], packed[:8])
+
+
+@pytest.mark.parametrize("discount", DISCOUNTS)
+def test_rows_of_a_batch_are_separate(discount: float) -> None:
+    sampler, teacher = logprobs((3, 7), 4)
+    together = loss.reverse_kl_advantages(sampler, teacher, discount=discount)
+    for row in range(3):
+        torch.testing.assert_close(
+            together[row], loss.reverse_kl_advantages(sampler[row], teacher[row], discount=discount)
+        )
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("where", ["sampler", "teacher", "both"])
+@pytest.mark.parametrize("discount", DISCOUNTS)
+def test_masked_tokens_may_hold_anything(discount: float, where: str, garbage: float) -> None:
+    sampler, teacher = logprobs((2, 8), 5)
+    mask = masks((2, 8), 5, torch.float64)
+    assert 0 < (mask == 0).sum() < 16
+    clean = loss.reverse_kl_advantages(sampler, teacher, mask, discount=discount)
+    spoil = {"sampler": (True, False), "teacher": (False, True), "both": (True, True)}[where]
+    dirty = [
+        t.where(mask != 0, garbage) if spoiled else t for t, spoiled in zip((sampler, teacher), spoil, strict=True)
+    ]
+    ours = loss.reverse_kl_advantages(*dirty, mask, discount=discount)
+    assert torch.equal(ours, clean)
+    assert (ours[mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        ((torch.float32, torch.float32), torch.float32),
+        ((torch.bfloat16, torch.bfloat16), torch.float32),
+        ((torch.float32, torch.bfloat16), torch.float32),
+        ((torch.float32, torch.float64), torch.float64),
+    ],
+    ids=str,
+)
+def test_dtype_and_detachment(dtypes: tuple[torch.dtype, torch.dtype], expected: torch.dtype) -> None:
+    pairs = zip(logprobs((6,), 6), dtypes, strict=True)
+    sampler, teacher = (t.to(dtype).requires_grad_() for t, dtype in pairs)
+    ours = loss.reverse_kl_advantages(sampler, teacher, discount=0.5)
+    assert ours.dtype == expected
+    assert not ours.requires_grad
+    difference = sampler.detach().double() - teacher.detach().double()
+    exact = packed_advantages(difference, torch.zeros_like(difference), torch.ones(6), None, discount=0.5)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_arguments_are_not_changed() -> None:
+    sampler, teacher = logprobs((6,), 7)
+    before = sampler.clone(), teacher.clone()
+    loss.reverse_kl_advantages(sampler, teacher, discount=1.0)
+    assert torch.equal(sampler, before[0])
+    assert torch.equal(teacher, before[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(
+            {"teacher_logprobs": torch.zeros(2, 4)}, r"teacher_logprobs is \[2, 4\] .* \[2, 3\]", id="teacher"
+        ),
+        # [3] would broadcast, silently, to every sequence.
+        pytest.param({"mask": torch.ones(3)}, r"mask is \[3\] but sampler_logprobs is \[2, 3\]", id="mask"),
+        pytest.param({"sequence_ids": torch.ones(2, 1)}, r"sequence_ids is \[2, 1\] .* \[2, 3\]", id="sequence_ids"),
+        pytest.param({"discount": 1.5}, r"discount is 1\.5; it must be in \[0, 1\]", id="discount-high"),
+        pytest.param({"discount": -0.5}, r"discount is -0\.5", id="discount-low"),
+        pytest.param({"discount": torch.nan}, r"discount is nan", id="discount-nan"),
+        pytest.param(
+            {"sampler_logprobs": torch.tensor(0.0), "teacher_logprobs": torch.tensor(0.0)}, "0-dimensional", id="0-dim"
+        ),
+        pytest.param({"mask": torch.ones(2, 3, device="meta")}, "mask is on meta .* is on cpu", id="device"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loss.reverse_kl_advantages(
+            **{"sampler_logprobs": torch.zeros(2, 3), "teacher_logprobs": torch.zeros(2, 3), **change}
+        )

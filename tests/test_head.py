@@ -1,0 +1,343 @@
+"""The fused head: the model's own log-probs and gradients, and the model as it was afterwards."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import causal_lm, run_python
+from torch import Tensor, nn
+
+from fastkl.head import FusedCausalLM, LogitTransform, measure_logit_transform
+from fastkl.loss import linear_logprobs
+
+TEMPERATURE = 0.7
+
+# What each family adds between the hidden states and the logits.
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {"kind": "llama", "tie_word_embeddings": False},
+    "llama-tied": {"kind": "llama", "tie_word_embeddings": True},
+    "smollm3": {"kind": "smollm3", "tie_word_embeddings": True},
+    "qwen2": {"kind": "qwen2", "tie_word_embeddings": True},
+    "qwen2-untied": {"kind": "qwen2", "tie_word_embeddings": False},
+    "qwen3": {"kind": "qwen3", "tie_word_embeddings": True},
+    "gemma2-softcap": {"kind": "gemma2", "attention": "eager", "final_logit_softcapping": 3.0},
+    "gemma2-no-softcap": {"kind": "gemma2", "attention": "eager", "final_logit_softcapping": None},
+    "gemma3-softcap": {"kind": "gemma3_text", "final_logit_softcapping": 5.0},
+    "granite-scale": {"kind": "granite", "logits_scaling": 8.0, "tie_word_embeddings": True},
+    "cohere-scale": {"kind": "cohere", "logit_scale": 0.0625},
+    "phi-bias": {"kind": "phi", "tie_word_embeddings": False},
+}
+TRANSFORMS = {
+    "gemma2-softcap": LogitTransform(1.0, 3.0),
+    "gemma3-softcap": LogitTransform(1.0, 5.0),
+    "granite-scale": LogitTransform(0.125, None),
+    "cohere-scale": LogitTransform(0.0625, None),
+}
+
+
+def build(family: str) -> Any:
+    model = causal_lm(**FAMILIES[family])  # type: ignore[arg-type]
+    bias = model.get_output_embeddings().bias
+    if bias is not None:  # initialised to 0, where leaving it out would go unnoticed
+        nn.init.normal_(bias)
+    return model.train()
+
+
+def token_ids(seed: int = 0) -> Tensor:
+    return torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(seed))
+
+
+def plain_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
+    """Log-probs [2, 8] as everyone computes them: with all the logits."""
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    scores = torch.log_softmax(logits.to(dtype) / TEMPERATURE, -1)
+    return scores.gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+
+def fused_logprobs(fused: FusedCausalLM, ids: Tensor) -> Tensor:
+    return fused(
+        lambda hidden, weight, **head: linear_logprobs(
+            hidden[:, :-1], weight, ids[:, 1:], temperature=TEMPERATURE, **head
+        ),
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+    )
+
+
+def gradients(model: nn.Module, logprobs: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Values, and the gradient of a weighted sum of them by every parameter that is trained."""
+    model.zero_grad(set_to_none=True)
+    values = logprobs()
+    weights = torch.linspace(-1, 2, values.numel(), dtype=values.dtype).reshape(values.shape)
+    (values * weights).sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert found
+    return values.detach(), found
+
+
+def check_same(model: nn.Module) -> None:
+    """Fused and plain agree on one model, in values and in the set and the values of gradients."""
+    ids = token_ids()
+    values, wanted = gradients(model, lambda: plain_logprobs(model, ids))
+    fused = FusedCausalLM(model)
+    fused_values, found = gradients(model, lambda: fused_logprobs(fused, ids))
+    torch.testing.assert_close(fused_values, values, atol=2e-5, rtol=1e-5)
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        # relative to the tensor: its entries are sums over the vocabulary in another order
+        error, scale = (found[name] - gradient).abs().max(), gradient.abs().max()
+        assert error <= 2e-5 * scale + 1e-6, f"{name}: off by {error} at a scale of {scale}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_equals_the_unfused_model(family: str) -> None:
+    check_same(build(family))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_errs_no_more_than_the_unfused_model(family: str) -> None:
+    """Against the truth (the same bfloat16 weights in float64), by root mean square over each tensor."""
+    exact, ids = build(family).to(torch.bfloat16), token_ids()
+    model = copy.deepcopy(exact)
+    exact.double()
+    truth, true_gradients = gradients(exact, lambda: plain_logprobs(exact, ids))
+    values, plain = gradients(model, lambda: plain_logprobs(model, ids))
+    fused = FusedCausalLM(model)
+    fused_values, found = gradients(model, lambda: fused_logprobs(fused, ids))
+
+    def rms(a: Tensor, b: Tensor) -> float:
+        return float((a.double() - b.double()).square().mean().sqrt())
+
+    assert fused_values.dtype == torch.float32
+    assert rms(fused_values, truth) <= 1.5 * rms(values, truth) + 1e-3
+    for name, gradient in true_gradients.items():
+        ours, theirs = rms(found[name], gradient), rms(plain[name], gradient)
+        floor = 2**-9 * float(gradient.square().mean().sqrt())  # half a unit in the last place of bfloat16
+        assert ours <= 1.5 * theirs + floor, f"{name}: {ours} against {theirs} of the unfused model"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_measured_transform(family: str) -> None:
+    transform = measure_logit_transform(build(family))
+    wanted = TRANSFORMS.get(family, LogitTransform(1.0, None))
+    assert transform.logit_scale == pytest.approx(wanted.logit_scale, rel=1e-6)
+    assert transform.softcap == (None if wanted.softcap is None else pytest.approx(wanted.softcap, rel=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("scale", "cap"), [(0.1, 30.0), (3.0, 30.0), (1.0, 0.5), (1.0, 1000.0), (1e-3, None), (50.0, None)]
+)
+def test_measured_transform_of_any_scale_and_cap(scale: float, cap: float | None) -> None:
+    model = causal_lm()
+    plain_forward = model.forward
+
+    def forward(**inputs: Any) -> Any:
+        output = plain_forward(**inputs)
+        z = output.logits * scale
+        output.logits = z if cap is None else cap * torch.tanh(z / cap)
+        return output
+
+    model.forward = forward
+    transform = measure_logit_transform(model)
+    assert transform.logit_scale == pytest.approx(scale, rel=1e-3)
+    assert transform.softcap == (None if cap is None else pytest.approx(cap, rel=1e-3))
+    check_same(model)
+
+
+def test_gradient_checkpointing_equals_without() -> None:
+    model = build("qwen3")
+    ids, fused = token_ids(), FusedCausalLM(model)
+    values, wanted = gradients(model, lambda: fused_logprobs(fused, ids))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    again, found = gradients(model, lambda: fused_logprobs(fused, ids))
+    assert torch.equal(values, again)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5)
+
+
+def lora(model: Any, **options: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    return peft.get_peft_model(model, peft.LoraConfig(**(settings | options)))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient-checkpointing"])
+def test_lora_adapters_get_the_unfused_gradients(checkpointing: bool) -> None:
+    model = build("llama")
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    check_same(lora(model))
+
+
+def test_lora_all_linear_leaves_the_head_out() -> None:
+    check_same(lora(build("llama"), target_modules="all-linear"))
+
+
+def test_head_in_modules_to_save_is_trained_in_full() -> None:
+    model = lora(build("llama"), modules_to_save=["lm_head"])
+    check_same(model)
+    _, found = gradients(model, lambda: fused_logprobs(FusedCausalLM(model), token_ids()))
+    assert any("lm_head.modules_to_save" in name for name in found)
+
+
+def test_head_in_modules_to_save_with_the_adapter_off() -> None:
+    """The base model speaks with its own head then, not with the trained copy."""
+    model, ids = lora(build("llama"), modules_to_save=["lm_head"]), token_ids()
+    with torch.no_grad():
+        model.get_output_embeddings().modules_to_save["default"].weight.mul_(2)
+        fused = FusedCausalLM(model)
+        on = fused_logprobs(fused, ids)
+        with model.disable_adapter():
+            off = fused_logprobs(fused, ids)
+            torch.testing.assert_close(off, plain_logprobs(model, ids), atol=2e-5, rtol=1e-5)
+        assert not torch.allclose(on, off)
+
+
+def test_lora_on_the_head_is_refused_with_the_remedy() -> None:
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM.*target_modules.*modules_to_save"):
+        FusedCausalLM(lora(build("llama"), target_modules=["q_proj", "lm_head"]))
+
+
+class Doubling(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Quantised(nn.Linear):
+    """As the integer layers of quantisation packages are: a subclass with packed weights."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        self.weight = nn.Parameter(self.weight.to(torch.int8), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [nn.Sequential(nn.Linear(64, 64)), Doubling(64, 64), Quantised(64, 64)],
+    ids=["sequence", "subclass-with-a-forward-of-its-own", "int8-weight"],
+)
+def test_a_head_that_is_no_plain_linear_layer_is_refused(head: nn.Module) -> None:
+    model = build("llama")
+    model.lm_head = head
+    with pytest.raises(TypeError, match=f"LlamaForCausalLM is {type(head).__name__}"):
+        FusedCausalLM(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z: z.square(),
+        lambda z: -z,
+        lambda z: z + 1,
+        lambda z: z.clamp(-30, 30),
+        lambda z: torch.tanh(z) + 0.1 * z,
+    ],
+    ids=["squared", "negated", "shifted", "clamped", "tanh-and-more"],
+)
+def test_unknown_treatment_of_the_logits_is_refused(change: Callable[[Tensor], Tensor]) -> None:
+    model = build("llama")
+    plain_forward = model.forward
+
+    def forward(**inputs: Any) -> Any:
+        output = plain_forward(**inputs)
+        output.logits = change(output.logits)
+        return output
+
+    model.forward = forward
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*cannot be fused"):
+        FusedCausalLM(model)
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_the_model_is_as_before_afterwards() -> None:
+    model, ids = build("llama"), token_ids()
+    before = plain_logprobs(model, ids)
+    modules = [(name, type(module), set(vars(module))) for name, module in model.named_modules()]
+    gradients(model, lambda: fused_logprobs(FusedCausalLM(model), ids))
+    assert [(name, type(module), set(vars(module))) for name, module in model.named_modules()] == modules
+    assert "forward" not in vars(model.lm_head)
+    assert torch.equal(plain_logprobs(model, ids), before)
+
+
+def test_an_exception_in_the_function_leaves_the_head_restored() -> None:
+    model, ids = build("llama"), token_ids()
+    fused, before = FusedCausalLM(model), plain_logprobs(model, ids)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("in the loss")
+
+    with pytest.raises(ZeroDivisionError, match="in the loss"):
+        fused(broken, input_ids=ids)
+    assert "forward" not in vars(model.lm_head)
+    assert torch.equal(plain_logprobs(model, ids), before)
+
+
+def test_a_forward_that_someone_else_put_on_the_head_is_put_back() -> None:
+    model, ids = build("llama"), token_ids()
+    own = model.lm_head.forward = lambda hidden: nn.functional.linear(hidden, model.lm_head.weight)
+    fused_logprobs(FusedCausalLM(model), ids)
+    assert model.lm_head.forward is own
+
+
+def test_hooks_on_the_head_fire_and_see_the_hidden_states() -> None:
+    """DDP, FSDP2, ZeRO-3 and peft gather, cast and release weights in these hooks."""
+    model, ids, seen = build("llama"), token_ids(), []
+    fused = FusedCausalLM(model)
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(("before", inputs[0].shape)))
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(("after", output.shape)))
+    fused_logprobs(fused, ids)
+    assert seen == [("before", (2, 9, 64)), ("after", (2, 9, 0))]
+
+
+def test_one_inside_another() -> None:
+    """A teacher may be run from within the student's function; each has its own head back afterwards."""
+    outer, inner, ids = build("llama"), build("qwen2"), token_ids()
+    fused_outer, fused_inner = FusedCausalLM(outer), FusedCausalLM(inner)
+    alone = fused_logprobs(fused_outer, ids), fused_logprobs(fused_inner, ids)
+
+    def both(hidden: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor, Tensor]:
+        scores = linear_logprobs(hidden[:, :-1], weight, ids[:, 1:], temperature=TEMPERATURE, **head)
+        return scores, fused_logprobs(fused_inner, ids)
+
+    together = fused_outer(both, input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert "forward" not in vars(outer.lm_head)
+    assert "forward" not in vars(inner.lm_head)
+
+
+def test_a_model_that_never_runs_its_head_is_an_error() -> None:
+    model = build("llama")
+    fused = FusedCausalLM(model)
+    model.forward = lambda **_: None
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM ran its LM head 0 times"):
+        fused(lambda hidden, weight, **head: hidden.sum(), input_ids=token_ids())
+
+
+def test_saved_model_loads_without_fastkl(tmp_path: Path) -> None:
+    model, ids = build("gemma2-softcap"), token_ids()
+    gradients(model, lambda: fused_logprobs(FusedCausalLM(model), ids))
+    with torch.no_grad():  # as a training step would have
+        for parameter in model.parameters():
+            parameter -= 1e-3 * parameter.grad
+    model.eval().save_pretrained(tmp_path)
+    torch.save(ids, tmp_path / "ids.pt")
+    code = """
+import sys; sys.modules["fastkl"] = None  # any import of it fails
+import torch
+from transformers import AutoModelForCausalLM
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+with torch.no_grad():
+    torch.save(model(torch.load(folder + "/ids.pt")).logits, folder + "/logits.pt")
+"""
+    done = run_python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(ids).logits, atol=1e-5, rtol=1e-5)

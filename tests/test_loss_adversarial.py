@@ -1,0 +1,243 @@
+"""Data that breaks losses: degenerate logits, odd shapes, nothing to do, strange strides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from loss_cases import (
+    LOSSES,
+    Problem,
+    assert_results_as_accurate,
+    assert_same,
+    eager,
+    fused,
+    fused_output,
+    make_problem,
+    with_gradients,
+)
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SAME_TEACHER = {f"teacher_{f}": f for f in ("hidden", "weight", "bias")}
+
+
+def logits_problem(z: Tensor, dtype: torch.dtype) -> Problem:
+    """A problem whose logits are exactly `z` [N, V] (the weight is the identity), with the teacher's near them."""
+    n, vocabulary = z.shape
+    p = make_problem((n,), vocabulary, vocabulary, dtype=dtype)
+    identity = torch.eye(vocabulary, dtype=dtype)
+    p = p._replace(hidden=z.to(dtype), weight=identity, bias=None, mask=None, tokens=p.tokens.clamp(min=0))
+    exact = eager("linear_logprobs", p.double()).float()
+    own = p._replace(sampler_logprobs=exact + 0.2, teacher_logprobs=exact - 0.3)
+    return own._replace(teacher_hidden=(z * 0.9).to(dtype), teacher_weight=identity, teacher_bias=None)
+
+
+def one_hot(n: int = 5, vocabulary: int = 13) -> Tensor:
+    """Margins of 200: every other probability underflows in float32."""
+    return 200.0 * torch.eye(vocabulary)[torch.arange(n) * 2 % vocabulary]
+
+
+LOGITS = {
+    "one-hot": one_hot(),
+    "flat": torch.zeros(5, 13),
+    "flat-and-far-down": torch.full((5, 13), -300.0),
+    "all-below-minus-100": -150.0 + torch.randn(5, 13, generator=torch.Generator().manual_seed(0)),
+    "plus-minus-1e4": 1e4 * torch.tensor([1.0, -1.0]).repeat(5, 7)[:, :13],
+    "one-at-1e4": 1e4 * torch.eye(13)[:5],
+    "ties-at-the-top": one_hot() + one_hot().roll(1, 1),
+    "one-row": torch.linspace(-3, 3, 13)[None],
+    "vocabulary-of-one": torch.full((3, 1), 5.0),  # a certain token: log-prob 0, no gradient
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("z", LOGITS.values(), ids=LOGITS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_extreme_logits(name: str, z: Tensor, dtype: torch.dtype) -> None:
+    p = logits_problem(z, dtype)
+    results = [with_gradients(f, name, q) for f, q in ((fused, p), (eager, p), (eager, p.double()))]
+    for tensor in (results[0].value, *results[0].gradients.values()):
+        assert tensor.isfinite().all()
+    assert_results_as_accurate(*results, p)
+
+
+@pytest.mark.parametrize("shift", [1e4, -1e4, 0.0], ids=["up", "down", "none"])
+def test_large_common_shift_costs_no_digits(shift: float) -> None:
+    """Logits of 1e4 + k/8 are exact in float32: so must be the log-probs, whose own size is 1."""
+    z = shift + torch.arange(13.0).repeat(4, 1) / 8
+    p = logits_problem(z, torch.float32)
+    exact = eager("linear_logprobs", p.double())
+    torch.testing.assert_close(fused("linear_logprobs", p).double(), exact, rtol=3e-7, atol=0)
+
+
+# 127 and 1009 are primes; 50257 is GPT-2's and odd; 2 the smallest with a choice. One token, and a few.
+@pytest.mark.parametrize("n", [1, 3], ids=["N=1", "N=3"])
+@pytest.mark.parametrize("vocabulary", [2, 127, 1009, 50257])
+@pytest.mark.parametrize("name", LOSSES)
+def test_odd_vocabularies(name: str, vocabulary: int, n: int) -> None:
+    p = make_problem((n,), vocabulary, dim=3)._replace(tokens=torch.tensor([vocabulary - 1, 0, vocabulary // 2])[:n])
+    p = p._replace(mask=None)
+    assert_same(with_gradients(fused, name, p), with_gradients(eager, name, p))
+
+
+EMPTY = {"N=0": (0,), "B=2,T=0": (2, 0), "B=0,T=3": (0, 3)}
+NOTHING: dict[str, dict[str, Any]] = {
+    "sum": {"reduction": "sum"},
+    "mean": {},
+    "mean-of-others": {"normalizer": 12.0},
+    "none": {"reduction": "none"},
+}
+
+
+def assert_nothing(name: str, p: Problem, needs: tuple[str, ...], **options: Any) -> None:
+    """Loss 0, connected to the graph; gradients 0; metrics and log-probs finite."""
+    if name != "linear_logprobs":
+        output = fused_output(name, p, **options)
+        assert all(m.dim() == 0 and m.isfinite() for m in output.metrics.values())
+        assert output.logprobs is not None
+        assert (output.logprobs == 0).all()
+    else:
+        options = {k: v for k, v in options.items() if k == "skip_zero_rows"}
+    result = with_gradients(fused, name, p, needs, **options)
+    assert (result.value == 0).all()
+    assert result.gradients.keys() == set(needs)
+    for gradient in result.gradients.values():
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen-head", "all"])
+@pytest.mark.parametrize("reduction", NOTHING.values(), ids=NOTHING)
+@pytest.mark.parametrize("lead", EMPTY.values(), ids=EMPTY)
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_tokens(name: str, lead: tuple[int, ...], reduction: dict[str, Any], needs: tuple[str, ...]) -> None:
+    assert_nothing(name, make_problem(lead, dtype=torch.float32), needs, **reduction)
+
+
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen-head", "all"])
+@pytest.mark.parametrize("reduction", NOTHING.values(), ids=NOTHING)
+@pytest.mark.parametrize("how", ["bool-mask", "weight-mask", "ignored", "no-skip"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_all_masked(name: str, how: str, reduction: dict[str, Any], needs: tuple[str, ...]) -> None:
+    p, options = make_problem(dtype=torch.float32), dict(reduction)
+    if name == "linear_logprobs" or how in ("ignored", "no-skip"):  # linear_logprobs has no mask
+        p = p._replace(tokens=torch.full_like(p.tokens, -100))
+    else:
+        p = p._replace(mask=torch.zeros(p.tokens.shape, dtype=torch.bool if how == "bool-mask" else torch.float32))
+    if how == "no-skip":
+        options["skip_zero_rows"] = False
+    else:  # rows that take no part may hold anything
+        p = p._replace(hidden=torch.full_like(p.hidden, torch.nan), advantages=torch.full_like(p.advantages, torch.nan))
+    assert_nothing(name, p, needs, **options)
+
+
+@pytest.mark.parametrize("skip", [True, False], ids=["skip", "no-skip"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_garbage_in_masked_rows_stays_there(name: str, skip: bool) -> None:
+    """Padding holds whatever the model made of it: NaN there must not reach a value, a gradient or a metric.
+
+    Without skipping this holds of the per-token tensors; the hidden states are then documented to be finite.
+    """
+    p = make_problem((8,))
+    out = torch.tensor([1, 0, 0, 1, 0, 1, 0, 0], dtype=torch.bool)
+    p = p._replace(tokens=p.tokens.clamp(min=0).where(~out, -100), mask=None)
+    per_token = ("advantages", "sampler_logprobs", "teacher_logprobs")
+    dirty = p._replace(**{f: getattr(p, f).where(~out, torch.nan) for f in per_token})
+    if skip:
+        hidden = {f: getattr(p, f).where(~out[:, None], torch.nan) for f in ("hidden", "teacher_hidden")}
+        dirty = dirty._replace(**hidden)
+    ours, clean = (with_gradients(fused, name, q, skip_zero_rows=skip) for q in (dirty, p))
+    assert_same(ours, clean)
+    if name != "linear_logprobs":
+        outputs = [fused_output(name, q, skip_zero_rows=skip) for q in (dirty, p)]
+        assert outputs[0].metrics == outputs[1].metrics
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_duplicate_tokens(name: str) -> None:
+    p = make_problem((8,))
+    p = p._replace(tokens=torch.full_like(p.tokens, 4))
+    assert_same(with_gradients(fused, name, p), with_gradients(eager, name, p))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_minus_inf_bias_equals_smaller_vocabulary(name: str) -> None:
+    """Forbidden ids: the same as a head without them, and no gradient for their rows."""
+    p, allowed = make_problem(vocabulary=11), torch.tensor([0, 1, 2, 4, 5, 7, 8, 9, 10])
+    assert p.bias is not None
+    assert p.teacher_bias is not None
+    forbid = torch.zeros(11, dtype=torch.float64).index_fill(0, torch.tensor([3, 6]), -torch.inf)
+    p = p._replace(tokens=allowed[p.tokens % 9].where(p.tokens != -100, -100))
+    small = p._replace(
+        tokens=torch.searchsorted(allowed, p.tokens).where(p.tokens != -100, -100),
+        **{f: getattr(p, f)[allowed] for f in ("weight", "bias", "teacher_weight", "teacher_bias")},
+    )
+    ours = with_gradients(fused, name, p._replace(bias=p.bias + forbid, teacher_bias=p.teacher_bias + forbid))
+    for field in ("weight", "bias"):
+        assert (ours.gradients[field][[3, 6]] == 0).all()
+        ours.gradients[field] = ours.gradients[field][allowed]
+    assert_same(ours, with_gradients(fused, name, small))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_sampled_token_of_probability_zero(dtype: torch.dtype, reduction: str) -> None:
+    """ℓ = −inf: the ratio is 0, and so are the loss and the gradient of that token, not NaN."""
+    p = make_problem(dtype=dtype)._replace(mask=None)
+    assert p.bias is not None
+    forbidden = p._replace(
+        tokens=torch.tensor([3, 1, 3, 0, 2, 1]), bias=p.bias.index_fill(0, torch.tensor(3), -torch.inf)
+    )
+    ours = with_gradients(fused, "policy_gradient", forbidden, reduction=reduction)
+    assert_results_as_accurate(
+        ours,
+        *(with_gradients(eager, "policy_gradient", q, reduction=reduction) for q in (forbidden, forbidden.double())),
+        forbidden,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.6}, {"chunk_size": 2}], ids=["plain", "temperature", "chunks"]
+)
+def test_identical_student_and_teacher(options: dict[str, Any], dtype: torch.dtype) -> None:
+    p = make_problem((7,), 37, dtype=dtype)._replace(mask=None)
+    p = p._replace(**{own: getattr(p, other) for own, other in SAME_TEACHER.items()})
+    result = with_gradients(fused, "reverse_kl", p, reduction="none", **options)
+    assert (result.value == 0).all()
+    for gradient in result.gradients.values():
+        assert (gradient == 0).all()
+
+
+def stored_transposed(t: Tensor) -> Tensor:
+    return t.t().contiguous().t()
+
+
+def sliced(t: Tensor) -> Tensor:
+    return torch.stack([torch.full_like(t, torch.nan), t], dim=-1)[..., 1]
+
+
+def expanded(t: Tensor) -> Tensor:
+    return t[:1].expand_as(t)
+
+
+@pytest.mark.parametrize("layout", [stored_transposed, sliced, expanded])
+@pytest.mark.parametrize("field", ["hidden", "weight"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_non_contiguous(name: str, dtype: torch.dtype, field: str, layout: Any) -> None:
+    """Views as inputs: read through their strides, and gradients in the shape of the view."""
+    p = make_problem(dtype=dtype)
+    views = {f: layout(getattr(p, f)) for f in (field, f"teacher_{field}")}
+    dense = p._replace(**{f: v.contiguous() for f, v in views.items()})
+    needs = ("hidden", "weight")
+    expected = with_gradients(fused, name, dense, needs, chunk_size=4)
+    tensors = {f: views.get(f, getattr(p, f)).detach().requires_grad_() for f in needs}
+    assert not tensors[field].is_contiguous()
+    value = fused(name, p._replace(**{**views, **tensors}), chunk_size=4)
+    upstream = torch.linspace(-1, 2, 6, dtype=value.dtype) if value.dim() else None
+    gradients = torch.autograd.grad(value, list(tensors.values()), upstream)
+    torch.testing.assert_close(value, expected.value)
+    for f, gradient in zip(needs, gradients, strict=True):
+        torch.testing.assert_close(gradient, expected.gradients[f])

@@ -1,0 +1,187 @@
+"""The losses inside autograd: autocast, checkpointing, second backward passes, shared and changed weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from loss_cases import LOSSES, NEEDS, TRAINABLE, Problem, eager, fused, make_problem, with_gradients
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Composed forms take any upstream gradient, the others have computed their gradients when the forward pass is over.
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in LOSSES},
+    "policy_gradient-none": ("policy_gradient", {"reduction": "none"}),
+    "reverse_kl-none": ("reverse_kl", {"reduction": "none"}),
+}
+COMPOSED = [name for name in FORMS if name.endswith(("none", "logprobs"))]
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+def gradients(p: Problem, fields: tuple[str, ...] = TRAINABLE) -> dict[str, Tensor]:
+    return {f: getattr(p, f).grad for f in fields}
+
+
+def in_dtype(p: Problem, dtype: torch.dtype, *fields: str) -> Problem:
+    return p._replace(**{f: getattr(p, f).to(dtype) for f in fields})
+
+
+HEAD_FIELDS = ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias")
+
+
+@forms
+@pytest.mark.parametrize("backward_inside", [True, False], ids=["backward-inside", "backward-outside"])
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16], ids=["fp32-hidden", "bf16-hidden"])
+def test_autocast_equals_casting(form: tuple[str, Any], backward_inside: bool, hidden_dtype: torch.dtype) -> None:
+    """As in a mixed-precision step: float32 parameters, hidden states in whichever dtype the last layer gave."""
+    name, options = form
+    p = in_dtype(make_problem((2, 5), dtype=torch.float32), hidden_dtype, "hidden", "teacher_hidden").leaves()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = fused(name, p, chunk_size=3, **options)
+        if backward_inside:
+            value.sum().backward()
+    if not backward_inside:
+        value.sum().backward()
+    cast = in_dtype(p.leaves(()), torch.bfloat16, *HEAD_FIELDS).leaves()
+    expected = fused(name, cast, chunk_size=3, **options)
+    expected.sum().backward()
+    assert torch.equal(value, expected)
+    for field, gradient in gradients(p).items():
+        assert gradient.dtype == getattr(p, field).dtype
+        assert torch.equal(gradient, gradients(cast)[field].to(gradient.dtype)), field
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    p = make_problem()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = fused("reverse_kl", p)
+    assert torch.equal(value, fused("reverse_kl", p))
+
+
+@forms
+@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpoint(form: tuple[str, Any], use_reentrant: bool, needs: tuple[str, ...]) -> None:
+    name, options = form
+    p = make_problem((2, 5))
+    plain = with_gradients(lambda n, q, **o: fused(n, q, **o).sum(), name, p, needs, **options)
+
+    def checkpointed(name: str, p: Problem, **options: Any) -> Tensor:
+        def head(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return fused(name, p._replace(hidden=hidden, weight=weight, bias=bias), **options)
+
+        return checkpoint(head, p.hidden, p.weight, p.bias, use_reentrant=use_reentrant).sum()
+
+    again = with_gradients(checkpointed, name, p, needs, **options)
+    torch.testing.assert_close(again, plain)
+
+
+@forms
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_grad_mode(form: tuple[str, Any], context: Any) -> None:
+    name, options = form
+    p = make_problem((2, 5))
+    with context():
+        value = fused(name, p.leaves(), **options)
+        assert not value.requires_grad
+        torch.testing.assert_close(value.clone(), fused(name, p, **options))
+    torch.testing.assert_close(fused(name, p.leaves(), **options), value.clone())  # the same numbers with gradients
+
+
+@forms
+@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
+def test_second_backward_with_retain_graph(form: tuple[str, Any], needs: tuple[str, ...]) -> None:
+    name, options = form
+    p = make_problem((2, 5)).leaves(needs)
+    total = fused(name, p, **options).sum()
+    tensors = [getattr(p, f) for f in needs]
+    first = torch.autograd.grad(total, tensors, retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in first:
+        g.zero_()  # an optimizer may do as it likes with what it got
+    for ours, expected in zip(torch.autograd.grad(3.0 * total, tensors), kept, strict=True):
+        torch.testing.assert_close(ours, 3.0 * expected)
+
+
+@forms
+@pytest.mark.parametrize("needs", [("hidden",), TRAINABLE], ids=["frozen-head", "all"])
+@pytest.mark.parametrize(
+    ("upstream_grad", "message"),
+    [(True, "once_differentiable"), (False, "does not require grad")],
+    ids=["inner", "leaf"],
+)
+def test_gradient_of_a_gradient_is_refused(
+    form: tuple[str, Any], needs: tuple[str, ...], upstream_grad: bool, message: str
+) -> None:
+    name, options = form
+    p = make_problem((2, 5)).leaves(needs)
+    scale = torch.ones((), dtype=torch.float64, requires_grad=upstream_grad)
+    (first,) = torch.autograd.grad(fused(name, p, **options).sum() * scale, p.hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match=message):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_weight_changed_before_backward(name: str) -> None:
+    """The composed form reads the weight again: an optimizer step in between must not pass in silence."""
+    loss_name, options = FORMS[name]
+    p = make_problem().leaves()
+    total = fused(loss_name, p, **options).sum()
+    with torch.no_grad():
+        p.weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_frozen_weight_may_change_before_backward(name: str) -> None:
+    """The gradient of the frozen form is made already, with the weight of the forward pass."""
+    p = make_problem()
+    expected = with_gradients(lambda n, q: fused(n, q).sum(), name, p, ("hidden",)).gradients["hidden"]
+    q = p.leaves(("hidden",))
+    total = fused(name, q).sum()
+    q.weight.mul_(2.0)
+    total.backward()
+    torch.testing.assert_close(q.hidden.grad, expected)
+
+
+@forms
+def test_weight_tied_to_the_embedding(form: tuple[str, Any]) -> None:
+    """One Parameter, two uses: both gradients arrive."""
+    name, options = form
+    p, ids = make_problem((2, 5)), torch.arange(10).reshape(2, 5)
+    found = []
+    for function in (fused, eager):
+        table = torch.nn.Parameter(p.weight.clone())
+        hidden = torch.tanh(torch.nn.functional.embedding(ids, table))
+        function(name, p._replace(hidden=hidden, weight=table), **options).sum().backward()
+        found.append(table.grad)
+    torch.testing.assert_close(*found)
+
+
+@forms
+def test_hidden_from_a_graph(form: tuple[str, Any]) -> None:
+    """A LoRA step: gradients go through the hidden states into a model, none into the frozen head."""
+    name, options = form
+    p = make_problem((2, 5))
+    found = []
+    for function in (fused, eager):
+        q = p.leaves(())
+        adapter = torch.eye(5, dtype=torch.float64).requires_grad_()
+        function(name, q._replace(hidden=q.hidden @ adapter), **options).sum().backward()
+        assert q.weight.grad is None
+        found.append(adapter.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_unused_outputs_of_linear_logprobs() -> None:
+    """Only some tokens enter the user's loss; the others' upstream gradient is 0."""
+    p = make_problem((6,))
+    found = []
+    for function in (fused, eager):
+        q = p.leaves()
+        function("linear_logprobs", q)[2:4].exp().sum().backward()
+        found.append(gradients(q))
+    torch.testing.assert_close(*found)
