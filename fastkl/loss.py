@@ -19,8 +19,8 @@ in float32, a chunk of tokens at a time. The options they share, all keyword-onl
                     synchronisation (as a CUDA graph needs), all rows are computed, and masked rows must be finite.
 
 Token ids outside the vocabulary raise ValueError on a CPU; on an accelerator they end in a device-side assertion.
-Gradients of gradients are refused by autograd ("once_differentiable"). Formulas: `fastkl.reference`, where each loss
-stands once more as plain PyTorch.
+There are no gradients of gradients: backward with create_graph=True is refused. Formulas: `fastkl.reference`, where each
+loss stands once more as plain PyTorch.
 """
 
 from __future__ import annotations
@@ -206,15 +206,14 @@ def reverse_kl_advantages(
             raise ValueError(f"{name} is {list(tensor.shape)} but sampler_logprobs is {list(sampler_logprobs.shape)}")
         if tensor is not None:
             check.check_device(name, tensor, sampler_logprobs, "sampler_logprobs")
-    if sampler_logprobs.dim() == 0:
-        raise ValueError("sampler_logprobs is 0-dimensional; expected [..., T]")
     if not 0.0 <= discount <= 1.0:
         raise ValueError(f"discount is {discount}; it must be in [0, 1]")
     difference = sampler_logprobs.detach().to(dtype) - teacher_logprobs.detach().to(dtype)
     if mask is not None:
         difference = (difference * mask).where(mask != 0, 0.0)
-    future = difference if discount == 0.0 else _discounted_future(difference, discount, sequence_ids)
-    advantages = -coef * future
+    if discount > 0.0 and difference.dim() > 0:
+        difference = _discounted_future(difference, discount, sequence_ids)
+    advantages = -coef * difference
     return advantages if mask is None else advantages.where(mask != 0, 0.0)
 
 
@@ -247,18 +246,21 @@ def sampled_reverse_kl_loss(
 ) -> LossOutput:
     """On-policy distillation in one call: `policy_gradient_loss` on `env_advantages + reverse_kl_advantages(...)`.
 
-    The advantages are those of `reverse_kl_advantages(sampler_logprobs, teacher_logprobs, mask, coef=coef,
+    The advantages are those of `reverse_kl_advantages(sampler_logprobs, teacher_logprobs, mask != 0, coef=coef,
     discount=discount, sequence_ids=sequence_ids)`, computed before the update, plus `env_advantages` [...] if there is an
-    environment's reward too. All other arguments are those of `policy_gradient_loss`.
+    environment's reward too. All other arguments are those of `policy_gradient_loss`; a weight in `mask` counts once, in
+    the loss.
 
     Metrics: those of `policy_gradient_loss` and teacher_kl, the mean of ℓ_sampler − ℓ_teacher over the tokens that count.
     """
+    check.check_head(hidden, weight, bias)
     for name, tensor in (("teacher_logprobs", teacher_logprobs), ("sampler_logprobs", sampler_logprobs)):
         check.check_per_token(name, tensor, hidden)
-    counted = check.check_per_token("tokens", tokens, hidden) != ignore_index
-    share = counted if mask is None else check.check_per_token("mask", mask, hidden) * counted
+    active = check.check_per_token("tokens", tokens, hidden) != ignore_index
+    if mask is not None:
+        active = active & (check.check_per_token("mask", mask, hidden) != 0)
     advantages = reverse_kl_advantages(
-        sampler_logprobs, teacher_logprobs, share, coef=coef, discount=discount, sequence_ids=sequence_ids
+        sampler_logprobs, teacher_logprobs, active, coef=coef, discount=discount, sequence_ids=sequence_ids
     )
     if env_advantages is not None:
         advantages = advantages + check.check_per_token("env_advantages", env_advantages, hidden)
@@ -284,7 +286,6 @@ def sampled_reverse_kl_loss(
         chunk_size=chunk_size,
         skip_zero_rows=skip_zero_rows,
     )
-    active = share != 0
     gap = (sampler_logprobs - teacher_logprobs).detach().float()
     return output._replace(metrics={**output.metrics, "teacher_kl": _masked_mean(gap, active)})
 

@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastkl.kernels.driver import Inputs, Needs, Spec, evaluate, evaluate_with_gradients
 from fastkl.kernels.gemm import compute_dtype
@@ -46,6 +45,15 @@ def _wants_gradient(inputs: Inputs) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:3])
 
 
+def _refuse_double_backward() -> None:
+    """Gradients that could be differentiated again would silently lack this operator's part."""
+    if torch.is_grad_enabled():  # as it is in a backward pass under create_graph=True, and there alone
+        raise RuntimeError(
+            "fastkl losses cannot be differentiated twice: call backward or torch.autograd.grad without create_graph=True "
+            "(fastkl.reference has each loss in plain PyTorch, which can)"
+        )
+
+
 def _gradients(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of hidden, weight and bias as the gradients of all `Inputs`; the others never have one."""
     return *gradients, *[None] * (len(Inputs._fields) - len(gradients))
@@ -67,8 +75,8 @@ class _RowValues(torch.autograd.Function):
         return values[0].clone(), values
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
         if not ctx.recompute:
             (unit,) = ctx.saved_tensors
             return None, None, *_gradients((unit * upstream[:, None]).to(unit.dtype))
@@ -83,21 +91,30 @@ class _SummedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, spec: Spec, objective: Objective, limit: int | None, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        inputs = Inputs(*tensors)
+        inputs, needs = Inputs(*tensors), Needs(*ctx.needs_input_grad[3:6])
         losses = inputs.hidden.new_zeros(inputs.hidden.shape[0], dtype=compute_dtype(inputs.hidden.dtype))
 
         def slopes(values: Tensor, rows: slice) -> Tensor:
             losses[rows], slope = objective(values, rows)
             return slope
 
-        values, gradients = evaluate_with_gradients(spec, inputs, slopes, Needs(*ctx.needs_input_grad[3:6]), limit)
+        values, ctx.gradients = evaluate_with_gradients(spec, inputs, slopes, needs, limit)
+        ctx.recompute = lambda again: evaluate_with_gradients(
+            spec, again, lambda v, r: objective(v, r)[1], needs, limit
+        )
         ctx.dtype = inputs.weight.dtype
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(*inputs)
         ctx.mark_non_differentiable(values)
         return losses.sum(), values
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if g is None else (g * upstream).to(ctx.dtype) for g in ctx.saved_tensors]
+        """The gradients are scaled in place and handed over: a copy would cost a second weight gradient.
+
+        A second backward pass (retain_graph=True) finds them gone and computes them again.
+        """
+        _refuse_double_backward()
+        gradients = ctx.gradients or ctx.recompute(Inputs(*ctx.saved_tensors))[1]
+        ctx.gradients = None
+        scaled = [None if g is None else g.mul_(upstream).to(ctx.dtype) for g in gradients]
         return None, None, None, *_gradients(*scaled)

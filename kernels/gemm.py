@@ -42,6 +42,8 @@ def hidden_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
     """gradient @ weight [n, D] in the compute dtype; gradient [n, V], weight [V, D]."""
     if _writes_fp32(weight):
         return torch.mm(gradient.to(weight.dtype), weight, gradient.dtype)
+    if weight.dtype == gradient.dtype:
+        return gradient @ weight
     out = gradient.new_zeros(gradient.shape[0], weight.shape[1])
     for columns, block in _upcast_blocks(weight, gradient.dtype):
         out.addmm_(gradient[:, columns], block)

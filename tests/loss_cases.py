@@ -142,7 +142,7 @@ def eager(name: str, p: Problem, **options: Any) -> Tensor:
         return reference.reduce(reference.reverse_kl(z, z_teacher), mask, **reduction)
     advantages = p.advantages
     if name == "sampled_reverse_kl":
-        advantages = _eager_advantages(p, mask, options)
+        advantages = _eager_advantages(p, (mask != 0).to(mask.dtype), options)  # a weight counts once, in the loss
     per_token = reference.policy_gradient(reference.logprobs(z, p.tokens), advantages, p.sampler_logprobs, **options)
     return reference.reduce(per_token, mask, **reduction)
 

@@ -152,9 +152,6 @@ def test_arguments_are_not_changed() -> None:
         pytest.param({"discount": 1.5}, r"discount is 1\.5; it must be in \[0, 1\]", id="discount-high"),
         pytest.param({"discount": -0.5}, r"discount is -0\.5", id="discount-low"),
         pytest.param({"discount": torch.nan}, r"discount is nan", id="discount-nan"),
-        pytest.param(
-            {"sampler_logprobs": torch.tensor(0.0), "teacher_logprobs": torch.tensor(0.0)}, "0-dimensional", id="0-dim"
-        ),
         pytest.param({"mask": torch.ones(2, 3, device="meta")}, "mask is on meta .* is on cpu", id="device"),
     ],
 )
@@ -163,3 +160,9 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
         loss.reverse_kl_advantages(
             **{"sampler_logprobs": torch.zeros(2, 3), "teacher_logprobs": torch.zeros(2, 3), **change}
         )
+
+
+def test_a_single_token_without_dimensions() -> None:
+    one = loss.reverse_kl_advantages(torch.tensor(-1.0), torch.tensor(-3.0), coef=0.5, discount=0.9)
+    assert one.shape == ()
+    assert one.item() == -1.0

@@ -107,20 +107,12 @@ def test_second_backward_with_retain_graph(form: tuple[str, Any], needs: tuple[s
 
 @forms
 @pytest.mark.parametrize("needs", [("hidden",), TRAINABLE], ids=["frozen-head", "all"])
-@pytest.mark.parametrize(
-    ("upstream_grad", "message"),
-    [(True, "once_differentiable"), (False, "does not require grad")],
-    ids=["inner", "leaf"],
-)
-def test_gradient_of_a_gradient_is_refused(
-    form: tuple[str, Any], needs: tuple[str, ...], upstream_grad: bool, message: str
-) -> None:
+def test_gradient_of_a_gradient_is_refused(form: tuple[str, Any], needs: tuple[str, ...]) -> None:
+    """Even where the upstream gradient is a constant: what came back would lack this operator's second order."""
     name, options = form
     p = make_problem((2, 5)).leaves(needs)
-    scale = torch.ones((), dtype=torch.float64, requires_grad=upstream_grad)
-    (first,) = torch.autograd.grad(fused(name, p, **options).sum() * scale, p.hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match=message):
-        first.sum().backward()
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(fused(name, p, **options).sum(), p.hidden, create_graph=True)
 
 
 @pytest.mark.parametrize("name", COMPOSED)

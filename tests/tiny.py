@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -21,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fastkl import cli
 from fastkl.trainer import commands
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -157,3 +162,37 @@ def run_python(code: str, *args: object, **options: Any) -> subprocess.Completed
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         **options,
     )
+
+
+def die_at(command_line: list[str], target: str, call: int, after: bool) -> None:
+    """Runs a command, and kills the process with SIGKILL before or after so-many-th call of `module:function`."""
+    torch.set_num_threads(1)
+    module, _, name = target.partition(":")
+    owner: Any = importlib.import_module(module)
+    *path, name = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        last = next(calls) == call
+        if last and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, dying)
+    cli.main(command_line)
+
+
+def killed(command_line: list[str], target: str, call: int, after: bool) -> bool:
+    """Whether `die_at`, in a process of its own, came to its end by the signal."""
+    # A server that has imported everything forks the processes: each starts in no time, and from a clean state.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastkl.trainer.distill", "fastkl.cli"])
+    process = context.Process(target=die_at, args=(command_line, target, call, after))
+    process.start()
+    process.join()
+    return process.exitcode == -signal.SIGKILL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkl.trainer.config import ConfigError
@@ -10,6 +11,17 @@ from fastkl.trainer.models import context_length, end_of_sequence
 
 SPECIALS = ("bos_token_id", "eos_token_id", "unk_token_id")
 SAMPLE_TEXT = "The quick brown fox: 3.14 + 2 = 5,14!\n\tdéjà vu — 日本語 🙂 def f(x): return x ** 2"
+
+
+def check_trackers(names: list[str]) -> None:
+    """accelerate drops a tracker that is not installed without a word."""
+    installed = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in (*installed, "all"):
+            raise ConfigError(
+                f"trackers has {name!r}, which is not installed or unknown to accelerate (installed here: "
+                f"{', '.join(installed) or 'none'}); install it or leave it out, metrics.jsonl is always written"
+            )
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -70,18 +82,19 @@ def check_end_of_sequence(student: list[int], teacher: PreTrainedModel, tokenize
 
 
 def check_room(
-    prompts: list[EncodedPrompt], max_new_tokens: int, models: dict[str, PreTrainedModel], where: str
+    prompts: list[EncodedPrompt], max_new_tokens: int | list[int], models: dict[str, PreTrainedModel], where: str
 ) -> None:
-    """The longest prompt and a full completion fit every model's context."""
-    longest = max(prompts, key=lambda prompt: len(prompt.ids))
+    """Every prompt and its completion (a full one, or one of the given length) fit every model's context."""
+    lengths = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    longest, new = max(zip(prompts, lengths, strict=True), key=lambda pair: len(pair[0].ids) + pair[1])
     empty = min(prompts, key=lambda prompt: len(prompt.ids))
     if not empty.ids:
         raise ConfigError(f"{empty.row.source} is an empty prompt; a completion needs at least one token before it")
     for name, model in models.items():
         limit = context_length(model)
-        if limit is not None and len(longest.ids) + max_new_tokens > limit:
+        if limit is not None and len(longest.ids) + new > limit:
             raise ConfigError(
-                f"{longest.row.source} has {len(longest.ids)} tokens; with {max_new_tokens} new ones it exceeds the "
+                f"{longest.row.source} has {len(longest.ids)} tokens; with {new} new ones it exceeds the "
                 f"{name}'s context of {limit}. Lower max_new_tokens or set {where}.max_prompt_tokens to "
-                f"{max(1, limit - max_new_tokens)}"
+                f"{max(1, limit - new)}"
             )

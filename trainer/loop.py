@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from fastkl.loss import LossOutput, policy_gradient_loss
 from fastkl.trainer.batching import Batch, batches
+from fastkl.trainer.checks import check_trackers
 from fastkl.trainer.config import ConfigError, LossConfig, OptimConfig, RunConfig
 from fastkl.trainer.data import EncodedPrompt
 from fastkl.trainer.evaluate import evaluate
@@ -51,6 +52,7 @@ class Student:
     """The model being trained, with its optimizer and schedule, under accelerate."""
 
     def __init__(self, config: RunConfig, loss: LossConfig, temperature: float) -> None:
+        check_trackers(config.trackers)
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision, log_with=config.trackers or None, project_dir=config.run
         )

@@ -47,7 +47,7 @@ def score_completions(config: ScoreConfig) -> None:
     ]
     device: torch.device = PartialState().device
     model = fuse(load_teacher(config.model, device), "model")
-    checks.check_room(prompts, max(sample.loss_tokens for sample in samples), {"model": model.model}, "data")
+    checks.check_room(prompts, [sample.loss_tokens for sample in samples], {"model": model.model}, "data")
     score(
         model,
         samples,

@@ -43,8 +43,7 @@ def sft(config: SftConfig) -> RunFolder:
 
     student = Student(config, LossConfig(method="reinforce", old_logprobs="current"), temperature=1.0)
     checks.check_vocabularies(student.model, student.model, tokenizer)
-    longest = max(example.loss_tokens for example in examples)
-    checks.check_room(prompts, longest, {"student": student.model}, "data")
+    checks.check_room(prompts, [example.loss_tokens for example in examples], {"student": student.model}, "data")
     if eval_prompts:
         checks.check_room(eval_prompts, config.eval.max_new_tokens, {"student": student.model}, "eval.data")
     sampler = ContinuousBatchingSampler(student.model, eos_token_ids=end_of_sequence(student.model, tokenizer))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastkl.head import FusedCausalLM
 from fastkl.loss import linear_logprobs
-from fastkl.trainer.batching import Batch, Layout, batches
+from fastkl.trainer.batching import PAD_ID, Batch, Layout, batches
 from fastkl.trainer.samples import Sample
 
 UNKNOWN = -50.0  # a log-prob for what the model cannot say: low enough to push it away, and finite
@@ -36,7 +36,10 @@ def score(
 
 
 def batch_logprobs(model: FusedCausalLM, batch: Batch, temperature: float) -> Tensor:
-    """Log-probs [n] of the counted tokens of a batch; UNKNOWN for ids beyond the model's head (another's padding)."""
+    """Log-probs [n] of the counted tokens of a batch; UNKNOWN for ids beyond the model's head (another's padding).
+
+    Such an id has no embedding either: what comes after it is scored as if it were PAD_ID.
+    """
 
     def logprobs(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:
         known = batch.tokens < weight.shape[0]
@@ -44,4 +47,7 @@ def batch_logprobs(model: FusedCausalLM, batch: Batch, temperature: float) -> Te
         values = linear_logprobs(hidden.flatten(0, 1)[batch.rows], weight, tokens, temperature=temperature, **head)
         return values.where(known, UNKNOWN)
 
-    return model(logprobs, **batch.inputs)
+    config: Any = model.model.config
+    ids = batch.inputs["input_ids"]
+    readable = ids.where(ids < config.get_text_config().vocab_size, PAD_ID)
+    return model(logprobs, **{**batch.inputs, "input_ids": readable})

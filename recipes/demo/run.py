@@ -51,7 +51,7 @@ def prepare() -> None:
 
 
 def train_both(*names: str) -> None:
-    logs = [open(RUN / f"{name}.log", "w") for name in names]  # noqa: SIM115
+    logs = [(RUN / f"{name}.log").open("w") for name in names]
     processes = [fastkl("sft", name, log.fileno()) for name, log in zip(names, logs, strict=True)]
     for name, process, log in zip(names, processes, logs, strict=True):
         wait(process, f"; see {RUN / name}.log")
@@ -83,7 +83,7 @@ def summarise(seconds: float) -> None:
         "student_accuracy_after": accuracies[-1],
         "teacher_kl_first": kls[0],
         "teacher_kl_last": kls[-1],
-        "held_out_problems": sum(1 for _ in open(RUN / "data" / "heldout.jsonl")),
+        "held_out_problems": len(read_jsonl(RUN / "data" / "heldout.jsonl")),
         "seconds": round(seconds, 1),
     }
     levels = {"teacher": teacher, "student before": accuracies[0]}

@@ -1,0 +1,173 @@
+"""What is measured: the tensors of one problem, shaped like a language model's, and the loss built on them.
+
+A row of hidden states points at one token by a margin m_i and is otherwise noise, so that the row's probabilities are a
+peak of sigmoid(m_i) and a long tail, as a language model's are. The margins are normal; their mean is solved for the mean
+entropy that is asked for. Tokens are sampled from the model, the sampler's log-probs are the model's plus a little noise
+(another kernel, an older step), advantages are normal, the teacher is a perturbed copy of the student.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkl import reference
+
+OPS = ("logprobs", "policy_gradient", "reverse_kl")
+HEADS = ("frozen", "trainable")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+TAIL_SHARE = 0.45  # the tail's entropy as a share of log V: about 4.9 nats at V = 49152
+MARGIN_STD = 3.0  # nats; from rows that are certain to rows that are flat
+SAMPLER_STD = 0.05  # nats between the sampler's and the trainer's log-probs
+TEACHER_STD = 0.3  # of the noise in the student's rows
+_ROWS_AT_A_TIME = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One problem. `hidden` wants a gradient, `weight` does if the head is trainable."""
+
+    op: str
+    head: str
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    tokens: Tensor  # [N] int64
+    advantages: Tensor  # [N] float32; of op logprobs: the upstream gradient
+    sampler_logprobs: Tensor  # [N] float32
+    teacher_hidden: Tensor | None = None  # [N, D], of op reverse_kl
+    teacher_weight: Tensor | None = None  # [V, D]
+
+    @property
+    def gradient_inputs(self) -> tuple[Tensor, ...]:
+        """The leaves whose gradients are asked for."""
+        return (self.hidden, self.weight) if self.head == "trainable" else (self.hidden,)
+
+    @property
+    def teacher(self) -> tuple[Tensor, Tensor]:
+        """Hidden states and weight of the teacher; only a case of op reverse_kl has one."""
+        assert self.teacher_hidden is not None
+        assert self.teacher_weight is not None
+        return self.teacher_hidden, self.teacher_weight
+
+    def objective(self, logprobs: Tensor) -> Tensor:
+        """The scalar loss of the ops that are built on the tokens' log-probs [N]."""
+        if self.op == "logprobs":
+            return -(logprobs * self.advantages).mean()
+        return reference.policy_gradient(logprobs, self.advantages, self.sampler_logprobs).mean()
+
+    def clear_gradients(self) -> None:
+        for leaf in self.gradient_inputs:
+            leaf.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """What the last backward pass left in the leaves, in the order of `gradient_inputs`."""
+        gradients = [leaf.grad for leaf in self.gradient_inputs]
+        assert all(g is not None for g in gradients), "no backward pass has run"
+        return [g for g in gradients if g is not None]
+
+    def rows(self, rows: slice | Tensor) -> Case:
+        """The same problem on some of its rows. The weight, and so its gradient, is shared with this one."""
+        teacher = None if self.teacher_hidden is None else self.teacher_hidden[rows]
+        return dataclasses.replace(
+            self,
+            hidden=self.hidden.detach()[rows].clone().requires_grad_(),
+            tokens=self.tokens[rows],
+            advantages=self.advantages[rows],
+            sampler_logprobs=self.sampler_logprobs[rows],
+            teacher_hidden=teacher,
+        )
+
+    def in_float64(self) -> Case:
+        """The same numbers in float64: what the references are computed from."""
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.detach().double() if tensor.is_floating_point() else tensor
+
+        tensors: dict[str, Any] = {
+            field.name: cast(value)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        case = dataclasses.replace(self, **tensors)
+        for leaf in case.gradient_inputs:
+            leaf.requires_grad_()
+        return case
+
+
+def make_case(
+    op: str, shape: tuple[int, int, int], dtype: torch.dtype, head: str, device: str, entropy: float, seed: int
+) -> Case:
+    """Random tensors with rows of `entropy` nats on average; equal seeds give equal tensors on one kind of device."""
+    n, d, vocabulary = shape
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    # Rows of W have norm 1, so h = c W[v] + s noise has a logit of c at v and normal ones of deviation s elsewhere. Their
+    # log-sum-exp is log V + s²/2 and their entropy log V − s²/2.
+    log_v = math.log(vocabulary)
+    noise = math.sqrt(2 * (1 - TAIL_SHARE) * log_v)
+    margin = _mean_margin(entropy, TAIL_SHARE * log_v) + MARGIN_STD * normal(n, 1)
+    weight = torch.nn.functional.normalize(normal(vocabulary, d), dim=-1)
+    peak = torch.randint(vocabulary, (n,), generator=generator, device=device)
+    hidden = (log_v + noise**2 / 2 + margin) * weight[peak] + noise * normal(n, d)
+    teacher_hidden = teacher_weight = None
+    if op == "reverse_kl":
+        teacher_hidden = (hidden + TEACHER_STD * noise * normal(n, d)).to(dtype)
+        teacher_weight = (weight + TEACHER_STD * 0.1 / math.sqrt(d) * normal(vocabulary, d)).to(dtype)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    tokens, logprobs = _sample(hidden, weight, generator)
+    return Case(
+        op,
+        head,
+        hidden.requires_grad_(),
+        weight.requires_grad_(head == "trainable"),
+        tokens,
+        normal(n),
+        logprobs + SAMPLER_STD * normal(n),
+        teacher_hidden,
+        teacher_weight,
+    )
+
+
+def max_entropy(vocabulary: int) -> float:
+    """The largest mean entropy that `make_case` can be asked for."""
+    return 0.9 * TAIL_SHARE * math.log(vocabulary)
+
+
+@torch.no_grad()
+def mean_entropy(case: Case) -> float:
+    """Nats per row, over the first rows of the case."""
+    z = torch.nn.functional.linear(case.hidden[:_ROWS_AT_A_TIME], case.weight).float()
+    return torch.distributions.Categorical(logits=z, validate_args=False).entropy().mean().item()
+
+
+def _mean_margin(entropy: float, tail: float) -> float:
+    """The mean of normal margins m for which E[binary entropy of p + (1 − p) tail] = entropy, p = sigmoid(m)."""
+    spread = MARGIN_STD * torch.linspace(-3, 3, 121, dtype=torch.float64)
+    share = torch.exp(-((spread / MARGIN_STD) ** 2) / 2)
+    low, high = -40.0, 40.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        p = torch.sigmoid(middle + spread)
+        rows = torch.special.entr(p) + torch.special.entr(1 - p) + (1 - p) * tail
+        low, high = (middle, high) if (rows * share).sum() / share.sum() > entropy else (low, middle)
+    return low
+
+
+@torch.no_grad()
+def _sample(hidden: Tensor, weight: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Tokens [N] from the model, and their log-probs [N] float32."""
+    tokens, logprobs = [], []
+    for rows in hidden.detach().split(_ROWS_AT_A_TIME):
+        row_logprobs = torch.log_softmax(torch.nn.functional.linear(rows, weight).float(), -1)
+        token = torch.multinomial(row_logprobs.exp(), 1, generator=generator)
+        tokens.append(token.squeeze(1))
+        logprobs.append(row_logprobs.gather(1, token).squeeze(1))
+    return torch.cat(tokens), torch.cat(logprobs)
