@@ -151,7 +151,7 @@ def test_chat_template_on_text_off_text_and_messages(tmp_path: Path) -> None:
     wanted = {True: ["<u>1+1=<a>", "<s>s<u>u<a>", "<u>2<a>"], False: ["1+1=", "<s>s<u>u<a>", "2"]}
     for chat_template, texts in wanted.items():  # a chat needs the template whatever the setting
         ids = encode(rows, words, chat_template)
-        assert [words.decode(row).replace(" ", "") for row in ids] == texts
+        assert [words.decode(row) for row in ids] == texts
 
 
 def test_missing_chat_template_names_the_row_and_the_setting(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,6 +41,7 @@ def tokenizer(characters: str = CHARACTERS, **special: str) -> PreTrainedTokeniz
     words = ["<eos>", "<unk>", "<u>", "<s>", "<a>", *characters]
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"<eos>|<u>|<s>|<a>|."), "isolated")
+    core.decoder = decoders.Fuse()
     names = {"eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<eos>", **special}
     fast = PreTrainedTokenizerFast(tokenizer_object=core, **names)
     fast.chat_template = CHAT_TEMPLATE

@@ -182,7 +182,8 @@ def fit(
             report.step(done, metrics)
             if done == config.optim.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
                 folder.save_checkpoint(student.accelerator, done)
-    save_student(student.model, tokenizer, folder.student)
+        save_student(student.model, tokenizer, folder.student)
+        report.note(f"student saved in {folder.student}")
     student.accelerator.end_training()
 
 

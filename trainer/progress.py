@@ -9,7 +9,13 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-SHOWN = {"loss": "loss", "teacher_kl": "teacher_kl", "tokens_per_second": "tok/s", "eval/accuracy": "accuracy"}
+# Metric, its label, its format.
+SHOWN = (
+    ("loss", "loss", ".4g"),
+    ("teacher_kl", "teacher_kl", ".4g"),
+    ("tokens_per_second", "tok/s", ",.0f"),
+    ("eval/accuracy", "accuracy", ".1%"),
+)
 
 
 class Report:
@@ -44,7 +50,7 @@ class Report:
             self._progress.stop()
 
     def step(self, steps_done: int, metrics: dict[str, float]) -> None:
-        text = "  ".join(f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics)
+        text = "  ".join(f"{label} {metrics[name]:{form}}" for name, label, form in SHOWN if name in metrics)
         if self._progress is not None:
             self._progress.update(self._task, completed=steps_done, description=text)
             return

@@ -1,0 +1,94 @@
+"""Lint, types, and documentation that says what is true."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import REPOSITORY, causal_lm
+
+README = REPOSITORY / "README.md"
+DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("recipes/**/*.md")])
+
+
+@pytest.mark.parametrize(
+    "arguments", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=["lint", "format", "types"]
+)
+def test_tools(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("room", ["kernels", "trainer", "tests"])
+def test_rooms_are_no_packages(room: str) -> None:
+    """A regular top-level package `kernels` hides the distribution of that name; tests/ would put the root on sys.path."""
+    assert list((REPOSITORY / room).rglob("__init__.py")) == []
+
+
+@pytest.mark.parametrize("name", ["kernels", "trainer"])
+def test_the_rooms_are_links_in_the_package(name: str) -> None:
+    assert (REPOSITORY / "fastkl" / name).is_symlink()
+    assert (REPOSITORY / "fastkl" / name).resolve() == REPOSITORY / name
+
+
+def blocks(document: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def code_of_documents() -> Iterator[Any]:
+    for document in DOCUMENTS:
+        for number, code in enumerate(blocks(document)):
+            yield pytest.param(code, id=f"{document.relative_to(REPOSITORY)}-{number}")
+
+
+@pytest.mark.parametrize("code", list(code_of_documents()))
+def test_code_in_documents_compiles_and_imports_what_exists(code: str) -> None:
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastkl"):
+            module = importlib.import_module(node.module or "")
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_links_in_documents_lead_somewhere(document: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    local = [target for target in targets if target and "://" not in target]
+    assert [target for target in local if not (document.parent / target).exists()] == []
+
+
+@pytest.mark.skipif(not README.exists(), reason="there is no README yet")
+def test_the_two_halves_of_the_readmes_first_example_agree() -> None:
+    """ "Where your code says … write …": with the same model and samples, the same loss and the same gradients."""
+    before, after = blocks(README)[:2]
+    model = causal_lm(initializer_range=0.1)
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+    given = {
+        "model": model,
+        "ids": ids,
+        "tokens": ids[:, 1:],
+        "mask": torch.arange(8).expand(2, 8) > 2,
+        "temperature": 0.7,
+        "teacher_logprobs": -torch.rand(2, 8) * 5,
+        "sampler_logprobs": -torch.rand(2, 8) * 5,
+    }
+    results = []
+    for code in (before, after):
+        model.zero_grad()
+        names: dict[str, Any] = dict(given)
+        exec(compile(code, "README.md", "exec"), names)
+        names["loss"].backward()
+        results.append((names["loss"].item(), [parameter.grad.clone() for parameter in model.parameters()]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
+    for plain, fused in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(fused, plain, atol=1e-4 * float(plain.abs().max()), rtol=1e-3)
