@@ -5,8 +5,8 @@ in `logits.student` the derivative of `out[0]` with respect to the *scaled score
 
     z = x            or            z = cap · tanh(x)   where the head has a soft-cap
 
-It works in place: nothing of the chunk's size is allocated. Rows are taken in blocks that fit the L2 cache, so that the
-passes over a block cost little beside the GEMMs around them.
+It works in place, a block of rows at a time, so that what it does need beside the chunk (a copy under a soft-cap, a mask, a
+product) stays small.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 2 * 2**20
+# Smaller blocks that fit a cache are no faster (a row is most of one already), and every pass over a block is a barrier
+# between threads, which costs dearly on a busy machine.
+BLOCK_BYTES = 32 * 2**20
 
 
 class Logits(NamedTuple):

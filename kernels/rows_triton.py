@@ -1,0 +1,325 @@
+"""Row functions in Triton: the interface of `rows_torch.py`, one program per row, for CUDA and HIP devices.
+
+A program walks its row in blocks of BLOCK logits: once to gather everything the values need, and once more, if a gradient
+is wanted, to overwrite the row. With m the largest logit and a = z − m (so that e^a ≤ 1), for the student and, with
+subscript t, for the teacher:
+
+    l = Σ e^a                         lse = m + log l           p = e^a / l
+    token_nll                         out[0] = (m − z[y]) + log l
+                                      gradient p − 1[y]
+    reverse_kl   δ = a − a_t          log p − log q = δ − log(l / l_t)
+                 mean = Σ e^a δ / l   out[0] = mean − log(l / l_t)
+                                      gradient p (log p − log q − out[0]) = p (δ − mean)
+
+Written this way logits of any common size cancel before anything is rounded, and equal logits give δ = 0 and l = l_t
+exactly, hence a divergence of exactly 0. m is not known beforehand: when a block raises it from m to m', and m_t to m_t',
+what was summed is carried over by
+
+    l ← e^(m − m') l                  Σ e^a δ ← e^(m − m') (Σ e^a δ + c l),   c = (m − m') − (m_t − m_t')
+
+A soft-cap, z = cap · tanh(x), is applied after each load, and dz/dx = (cap − z)(cap + z) / cap before the store.
+
+The rules of `rows_torch` at the edges: a token with z = −inf or p = 0 adds nothing; one with p > 0 and z_t = −inf makes the
+divergence +inf; NaN, +inf and rows of nothing but −inf end in NaN. Where `rows_torch` hits a device-side assertion, for
+a token id outside the vocabulary, the row becomes NaN here.
+
+One program per row fills a GPU from about two rows per multiprocessor on; the driver's chunks have 1024 and more. Sums are
+taken per lane and then in a tree, without atomics: the same row gives the same bits, whatever rows surround it.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastkl.kernels.rows_torch import Logits
+
+DTYPES = (torch.float32, torch.bfloat16)  # of a chunk; arithmetic is float32
+
+
+class LaunchConfig(NamedTuple):
+    block: int  # logits of a chunk that a program holds at a time
+    num_warps: int
+
+
+def launch_config(vocabulary: int, chunks: int) -> LaunchConfig:
+    """The shape of a program that reads rows of `chunks` chunks (1, or 2 with a teacher). A rule, not an autotuner: the
+    order of sums, and with it the bits of a loss, must not depend on a timing.
+
+    Every thread of a warp of 32 holds 16 logits, shared between the chunks: 64 bytes in flight for each of 1024 threads
+    cover the latency of memory, and two programs of 16 warps fit on a multiprocessor. Rows that fit a block of 4 warps
+    take that.
+    """
+    small, large = (LaunchConfig(16 * 32 * warps // chunks, warps) for warps in (4, 16))
+    return small if vocabulary <= small.block else large
+
+
+def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: bool) -> None:
+    """out[0] = lse(z) − z[y]; gradient p − 1[y]."""
+    assert tokens is not None
+    x = logits.student
+    _check_chunk(x)
+    n, vocabulary = x.shape
+    if n == 0:
+        return
+    block, num_warps = launch_config(vocabulary, chunks=1)
+    with _launch_on(x):
+        _token_nll_kernel[(n,)](
+            # data
+            x,
+            tokens,
+            out,
+            1.0 if logits.student_cap is None else logits.student_cap,
+            # shapes
+            vocabulary,
+            # strides
+            x.stride(0),
+            tokens.stride(0),
+            out.stride(1),
+            # constants
+            CAPPED=logits.student_cap is not None,
+            GRADIENT=gradient,
+            BLOCK=block,
+            num_warps=num_warps,
+        )
+
+
+def reverse_kl(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: bool) -> None:
+    """out[0] = Σ p (log p − log q), gradient p (log p − log q − out[0]); out[1] = −log p[y], 0 without tokens.
+
+    The teacher's chunk is left as it is.
+    """
+    assert logits.teacher is not None
+    x, x_t = logits.student, logits.teacher
+    _check_chunk(x)
+    _check_chunk(x_t)
+    n, vocabulary = x.shape
+    if n == 0:
+        return
+    block, num_warps = launch_config(vocabulary, chunks=2)
+    with _launch_on(x):
+        _reverse_kl_kernel[(n,)](
+            # data
+            x,
+            x_t,
+            tokens,
+            out,
+            1.0 if logits.student_cap is None else logits.student_cap,
+            1.0 if logits.teacher_cap is None else logits.teacher_cap,
+            # shapes
+            vocabulary,
+            # strides
+            x.stride(0),
+            x_t.stride(0),
+            0 if tokens is None else tokens.stride(0),
+            out.stride(0),
+            out.stride(1),
+            # constants
+            CAPPED=logits.student_cap is not None,
+            CAPPED_T=logits.teacher_cap is not None,
+            GRADIENT=gradient,
+            BLOCK=block,
+            num_warps=num_warps,
+        )
+
+
+# Of what varies from call to call only the width and the distance of rows are specialised, on being multiples of 16: that
+# is what vectorised loads need, and it is a property of the model. Nothing is compiled again for another chunk.
+@triton.jit(
+    do_not_specialize=["tokens_stride", "out_stride_row"],
+    do_not_specialize_on_alignment=["tokens_ptr", "out_ptr"],
+)
+def _token_nll_kernel(
+    # data
+    x_ptr,  # [n, V], overwritten by the gradient
+    tokens_ptr,  # [n]
+    out_ptr,  # [1, n]
+    cap,
+    # shapes
+    vocabulary,
+    # strides
+    x_stride_row,
+    tokens_stride,
+    out_stride_row,
+    # constants
+    CAPPED: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,  # logits held at a time
+) -> None:
+    row = tl.program_id(0).to(tl.int64)  # n · V exceeds int32
+    x_ptr += row * x_stride_row
+    y = tl.load(tokens_ptr + row * tokens_stride)
+    target = _load_one(x_ptr, y, vocabulary, cap, CAPPED)
+
+    m = float("-inf")
+    l_lanes = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        z = _load_block(x_ptr, start + tl.arange(0, BLOCK), vocabulary, cap, CAPPED)
+        m, base, step = _raise_max(m, z)
+        l_lanes = tl.fma(l_lanes, tl.exp(step), tl.exp(z - base))
+    base = _finite_or_zero(m)
+    l = tl.sum(l_lanes, 0)
+    tl.store(out_ptr + row * out_stride_row, (base - target) + tl.log(l))
+
+    if GRADIENT:
+        scale = tl.where(target == target, tl.div_rn(1.0, l), target)  # NaN if there is no such token
+        last = (vocabulary - 1) // BLOCK * BLOCK
+        for done in range(0, vocabulary, BLOCK):  # from the end: what was read last is still in the L2 cache
+            columns = last - done + tl.arange(0, BLOCK)
+            z = _load_block(x_ptr, columns, vocabulary, cap, CAPPED)
+            u = tl.exp(z - base) * scale - tl.where(columns == y.to(tl.int32), 1.0, 0.0)
+            _store_gradient(x_ptr, columns, vocabulary, u, z, cap, CAPPED)
+
+
+@triton.jit(
+    do_not_specialize=["tokens_stride", "out_stride_value", "out_stride_row"],
+    do_not_specialize_on_alignment=["tokens_ptr", "out_ptr"],
+)
+def _reverse_kl_kernel(
+    # data
+    x_ptr,  # [n, V], overwritten by the gradient
+    x_t_ptr,  # [n, V]
+    tokens_ptr,  # [n] or None
+    out_ptr,  # [2, n]
+    cap,
+    cap_t,
+    # shapes
+    vocabulary,
+    # strides
+    x_stride_row,
+    x_t_stride_row,
+    tokens_stride,
+    out_stride_value,
+    out_stride_row,
+    # constants
+    CAPPED: tl.constexpr,
+    CAPPED_T: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,  # logits of each chunk held at a time
+) -> None:
+    row = tl.program_id(0).to(tl.int64)  # n · V exceeds int32
+    x_ptr += row * x_stride_row
+    x_t_ptr += row * x_t_stride_row
+    out_ptr += row * out_stride_row
+    if tokens_ptr is not None:
+        target = _load_one(x_ptr, tl.load(tokens_ptr + row * tokens_stride), vocabulary, cap, CAPPED)
+
+    m = float("-inf")
+    m_t = float("-inf")
+    l_lanes = tl.zeros([BLOCK], tl.float32)
+    l_t_lanes = tl.zeros([BLOCK], tl.float32)
+    weighted_lanes = tl.zeros([BLOCK], tl.float32)  # Σ e^a δ
+    lost_lanes = tl.full([BLOCK], float("-inf"), tl.float32)  # the largest z among tokens that the teacher cannot emit
+    for start in range(0, vocabulary, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z = _load_block(x_ptr, columns, vocabulary, cap, CAPPED)
+        z_t = _load_block(x_t_ptr, columns, vocabulary, cap_t, CAPPED_T)
+        m, base, step = _raise_max(m, z)
+        m_t, base_t, step_t = _raise_max(m_t, z_t)
+        e = tl.exp(z - base)
+        carried = (weighted_lanes + l_lanes * (step - step_t)) * tl.exp(step)
+        weighted_lanes = carried + e * _difference(z - base, z_t - base_t)
+        l_lanes = tl.fma(l_lanes, tl.exp(step), e)
+        l_t_lanes = tl.fma(l_t_lanes, tl.exp(step_t), tl.exp(z_t - base_t))
+        lost_lanes = tl.maximum(lost_lanes, tl.where(z_t == float("-inf"), z, float("-inf")))
+    base = _finite_or_zero(m)
+    base_t = _finite_or_zero(m_t)
+    l = tl.sum(l_lanes, 0)
+    scale = tl.div_rn(1.0, l)
+    lost = tl.exp(tl.max(lost_lanes, 0) - base) * scale
+    mean = tl.div_rn(tl.sum(weighted_lanes, 0), l) + tl.where(lost > 0.0, float("inf"), 0.0)
+    tl.store(out_ptr, mean - tl.log(tl.div_rn(l, tl.sum(l_t_lanes, 0))))
+    if tokens_ptr is not None:
+        tl.store(out_ptr + out_stride_value, (base - target) + tl.log(l))
+    else:
+        tl.store(out_ptr + out_stride_value, 0.0)
+
+    if GRADIENT:
+        last = (vocabulary - 1) // BLOCK * BLOCK
+        for done in range(0, vocabulary, BLOCK):  # from the end: what was read last is still in the L2 cache
+            columns = last - done + tl.arange(0, BLOCK)
+            z = _load_block(x_ptr, columns, vocabulary, cap, CAPPED)
+            z_t = _load_block(x_t_ptr, columns, vocabulary, cap_t, CAPPED_T)
+            u = tl.exp(z - base) * scale * (_difference(z - base, z_t - base_t) - mean)
+            _store_gradient(x_ptr, columns, vocabulary, u, z, cap, CAPPED)
+
+
+@triton.jit
+def _load_block(x_ptr, columns, vocabulary, cap, CAPPED: tl.constexpr):
+    """The logits z at `columns`; −inf beyond the vocabulary."""
+    inside = columns < vocabulary
+    z = tl.load(x_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    if CAPPED:
+        z = tl.where(inside, cap * _tanh(z), float("-inf"))
+    return z
+
+
+@triton.jit
+def _load_one(x_ptr, y, vocabulary, cap, CAPPED: tl.constexpr):
+    """The logit of token y; NaN if there is no such token."""
+    z = tl.load(x_ptr + y, mask=(y >= 0) & (y < vocabulary), other=float("nan")).to(tl.float32)
+    if CAPPED:
+        z = cap * _tanh(z)
+    return z
+
+
+@triton.jit
+def _store_gradient(x_ptr, columns, vocabulary, u, z, cap, CAPPED: tl.constexpr):
+    """Stores u · dz/dx at `columns`."""
+    if CAPPED:
+        u *= (cap - z) * (cap + z) / cap
+    tl.store(x_ptr + columns, u, mask=columns < vocabulary)
+
+
+@triton.jit
+def _raise_max(m, z):
+    """m' = max(m, max z); what to subtract from logits for it, m'; and m − m'. Both 0 while nothing finite was seen."""
+    raised = tl.maximum(m, tl.max(z, 0))
+    base = _finite_or_zero(raised)
+    return raised, base, tl.where(m == float("-inf"), 0.0, m - base)
+
+
+@triton.jit
+def _finite_or_zero(m):
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def _difference(a, b):
+    """a − b; 0 for a token that the student cannot emit, and for one that the teacher cannot, counted as `lost`."""
+    return tl.where((a == float("-inf")) | (b == float("-inf")), 0.0, a - b)
+
+
+@triton.jit
+def _tanh(x):
+    """Within a few ulp everywhere: a Taylor polynomial where 1 − e^(−2|x|) would cancel."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = tl.where(x < 0.0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
+    s = x * x
+    near = x * (1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0)))))
+    return tl.where(tl.abs(x) < 0.25, near, far)
+
+
+def _check_chunk(x: Tensor) -> None:
+    if not x.is_cuda and not triton.knobs.runtime.interpret:
+        raise ValueError(
+            f"the Triton row functions need a CUDA or HIP device and the chunk is on {x.device}: use those of "
+            "fastkl.kernels.rows_torch there"
+        )
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"the Triton row functions take chunks of float32 or bfloat16, not {x.dtype}: use those of "
+            "fastkl.kernels.rows_torch"
+        )
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        raise ValueError(f"the logits of a row must lie side by side; the chunk has strides {x.stride()}")
+
+
+def _launch_on(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the chunk's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
