@@ -54,12 +54,12 @@ def test_a_head_smaller_than_the_vocabulary_is_refused(who: str) -> None:
     models = {"student": llama(len(words)), "teacher": llama(len(words) + 9), who: llama(len(words) - 1)}
     message = rf"the {who}'s head has {len(words) - 1} rows .* ids up to {len(words) - 1}; resize"
     with pytest.raises(ConfigError, match=message):
-        checks.check_vocabularies(models["student"], models["teacher"], words)
+        checks.check_vocabulary(words, models)
 
 
 def test_heads_padded_differently_pass() -> None:
     words = tokenizer()
-    checks.check_vocabularies(llama(len(words)), llama(len(words) + 9), words)
+    checks.check_vocabulary(words, {"student": llama(len(words)), "teacher": llama(len(words) + 9)})
 
 
 @pytest.mark.parametrize(

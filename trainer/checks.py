@@ -42,11 +42,11 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
             )
 
 
-def check_vocabularies(student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every id of the tokenizer has a logit on both sides; heads may be padded beyond it."""
-    for name, model in (("student", student), ("teacher", teacher)):
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, models: dict[str, PreTrainedModel]) -> None:
+    """Every id of the tokenizer has a logit in each model; heads may be padded beyond it."""
+    highest = max(tokenizer.get_vocab().values())
+    for name, model in models.items():
         rows = model.get_output_embeddings().weight.shape[0]
-        highest = max(tokenizer.get_vocab().values())
         if rows <= highest:
             raise ConfigError(
                 f"the {name}'s head has {rows} rows but the tokenizer has ids up to {highest}; resize the model's "

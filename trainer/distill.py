@@ -146,7 +146,7 @@ def _check_models(
     eval_prompts: list[EncodedPrompt],
 ) -> None:
     models = {"student": student.model, "teacher": teacher.model}
-    checks.check_vocabularies(student.model, teacher.model, tokenizer)
+    checks.check_vocabulary(tokenizer, models)
     checks.check_end_of_sequence(end_of_sequence(student.model, tokenizer), teacher.model, tokenizer)
     checks.check_room(prompts, config.sampling.max_new_tokens, models, "data")
     if eval_prompts:

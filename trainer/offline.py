@@ -26,6 +26,7 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, float]:
     tokenizer = load_tokenizer(config.model)
     prompts = load_eval_prompts(config.eval, tokenizer)
     model = load_model(config.model).to(PartialState().device)
+    checks.check_vocabulary(tokenizer, {"model": model})
     checks.check_room(prompts, config.eval.max_new_tokens, {"model": model}, "eval.data")
     sampler = ContinuousBatchingSampler(model, eos_token_ids=end_of_sequence(model, tokenizer))
     metrics, answers = evaluate(sampler, tokenizer, prompts, config.eval, config.seed)
@@ -47,6 +48,7 @@ def score_completions(config: ScoreConfig) -> None:
     ]
     device: torch.device = PartialState().device
     model = fuse(load_teacher(config.model, device), "model")
+    checks.check_vocabulary(tokenizer, {"model": model.model})
     checks.check_room(prompts, [sample.loss_tokens for sample in samples], {"model": model.model}, "data")
     score(
         model,

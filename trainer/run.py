@@ -39,6 +39,7 @@ class RunFolder:
             raise ConfigError(
                 f"another process is writing to {self.path}; wait for it or choose another run"
             ) from error
+        check_run_folder(config)  # again, now that no other process can start a run here
         write_text(self.path / "config.yaml", yaml.safe_dump(_settings(config), sort_keys=False, allow_unicode=True))
         self._checkpoints.mkdir(exist_ok=True)  # last: a folder without config.yaml holds nothing but the lock
 

@@ -42,7 +42,7 @@ def sft(config: SftConfig) -> RunFolder:
     eval_prompts = load_eval_prompts(config.eval, tokenizer)
 
     student = Student(config, LossConfig(method="reinforce", old_logprobs="current"), temperature=1.0)
-    checks.check_vocabularies(student.model, student.model, tokenizer)
+    checks.check_vocabulary(tokenizer, {"student": student.model})
     checks.check_room(prompts, [example.loss_tokens for example in examples], {"student": student.model}, "data")
     if eval_prompts:
         checks.check_room(eval_prompts, config.eval.max_new_tokens, {"student": student.model}, "eval.data")
