@@ -72,8 +72,8 @@ def check_per_token(name: str, tensor: Tensor, hidden: Tensor) -> Tensor:
 
 
 def check_tokens(tokens: Tensor, hidden: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
-    """Token ids [...] as int64. On an accelerator ids outside the vocabulary are left to the gather's own device-side
-    assertion: looking at them here would stall the device."""
+    """Token ids [...] as int64. On an accelerator ids outside the vocabulary are left to the row functions:
+    looking at them here would stall the device."""
     tokens = check_per_token("tokens", tokens, hidden)
     if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise TypeError(f"tokens is {tokens.dtype}; expected integer token ids (torch.int64)")

@@ -17,8 +17,11 @@ in float32, a chunk of tokens at a time. The options they share, all keyword-onl
     skip_zero_rows  leave masked and ignored rows out of every GEMM, and rows of zero advantage out of the gradient ones.
                     Their number must be known on the host: one synchronisation per call on an accelerator. False: no
                     synchronisation (as a CUDA graph needs), all rows are computed, and masked rows must be finite.
+    backend         row functions: "triton", "torch", or "auto": Triton on CUDA and HIP devices, PyTorch elsewhere and for
+                    float64.
 
-Token ids outside the vocabulary raise ValueError on a CPU; on an accelerator they end in a device-side assertion.
+Token ids outside the vocabulary raise ValueError on a CPU. On an accelerator nobody looks at them, which would be a
+synchronisation: their rows become NaN (Triton) or end in a device-side assertion (PyTorch).
 There are no gradients of gradients: backward with create_graph=True is refused. Formulas: `fastkl.reference`, where each
 loss stands once more as plain PyTorch.
 """
@@ -32,9 +35,9 @@ from torch import Tensor
 
 from fastkl import _arguments as check
 from fastkl.kernels.autograd import row_values, summed_loss
+from fastkl.kernels.backend import Backend, row_functions
 from fastkl.kernels.driver import Inputs, Spec, evaluate
 from fastkl.kernels.gemm import compute_dtype
-from fastkl.kernels.rows_torch import reverse_kl, token_nll
 from fastkl.kernels.surrogate import METHODS, Method, Surrogate, importance_ratio, surrogate_terms
 
 __all__ = [
@@ -69,6 +72,7 @@ def linear_logprobs(
     ignore_index: int = -100,
     chunk_size: int | None = None,
     skip_zero_rows: bool = True,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Log-probs of `tokens`, float32, of their shape; 0 at ignored ones. Differentiable in hidden, weight and bias.
 
@@ -78,11 +82,12 @@ def linear_logprobs(
 
     Raises TypeError or ValueError for shapes, dtypes, devices or ids that do not fit, before anything is computed.
     """
-    spec = Spec(token_nll, 1, check.head_options(temperature, logit_scale, softcap))
+    options = check.head_options(temperature, logit_scale, softcap)
     check.check_head(hidden, weight, bias)
     check.check_chunk_size(chunk_size)
     tokens = check.check_tokens(tokens, hidden, weight.shape[0], ignore_index)
     hidden, weight, bias = check.autocast(hidden, weight, bias)
+    spec = Spec(row_functions(backend, hidden).token_nll, 1, options)
     flat = tokens.reshape(-1)
     active = flat != ignore_index
     index = check.select_rows(active, skip_zero_rows)
@@ -113,6 +118,7 @@ def policy_gradient_loss(
     ignore_index: int = -100,
     chunk_size: int | None = None,
     skip_zero_rows: bool = True,
+    backend: Backend = "auto",
 ) -> LossOutput:
     """Policy-gradient loss with the advantages inside: every gradient comes out of one pass over the chunks.
 
@@ -138,13 +144,14 @@ def policy_gradient_loss(
     """
     surrogate = _surrogate(method, clip_low, clip_high, dual_clip, truncate_ratio, sampler_logprobs)
     reduce = check.check_reduction(reduction, normalizer)
-    spec = Spec(token_nll, 1, check.head_options(temperature, logit_scale, softcap))
+    options = check.head_options(temperature, logit_scale, softcap)
     check.check_head(hidden, weight, bias)
     check.check_chunk_size(chunk_size)
     tokens = check.check_tokens(tokens, hidden, weight.shape[0], ignore_index)
     gain = check.check_per_token("advantages", advantages, hidden).reshape(-1)
     sampler = None if sampler_logprobs is None else check.check_per_token("sampler_logprobs", sampler_logprobs, hidden)
     hidden, weight, bias = check.autocast(hidden, weight, bias)
+    spec = Spec(row_functions(backend, hidden).token_nll, 1, options)
 
     dtype = compute_dtype(hidden.dtype)
     y = tokens.reshape(-1)
@@ -243,6 +250,7 @@ def sampled_reverse_kl_loss(
     ignore_index: int = -100,
     chunk_size: int | None = None,
     skip_zero_rows: bool = True,
+    backend: Backend = "auto",
 ) -> LossOutput:
     """On-policy distillation in one call: `policy_gradient_loss` on `env_advantages + reverse_kl_advantages(...)`.
 
@@ -285,6 +293,7 @@ def sampled_reverse_kl_loss(
         ignore_index=ignore_index,
         chunk_size=chunk_size,
         skip_zero_rows=skip_zero_rows,
+        backend=backend,
     )
     gap = (sampler_logprobs - teacher_logprobs).detach().float()
     return output._replace(metrics={**output.metrics, "teacher_kl": _masked_mean(gap, active)})
@@ -310,6 +319,7 @@ def reverse_kl_loss(
     ignore_index: int = -100,
     chunk_size: int | None = None,
     skip_zero_rows: bool = True,
+    backend: Backend = "auto",
 ) -> LossOutput:
     """Exact reverse KL(student ‖ teacher) = Σ p (log p − log q) over the whole vocabulary, mean over tokens by default.
 
@@ -326,13 +336,13 @@ def reverse_kl_loss(
     reduce = check.check_reduction(reduction, normalizer)
     student_options = check.head_options(temperature, logit_scale, softcap)
     teacher_options = check.head_options(temperature, teacher_logit_scale, teacher_softcap, "teacher_")
-    spec = Spec(reverse_kl, 2, student_options, teacher_options)
     check.check_head(student_hidden, student_weight, bias, "student_")
     check.check_head(teacher_hidden, teacher_weight, teacher_bias, "teacher_")
     check.check_chunk_size(chunk_size)
     _check_teacher(student_hidden, student_weight, teacher_hidden, teacher_weight, teacher_bias)
     hidden, weight, bias = check.autocast(student_hidden, student_weight, bias)
     teacher_hidden, teacher_weight, teacher_bias = check.autocast(teacher_hidden, teacher_weight, teacher_bias)
+    spec = Spec(row_functions(backend, hidden).reverse_kl, 2, student_options, teacher_options)
 
     dtype = compute_dtype(hidden.dtype)
     share, y = check.mask_weights(mask, hidden, dtype), None

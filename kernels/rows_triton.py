@@ -43,20 +43,20 @@ DTYPES = (torch.float32, torch.bfloat16)  # of a chunk; arithmetic is float32
 
 
 class LaunchConfig(NamedTuple):
-    block: int  # logits of a chunk that a program holds at a time
+    block: int  # logits of one chunk that a program holds at a time
     num_warps: int
 
 
-def launch_config(vocabulary: int, chunks: int) -> LaunchConfig:
-    """The shape of a program that reads rows of `chunks` chunks (1, or 2 with a teacher). A rule, not an autotuner: the
-    order of sums, and with it the bits of a loss, must not depend on a timing.
+def launch_config(chunks: int) -> LaunchConfig:
+    """The shape of a program that reads rows of `chunks` chunks: 1, or 2 with a teacher.
 
-    Every thread of a warp of 32 holds 16 logits, shared between the chunks: 64 bytes in flight for each of 1024 threads
-    cover the latency of memory, and two programs of 16 warps fit on a multiprocessor. Rows that fit a block of 4 warps
-    take that.
+    A rule, not an autotuner: the order of sums, and with it the bits of a loss, must not depend on a timing; nor on the
+    width of the rows, of which the last block alone may be partly empty. A thread (of warps of 32) has 8 logits, 32 bytes,
+    in flight, shared between the chunks. With more, some variant spills; with these none needs more than 64 registers, so
+    that two programs or more share a multiprocessor and one loads while another waits at a reduction.
     """
-    small, large = (LaunchConfig(16 * 32 * warps // chunks, warps) for warps in (4, 16))
-    return small if vocabulary <= small.block else large
+    num_warps = 16
+    return LaunchConfig(8 * 32 * num_warps // chunks, num_warps)
 
 
 def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: bool) -> None:
@@ -67,7 +67,7 @@ def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: bool
     n, vocabulary = x.shape
     if n == 0:
         return
-    block, num_warps = launch_config(vocabulary, chunks=1)
+    block, num_warps = launch_config(chunks=1)
     with _launch_on(x):
         _token_nll_kernel[(n,)](
             # data
@@ -101,7 +101,7 @@ def reverse_kl(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: boo
     n, vocabulary = x.shape
     if n == 0:
         return
-    block, num_warps = launch_config(vocabulary, chunks=2)
+    block, num_warps = launch_config(chunks=2)
     with _launch_on(x):
         _reverse_kl_kernel[(n,)](
             # data
@@ -136,16 +136,16 @@ def reverse_kl(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: boo
 )
 def _token_nll_kernel(
     # data
-    x_ptr,  # [n, V], overwritten by the gradient
-    tokens_ptr,  # [n]
-    out_ptr,  # [1, n]
-    cap,
+    x_ptr: tl.tensor,  # [n, V], overwritten by the gradient
+    tokens_ptr: tl.tensor,  # [n]
+    out_ptr: tl.tensor,  # [1, n]
+    cap: tl.tensor,
     # shapes
-    vocabulary,
+    vocabulary: tl.tensor,
     # strides
-    x_stride_row,
-    tokens_stride,
-    out_stride_row,
+    x_stride_row: tl.tensor,
+    tokens_stride: tl.tensor,
+    out_stride_row: tl.tensor,
     # constants
     CAPPED: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -163,11 +163,11 @@ def _token_nll_kernel(
         m, base, step = _raise_max(m, z)
         l_lanes = tl.fma(l_lanes, tl.exp(step), tl.exp(z - base))
     base = _finite_or_zero(m)
-    l = tl.sum(l_lanes, 0)
-    tl.store(out_ptr + row * out_stride_row, (base - target) + tl.log(l))
+    total = tl.sum(l_lanes, 0)
+    tl.store(out_ptr + row * out_stride_row, (base - target) + tl.log(total))
 
     if GRADIENT:
-        scale = tl.where(target == target, tl.div_rn(1.0, l), target)  # NaN if there is no such token
+        scale = tl.where(target == target, tl.div_rn(1.0, total), target)  # NaN if there is no such token
         last = (vocabulary - 1) // BLOCK * BLOCK
         for done in range(0, vocabulary, BLOCK):  # from the end: what was read last is still in the L2 cache
             columns = last - done + tl.arange(0, BLOCK)
@@ -182,20 +182,20 @@ def _token_nll_kernel(
 )
 def _reverse_kl_kernel(
     # data
-    x_ptr,  # [n, V], overwritten by the gradient
-    x_t_ptr,  # [n, V]
-    tokens_ptr,  # [n] or None
-    out_ptr,  # [2, n]
-    cap,
-    cap_t,
+    x_ptr: tl.tensor,  # [n, V], overwritten by the gradient
+    x_t_ptr: tl.tensor,  # [n, V]
+    tokens_ptr: tl.tensor,  # [n] or None
+    out_ptr: tl.tensor,  # [2, n]
+    cap: tl.tensor,
+    cap_t: tl.tensor,
     # shapes
-    vocabulary,
+    vocabulary: tl.tensor,
     # strides
-    x_stride_row,
-    x_t_stride_row,
-    tokens_stride,
-    out_stride_value,
-    out_stride_row,
+    x_stride_row: tl.tensor,
+    x_t_stride_row: tl.tensor,
+    tokens_stride: tl.tensor,
+    out_stride_value: tl.tensor,
+    out_stride_row: tl.tensor,
     # constants
     CAPPED: tl.constexpr,
     CAPPED_T: tl.constexpr,
@@ -222,20 +222,21 @@ def _reverse_kl_kernel(
         m, base, step = _raise_max(m, z)
         m_t, base_t, step_t = _raise_max(m_t, z_t)
         e = tl.exp(z - base)
-        carried = (weighted_lanes + l_lanes * (step - step_t)) * tl.exp(step)
-        weighted_lanes = carried + e * _difference(z - base, z_t - base_t)
-        l_lanes = tl.fma(l_lanes, tl.exp(step), e)
+        factor = tl.exp(step)
+        carried = (weighted_lanes + l_lanes * (step - step_t)) * factor
+        weighted_lanes = tl.where(factor > 0.0, carried, 0.0) + e * _difference(z - base, z_t - base_t)
+        l_lanes = tl.fma(l_lanes, factor, e)
         l_t_lanes = tl.fma(l_t_lanes, tl.exp(step_t), tl.exp(z_t - base_t))
         lost_lanes = tl.maximum(lost_lanes, tl.where(z_t == float("-inf"), z, float("-inf")))
     base = _finite_or_zero(m)
     base_t = _finite_or_zero(m_t)
-    l = tl.sum(l_lanes, 0)
-    scale = tl.div_rn(1.0, l)
+    total = tl.sum(l_lanes, 0)
+    scale = tl.div_rn(1.0, total)
     lost = tl.exp(tl.max(lost_lanes, 0) - base) * scale
-    mean = tl.div_rn(tl.sum(weighted_lanes, 0), l) + tl.where(lost > 0.0, float("inf"), 0.0)
-    tl.store(out_ptr, mean - tl.log(tl.div_rn(l, tl.sum(l_t_lanes, 0))))
+    mean = tl.div_rn(tl.sum(weighted_lanes, 0), total) + tl.where(lost > 0.0, float("inf"), 0.0)
+    tl.store(out_ptr, mean - tl.log(tl.div_rn(total, tl.sum(l_t_lanes, 0))))
     if tokens_ptr is not None:
-        tl.store(out_ptr + out_stride_value, (base - target) + tl.log(l))
+        tl.store(out_ptr + out_stride_value, (base - target) + tl.log(total))
     else:
         tl.store(out_ptr + out_stride_value, 0.0)
 
@@ -250,7 +251,9 @@ def _reverse_kl_kernel(
 
 
 @triton.jit
-def _load_block(x_ptr, columns, vocabulary, cap, CAPPED: tl.constexpr):
+def _load_block(
+    x_ptr: tl.tensor, columns: tl.tensor, vocabulary: tl.tensor, cap: tl.tensor, CAPPED: tl.constexpr
+) -> tl.tensor:
     """The logits z at `columns`; −inf beyond the vocabulary."""
     inside = columns < vocabulary
     z = tl.load(x_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
@@ -260,7 +263,7 @@ def _load_block(x_ptr, columns, vocabulary, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _load_one(x_ptr, y, vocabulary, cap, CAPPED: tl.constexpr):
+def _load_one(x_ptr: tl.tensor, y: tl.tensor, vocabulary: tl.tensor, cap: tl.tensor, CAPPED: tl.constexpr) -> tl.tensor:
     """The logit of token y; NaN if there is no such token."""
     z = tl.load(x_ptr + y, mask=(y >= 0) & (y < vocabulary), other=float("nan")).to(tl.float32)
     if CAPPED:
@@ -269,15 +272,23 @@ def _load_one(x_ptr, y, vocabulary, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _store_gradient(x_ptr, columns, vocabulary, u, z, cap, CAPPED: tl.constexpr):
+def _store_gradient(
+    x_ptr: tl.tensor,
+    columns: tl.tensor,
+    vocabulary: tl.tensor,
+    u: tl.tensor,
+    z: tl.tensor,
+    cap: tl.tensor,
+    CAPPED: tl.constexpr,
+) -> None:
     """Stores u · dz/dx at `columns`."""
     if CAPPED:
-        u *= (cap - z) * (cap + z) / cap
+        u *= (cap - z) * (cap + z) * (1.0 / cap)
     tl.store(x_ptr + columns, u, mask=columns < vocabulary)
 
 
 @triton.jit
-def _raise_max(m, z):
+def _raise_max(m: tl.tensor, z: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """m' = max(m, max z); what to subtract from logits for it, m'; and m − m'. Both 0 while nothing finite was seen."""
     raised = tl.maximum(m, tl.max(z, 0))
     base = _finite_or_zero(raised)
@@ -285,18 +296,18 @@ def _raise_max(m, z):
 
 
 @triton.jit
-def _finite_or_zero(m):
+def _finite_or_zero(m: tl.tensor) -> tl.tensor:
     return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
-def _difference(a, b):
+def _difference(a: tl.tensor, b: tl.tensor) -> tl.tensor:
     """a − b; 0 for a token that the student cannot emit, and for one that the teacher cannot, counted as `lost`."""
     return tl.where((a == float("-inf")) | (b == float("-inf")), 0.0, a - b)
 
 
 @triton.jit
-def _tanh(x):
+def _tanh(x: tl.tensor) -> tl.tensor:
     """Within a few ulp everywhere: a Taylor polynomial where 1 − e^(−2|x|) would cancel."""
     e = tl.exp(-2.0 * tl.abs(x))
     far = tl.where(x < 0.0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
@@ -308,13 +319,13 @@ def _tanh(x):
 def _check_chunk(x: Tensor) -> None:
     if not x.is_cuda and not triton.knobs.runtime.interpret:
         raise ValueError(
-            f"the Triton row functions need a CUDA or HIP device and the chunk is on {x.device}: use those of "
-            "fastkl.kernels.rows_torch there"
+            f'the Triton row functions need a CUDA or HIP device and the chunk is on {x.device}: pass backend="torch" '
+            "(fastkl.kernels.rows_torch) there"
         )
     if x.dtype not in DTYPES:
         raise TypeError(
-            f"the Triton row functions take chunks of float32 or bfloat16, not {x.dtype}: use those of "
-            "fastkl.kernels.rows_torch"
+            f'the Triton row functions take chunks of float32 or bfloat16, not {x.dtype}: pass backend="torch" '
+            "(fastkl.kernels.rows_torch)"
         )
     if x.stride(1) != 1 and x.shape[1] > 1:
         raise ValueError(f"the logits of a row must lie side by side; the chunk has strides {x.stride()}")
