@@ -22,7 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastkl: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fastkl: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        print(
+            "fastkl: interrupted; a training run goes on from its last checkpoint, if it has one, by the same command",
+            file=sys.stderr,
+        )
         return 130
     return 0
 

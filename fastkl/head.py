@@ -85,7 +85,7 @@ def measure_logit_transform(model: nn.Module) -> LogitTransform:
             f"{_name(model)} does something to its logits that is neither a scale nor a soft-cap "
             f"({PROBES[5]} becomes {float(seen[5]):.4g}, {PROBES[7]} becomes {float(seen[7]):.4g}) and cannot be fused"
         )
-    return LogitTransform(*(None if v is None else float(f"{v:.8g}") for v in (scale, softcap)))  # type: ignore[arg-type]
+    return LogitTransform(*(None if v is None else float(f"{v:.7g}") for v in (scale, softcap)))  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager

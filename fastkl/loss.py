@@ -15,7 +15,7 @@ in float32, a chunk of tokens at a time. The options they share, all keyword-onl
     chunk_size      tokens per chunk; by default what a workspace of 1 GiB holds (128 MiB on a CPU). Results do not depend
                     on it beyond the rounding of sums.
     skip_zero_rows  leave masked and ignored rows out of every GEMM, and rows of zero advantage out of the gradient ones.
-                    Their number must be known on the host: one synchronisation per call on an accelerator. False: no
+                    Their number must be known on the host: a synchronisation or two per call on an accelerator. False: no
                     synchronisation (as a CUDA graph needs), all rows are computed, and masked rows must be finite.
     backend         row functions: "triton", "torch", or "auto": Triton on CUDA and HIP devices, PyTorch elsewhere and for
                     float64.
@@ -133,7 +133,8 @@ def policy_gradient_loss(
     clip_low, clip_high   of ppo and cispo: the ratio is clipped to [1 − clip_low, 1 + clip_high].
     dual_clip         of ppo, > 1: bounds the loss of a token with negative advantage at dual_clip · |A|.
     truncate_ratio    > 0: caps the ratio without cutting the token out (truncated importance sampling).
-    reduction         "sum", "mean" or "none" (one loss per token, [...]).
+    reduction         "sum", "mean" or "none": one loss per token, [...], whose upstream gradients are not known inside; a
+                      trainable head then forms the logits a second time, as under `linear_logprobs`.
     normalizer        the divisor of "mean", a number or a 0-dim tensor: the *global* token count under gradient
                       accumulation or several ranks. By default the sum of `mask` in this call.
 
@@ -295,7 +296,7 @@ def sampled_reverse_kl_loss(
         skip_zero_rows=skip_zero_rows,
         backend=backend,
     )
-    gap = (sampler_logprobs - teacher_logprobs).detach().float()
+    gap = sampler_logprobs.detach() - teacher_logprobs.detach()
     return output._replace(metrics={**output.metrics, "teacher_kl": _masked_mean(gap, active)})
 
 
@@ -382,6 +383,11 @@ def _surrogate(
 ) -> Surrogate:
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; use one of {', '.join(METHODS)}")
+    if method not in ("ppo", "cispo") and (clip_low, clip_high) != (0.2, 0.2):
+        raise ValueError(
+            f"clip_low is {clip_low} and clip_high is {clip_high}, but method {method!r} clips nothing; they belong to "
+            f'"ppo" and "cispo"'
+        )
     if not 0 <= clip_low <= 1 or clip_high < 0:
         raise ValueError(
             f"clip_low is {clip_low}, clip_high is {clip_high}; need 0 <= clip_low <= 1 and clip_high >= 0"

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 from torch import Tensor
 
 from fastkl.kernels import rows_torch
-from fastkl.kernels.rows_torch import RowFunction
+from fastkl.kernels.rows import RowFunction
 
 Backend = Literal["auto", "triton", "torch"]
 

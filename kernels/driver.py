@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastkl.kernels.gemm import add_weight_gradient, compute_dtype, hidden_gradient, project
-from fastkl.kernels.rows_torch import Logits, RowFunction
+from fastkl.kernels.rows import Logits, RowFunction
 
 # What the logits of a chunk may take. On a GPU large chunks keep the GEMMs at full speed (1024-4096 rows at V = 150k).
 WORKSPACE_BYTES = {"cpu": 128 * 2**20, "accelerator": 2**30}

@@ -1,38 +1,21 @@
-"""Row functions in plain PyTorch: what a loss does to a chunk of logits while the chunk exists.
+"""Row functions (`rows.py`) in plain PyTorch, for every device.
 
-A row function is given the logits of n rows, writes K values per row into `out` [K, n] and, if `gradient` is set, leaves
-in `logits.student` the derivative of `out[0]` with respect to the *scaled scores* x from which the driver made them:
-
-    z = x            or            z = cap · tanh(x)   where the head has a soft-cap
-
-It works in place, a block of rows at a time, so that what it does need beside the chunk (a copy under a soft-cap, a mask, a
+They work in place, a block of rows at a time, so that what they need beside the chunk (a copy under a soft-cap, a mask, a
 product) stays small.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from fastkl.kernels.rows import Logits
+
 # Smaller blocks that fit a cache are no faster (a row is most of one already), and every pass over a block is a barrier
 # between threads, which costs dearly on a busy machine.
 BLOCK_BYTES = 32 * 2**20
-
-
-class Logits(NamedTuple):
-    """Scaled scores x of a chunk, overwritten in place. Without a teacher the last two are None."""
-
-    student: Tensor  # [n, V], compute dtype
-    student_cap: float | None
-    teacher: Tensor | None  # [n, V], compute dtype
-    teacher_cap: float | None
-
-
-class RowFunction(Protocol):
-    def __call__(self, logits: Logits, tokens: Tensor | None, out: Tensor, gradient: bool) -> None: ...
 
 
 def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: bool) -> None:

@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkl.kernels.rows_torch import Logits
+from fastkl.kernels.rows import Logits
 
 DTYPES = (torch.float32, torch.bfloat16)  # of a chunk; arithmetic is float32
 

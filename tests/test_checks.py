@@ -109,26 +109,31 @@ def test_end_of_sequence_is_the_models_and_the_tokenizers(declared: Any, wanted:
 
 def test_models_that_end_differently_are_refused() -> None:
     words = tokenizer()
-    model = llama(len(words))
-    checks.check_end_of_sequence([0, 3], model, words)
+    student, teacher = llama(len(words)), llama(len(words))
+    for ends in (0, [0, 3], None):  # None: it ends as the tokenizer says, with 0
+        student.generation_config.eos_token_id = ends
+        checks.check_end_of_sequence(student, teacher, words)
+    student.generation_config.eos_token_id = 3
     with pytest.raises(ConfigError, match=r"student ends with ids \[3\] and the teacher with \[0\]"):
-        checks.check_end_of_sequence([3], model, words)
+        checks.check_end_of_sequence(student, teacher, words)
+    student.generation_config.eos_token_id = None
+    words.eos_token = None
     with pytest.raises(ConfigError, match=r"set eos_token_id"):
-        checks.check_end_of_sequence([], model, words)
+        checks.check_end_of_sequence(student, teacher, words)
 
 
 def test_room_in_the_context() -> None:
     words = tokenizer()
     student, teacher = llama(len(words)), llama(len(words), max_position_embeddings=32)
     prompts = encoded(words, "1" * 5, "1" * 20, chat_template=False)
-    checks.check_room(prompts, 12, {"student": student, "teacher": teacher}, "data")  # 20 + 12 = 32: just fits
+    checks.check_room(prompts, 12, {"student": student, "teacher": teacher}, "Do this.")  # 20 + 12 = 32: just fits
     with pytest.raises(ConfigError) as error:
-        checks.check_room(prompts, 13, {"student": student, "teacher": teacher}, "data")
+        checks.check_room(prompts, 13, {"student": student, "teacher": teacher}, "Do this.")
     for part in (
         "p.jsonl:2 has 20 tokens",
         "with 13 new ones",
         "teacher's context of 32",
-        "data.max_prompt_tokens to 19",
+        "Do this.",
     ):
         assert part in str(error.value)
 
@@ -137,7 +142,7 @@ def test_an_empty_prompt_is_named() -> None:
     words = tokenizer()
     prompts = encoded(words, "1", "", chat_template=False)
     with pytest.raises(ConfigError, match=r"p\.jsonl:2 is an empty prompt"):
-        checks.check_room(prompts, 1, {"student": llama(len(words))}, "data")
+        checks.check_room(prompts, 1, {"student": llama(len(words))}, "")
 
 
 def _other_template(words: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

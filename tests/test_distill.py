@@ -325,7 +325,7 @@ def test_the_seed_decides(tmp_path: Path, pair: Pair) -> None:
 
 @pytest.mark.parametrize(
     ("schedule", "wanted"),
-    [("constant", [0, 0.5, 1, 1, 1]), ("linear", [0, 0.5, 1, 2 / 3, 1 / 3]), ("cosine", [0, 0.5, 1, 0.75, 0.25])],
+    [("constant", [0.5, 1, 1, 1, 1]), ("linear", [0.5, 1, 1, 2 / 3, 1 / 3]), ("cosine", [0.5, 1, 1, 0.75, 0.25])],
 )
 def test_learning_rate(tmp_path: Path, pair: Pair, schedule: str, wanted: list[float]) -> None:
     done = run(tmp_path / "run", pair, optim__steps=5, optim__warmup_steps=2, optim__schedule=schedule, optim__lr=0.01)

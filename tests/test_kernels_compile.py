@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from fastkl.kernels import rows_triton
-from fastkl.kernels.rows_torch import Logits
+from fastkl.kernels.rows import Logits
 from fastkl.kernels.rows_triton import launch_config
 
 

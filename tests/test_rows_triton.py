@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.kernels import rows_torch, rows_triton
-from fastkl.kernels.rows_torch import Logits, RowFunction
+from fastkl.kernels.rows import Logits, RowFunction
 from fastkl.kernels.rows_triton import launch_config
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -368,7 +368,7 @@ def test_what_is_refused() -> None:
     rows = random_rows(2, 8).to(torch.float64, DEVICE)
     out = torch.empty(2, 2, device=DEVICE)
     for name in FUNCTIONS:
-        with pytest.raises(TypeError, match=r"float32 or bfloat16, not torch.float64: use .*rows_torch"):
+        with pytest.raises(TypeError, match=r"float32 or bfloat16, not torch.float64: pass .*rows_torch"):
             getattr(rows_triton, name)(Logits(rows.x, None, rows.x_t, None), rows.y, out, True)
         columns = rows.x.float().t().contiguous().t()
         with pytest.raises(ValueError, match=r"side by side"):

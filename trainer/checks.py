@@ -7,9 +7,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkl.trainer.config import ConfigError
 from fastkl.trainer.data import EncodedPrompt, render_chat
-from fastkl.trainer.models import context_length, end_of_sequence
+from fastkl.trainer.models import context_length, declared_ends, end_of_sequence
 
 SPECIALS = ("bos_token_id", "eos_token_id", "unk_token_id")
+# Remedies where a context is too short.
+SHORTER = "Lower {0}.max_new_tokens, or leave long prompts out with {1}.max_prompt_tokens"
+SHORTER_ROW = "Shorten its completion or take the row out"
 SAMPLE_TEXT = "The quick brown fox: 3.14 + 2 = 5,14!\n\tdéjà vu — 日本語 🙂 def f(x): return x ** 2"
 
 
@@ -72,17 +75,19 @@ def check_chat(
             )
 
 
-def check_end_of_sequence(student: list[int], teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Where the student stops, the teacher can stop."""
-    theirs = end_of_sequence(teacher, tokenizer)
-    if not student:
+def check_end_of_sequence(
+    student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Where the student stops, the teacher can stop; a model that declares no end has the tokenizer's."""
+    if not end_of_sequence(student, tokenizer):
         raise ConfigError("neither the student nor its tokenizer declares an end-of-sequence token; set eos_token_id")
-    if not set(student) & set(theirs):
-        raise ConfigError(f"the student ends with ids {student} and the teacher with {theirs}; give them a common one")
+    ours, theirs = (declared_ends(model) or end_of_sequence(model, tokenizer) for model in (student, teacher))
+    if not set(ours) & set(theirs):
+        raise ConfigError(f"the student ends with ids {ours} and the teacher with {theirs}; give them a common one")
 
 
 def check_room(
-    prompts: list[EncodedPrompt], max_new_tokens: int | list[int], models: dict[str, PreTrainedModel], where: str
+    prompts: list[EncodedPrompt], max_new_tokens: int | list[int], models: dict[str, PreTrainedModel], remedy: str
 ) -> None:
     """Every prompt and its completion (a full one, or one of the given length) fit every model's context."""
     lengths = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
@@ -95,6 +100,5 @@ def check_room(
         if limit is not None and len(longest.ids) + new > limit:
             raise ConfigError(
                 f"{longest.row.source} has {len(longest.ids)} tokens; with {new} new ones it exceeds the "
-                f"{name}'s context of {limit}. Lower max_new_tokens or set {where}.max_prompt_tokens to "
-                f"{max(1, limit - new)}"
+                f"{name}'s context of {limit}. {remedy}"
             )

@@ -34,6 +34,11 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, f"lora.rank is {self.rank}; it must be >= 0 (0: no LoRA)")
+        require(
+            self.rank > 0 or (self.alpha, self.target_modules) == (32.0, "all-linear"),
+            f"lora.alpha is {self.alpha} and lora.target_modules is {self.target_modules!r}, but lora.rank is 0, which "
+            f"trains all weights; set lora.rank",
+        )
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class SamplingConfig:
         top_p: Must stay 1: anything else samples from another distribution than the loss assumes.
         top_k: Must stay 0, for the same reason.
         max_batch_tokens: Tokens in one forward pass of the sampling engine.
-        max_requests: Completions in progress at once.
+        max_requests: Completions in progress at once; null: 64, or fewer on a CPU, where long ones get in each other's way.
     """
 
     prompts_per_step: int = 64
@@ -118,11 +123,15 @@ class SamplingConfig:
     top_p: float = 1.0
     top_k: int = 0
     max_batch_tokens: int = 512
-    max_requests: int = 64
+    max_requests: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "max_batch_tokens", "max_requests"):
+        for name in ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "max_batch_tokens"):
             require(getattr(self, name) >= 1, f"sampling.{name} is {getattr(self, name)}; it must be at least 1")
+        require(
+            self.max_requests is None or self.max_requests >= 1,
+            f"sampling.max_requests is {self.max_requests}; it must be at least 1, or null",
+        )
         require(self.temperature > 0, f"sampling.temperature is {self.temperature}; on-policy sampling needs > 0")
         require(
             self.top_p == 1.0 and self.top_k == 0,
@@ -176,6 +185,19 @@ class LossConfig:
             self.dual_clip is None or (self.method == "ppo" and self.dual_clip > 1),
             f"loss.dual_clip is {self.dual_clip} with loss.method {self.method}; it must be > 1 and belongs to ppo",
         )
+        require(
+            self.method in ("ppo", "cispo") or (self.clip_low, self.clip_high) == (0.2, 0.2),
+            f"loss.clip_low is {self.clip_low} and loss.clip_high is {self.clip_high}, but loss.method is {self.method}, "
+            f"which clips nothing; they belong to ppo and cispo",
+        )
+        require(
+            self.method not in ("ppo", "cispo") or self.old_logprobs != "current",
+            f"loss.method is {self.method} but loss.old_logprobs is current, where the ratio is 1 and nothing is ever "
+            f"clipped; use sampler or recompute",
+        )
+        require(
+            self.kl_coef >= 0, f"loss.kl_coef is {self.kl_coef}; it must be >= 0: below, the student flees the teacher"
+        )
         require(0 <= self.discount <= 1, f"loss.discount is {self.discount}; it must be between 0 and 1")
 
 
@@ -186,7 +208,7 @@ class OptimConfig:
     Args:
         lr: Peak learning rate.
         steps: Steps of the run.
-        warmup_steps: Steps of linear warm-up from 0, within `steps`.
+        warmup_steps: Steps of linear warm-up, within `steps`; the first one already has lr / warmup_steps.
         schedule: Learning rate after the warm-up.
         weight_decay: Decoupled weight decay.
         betas: Adam's betas.
@@ -268,11 +290,11 @@ class CheckpointConfig:
     """Checkpoints to resume from.
 
     Args:
-        every: Write one each so many steps (and after the last one); 0: only after the last one.
+        every: Write one each so many steps, and after the last one; 0: only after the last one.
         keep: Keep the newest so many.
     """
 
-    every: int = 0
+    every: int = 50
     keep: int = 1
 
     def __post_init__(self) -> None:
@@ -383,7 +405,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Log-probs of given completions.
+    """Log-probs of given completions, each with its end-of-sequence token.
 
     Args:
         model: The model that scores.

@@ -147,7 +147,12 @@ def _check_models(
 ) -> None:
     models = {"student": student.model, "teacher": teacher.model}
     checks.check_vocabulary(tokenizer, models)
-    checks.check_end_of_sequence(end_of_sequence(student.model, tokenizer), teacher.model, tokenizer)
-    checks.check_room(prompts, config.sampling.max_new_tokens, models, "data")
+    checks.check_end_of_sequence(student.model, teacher.model, tokenizer)
+    checks.check_room(prompts, config.sampling.max_new_tokens, models, checks.SHORTER.format("sampling", "data"))
     if eval_prompts:
-        checks.check_room(eval_prompts, config.eval.max_new_tokens, {"student": student.model}, "eval.data")
+        checks.check_room(
+            eval_prompts,
+            config.eval.max_new_tokens,
+            {"student": student.model},
+            checks.SHORTER.format("eval", "eval.data"),
+        )

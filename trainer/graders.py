@@ -8,7 +8,8 @@ from decimal import Decimal
 
 Grader = Callable[[str, str], float]
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# 1234, 1,234 (but "1,2" is two numbers), 1.5 and .5, with a sign
+_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|-?\.\d+")
 _BOXED = r"\boxed{"
 
 

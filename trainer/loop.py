@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase
 
 from fastkl.loss import LossOutput, policy_gradient_loss
 from fastkl.trainer.batching import Batch, batches
@@ -104,7 +105,11 @@ class Student:
             norms.append(self._clip())
             self.optimizer.step()
             self.optimizer.zero_grad()
-        metrics = {**totals, "optim/lr": self.scheduler.get_last_lr()[0], "optim/grad_norm": sum(norms) / len(norms)}
+        metrics = {
+            **totals,
+            "optim/lr": float(self.scheduler.get_last_lr()[0]),
+            "optim/grad_norm": sum(norms) / len(norms),
+        }
         self.scheduler.step()
         return {**metrics, **_mismatch_metrics(mismatch)}
 
@@ -192,9 +197,23 @@ def _log(student: Student, folder: RunFolder, step: int, metrics: dict[str, floa
     student.accelerator.log(metrics, step=step)
 
 
-def _scheduler(config: OptimConfig, optimizer: torch.optim.Optimizer) -> Any:
-    names = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-    return get_scheduler(names[config.schedule], optimizer, config.warmup_steps, config.steps)
+def _scheduler(config: OptimConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up that reaches the peak with step `warmup_steps`, then the schedule down to 0 after the last step.
+
+    The first step already learns: a rollout is too dear for a step at rate 0.
+    """
+    decay = {
+        "constant": lambda x: 1.0,
+        "linear": lambda x: 1.0 - x,
+        "cosine": lambda x: (1.0 + math.cos(math.pi * x)) / 2,
+    }
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        return decay[config.schedule]((step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def _keep_trained(models: list[nn.Module], weights: list[dict[str, Tensor]], _: str) -> None:

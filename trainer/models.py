@@ -33,7 +33,10 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
-    model: PreTrainedModel = _auto_class(config).from_pretrained(path, **options)
+    try:
+        model: PreTrainedModel = _auto_class(config).from_pretrained(path, **options)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"no model could be loaded from {config.path!r}: {error}") from error
     return model.eval()
 
 
@@ -91,11 +94,17 @@ def context_length(model: PreTrainedModel) -> int | None:
     return limit
 
 
-def end_of_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a completion: the model's own and the tokenizer's."""
+def declared_ends(model: PreTrainedModel) -> list[int]:
+    """The ids that end a completion by the model's generation config."""
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = declared if isinstance(declared, list) else [declared]
-    return sorted({token for token in [*ids, tokenizer.eos_token_id] if token is not None})
+    return [token for token in ids if token is not None]
+
+
+def end_of_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a completion: the model's own and the tokenizer's."""
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return sorted({*declared_ends(model), *own})
 
 
 def batch_layout(config: BatchConfig, model: PreTrainedModel) -> Layout:

@@ -27,7 +27,7 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, float]:
     prompts = load_eval_prompts(config.eval, tokenizer)
     model = load_model(config.model).to(PartialState().device)
     checks.check_vocabulary(tokenizer, {"model": model})
-    checks.check_room(prompts, config.eval.max_new_tokens, {"model": model}, "eval.data")
+    checks.check_room(prompts, config.eval.max_new_tokens, {"model": model}, checks.SHORTER.format("eval", "eval.data"))
     sampler = ContinuousBatchingSampler(model, eos_token_ids=end_of_sequence(model, tokenizer))
     metrics, answers = evaluate(sampler, tokenizer, prompts, config.eval, config.seed)
     if output is not None:
@@ -38,7 +38,10 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, float]:
 
 
 def score_completions(config: ScoreConfig) -> None:
-    """Writes, per row: ids, loss_mask, logprobs (0 for the prompt's tokens), and their sum over the completion."""
+    """Writes, per row: ids, loss_mask, logprobs (0 for the prompt's tokens), and their sum over the completion.
+
+    The completion is scored with the end-of-sequence token after it, as one that is finished.
+    """
     output = _new_file(config.output)
     tokenizer = load_tokenizer(config.model)
     prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
@@ -49,7 +52,7 @@ def score_completions(config: ScoreConfig) -> None:
     device: torch.device = PartialState().device
     model = fuse(load_teacher(config.model, device), "model")
     checks.check_vocabulary(tokenizer, {"model": model.model})
-    checks.check_room(prompts, [sample.loss_tokens for sample in samples], {"model": model.model}, "data")
+    checks.check_room(prompts, [sample.loss_tokens for sample in samples], {"model": model.model}, checks.SHORTER_ROW)
     score(
         model,
         samples,

@@ -16,7 +16,8 @@ _CONFIG_FIELDS = {field.name for field in dataclasses.fields(ContinuousBatchingC
 _PAGE_FIELD = "page_size" if "page_size" in _CONFIG_FIELDS else "block_size"  # renamed in 5.18 or later
 _PAGED_PREFIX = "auto_switch_to_flash" not in _CONFIG_FIELDS  # 5.17 names its attention "paged|sdpa"
 _PAGE_SIZE = 32
-_KEYS_PER_STEP = 2048  # without flash attention, every token of a step scores the keys of all requests in it
+_REQUESTS = 64
+_KEYS_PER_STEP = 2048
 
 
 class Completion(NamedTuple):
@@ -48,7 +49,7 @@ class ContinuousBatchingSampler:
     Args:
         model: A Transformers causal language model, or a PEFT model around one.
         eos_token_ids: The token ids that end a completion; none when empty.
-        max_requests: The most completions that are in progress at once.
+        max_requests: The most completions that are in progress at once; None chooses.
         max_batch_tokens: The most tokens in one forward pass; longer prompts are processed in pieces.
     """
 
@@ -57,7 +58,7 @@ class ContinuousBatchingSampler:
         model: PreTrainedModel,
         *,
         eos_token_ids: Iterable[int] = (),
-        max_requests: int = 64,
+        max_requests: int | None = None,
         max_batch_tokens: int = 512,
     ) -> None:
         base: Any = model
@@ -71,7 +72,7 @@ class ContinuousBatchingSampler:
                 f"{type(base).__name__} has attn_logit_softcapping {softcap}, which Transformers' paged eager attention "
                 f"ignores: its samples would be wrong. Use attn_implementation sdpa or a flash attention"
             )
-        if max_requests < 1 or max_batch_tokens < 1:
+        if max_batch_tokens < 1 or (max_requests is not None and max_requests < 1):
             raise ConfigError(
                 f"max_requests is {max_requests}, max_batch_tokens is {max_batch_tokens}; both must be >= 1"
             )
@@ -148,9 +149,7 @@ class ContinuousBatchingSampler:
 
     def _batching_config(self, num_prompts: int, longest: int, seed: int) -> ContinuousBatchingConfig:
         """Fixes every size that would otherwise depend on the free memory."""
-        requests = min(num_prompts, self._max_requests)
-        if "flash" not in self._base.config._attn_implementation:
-            requests = min(requests, max(8, _KEYS_PER_STEP // longest))
+        requests = min(num_prompts, self._max_requests or self._usual_requests(longest))
         settings: dict[str, Any] = {
             _PAGE_FIELD: _PAGE_SIZE,
             "num_blocks": 2 * requests * (math.ceil(longest / _PAGE_SIZE) + 1),
@@ -166,6 +165,12 @@ class ContinuousBatchingSampler:
             "seed": seed,
         }
         return ContinuousBatchingConfig(**{key: settings[key] for key in settings if key in _CONFIG_FIELDS})
+
+    def _usual_requests(self, longest: int) -> int:
+        """On a CPU every token of a step scores the keys of all requests in it: few at a time, where they are long."""
+        if self._base.device.type != "cpu":
+            return _REQUESTS
+        return min(_REQUESTS, max(8, _KEYS_PER_STEP // longest))
 
     def _completion(self, index: int, output: Any, max_new_tokens: int) -> Completion:
         """Checks and converts the output for the prompt at `index`."""

@@ -43,9 +43,16 @@ def sft(config: SftConfig) -> RunFolder:
 
     student = Student(config, LossConfig(method="reinforce", old_logprobs="current"), temperature=1.0)
     checks.check_vocabulary(tokenizer, {"student": student.model})
-    checks.check_room(prompts, [example.loss_tokens for example in examples], {"student": student.model}, "data")
+    checks.check_room(
+        prompts, [example.loss_tokens for example in examples], {"student": student.model}, checks.SHORTER_ROW
+    )
     if eval_prompts:
-        checks.check_room(eval_prompts, config.eval.max_new_tokens, {"student": student.model}, "eval.data")
+        checks.check_room(
+            eval_prompts,
+            config.eval.max_new_tokens,
+            {"student": student.model},
+            checks.SHORTER.format("eval", "eval.data"),
+        )
     sampler = ContinuousBatchingSampler(student.model, eos_token_ids=end_of_sequence(student.model, tokenizer))
     with RunFolder(config) as folder:
         fit(

@@ -95,11 +95,11 @@ def show(summary: dict[str, float]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{summary['held_out_problems']} held-out problems, greedy answers, exact match")
+    table = Table()
     table.add_column("model")
-    table.add_column("accuracy", justify="right")
-    table.add_column("KL to the teacher (nats per token)", justify="right")
-    table.add_row("teacher", f"{summary['teacher_accuracy']:.1%}", "0")
+    table.add_column(f"accuracy on {summary['held_out_problems']} held-out problems", justify="right")
+    table.add_column("teacher_kl (nats per token)", justify="right")
+    table.add_row("teacher", f"{summary['teacher_accuracy']:.1%}", "")
     before, after = summary["student_accuracy_before"], summary["student_accuracy_after"]
     table.add_row("student before", f"{before:.1%}", f"{summary['teacher_kl_first']:.3f}")
     table.add_row("student after", f"{after:.1%}", f"{summary['teacher_kl_last']:.3f}")

@@ -1,0 +1,28 @@
+"""The row interface: what a loss does to a chunk of logits while the chunk exists.
+
+A row function is given the logits of n rows, writes K values per row into `out` [K, n] and, if `gradient` is set, leaves
+in `logits.student` the derivative of `out[0]` with respect to the *scaled scores* x from which the driver made them:
+
+    z = x            or            z = cap · tanh(x)   where the head has a soft-cap
+
+It works in place and allocates nothing of the chunk's size. `out` is a view whose rows may lie apart.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Logits(NamedTuple):
+    """Scaled scores x of a chunk, overwritten in place. Without a teacher the last two are None."""
+
+    student: Tensor  # [n, V], compute dtype
+    student_cap: float | None
+    teacher: Tensor | None  # [n, V], compute dtype
+    teacher_cap: float | None
+
+
+class RowFunction(Protocol):
+    def __call__(self, logits: Logits, tokens: Tensor | None, out: Tensor, gradient: bool) -> None: ...
