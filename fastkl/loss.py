@@ -383,14 +383,14 @@ def _surrogate(
 ) -> Surrogate:
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; use one of {', '.join(METHODS)}")
+    if not 0 <= clip_low <= 1 or clip_high < 0:
+        raise ValueError(
+            f"clip_low is {clip_low}, clip_high is {clip_high}; need 0 <= clip_low <= 1 and clip_high >= 0"
+        )
     if method not in ("ppo", "cispo") and (clip_low, clip_high) != (0.2, 0.2):
         raise ValueError(
             f"clip_low is {clip_low} and clip_high is {clip_high}, but method {method!r} clips nothing; they belong to "
             f'"ppo" and "cispo"'
-        )
-    if not 0 <= clip_low <= 1 or clip_high < 0:
-        raise ValueError(
-            f"clip_low is {clip_low}, clip_high is {clip_high}; need 0 <= clip_low <= 1 and clip_high >= 0"
         )
     if dual_clip is not None and (method != "ppo" or dual_clip <= 1):
         raise ValueError(f'dual_clip is {dual_clip} with method {method!r}; it belongs to "ppo" and must be > 1')

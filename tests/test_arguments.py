@@ -122,6 +122,12 @@ CASES: dict[str, Case] = {
     # The objective.
     "method": (POLICY, {"method": "gspo"}, ValueError, ("method is 'gspo'", "importance_sampling", "cispo")),
     "clip_low-high": (POLICY, {"clip_low": 1.5}, ValueError, ("clip_low is 1.5", "clip_low <= 1")),
+    "clip-of-no-use": (
+        POLICY,
+        {"method": "reinforce", "clip_low": 0.1},
+        ValueError,
+        ("clip_low is 0.1", "'reinforce'", "cispo"),
+    ),
     "clip_low-negative": (POLICY, {"clip_low": -0.1}, ValueError, ("clip_low is -0.1",)),
     "clip_high": (POLICY, {"clip_high": -0.1}, ValueError, ("clip_high is -0.1", "clip_high >= 0")),
     "dual_clip-method": (POLICY, {"dual_clip": 3.0}, ValueError, ("dual_clip is 3.0", "importance_sampling", "ppo")),

@@ -42,6 +42,10 @@ REFUSED: list[tuple[str, dict[str, object], list[str]]] = [
     ("distill", {"sampling.top_p": 0.9}, ["sampling.top_p is 0.9", "importance ratio", "Leave top_p = 1"]),
     ("distill", {"sampling.top_k": 50}, ["sampling.top_k is 50", "importance ratio", "top_k = 0"]),
     ("distill", {"loss.discount": 1.5}, ["loss.discount is 1.5", "between 0 and 1"]),
+    ("distill", {"loss.clip_high": 0.3}, ["loss.clip_high is 0.3", "importance_sampling", "ppo and cispo"]),
+    ("distill", {"loss.method": "ppo", "loss.old_logprobs": "current"}, ["loss.method is ppo", "sampler or recompute"]),
+    ("distill", {"loss.kl_coef": -1.0}, ["loss.kl_coef is -1.0", ">= 0"]),
+    ("distill", {"student.lora.alpha": 16.0}, ["lora.alpha is 16.0", "set lora.rank"]),
     ("distill", {"loss.clip_low": 1.5}, ["loss.clip_low is 1.5", "between 0 and 1"]),
     ("distill", {"loss.clip_high": -0.1}, ["loss.clip_high is -0.1", ">= 0"]),
     ("distill", {"loss.dual_clip": 3}, ["loss.dual_clip is 3", "loss.method importance_sampling", "ppo"]),
@@ -240,7 +244,7 @@ def test_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys:
 
     monkeypatch.setattr("fastkl.trainer.commands.run", interrupted)
     assert cli.main(["distill"]) == 130
-    assert "resumes from the last checkpoint" in capsys.readouterr().err
+    assert "goes on from its last checkpoint" in capsys.readouterr().err
 
 
 # What shows only once files are read: still one line, status 2, and nothing on disk.

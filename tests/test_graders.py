@@ -73,3 +73,10 @@ def test_integers_are_compared_exactly(value: int, step: int) -> None:
     other = value + step
     assert last_number(f"it is {value:,}", str(other)) == float(value == other)
     assert boxed(rf"\boxed{{{value}}}", str(other)) == float(value == other)
+
+
+def test_numbers_are_read_as_people_write_them() -> None:
+    assert last_number("about .5", "0.5") == 1.0
+    assert last_number("it is 1,234", "1234") == 1.0
+    assert last_number("the pair 1,2", "2") == 1.0
+    assert last_number("the pair 1,2", "12") == 0.0
