@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkl.kernels.driver import HeadOptions
+from fastkl.kernels.backend import BACKENDS
+from fastkl.kernels.gemm import compute_dtype
+from fastkl.kernels.problem import Backend, HeadOptions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -73,12 +75,12 @@ def check_per_token(name: str, tensor: Tensor, hidden: Tensor) -> Tensor:
 
 def check_tokens(tokens: Tensor, hidden: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
     """Token ids [...] as int64. On an accelerator ids outside the vocabulary are left to the row functions:
-    looking at them here would stall the device."""
+    looking at them here would stall the device, and in a compiled graph nothing can be raised."""
     tokens = check_per_token("tokens", tokens, hidden)
     if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise TypeError(f"tokens is {tokens.dtype}; expected integer token ids (torch.int64)")
     tokens = tokens.to(torch.int64)
-    if tokens.is_cpu:
+    if tokens.is_cpu and not torch.compiler.is_compiling():
         wrong = ((tokens < 0) | (tokens >= vocabulary)) & (tokens != ignore_index)
         if bool(wrong.any()):
             raise ValueError(
@@ -98,9 +100,24 @@ def head_options(temperature: float, logit_scale: float, softcap: float | None, 
     return HeadOptions(float(temperature), float(logit_scale), None if softcap is None else float(softcap))
 
 
-def check_chunk_size(chunk_size: int | None) -> None:
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1, or None for the default")
+def check_plan(backend: Backend, chunk_size: int | None, weight: Tensor, weight_grad: Tensor | None) -> None:
+    """What says how the work is done: backend, chunk_size, weight_grad."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; use one of {', '.join(BACKENDS)}")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(
+            f"chunk_size is {chunk_size!r}; it must be a whole number of at least 1, or None for the default"
+        )
+    if weight_grad is None:
+        return
+    if not weight.requires_grad:
+        raise ValueError("weight_grad is given but weight does not require a gradient: leave weight_grad out")
+    if weight_grad.shape != weight.shape or weight_grad.dtype != compute_dtype(weight.dtype):
+        raise ValueError(
+            f"weight_grad is {list(weight_grad.shape)} of {weight_grad.dtype}; expected {list(weight.shape)} of "
+            f"{compute_dtype(weight.dtype)}, the dtype that gradients of {weight.dtype} weights are summed in"
+        )
+    check_device("weight_grad", weight_grad, weight, "weight")
 
 
 class Reduction(NamedTuple):
@@ -140,11 +157,3 @@ def mask_weights(mask: Tensor | None, hidden: Tensor, dtype: torch.dtype) -> Ten
     if mask is None:
         return hidden.new_ones(hidden.shape[:-1].numel(), dtype=dtype)
     return check_per_token("mask", mask, hidden).reshape(-1).to(dtype)
-
-
-def select_rows(active: Tensor, skip_zero_rows: bool) -> Tensor | None:
-    """Indices of the rows to compute [n], or None for all of them."""
-    if not skip_zero_rows:
-        return None
-    index = active.nonzero().squeeze(1)
-    return None if index.numel() == active.numel() else index

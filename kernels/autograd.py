@@ -1,4 +1,4 @@
-"""The driver under autograd: which plan gives which gradient, and what is kept for the backward pass.
+"""The operators under autograd: which plan gives which gradient, and what is kept for the backward pass.
 
 | who needs a gradient, and how           | forward                  | backward                          | GEMMs |
 |-----------------------------------------|--------------------------|-----------------------------------|-------|
@@ -12,33 +12,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fastkl.kernels.driver import Inputs, Needs, Spec, evaluate, evaluate_with_gradients
-from fastkl.kernels.gemm import compute_dtype
-
-# (values of a chunk [K, n], its rows) -> the rows' losses [n] and d loss / d values[0] [n], both in the compute dtype.
-Objective = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+from fastkl.kernels.ops import evaluate, evaluate_with_gradients
+from fastkl.kernels.problem import Gradients, Inputs, Needs, Objective, Spec
+from fastkl.kernels.surrogate import Surrogate
 
 
-def row_values(spec: Spec, inputs: Inputs, limit: int | None) -> Tensor:
-    """Values [K, N]; the first row is differentiable, under any upstream gradient."""
+def row_values(
+    spec: Spec, inputs: Inputs, active: Tensor | None, graded: Tensor | None, weight_grad: Tensor | None = None
+) -> Tensor:
+    """Values [K, N] of the `active` rows; the first one is differentiable in the `graded` ones, for any upstream gradient.
+
+    The upstream gradient of other rows is not looked at.
+    """
     if not _wants_gradient(inputs):
-        return evaluate(spec, inputs, limit)
-    first, values = _RowValues.apply(spec, limit, *inputs)
+        return evaluate(spec, inputs, active)
+    first, values = _RowValues.apply(spec, active, graded, weight_grad, *inputs)
     return torch.cat([first[None], values[1:]])
 
 
-def summed_loss(spec: Spec, inputs: Inputs, objective: Objective, limit: int | None) -> tuple[Tensor, Tensor]:
-    """Σ losses (0-dim, differentiable) and the values [K, N] (detached)."""
+def summed_loss(
+    spec: Spec,
+    inputs: Inputs,
+    objective: Objective,
+    active: Tensor | None,
+    graded: Tensor | None,
+    weight_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Σ losses (0-dim, differentiable) and the values [K, N] (detached).
+
+    `active` rows have values, and those of them that are `graded` are in the sum.
+    """
     if not _wants_gradient(inputs):
-        values = evaluate(spec, inputs, limit)
-        return objective(values, slice(0, values.shape[1]))[0].sum(), values
-    return cast(tuple[Tensor, Tensor], _SummedLoss.apply(spec, objective, limit, *inputs))
+        values = evaluate(spec, inputs, active)
+        losses, _ = objective.losses_and_slopes(values)
+        return (losses if graded is None else losses.where(graded, 0.0)).sum(), values
+    tensors = objective.weights, objective.advantages, objective.sampler_logprobs, active, graded, weight_grad
+    return cast(tuple[Tensor, Tensor], _SummedLoss.apply(spec, objective.surrogate, *tensors, *inputs))
 
 
 def _wants_gradient(inputs: Inputs) -> bool:
@@ -54,22 +68,29 @@ def _refuse_double_backward() -> None:
         )
 
 
-def _gradients(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+def _input_gradients(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of hidden, weight and bias as the gradients of all `Inputs`; the others never have one."""
     return *gradients, *[None] * (len(Inputs._fields) - len(gradients))
 
 
 class _RowValues(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, spec: Spec, limit: int | None, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        spec: Spec,
+        active: Tensor | None,
+        graded: Tensor | None,
+        weight_grad: Tensor | None,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         inputs = Inputs(*tensors)
-        ctx.spec, ctx.limit, ctx.needs = spec, limit, Needs(*ctx.needs_input_grad[2:5])
+        ctx.spec, ctx.weight_grad, ctx.needs = spec, weight_grad, Needs(*ctx.needs_input_grad[4:7])
         ctx.recompute = ctx.needs.weight or ctx.needs.bias
         if ctx.recompute:
-            values = evaluate(spec, inputs, limit)
-            ctx.save_for_backward(*inputs)
+            values = evaluate(spec, inputs, active)
+            ctx.save_for_backward(graded, *inputs)
         else:
-            values, unit = evaluate_with_gradients(spec, inputs, None, ctx.needs, limit)
+            values, _, unit = evaluate_with_gradients(spec, inputs, Objective(), ctx.needs, active, graded)
             ctx.save_for_backward(unit.hidden)
         ctx.mark_non_differentiable(values)
         return values[0].clone(), values
@@ -79,31 +100,37 @@ class _RowValues(torch.autograd.Function):
         _refuse_double_backward()
         if not ctx.recompute:
             (unit,) = ctx.saved_tensors
-            return None, None, *_gradients((unit * upstream[:, None]).to(unit.dtype))
-        inputs = Inputs(*ctx.saved_tensors)
-        _, gradients = evaluate_with_gradients(ctx.spec, inputs, lambda _, rows: upstream[rows], ctx.needs, ctx.limit)
+            return *[None] * 4, *_input_gradients((unit * upstream[:, None]).to(unit.dtype))
+        graded, *tensors = ctx.saved_tensors
+        inputs = Inputs(*tensors)
+        _, _, gradients = evaluate_with_gradients(
+            ctx.spec, inputs, Objective(weights=upstream), ctx.needs, graded, graded, ctx.weight_grad
+        )
         dtype = inputs.weight.dtype
-        return None, None, *_gradients(*[None if g is None else g.to(dtype) for g in gradients])
+        return *[None] * 4, *_input_gradients(*[None if g is None else g.to(dtype) for g in gradients])
 
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, spec: Spec, objective: Objective, limit: int | None, *tensors: Tensor
+        ctx: Any,
+        spec: Spec,
+        surrogate: Surrogate | None,
+        weights: Tensor | None,
+        advantages: Tensor | None,
+        sampler_logprobs: Tensor | None,
+        active: Tensor | None,
+        graded: Tensor | None,
+        weight_grad: Tensor | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        inputs, needs = Inputs(*tensors), Needs(*ctx.needs_input_grad[3:6])
-        losses = inputs.hidden.new_zeros(inputs.hidden.shape[0], dtype=compute_dtype(inputs.hidden.dtype))
-
-        def slopes(values: Tensor, rows: slice) -> Tensor:
-            losses[rows], slope = objective(values, rows)
-            return slope
-
-        values, ctx.gradients = evaluate_with_gradients(spec, inputs, slopes, needs, limit)
-        ctx.recompute = lambda again: evaluate_with_gradients(
-            spec, again, lambda v, r: objective(v, r)[1], needs, limit
+        ctx.spec, ctx.surrogate, ctx.weight_grad = spec, surrogate, weight_grad
+        ctx.needs, ctx.dtype = Needs(*ctx.needs_input_grad[8:11]), tensors[1].dtype
+        ctx.save_for_backward(weights, advantages, sampler_logprobs, graded, *tensors)
+        objective = Objective(weights, surrogate, advantages, sampler_logprobs)
+        values, losses, ctx.gradients = evaluate_with_gradients(
+            spec, Inputs(*tensors), objective, ctx.needs, active, graded
         )
-        ctx.dtype = inputs.weight.dtype
-        ctx.save_for_backward(*inputs)
         ctx.mark_non_differentiable(values)
         return losses.sum(), values
 
@@ -114,7 +141,16 @@ class _SummedLoss(torch.autograd.Function):
         A second backward pass (retain_graph=True) finds them gone and computes them again.
         """
         _refuse_double_backward()
-        gradients = ctx.gradients or ctx.recompute(Inputs(*ctx.saved_tensors))[1]
+        gradients = ctx.gradients or _SummedLoss._recompute(ctx)
         ctx.gradients = None
+        if ctx.weight_grad is not None and gradients.weight is not None:
+            ctx.weight_grad.addcmul_(gradients.weight, upstream)
+            gradients = gradients._replace(weight=None)
         scaled = [None if g is None else g.mul_(upstream).to(ctx.dtype) for g in gradients]
-        return None, None, None, *_gradients(*scaled)
+        return *[None] * 8, *_input_gradients(*scaled)
+
+    @staticmethod
+    def _recompute(ctx: Any) -> Gradients:
+        weights, advantages, sampler_logprobs, graded, *tensors = ctx.saved_tensors
+        objective = Objective(weights, ctx.surrogate, advantages, sampler_logprobs)
+        return evaluate_with_gradients(ctx.spec, Inputs(*tensors), objective, ctx.needs, graded, graded)[2]

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Literal, NamedTuple, get_args
+from typing import cast
 
 from torch import Tensor
 
 from fastkl.kernels import rows_torch
+from fastkl.kernels.problem import Backend, Kind
 from fastkl.kernels.rows import RowFunction
 
-Backend = Literal["auto", "triton", "torch"]
+BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
 
 
-class RowFunctions(NamedTuple):
-    token_nll: RowFunction
-    reverse_kl: RowFunction
-
-
-def row_functions(backend: Backend, hidden: Tensor) -> RowFunctions:
+def row_function(kind: Kind, backend: Backend, hidden: Tensor) -> RowFunction:
     """ "auto" is Triton on CUDA and HIP devices, PyTorch elsewhere and for float64. Nothing falls back in silence."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend is {backend!r}; use one of {', '.join(get_args(Backend))}")
-    triton = backend == "triton" or (backend == "auto" and hidden.is_cuda and hidden.element_size() < 8)
-    module = _rows_triton(backend) if triton else rows_torch
-    return RowFunctions(module.token_nll, module.reverse_kl)
+    return cast(RowFunction, getattr(_module(backend, hidden), kind))
+
+
+def _module(backend: Backend, hidden: Tensor) -> ModuleType:
+    if backend == "triton" or (backend == "auto" and hidden.is_cuda and hidden.element_size() < 8):
+        return _rows_triton(backend)
+    return rows_torch
 
 
 def _rows_triton(backend: Backend) -> ModuleType:

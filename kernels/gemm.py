@@ -38,10 +38,15 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, o
             torch.addmm(bias[columns].to(out.dtype), hidden, block.t(), beta=alpha, alpha=alpha, out=target)
 
 
+def gradient_dtype(operand: Tensor) -> torch.dtype:
+    """The dtype that the gradient of a chunk's scores is multiplied in: that of the operands, or the compute dtype."""
+    return operand.dtype if _writes_fp32(operand) else compute_dtype(operand.dtype)
+
+
 def hidden_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
-    """gradient @ weight [n, D] in the compute dtype; gradient [n, V], weight [V, D]."""
+    """gradient @ weight [n, D] in the compute dtype; gradient [n, V] in `gradient_dtype`, weight [V, D]."""
     if _writes_fp32(weight):
-        return torch.mm(gradient.to(weight.dtype), weight, gradient.dtype)
+        return torch.mm(gradient, weight, compute_dtype(weight.dtype))
     if weight.dtype == gradient.dtype:
         return gradient @ weight
     out = gradient.new_zeros(gradient.shape[0], weight.shape[1])
@@ -50,17 +55,20 @@ def hidden_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def add_weight_gradient(accumulator: Tensor, gradient: Tensor, hidden: Tensor, scale: Tensor) -> None:
-    """accumulator += gradientᵀ (scale · hidden).
+def add_weight_gradient(
+    accumulator: Tensor, gradient: Tensor, hidden: Tensor, scale: Tensor, overwrite: bool = False
+) -> None:
+    """accumulator += gradientᵀ (scale · hidden); `overwrite`: = in place of +=, whatever it held.
 
-    accumulator [V, D], gradient [n, V] and scale [n] in the compute dtype, hidden [n, D] as the user gave it.
+    accumulator [V, D] and scale [n] in the compute dtype, gradient [n, V] in `gradient_dtype`, hidden [n, D] as the user
+    gave it.
     """
-    scaled = hidden * scale[:, None]
+    scaled, beta = hidden * scale[:, None], 0.0 if overwrite else 1.0
     if _writes_fp32(hidden):
-        low = gradient.to(hidden.dtype)
-        torch.addmm(accumulator, low.t(), scaled.to(hidden.dtype), accumulator.dtype, out=accumulator)
+        low = scaled.to(hidden.dtype)
+        torch.addmm(accumulator, gradient.t(), low, accumulator.dtype, beta=beta, out=accumulator)
     else:
-        accumulator.addmm_(gradient.t(), scaled)
+        torch.addmm(accumulator, gradient.t(), scaled, beta=beta, out=accumulator)
 
 
 def _writes_fp32(operand: Tensor) -> bool:

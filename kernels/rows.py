@@ -1,11 +1,12 @@
 """The row interface: what a loss does to a chunk of logits while the chunk exists.
 
-A row function is given the logits of n rows, writes K values per row into `out` [K, n] and, if `gradient` is set, leaves
-in `logits.student` the derivative of `out[0]` with respect to the *scaled scores* x from which the driver made them:
+A row function is given the logits of n rows, writes K values per row into `out` [K, n] and, if it is given a tensor
+`gradient` [n, V], the derivative of `out[0]` with respect to the *scaled scores* x from which the driver made them:
 
     z = x            or            z = cap · tanh(x)   where the head has a soft-cap
 
-It works in place and allocates nothing of the chunk's size. `out` is a view whose rows may lie apart.
+`gradient` is `logits.student` itself or apart from it, in a dtype of its own (what the next GEMM wants). The chunks are
+scratch space: nobody reads them afterwards. Nothing of their size is allocated. `out` is a view whose rows may lie apart.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 
 class Logits(NamedTuple):
-    """Scaled scores x of a chunk, overwritten in place. Without a teacher the last two are None."""
+    """Scaled scores x of a chunk. Without a teacher the last two are None."""
 
     student: Tensor  # [n, V], compute dtype
     student_cap: float | None
@@ -25,4 +26,4 @@ class Logits(NamedTuple):
 
 
 class RowFunction(Protocol):
-    def __call__(self, logits: Logits, tokens: Tensor | None, out: Tensor, gradient: bool) -> None: ...
+    def __call__(self, logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> None: ...

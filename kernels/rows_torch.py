@@ -18,21 +18,22 @@ from fastkl.kernels.rows import Logits
 BLOCK_BYTES = 32 * 2**20
 
 
-def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: bool) -> None:
+def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> None:
     """out[0] = lse(z) − z[y]; gradient p − 1[y]."""
     assert tokens is not None
     for rows in _row_blocks(logits.student):
         block, y = logits.student[rows], tokens[rows, None]
-        z = _apply_cap(block, logits.student_cap, keep=gradient)
+        z = _apply_cap(block, logits.student_cap, keep=gradient is not None)
         target = block.gather(1, y).squeeze(1)
         peak, top = _softmax_in_place(block)
         out[0, rows] = (peak - target) - top  # in this order: large logits cancel before anything is rounded
-        if gradient:
+        if gradient is not None:
             block.scatter_add_(1, y, block.new_full((1, 1), -1.0).expand_as(y))
             _undo_cap(block, z, logits.student_cap)
+            _hand_over(block, gradient[rows])
 
 
-def reverse_kl(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: bool) -> None:
+def reverse_kl(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> None:
     """out[0] = Σ p (log p − log q), gradient p (log p − log q − out[0]); out[1] = −log p[y], 0 without tokens.
 
     A token that the student cannot emit (p = 0) adds nothing, whatever the teacher says of it; one that the student can
@@ -41,7 +42,7 @@ def reverse_kl(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: boo
     assert logits.teacher is not None
     for rows in _row_blocks(logits.student):
         p, q = logits.student[rows], logits.teacher[rows]
-        z = _apply_cap(p, logits.student_cap, keep=gradient)
+        z = _apply_cap(p, logits.student_cap, keep=gradient is not None)
         _apply_cap(q, logits.teacher_cap, keep=False)
         torch.log_softmax(p, -1, out=p)
         torch.log_softmax(q, -1, out=q)
@@ -54,9 +55,10 @@ def reverse_kl(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: boo
         log_ratio.masked_fill_(p == 0, 0.0)
         kl = torch.linalg.vecdot(p, log_ratio)
         out[0, rows] = kl
-        if gradient:
+        if gradient is not None:
             p.mul_(log_ratio.sub_(kl[:, None]))
             _undo_cap(p, z, logits.student_cap)
+            _hand_over(p, gradient[rows])
 
 
 def _row_blocks(chunk: Tensor) -> Iterator[slice]:
@@ -86,3 +88,9 @@ def _undo_cap(gradient: Tensor, z: Tensor | None, cap: float | None) -> None:
     """Gradient by z becomes gradient by x: dz/dx = cap − z² / cap."""
     if cap is not None and z is not None:
         gradient.mul_(z.square_().div_(-cap).add_(cap))
+
+
+def _hand_over(block: Tensor, gradient: Tensor) -> None:
+    """The block is the gradient now; a copy where it is wanted apart."""
+    if gradient.data_ptr() != block.data_ptr():
+        gradient.copy_(block)

@@ -1,8 +1,8 @@
 """Row functions in Triton: the interface of `rows_torch.py`, one program per row, for CUDA and HIP devices.
 
 A program walks its row in blocks of BLOCK logits: once to gather everything the values need, and once more, if a gradient
-is wanted, to overwrite the row. With m the largest logit and a = z − m (so that e^a ≤ 1), for the student and, with
-subscript t, for the teacher:
+is wanted, to write it, over the row or elsewhere. With m the largest logit and a = z − m (so that e^a ≤ 1), for the
+student and, with subscript t, for the teacher:
 
     l = Σ e^a                         lse = m + log l           p = e^a / l
     token_nll                         out[0] = (m − z[y]) + log l
@@ -40,6 +40,7 @@ from torch import Tensor
 from fastkl.kernels.rows import Logits
 
 DTYPES = (torch.float32, torch.bfloat16)  # of a chunk; arithmetic is float32
+GRADIENT_DTYPES = (*DTYPES, torch.float16)
 
 
 class LaunchConfig(NamedTuple):
@@ -59,11 +60,13 @@ def launch_config(chunks: int) -> LaunchConfig:
     return LaunchConfig(8 * 32 * num_warps // chunks, num_warps)
 
 
-def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: bool) -> None:
+def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> None:
     """out[0] = lse(z) − z[y]; gradient p − 1[y]."""
     assert tokens is not None
     x = logits.student
-    _check_chunk(x)
+    _check_chunk(x, DTYPES)
+    if gradient is not None:
+        _check_chunk(gradient, GRADIENT_DTYPES)
     n, vocabulary = x.shape
     if n == 0:
         return
@@ -74,6 +77,7 @@ def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: bool
             x,
             tokens,
             out,
+            gradient,
             1.0 if logits.student_cap is None else logits.student_cap,
             # shapes
             vocabulary,
@@ -81,23 +85,25 @@ def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: bool
             x.stride(0),
             tokens.stride(0),
             out.stride(1),
+            0 if gradient is None else gradient.stride(0),
             # constants
             CAPPED=logits.student_cap is not None,
-            GRADIENT=gradient,
             BLOCK=block,
             num_warps=num_warps,
         )
 
 
-def reverse_kl(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: bool) -> None:
+def reverse_kl(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> None:
     """out[0] = Σ p (log p − log q), gradient p (log p − log q − out[0]); out[1] = −log p[y], 0 without tokens.
 
-    The teacher's chunk is left as it is.
+    The teacher's chunk is left as it is, and the student's where the gradient has a place of its own.
     """
     assert logits.teacher is not None
     x, x_t = logits.student, logits.teacher
-    _check_chunk(x)
-    _check_chunk(x_t)
+    _check_chunk(x, DTYPES)
+    _check_chunk(x_t, DTYPES)
+    if gradient is not None:
+        _check_chunk(gradient, GRADIENT_DTYPES)
     n, vocabulary = x.shape
     if n == 0:
         return
@@ -109,6 +115,7 @@ def reverse_kl(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: boo
             x_t,
             tokens,
             out,
+            gradient,
             1.0 if logits.student_cap is None else logits.student_cap,
             1.0 if logits.teacher_cap is None else logits.teacher_cap,
             # shapes
@@ -119,10 +126,10 @@ def reverse_kl(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: boo
             0 if tokens is None else tokens.stride(0),
             out.stride(0),
             out.stride(1),
+            0 if gradient is None else gradient.stride(0),
             # constants
             CAPPED=logits.student_cap is not None,
             CAPPED_T=logits.teacher_cap is not None,
-            GRADIENT=gradient,
             BLOCK=block,
             num_warps=num_warps,
         )
@@ -136,9 +143,10 @@ def reverse_kl(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: boo
 )
 def _token_nll_kernel(
     # data
-    x_ptr: tl.tensor,  # [n, V], overwritten by the gradient
+    x_ptr: tl.tensor,  # [n, V]
     tokens_ptr: tl.tensor,  # [n]
     out_ptr: tl.tensor,  # [1, n]
+    u_ptr: tl.tensor,  # [n, V], the gradient: x itself or apart from it; or None
     cap: tl.tensor,
     # shapes
     vocabulary: tl.tensor,
@@ -146,13 +154,15 @@ def _token_nll_kernel(
     x_stride_row: tl.tensor,
     tokens_stride: tl.tensor,
     out_stride_row: tl.tensor,
+    u_stride_row: tl.tensor,
     # constants
     CAPPED: tl.constexpr,
-    GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,  # logits held at a time
 ) -> None:
     row = tl.program_id(0).to(tl.int64)  # n · V exceeds int32
     x_ptr += row * x_stride_row
+    if u_ptr is not None:
+        u_ptr += row * u_stride_row
     y = tl.load(tokens_ptr + row * tokens_stride)
     target = _load_one(x_ptr, y, vocabulary, cap, CAPPED)
 
@@ -166,14 +176,14 @@ def _token_nll_kernel(
     total = tl.sum(l_lanes, 0)
     tl.store(out_ptr + row * out_stride_row, (base - target) + tl.log(total))
 
-    if GRADIENT:
+    if u_ptr is not None:
         scale = tl.where(target == target, tl.div_rn(1.0, total), target)  # NaN if there is no such token
         last = (vocabulary - 1) // BLOCK * BLOCK
         for done in range(0, vocabulary, BLOCK):  # from the end: what was read last is still in the L2 cache
             columns = last - done + tl.arange(0, BLOCK)
             z = _load_block(x_ptr, columns, vocabulary, cap, CAPPED)
             u = tl.exp(z - base) * scale - tl.where(columns == y.to(tl.int32), 1.0, 0.0)
-            _store_gradient(x_ptr, columns, vocabulary, u, z, cap, CAPPED)
+            _store_gradient(u_ptr, columns, vocabulary, u, z, cap, CAPPED)
 
 
 @triton.jit(
@@ -182,10 +192,11 @@ def _token_nll_kernel(
 )
 def _reverse_kl_kernel(
     # data
-    x_ptr: tl.tensor,  # [n, V], overwritten by the gradient
+    x_ptr: tl.tensor,  # [n, V]
     x_t_ptr: tl.tensor,  # [n, V]
     tokens_ptr: tl.tensor,  # [n] or None
     out_ptr: tl.tensor,  # [2, n]
+    u_ptr: tl.tensor,  # [n, V], the gradient: x itself or apart from it; or None
     cap: tl.tensor,
     cap_t: tl.tensor,
     # shapes
@@ -196,14 +207,16 @@ def _reverse_kl_kernel(
     tokens_stride: tl.tensor,
     out_stride_value: tl.tensor,
     out_stride_row: tl.tensor,
+    u_stride_row: tl.tensor,
     # constants
     CAPPED: tl.constexpr,
     CAPPED_T: tl.constexpr,
-    GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,  # logits of each chunk held at a time
 ) -> None:
     row = tl.program_id(0).to(tl.int64)  # n · V exceeds int32
     x_ptr += row * x_stride_row
+    if u_ptr is not None:
+        u_ptr += row * u_stride_row
     x_t_ptr += row * x_t_stride_row
     out_ptr += row * out_stride_row
     if tokens_ptr is not None:
@@ -240,14 +253,14 @@ def _reverse_kl_kernel(
     else:
         tl.store(out_ptr + out_stride_value, 0.0)
 
-    if GRADIENT:
+    if u_ptr is not None:
         last = (vocabulary - 1) // BLOCK * BLOCK
         for done in range(0, vocabulary, BLOCK):  # from the end: what was read last is still in the L2 cache
             columns = last - done + tl.arange(0, BLOCK)
             z = _load_block(x_ptr, columns, vocabulary, cap, CAPPED)
             z_t = _load_block(x_t_ptr, columns, vocabulary, cap_t, CAPPED_T)
             u = tl.exp(z - base) * scale * (_difference(z - base, z_t - base_t) - mean)
-            _store_gradient(x_ptr, columns, vocabulary, u, z, cap, CAPPED)
+            _store_gradient(u_ptr, columns, vocabulary, u, z, cap, CAPPED)
 
 
 @triton.jit
@@ -273,7 +286,7 @@ def _load_one(x_ptr: tl.tensor, y: tl.tensor, vocabulary: tl.tensor, cap: tl.ten
 
 @triton.jit
 def _store_gradient(
-    x_ptr: tl.tensor,
+    u_ptr: tl.tensor,
     columns: tl.tensor,
     vocabulary: tl.tensor,
     u: tl.tensor,
@@ -284,7 +297,7 @@ def _store_gradient(
     """Stores u · dz/dx at `columns`."""
     if CAPPED:
         u *= (cap - z) * (cap + z) * (1.0 / cap)
-    tl.store(x_ptr + columns, u, mask=columns < vocabulary)
+    tl.store(u_ptr + columns, u, mask=columns < vocabulary)
 
 
 @triton.jit
@@ -316,16 +329,16 @@ def _tanh(x: tl.tensor) -> tl.tensor:
     return tl.where(tl.abs(x) < 0.25, near, far)
 
 
-def _check_chunk(x: Tensor) -> None:
+def _check_chunk(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if not x.is_cuda and not triton.knobs.runtime.interpret:
         raise ValueError(
             f'the Triton row functions need a CUDA or HIP device and the chunk is on {x.device}: pass backend="torch" '
             "(fastkl.kernels.rows_torch) there"
         )
-    if x.dtype not in DTYPES:
+    if x.dtype not in dtypes:
         raise TypeError(
-            f'the Triton row functions take chunks of float32 or bfloat16, not {x.dtype}: pass backend="torch" '
-            "(fastkl.kernels.rows_torch)"
+            f"the Triton row functions take chunks of {' or '.join(str(d) for d in dtypes)}, not {x.dtype}: pass "
+            f'backend="torch" (fastkl.kernels.rows_torch)'
         )
     if x.stride(1) != 1 and x.shape[1] > 1:
         raise ValueError(f"the logits of a row must lie side by side; the chunk has strides {x.stride()}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ def gemms(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     def count(name: str, position: int) -> None:
         original: Callable[..., Tensor | None] = getattr(driver, name)
 
-        def counted(*args: Tensor) -> Tensor | None:
+        def counted(*args: Any, **options: Any) -> Tensor | None:
             rows[name].append(args[position].shape[0])
-            return original(*args)
+            return original(*args, **options)
 
         monkeypatch.setattr(driver, name, counted)
 

@@ -10,8 +10,8 @@ from loss_cases import NEEDS, Problem, fused, fused_output, generator, make_prob
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastkl.kernels import driver, gemm
-from fastkl.kernels.rows_torch import reverse_kl, token_nll
+from fastkl.kernels import driver, gemm, ops
+from fastkl.kernels.problem import HeadOptions, Inputs, Spec
 
 Gemms = dict[str, list[int]]
 N = 10
@@ -82,11 +82,20 @@ def test_chunks_are_even(gemms: Gemms) -> None:
 def test_default_chunk_size_fits_the_budget(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
     monkeypatch.setitem(driver.WORKSPACE_BYTES, "cpu", 40_000)
     hidden, weight = torch.zeros(100, 2), torch.zeros(1000, 2)  # 4 kB per row of float32 logits
-    options = driver.HeadOptions()
-    spec = driver.Spec(*((token_nll, 1, options) if heads == 1 else (reverse_kl, 2, options, options)))
-    assert driver.chunk_rows(spec, driver.Inputs(hidden, weight), None) == 10 // heads
-    assert driver.chunk_rows(spec, driver.Inputs(hidden.double(), weight.double()), None) == 5 // heads
-    assert driver.chunk_rows(spec, driver.Inputs(hidden, torch.zeros(10**6, 2)), None) == 1  # more than the budget
+    spec = Spec("token_nll", HeadOptions()) if heads == 1 else Spec("reverse_kl", HeadOptions(), HeadOptions())
+    for gradient in (False, True):
+        assert driver.chunk_rows(spec, Inputs(hidden, weight), gradient) == 10 // heads
+        assert driver.chunk_rows(spec, Inputs(hidden.double(), weight.double()), gradient) == 5 // heads
+        assert driver.chunk_rows(spec, Inputs(hidden, torch.zeros(10**6, 2)), gradient) == 1  # more than the budget
+
+
+def test_a_gradient_in_low_precision_counts_in_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where the GEMMs of a bf16 head want a bf16 gradient beside the fp32 logits."""
+    monkeypatch.setattr(gemm, "_writes_fp32", lambda operand: True)
+    inputs = Inputs(torch.zeros(100, 2, dtype=torch.bfloat16), torch.zeros(1000, 2, dtype=torch.bfloat16))
+    spec = Spec("token_nll", HeadOptions())
+    assert driver.workspace_bytes_per_row(spec, inputs, gradient=False) == 4000
+    assert driver.workspace_bytes_per_row(spec, inputs, gradient=True) == 6000
 
 
 # Ten rows: 0 masked, 1 ignored, 2 of zero advantage, 3 masked and ignored, 4 … 9 take part in everything.
@@ -143,8 +152,14 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen-head", "all"])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_no_tensor_of_tokens_by_vocabulary(
-    form: tuple[str, dict[str, Any], bool, int], needs: tuple[str, ...], softcap: float | None, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch,
+    form: tuple[str, dict[str, Any], bool, int],
+    needs: tuple[str, ...],
+    softcap: float | None,
+    dtype: torch.dtype,
 ) -> None:
+    for operator in ("_evaluate", "_evaluate_with_gradients"):  # a dispatch mode does not see into an operator
+        monkeypatch.setattr(ops, operator, getattr(ops, operator)._init_fn)
     name, options, _, _ = form
     n, vocabulary, dim, chunk = 600, 700, 4, 8
     p = make_problem((n,), vocabulary, dim, dtype=dtype).leaves(needs)
@@ -159,9 +174,9 @@ def test_no_tensor_of_tokens_by_vocabulary(
 def test_accumulators_are_in_the_compute_dtype(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     seen, original = set(), driver.add_weight_gradient
 
-    def spy(accumulator: Tensor, *rest: Tensor) -> None:
+    def spy(accumulator: Tensor, *rest: Any, **options: Any) -> None:
         seen.add(accumulator.dtype)
-        original(accumulator, *rest)
+        original(accumulator, *rest, **options)
 
     monkeypatch.setattr(driver, "add_weight_gradient", spy)
     p = make_problem(dtype=dtype).leaves()
@@ -187,4 +202,8 @@ def test_products_in_blocks_of_the_vocabulary(
     torch.testing.assert_close(gemm.hidden_gradient(u, w), u @ w.float())
     accumulator = torch.ones(vocabulary, dim)
     gemm.add_weight_gradient(accumulator, u, h, scale)
-    torch.testing.assert_close(accumulator, 1 + u.t() @ (scale[:, None] * h.float()))
+    expected = u.t() @ (scale[:, None] * h.float())
+    torch.testing.assert_close(accumulator, 1 + expected)
+    accumulator.fill_(torch.nan)
+    gemm.add_weight_gradient(accumulator, u, h, scale, overwrite=True)
+    torch.testing.assert_close(accumulator, expected)

@@ -42,7 +42,7 @@ class Variant(NamedTuple):
 
     name: str
     dtype: torch.dtype
-    gradient: bool
+    gradient: torch.dtype | None
     capped: bool
     capped_teacher: bool
     tokens: bool
@@ -51,25 +51,27 @@ class Variant(NamedTuple):
     )
 
     def __str__(self) -> str:
-        flags = [f for f in ("gradient", "capped", "capped_teacher", "tokens") if getattr(self, f)]
-        return "-".join([self.name, str(self.dtype).removeprefix("torch."), *flags, str(self.vocabulary)])
+        flags = [f for f in ("capped", "capped_teacher", "tokens") if getattr(self, f)]
+        dtypes = [str(d).removeprefix("torch.") for d in (self.dtype, self.gradient)]
+        return "-".join([self.name, *dtypes, *flags, str(self.vocabulary)])
 
 
 def variants() -> Iterator[Variant]:
     both = (False, True)
-    dtypes, vocabularies = (torch.float32, torch.bfloat16), (151936, 50257, 1)
-    for dtype, gradient, capped, vocabulary in itertools.product(dtypes, both, both, vocabularies):
+    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    dtypes = [(fp32, None), (bf16, None), (fp32, fp32), (bf16, bf16), (fp32, bf16), (fp32, fp16)]
+    for (dtype, gradient), capped, vocabulary in itertools.product(dtypes, both, (151936, 50257, 1)):
         yield Variant("token_nll", dtype, gradient, capped, False, True, vocabulary)
         for capped_teacher, tokens in itertools.product(both, both):
             yield Variant("reverse_kl", dtype, gradient, capped, capped_teacher, tokens, vocabulary)
 
 
 def representative(v: Variant) -> bool:
-    """The ones compiled on every run, per kernel: two that are common, two that are heavy, and one that is neither."""
+    """The ones compiled on every run, per kernel: one that is common, two that are heavy, and one that is neither."""
     teacher = v.name == "reverse_kl"
-    if v.gradient and v.tokens and v.capped_teacher == (v.capped and teacher):
+    if v.gradient == torch.bfloat16 and v.tokens and v.capped_teacher == (v.capped and teacher):
         return v.capped if v.vocabulary == 50257 else v.vocabulary == 151936 and v.dtype == torch.float32
-    return v == Variant(v.name, torch.bfloat16, False, False, teacher, not teacher, 50257)
+    return v == Variant(v.name, torch.bfloat16, None, False, teacher, not teacher, 50257)
 
 
 class Driver:
@@ -102,7 +104,7 @@ def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Launch]:
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(JITFunction, "run", warm_up)
-    monkeypatch.setattr(rows_triton, "_check_chunk", lambda chunk: None)  # it refuses tensors on a CPU
+    monkeypatch.setattr(rows_triton, "_check_chunk", lambda chunk, dtypes: None)  # it refuses tensors on a CPU
 
     def run(chip: str, variant: Variant, n: int = 2, offset: int = 0) -> Any:
         monkeypatch.setattr(triton.runtime.driver, "_active", Driver(chip))
@@ -112,7 +114,8 @@ def launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Launch]:
         tokens = torch.zeros(n + offset, dtype=torch.int64)[offset:] if variant.tokens else None
         out = torch.zeros(2, n + offset)[:, offset:]
         logits = Logits(chunk, cap, chunk if two else None, cap_t if two else None)
-        getattr(rows_triton, variant.name)(logits, tokens, out, variant.gradient)
+        into = variant.gradient and (chunk if variant.gradient == variant.dtype else chunk.to(variant.gradient))
+        getattr(rows_triton, variant.name)(logits, tokens, out, into)
         return compiled.pop()
 
     yield run
@@ -155,7 +158,7 @@ def test_every_variant_fits(launch: Launch, chip: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["token_nll", "reverse_kl"])
 def test_rows_move_in_vectors(launch: Launch, name: str) -> None:
     """16 bytes per thread and access wherever the width allows."""
-    variant = Variant(name, torch.float32, True, False, False, True, 151936)
+    variant = Variant(name, torch.float32, torch.float32, False, False, True, 151936)
     ptx = launch("sm_90", variant).asm["ptx"]
     chunks = 1 if name == "token_nll" else 2
     config = launch_config(chunks)
@@ -167,7 +170,7 @@ def test_rows_move_in_vectors(launch: Launch, name: str) -> None:
 @pytest.mark.parametrize("name", ["token_nll", "reverse_kl"])
 def test_nothing_is_compiled_again_for_another_chunk(launch: Any, name: str) -> None:
     """Another number of rows, another place of the chunk in its call, another cap: the same kernel."""
-    variant = Variant(name, torch.float32, False, True, False, True, 32000)
+    variant = Variant(name, torch.float32, None, True, False, True, 32000)
     first = launch("sm_90", variant)
     for n, offset in ((1, 0), (16, 0), (17, 1), (3, 5), (32, 16)):
         assert launch("sm_90", variant, n, offset) is first

@@ -55,16 +55,27 @@ class Outcome(NamedTuple):
     gradient: Tensor  # [n, V]
 
 
-def run(function: RowFunction, rows: Rows, dtype: torch.dtype, device: str = "cpu", gradient: bool = True) -> Outcome:
-    """A row function on a copy of `rows`; where there is no gradient, the chunk as it left it."""
+def run(
+    function: RowFunction,
+    rows: Rows,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    gradient: bool = True,
+    apart: torch.dtype | None = None,
+) -> Outcome:
+    """A row function on a copy of `rows`, with the gradient in place or in a tensor of dtype `apart`.
+
+    Where there is no gradient, the chunk as it left it.
+    """
     rows = rows.to(dtype, device)
     heads = 1 if function.__name__ == "token_nll" else 2
     x, x_t = rows.x.clone(), rows.x_t.clone()
     out_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     out = torch.full((heads, x.shape[0]), torch.nan, dtype=out_dtype, device=device)
     logits = Logits(x, rows.caps[0], *((x_t, rows.caps[1]) if heads == 2 else (None, None)))
-    function(logits, rows.y, out, gradient)
-    return Outcome(out.cpu(), x.cpu())
+    into = None if not gradient else x if apart is None else torch.full_like(x, torch.nan, dtype=apart)
+    function(logits, rows.y, out, into)
+    return Outcome(out.cpu(), (x if into is None else into).cpu())
 
 
 def run_ours(name: str, rows: Rows, dtype: torch.dtype = torch.float32, gradient: bool = True) -> Outcome:
@@ -286,6 +297,20 @@ def test_without_gradient_the_chunk_stays(name: str) -> None:
     assert torch.equal(values, run_ours(name, rows).values)
 
 
+@pytest.mark.parametrize("capped", [False, True], ids=["plain", "capped"])
+@pytest.mark.parametrize("apart", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradient_apart(name: str, apart: torch.dtype, capped: bool) -> None:
+    """What is written elsewhere, in the dtype of the next GEMM, is what would have been written in place, rounded."""
+    rows = random_rows(3, WIDE)._replace(caps=(3.0, 3.0) if capped else (None, None))
+    expected = run_ours(name, rows)
+    ours = run(getattr(rows_triton, name), rows, torch.float32, DEVICE, apart=apart)
+    assert ours.gradient.dtype == apart
+    assert torch.equal(ours.values, expected.values)
+    rounding = torch.finfo(apart).eps if apart == torch.bfloat16 else torch.finfo(apart).eps / 2  # bf16 is cut off here
+    torch.testing.assert_close(ours.gradient.float(), expected.gradient, rtol=rounding, atol=6e-8)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_rows(name: str) -> None:
     values, gradient = run_ours(name, random_rows(0, 12))
@@ -325,7 +350,7 @@ def test_strides(name: str) -> None:
     buffer = torch.full((8, 6), 7.0, device=DEVICE)
     out = buffer[1::2, ::2].t()  # [3, 4]
     logits = Logits(wide[:, :WIDE], None, teacher, None)
-    getattr(rows_triton, name)(logits, rows.y.repeat_interleave(2)[::2], out.t()[:2, :3], True)
+    getattr(rows_triton, name)(logits, rows.y.repeat_interleave(2)[::2], out.t()[:2, :3], logits.student)
     expected = run_ours(name, rows)
     heads = expected.values.shape[0]
     assert torch.equal(buffer[1:5:2, 0:6:2][:heads].cpu(), expected.values)
@@ -339,7 +364,7 @@ def test_the_teacher_stays(name: str) -> None:
     rows = random_rows(3, WIDE).to(torch.float32, DEVICE)
     teacher = rows.x_t.clone()
     logits = Logits(rows.x, None, teacher, None)
-    getattr(rows_triton, name)(logits, rows.y, torch.empty(2, 3, device=DEVICE), True)
+    getattr(rows_triton, name)(logits, rows.y, torch.empty(2, 3, device=DEVICE), rows.x)
     assert torch.equal(teacher, rows.x_t)
 
 
@@ -359,7 +384,7 @@ def test_offsets_beyond_int32(name: str, tmp_path: Path) -> None:
     values = torch.empty_like(expected.values, device=DEVICE)
     x_t = rows.x_t.to(DEVICE, torch.bfloat16)
     assert rows.y is not None
-    getattr(rows_triton, name)(Logits(chunk, None, x_t, None), rows.y.to(DEVICE), values, True)
+    getattr(rows_triton, name)(Logits(chunk, None, x_t, None), rows.y.to(DEVICE), values, chunk)
     assert torch.equal(values.cpu(), expected.values)
     assert torch.equal(chunk.cpu(), expected.gradient)
 
@@ -368,8 +393,10 @@ def test_what_is_refused() -> None:
     rows = random_rows(2, 8).to(torch.float64, DEVICE)
     out = torch.empty(2, 2, device=DEVICE)
     for name in FUNCTIONS:
-        with pytest.raises(TypeError, match=r"float32 or bfloat16, not torch.float64: pass .*rows_torch"):
-            getattr(rows_triton, name)(Logits(rows.x, None, rows.x_t, None), rows.y, out, True)
+        with pytest.raises(TypeError, match=r"float32 or torch.bfloat16, not torch.float64: pass .*rows_torch"):
+            getattr(rows_triton, name)(Logits(rows.x, None, rows.x_t, None), rows.y, out, rows.x)
         columns = rows.x.float().t().contiguous().t()
         with pytest.raises(ValueError, match=r"side by side"):
-            getattr(rows_triton, name)(Logits(columns, None, rows.x_t.float(), None), rows.y, out, True)
+            getattr(rows_triton, name)(Logits(columns, None, rows.x_t.float(), None), rows.y, out, None)
+        with pytest.raises(TypeError, match=r"float32 or torch.bfloat16 or torch.float16, not torch.float64"):
+            getattr(rows_triton, name)(Logits(rows.x.float(), None, rows.x_t.float(), None), rows.y, out, rows.x)

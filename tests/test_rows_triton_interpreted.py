@@ -43,4 +43,4 @@ def test_tensors_on_a_cpu_are_refused() -> None:
     chunk, tokens, out = torch.zeros(2, 8), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 2)
     for name in ("token_nll", "reverse_kl"):
         with pytest.raises(ValueError, match=r"CUDA or HIP device and the chunk is on cpu: pass .*rows_torch"):
-            getattr(rows_triton, name)(Logits(chunk, None, chunk, None), tokens, out, True)
+            getattr(rows_triton, name)(Logits(chunk, None, chunk, None), tokens, out, None)

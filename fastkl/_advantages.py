@@ -1,0 +1,56 @@
+"""The advantages of on-policy distillation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkl import _arguments as check
+
+
+def reverse_kl_advantages(
+    sampler_logprobs: Tensor,  # [..., T]
+    teacher_logprobs: Tensor,  # [..., T]
+    mask: Tensor | None = None,  # [..., T]
+    *,
+    coef: float = 1.0,
+    discount: float = 0.0,
+    sequence_ids: Tensor | None = None,
+) -> Tensor:
+    """Advantages [..., T] of on-policy distillation: A_i = −coef · Σ_{k≥0} discountᵏ d_{i+k}.
+
+    d = mask · (sampler_logprobs − teacher_logprobs) is the one-sample estimate of the reverse KL at a token (Thinking
+    Machines, "On-Policy Distillation", 2025); with discount 0 a token answers for itself alone. The sum runs along the
+    last dimension. `sequence_ids` [..., T] (integers) tells the sequences of a packed row apart: equal ids stand
+    together, and no sum crosses from one to the next. The advantage of a masked token is 0, whatever its log-probs hold;
+    it still takes one step of the discount.
+
+    Returns float32 (float64 for float64 log-probs), detached.
+    """
+    dtype = torch.promote_types(torch.promote_types(sampler_logprobs.dtype, teacher_logprobs.dtype), torch.float32)
+    for name, tensor in (("teacher_logprobs", teacher_logprobs), ("mask", mask), ("sequence_ids", sequence_ids)):
+        if tensor is not None and tensor.shape != sampler_logprobs.shape:
+            raise ValueError(f"{name} is {list(tensor.shape)} but sampler_logprobs is {list(sampler_logprobs.shape)}")
+        if tensor is not None:
+            check.check_device(name, tensor, sampler_logprobs, "sampler_logprobs")
+    if not 0.0 <= discount <= 1.0:
+        raise ValueError(f"discount is {discount}; it must be in [0, 1]")
+    difference = sampler_logprobs.detach().to(dtype) - teacher_logprobs.detach().to(dtype)
+    if mask is not None:
+        difference = (difference * mask).where(mask != 0, 0.0)
+    if discount > 0.0 and difference.dim() > 0:
+        difference = _discounted_future(difference, discount, sequence_ids)
+    advantages = -coef * difference
+    return advantages if mask is None else advantages.where(mask != 0, 0.0)
+
+
+def _discounted_future(difference: Tensor, discount: float, sequence_ids: Tensor | None) -> Tensor:
+    """y_i = Σ_k discountᵏ d_{i+k} within a sequence, by doubling: log₂ T steps, no division by powers of the discount."""
+    total, shift = difference.clone(), 1
+    while shift < difference.shape[-1]:
+        later = total[..., shift:] * discount**shift
+        if sequence_ids is not None:
+            later = later.where(sequence_ids[..., shift:] == sequence_ids[..., :-shift], 0.0)
+        total = torch.cat([total[..., :-shift] + later, total[..., -shift:]], dim=-1)
+        shift *= 2
+    return total

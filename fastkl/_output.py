@@ -1,0 +1,31 @@
+"""What the losses return, and the statistics in it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LossOutput(NamedTuple):
+    """What every loss returns, whatever its options."""
+
+    loss: Tensor  # 0-dim, or one entry per token with reduction="none"; differentiable
+    logprobs: (
+        Tensor | None
+    )  # log-prob of each token, float32, detached, 0 where masked; None where no tokens were given
+    metrics: dict[str, Tensor]  # detached 0-dim tensors; reading one is the only synchronisation
+
+
+def masked_mean(values: Tensor, active: Tensor) -> Tensor:
+    """Mean over the active entries, 0 if there are none."""
+    return values.where(active, 0.0).sum() / active.sum().clamp(min=1)
+
+
+def masked_extreme(values: Tensor, active: Tensor, largest: bool) -> Tensor:
+    """Largest or smallest active entry, 0 if there are none."""
+    if values.numel() == 0:
+        return values.new_zeros(())
+    extreme = values.where(active, -torch.inf).amax() if largest else values.where(active, torch.inf).amin()
+    return extreme.where(active.any(), 0.0)

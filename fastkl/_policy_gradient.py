@@ -1,0 +1,250 @@
+"""Log-probs of tokens and the policy-gradient losses built on them (`fastkl.loss`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkl import _arguments as check
+from fastkl._advantages import reverse_kl_advantages
+from fastkl._output import LossOutput, masked_extreme, masked_mean
+from fastkl.kernels.autograd import row_values, summed_loss
+from fastkl.kernels.gemm import compute_dtype
+from fastkl.kernels.problem import Backend, Inputs, Objective, Spec
+from fastkl.kernels.surrogate import METHODS, Method, Surrogate, importance_ratio, surrogate_terms
+
+
+def linear_logprobs(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    tokens: Tensor,  # [...] int64
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk_size: int | None = None,
+    skip_zero_rows: bool = True,
+    backend: Backend = "auto",
+    weight_grad: Tensor | None = None,
+) -> Tensor:
+    """Log-probs of `tokens`, float32, of their shape; 0 at ignored ones. Differentiable in hidden, weight and bias.
+
+    Equals `torch.log_softmax(z, -1).gather(-1, tokens[..., None]).squeeze(-1)`. Any loss can be built on it: the gradient
+    honours each token's own upstream value. With a frozen head the backward pass is one product over [N, D]; with a
+    trainable one it forms the logits a second time, which `policy_gradient_loss` avoids.
+
+    Raises TypeError or ValueError for shapes, dtypes, devices or ids that do not fit, before anything is computed.
+    """
+    options = check.head_options(temperature, logit_scale, softcap)
+    check.check_head(hidden, weight, bias)
+    check.check_plan(backend, chunk_size, weight, weight_grad)
+    tokens = check.check_tokens(tokens, hidden, weight.shape[0], ignore_index)
+    hidden, weight, bias = check.autocast(hidden, weight, bias)
+    spec = Spec("token_nll", options, None, backend, chunk_size)
+    flat = tokens.reshape(-1)
+    active = flat != ignore_index
+    inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat.where(active, 0))
+    rows = active if skip_zero_rows else None
+    logprobs = -row_values(spec, inputs, rows, rows, weight_grad)[0]
+    return logprobs.where(active, 0.0).reshape(tokens.shape)
+
+
+def policy_gradient_loss(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    tokens: Tensor,  # [...] int64
+    advantages: Tensor,  # [...]
+    sampler_logprobs: Tensor | None = None,  # [...]
+    *,
+    mask: Tensor | None = None,
+    method: Method = "importance_sampling",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    truncate_ratio: float | None = None,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk_size: int | None = None,
+    skip_zero_rows: bool = True,
+    backend: Backend = "auto",
+    weight_grad: Tensor | None = None,
+) -> LossOutput:
+    """Policy-gradient loss with the advantages inside: every gradient comes out of one pass over the chunks.
+
+    With ℓ = linear_logprobs(hidden, weight, tokens), r = exp(ℓ − sampler_logprobs) and A = advantages (a constant), the
+    default equals `-(mask * r * A).sum() / mask.sum()`. `fastkl.kernels.surrogate` has the table of methods:
+
+    advantages        [...], real. Rows where it is 0 cost one forward GEMM, no more.
+    sampler_logprobs  [...], log-probs under the policy that sampled, at this temperature and without top-p or top-k.
+                      None: the tokens come from the current policy, r = 1 (its gradient is not lost).
+    mask              [...], bool or weights ≥ 0; None: every token counts.
+    method            "importance_sampling", "reinforce" (r = 1), "ppo" or "cispo".
+    clip_low, clip_high   of ppo and cispo: the ratio is clipped to [1 − clip_low, 1 + clip_high].
+    dual_clip         of ppo, > 1: bounds the loss of a token with negative advantage at dual_clip · |A|.
+    truncate_ratio    > 0: caps the ratio without cutting the token out (truncated importance sampling).
+    reduction         "sum", "mean" or "none": one loss per token, [...], whose upstream gradients are not known inside; a
+                      trainable head then forms the logits a second time, as under `linear_logprobs`.
+    normalizer        the divisor of "mean", a number or a 0-dim tensor: the *global* token count under gradient
+                      accumulation or several ranks. By default the sum of `mask` in this call.
+
+    Metrics, over the tokens that take part: ratio_mean, ratio_min, ratio_max, clip_fraction, and k1, k3, the estimates of
+    KL(sampler ‖ policy) of Schulman, "Approximating KL divergence" (2020): mean log(1/r) and mean (r − 1 − log r).
+
+    Raises TypeError or ValueError for arguments that do not fit, before anything is computed.
+    """
+    surrogate = _surrogate(method, clip_low, clip_high, dual_clip, truncate_ratio, sampler_logprobs)
+    reduce = check.check_reduction(reduction, normalizer)
+    options = check.head_options(temperature, logit_scale, softcap)
+    check.check_head(hidden, weight, bias)
+    check.check_plan(backend, chunk_size, weight, weight_grad)
+    tokens = check.check_tokens(tokens, hidden, weight.shape[0], ignore_index)
+    gain = check.check_per_token("advantages", advantages, hidden).reshape(-1)
+    sampler = None if sampler_logprobs is None else check.check_per_token("sampler_logprobs", sampler_logprobs, hidden)
+    hidden, weight, bias = check.autocast(hidden, weight, bias)
+    spec = Spec("token_nll", options, None, backend, chunk_size)
+
+    dtype = compute_dtype(hidden.dtype)
+    y = tokens.reshape(-1)
+    share = check.mask_weights(mask, hidden, dtype).where(y != ignore_index, 0.0)
+    active = share != 0
+    gain = gain.to(dtype).where(active, 0.0)
+    sampler = None if sampler is None else sampler.reshape(-1).to(dtype).where(active, 0.0)
+    which, graded = (active, active & (gain != 0)) if skip_zero_rows else (None, None)
+    inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, y.where(active, 0))
+    objective = Objective(share, surrogate, gain, sampler)
+    if reduction == "none":
+        nll = row_values(spec, inputs, which, graded, weight_grad)
+        value, slope = objective.losses_and_slopes(nll.detach())
+        moving = nll[0].where(slope != 0, 0.0)  # an impossible token (ℓ = −inf) has slope 0, and inf − inf is NaN
+        loss = (value + slope * (moving - moving.detach())).reshape(tokens.shape)
+    else:
+        total, nll = summed_loss(spec, inputs, objective, which, graded, weight_grad)
+        loss = total * reduce.factor(share)
+    logprobs = (-nll[0].detach()).where(active, 0.0)
+    clipped = surrogate_terms(surrogate, logprobs, sampler, gain).clipped
+    return LossOutput(loss, logprobs.reshape(tokens.shape), _ratio_metrics(logprobs, sampler, clipped, active))
+
+
+def sampled_reverse_kl_loss(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    tokens: Tensor,  # [...] int64
+    teacher_logprobs: Tensor,  # [...]
+    sampler_logprobs: Tensor,  # [...]
+    *,
+    mask: Tensor | None = None,
+    env_advantages: Tensor | None = None,
+    coef: float = 1.0,
+    discount: float = 0.0,
+    sequence_ids: Tensor | None = None,
+    method: Method = "importance_sampling",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    truncate_ratio: float | None = None,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk_size: int | None = None,
+    skip_zero_rows: bool = True,
+    backend: Backend = "auto",
+    weight_grad: Tensor | None = None,
+) -> LossOutput:
+    """On-policy distillation in one call: `policy_gradient_loss` on `env_advantages + reverse_kl_advantages(...)`.
+
+    The advantages are those of `reverse_kl_advantages(sampler_logprobs, teacher_logprobs, mask != 0, coef=coef,
+    discount=discount, sequence_ids=sequence_ids)`, computed before the update, plus `env_advantages` [...] if there is an
+    environment's reward too. All other arguments are those of `policy_gradient_loss`; a weight in `mask` counts once, in
+    the loss.
+
+    Metrics: those of `policy_gradient_loss` and teacher_kl, the mean of ℓ_sampler − ℓ_teacher over the tokens that count.
+    """
+    check.check_head(hidden, weight, bias)
+    for name, tensor in (("teacher_logprobs", teacher_logprobs), ("sampler_logprobs", sampler_logprobs)):
+        check.check_per_token(name, tensor, hidden)
+    active = check.check_per_token("tokens", tokens, hidden) != ignore_index
+    if mask is not None:
+        active = active & (check.check_per_token("mask", mask, hidden) != 0)
+    advantages = reverse_kl_advantages(
+        sampler_logprobs, teacher_logprobs, active, coef=coef, discount=discount, sequence_ids=sequence_ids
+    )
+    if env_advantages is not None:
+        advantages = advantages + check.check_per_token("env_advantages", env_advantages, hidden)
+    output = policy_gradient_loss(
+        hidden,
+        weight,
+        tokens,
+        advantages,
+        sampler_logprobs,
+        mask=mask,
+        method=method,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        truncate_ratio=truncate_ratio,
+        reduction=reduction,
+        normalizer=normalizer,
+        bias=bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        chunk_size=chunk_size,
+        skip_zero_rows=skip_zero_rows,
+        backend=backend,
+        weight_grad=weight_grad,
+    )
+    gap = sampler_logprobs.detach() - teacher_logprobs.detach()
+    return output._replace(metrics={**output.metrics, "teacher_kl": masked_mean(gap, active)})
+
+
+def _surrogate(
+    method: Method,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    truncate_ratio: float | None,
+    sampler_logprobs: Tensor | None,
+) -> Surrogate:
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; use one of {', '.join(METHODS)}")
+    if not 0 <= clip_low <= 1 or clip_high < 0:
+        raise ValueError(
+            f"clip_low is {clip_low}, clip_high is {clip_high}; need 0 <= clip_low <= 1 and clip_high >= 0"
+        )
+    if method not in ("ppo", "cispo") and (clip_low, clip_high) != (0.2, 0.2):
+        raise ValueError(
+            f"clip_low is {clip_low} and clip_high is {clip_high}, but method {method!r} clips nothing; they belong to "
+            f'"ppo" and "cispo"'
+        )
+    if dual_clip is not None and (method != "ppo" or dual_clip <= 1):
+        raise ValueError(f'dual_clip is {dual_clip} with method {method!r}; it belongs to "ppo" and must be > 1')
+    if truncate_ratio is not None and (not truncate_ratio > 0 or sampler_logprobs is None):
+        raise ValueError(f"truncate_ratio is {truncate_ratio}; it must be > 0 and needs sampler_logprobs")
+    return Surrogate(method, clip_low, clip_high, dual_clip, truncate_ratio)
+
+
+def _ratio_metrics(
+    logprobs: Tensor, sampler_logprobs: Tensor | None, clipped: Tensor, active: Tensor
+) -> dict[str, Tensor]:
+    ratio = importance_ratio(logprobs, sampler_logprobs)
+    log_ratio = torch.zeros_like(logprobs) if sampler_logprobs is None else logprobs - sampler_logprobs
+    return {
+        "ratio_mean": masked_mean(ratio, active),
+        "ratio_min": masked_extreme(ratio, active, largest=False),
+        "ratio_max": masked_extreme(ratio, active, largest=True),
+        "clip_fraction": masked_mean(clipped.to(ratio.dtype), active),
+        "k1": masked_mean(-log_ratio, active),
+        "k3": masked_mean(torch.expm1(log_ratio) - log_ratio, active),
+    }

@@ -1,0 +1,219 @@
+"""The driver as two torch operators, `fastkl::evaluate` and `fastkl::evaluate_with_gradients`.
+
+As operators they are opaque to torch.compile: a training step around them is one graph, and only shapes are known of
+them. An operator takes tensors, numbers and strings, so that the records of `problem.py` are packed on the way in and
+unpacked inside. Rows that take no part are left out here, before the driver sees them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fastkl.kernels import driver
+from fastkl.kernels.gemm import compute_dtype
+from fastkl.kernels.problem import (
+    OUTPUTS,
+    Backend,
+    Gradients,
+    HeadOptions,
+    Inputs,
+    Kind,
+    Needs,
+    Objective,
+    Spec,
+)
+from fastkl.kernels.surrogate import Method, Surrogate
+
+
+def evaluate(spec: Spec, inputs: Inputs, active: Tensor | None = None) -> Tensor:
+    """Values [K, N] in the compute dtype; 0 in rows that are not `active` (bool [N]; None: all are)."""
+    return cast(Tensor, _evaluate(list(inputs), active, *_pack_spec(spec)))
+
+
+def evaluate_with_gradients(
+    spec: Spec,
+    inputs: Inputs,
+    objective: Objective,
+    needs: Needs,
+    active: Tensor | None = None,
+    graded: Tensor | None = None,
+    weight_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Values [K, N], losses [N], and the gradients of their sum.
+
+    Rows that are active but not `graded` (bool [N]; None: all are) have values and no part in losses and gradients.
+    The weight's gradient is added to `weight_grad` in place of being returned, where one is given.
+    """
+    own = weight_grad is None
+    values, losses, *found = _evaluate_with_gradients(
+        list(inputs),
+        active,
+        graded,
+        [objective.weights, objective.advantages, objective.sampler_logprobs],
+        *_pack_surrogate(objective.surrogate),
+        list(needs._replace(weight=needs.weight and own)),
+        weight_grad,
+        *_pack_spec(spec),
+    )
+    gradients = iter(found)
+    return (
+        values,
+        losses,
+        Gradients(
+            next(gradients) if needs.hidden else None,
+            next(gradients) if needs.weight and own else None,
+            next(gradients) if needs.bias else None,
+        ),
+    )
+
+
+@torch.library.custom_op("fastkl::evaluate", mutates_args=())
+def _evaluate(
+    inputs: list[Tensor | None],
+    active: Tensor | None,
+    kind: str,
+    heads: list[float],
+    backend: str,
+    chunk_size: int | None,
+) -> Tensor:
+    problem, spec = _unpack_inputs(inputs), _unpack_spec(kind, heads, backend, chunk_size)
+    index = _rows_of(active)
+    return _scatter(driver.evaluate(spec, problem.take(index)), index, problem.hidden.shape[0])
+
+
+@_evaluate.register_fake
+def _(
+    inputs: list[Tensor | None],
+    active: Tensor | None,
+    kind: str,
+    heads: list[float],
+    backend: str,
+    chunk_size: int | None,
+) -> Tensor:
+    return _fake_values(_unpack_inputs(inputs), cast(Kind, kind))
+
+
+@torch.library.custom_op("fastkl::evaluate_with_gradients", mutates_args=("weight_grad",))
+def _evaluate_with_gradients(
+    inputs: list[Tensor | None],
+    active: Tensor | None,
+    graded: Tensor | None,
+    objective: list[Tensor | None],
+    method: str,
+    clips: list[float],
+    needs: list[bool],
+    weight_grad: Tensor | None,
+    kind: str,
+    heads: list[float],
+    backend: str,
+    chunk_size: int | None,
+) -> list[Tensor]:
+    problem, spec = _unpack_inputs(inputs), _unpack_spec(kind, heads, backend, chunk_size)
+    terms = Objective(objective[0], _unpack_surrogate(method, clips), *objective[1:])
+    n, index = problem.hidden.shape[0], _rows_of(graded)
+    values, losses, gradients = driver.evaluate_with_gradients(
+        spec, problem.take(index), terms.take(index), Needs(*needs), weight_grad
+    )
+    values, losses = _scatter(values, index, n), _scatter(losses, index, n)
+    if index is not None and active is not None and graded is not None:
+        rest = (active & ~graded).nonzero().squeeze(1)
+        values[:, rest] = driver.evaluate(spec, problem.take(rest))
+    if gradients.hidden is not None and index is not None:
+        scattered = torch.zeros_like(problem.hidden).index_copy_(0, index, gradients.hidden)
+        gradients = gradients._replace(hidden=scattered)
+    return [values, losses, *(g for g in gradients if g is not None and g is not weight_grad)]
+
+
+@_evaluate_with_gradients.register_fake
+def _(
+    inputs: list[Tensor | None],
+    active: Tensor | None,
+    graded: Tensor | None,
+    objective: list[Tensor | None],
+    method: str,
+    clips: list[float],
+    needs: list[bool],
+    weight_grad: Tensor | None,
+    kind: str,
+    heads: list[float],
+    backend: str,
+    chunk_size: int | None,
+) -> list[Tensor]:
+    problem = _unpack_inputs(inputs)
+    values = _fake_values(problem, cast(Kind, kind))
+    found = [values, torch.empty_like(values[0])]
+    wants = Needs(*needs)
+    if wants.hidden:
+        found.append(torch.empty_like(problem.hidden, memory_format=torch.contiguous_format))
+    if wants.weight:
+        found.append(values.new_empty(problem.weight.shape))
+    if wants.bias:
+        found.append(values.new_empty(problem.weight.shape[0]))
+    return found
+
+
+def _fake_values(inputs: Inputs, kind: Kind) -> Tensor:
+    hidden = inputs.hidden
+    return hidden.new_empty(OUTPUTS[kind], hidden.shape[0], dtype=compute_dtype(hidden.dtype))
+
+
+def _rows_of(which: Tensor | None) -> Tensor | None:
+    """Indices of the rows to compute [n], or None for all of them; a synchronisation on an accelerator."""
+    if which is None:
+        return None
+    index = which.nonzero().squeeze(1)
+    return None if index.numel() == which.numel() else index
+
+
+def _scatter(rows: Tensor, index: Tensor | None, n: int) -> Tensor:
+    """Entries [..., n'] of the rows of `index` among [..., n]; 0 for the rows that were left out."""
+    return rows if index is None else rows.new_zeros(*rows.shape[:-1], n).index_copy_(-1, index, rows)
+
+
+def _unpack_inputs(tensors: list[Tensor | None]) -> Inputs:
+    hidden, weight, *rest = tensors
+    assert hidden is not None
+    assert weight is not None
+    return Inputs(hidden, weight, *rest)
+
+
+def _pack_spec(spec: Spec) -> tuple[str, list[float], str, int | None]:
+    heads = [number for head in (spec.student, spec.teacher) if head is not None for number in _pack_head(head)]
+    return spec.kind, heads, spec.backend, spec.chunk_size
+
+
+def _unpack_spec(kind: str, heads: list[float], backend: str, chunk_size: int | None) -> Spec:
+    teacher = _unpack_head(heads[3:]) if len(heads) > 3 else None
+    return Spec(cast(Kind, kind), _unpack_head(heads[:3]), teacher, cast(Backend, backend), chunk_size)
+
+
+def _pack_head(head: HeadOptions) -> tuple[float, float, float]:
+    return head.temperature, head.logit_scale, head.softcap or 0.0
+
+
+def _unpack_head(numbers: list[float]) -> HeadOptions:
+    temperature, logit_scale, softcap = numbers
+    return HeadOptions(temperature, logit_scale, softcap or None)
+
+
+def _pack_surrogate(surrogate: Surrogate | None) -> tuple[str, list[float]]:
+    """No bound is a bound of infinity, no surrogate one without a name."""
+    if surrogate is None:
+        return "", []
+    bounds = (surrogate.dual_clip, surrogate.truncate_ratio)
+    return surrogate.method, [
+        surrogate.clip_low,
+        surrogate.clip_high,
+        *(math.inf if bound is None else bound for bound in bounds),
+    ]
+
+
+def _unpack_surrogate(method: str, clips: list[float]) -> Surrogate | None:
+    if not method:
+        return None
+    low, high, *bounds = clips
+    return Surrogate(cast(Method, method), low, high, *(None if math.isinf(bound) else bound for bound in bounds))
