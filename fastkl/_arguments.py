@@ -110,6 +110,8 @@ def check_plan(backend: Backend, chunk_size: int | None, weight: Tensor, weight_
         )
     if weight_grad is None:
         return
+    if torch.compiler.is_compiling():
+        raise ValueError("weight_grad is written to in the backward pass, which torch.compile does not take: leave it out")
     if not weight.requires_grad:
         raise ValueError("weight_grad is given but weight does not require a gradient: leave weight_grad out")
     if weight_grad.shape != weight.shape or weight_grad.dtype != compute_dtype(weight.dtype):

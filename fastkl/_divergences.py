@@ -75,10 +75,10 @@ def reverse_kl_loss(
         teacher_bias,
     )
     if reduction == "none":
-        values = row_values(spec, inputs, rows, rows, weight_grad)
+        values = row_values(spec, inputs, rows, None, weight_grad)
         loss = (values[0] * share).reshape(hidden.shape[:-1])
     else:
-        total, values = summed_loss(spec, inputs, Objective(share), rows, rows, weight_grad)
+        total, values = summed_loss(spec, inputs, Objective(share), rows, None, weight_grad)
         loss = total * reduce.factor(share)
     kl, nll = (v.where(active, 0.0) for v in values.detach())
     metrics = {"reverse_kl_mean": masked_mean(kl, active), "reverse_kl_max": masked_extreme(kl, active, largest=True)}

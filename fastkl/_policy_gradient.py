@@ -47,7 +47,7 @@ def linear_logprobs(
     active = flat != ignore_index
     inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat.where(active, 0))
     rows = active if skip_zero_rows else None
-    logprobs = -row_values(spec, inputs, rows, rows, weight_grad)[0]
+    logprobs = -row_values(spec, inputs, rows, None, weight_grad)[0]
     return logprobs.where(active, 0.0).reshape(tokens.shape)
 
 

@@ -27,7 +27,7 @@ def row_values(
 ) -> Tensor:
     """Values [K, N] of the `active` rows; the first one is differentiable in the `graded` ones, for any upstream gradient.
 
-    The upstream gradient of other rows is not looked at.
+    The upstream gradient of other rows is not looked at. `active` None: all rows; `graded` None: the active ones.
     """
     if not _wants_gradient(inputs):
         return evaluate(spec, inputs, active)
@@ -45,12 +45,13 @@ def summed_loss(
 ) -> tuple[Tensor, Tensor]:
     """Σ losses (0-dim, differentiable) and the values [K, N] (detached).
 
-    `active` rows have values, and those of them that are `graded` are in the sum.
+    `active` rows (None: all) have values, and those of them that are `graded` (None: the active ones) are in the sum.
     """
     if not _wants_gradient(inputs):
         values = evaluate(spec, inputs, active)
         losses, _ = objective.losses_and_slopes(values)
-        return (losses if graded is None else losses.where(graded, 0.0)).sum(), values
+        counted = active if graded is None else graded
+        return (losses if counted is None else losses.where(counted, 0.0)).sum(), values
     tensors = objective.weights, objective.advantages, objective.sampler_logprobs, active, graded, weight_grad
     return cast(tuple[Tensor, Tensor], _SummedLoss.apply(spec, objective.surrogate, *tensors, *inputs))
 
@@ -88,7 +89,7 @@ class _RowValues(torch.autograd.Function):
         ctx.recompute = ctx.needs.weight or ctx.needs.bias
         if ctx.recompute:
             values = evaluate(spec, inputs, active)
-            ctx.save_for_backward(graded, *inputs)
+            ctx.save_for_backward(active if graded is None else graded, *inputs)
         else:
             values, _, unit = evaluate_with_gradients(spec, inputs, Objective(), ctx.needs, active, graded)
             ctx.save_for_backward(unit.hidden)
@@ -104,7 +105,7 @@ class _RowValues(torch.autograd.Function):
         graded, *tensors = ctx.saved_tensors
         inputs = Inputs(*tensors)
         _, _, gradients = evaluate_with_gradients(
-            ctx.spec, inputs, Objective(weights=upstream), ctx.needs, graded, graded, ctx.weight_grad
+            ctx.spec, inputs, Objective(weights=upstream), ctx.needs, graded, None, ctx.weight_grad
         )
         dtype = inputs.weight.dtype
         return *[None] * 4, *_input_gradients(*[None if g is None else g.to(dtype) for g in gradients])
@@ -126,7 +127,7 @@ class _SummedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.spec, ctx.surrogate, ctx.weight_grad = spec, surrogate, weight_grad
         ctx.needs, ctx.dtype = Needs(*ctx.needs_input_grad[8:11]), tensors[1].dtype
-        ctx.save_for_backward(weights, advantages, sampler_logprobs, graded, *tensors)
+        ctx.save_for_backward(weights, advantages, sampler_logprobs, active if graded is None else graded, *tensors)
         objective = Objective(weights, surrogate, advantages, sampler_logprobs)
         values, losses, ctx.gradients = evaluate_with_gradients(
             spec, Inputs(*tensors), objective, ctx.needs, active, graded
@@ -153,4 +154,4 @@ class _SummedLoss(torch.autograd.Function):
     def _recompute(ctx: Any) -> Gradients:
         weights, advantages, sampler_logprobs, graded, *tensors = ctx.saved_tensors
         objective = Objective(weights, ctx.surrogate, advantages, sampler_logprobs)
-        return evaluate_with_gradients(ctx.spec, Inputs(*tensors), objective, ctx.needs, graded, graded)[2]
+        return evaluate_with_gradients(ctx.spec, Inputs(*tensors), objective, ctx.needs, graded)[2]

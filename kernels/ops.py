@@ -45,30 +45,24 @@ def evaluate_with_gradients(
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Values [K, N], losses [N], and the gradients of their sum.
 
-    Rows that are active but not `graded` (bool [N]; None: all are) have values and no part in losses and gradients.
-    The weight's gradient is added to `weight_grad` in place of being returned, where one is given.
+    Rows that are active but not `graded` (bool [N]; None: the active ones are) have values and no part in losses and
+    gradients. Where `weight_grad` is given, the weight's gradient is added to it and not returned; that is no operator,
+    for one that writes into its arguments cannot return a list.
     """
-    own = weight_grad is None
+    if weight_grad is not None:
+        values, losses, gradients = _on_rows(spec, inputs, objective, needs, active, graded, weight_grad)
+        return values, losses, gradients._replace(weight=None)
     values, losses, *found = _evaluate_with_gradients(
         list(inputs),
         active,
         graded,
         [objective.weights, objective.advantages, objective.sampler_logprobs],
         *_pack_surrogate(objective.surrogate),
-        list(needs._replace(weight=needs.weight and own)),
-        weight_grad,
+        list(needs),
         *_pack_spec(spec),
     )
     gradients = iter(found)
-    return (
-        values,
-        losses,
-        Gradients(
-            next(gradients) if needs.hidden else None,
-            next(gradients) if needs.weight and own else None,
-            next(gradients) if needs.bias else None,
-        ),
-    )
+    return values, losses, Gradients(*(next(gradients) if wanted else None for wanted in needs))
 
 
 @torch.library.custom_op("fastkl::evaluate", mutates_args=())
@@ -97,7 +91,7 @@ def _(
     return _fake_values(_unpack_inputs(inputs), cast(Kind, kind))
 
 
-@torch.library.custom_op("fastkl::evaluate_with_gradients", mutates_args=("weight_grad",))
+@torch.library.custom_op("fastkl::evaluate_with_gradients", mutates_args=())
 def _evaluate_with_gradients(
     inputs: list[Tensor | None],
     active: Tensor | None,
@@ -106,26 +100,39 @@ def _evaluate_with_gradients(
     method: str,
     clips: list[float],
     needs: list[bool],
-    weight_grad: Tensor | None,
     kind: str,
     heads: list[float],
     backend: str,
     chunk_size: int | None,
 ) -> list[Tensor]:
-    problem, spec = _unpack_inputs(inputs), _unpack_spec(kind, heads, backend, chunk_size)
     terms = Objective(objective[0], _unpack_surrogate(method, clips), *objective[1:])
-    n, index = problem.hidden.shape[0], _rows_of(graded)
+    spec = _unpack_spec(kind, heads, backend, chunk_size)
+    values, losses, gradients = _on_rows(spec, _unpack_inputs(inputs), terms, Needs(*needs), active, graded, None)
+    return [values, losses, *(g for g in gradients if g is not None)]
+
+
+def _on_rows(
+    spec: Spec,
+    inputs: Inputs,
+    objective: Objective,
+    needs: Needs,
+    active: Tensor | None,
+    graded: Tensor | None,
+    weight_grad: Tensor | None,
+) -> tuple[Tensor, Tensor, Gradients]:
+    """The driver with gradients on the graded rows, and without on the other active ones."""
+    n, index = inputs.hidden.shape[0], _rows_of(active if graded is None else graded)
     values, losses, gradients = driver.evaluate_with_gradients(
-        spec, problem.take(index), terms.take(index), Needs(*needs), weight_grad
+        spec, inputs.take(index), objective.take(index), needs, weight_grad
     )
     values, losses = _scatter(values, index, n), _scatter(losses, index, n)
     if index is not None and active is not None and graded is not None:
         rest = (active & ~graded).nonzero().squeeze(1)
-        values[:, rest] = driver.evaluate(spec, problem.take(rest))
+        values[:, rest] = driver.evaluate(spec, inputs.take(rest))
     if gradients.hidden is not None and index is not None:
-        scattered = torch.zeros_like(problem.hidden).index_copy_(0, index, gradients.hidden)
+        scattered = torch.zeros_like(inputs.hidden).index_copy_(0, index, gradients.hidden)
         gradients = gradients._replace(hidden=scattered)
-    return [values, losses, *(g for g in gradients if g is not None and g is not weight_grad)]
+    return values, losses, gradients
 
 
 @_evaluate_with_gradients.register_fake
@@ -137,7 +144,6 @@ def _(
     method: str,
     clips: list[float],
     needs: list[bool],
-    weight_grad: Tensor | None,
     kind: str,
     heads: list[float],
     backend: str,

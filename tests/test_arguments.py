@@ -13,6 +13,7 @@ from fastkl import loss
 
 P = make_problem((2, 3), vocabulary=11, dim=5, dtype=torch.float32)
 TOKENS = P.tokens.clamp(min=0)
+LEAF = P.weight.clone().requires_grad_()
 
 CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "linear_logprobs": (loss.linear_logprobs, {"hidden": P.hidden, "weight": P.weight, "tokens": TOKENS}),
@@ -94,6 +95,26 @@ CASES: dict[str, Case] = {
     "logit_scale": (tuple(CALLS), {"logit_scale": -2.0}, ValueError, ("logit_scale is -2.0", "> 0")),
     "softcap": (tuple(CALLS), {"softcap": 0.0}, ValueError, ("softcap is 0.0", "None")),
     "chunk_size": (tuple(CALLS), {"chunk_size": 0}, ValueError, ("chunk_size is 0", "at least 1")),
+    "chunk_size-float": (tuple(CALLS), {"chunk_size": 4.0}, ValueError, ("chunk_size is 4.0", "whole number")),
+    "backend": (tuple(CALLS), {"backend": "cuda"}, ValueError, ("backend is 'cuda'", "auto, triton, torch")),
+    "weight_grad-frozen": (
+        tuple(CALLS),
+        {"weight_grad": torch.zeros(11, 5)},
+        ValueError,
+        ("weight_grad is given", "does not require a gradient"),
+    ),
+    "weight_grad-shape": (
+        HEAD_LOSSES,
+        {"weight": LEAF, "weight_grad": torch.zeros(5, 11)},
+        ValueError,
+        ("weight_grad is [5, 11] of torch.float32", "expected [11, 5] of torch.float32"),
+    ),
+    "weight_grad-dtype": (
+        HEAD_LOSSES,
+        {"weight": LEAF, "weight_grad": torch.zeros(11, 5).bfloat16()},
+        ValueError,
+        ("weight_grad is [11, 5] of torch.bfloat16", "summed in"),
+    ),
     # The tokens.
     "tokens-shape": (
         HEAD_LOSSES,

@@ -177,3 +177,30 @@ def test_unused_outputs_of_linear_logprobs() -> None:
         function("linear_logprobs", q)[2:4].exp().sum().backward()
         found.append(gradients(q))
     torch.testing.assert_close(*found)
+
+
+@forms
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_weight_grad_takes_the_gradient_of_the_weight(form: tuple[str, Any], dtype: torch.dtype) -> None:
+    """Added to what is there, in the dtype of the accumulator: a sum over micro-batches that is rounded nowhere."""
+    name, options = form
+    p = make_problem((2, 5), dtype=dtype)
+    expected = with_gradients(lambda n, q, **o: fused(n, q, **o).sum(), name, p, **options).gradients
+    q = p.leaves()
+    start = torch.ones_like(q.weight, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    buffer = start.clone()
+    for factor in (1.0, -0.5):
+        (factor * fused(name, q, weight_grad=buffer, **options).sum()).backward()
+    assert q.weight.grad is None
+    rounding = {} if dtype == torch.float64 else {"rtol": 2**-7, "atol": 1e-3}
+    torch.testing.assert_close(buffer, start + 0.5 * expected["weight"].to(start.dtype), **rounding)
+    torch.testing.assert_close(q.hidden.grad, (0.5 * expected["hidden"]).to(dtype), **rounding)
+
+
+def test_weight_grad_may_be_the_gradient_itself() -> None:
+    """weight.grad of a float32 weight that has one: nothing is counted twice."""
+    p = make_problem(dtype=torch.float32).leaves()
+    fused("policy_gradient", p).backward()
+    once = p.weight.grad.clone()
+    fused("policy_gradient", p, weight_grad=p.weight.grad).backward()
+    torch.testing.assert_close(p.weight.grad, 2 * once)
