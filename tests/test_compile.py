@@ -86,7 +86,7 @@ def test_weight_grad_is_refused_in_a_graph() -> None:
     def with_buffer() -> Tensor:
         return fused("policy_gradient", p, weight_grad=torch.zeros_like(p.weight))
 
-    with pytest.raises(Exception, match="which torch.compile does not take"):
+    with pytest.raises(Exception, match=r"which torch\.compile does not take"):
         torch.compile(with_buffer, fullgraph=True, backend="aot_eager")()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import arguments, read_jsonl, save_model, sums, tokenizer, write_jsonl
+from tiny import arguments, model_and_sums, read_jsonl, sums, tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from fastkl import cli
@@ -18,10 +18,7 @@ from fastkl.trainer.sampler import Completion, ContinuousBatchingSampler
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    save_model(path / "model")
-    write_jsonl(path / "sums.jsonl", sums())
-    return path
+    return model_and_sums(tmp_path_factory.mktemp("models"), "model")
 
 
 def evaluation(folder: Path, **overrides: object) -> list[str]:

@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import arguments, config, distillation, read_jsonl, save_model, sums, tokenizer, training, write_jsonl
+from tiny import (
+    arguments,
+    config,
+    distillation,
+    model_and_sums,
+    read_jsonl,
+    save_model,
+    sums,
+    tokenizer,
+    training,
+    write_jsonl,
+)
 from transformers import AutoModelForCausalLM
 
 from fastkl import cli
@@ -18,10 +29,7 @@ from fastkl.trainer.sft import Examples, sft
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    save_model(path / "student")
-    write_jsonl(path / "sums.jsonl", sums())
-    return path
+    return model_and_sums(tmp_path_factory.mktemp("models"), "student")
 
 
 def run(folder: Path, path: Path, **overrides: object) -> tuple[Path, list[dict[str, Any]]]:

@@ -121,6 +121,13 @@ def sums(count: int = 12) -> list[dict[str, object]]:
     ]
 
 
+def model_and_sums(folder: Path, name: str) -> Path:
+    """A folder with a model called `name` and a dozen sums to complete."""
+    save_model(folder / name)
+    write_jsonl(folder / "sums.jsonl", sums())
+    return folder
+
+
 def arguments(command: str, settings: Mapping[str, object]) -> list[str]:
     """A command line: `{"optim.lr": 0.1}` becomes `--optim.lr=0.1`."""
     return [command, *(f"--{name}={json.dumps(v) if isinstance(v, list) else v}" for name, v in settings.items())]

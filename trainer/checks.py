@@ -5,7 +5,7 @@ from __future__ import annotations
 from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastkl.trainer.config import ConfigError
+from fastkl.trainer.config import ConfigError, EvalConfig
 from fastkl.trainer.data import EncodedPrompt, render_chat
 from fastkl.trainer.models import context_length, declared_ends, end_of_sequence
 
@@ -102,3 +102,9 @@ def check_room(
                 f"{longest.row.source} has {len(longest.ids)} tokens; with {new} new ones it exceeds the "
                 f"{name}'s context of {limit}. {remedy}"
             )
+
+
+def check_eval_room(prompts: list[EncodedPrompt], config: EvalConfig, name: str, model: PreTrainedModel) -> None:
+    """The evaluation's prompts, if there are any, and full answers to them fit the context of the model called `name`."""
+    if prompts:
+        check_room(prompts, config.max_new_tokens, {name: model}, SHORTER.format("eval", "eval.data"))

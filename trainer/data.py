@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.config import ConfigError, DataConfig
+from fastkl.trainer.samples import Sample, make_sample
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,12 @@ def render_chat(row: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
     messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
     text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return text
+
+
+def given_samples(prompts: list[EncodedPrompt], tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+    """The data's own completions as samples, in the order of the rows."""
+    pairs = zip(prompts, encode_completions(prompts, tokenizer), strict=True)
+    return [make_sample(prompt.ids, completion, index) for index, (prompt, completion) in enumerate(pairs)]
 
 
 def batch_indices(rows: int, per_step: int, step: int, seed: int) -> list[int]:

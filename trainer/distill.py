@@ -149,10 +149,4 @@ def _check_models(
     checks.check_vocabulary(tokenizer, models)
     checks.check_end_of_sequence(student.model, teacher.model, tokenizer)
     checks.check_room(prompts, config.sampling.max_new_tokens, models, checks.SHORTER.format("sampling", "data"))
-    if eval_prompts:
-        checks.check_room(
-            eval_prompts,
-            config.eval.max_new_tokens,
-            {"student": student.model},
-            checks.SHORTER.format("eval", "eval.data"),
-        )
+    checks.check_eval_room(eval_prompts, config.eval, "student", student.model)

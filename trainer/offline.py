@@ -11,12 +11,11 @@ from accelerate import PartialState
 
 from fastkl.trainer import checks
 from fastkl.trainer.config import ConfigError, EvaluateConfig, ScoreConfig
-from fastkl.trainer.data import encode_completions, encode_prompts, load_prompts
+from fastkl.trainer.data import encode_prompts, given_samples, load_prompts
 from fastkl.trainer.evaluate import evaluate, load_eval_prompts
 from fastkl.trainer.models import batch_layout, end_of_sequence, fuse, load_model, load_teacher, load_tokenizer
 from fastkl.trainer.run import write_text
 from fastkl.trainer.sampler import ContinuousBatchingSampler
-from fastkl.trainer.samples import make_sample
 from fastkl.trainer.teacher import score
 
 
@@ -27,7 +26,7 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, float]:
     prompts = load_eval_prompts(config.eval, tokenizer)
     model = load_model(config.model).to(PartialState().device)
     checks.check_vocabulary(tokenizer, {"model": model})
-    checks.check_room(prompts, config.eval.max_new_tokens, {"model": model}, checks.SHORTER.format("eval", "eval.data"))
+    checks.check_eval_room(prompts, config.eval, "model", model)
     sampler = ContinuousBatchingSampler(model, eos_token_ids=end_of_sequence(model, tokenizer))
     metrics, answers = evaluate(sampler, tokenizer, prompts, config.eval, config.seed)
     if output is not None:
@@ -45,10 +44,7 @@ def score_completions(config: ScoreConfig) -> None:
     output = _new_file(config.output)
     tokenizer = load_tokenizer(config.model)
     prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
-    samples = [
-        make_sample(prompt.ids, completion, index)
-        for index, (prompt, completion) in enumerate(zip(prompts, encode_completions(prompts, tokenizer), strict=True))
-    ]
+    samples = given_samples(prompts, tokenizer)
     device: torch.device = PartialState().device
     model = fuse(load_teacher(config.model, device), "model")
     checks.check_vocabulary(tokenizer, {"model": model.model})

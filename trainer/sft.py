@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from fastkl.trainer import checks
 from fastkl.trainer.config import LossConfig, SftConfig
-from fastkl.trainer.data import batch_indices, encode_completions, encode_prompts, load_prompts
+from fastkl.trainer.data import batch_indices, encode_prompts, given_samples, load_prompts
 from fastkl.trainer.evaluate import load_eval_prompts
 from fastkl.trainer.loop import Clock, Student, fit
 from fastkl.trainer.models import end_of_sequence, load_tokenizer
 from fastkl.trainer.run import RunFolder, check_run_folder
 from fastkl.trainer.sampler import ContinuousBatchingSampler
-from fastkl.trainer.samples import Sample, make_sample
+from fastkl.trainer.samples import Sample
 
 
 class Examples:
@@ -33,10 +33,7 @@ def sft(config: SftConfig) -> RunFolder:
     check_run_folder(config)
     tokenizer = load_tokenizer(config.student)
     prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
-    examples = [
-        make_sample(prompt.ids, completion, index)
-        for index, (prompt, completion) in enumerate(zip(prompts, encode_completions(prompts, tokenizer), strict=True))
-    ]
+    examples = given_samples(prompts, tokenizer)
     for example in examples:
         example.advantages = [float(counted) for counted in example.loss_mask]
     eval_prompts = load_eval_prompts(config.eval, tokenizer)
@@ -46,13 +43,7 @@ def sft(config: SftConfig) -> RunFolder:
     checks.check_room(
         prompts, [example.loss_tokens for example in examples], {"student": student.model}, checks.SHORTER_ROW
     )
-    if eval_prompts:
-        checks.check_room(
-            eval_prompts,
-            config.eval.max_new_tokens,
-            {"student": student.model},
-            checks.SHORTER.format("eval", "eval.data"),
-        )
+    checks.check_eval_room(eval_prompts, config.eval, "student", student.model)
     sampler = ContinuousBatchingSampler(student.model, eos_token_ids=end_of_sequence(student.model, tokenizer))
     with RunFolder(config) as folder:
         fit(
