@@ -2,8 +2,9 @@
 
 A row of hidden states points at one token by a margin m_i and is otherwise noise, so that the row's probabilities are a
 peak of sigmoid(m_i) and a long tail, as a language model's are. The margins are normal; their mean is solved for the mean
-entropy that is asked for. Tokens are sampled from the model, the sampler's log-probs are the model's plus a little noise
-(another kernel, an older step), advantages are normal, the teacher is a perturbed copy of the student.
+entropy that is asked for. Rows can be flat instead, as those of a model at its initialisation: logits are then normal of
+deviation 1, the entropy is about log V − 1/2. Tokens are sampled from the model, the sampler's log-probs are the model's
+plus a little noise (another kernel, an older step), advantages are normal, the teacher is a perturbed copy of the student.
 """
 
 from __future__ import annotations
@@ -100,9 +101,9 @@ class Case:
 
 
 def make_case(
-    op: str, shape: tuple[int, int, int], dtype: torch.dtype, head: str, device: str, entropy: float, seed: int
+    op: str, shape: tuple[int, int, int], dtype: torch.dtype, head: str, device: str, entropy: float | None, seed: int
 ) -> Case:
-    """Random tensors with rows of `entropy` nats on average; equal seeds give equal tensors on one kind of device."""
+    """Random tensors with rows of `entropy` nats on average, None: flat; equal seeds, equal tensors on a kind of device."""
     n, d, vocabulary = shape
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -112,11 +113,13 @@ def make_case(
     # Rows of W have norm 1, so h = c W[v] + s noise has a logit of c at v and normal ones of deviation s elsewhere. Their
     # log-sum-exp is log V + s²/2 and their entropy log V − s²/2.
     log_v = math.log(vocabulary)
-    noise = math.sqrt(2 * (1 - TAIL_SHARE) * log_v)
-    margin = _mean_margin(entropy, TAIL_SHARE * log_v) + MARGIN_STD * normal(n, 1)
+    noise = 1.0 if entropy is None else math.sqrt(2 * (1 - TAIL_SHARE) * log_v)
+    spread = MARGIN_STD * normal(n, 1)
     weight = torch.nn.functional.normalize(normal(vocabulary, d), dim=-1)
     peak = torch.randint(vocabulary, (n,), generator=generator, device=device)
-    hidden = (log_v + noise**2 / 2 + margin) * weight[peak] + noise * normal(n, d)
+    hidden = noise * normal(n, d)
+    if entropy is not None:
+        hidden += (log_v + noise**2 / 2 + _mean_margin(entropy, TAIL_SHARE * log_v) + spread) * weight[peak]
     teacher_hidden = teacher_weight = None
     if op == "reverse_kl":
         teacher_hidden = (hidden + TEACHER_STD * noise * normal(n, d)).to(dtype)

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import hypothesis
 import torch
 from torch import Tensor
 
 from fastkl import loss, reference
 
-# Derandomised: the same examples on every run, so that a red test is the change's fault.
-PROPERTY = hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
 HEAD_OPTIONS = ("temperature", "logit_scale", "softcap")
 TRAINABLE = ("hidden", "weight", "bias")
 
@@ -57,6 +54,9 @@ class Problem(NamedTuple):
 
     def double(self) -> Problem:
         return Problem(*[t.double() if t is not None and t.is_floating_point() else t for t in self])
+
+    def to(self, device: str) -> Problem:
+        return Problem(*[None if t is None else t.to(device) for t in self])
 
     def sampled_under(self, **options: Any) -> Problem:
         """The same noise between sampler and policy, for a head with other options than the plain one."""
@@ -179,7 +179,9 @@ def with_gradients(
     """Value and gradients of `fused` or `eager`; each entry of a per-token result gets an upstream value of its own."""
     p = p.leaves(needs)
     value = function(name, p, **options)
-    upstream = torch.linspace(-1.0, 2.0, value.numel(), dtype=value.dtype).reshape(value.shape) if value.dim() else None
+    upstream = None
+    if value.dim():
+        upstream = torch.linspace(-1.0, 2.0, value.numel(), dtype=value.dtype, device=value.device).reshape(value.shape)
     value.backward(upstream)
     wanted = {f: getattr(p, f) for f in needs if getattr(p, f) is not None}
     return Result(value.detach(), {f: torch.zeros_like(t) if t.grad is None else t.grad for f, t in wanted.items()})

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
 from bench.cases import Case
-from bench.implementations import composed
+from bench.peers import Loss, Peer, fastkl_composed
 from fastkl.loss import policy_gradient_loss, reverse_kl_loss
 
 
-def build(case: Case) -> Callable[[], Tensor]:
+def build(case: Case) -> Loss:
     if case.op == "logprobs":
-        return composed.build(case)
+        return fastkl_composed.build(case)
     if case.op == "policy_gradient":
         return lambda: (
             policy_gradient_loss(case.hidden, case.weight, case.tokens, case.advantages, case.sampler_logprobs).loss
         )
     teacher_hidden, teacher_weight = case.teacher
     return lambda: reverse_kl_loss(case.hidden, case.weight, teacher_hidden, teacher_weight).loss
+
+
+PEER = Peer(build)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from bench.cases import Case
+from bench.peers import Loss, Peer
 from fastkl import reference
 
 
-def build(case: Case) -> Callable[[], Tensor]:
+def build(case: Case) -> Loss:
     return lambda: loss(case)
 
 
@@ -30,3 +29,6 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """No temperature, no cap: `reference.logits` would pass over [N, V] twice for factors of 1."""
     z = torch.nn.functional.linear(hidden, weight)
     return z if z.dtype == torch.float64 else z.float()
+
+
+PEER = Peer(build)
