@@ -81,6 +81,72 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
 
 
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Σ q (log q − log p) per row [...]; 0 · log 0 = 0."""
+    log_p, log_q = torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits, -1)
+    q = log_q.exp()
+    return (q * torch.where(q > 0, log_q - log_p, 0.0)).sum(-1)
+
+
+def jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5) -> Tensor:
+    """β KL(q‖m) + (1 − β) KL(p‖m) per row [...], m = βq + (1 − β)p."""
+    p, q = torch.softmax(student_logits, -1), torch.softmax(teacher_logits, -1)
+    m = beta * q + (1.0 - beta) * p
+    return beta * _kl(q, m) + (1.0 - beta) * _kl(p, m)
+
+
+def skewed_forward_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float) -> Tensor:
+    """KL(q ‖ αq + (1 − α)p) per row [...]."""
+    p, q = torch.softmax(student_logits, -1), torch.softmax(teacher_logits, -1)
+    return _kl(q, alpha * q + (1.0 - alpha) * p)
+
+
+def skewed_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: float) -> Tensor:
+    """KL(p ‖ αp + (1 − α)q) per row [...]."""
+    p, q = torch.softmax(student_logits, -1), torch.softmax(teacher_logits, -1)
+    return _kl(p, alpha * p + (1.0 - alpha) * q)
+
+
+def total_variation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """½ Σ |p − q| per row [...]."""
+    return 0.5 * (torch.softmax(student_logits, -1) - torch.softmax(teacher_logits, -1)).abs().sum(-1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """−Σ p log p per row [...]; 0 · log 0 = 0."""
+    log_p = torch.log_softmax(logits, -1)
+    p = log_p.exp()
+    return -(p * torch.where(p > 0, log_p, 0.0)).sum(-1)
+
+
+def top_k_kl(
+    student_logits: Tensor,  # [..., V]
+    ids: Tensor,  # [..., k]; −1 pads
+    teacher_logprobs: Tensor,  # [..., k]
+    direction: str = "reverse",
+    tail: str = "bucket",
+) -> Tensor:
+    """Per row [...], from the listed tokens and one outcome for all others; `fastkl.loss.top_k_kl_loss` says which terms."""
+    listed, rest = ids >= 0, torch.ones_like(student_logits, dtype=torch.bool)
+    rest = rest.scatter(-1, ids.where(listed, ids[..., :1]), False)
+    probabilities = torch.softmax(student_logits, -1)
+    p = probabilities.gather(-1, ids.clamp(min=0)).where(listed, 0.0)
+    q = teacher_logprobs.exp().where(listed, 0.0)
+    p_rest, q_rest = (probabilities * rest).sum(-1, keepdim=True), (1.0 - q.sum(-1, keepdim=True)).clamp(min=0.0)
+    if tail == "bucket":
+        p, q = torch.cat([p, p_rest], -1), torch.cat([q, q_rest], -1)
+    outside = torch.zeros_like(p_rest)
+    if tail == "renormalise":
+        inside = p.sum(-1, keepdim=True)
+        p, q, outside = p / inside, q / q.sum(-1, keepdim=True), -torch.log(inside)
+    return (_kl(p, q) if direction == "reverse" else _kl(q, p)) + outside.squeeze(-1)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """Σ p log(p/q) of probabilities, q > 0 where p > 0; 0 · log 0 = 0."""
+    return (p * (torch.where(p > 0, p, 1.0) / torch.where(p > 0, q, 1.0)).log()).sum(-1)
+
+
 def reduce(losses: Tensor, mask: Tensor, reduction: str = "mean", normalizer: Tensor | float | None = None) -> Tensor:
     """The tokens' losses weighted by `mask` and reduced; a mean over nothing is 0."""
     losses = torch.where(mask != 0, losses * mask, 0.0)
