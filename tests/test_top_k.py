@@ -1,4 +1,4 @@
-"""`top_k_kl_loss`: every direction and tail against the reference, what each tail promises, and lists as servers send them."""
+"""`top_k_kl_loss`: every direction and tail against the reference, what each tail promises, lists as servers send them."""
 
 from __future__ import annotations
 
