@@ -29,8 +29,8 @@ def reverse_kl_advantages(
     `baseline` is a control variate (0 by default): what does not depend on the token itself leaves the policy gradient's
     mean as it is. With the expectation of d_i, the exact KL(sampler ‖ teacher) at the position
     (`LossOutput.per_token.reverse_kl` of a divergence), the gradient varies less where that KL is large, as at the start
-    of a distillation (0.4 of the variance at 5 nats, 0.6 at 2), and no less where it is small (1.0 to 1.2 below half a
-    nat). Only a token's own baseline is taken off: later ones depend on it.
+    of a distillation (0.4 to 0.6 of the variance at 2 to 5 nats on random logits), and no less where it is small (1.0 to
+    1.2 below half a nat). Only a token's own baseline is taken off: later ones depend on it.
 
     Returns float32 (float64 for float64 log-probs), detached.
     """

@@ -126,7 +126,7 @@ def top_k_kl(
     direction: str = "reverse",
     tail: str = "bucket",
 ) -> Tensor:
-    """Per row [...], from the listed tokens and one outcome for the others; `fastkl.loss.top_k_kl_loss` says which terms."""
+    """Per row [...], from listed tokens and one outcome for all others; `fastkl.loss.top_k_kl_loss` says which terms."""
     listed, rest = ids >= 0, torch.ones_like(student_logits, dtype=torch.bool)
     rest = rest.scatter(-1, ids.where(listed, ids[..., :1]), False)
     probabilities = torch.softmax(student_logits, -1)
