@@ -92,7 +92,9 @@ def check_tokens(tokens: Tensor, hidden: Tensor, vocabulary: int, ignore_index: 
 
 def head_options(temperature: float, logit_scale: float, softcap: float | None, who: str = "") -> HeadOptions:
     if not 0 < temperature < float("inf"):
-        raise ValueError(f"{who}temperature is {temperature}; it must be > 0 and finite (greedy decoding has no log-probs)")
+        raise ValueError(
+            f"{who}temperature is {temperature}; it must be > 0 and finite (greedy decoding has no log-probs)"
+        )
     if not logit_scale > 0:
         raise ValueError(f"{who}logit_scale is {logit_scale}; it must be > 0")
     if softcap is not None and not softcap > 0:

@@ -57,7 +57,7 @@ class Spec(NamedTuple):
         """K, the values that the row function gives per row; the first one carries the gradient."""
         if self.kind == "divergence":
             return len(DivergenceValues._fields) if self.extras else 2
-        return {"token_nll": 1, "token_nll_entropy": 3, "top_k": 2}[self.kind]
+        return {"token_nll": 1, "token_nll_entropy": 4, "top_k": 2}[self.kind]
 
 
 class Inputs(NamedTuple):
