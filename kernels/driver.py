@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkl.kernels.backend import entropy_gradient, row_function
+from fastkl.kernels.backend import entropy_gradient, row_function, scorer
 from fastkl.kernels.gemm import add_weight_gradient, compute_dtype, gradient_dtype, hidden_gradient, project
 from fastkl.kernels.problem import Gradients, HeadOptions, Inputs, Needs, Objective, Spec
 from fastkl.kernels.rows import Logits
@@ -47,8 +47,11 @@ def workspace_bytes_per_row(spec: Spec, inputs: Inputs, gradient: bool) -> int:
 
 @torch.no_grad()
 def evaluate(spec: Spec, inputs: Inputs) -> Tensor:
-    """Values [K, N] in the compute dtype, no gradient work: one GEMM per head."""
+    """Values [K, N] in the compute dtype, no gradient work: one GEMM per head, where possible without any logits."""
     values = _new_values(spec, inputs)
+    if (score := scorer(spec, inputs)) is not None:
+        score(values)
+        return values
     rows_of = row_function(spec, inputs.hidden)
     with _full_precision(inputs):
         for chunk in _chunks(spec, inputs, gradient=False):
