@@ -92,7 +92,9 @@ def check_tokens(tokens: Tensor, hidden: Tensor, vocabulary: int, ignore_index: 
 
 def head_options(temperature: float, logit_scale: float, softcap: float | None, who: str = "") -> HeadOptions:
     if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; it must be > 0 and finite (greedy decoding has no log-probs)")
+        raise ValueError(
+            f"{who}temperature is {temperature}; it must be > 0 and finite (greedy decoding has no log-probs)"
+        )
     if not logit_scale > 0:
         raise ValueError(f"{who}logit_scale is {logit_scale}; it must be > 0")
     if softcap is not None and not softcap > 0:
@@ -111,7 +113,9 @@ def check_plan(backend: Backend, chunk_size: int | None, weight: Tensor, weight_
     if weight_grad is None:
         return
     if torch.compiler.is_compiling():
-        raise ValueError("weight_grad is written to in the backward pass, which torch.compile does not take: leave it out")
+        raise ValueError(
+            "weight_grad is written to in the backward pass, which torch.compile does not take: leave it out"
+        )
     if not weight.requires_grad:
         raise ValueError("weight_grad is given but weight does not require a gradient: leave weight_grad out")
     if weight_grad.shape != weight.shape or weight_grad.dtype != compute_dtype(weight.dtype):
@@ -123,34 +127,35 @@ def check_plan(backend: Backend, chunk_size: int | None, weight: Tensor, weight_
 
 
 class Reduction(NamedTuple):
-    kind: str  # "sum" | "mean" | "none"
-    normalizer: Tensor | float | None  # of the mean; None: the weights of the mask, summed
+    kind: str
+    normalizer: Tensor | float | None  # of a mean; None: what the call itself counts
 
-    def factor(self, mask: Tensor) -> Tensor | float:
-        """What the sum over tokens is multiplied by; `mask` [N] holds the tokens' weights. No synchronisation."""
+    def factor(self, count: Tensor) -> Tensor | float:
+        """What the sum over tokens is multiplied by; `count` 0-dim is the divisor of its own call. No synchronisation."""
         if self.kind == "sum":
             return 1.0
         if isinstance(self.normalizer, Tensor):
-            return 1.0 / self.normalizer.to(mask.dtype)
+            return 1.0 / self.normalizer.to(torch.promote_types(count.dtype, torch.float32))
         if self.normalizer is not None:
             return 1.0 / self.normalizer
-        total = mask.sum()
-        return torch.where(total > 0, 1.0 / total, 0.0)
+        return torch.where(count > 0, 1.0 / count, 0.0)
 
 
-def check_reduction(reduction: str, normalizer: Tensor | float | None) -> Reduction:
-    if reduction not in ("sum", "mean", "none"):
-        raise ValueError(f'reduction is {reduction!r}; use "sum", "mean" or "none"')
+def check_reduction(
+    reduction: str, normalizer: Tensor | float | None, known: tuple[str, ...] = ("mean", "sum", "none")
+) -> Reduction:
+    if reduction not in known:
+        raise ValueError(f"reduction is {reduction!r}; use one of {', '.join(known)}")
     if normalizer is None:
         return Reduction(reduction, None)
-    if reduction != "mean":
+    if not reduction.endswith("mean"):
         raise ValueError(f'normalizer is given but reduction is {reduction!r}; a normalizer is the divisor of a "mean"')
     if isinstance(normalizer, Tensor):
         if normalizer.dim() != 0:
             raise ValueError(f"normalizer is {list(normalizer.shape)}; expected a number or a 0-dim tensor")
         return Reduction(reduction, normalizer.detach())
     if not normalizer > 0:
-        raise ValueError(f"normalizer is {normalizer}; it must be > 0 (the global token count)")
+        raise ValueError(f"normalizer is {normalizer}; it must be > 0 (the global count)")
     return Reduction(reduction, float(normalizer))
 
 

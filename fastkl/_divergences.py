@@ -2,25 +2,173 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TypedDict
+
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fastkl import _arguments as check
-from fastkl._output import LossOutput, masked_extreme, masked_mean
-from fastkl.kernels.autograd import row_values, summed_loss
+from fastkl._output import LossOutput, PerToken, masked_extreme, masked_mean
+from fastkl._teacher import Teacher, check_teacher, common_ids
+from fastkl.kernels.autograd import row_losses, summed_loss
+from fastkl.kernels.divergence import Divergence, Outputs
 from fastkl.kernels.gemm import compute_dtype
-from fastkl.kernels.problem import Backend, Inputs, Objective, Spec
+from fastkl.kernels.problem import Backend, Inputs, Objective, Spec, TeacherChunks
+
+
+class DivergenceOptions(TypedDict, total=False):
+    """Keyword arguments of every divergence; see `fastkl.loss`."""
+
+    teacher_logits: Tensor | TeacherChunks | None
+    tokens: Tensor | None
+    mask: Tensor | None
+    vocab_size: int | None
+    temperature: float
+    teacher_temperature: float | None
+    squared_temperature: bool
+    per_token: bool
+    reduction: str
+    normalizer: Tensor | float | None
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    teacher_bias: Tensor | None
+    teacher_logit_scale: float
+    teacher_softcap: float | None
+    ignore_index: int
+    chunk_size: int | None
+    skip_zero_rows: bool
+    backend: Backend
+    weight_grad: Tensor | None
 
 
 def reverse_kl_loss(
     student_hidden: Tensor,  # [..., D]
     student_weight: Tensor,  # [V, D]
-    teacher_hidden: Tensor,  # [..., D_t]
-    teacher_weight: Tensor,  # [V, D_t]
+    teacher_hidden: Tensor | None = None,  # [..., D_t]
+    teacher_weight: Tensor | None = None,  # [V, D_t]
+    **options: Unpack[DivergenceOptions],
+) -> LossOutput:
+    """KL(student ‖ teacher) = Σ p (log p − log q): mode-seeking, what on-policy distillation minimises.
+
+    A token that the student can emit and the teacher cannot (q = 0 < p) makes it infinite. Equals
+    `(p * (log_softmax(z) - log_softmax(z_teacher))).sum(-1)` per token. Options: `fastkl.loss`, "Divergences".
+    """
+    teacher = teacher_hidden, teacher_weight
+    return _divergence("reverse_kl", 0.0, 1.0, student_hidden, student_weight, *teacher, **options)
+
+
+def forward_kl_loss(
+    student_hidden: Tensor,  # [..., D]
+    student_weight: Tensor,  # [V, D]
+    teacher_hidden: Tensor | None = None,  # [..., D_t]
+    teacher_weight: Tensor | None = None,  # [V, D_t]
+    **options: Unpack[DivergenceOptions],
+) -> LossOutput:
+    """KL(teacher ‖ student) = Σ q (log q − log p): mass-covering, classic distillation (Hinton et al., 2015).
+
+    Equals `(q * (log_softmax(z_teacher) - log_softmax(z))).sum(-1)` per token. Options: `fastkl.loss`, "Divergences".
+    """
+    teacher = teacher_hidden, teacher_weight
+    return _divergence("forward_kl", 0.0, 1.0, student_hidden, student_weight, *teacher, **options)
+
+
+def jsd_loss(
+    student_hidden: Tensor,  # [..., D]
+    student_weight: Tensor,  # [V, D]
+    teacher_hidden: Tensor | None = None,  # [..., D_t]
+    teacher_weight: Tensor | None = None,  # [V, D_t]
     *,
+    beta: float = 0.5,
+    normalized: bool = False,
+    **options: Unpack[DivergenceOptions],
+) -> LossOutput:
+    """Generalised Jensen-Shannon divergence β KL(q ‖ m) + (1 − β) KL(p ‖ m), m = β q + (1 − β) p (Agarwal et al., 2024).
+
+    The convention of TRL and Liger: β = 0 is *defined* as the forward KL(q ‖ p) and β = 1 as the reverse KL(p ‖ q), value
+    and gradient. The formula itself tends to 0 at both ends, so that the loss jumps there. `normalized` divides by
+    β (1 − β), which makes it continuous: JSD / (β (1 − β)) tends to the forward KL as β → 0, to the reverse as β → 1.
+
+    beta in [0, 1]. At most β log(1/β) + (1 − β) log(1/(1 − β)) and finite for any two distributions if 0 < β < 1.
+    Options: `fastkl.loss`, "Divergences".
+    """
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta is {beta}; it must be in [0, 1] (0: forward KL, 1: reverse KL)")
+    teacher = teacher_hidden, teacher_weight
+    if beta in (0.0, 1.0):
+        end: Divergence = "forward_kl" if beta == 0.0 else "reverse_kl"
+        return _divergence(end, 0.0, 1.0, student_hidden, student_weight, *teacher, **options)
+    factor = 1.0 / (beta * (1.0 - beta)) if normalized else 1.0
+    return _divergence("jsd", beta, factor, student_hidden, student_weight, *teacher, **options)
+
+
+def skewed_forward_kl_loss(
+    student_hidden: Tensor,  # [..., D]
+    student_weight: Tensor,  # [V, D]
+    teacher_hidden: Tensor | None = None,  # [..., D_t]
+    teacher_weight: Tensor | None = None,  # [V, D_t]
+    *,
+    alpha: float = 0.1,
+    **options: Unpack[DivergenceOptions],
+) -> LossOutput:
+    """KL(q ‖ α q + (1 − α) p), the skew KL of DistiLLM (Ko et al., 2024); α in [0, 1), 0: the forward KL.
+
+    At most log(1/α). Options: `fastkl.loss`, "Divergences".
+    """
+    _check_alpha(alpha)
+    teacher = teacher_hidden, teacher_weight
+    kind: Divergence = "skewed_forward_kl" if alpha > 0.0 else "forward_kl"
+    return _divergence(kind, alpha, 1.0, student_hidden, student_weight, *teacher, **options)
+
+
+def skewed_reverse_kl_loss(
+    student_hidden: Tensor,  # [..., D]
+    student_weight: Tensor,  # [V, D]
+    teacher_hidden: Tensor | None = None,  # [..., D_t]
+    teacher_weight: Tensor | None = None,  # [V, D_t]
+    *,
+    alpha: float = 0.1,
+    **options: Unpack[DivergenceOptions],
+) -> LossOutput:
+    """KL(p ‖ α p + (1 − α) q), the skew reverse KL of DistiLLM (Ko et al., 2024); α in [0, 1), 0: the reverse KL.
+
+    At most log(1/α). Options: `fastkl.loss`, "Divergences".
+    """
+    _check_alpha(alpha)
+    teacher = teacher_hidden, teacher_weight
+    kind: Divergence = "skewed_reverse_kl" if alpha > 0.0 else "reverse_kl"
+    return _divergence(kind, alpha, 1.0, student_hidden, student_weight, *teacher, **options)
+
+
+def total_variation_loss(
+    student_hidden: Tensor,  # [..., D]
+    student_weight: Tensor,  # [V, D]
+    teacher_hidden: Tensor | None = None,  # [..., D_t]
+    teacher_weight: Tensor | None = None,  # [V, D_t]
+    **options: Unpack[DivergenceOptions],
+) -> LossOutput:
+    """½ Σ |p − q|, in [0, 1]; where p = q its subgradient is 0. Options: `fastkl.loss`, "Divergences"."""
+    teacher = teacher_hidden, teacher_weight
+    return _divergence("total_variation", 0.0, 1.0, student_hidden, student_weight, *teacher, **options)
+
+
+def _divergence(
+    divergence: Divergence,
+    parameter: float,
+    factor: float,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    *,
+    teacher_logits: Tensor | TeacherChunks | None = None,
     tokens: Tensor | None = None,
     mask: Tensor | None = None,
+    vocab_size: int | None = None,
     temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    squared_temperature: bool = False,
+    per_token: bool = False,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
     bias: Tensor | None = None,
@@ -35,28 +183,20 @@ def reverse_kl_loss(
     backend: Backend = "auto",
     weight_grad: Tensor | None = None,
 ) -> LossOutput:
-    """Exact reverse KL(student ‖ teacher) = Σ p (log p − log q) over the whole vocabulary, mean over tokens by default.
-
-    Equals `(p * (log_softmax(z) - log_softmax(z_teacher))).sum(-1)` per token, both sides at the same temperature (no T²
-    factor). Hidden sizes may differ; vocabularies may not. The teacher gets no gradient: asking for one is an error.
-
-    tokens    [...], optional: where it is `ignore_index` the row takes no part; the others' student log-probs are
-              returned in `logprobs` (None without tokens).
-    mask      [...], bool or weights ≥ 0.
-    bias, logit_scale, softcap and their teacher_ twins describe the two heads.
-
-    Metrics, over the rows that take part: reverse_kl_mean, reverse_kl_max.
-    """
+    """factor · the divergence, reduced."""
     reduce = check.check_reduction(reduction, normalizer)
     student_options = check.head_options(temperature, logit_scale, softcap)
-    teacher_options = check.head_options(temperature, teacher_logit_scale, teacher_softcap, "teacher_")
+    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+    teacher_options = check.head_options(teacher_temperature, teacher_logit_scale, teacher_softcap, "teacher_")
     check.check_head(student_hidden, student_weight, bias, "student_")
-    check.check_head(teacher_hidden, teacher_weight, teacher_bias, "teacher_")
     check.check_plan(backend, chunk_size, student_weight, weight_grad)
-    _check_teacher(student_hidden, student_weight, teacher_hidden, teacher_weight, teacher_bias)
-    hidden, weight, bias = check.autocast(student_hidden, student_weight, bias)
-    teacher_hidden, teacher_weight, teacher_bias = check.autocast(teacher_hidden, teacher_weight, teacher_bias)
-    spec = Spec("reverse_kl", student_options, teacher_options, backend, chunk_size)
+    teacher = Teacher(teacher_hidden, teacher_weight, teacher_bias, teacher_logits)
+    check_teacher(teacher, student_hidden, student_weight, vocab_size)
+    teacher, weight, bias, weight_grad = common_ids(teacher, student_weight, bias, weight_grad, vocab_size)
+    hidden, weight, bias = check.autocast(student_hidden, weight, bias)
+    if teacher.hidden is not None and teacher.weight is not None:
+        teacher = Teacher(*check.autocast(teacher.hidden, teacher.weight, teacher.bias), None)
+    spec = Spec("divergence", student_options, teacher_options, backend, chunk_size, divergence, parameter, per_token)
 
     dtype = compute_dtype(hidden.dtype)
     share, y = check.mask_weights(mask, hidden, dtype), None
@@ -66,49 +206,34 @@ def reverse_kl_loss(
     active = share != 0
     rows = active if skip_zero_rows else None
     inputs = Inputs(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        None if y is None else y.where(active, 0),
-        teacher_hidden.reshape(-1, teacher_hidden.shape[-1]),
-        teacher_weight,
-        teacher_bias,
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, None if y is None else y.where(active, 0), *teacher.flat()
     )
+    objective = Objective(share * (factor * temperature**2 if squared_temperature else factor))
     if reduction == "none":
-        values = row_values(spec, inputs, rows, None, weight_grad)
-        loss = (values[0] * share).reshape(hidden.shape[:-1])
+        losses, values = row_losses(spec, inputs, objective, rows, None, weight_grad)
+        loss = losses.reshape(hidden.shape[:-1])
     else:
-        total, values = summed_loss(spec, inputs, Objective(share), rows, None, weight_grad)
-        loss = total * reduce.factor(share)
-    kl, nll = (v.where(active, 0.0) for v in values.detach())
-    metrics = {"reverse_kl_mean": masked_mean(kl, active), "reverse_kl_max": masked_extreme(kl, active, largest=True)}
-    return LossOutput(loss, None if y is None else -nll.reshape(hidden.shape[:-1]), metrics)
+        total, values = summed_loss(spec, inputs, objective, rows, None, weight_grad)
+        loss = total * reduce.factor(share.sum())
+    found = values.where(active, 0.0)
+    metrics = {
+        f"{divergence}_mean": masked_mean(found[0], active),
+        f"{divergence}_max": masked_extreme(found[0], active, largest=True),
+    }
+    shaped = found.reshape(found.shape[0], *hidden.shape[:-1])
+    logprobs = None if y is None else -shaped[1]
+    return LossOutput(loss, logprobs, metrics, _per_token(shaped, y is not None))
 
 
-def _check_teacher(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, bias: Tensor | None
-) -> None:
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (teacher_hidden, teacher_weight, bias)
-    ):
-        raise ValueError(
-            "the teacher requires a gradient, and reverse_kl_loss has none for it: run the teacher under torch.no_grad() "
-            "or pass detached tensors (teacher_weight.detach())"
-        )
-    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
-        raise ValueError(
-            f"teacher_hidden is {list(teacher_hidden.shape)} but student_hidden is {list(student_hidden.shape)}: "
-            f"expected the same tokens, {list(student_hidden.shape[:-1])}"
-        )
-    if teacher_weight.shape[0] != student_weight.shape[0]:
-        raise ValueError(
-            f"teacher_weight has a vocabulary of {teacher_weight.shape[0]} but student_weight one of "
-            f"{student_weight.shape[0]}; if one is a padded version of the other, cut both to the common ids "
-            f"(weight[:V]); never pad with zeros, which is a logit of 0 and takes probability"
-        )
-    check.check_device("teacher_hidden", teacher_hidden, student_hidden, "student_hidden")
-    if compute_dtype(teacher_hidden.dtype) != compute_dtype(student_hidden.dtype):
-        raise TypeError(
-            f"teacher_hidden is {teacher_hidden.dtype} but student_hidden is {student_hidden.dtype}; float64 goes with "
-            f"float64 only"
-        )
+def _check_alpha(alpha: float) -> None:
+    if not 0.0 <= alpha < 1.0:
+        raise ValueError(f"alpha is {alpha}; it must be in [0, 1): at 1 both sides of the divergence are the same")
+
+
+def _per_token(values: Tensor, tokens: bool) -> PerToken | None:
+    """The by-products among values [K, ...]; None if they were not asked for."""
+    _, token_nll, extras = Outputs.of(values)
+    if extras is None:
+        return None
+    teacher_nll, *others = extras
+    return PerToken(-token_nll if tokens else None, -teacher_nll if tokens else None, *others)

@@ -8,6 +8,18 @@ import torch
 from torch import Tensor
 
 
+class PerToken(NamedTuple):
+    """By-products of a divergence, one entry per token, in its compute dtype, detached, 0 where masked."""
+
+    student_logprobs: Tensor | None  # log p of `tokens`; None where no tokens were given, as the next one
+    teacher_logprobs: Tensor | None  # log q of `tokens`
+    student_entropy: Tensor  # H(p), nats
+    teacher_entropy: Tensor
+    reverse_kl: Tensor  # KL(p ‖ q)
+    forward_kl: Tensor  # KL(q ‖ p)
+    top1_agreement: Tensor  # 1 where both find the same token likeliest, else 0
+
+
 class LossOutput(NamedTuple):
     """What every loss returns, whatever its options."""
 
@@ -16,6 +28,7 @@ class LossOutput(NamedTuple):
         Tensor | None
     )  # log-prob of each token, float32, detached, 0 where masked; None where no tokens were given
     metrics: dict[str, Tensor]  # detached 0-dim tensors; reading one is the only synchronisation
+    per_token: PerToken | None = None  # of a divergence that was asked for it
 
 
 def masked_mean(values: Tensor, active: Tensor) -> Tensor:

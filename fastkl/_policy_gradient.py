@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypedDict
+
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fastkl import _arguments as check
 from fastkl._advantages import reverse_kl_advantages
 from fastkl._output import LossOutput, masked_extreme, masked_mean
-from fastkl.kernels.autograd import row_values, summed_loss
+from fastkl._sequences import Sequences
+from fastkl.kernels.autograd import row_losses, summed_loss
 from fastkl.kernels.gemm import compute_dtype
+from fastkl.kernels.ops import evaluate
 from fastkl.kernels.problem import Backend, Inputs, Objective, Spec
 from fastkl.kernels.surrogate import METHODS, Method, Surrogate, importance_ratio, surrogate_terms
+
+Ratio = Literal["token", "sequence"]
+RATIOS: tuple[Ratio, ...] = ("token", "sequence")
+REDUCTIONS = ("mean", "sum", "sequence_mean", "none")
 
 
 def linear_logprobs(
@@ -46,9 +55,8 @@ def linear_logprobs(
     flat = tokens.reshape(-1)
     active = flat != ignore_index
     inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat.where(active, 0))
-    rows = active if skip_zero_rows else None
-    logprobs = -row_values(spec, inputs, rows, None, weight_grad)[0]
-    return logprobs.where(active, 0.0).reshape(tokens.shape)
+    nll, _ = row_losses(spec, inputs, Objective(), active if skip_zero_rows else None, None, weight_grad)
+    return (-nll).where(active, 0.0).reshape(tokens.shape)
 
 
 def policy_gradient_loss(
@@ -64,6 +72,9 @@ def policy_gradient_loss(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     truncate_ratio: float | None = None,
+    ratio: Ratio = "token",
+    entropy_coef: float = 0.0,
+    sequence_ids: Tensor | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
     bias: Tensor | None = None,
@@ -89,26 +100,39 @@ def policy_gradient_loss(
     clip_low, clip_high   of ppo and cispo: the ratio is clipped to [1 − clip_low, 1 + clip_high].
     dual_clip         of ppo, > 1: bounds the loss of a token with negative advantage at dual_clip · |A|.
     truncate_ratio    > 0: caps the ratio without cutting the token out (truncated importance sampling).
-    reduction         "sum", "mean" or "none": one loss per token, [...], whose upstream gradients are not known inside; a
-                      trainable head then forms the logits a second time, as under `linear_logprobs`.
-    normalizer        the divisor of "mean", a number or a 0-dim tensor: the *global* token count under gradient
-                      accumulation or several ranks. By default the sum of `mask` in this call.
+    ratio             "token", or "sequence": the geometric mean of a sequence's ratios in place of each of them (GSPO,
+                      Zheng et al. 2025, in its per-token form). The log-probs are then needed before the loss can be
+                      formed, which costs a forward GEMM more.
+    entropy_coef      adds −entropy_coef · H to each token's loss, H the entropy in nats of its distribution over the
+                      vocabulary, with its gradient. Rows of zero advantage then take part in the gradient.
+    sequence_ids      [..., T] integers, for ratio="sequence" and reduction="sequence_mean": equal ids stand together and
+                      are a sequence. None: a row along the last dimension is one. A sequence is never split between calls.
+    reduction         "mean", "sum", "sequence_mean": the mean over sequences of the mean over their tokens, or "none": one
+                      loss per token, [...], whose upstream gradients are not known inside; a trainable head then forms
+                      the logits a second time, as under `linear_logprobs`.
+    normalizer        the divisor of the means, a number or a 0-dim tensor; under gradient accumulation or several ranks the
+                      *global* count, of tokens for "mean", of sequences for "sequence_mean". By default the sum of `mask`,
+                      or the number of sequences, in this call. "mean" with a constant, sequences · longest completion, is
+                      the normaliser of Dr. GRPO (Liu et al. 2025).
 
-    Metrics, over the tokens that take part: ratio_mean, ratio_min, ratio_max, clip_fraction, and k1, k3, the estimates of
-    KL(sampler ‖ policy) of Schulman, "Approximating KL divergence" (2020): mean log(1/r) and mean (r − 1 − log r).
+    Metrics, over the tokens that take part: ratio_mean, ratio_min, ratio_max, clip_fraction; k1 and k3, the estimates of
+    KL(sampler ‖ policy) of Schulman, "Approximating KL divergence" (2020): mean log(1/r) and mean (r − 1 − log r); entropy
+    if entropy_coef is not 0.
 
     Raises TypeError or ValueError for arguments that do not fit, before anything is computed.
     """
     surrogate = _surrogate(method, clip_low, clip_high, dual_clip, truncate_ratio, sampler_logprobs)
-    reduce = check.check_reduction(reduction, normalizer)
+    _check_ratio(ratio, sampler_logprobs)
+    reduce = check.check_reduction(reduction, normalizer, REDUCTIONS)
     options = check.head_options(temperature, logit_scale, softcap)
     check.check_head(hidden, weight, bias)
     check.check_plan(backend, chunk_size, weight, weight_grad)
     tokens = check.check_tokens(tokens, hidden, weight.shape[0], ignore_index)
     gain = check.check_per_token("advantages", advantages, hidden).reshape(-1)
     sampler = None if sampler_logprobs is None else check.check_per_token("sampler_logprobs", sampler_logprobs, hidden)
+    sequences = _sequences(tokens, sequence_ids, ratio, reduction, hidden)
     hidden, weight, bias = check.autocast(hidden, weight, bias)
-    spec = Spec("token_nll", options, None, backend, chunk_size)
+    spec = Spec("token_nll" if entropy_coef == 0.0 else "token_nll_entropy", options, None, backend, chunk_size)
 
     dtype = compute_dtype(hidden.dtype)
     y = tokens.reshape(-1)
@@ -116,20 +140,54 @@ def policy_gradient_loss(
     active = share != 0
     gain = gain.to(dtype).where(active, 0.0)
     sampler = None if sampler is None else sampler.reshape(-1).to(dtype).where(active, 0.0)
-    which, graded = (active, active & (gain != 0)) if skip_zero_rows else (None, None)
     inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, y.where(active, 0))
-    objective = Objective(share, surrogate, gain, sampler)
-    if reduction == "none":
-        nll = row_values(spec, inputs, which, graded, weight_grad)
-        value, slope = objective.losses_and_slopes(nll.detach())
-        moving = nll[0].where(slope != 0, 0.0)  # an impossible token (ℓ = −inf) has slope 0, and inf − inf is NaN
-        loss = (value + slope * (moving - moving.detach())).reshape(tokens.shape)
+    which = active if skip_zero_rows else None
+    graded = active & (gain != 0) if skip_zero_rows and entropy_coef == 0.0 else None
+    if ratio == "sequence" and sampler is not None and sequences is not None:
+        logprobs = -evaluate(spec, inputs, which)[0]
+        sampler = logprobs - sequences.mean(logprobs - sampler, active)  # exp(ℓ − this) is the sequence's ratio
+    if reduction == "sequence_mean" and sequences is not None:
+        share, total_share = share / sequences.sum(share).where(active, 1.0), sequences.count(active).to(dtype)
     else:
-        total, nll = summed_loss(spec, inputs, objective, which, graded, weight_grad)
-        loss = total * reduce.factor(share)
-    logprobs = (-nll[0].detach()).where(active, 0.0)
+        total_share = share.sum()
+    objective = Objective(share, gain, sampler, surrogate, entropy_coef)
+    if reduction == "none":
+        losses, values = row_losses(spec, inputs, objective, which, graded, weight_grad)
+        loss = losses.reshape(tokens.shape)
+    else:
+        total, values = summed_loss(spec, inputs, objective, which, graded, weight_grad)
+        loss = total * reduce.factor(total_share)
+    logprobs = (-values[0]).where(active, 0.0)
     clipped = surrogate_terms(surrogate, logprobs, sampler, gain).clipped
-    return LossOutput(loss, logprobs.reshape(tokens.shape), _ratio_metrics(logprobs, sampler, clipped, active))
+    metrics = _ratio_metrics(logprobs, sampler, clipped, active)
+    if entropy_coef != 0.0:
+        metrics["entropy"] = masked_mean(values[1], active)
+    return LossOutput(loss, logprobs.reshape(tokens.shape), metrics)
+
+
+class PolicyOptions(TypedDict, total=False):
+    """Keyword arguments of `policy_gradient_loss`."""
+
+    mask: Tensor | None
+    method: Method
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    truncate_ratio: float | None
+    ratio: Ratio
+    entropy_coef: float
+    sequence_ids: Tensor | None
+    reduction: str
+    normalizer: Tensor | float | None
+    bias: Tensor | None
+    temperature: float
+    logit_scale: float
+    softcap: float | None
+    ignore_index: int
+    chunk_size: int | None
+    skip_zero_rows: bool
+    backend: Backend
+    weight_grad: Tensor | None
 
 
 def sampled_reverse_kl_loss(
@@ -139,72 +197,42 @@ def sampled_reverse_kl_loss(
     teacher_logprobs: Tensor,  # [...]
     sampler_logprobs: Tensor,  # [...]
     *,
-    mask: Tensor | None = None,
     env_advantages: Tensor | None = None,
     coef: float = 1.0,
     discount: float = 0.0,
-    sequence_ids: Tensor | None = None,
-    method: Method = "importance_sampling",
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    truncate_ratio: float | None = None,
-    reduction: str = "mean",
-    normalizer: Tensor | float | None = None,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    chunk_size: int | None = None,
-    skip_zero_rows: bool = True,
-    backend: Backend = "auto",
-    weight_grad: Tensor | None = None,
+    baseline: Tensor | None = None,
+    **options: Unpack[PolicyOptions],
 ) -> LossOutput:
     """On-policy distillation in one call: `policy_gradient_loss` on `env_advantages + reverse_kl_advantages(...)`.
 
     The advantages are those of `reverse_kl_advantages(sampler_logprobs, teacher_logprobs, mask != 0, coef=coef,
-    discount=discount, sequence_ids=sequence_ids)`, computed before the update, plus `env_advantages` [...] if there is an
-    environment's reward too. All other arguments are those of `policy_gradient_loss`; a weight in `mask` counts once, in
-    the loss.
+    discount=discount, sequence_ids=sequence_ids, baseline=baseline)`, computed before the update, plus `env_advantages`
+    [...] if there is an environment's reward too. All other arguments are those of `policy_gradient_loss`; a weight in
+    `mask` counts once, in the loss.
 
     Metrics: those of `policy_gradient_loss` and teacher_kl, the mean of ℓ_sampler − ℓ_teacher over the tokens that count.
     """
-    check.check_head(hidden, weight, bias)
+    check.check_head(hidden, weight, options.get("bias"))
     for name, tensor in (("teacher_logprobs", teacher_logprobs), ("sampler_logprobs", sampler_logprobs)):
         check.check_per_token(name, tensor, hidden)
-    active = check.check_per_token("tokens", tokens, hidden) != ignore_index
+    if baseline is not None:
+        check.check_per_token("baseline", baseline, hidden)
+    mask = options.get("mask")
+    active = check.check_per_token("tokens", tokens, hidden) != options.get("ignore_index", -100)
     if mask is not None:
         active = active & (check.check_per_token("mask", mask, hidden) != 0)
     advantages = reverse_kl_advantages(
-        sampler_logprobs, teacher_logprobs, active, coef=coef, discount=discount, sequence_ids=sequence_ids
+        sampler_logprobs,
+        teacher_logprobs,
+        active,
+        coef=coef,
+        discount=discount,
+        sequence_ids=options.get("sequence_ids"),
+        baseline=baseline,
     )
     if env_advantages is not None:
         advantages = advantages + check.check_per_token("env_advantages", env_advantages, hidden)
-    output = policy_gradient_loss(
-        hidden,
-        weight,
-        tokens,
-        advantages,
-        sampler_logprobs,
-        mask=mask,
-        method=method,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        truncate_ratio=truncate_ratio,
-        reduction=reduction,
-        normalizer=normalizer,
-        bias=bias,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        chunk_size=chunk_size,
-        skip_zero_rows=skip_zero_rows,
-        backend=backend,
-        weight_grad=weight_grad,
-    )
+    output = policy_gradient_loss(hidden, weight, tokens, advantages, sampler_logprobs, **options)
     gap = sampler_logprobs.detach() - teacher_logprobs.detach()
     return output._replace(metrics={**output.metrics, "teacher_kl": masked_mean(gap, active)})
 
@@ -233,6 +261,21 @@ def _surrogate(
     if truncate_ratio is not None and (not truncate_ratio > 0 or sampler_logprobs is None):
         raise ValueError(f"truncate_ratio is {truncate_ratio}; it must be > 0 and needs sampler_logprobs")
     return Surrogate(method, clip_low, clip_high, dual_clip, truncate_ratio)
+
+
+def _check_ratio(ratio: Ratio, sampler_logprobs: Tensor | None) -> None:
+    if ratio not in RATIOS:
+        raise ValueError(f"ratio is {ratio!r}; use one of {', '.join(RATIOS)}")
+    if ratio == "sequence" and sampler_logprobs is None:
+        raise ValueError('ratio is "sequence", which needs sampler_logprobs: without them every ratio is 1')
+
+
+def _sequences(
+    tokens: Tensor, sequence_ids: Tensor | None, ratio: Ratio, reduction: str, hidden: Tensor
+) -> Sequences | None:
+    if sequence_ids is not None:
+        check.check_per_token("sequence_ids", sequence_ids, hidden)
+    return Sequences(tokens, sequence_ids) if ratio == "sequence" or reduction == "sequence_mean" else None
 
 
 def _ratio_metrics(

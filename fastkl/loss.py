@@ -27,20 +27,61 @@ Token ids outside the vocabulary raise ValueError on a CPU. On an accelerator no
 synchronisation: their rows become NaN (Triton) or end in a device-side assertion (PyTorch).
 There are no gradients of gradients: backward with create_graph=True is refused. Formulas: `fastkl.reference`, where each
 loss stands once more as plain PyTorch.
+
+Divergences
+-----------
+reverse_kl_loss, forward_kl_loss, jsd_loss, skewed_forward_kl_loss, skewed_reverse_kl_loss and total_variation_loss compare
+the distributions over the whole vocabulary at each token; the teacher's logits exist no more than the student's. The
+teacher is
+
+    teacher_hidden, teacher_weight   [..., D_t] and [V, D_t]; D_t may differ from D. Or:
+    teacher_logits                   [..., V] of any float dtype, or a function from rows [n] (indices into the flattened
+                                     tokens) to their logits [n, V], called chunk by chunk.
+
+It has no gradient: asking for one is an error. Further options:
+
+    tokens               [...], optional: where it is `ignore_index` the row takes no part; the others' student log-probs
+                         are returned in `logprobs` (None without tokens).
+    mask                 [...], bool or weights ≥ 0.
+    vocab_size           for heads of one tokenizer padded to different sizes (Qwen2.5: 151936 and 152064 for 151665 ids):
+                         the ids from it on are left out of both distributions.
+    teacher_temperature  by default that of the student; squared_temperature=True multiplies the loss by temperature²
+                         (Hinton et al., 2015), which is otherwise left to the learning rate.
+    per_token            True: `LossOutput.per_token` has the by-products of the same pass: log-probs of `tokens` and
+                         entropies on both sides, KL in both directions, top-1 agreement.
+    reduction            "mean", "sum" or "none"; normalizer as in `policy_gradient_loss`.
+    bias, logit_scale, softcap and teacher_bias, teacher_logit_scale, teacher_softcap describe the two heads.
+
+Metrics, over the rows that take part: <divergence>_mean, <divergence>_max.
 """
 
 from __future__ import annotations
 
 from fastkl._advantages import reverse_kl_advantages
-from fastkl._divergences import reverse_kl_loss
-from fastkl._output import LossOutput
+from fastkl._divergences import (
+    forward_kl_loss,
+    jsd_loss,
+    reverse_kl_loss,
+    skewed_forward_kl_loss,
+    skewed_reverse_kl_loss,
+    total_variation_loss,
+)
+from fastkl._output import LossOutput, PerToken
 from fastkl._policy_gradient import linear_logprobs, policy_gradient_loss, sampled_reverse_kl_loss
+from fastkl._top_k import top_k_kl_loss
 
 __all__ = [
     "LossOutput",
+    "PerToken",
+    "forward_kl_loss",
+    "jsd_loss",
     "linear_logprobs",
     "policy_gradient_loss",
     "reverse_kl_advantages",
     "reverse_kl_loss",
     "sampled_reverse_kl_loss",
+    "skewed_forward_kl_loss",
+    "skewed_reverse_kl_loss",
+    "top_k_kl_loss",
+    "total_variation_loss",
 ]

@@ -119,6 +119,29 @@ def entropy(logits: Tensor) -> Tensor:
     return -(p * torch.where(p > 0, log_p, 0.0)).sum(-1)
 
 
+def top_k_kl(
+    student_logits: Tensor,  # [..., V]
+    ids: Tensor,  # [..., k]; −1 pads
+    teacher_logprobs: Tensor,  # [..., k]
+    direction: str = "reverse",
+    tail: str = "bucket",
+) -> Tensor:
+    """Per row [...], from listed tokens and one outcome for all others; `fastkl.loss.top_k_kl_loss` says which terms."""
+    listed, rest = ids >= 0, torch.ones_like(student_logits, dtype=torch.bool)
+    rest = rest.scatter(-1, ids.where(listed, ids[..., :1]), False)
+    probabilities = torch.softmax(student_logits, -1)
+    p = probabilities.gather(-1, ids.clamp(min=0)).where(listed, 0.0)
+    q = teacher_logprobs.exp().where(listed, 0.0)
+    p_rest, q_rest = (probabilities * rest).sum(-1, keepdim=True), (1.0 - q.sum(-1, keepdim=True)).clamp(min=0.0)
+    if tail == "bucket":
+        p, q = torch.cat([p, p_rest], -1), torch.cat([q, q_rest], -1)
+    outside = torch.zeros_like(p_rest)
+    if tail == "renormalise":
+        inside = p.sum(-1, keepdim=True)
+        p, q, outside = p / inside, q / q.sum(-1, keepdim=True), -torch.log(inside)
+    return (_kl(p, q) if direction == "reverse" else _kl(q, p)) + outside.squeeze(-1)
+
+
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     """Σ p log(p/q) of probabilities, q > 0 where p > 0; 0 · log 0 = 0."""
     return (p * (torch.where(p > 0, p, 1.0) / torch.where(p > 0, q, 1.0)).log()).sum(-1)

@@ -3,9 +3,9 @@
 | who needs a gradient, and how           | forward                  | backward                          | GEMMs |
 |-----------------------------------------|--------------------------|-----------------------------------|-------|
 | nobody                                  | values                   |                                   | 1     |
-| `row_values`, hidden only (frozen head) | values and unit gradient | upstream · unit gradient, O(N D)  | 2     |
-| `row_values`, weight or bias too        | values                   | logits again, then both gradients | 4     |
-| `summed_loss` (slopes known inside)     | values and all gradients | upstream · gradients              | 2, 3  |
+| `row_losses`, hidden only (frozen head) | values and unit gradient | upstream · unit gradient, O(N D)  | 2     |
+| `row_losses`, weight or bias too        | values                   | logits again, then both gradients | 4     |
+| `summed_loss` (upstream known inside)   | values and all gradients | upstream · gradients              | 2, 3  |
 
 (GEMMs of one head; a teacher adds its own forward GEMM.)
 """
@@ -22,17 +22,24 @@ from fastkl.kernels.problem import Gradients, Inputs, Needs, Objective, Spec
 from fastkl.kernels.surrogate import Surrogate
 
 
-def row_values(
-    spec: Spec, inputs: Inputs, active: Tensor | None, graded: Tensor | None, weight_grad: Tensor | None = None
-) -> Tensor:
-    """Values [K, N] of the `active` rows; the first one is differentiable in the `graded` ones, for any upstream gradient.
+def row_losses(
+    spec: Spec,
+    inputs: Inputs,
+    objective: Objective,
+    active: Tensor | None,
+    graded: Tensor | None,
+    weight_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Losses [N], differentiable for any upstream gradient, and the values [K, N] (detached).
 
-    The upstream gradient of other rows is not looked at. `active` None: all rows; `graded` None: the active ones.
+    `active` rows (None: all) have values, and those of them that are `graded` (None: the active ones) have losses.
     """
     if not _wants_gradient(inputs):
-        return evaluate(spec, inputs, active)
-    first, values = _RowValues.apply(spec, active, graded, weight_grad, *inputs)
-    return torch.cat([first[None], values[1:]])
+        return _without_gradient(spec, inputs, objective, active, graded)
+    return cast(
+        tuple[Tensor, Tensor],
+        _RowLosses.apply(spec, *objective[3:], *objective[:3], active, graded, weight_grad, *inputs),
+    )
 
 
 def summed_loss(
@@ -43,17 +50,23 @@ def summed_loss(
     graded: Tensor | None,
     weight_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Σ losses (0-dim, differentiable) and the values [K, N] (detached).
-
-    `active` rows (None: all) have values, and those of them that are `graded` (None: the active ones) are in the sum.
-    """
+    """As `row_losses`, but the losses' sum, 0-dim: its gradients are made in the forward pass."""
     if not _wants_gradient(inputs):
-        values = evaluate(spec, inputs, active)
-        losses, _ = objective.losses_and_slopes(values)
-        counted = active if graded is None else graded
-        return (losses if counted is None else losses.where(counted, 0.0)).sum(), values
-    tensors = objective.weights, objective.advantages, objective.sampler_logprobs, active, graded, weight_grad
-    return cast(tuple[Tensor, Tensor], _SummedLoss.apply(spec, objective.surrogate, *tensors, *inputs))
+        losses, values = _without_gradient(spec, inputs, objective, active, graded)
+        return losses.sum(), values
+    return cast(
+        tuple[Tensor, Tensor],
+        _SummedLoss.apply(spec, *objective[3:], *objective[:3], active, graded, weight_grad, *inputs),
+    )
+
+
+def _without_gradient(
+    spec: Spec, inputs: Inputs, objective: Objective, active: Tensor | None, graded: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    values = evaluate(spec, inputs, active)
+    losses, *_ = objective.losses_and_slopes(values)
+    counted = active if graded is None else graded
+    return losses if counted is None else losses.where(counted, 0.0), values
 
 
 def _wants_gradient(inputs: Inputs) -> bool:
@@ -70,53 +83,35 @@ def _refuse_double_backward() -> None:
 
 
 def _input_gradients(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of hidden, weight and bias as the gradients of all `Inputs`; the others never have one."""
-    return *gradients, *[None] * (len(Inputs._fields) - len(gradients))
+    """The gradients of hidden, weight and bias as those of all arguments; the others never have one."""
+    return *[None] * _OTHERS, *gradients, *[None] * (len(Inputs._fields) - len(gradients))
 
 
-class _RowValues(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        spec: Spec,
-        active: Tensor | None,
-        graded: Tensor | None,
-        weight_grad: Tensor | None,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = Inputs(*tensors)
-        ctx.spec, ctx.weight_grad, ctx.needs = spec, weight_grad, Needs(*ctx.needs_input_grad[4:7])
-        ctx.recompute = ctx.needs.weight or ctx.needs.bias
-        if ctx.recompute:
-            values = evaluate(spec, inputs, active)
-            ctx.save_for_backward(active if graded is None else graded, *inputs)
-        else:
-            values, _, unit = evaluate_with_gradients(spec, inputs, Objective(), ctx.needs, active, graded)
-            ctx.save_for_backward(unit.hidden)
-        ctx.mark_non_differentiable(values)
-        return values[0].clone(), values
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_double_backward()
-        if not ctx.recompute:
-            (unit,) = ctx.saved_tensors
-            return *[None] * 4, *_input_gradients((unit * upstream[:, None]).to(unit.dtype))
-        graded, *tensors = ctx.saved_tensors
-        inputs = Inputs(*tensors)
-        _, _, gradients = evaluate_with_gradients(
-            ctx.spec, inputs, Objective(weights=upstream), ctx.needs, graded, None, ctx.weight_grad
-        )
-        dtype = inputs.weight.dtype
-        return *[None] * 4, *_input_gradients(*[None if g is None else g.to(dtype) for g in gradients])
+def _save(ctx: Any, inputs: Inputs, *others: Tensor | None) -> None:
+    """Saves the inputs, among which a function is no tensor, and others for the backward pass."""
+    ctx.teacher_chunks = inputs.teacher_logits if callable(inputs.teacher_logits) else None
+    tensors = inputs if ctx.teacher_chunks is None else inputs._replace(teacher_logits=None)
+    ctx.save_for_backward(*tensors, *others)
 
 
-class _SummedLoss(torch.autograd.Function):
+def _saved(ctx: Any) -> tuple[Inputs, tuple[Tensor | None, ...]]:
+    count, tensors = len(Inputs._fields), ctx.saved_tensors
+    inputs = Inputs(*tensors[:count])
+    if ctx.teacher_chunks is not None:
+        inputs = inputs._replace(teacher_logits=ctx.teacher_chunks)
+    return inputs, tensors[count:]
+
+
+_OTHERS = 9  # arguments of the functions below that come before the inputs
+
+
+class _RowLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         spec: Spec,
         surrogate: Surrogate | None,
+        entropy_coef: float,
         weights: Tensor | None,
         advantages: Tensor | None,
         sampler_logprobs: Tensor | None,
@@ -125,13 +120,54 @@ class _SummedLoss(torch.autograd.Function):
         weight_grad: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.spec, ctx.surrogate, ctx.weight_grad = spec, surrogate, weight_grad
-        ctx.needs, ctx.dtype = Needs(*ctx.needs_input_grad[8:11]), tensors[1].dtype
-        ctx.save_for_backward(weights, advantages, sampler_logprobs, active if graded is None else graded, *tensors)
-        objective = Objective(weights, surrogate, advantages, sampler_logprobs)
-        values, losses, ctx.gradients = evaluate_with_gradients(
-            spec, Inputs(*tensors), objective, ctx.needs, active, graded
-        )
+        inputs = Inputs(*tensors)
+        objective = Objective(weights, advantages, sampler_logprobs, surrogate, entropy_coef)
+        ctx.needs = Needs(*ctx.needs_input_grad[_OTHERS : _OTHERS + 3])
+        ctx.recompute = ctx.needs.weight or ctx.needs.bias
+        if ctx.recompute:
+            losses, values = _without_gradient(spec, inputs, objective, active, graded)
+            ctx.spec, ctx.surrogate, ctx.entropy_coef, ctx.weight_grad = spec, surrogate, entropy_coef, weight_grad
+            _save(ctx, inputs, *objective[:3], active if graded is None else graded)
+        else:
+            values, losses, unit = evaluate_with_gradients(spec, inputs, objective, ctx.needs, active, graded)
+            ctx.save_for_backward(unit.hidden)
+        ctx.mark_non_differentiable(values)
+        return losses, values
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
+        if not ctx.recompute:
+            (unit,) = ctx.saved_tensors
+            return _input_gradients((unit * upstream[:, None]).to(unit.dtype))
+        inputs, (weights, advantages, sampler_logprobs, graded) = _saved(ctx)
+        weights = upstream if weights is None else weights * upstream
+        objective = Objective(weights, advantages, sampler_logprobs, ctx.surrogate, ctx.entropy_coef)
+        _, _, gradients = evaluate_with_gradients(ctx.spec, inputs, objective, ctx.needs, graded, None, ctx.weight_grad)
+        return _input_gradients(*[None if g is None else g.to(inputs.weight.dtype) for g in gradients])
+
+
+class _SummedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        spec: Spec,
+        surrogate: Surrogate | None,
+        entropy_coef: float,
+        weights: Tensor | None,
+        advantages: Tensor | None,
+        sampler_logprobs: Tensor | None,
+        active: Tensor | None,
+        graded: Tensor | None,
+        weight_grad: Tensor | None,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = Inputs(*tensors)
+        objective = Objective(weights, advantages, sampler_logprobs, surrogate, entropy_coef)
+        ctx.needs, ctx.dtype = Needs(*ctx.needs_input_grad[_OTHERS : _OTHERS + 3]), inputs.weight.dtype
+        ctx.spec, ctx.surrogate, ctx.entropy_coef, ctx.weight_grad = spec, surrogate, entropy_coef, weight_grad
+        _save(ctx, inputs, *objective[:3], active if graded is None else graded)
+        values, losses, ctx.gradients = evaluate_with_gradients(spec, inputs, objective, ctx.needs, active, graded)
         ctx.mark_non_differentiable(values)
         return losses.sum(), values
 
@@ -147,11 +183,10 @@ class _SummedLoss(torch.autograd.Function):
         if ctx.weight_grad is not None and gradients.weight is not None:
             ctx.weight_grad.addcmul_(gradients.weight, upstream)
             gradients = gradients._replace(weight=None)
-        scaled = [None if g is None else g.mul_(upstream).to(ctx.dtype) for g in gradients]
-        return *[None] * 8, *_input_gradients(*scaled)
+        return _input_gradients(*[None if g is None else g.mul_(upstream).to(ctx.dtype) for g in gradients])
 
     @staticmethod
     def _recompute(ctx: Any) -> Gradients:
-        weights, advantages, sampler_logprobs, graded, *tensors = ctx.saved_tensors
-        objective = Objective(weights, ctx.surrogate, advantages, sampler_logprobs)
-        return evaluate_with_gradients(ctx.spec, Inputs(*tensors), objective, ctx.needs, graded)[2]
+        inputs, (weights, advantages, sampler_logprobs, graded) = _saved(ctx)
+        objective = Objective(weights, advantages, sampler_logprobs, ctx.surrogate, ctx.entropy_coef)
+        return evaluate_with_gradients(ctx.spec, inputs, objective, ctx.needs, graded)[2]

@@ -2,35 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from types import ModuleType
 from typing import cast
 
 from torch import Tensor
 
-from fastkl.kernels import rows_torch
-from fastkl.kernels.problem import Backend, Kind
-from fastkl.kernels.rows import RowFunction
+from fastkl.kernels import divergence_torch, rows_torch
+from fastkl.kernels.problem import Backend, Inputs, Spec
+from fastkl.kernels.rows import EntropyGradient, RowFunction
+from fastkl.kernels.top_k import top_k
 
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
 
 
-def row_function(kind: Kind, backend: Backend, hidden: Tensor) -> RowFunction:
+def row_function(spec: Spec, hidden: Tensor) -> RowFunction:
     """ "auto" is Triton on CUDA and HIP devices, PyTorch elsewhere and for float64. Nothing falls back in silence."""
-    return cast(RowFunction, getattr(_module(backend, hidden), kind))
+    rows, divergences = _modules(spec.backend, hidden)
+    if spec.kind == "divergence":
+        return partial(divergences.divergence, spec.variant, spec.parameter)
+    if spec.kind == "top_k":
+        return partial(top_k, spec.variant, rows)
+    return cast(RowFunction, getattr(rows, spec.kind))
 
 
-def _module(backend: Backend, hidden: Tensor) -> ModuleType:
-    if backend == "triton" or (backend == "auto" and hidden.is_cuda and hidden.element_size() < 8):
-        return _rows_triton(backend)
-    return rows_torch
+def entropy_gradient(spec: Spec, hidden: Tensor) -> EntropyGradient:
+    """What goes with the row function of kind "token_nll_entropy"."""
+    return cast(EntropyGradient, _modules(spec.backend, hidden)[0].entropy_gradient)
 
 
-def _rows_triton(backend: Backend) -> ModuleType:
+def scorer(spec: Spec, inputs: Inputs) -> Callable[[Tensor], None] | None:
+    """What writes the values [K, N] without any logits, or None where that is the business of chunks.
+
+    It is Triton's, for 16-bit heads: log-probs, with the entropy or without, and the reverse KL of two heads alone. In
+    float32 the GEMMs of a vendor are far faster.
+    """
+    if not _is_triton(spec.backend, inputs.hidden) or inputs.hidden.element_size() != 2:
+        return None
+    score = _imported("score_triton", spec.backend)
+    student = score.Head(inputs.hidden, inputs.weight, inputs.bias, spec.student)
+    if spec.kind in ("token_nll", "token_nll_entropy"):
+        return lambda out: score.token_nll(student, inputs.tokens, out, entropy=spec.kind == "token_nll_entropy")
+    plain = spec.kind == "divergence" and spec.variant == "reverse_kl" and not spec.extras
+    if not plain or inputs.teacher_hidden is None or inputs.teacher_hidden.dtype != inputs.hidden.dtype:
+        return None
+    teacher = score.Head(inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias, spec.teacher)
+    return lambda out: score.reverse_kl(student, teacher, inputs.tokens, out)
+
+
+def _modules(backend: Backend, hidden: Tensor) -> tuple[ModuleType, ModuleType]:
+    if _is_triton(backend, hidden):
+        return _imported("rows_triton", backend), _imported("divergence_triton", backend)
+    return rows_torch, divergence_torch
+
+
+def _is_triton(backend: Backend, hidden: Tensor) -> bool:
+    return backend == "triton" or (backend == "auto" and hidden.is_cuda and hidden.element_size() < 8)
+
+
+def _imported(module: str, backend: Backend) -> ModuleType:
+    """One of the modules that need Triton, which exists on Linux only."""
     try:
-        from fastkl.kernels import rows_triton  # imported here: Triton exists on Linux only
+        return import_module(f"fastkl.kernels.{module}")
     except ImportError as error:
         raise RuntimeError(
             f'backend is "{backend}", which needs triton >= 3.6 here, and it cannot be imported ({error}): install it, or '
             f'pass backend="torch"'
         ) from error
-    return rows_triton

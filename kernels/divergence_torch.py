@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastkl.kernels.divergence import Divergence, Extras, Mixture, Outputs, mixture, without_skew
 from fastkl.kernels.rows import Logits
-from fastkl.kernels.rows_torch import _apply_cap, _hand_over, _row_blocks, _undo_cap
+from fastkl.kernels.rows_torch import apply_cap, hand_over, row_blocks, undo_cap
 
 
 def divergence(
@@ -23,10 +23,10 @@ def divergence(
     """out[0] = the divergence, the rest of `out`, 2 rows or 8, as `Outputs` has it."""
     assert logits.teacher is not None
     formula, m = _FORMULAS[without_skew(kind, parameter)], mixture(kind, parameter)
-    for rows in _row_blocks(logits.student):
+    for rows in row_blocks(logits.student):
         log_p, log_q = logits.student[rows], logits.teacher[rows]
-        z = _apply_cap(log_p, logits.student_cap, keep=gradient is not None)
-        _apply_cap(log_q, logits.teacher_cap, keep=False)
+        z = apply_cap(log_p, logits.student_cap, keep=gradient is not None)
+        apply_cap(log_q, logits.teacher_cap, keep=False)
         torch.log_softmax(log_p, -1, out=log_p)
         torch.log_softmax(log_q, -1, out=log_q)
         y = None if tokens is None else tokens[rows, None]
@@ -36,8 +36,8 @@ def divergence(
             _describe(log_p, log_q, y, extras)
         value.copy_(formula(log_p, log_q, m, gradient is not None))
         if gradient is not None:
-            _undo_cap(log_p, z, logits.student_cap)
-            _hand_over(log_p, gradient[rows])
+            undo_cap(log_p, z, logits.student_cap)
+            hand_over(log_p, gradient[rows])
 
 
 def _describe(log_p: Tensor, log_q: Tensor, y: Tensor | None, extras: Extras) -> None:

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkl.kernels.backend import row_function
+from fastkl.kernels.backend import entropy_gradient, row_function, scorer
 from fastkl.kernels.gemm import add_weight_gradient, compute_dtype, gradient_dtype, hidden_gradient, project
-from fastkl.kernels.problem import OUTPUTS, Gradients, HeadOptions, Inputs, Needs, Objective, Spec
+from fastkl.kernels.problem import Gradients, HeadOptions, Inputs, Needs, Objective, Spec
 from fastkl.kernels.rows import Logits
 
 # What the logits of a chunk may take. On a GPU large chunks keep the GEMMs at full speed (1024-4096 rows at V = 150k).
@@ -47,9 +47,12 @@ def workspace_bytes_per_row(spec: Spec, inputs: Inputs, gradient: bool) -> int:
 
 @torch.no_grad()
 def evaluate(spec: Spec, inputs: Inputs) -> Tensor:
-    """Values [K, N] in the compute dtype, no gradient work: one GEMM per head."""
+    """Values [K, N] in the compute dtype, no gradient work: one GEMM per head, where possible without any logits."""
     values = _new_values(spec, inputs)
-    rows_of = row_function(spec.kind, spec.backend, inputs.hidden)
+    if (score := scorer(spec, inputs)) is not None:
+        score(values)
+        return values
+    rows_of = row_function(spec, inputs.hidden)
     with _full_precision(inputs):
         for chunk in _chunks(spec, inputs, gradient=False):
             rows_of(chunk.logits, chunk.tokens, values[:, chunk.rows], None)
@@ -70,11 +73,17 @@ def evaluate_with_gradients(
     grad_hidden = torch.empty_like(hidden) if needs.hidden else None
     grad_weight = weight_grad if weight_grad is not None else _new_weight_gradient(inputs) if needs.weight else None
     grad_bias = values.new_zeros(weight.shape[0]) if needs.bias else None
-    rows_of = row_function(spec.kind, spec.backend, hidden)
+    rows_of = row_function(spec, hidden)
+    mixed = entropy_gradient(spec, hidden) if spec.kind == "token_nll_entropy" else None
     with _full_precision(inputs):
         for rows, logits, tokens, gradient in _chunks(spec, inputs, gradient=True):
-            rows_of(logits, tokens, values[:, rows], gradient)
-            losses[rows], slope = objective.take(rows).losses_and_slopes(values[:, rows])
+            own = values[:, rows]
+            rows_of(logits, tokens, own, None if mixed else gradient)
+            losses[rows], slope, entropy_slope = objective.take(rows).losses_and_slopes(own)
+            if mixed is not None and tokens is not None:
+                weights = slope, torch.zeros_like(slope) if entropy_slope is None else entropy_slope
+                mixed(logits, tokens, own, torch.stack(weights), gradient)
+                slope = torch.ones_like(slope)
             slope = slope * spec.student.alpha
             if grad_hidden is not None:
                 grad_hidden[rows] = hidden_gradient(gradient, weight).mul_(slope[:, None])
@@ -93,7 +102,7 @@ def _full_precision(inputs: Inputs) -> torch.autocast:
 
 def _new_values(spec: Spec, inputs: Inputs) -> Tensor:
     hidden = inputs.hidden
-    return hidden.new_zeros(OUTPUTS[spec.kind], hidden.shape[0], dtype=compute_dtype(hidden.dtype))
+    return hidden.new_zeros(spec.outputs, hidden.shape[0], dtype=compute_dtype(hidden.dtype))
 
 
 def _new_weight_gradient(inputs: Inputs) -> Tensor:
@@ -119,19 +128,27 @@ def _chunks(spec: Spec, inputs: Inputs, gradient: bool) -> Iterator[_Chunk]:
     for start in range(0, hidden.shape[0], step):
         rows = slice(start, min(start + step, hidden.shape[0]))
         n = rows.stop - start
-        logits = Logits(student[:n], spec.student.cap, None if teacher is None else teacher[:n], None)
-        project(hidden[rows], inputs.weight, inputs.bias, spec.student.alpha, logits.student)
-        if spec.teacher is not None:
-            logits = logits._replace(teacher_cap=spec.teacher.cap)
-            _project_teacher(inputs, rows, spec.teacher, logits.teacher)
+        project(hidden[rows], inputs.weight, inputs.bias, spec.student.alpha, student[:n])
+        logits = Logits(student[:n], spec.student.cap)
+        if teacher is not None and spec.teacher is not None:
+            _teacher_scores(inputs, rows, spec.teacher, teacher[:n])
+            logits = logits._replace(teacher=teacher[:n], teacher_cap=spec.teacher.cap)
+        if inputs.top_ids is not None and inputs.top_logprobs is not None:
+            logits = logits._replace(top_ids=inputs.top_ids[rows], top_logprobs=inputs.top_logprobs[rows])
         yield _Chunk(rows, logits, None if inputs.tokens is None else inputs.tokens[rows], into[:n])
 
 
-def _project_teacher(inputs: Inputs, rows: slice, options: HeadOptions, out: Tensor | None) -> None:
-    assert inputs.teacher_hidden is not None
-    assert inputs.teacher_weight is not None
-    assert out is not None
-    project(inputs.teacher_hidden[rows], inputs.teacher_weight, inputs.teacher_bias, options.alpha, out)
+def _teacher_scores(inputs: Inputs, rows: slice, options: HeadOptions, out: Tensor) -> None:
+    """The teacher's scaled scores, from its head or from its logits."""
+    if inputs.teacher_hidden is not None and inputs.teacher_weight is not None:
+        project(inputs.teacher_hidden[rows], inputs.teacher_weight, inputs.teacher_bias, options.alpha, out)
+        return
+    logits = inputs.teacher_logits
+    assert logits is not None
+    given = logits(torch.arange(rows.start, rows.stop, device=out.device)) if callable(logits) else logits[rows]
+    out.copy_(given[:, : out.shape[1]])
+    if options.alpha != 1.0:
+        out.mul_(options.alpha)
 
 
 def _workspace(inputs: Inputs, step: int, dtype: torch.dtype) -> Tensor:

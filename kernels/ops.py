@@ -16,7 +16,6 @@ from torch import Tensor
 from fastkl.kernels import driver
 from fastkl.kernels.gemm import compute_dtype
 from fastkl.kernels.problem import (
-    OUTPUTS,
     Backend,
     Gradients,
     HeadOptions,
@@ -31,6 +30,8 @@ from fastkl.kernels.surrogate import Method, Surrogate
 
 def evaluate(spec: Spec, inputs: Inputs, active: Tensor | None = None) -> Tensor:
     """Values [K, N] in the compute dtype; 0 in rows that are not `active` (bool [N]; None: all are)."""
+    if callable(inputs.teacher_logits):
+        return _values_of(spec, inputs, active)
     return cast(Tensor, _evaluate(list(inputs), active, *_pack_spec(spec)))
 
 
@@ -46,18 +47,18 @@ def evaluate_with_gradients(
     """Values [K, N], losses [N], and the gradients of their sum.
 
     Rows that are active but not `graded` (bool [N]; None: the active ones are) have values and no part in losses and
-    gradients. Where `weight_grad` is given, the weight's gradient is added to it and not returned; that is no operator,
-    for one that writes into its arguments cannot return a list.
+    gradients. Where `weight_grad` is given, the weight's gradient is added to it and not returned.
     """
-    if weight_grad is not None:
+    if weight_grad is not None or callable(inputs.teacher_logits):  # no operator can be given these
         values, losses, gradients = _on_rows(spec, inputs, objective, needs, active, graded, weight_grad)
-        return values, losses, gradients._replace(weight=None)
+        return values, losses, gradients if weight_grad is None else gradients._replace(weight=None)
     values, losses, *found = _evaluate_with_gradients(
         list(inputs),
         active,
         graded,
-        [objective.weights, objective.advantages, objective.sampler_logprobs],
+        list(objective[:3]),
         *_pack_surrogate(objective.surrogate),
+        objective.entropy_coef,
         list(needs),
         *_pack_spec(spec),
     )
@@ -73,10 +74,12 @@ def _evaluate(
     heads: list[float],
     backend: str,
     chunk_size: int | None,
+    variant: str,
+    parameter: float,
+    extras: bool,
 ) -> Tensor:
-    problem, spec = _unpack_inputs(inputs), _unpack_spec(kind, heads, backend, chunk_size)
-    index = _rows_of(active)
-    return _scatter(driver.evaluate(spec, problem.take(index)), index, problem.hidden.shape[0])
+    spec = _unpack_spec(kind, heads, backend, chunk_size, variant, parameter, extras)
+    return _values_of(spec, _unpack_inputs(inputs), active)
 
 
 @_evaluate.register_fake
@@ -87,8 +90,12 @@ def _(
     heads: list[float],
     backend: str,
     chunk_size: int | None,
+    variant: str,
+    parameter: float,
+    extras: bool,
 ) -> Tensor:
-    return _fake_values(_unpack_inputs(inputs), cast(Kind, kind))
+    spec = _unpack_spec(kind, heads, backend, chunk_size, variant, parameter, extras)
+    return _fake_values(_unpack_inputs(inputs), spec)
 
 
 @torch.library.custom_op("fastkl::evaluate_with_gradients", mutates_args=())
@@ -99,16 +106,27 @@ def _evaluate_with_gradients(
     objective: list[Tensor | None],
     method: str,
     clips: list[float],
+    entropy_coef: float,
     needs: list[bool],
     kind: str,
     heads: list[float],
     backend: str,
     chunk_size: int | None,
+    variant: str,
+    parameter: float,
+    extras: bool,
 ) -> list[Tensor]:
-    terms = Objective(objective[0], _unpack_surrogate(method, clips), *objective[1:])
-    spec = _unpack_spec(kind, heads, backend, chunk_size)
+    weights, advantages, sampler_logprobs = objective
+    terms = Objective(weights, advantages, sampler_logprobs, _unpack_surrogate(method, clips), entropy_coef)
+    spec = _unpack_spec(kind, heads, backend, chunk_size, variant, parameter, extras)
     values, losses, gradients = _on_rows(spec, _unpack_inputs(inputs), terms, Needs(*needs), active, graded, None)
     return [values, losses, *(g for g in gradients if g is not None)]
+
+
+def _values_of(spec: Spec, inputs: Inputs, active: Tensor | None) -> Tensor:
+    """The driver on the active rows."""
+    index = _rows_of(active)
+    return _scatter(driver.evaluate(spec, inputs.take(index)), index, inputs.hidden.shape[0])
 
 
 def _on_rows(
@@ -143,14 +161,19 @@ def _(
     objective: list[Tensor | None],
     method: str,
     clips: list[float],
+    entropy_coef: float,
     needs: list[bool],
     kind: str,
     heads: list[float],
     backend: str,
     chunk_size: int | None,
+    variant: str,
+    parameter: float,
+    extras: bool,
 ) -> list[Tensor]:
     problem = _unpack_inputs(inputs)
-    values = _fake_values(problem, cast(Kind, kind))
+    spec = _unpack_spec(kind, heads, backend, chunk_size, variant, parameter, extras)
+    values = _fake_values(problem, spec)
     found = [values, torch.empty_like(values[0])]
     wants = Needs(*needs)
     if wants.hidden:
@@ -162,9 +185,9 @@ def _(
     return found
 
 
-def _fake_values(inputs: Inputs, kind: Kind) -> Tensor:
+def _fake_values(inputs: Inputs, spec: Spec) -> Tensor:
     hidden = inputs.hidden
-    return hidden.new_empty(OUTPUTS[kind], hidden.shape[0], dtype=compute_dtype(hidden.dtype))
+    return hidden.new_empty(spec.outputs, hidden.shape[0], dtype=compute_dtype(hidden.dtype))
 
 
 def _rows_of(which: Tensor | None) -> Tensor | None:
@@ -187,14 +210,17 @@ def _unpack_inputs(tensors: list[Tensor | None]) -> Inputs:
     return Inputs(hidden, weight, *rest)
 
 
-def _pack_spec(spec: Spec) -> tuple[str, list[float], str, int | None]:
+def _pack_spec(spec: Spec) -> tuple[str, list[float], str, int | None, str, float, bool]:
     heads = [number for head in (spec.student, spec.teacher) if head is not None for number in _pack_head(head)]
-    return spec.kind, heads, spec.backend, spec.chunk_size
+    return spec.kind, heads, *spec[3:]
 
 
-def _unpack_spec(kind: str, heads: list[float], backend: str, chunk_size: int | None) -> Spec:
+def _unpack_spec(
+    kind: str, heads: list[float], backend: str, chunk_size: int | None, variant: str, parameter: float, extras: bool
+) -> Spec:
     teacher = _unpack_head(heads[3:]) if len(heads) > 3 else None
-    return Spec(cast(Kind, kind), _unpack_head(heads[:3]), teacher, cast(Backend, backend), chunk_size)
+    how = cast(Backend, backend), chunk_size
+    return Spec(cast(Kind, kind), _unpack_head(heads[:3]), teacher, *how, variant, parameter, extras)
 
 
 def _pack_head(head: HeadOptions) -> tuple[float, float, float]:

@@ -7,18 +7,18 @@ A `Spec` names the computation, `Inputs` holds its tensors, an `Objective` says 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastkl.kernels.divergence import ROWS, ROWS_WITH_EXTRAS
 from fastkl.kernels.surrogate import Surrogate, surrogate_terms
 
-Kind = Literal["token_nll", "reverse_kl"]
+Kind = Literal["token_nll", "token_nll_entropy", "divergence", "top_k"]
 Backend = Literal["auto", "triton", "torch"]
-
-# K, the values that a row function gives per row; the first one carries the gradient.
-OUTPUTS: dict[Kind, int] = {"token_nll": 1, "reverse_kl": 2}
+TeacherChunks = Callable[[Tensor], Tensor]  # rows [n] of the N -> their teacher logits [n, V]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +45,26 @@ class Spec(NamedTuple):
 
     kind: Kind
     student: HeadOptions
-    teacher: HeadOptions | None = None
+    teacher: HeadOptions | None = None  # of a divergence
     backend: Backend = "auto"
     chunk_size: int | None = None  # rows; None: what the workspace budget holds
+    variant: str = ""  # of a divergence: its name; of top_k: its direction and tail
+    parameter: float = 0.0  # of a divergence
+    extras: bool = False  # a divergence's by-products
+
+    @property
+    def outputs(self) -> int:
+        """K, the values that the row function gives per row; the first one carries the gradient."""
+        if self.kind == "divergence":
+            return ROWS_WITH_EXTRAS if self.extras else ROWS
+        return {"token_nll": 1, "token_nll_entropy": 4, "top_k": 2}[self.kind]
 
 
 class Inputs(NamedTuple):
-    """The tensors of a loss on N rows. Hidden sizes of student and teacher may differ, vocabularies may not."""
+    """The tensors of a loss on N rows. Hidden sizes of student and teacher may differ, vocabularies may not.
+
+    A divergence has its teacher as a head or as logits, top_k as the list of the teacher's likeliest tokens.
+    """
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
@@ -60,40 +73,57 @@ class Inputs(NamedTuple):
     teacher_hidden: Tensor | None = None  # [N, D_t]
     teacher_weight: Tensor | None = None  # [V, D_t]
     teacher_bias: Tensor | None = None  # [V]
+    teacher_logits: Tensor | TeacherChunks | None = None  # [N, V], before any scaling
+    top_ids: Tensor | None = None  # [N, k] int64
+    top_logprobs: Tensor | None = None  # [N, k], compute dtype
 
     def take(self, index: Tensor | None) -> Inputs:
         """The same problem on the rows of `index`; on all of them where it is None."""
         if index is None:
             return self
-        tokens, teacher_hidden = _take(self.tokens, index), _take(self.teacher_hidden, index)
-        return self._replace(hidden=self.hidden[index], tokens=tokens, teacher_hidden=teacher_hidden)
+        logits = self.teacher_logits
+        return self._replace(
+            hidden=self.hidden[index],
+            tokens=_take(self.tokens, index),
+            teacher_hidden=_take(self.teacher_hidden, index),
+            teacher_logits=(lambda rows: logits(index[rows])) if callable(logits) else _take(logits, index),
+            top_ids=_take(self.top_ids, index),
+            top_logprobs=_take(self.top_logprobs, index),
+        )
 
 
 class Objective(NamedTuple):
-    """Losses of rows from their values, and their derivative by values[0]: one entry per row, in the compute dtype.
+    """Losses of rows from their values, and their derivatives by the values: one entry per row, in the compute dtype.
 
-    weights · values[0], or, with a surrogate, weights · surrogate(log-prob = −values[0]). Without weights: 1 each.
+        weights · values[0]                                                            without a surrogate
+        weights · (surrogate(log-prob = −values[0]) − entropy_coef · values[1])        with one
+
+    Without weights: 1 each. The entropy is values[1] of kind "token_nll_entropy", which an entropy_coef other than 0 wants.
     """
 
     weights: Tensor | None = None  # [N]
-    surrogate: Surrogate | None = None
     advantages: Tensor | None = None  # [N], of a surrogate
     sampler_logprobs: Tensor | None = None  # [N], of a surrogate; None: those of the current policy
+    surrogate: Surrogate | None = None
+    entropy_coef: float = 0.0
 
     def take(self, index: Tensor | slice | None) -> Objective:
         if index is None:
             return self
-        weights, advantages, sampler = (_take(t, index) for t in (self.weights, *self[2:]))
-        return Objective(weights, self.surrogate, advantages, sampler)
+        weights, advantages, sampler = (_take(t, index) for t in self[:3])
+        return Objective(weights, advantages, sampler, *self[3:])
 
-    def losses_and_slopes(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """For values [K, N] of the same rows: losses [N] and d losses / d values[0] [N]."""
+    def losses_and_slopes(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """For values [K, N] of the same rows: losses, d losses / d values[0], and by values[1] if that is not 0; [N]."""
         weights = torch.ones_like(values[0]) if self.weights is None else self.weights
         if self.surrogate is None:
-            return weights * values[0], weights
+            return weights * values[0], weights, None
         assert self.advantages is not None
         terms = surrogate_terms(self.surrogate, -values[0], self.sampler_logprobs, self.advantages)
-        return weights * terms.loss, -weights * terms.slope
+        if self.entropy_coef == 0.0:
+            return weights * terms.loss, -weights * terms.slope, None
+        losses = weights * (terms.loss - self.entropy_coef * values[1])
+        return losses, -weights * terms.slope, -self.entropy_coef * weights
 
 
 class Needs(NamedTuple):

@@ -17,13 +17,22 @@ from torch import Tensor
 
 
 class Logits(NamedTuple):
-    """Scaled scores x of a chunk. Without a teacher the last two are None."""
+    """Scaled scores x of a chunk, and what there is of the teacher: its scores, or its likeliest tokens."""
 
     student: Tensor  # [n, V], compute dtype
-    student_cap: float | None
-    teacher: Tensor | None  # [n, V], compute dtype
-    teacher_cap: float | None
+    student_cap: float | None = None
+    teacher: Tensor | None = None  # [n, V], compute dtype
+    teacher_cap: float | None = None
+    top_ids: Tensor | None = None  # [n, k] int64
+    top_logprobs: Tensor | None = None  # [n, k], compute dtype
 
 
 class RowFunction(Protocol):
     def __call__(self, logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> None: ...
+
+
+class EntropyGradient(Protocol):
+    """The gradient of weights[0] · out[0] + weights[1] · out[1] on the chunk that `token_nll_entropy` has just been given,
+    and has left as it likes."""
+
+    def __call__(self, logits: Logits, tokens: Tensor, out: Tensor, weights: Tensor, gradient: Tensor) -> None: ...

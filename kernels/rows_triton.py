@@ -135,6 +135,124 @@ def reverse_kl(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Ten
         )
 
 
+def token_nll_entropy(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> None:
+    """out[0] = −log p[y], out[1] = H = −Σ p log p, out[2] = m = max z, out[3] = lse(z) − m. The chunk stays."""
+    assert tokens is not None
+    assert gradient is None, "entropy_gradient makes it, once the weights are known"
+    x = logits.student
+    _check_chunk(x, DTYPES)
+    n, vocabulary = x.shape
+    if n == 0:
+        return
+    block, num_warps = launch_config(chunks=1)
+    with _launch_on(x):
+        _nll_entropy_kernel[(n,)](
+            # data
+            x,
+            tokens,
+            out,
+            1.0 if logits.student_cap is None else logits.student_cap,
+            # shapes
+            vocabulary,
+            # strides
+            x.stride(0),
+            tokens.stride(0),
+            out.stride(0),
+            out.stride(1),
+            # constants
+            CAPPED=logits.student_cap is not None,
+            BLOCK=block,
+            num_warps=num_warps,
+        )
+
+
+def entropy_gradient(logits: Logits, tokens: Tensor, out: Tensor, weights: Tensor, gradient: Tensor) -> None:
+    """w₀ (p − 1[y]) − w₁ p (log p + H), the gradient of w₀ out[0] + w₁ out[1]; weights [2, n]."""
+    x = logits.student
+    _check_chunk(gradient, GRADIENT_DTYPES)
+    n, vocabulary = x.shape
+    if n == 0:
+        return
+    block, num_warps = launch_config(chunks=1)
+    weights = weights.contiguous()
+    with _launch_on(x):
+        _entropy_gradient_kernel[(n,)](
+            # data
+            x,
+            tokens,
+            out,
+            weights,
+            gradient,
+            1.0 if logits.student_cap is None else logits.student_cap,
+            # shapes
+            vocabulary,
+            # strides
+            x.stride(0),
+            tokens.stride(0),
+            out.stride(0),
+            out.stride(1),
+            weights.stride(0),
+            gradient.stride(0),
+            # constants
+            CAPPED=logits.student_cap is not None,
+            BLOCK=block,
+            num_warps=num_warps,
+        )
+
+
+def tail_sums(x: Tensor, cap: float | None, out: Tensor) -> None:
+    """out[0] = m = max z, out[1] = Σ exp(z − m) (`top_k.TailFunctions`)."""
+    _check_chunk(x, DTYPES)
+    n, vocabulary = x.shape
+    if n == 0:
+        return
+    block, num_warps = launch_config(chunks=1)
+    with _launch_on(x):
+        _tail_sums_kernel[(n,)](
+            # data
+            x,
+            out,
+            1.0 if cap is None else cap,
+            # shapes
+            vocabulary,
+            # strides
+            x.stride(0),
+            out.stride(0),
+            # constants
+            CAPPED=cap is not None,
+            BLOCK=block,
+            num_warps=num_warps,
+        )
+
+
+def tail_gradient(x: Tensor, cap: float | None, m: Tensor, scale: Tensor, gradient: Tensor) -> None:
+    """gradient = scale exp(z − m) dz/dx (`top_k.TailFunctions`)."""
+    _check_chunk(x, DTYPES)
+    _check_chunk(gradient, GRADIENT_DTYPES)
+    n, vocabulary = x.shape
+    if n == 0:
+        return
+    block, num_warps = launch_config(chunks=1)
+    with _launch_on(x):
+        _tail_gradient_kernel[(n,)](
+            # data
+            x,
+            m.contiguous(),
+            scale.contiguous(),
+            gradient,
+            1.0 if cap is None else cap,
+            # shapes
+            vocabulary,
+            # strides
+            x.stride(0),
+            gradient.stride(0),
+            # constants
+            CAPPED=cap is not None,
+            BLOCK=block,
+            num_warps=num_warps,
+        )
+
+
 # Of what varies from call to call only the width and the distance of rows are specialised, on being multiples of 16: that
 # is what vectorised loads need, and it is a property of the model. Nothing is compiled again for another chunk.
 @triton.jit(
@@ -263,6 +381,153 @@ def _reverse_kl_kernel(
             _store_gradient(u_ptr, columns, vocabulary, u, z, cap, CAPPED)
 
 
+@triton.jit(
+    do_not_specialize=["tokens_stride", "out_stride_value", "out_stride_row"],
+    do_not_specialize_on_alignment=["tokens_ptr", "out_ptr"],
+)
+def _nll_entropy_kernel(
+    # data
+    x_ptr: tl.tensor,  # [n, V]
+    tokens_ptr: tl.tensor,  # [n]
+    out_ptr: tl.tensor,  # [4, n]
+    cap: tl.tensor,
+    # shapes
+    vocabulary: tl.tensor,
+    # strides
+    x_stride_row: tl.tensor,
+    tokens_stride: tl.tensor,
+    out_stride_value: tl.tensor,
+    out_stride_row: tl.tensor,
+    # constants
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,  # logits held at a time
+) -> None:
+    row = tl.program_id(0).to(tl.int64)  # n · V exceeds int32
+    x_ptr += row * x_stride_row
+    out_ptr += row * out_stride_row
+    target = _load_one(x_ptr, tl.load(tokens_ptr + row * tokens_stride), vocabulary, cap, CAPPED)
+
+    m = float("-inf")
+    l_lanes = tl.zeros([BLOCK], tl.float32)
+    weighted_lanes = tl.zeros([BLOCK], tl.float32)  # Σ e^a a
+    for start in range(0, vocabulary, BLOCK):
+        z = _load_block(x_ptr, start + tl.arange(0, BLOCK), vocabulary, cap, CAPPED)
+        m, base, step = _raise_max(m, z)
+        a = z - base
+        e, factor = tl.exp(a), tl.exp(step)
+        carried = tl.where(factor > 0.0, (weighted_lanes + l_lanes * step) * factor, 0.0)
+        weighted_lanes = carried + e * tl.where(a == float("-inf"), 0.0, a)
+        l_lanes = tl.fma(l_lanes, factor, e)
+    base = _finite_or_zero(m)
+    total = tl.sum(l_lanes, 0)
+    log_total = tl.log(total)
+    tl.store(out_ptr, (base - target) + log_total)
+    tl.store(out_ptr + out_stride_value, log_total - tl.div_rn(tl.sum(weighted_lanes, 0), total))
+    tl.store(out_ptr + 2 * out_stride_value, base)
+    tl.store(out_ptr + 3 * out_stride_value, log_total)
+
+
+@triton.jit(
+    do_not_specialize=["tokens_stride", "out_stride_value", "out_stride_row", "weights_stride_value"],
+    do_not_specialize_on_alignment=["tokens_ptr", "out_ptr", "weights_ptr"],
+)
+def _entropy_gradient_kernel(
+    # data
+    x_ptr: tl.tensor,  # [n, V]
+    tokens_ptr: tl.tensor,  # [n]
+    out_ptr: tl.tensor,  # [4, n]: −log p[y], H, m, lse − m
+    weights_ptr: tl.tensor,  # [2, n]
+    u_ptr: tl.tensor,  # [n, V], x itself or apart from it
+    cap: tl.tensor,
+    # shapes
+    vocabulary: tl.tensor,
+    # strides
+    x_stride_row: tl.tensor,
+    tokens_stride: tl.tensor,
+    out_stride_value: tl.tensor,
+    out_stride_row: tl.tensor,
+    weights_stride_value: tl.tensor,
+    u_stride_row: tl.tensor,
+    # constants
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,  # logits held at a time
+) -> None:
+    row = tl.program_id(0).to(tl.int64)  # n · V exceeds int32
+    x_ptr += row * x_stride_row
+    u_ptr += row * u_stride_row
+    out_ptr += row * out_stride_row
+    y = tl.load(tokens_ptr + row * tokens_stride).to(tl.int32)
+    nll = tl.load(out_ptr)
+    entropy = tl.load(out_ptr + out_stride_value)
+    base = tl.load(out_ptr + 2 * out_stride_value)
+    log_total = tl.load(out_ptr + 3 * out_stride_value)
+    w_nll = tl.where(nll == nll, tl.load(weights_ptr + row), nll)  # NaN if there is no such token
+    w_entropy = tl.load(weights_ptr + weights_stride_value + row)
+    for start in range(0, vocabulary, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z = _load_block(x_ptr, columns, vocabulary, cap, CAPPED)
+        log_p = (z - base) - log_total  # in this order: large logits cancel before anything is rounded
+        p = tl.exp(log_p)
+        log_p = tl.where(z == float("-inf"), 0.0, log_p)
+        u = p * (w_nll - w_entropy * (log_p + entropy)) - tl.where(columns == y, w_nll, 0.0)
+        _store_gradient(u_ptr, columns, vocabulary, u, z, cap, CAPPED)
+
+
+@triton.jit(do_not_specialize=["out_stride_value"], do_not_specialize_on_alignment=["out_ptr"])
+def _tail_sums_kernel(
+    # data
+    x_ptr: tl.tensor,  # [n, V]; what is −inf is left out
+    out_ptr: tl.tensor,  # [2, n]
+    cap: tl.tensor,
+    # shapes
+    vocabulary: tl.tensor,
+    # strides
+    x_stride_row: tl.tensor,
+    out_stride_value: tl.tensor,
+    # constants
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,  # logits held at a time
+) -> None:
+    row = tl.program_id(0).to(tl.int64)  # n · V exceeds int32
+    x_ptr += row * x_stride_row
+    m = float("-inf")
+    l_lanes = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        z = _load_entries(x_ptr, start + tl.arange(0, BLOCK), vocabulary, cap, CAPPED)
+        m, base, step = _raise_max(m, z)
+        l_lanes = tl.fma(l_lanes, tl.exp(step), tl.exp(z - base))
+    tl.store(out_ptr + row, m)
+    tl.store(out_ptr + out_stride_value + row, tl.sum(l_lanes, 0))
+
+
+@triton.jit(do_not_specialize_on_alignment=["m_ptr", "scale_ptr"])
+def _tail_gradient_kernel(
+    # data
+    x_ptr: tl.tensor,  # [n, V]; what is −inf is left out
+    m_ptr: tl.tensor,  # [n]
+    scale_ptr: tl.tensor,  # [n]
+    u_ptr: tl.tensor,  # [n, V], x itself or apart from it
+    cap: tl.tensor,
+    # shapes
+    vocabulary: tl.tensor,
+    # strides
+    x_stride_row: tl.tensor,
+    u_stride_row: tl.tensor,
+    # constants
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,  # logits held at a time
+) -> None:
+    row = tl.program_id(0).to(tl.int64)  # n · V exceeds int32
+    x_ptr += row * x_stride_row
+    u_ptr += row * u_stride_row
+    base, scale = _finite_or_zero(tl.load(m_ptr + row)), tl.load(scale_ptr + row)
+    for start in range(0, vocabulary, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z = _load_entries(x_ptr, columns, vocabulary, cap, CAPPED)
+        u = scale * tl.exp(z - base)
+        _store_gradient(u_ptr, columns, vocabulary, u, tl.where(z == float("-inf"), 0.0, z), cap, CAPPED)
+
+
 @triton.jit
 def _load_block(
     x_ptr: tl.tensor, columns: tl.tensor, vocabulary: tl.tensor, cap: tl.tensor, CAPPED: tl.constexpr
@@ -273,6 +538,17 @@ def _load_block(
     if CAPPED:
         z = tl.where(inside, cap * _tanh(z), float("-inf"))
     return z
+
+
+@triton.jit
+def _load_entries(
+    x_ptr: tl.tensor, columns: tl.tensor, vocabulary: tl.tensor, cap: tl.tensor, CAPPED: tl.constexpr
+) -> tl.tensor:
+    """The logits z at `columns`; −inf beyond the vocabulary and where x is −inf, which a cap would bring back."""
+    x = tl.load(x_ptr + columns, mask=columns < vocabulary, other=float("-inf")).to(tl.float32)
+    if CAPPED:
+        x = tl.where(x == float("-inf"), x, cap * _tanh(x))
+    return x
 
 
 @triton.jit

@@ -1,0 +1,113 @@
+"""The teacher of a divergence: a head or logits, checked and cut to the vocabulary that it shares with the student."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkl import _arguments as check
+from fastkl.kernels.gemm import compute_dtype
+from fastkl.kernels.problem import TeacherChunks
+
+
+class Teacher(NamedTuple):
+    """Hidden states [..., D_t] with a head, or logits [..., V], or a function that gives some rows of them."""
+
+    hidden: Tensor | None
+    weight: Tensor | None  # [V, D_t]
+    bias: Tensor | None  # [V]
+    logits: Tensor | TeacherChunks | None
+
+    def flat(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | TeacherChunks | None]:
+        """The same with tokens in one dimension."""
+        return _flat(self.hidden), self.weight, self.bias, self.logits if callable(self.logits) else _flat(self.logits)
+
+
+def check_teacher(teacher: Teacher, hidden: Tensor, weight: Tensor, vocab_size: int | None) -> None:
+    """Shapes, dtypes and devices against the student's; which forms go together."""
+    _check_form(teacher)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in teacher):
+        raise ValueError(
+            "the teacher requires a gradient, and a divergence has none for it: run the teacher under torch.no_grad() "
+            "or pass detached tensors (teacher_weight.detach())"
+        )
+    vocabularies = {"student_weight": weight.shape[0]}
+    if teacher.hidden is not None and teacher.weight is not None:
+        check.check_head(teacher.hidden, teacher.weight, teacher.bias, "teacher_")
+        _check_rows("teacher_hidden", teacher.hidden, hidden)
+        vocabularies["teacher_weight"] = teacher.weight.shape[0]
+    if isinstance(teacher.logits, Tensor):
+        _check_rows("teacher_logits", teacher.logits, hidden)
+        vocabularies["teacher_logits"] = teacher.logits.shape[-1]
+    if callable(teacher.logits) and torch.compiler.is_compiling():
+        raise ValueError("teacher_logits is a function, which torch.compile does not take: give a tensor or a head")
+    _check_vocabularies(vocabularies, vocab_size)
+
+
+def common_ids(
+    teacher: Teacher, weight: Tensor, bias: Tensor | None, weight_grad: Tensor | None, vocab_size: int | None
+) -> tuple[Teacher, Tensor, Tensor | None, Tensor | None]:
+    """Teacher, weight, bias and weight_grad without the ids from `vocab_size` on, as views."""
+    if vocab_size is None:
+        return teacher, weight, bias, weight_grad
+    ids = slice(vocab_size)
+    logits = teacher.logits[..., ids] if isinstance(teacher.logits, Tensor) else teacher.logits
+    cut = Teacher(teacher.hidden, _cut(teacher.weight, ids), _cut(teacher.bias, ids), logits)
+    return cut, weight[ids], _cut(bias, ids), _cut(weight_grad, ids)
+
+
+def _check_form(teacher: Teacher) -> None:
+    head = teacher.hidden is not None, teacher.weight is not None
+    if (teacher.logits is not None and (any(head) or teacher.bias is not None)) or (
+        teacher.logits is None and not all(head)
+    ):
+        given = [name for name, value in zip(Teacher._fields, teacher, strict=True) if value is not None]
+        raise ValueError(
+            f"the teacher is given as {', '.join(f'teacher_{name}' for name in given) or 'nothing'}; give teacher_hidden "
+            f"and teacher_weight, or teacher_logits alone"
+        )
+    if teacher.logits is not None and not isinstance(teacher.logits, Tensor) and not callable(teacher.logits):
+        raise TypeError(
+            f"teacher_logits must be a tensor [..., V] or a function from rows [n] to logits [n, V], not "
+            f"{type(teacher.logits).__name__}"
+        )
+
+
+def _check_rows(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    if tensor.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"{name} is {list(tensor.shape)} but student_hidden is {list(hidden.shape)}: expected the same tokens, "
+            f"{list(hidden.shape[:-1])}"
+        )
+    check.check_device(name, tensor, hidden, "student_hidden")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} is {tensor.dtype}; use float32, bfloat16, float16 or float64")
+    if compute_dtype(tensor.dtype) != compute_dtype(hidden.dtype):
+        raise TypeError(
+            f"{name} is {tensor.dtype} but student_hidden is {hidden.dtype}; float64 goes with float64 only"
+        )
+
+
+def _check_vocabularies(sizes: dict[str, int], vocab_size: int | None) -> None:
+    if vocab_size is not None:
+        if not 1 <= vocab_size <= min(sizes.values()):
+            listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise ValueError(f"vocab_size is {vocab_size}; it must be in 1 … the smaller vocabulary ({listed})")
+        return
+    if len(set(sizes.values())) > 1:
+        (_, ours), (name, theirs) = sizes.items()
+        raise ValueError(
+            f"{name} has a vocabulary of {theirs} but student_weight one of {ours}; if both are one tokenizer's, padded to "
+            f"different sizes, pass vocab_size=len(tokenizer): the ids beyond it are left out on both sides; never pad "
+            f"with zeros, which is a logit of 0 and takes probability"
+        )
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _cut(tensor: Tensor | None, ids: slice) -> Tensor | None:
+    return None if tensor is None else tensor[ids]

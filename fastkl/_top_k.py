@@ -1,0 +1,123 @@
+"""Distillation from a teacher that is known by its k likeliest tokens, as servers return them (`fastkl.loss`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkl import _arguments as check
+from fastkl._output import LossOutput, masked_extreme, masked_mean
+from fastkl.kernels.autograd import row_losses, summed_loss
+from fastkl.kernels.gemm import compute_dtype
+from fastkl.kernels.problem import Backend, Inputs, Objective, Spec
+from fastkl.kernels.top_k import DIRECTIONS, TAILS, Direction, Tail
+
+
+def top_k_kl_loss(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    teacher_ids: Tensor,  # [..., k] int64
+    teacher_logprobs: Tensor,  # [..., k]
+    *,
+    direction: Direction = "reverse",
+    tail: Tail = "bucket",
+    tokens: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    squared_temperature: bool = False,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    chunk_size: int | None = None,
+    skip_zero_rows: bool = True,
+    backend: Backend = "auto",
+    weight_grad: Tensor | None = None,
+) -> LossOutput:
+    """KL divergence to a teacher of which only the k likeliest tokens are known; the student's side is exact.
+
+    teacher_ids       [..., k], distinct ids of a row; −1 pads at the end of a row, which has one id at least.
+    teacher_logprobs  [..., k], as the teacher normalised them over its whole vocabulary, at the temperature of this call.
+    direction         "reverse", KL(student ‖ teacher), or "forward", KL(teacher ‖ student).
+    tail              what becomes of the tokens that are not listed:
+                      "bucket": one outcome of the teacher's remaining mass 1 − Σ q, on both sides. A lower bound of the
+                      true divergence, 0 where student and teacher agree.
+                      "renormalise": the teacher has nothing outside the list. Within it the divergence of both sides
+                      renormalised, and −log of the student's mass within it on top, which makes leaving the list cost.
+                      "drop": the terms of the listed tokens alone, as they are. Biased, and no divergence: it may be
+                      negative, and in the reverse direction the student pays nothing for what is not listed.
+    The other arguments are those of the divergences (`fastkl.loss`). Formulas: `fastkl.kernels.top_k`.
+
+    Metrics, over the rows that take part: top_k_kl_mean, top_k_kl_max.
+    """
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction is {direction!r}; use one of {', '.join(DIRECTIONS)}")
+    if tail not in TAILS:
+        raise ValueError(f"tail is {tail!r}; use one of {', '.join(TAILS)}")
+    reduce = check.check_reduction(reduction, normalizer)
+    options = check.head_options(temperature, logit_scale, softcap)
+    check.check_head(hidden, weight, bias)
+    check.check_plan(backend, chunk_size, weight, weight_grad)
+    ids, listed = _check_list(teacher_ids, teacher_logprobs, hidden, weight.shape[0])
+    hidden, weight, bias = check.autocast(hidden, weight, bias)
+    spec = Spec("top_k", options, None, backend, chunk_size, f"{direction}-{tail}")
+
+    dtype = compute_dtype(hidden.dtype)
+    share, y = check.mask_weights(mask, hidden, dtype), None
+    if tokens is not None:
+        y = check.check_tokens(tokens, hidden, weight.shape[0], ignore_index).reshape(-1)
+        share = share.where(y != ignore_index, 0.0)
+    active = share != 0
+    rows = active if skip_zero_rows else None
+    inputs = Inputs(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        None if y is None else y.where(active, 0),
+        top_ids=ids,
+        top_logprobs=listed.to(dtype),
+    )
+    objective = Objective(share * temperature**2 if squared_temperature else share)
+    if reduction == "none":
+        losses, values = row_losses(spec, inputs, objective, rows, None, weight_grad)
+        loss = losses.reshape(hidden.shape[:-1])
+    else:
+        total, values = summed_loss(spec, inputs, objective, rows, None, weight_grad)
+        loss = total * reduce.factor(share.sum())
+    kl, nll = values.where(active, 0.0)
+    metrics = {"top_k_kl_mean": masked_mean(kl, active), "top_k_kl_max": masked_extreme(kl, active, largest=True)}
+    return LossOutput(loss, None if y is None else -nll.reshape(hidden.shape[:-1]), metrics)
+
+
+def _check_list(ids: Tensor, logprobs: Tensor, hidden: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Ids and log-probs as [N, k]."""
+    for name, tensor in (("teacher_ids", ids), ("teacher_logprobs", logprobs)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        if tensor.dim() != hidden.dim() or tensor.shape[:-1] != hidden.shape[:-1] or tensor.shape[-1] == 0:
+            raise ValueError(
+                f"{name} is {list(tensor.shape)} but hidden is {list(hidden.shape)}: expected k entries per token, "
+                f"{[*hidden.shape[:-1], 'k']}"
+            )
+        check.check_device(name, tensor, hidden, "hidden")
+    if ids.shape != logprobs.shape:
+        raise ValueError(f"teacher_ids is {list(ids.shape)} but teacher_logprobs is {list(logprobs.shape)}")
+    if ids.is_floating_point() or not logprobs.is_floating_point():
+        raise TypeError(
+            f"teacher_ids is {ids.dtype} and teacher_logprobs {logprobs.dtype}; expected integers and floats"
+        )
+    if logprobs.requires_grad and torch.is_grad_enabled():
+        raise ValueError("teacher_logprobs requires a gradient, and top_k_kl_loss has none for it: detach it")
+    ids = ids.to(torch.int64)
+    if ids.is_cpu and not torch.compiler.is_compiling():
+        wrong = (ids < -1) | (ids >= vocabulary)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"teacher_ids holds {int(ids[wrong][0])}, outside the vocabulary of weight (0 … {vocabulary - 1}; −1 pads)"
+            )
+        if bool((ids[..., 0] < 0).any()):
+            raise ValueError("teacher_ids has a row without any id; mask such tokens out and give them some id")
+    k = ids.shape[-1]
+    return ids.reshape(-1, k), logprobs.reshape(-1, k)
