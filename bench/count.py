@@ -5,8 +5,9 @@
 
 Columns of the table, keys of the JSON rows:
 
-    form                values: no gradient; frozen: gradient of hidden; trainable: of the weight too; composed: the same
-                        for any upstream gradient, which forms the logits twice. "+ teacher": with a second head
+    form                values: no gradient, by way of logits (16-bit heads on a GPU are scored without any);
+                        frozen: gradient of hidden; trainable: of the weight too; composed: the same for any upstream
+                        gradient, which forms the logits twice. "+ teacher": with a second head
     gemm_units          floating-point operations, in units of 2·N·D·V
     passes              how often the row kernels read or write N·V elements (float32 read, gradient in the inputs' dtype)
     row_gb, gemm_gb     bytes that the row kernels and the GEMMs move at least (1e9), chunk by chunk
@@ -87,9 +88,9 @@ def count(
 ) -> Count:
     """The work of a form; the teacher's hidden size is the student's. Nothing is allocated, no device is needed."""
     n, d, vocabulary = shape
-    spec = Spec(
-        "reverse_kl" if teacher else "token_nll", HeadOptions(), HeadOptions() if teacher else None, "auto", chunk_size
-    )
+    spec = Spec("token_nll", HeadOptions(), None, "auto", chunk_size)
+    if teacher:
+        spec = Spec("divergence", HeadOptions(), HeadOptions(), "auto", chunk_size, "reverse_kl")
     with FakeTensorMode():
         hidden, weight = (torch.empty(rows, d, dtype=dtype, device=device) for rows in (n, vocabulary))
         own = Inputs(hidden, weight, None, None, *((hidden, weight) if teacher else ()))

@@ -33,6 +33,7 @@ def _evaluate_with_gradients(
     objective: Shapes,
     method: str,
     clips: list[float],
+    entropy_coef: float,
     needs: list[bool],
     *_: Any,
     **__: Any,
