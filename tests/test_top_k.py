@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import loss_cases
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import NEEDS, PROPERTY, Problem, make_problem
+from loss_cases import NEEDS, Problem, make_problem
+from property_settings import PROPERTY
 from torch import Tensor
 
 from fastkl import loss, reference
@@ -24,11 +26,10 @@ HEADS: dict[str, dict[str, Any]] = {
 
 def teacher_list(p: Problem, k: int, padded: int = 0) -> tuple[Tensor, Tensor]:
     """The k likeliest tokens of the problem's teacher; the last `padded` entries of every other row are padding."""
-    z = reference.logits(p.teacher_hidden.double(), p.teacher_weight.double(), p.teacher_bias.double())
-    logprobs, ids = torch.log_softmax(z, -1).topk(k)
+    ids, logprobs = loss_cases.teacher_list(p, k)
     if padded:
         ids[..., ::2, -padded:] = -1
-    return ids, logprobs.to(p.teacher_logprobs.dtype)
+    return ids, logprobs
 
 
 def ours(p: Problem, ids: Tensor, logprobs: Tensor, **options: Any) -> loss.LossOutput:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from bench.cases import Case
+from bench.cases import BETAS, ENTROPY_COEF, Case
 from bench.peers import Loss, Peer, fastkl_composed
-from fastkl.loss import policy_gradient_loss, reverse_kl_loss
+from fastkl.loss import jsd_loss, policy_gradient_loss, top_k_kl_loss
 
 
 def build(case: Case) -> Loss:
     if case.op == "logprobs":
         return fastkl_composed.build(case)
-    if case.op == "policy_gradient":
-        return lambda: (
-            policy_gradient_loss(case.hidden, case.weight, case.tokens, case.advantages, case.sampler_logprobs).loss
-        )
-    teacher_hidden, teacher_weight = case.teacher
-    return lambda: reverse_kl_loss(case.hidden, case.weight, teacher_hidden, teacher_weight).loss
+    head = case.hidden, case.weight
+    if case.op == "top_k":
+        return lambda: top_k_kl_loss(*head, *case.teacher_list).loss
+    if case.op in BETAS:
+        return lambda: jsd_loss(*head, *case.teacher, beta=BETAS[case.op]).loss
+    terms = case.tokens, case.advantages, case.sampler_logprobs
+    coef = ENTROPY_COEF if case.op == "entropy" else 0.0
+    return lambda: policy_gradient_loss(*head, *terms, entropy_coef=coef).loss
 
 
 PEER = Peer(build)

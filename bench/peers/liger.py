@@ -2,7 +2,7 @@
 
 logprobs           LigerFusedLinearCrossEntropyLoss(reduction="none"): Triton; forms the logits again in backward
 policy_gradient    LigerFusedLinearGRPOLoss, sequences of one token, no clipping, no KL penalty
-reverse_kl         LigerFusedLinearJSDLoss, beta = 1, no hard loss
+divergences        LigerFusedLinearJSDLoss, no hard loss
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from bench.cases import Case
+from bench.cases import BETAS, Case
 from bench.peers import Loss, Peer, liger_triton
 
 
@@ -51,16 +51,17 @@ def _grpo(case: Case, compiled: bool) -> Loss:
 def _jsd(case: Case, compiled: bool) -> Loss:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=compiled)
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETAS[case.op], compiled=compiled)
     return lambda: loss(case.hidden, case.weight, *case.teacher, case.tokens)
 
 
 PEER = Peer(
     build,
+    ops=("logprobs", "policy_gradient", *BETAS),
     packages=("liger-kernel",),
     notes={
         "logprobs": "accumulates the weight's gradient in the weight's dtype (its default)",
         "policy_gradient": "its forward pass always forms the gradients too; its gradient GEMMs are float32 ones",
-        "reverse_kl": "always forms the weight's gradient, in its forward pass; softmax in the dtype of the inputs",
+        **dict.fromkeys(BETAS, "always forms the weight's gradient, in its forward pass; softmax in the inputs' dtype"),
     },
 )
