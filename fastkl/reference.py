@@ -78,7 +78,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Σ p (log p − log q) per row [...]; 0 · log 0 = 0."""
     log_p, log_q = torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits, -1)
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -166,6 +166,23 @@ def test_chunks_do_not_matter() -> None:
         torch.testing.assert_close(ours(p, *teacher_list(p, 3), chunk_size=size).loss, whole)
 
 
+def test_vocab_size() -> None:
+    """Padding rows of the student's head take no part, and have a gradient of 0."""
+    p = make_problem((4,))
+    ids, logprobs = teacher_list(p, 3)
+    ids, tokens = ids % 8, p.tokens.clamp(max=8)
+    p = p._replace(tokens=tokens)
+    cut, whole = p._replace(weight=p.weight[:9], bias=p.bias[:9]).leaves(), p.leaves()
+    values = [ours(cut, ids, logprobs).loss, ours(whole, ids, logprobs, vocab_size=9).loss]
+    torch.testing.assert_close(values[0], values[1])
+    for value in values:
+        value.backward()
+    torch.testing.assert_close(whole.weight.grad[:9], cut.weight.grad)
+    assert (whole.weight.grad[9:] == 0).all()
+    with pytest.raises(ValueError, match=r"vocab_size is 12; it must be in 1 … .*\(weight 11\)"):
+        ours(p, ids, logprobs, vocab_size=12)
+
+
 def test_squared_temperature() -> None:
     p = make_problem((4,))
     values = [ours(p, *teacher_list(p, 3), temperature=2.0, squared_temperature=flag).loss for flag in (False, True)]
