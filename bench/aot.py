@@ -20,22 +20,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fastkl.kernels import rows_triton, score_triton
+from fastkl.kernels import score_triton, triton_common
 
 
 class Chip(NamedTuple):
     target: GPUTarget
-    shared_memory: int  # bytes that one program may have
+    shared_memory: int  # bytes that one program may have; of sm_80 what its smaller relatives, sm_86 and sm_89, have
 
 
 CHIPS = {
-    "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), 99 * 1024),
     "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 * 1024),
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * 1024),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
-# What refuses tensors on a CPU.
-CHECKS = ((rows_triton, "_check_chunk"), (score_triton, "_check_head"))
+CHECKING = (triton_common, score_triton)  # where tensors on a CPU are refused
 # Tensor-core instructions by the text that gives them away in the assembly, the most telling one first.
 INSTRUCTIONS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma", "v_mfma": "mfma"}
 
@@ -43,7 +42,7 @@ INSTRUCTIONS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync"
 class Compiled(NamedTuple):
     """What one launch of a kernel was compiled to."""
 
-    name: str  # file and function: rows.token_nll
+    name: str  # family and function: rows.token_nll
     kernel: Any  # triton's CompiledKernel
 
 
@@ -83,8 +82,8 @@ def compiler() -> Iterator[Compile]:
     with ExitStack() as patches:
         patches.callback(lambda: [function.device_caches.clear() for function in launched])
         patches.enter_context(mock.patch.object(JITFunction, "run", warm_up))
-        for module, check in CHECKS:
-            patches.enter_context(mock.patch.object(module, check, return_value=None))
+        for module in CHECKING:
+            patches.enter_context(mock.patch.object(module, "check_device"))
         yield compile_launch
 
 
@@ -105,8 +104,8 @@ class _Driver:
 
 
 def _name(function: Any) -> str:
-    module = function.__module__.rpartition(".")[2].removesuffix("_triton")
-    return f"{module}.{function.__name__.removeprefix('_').removesuffix('_kernel')}"
+    family = function.__module__.rpartition(".")[2].partition("_")[0]
+    return f"{family}.{function.__name__.removeprefix('_').removesuffix('_kernel')}"
 
 
 def resources(kernel: Any) -> Resources:

@@ -39,6 +39,10 @@ class DivergenceVariant(NamedTuple):
     def representative(self) -> bool:
         return self in REPRESENTATIVE
 
+    @property
+    def programs(self) -> int:
+        return 1 if self.extras else 2
+
     def launch(self, n: int = 2, offset: int = 0) -> None:
         """On `n` rows, with results and tokens `offset` entries into their buffers."""
         chunk = torch.zeros(n, self.vocabulary, dtype=self.dtype)

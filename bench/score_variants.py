@@ -39,6 +39,10 @@ class ScoreVariant(NamedTuple):
     def representative(self) -> bool:
         return self in REPRESENTATIVE
 
+    @property
+    def programs(self) -> int:
+        return 1
+
     def launch(self, n: int = 2, offset: int = 0) -> None:
         """On `n` rows, with tokens and values `offset` entries into their buffers."""
         tokens = torch.zeros(n + offset, dtype=torch.int64)[offset:]
@@ -52,7 +56,7 @@ class ScoreVariant(NamedTuple):
     def _head(self, n: int, capped: bool) -> Head:
         hidden, weight = (torch.empty(rows, self.dim, dtype=self.dtype) for rows in (n, self.vocabulary))
         bias = torch.empty(self.vocabulary, dtype=self.dtype) if self.bias else None
-        return Head(hidden, weight, bias, HeadOptions(softcap=0.5 + n if capped else None))
+        return Head(hidden, weight, bias, HeadOptions(temperature=0.5 + n, softcap=0.5 + n if capped else None))
 
 
 # A common one of each function, and one of each that lacks what makes that one fast.

@@ -16,21 +16,21 @@ from fastkl.kernels.rows import EntropyGradient, RowFunction
 from fastkl.kernels.top_k import top_k
 
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
+_TORCH = {"rows": rows_torch, "tails": rows_torch, "divergence": divergence_torch}  # in Triton each has a module
 
 
 def row_function(spec: Spec, hidden: Tensor) -> RowFunction:
     """ "auto" is Triton on CUDA and HIP devices, PyTorch elsewhere and for float64. Nothing falls back in silence."""
-    rows, divergences = _modules(spec.backend, hidden)
     if spec.kind == "divergence":
-        return partial(divergences.divergence, spec.variant, spec.parameter)
+        return partial(_module("divergence", spec, hidden).divergence, spec.variant, spec.parameter)
     if spec.kind == "top_k":
-        return partial(top_k, spec.variant, rows)
-    return cast(RowFunction, getattr(rows, spec.kind))
+        return partial(top_k, spec.variant, _module("tails", spec, hidden))
+    return cast(RowFunction, getattr(_module("rows", spec, hidden), spec.kind))
 
 
 def entropy_gradient(spec: Spec, hidden: Tensor) -> EntropyGradient:
     """What goes with the row function of kind "token_nll_entropy"."""
-    return cast(EntropyGradient, _modules(spec.backend, hidden)[0].entropy_gradient)
+    return cast(EntropyGradient, _module("rows", spec, hidden).entropy_gradient)
 
 
 def scorer(spec: Spec, inputs: Inputs) -> Callable[[Tensor], None] | None:
@@ -52,10 +52,10 @@ def scorer(spec: Spec, inputs: Inputs) -> Callable[[Tensor], None] | None:
     return lambda out: score.reverse_kl(student, teacher, inputs.tokens, out)
 
 
-def _modules(backend: Backend, hidden: Tensor) -> tuple[ModuleType, ModuleType]:
-    if _is_triton(backend, hidden):
-        return _imported("rows_triton", backend), _imported("divergence_triton", backend)
-    return rows_torch, divergence_torch
+def _module(family: str, spec: Spec, hidden: Tensor) -> ModuleType:
+    if _is_triton(spec.backend, hidden):
+        return _imported(f"{family}_triton", spec.backend)
+    return _TORCH[family]
 
 
 def _is_triton(backend: Backend, hidden: Tensor) -> bool:

@@ -1,15 +1,18 @@
 """Divergences (`divergence.py`) in Triton, one program per row, for CUDA and HIP devices.
 
 A program walks its row once for the sums that normalise it, once more for those that need p and q themselves, where the
-kind has any, and once more, if a gradient is wanted, to write it, over the row or elsewhere. The first walk is that of
-`rows_triton.reverse_kl`, here for either side: with a = z − max z, l = Σ e^a, δ = a − a_t and c = log(l / l_t),
+kind has any, and once more, if a gradient is wanted, to write it, over the row or elsewhere. The first walk is as in
+`triton_common.py`, here for either side: with a = z − max z, l = Σ e^a, subscript t for the teacher, δ = a − a_t and
+c = log(l / l_t),
 
-    log p − log q = δ − c                    reverse_kl = Σ e^a δ / l − c
-    H(p) = log l − Σ e^a a / l               forward_kl = Σ e^a_t (−δ) / l_t + c
+    log p − log q = δ − c                    reverse_kl = Σ e^a δ / l − c            u = p (δ − Σ e^a δ / l)
+    H(p) = log l − Σ e^a a / l               forward_kl = Σ e^a_t (−δ) / l_t + c     u = p − q
 
-each sum being carried over when a maximum is raised. The second walk sums φ and p s of the table in `divergence.py`. With
-r = log(p/q) and t = e^−|r| ≤ 1, nothing there overflows or cancels: where w and w_t are the weights of p and q in m, λ is
-that of the larger one of p and q and μ that of the smaller one,
+Equal logits give δ = 0 and l = l_t exactly. δ moves by (m − m') − (m_t − m_t') when maxima are raised.
+
+The second walk sums φ and p s of the table in `divergence.py`. With r = log(p/q) and t = e^−|r| ≤ 1, nothing there
+overflows or cancels: where w and w_t are the weights of p and q in m, λ is that of the larger one of p and q and μ that
+of the smaller one,
 
     x = m / max(p, q) = λ + μ t = 1 + μ (t − 1)       log(p/m) = min(r, 0) − log x       log(q/m) = −max(r, 0) − log x
     d = (p − q) / m = sign(r) (1 − t) / x             1 − p/m = −w_t d                   1 − q/m = w d
@@ -17,9 +20,8 @@ that of the larger one of p and q and μ that of the smaller one,
 Equal logits have r = 0, t = 1 and x = 1 exactly, and hence a value and a gradient of exactly 0. The compiler is not to fuse
 multiplications with additions: p − q would be off by the rounding of one of them.
 
-Otherwise the rules are those of `rows_triton`: soft-caps are applied after each load, a token id outside the vocabulary
-makes its log-probs NaN, sums are taken per lane and then in a tree, and the same row gives the same bits, whatever rows
-surround it and whether extras are wanted or not.
+Otherwise the rules are those of `triton_common.py`; a token id outside the vocabulary makes the log-probs NaN and nothing
+else, and the bits are the same whether extras are wanted or not.
 """
 
 from __future__ import annotations
@@ -28,20 +30,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkl.kernels import rows_triton
 from fastkl.kernels.divergence import Divergence, Extras, Outputs, mixture, without_skew
 from fastkl.kernels.rows import Logits
-from fastkl.kernels.rows_triton import (
-    DTYPES,
-    GRADIENT_DTYPES,
-    _difference,
-    _finite_or_zero,
-    _launch_on,
-    _load_block,
-    _load_one,
-    _raise_max,
-    _store_gradient,
+from fastkl.kernels.triton_common import (
+    check_chunk,
+    finite_or_zero,
     launch_config,
+    launch_on,
+    load_block,
+    load_one,
+    raise_max,
+    store_gradient,
 )
 
 REGISTERS = 65536  # of a multiprocessor
@@ -57,17 +56,15 @@ def divergence(
     """
     assert logits.teacher is not None
     x, x_t = logits.student, logits.teacher
-    rows_triton._check_chunk(x, DTYPES)
-    rows_triton._check_chunk(x_t, DTYPES)
-    if gradient is not None:
-        rows_triton._check_chunk(gradient, GRADIENT_DTYPES)
+    check_chunk(x, gradient)
+    check_chunk(x_t)
     n, vocabulary = x.shape
     if n == 0:
         return
     block, num_warps = launch_config(chunks=2)
     value, token_nll, extras = Outputs.of(out)
     m = mixture(kind, parameter)
-    with _launch_on(x):
+    with launch_on(x):
         _divergence_kernel[(n,)](
             # data
             x,
@@ -111,7 +108,6 @@ def _register_limit(num_warps: int, programs: int) -> dict[str, int]:
     return {"maxnreg": REGISTERS // (programs * 32 * num_warps)}
 
 
-# Specialised are the width and the distance of rows alone, as in `rows_triton`.
 @triton.jit(
     do_not_specialize=["tokens_stride", "out_stride_row"],
     do_not_specialize_on_alignment=[
@@ -170,9 +166,9 @@ def _divergence_kernel(
     place = row * out_stride_row
     if tokens_ptr is not None:
         y = tl.load(tokens_ptr + row * tokens_stride)
-        target = _load_one(x_ptr, y, vocabulary, cap, CAPPED)
+        target = load_one(x_ptr, y, vocabulary, cap, CAPPED)
         if EXTRAS:
-            target_t = _load_one(x_t_ptr, y, vocabulary, cap_t, CAPPED_T)
+            target_t = load_one(x_t_ptr, y, vocabulary, cap_t, CAPPED_T)
 
     m = float("-inf")
     m_t = float("-inf")
@@ -188,11 +184,11 @@ def _divergence_kernel(
     lost_t_lanes = tl.full([BLOCK], float("-inf"), tl.float32)  # the largest z_t among those that the student cannot
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z = _load_block(x_ptr, columns, vocabulary, cap, CAPPED)
-        z_t = _load_block(x_t_ptr, columns, vocabulary, cap_t, CAPPED_T)
+        z = load_block(x_ptr, columns, vocabulary, cap, CAPPED)
+        z_t = load_block(x_t_ptr, columns, vocabulary, cap_t, CAPPED_T)
         m_before, m_t_before = m, m_t
-        m, base, step = _raise_max(m, z)
-        m_t, base_t, step_t = _raise_max(m_t, z_t)
+        m, base, step = raise_max(m, z)
+        m_t, base_t, step_t = raise_max(m_t, z_t)
         a = z - base
         a_t = z_t - base_t
         e = tl.exp(a)
@@ -214,8 +210,8 @@ def _divergence_kernel(
                 top_t = start + tl.argmax(z_t, 0)
         l_lanes = tl.fma(l_lanes, factor, e)
         l_t_lanes = tl.fma(l_t_lanes, factor_t, e_t)
-    base = _finite_or_zero(m)
-    base_t = _finite_or_zero(m_t)
+    base = finite_or_zero(m)
+    base_t = finite_or_zero(m_t)
     total = tl.sum(l_lanes, 0)
     total_t = tl.sum(l_t_lanes, 0)
     scale = tl.div_rn(1.0, total)
@@ -255,8 +251,8 @@ def _divergence_kernel(
         mean_lanes = tl.zeros([BLOCK], tl.float32)
         for done in range(0, vocabulary, BLOCK):  # from the end: what was read last is still in the L2 cache
             columns = last - done + tl.arange(0, BLOCK)
-            z = _load_block(x_ptr, columns, vocabulary, cap, CAPPED)
-            z_t = _load_block(x_t_ptr, columns, vocabulary, cap_t, CAPPED_T)
+            z = load_block(x_ptr, columns, vocabulary, cap, CAPPED)
+            z_t = load_block(x_t_ptr, columns, vocabulary, cap_t, CAPPED_T)
             p = tl.exp(z - base) * scale
             q = tl.exp(z_t - base_t) * scale_t
             r = _log_ratio(z - base, z_t - base_t, log_total_ratio)
@@ -270,8 +266,8 @@ def _divergence_kernel(
         for done in range(0, vocabulary, BLOCK):  # from where the walk before it ended
             start = done if TWO_WALKS else last - done
             columns = start + tl.arange(0, BLOCK)
-            z = _load_block(x_ptr, columns, vocabulary, cap, CAPPED)
-            z_t = _load_block(x_t_ptr, columns, vocabulary, cap_t, CAPPED_T)
+            z = load_block(x_ptr, columns, vocabulary, cap, CAPPED)
+            z_t = load_block(x_t_ptr, columns, vocabulary, cap_t, CAPPED_T)
             p = tl.exp(z - base) * scale
             q = tl.exp(z_t - base_t) * scale_t
             if KIND == "forward_kl":
@@ -282,13 +278,19 @@ def _divergence_kernel(
                 r = _log_ratio(z - base, z_t - base_t, log_total_ratio)
                 phi, s = _terms(p, q, r, weight, weight_t, KIND)
                 u = p * (s - mean)
-            _store_gradient(u_ptr, columns, vocabulary, u, z, cap, CAPPED)
+            store_gradient(u_ptr, columns, vocabulary, u, z, cap, CAPPED)
 
 
 @triton.jit
 def _carry(sum_lanes: tl.tensor, l_lanes: tl.tensor, shift: tl.tensor, factor: tl.tensor) -> tl.tensor:
     """Σ e^a f after the maximum was raised by −log(factor), which moved every f by `shift`."""
     return tl.where(factor > 0.0, (sum_lanes + l_lanes * shift) * factor, 0.0)
+
+
+@triton.jit
+def _difference(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """a − b; 0 for a token that the student cannot emit, and for one that the teacher cannot, counted as `lost`."""
+    return tl.where((a == float("-inf")) | (b == float("-inf")), 0.0, a - b)
 
 
 @triton.jit

@@ -1,17 +1,16 @@
 """The divergences in Triton against float64, as accurate as those in PyTorch, and with the same rules at the edges.
 
-They run on a GPU where there is one, and else in Triton's interpreter, which has to be chosen before Triton is imported:
-`TRITON_INTERPRET=1 pytest tests/test_divergence_triton.py`, as test_divergence_triton_interpreted.py does.
+They run on a GPU where there is one, and else in Triton's interpreter (test_interpreted.py).
 """
 
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from devices import triton_device
 from divergence_cases import (
     EXTREME,
     INF,
@@ -27,16 +26,14 @@ from divergence_cases import (
     run,
 )
 
+from fastkl import reference
 from fastkl.kernels import divergence_torch
 from fastkl.kernels.divergence import ROWS_WITH_EXTRAS, Extras
 from fastkl.kernels.divergence_triton import divergence
 from fastkl.kernels.rows import Logits
-from fastkl.kernels.rows_triton import launch_config
+from fastkl.kernels.triton_common import launch_config
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-if DEVICE == "cpu" and not INTERPRETED:
-    pytest.skip("no GPU; test_divergence_triton_interpreted.py runs these tests", allow_module_level=True)
+DEVICE = triton_device()
 
 # A chunk of bf16 is stored as such: rounded to 8 bits on a GPU, cut off after them by the interpreter.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -107,22 +104,36 @@ def test_soft_caps(kind: Kind, caps: str, dtype: str) -> None:
     assert_right(kind, rows, DTYPES[dtype], extras=kind == ONCE)
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_wide_soft_cap_costs_no_digits(kind: Kind) -> None:
+    """Where the cap is 1000 and logits are near 2, tanh(x) ≈ x must be right relative to x."""
+    rows = random_rows(1, WIDE)
+    assert_right(kind, rows._replace(x=rows.x / 1e3, x_t=rows.x_t / 1e3, caps=(1e3, 1e3)))
+
+
 @pytest.mark.parametrize("caps", [CAPS["student-capped"], CAPS["teacher-capped"]], ids=str)
 def test_each_side_has_its_own_cap(caps: tuple[float | None, float | None]) -> None:
     for kind in (ONCE, Kind("jsd", 0.5)):
         assert_right(kind, random_rows(1, NARROW)._replace(caps=caps), extras=True)
 
 
+@pytest.mark.parametrize("caps", [(None, None), (2.5, 3.5)], ids=["plain", "capped"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_equals_the_definition(kind: Kind) -> None:
-    """Straight against `fastkl.reference` and autograd, without the PyTorch row functions in between."""
-    rows = random_rows(1, WIDE)._replace(caps=(2.5, 3.5))
+def test_equals_the_definition(kind: Kind, caps: tuple[float | None, float | None]) -> None:
+    """Straight against `fastkl.reference` and autograd, without the PyTorch row functions in between.
+
+    Two tokens are forbidden on both sides, but for what a cap brings back.
+    """
+    rows = random_rows(1, WIDE)._replace(caps=caps, y=torch.tensor([5]))
+    for x in (rows.x, rows.x_t):
+        x[0, [3, WIDE - 1]] = -INF
     double = rows.to(torch.float64)
     x = double.x.requires_grad_()
-    value = kind.of(*double.logits())
+    z, z_t = double.logits()
+    value, nll = kind.of(z, z_t), -reference.logprobs(z.detach(), torch.tensor([5]))
     (gradient,) = torch.autograd.grad(value.sum(), x)
     ours = run_ours(kind, rows)
-    torch.testing.assert_close(ours.values[0].double(), value.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours.values.double(), torch.stack([value.detach(), nll]), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ours.gradient.double(), gradient, rtol=1e-5, atol=5e-7)
 
 
@@ -135,6 +146,15 @@ def test_edges(case: str) -> None:
         values, gradient = assert_right(kind, EDGES[case])
         assert values[0].isfinite().all()
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k.name != "forward_kl"], ids=str)
+def test_a_student_at_the_lowest_number(kind: Kind) -> None:
+    """In the second block, without being forbidden; the forward KL of that exceeds float32."""
+    ramp = torch.arange(WIDE)[None] % 64 / 8.0
+    values, gradient = assert_right(kind, Rows(ramp.where(torch.arange(WIDE) < BLOCK, LOWEST), ramp))
+    assert values.isfinite().all()
+    assert gradient.isfinite().all()
 
 
 @slow
@@ -169,7 +189,7 @@ def test_what_has_underflowed_leaves_no_trace(steps: tuple[float, float, float])
         torch.testing.assert_close(ours.gradient, peer.gradient, rtol=1e-5, atol=1e-7)
 
 
-EQUALS = [(2.0, "fp32", False), (1e4, "bf16", False), (2.0, "bf16", True)]
+EQUALS = [(2.0, "fp32", False), (1e4, "fp32", True), (1e4, "bf16", False), (2.0, "bf16", True)]
 
 
 @pytest.mark.parametrize(("spread", "dtype", "capped"), EQUALS)
@@ -209,13 +229,13 @@ def test_a_token_that_one_side_forbids(column: int) -> None:
 
 
 @pytest.mark.parametrize("poison", ["nan", "inf", "all -inf"])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_what_is_undefined_is_nan(kind: Kind, poison: str) -> None:
-    """On either side, and in its row alone."""
+@pytest.mark.parametrize(("kind", "width"), [*[(k, NARROW) for k in KINDS], (ONCE, WIDE)], ids=str)
+def test_what_is_undefined_is_nan(kind: Kind, width: int, poison: str) -> None:
+    """On either side, in the first block or in the last, and in its row alone."""
     for side in (0, 1):
-        rows = random_rows(2, NARROW)
+        rows = random_rows(2, width)
         row = (rows.x, rows.x_t)[side][1]
-        row.fill_(-INF) if poison == "all -inf" else row.index_fill_(0, torch.tensor(7), float(poison))
+        row.fill_(-INF) if poison == "all -inf" else row.index_fill_(0, torch.tensor(width - 2), float(poison))
         ours = run_ours(kind, rows, extras=True)
         (value, _, _), extras = ours.outputs()
         own = extras.teacher_entropy if side else extras.entropy
@@ -231,6 +251,7 @@ def test_a_token_outside_the_vocabulary_is_nan(y: int) -> None:
     (value, token_nll, _), extras = ours.outputs()
     assert token_nll.isnan().tolist() == extras.teacher_nll.isnan().tolist() == [False, True]
     assert value.isfinite().all()
+    assert ours.gradient.isfinite().all()
 
 
 def test_agreement_is_of_the_first_maximum() -> None:
@@ -264,7 +285,7 @@ def test_without_gradient_the_chunk_stays(kind: Kind) -> None:
     assert torch.equal(values, run_ours(kind, rows).values)
 
 
-@pytest.mark.parametrize("apart", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("apart", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_gradient_apart(kind: Kind, apart: torch.dtype) -> None:
     """What is written elsewhere, in the dtype of the next GEMM, is what would have been written in place, rounded."""
@@ -295,7 +316,9 @@ def test_no_tokens() -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_same_bits_whatever_the_rows_around(kind: Kind) -> None:
     rows = random_rows(2, WIDE)
-    whole, alone = run_ours(kind, rows), run_ours(kind, rows.take(slice(1, 2)))
+    whole, again, alone = (run_ours(kind, r) for r in (rows, rows, rows.take(slice(1, 2))))
+    assert torch.equal(again.values, whole.values)
+    assert torch.equal(again.gradient, whole.gradient)
     assert torch.equal(alone.values[:, 0], whole.values[:, 1])
     assert torch.equal(alone.gradient[0], whole.gradient[1])
 

@@ -1,141 +1,184 @@
-"""The Triton kernels compiled for GPUs that are not there: every variant that the launcher can ask for must fit its chip.
+"""The Triton kernels compiled for GPUs that are not there: every variant that the launchers can ask for must fit its chip.
 
 `-s` shows the registers, and `python -m bench kernels` all of it as a table.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import REPOSITORY
 
-from bench import kernels
-from bench.__main__ import main
-from bench.aot import CHIPS, Compile, compiler, resources
-from bench.variants import RowVariant, row_variants
-from fastkl.kernels.rows_triton import launch_config
+from bench import divergence_variants as divergences
+from bench import row_variants as rows
+from bench import score_variants as scores
+from bench.aot import CHIPS, compiler, resources
+from bench.divergence_variants import DivergenceVariant, divergence_variants
+from bench.row_variants import RowVariant, row_variants
+from bench.score_variants import ScoreVariant, score_variants
+from bench.variants import VARIANTS, Variant
+from fastkl.kernels.divergence import Divergence
+from fastkl.kernels.triton_common import launch_config
 
-Launch = Callable[..., Any]
+Launch = Callable[..., list[Any]]
+FP32, BF16 = torch.float32, torch.bfloat16
+REGISTERS = 65536  # of a multiprocessor
+SAMPLE = 13  # of the divergences one variant in so many, others on each chip: minutes, not hours
+chips = pytest.mark.parametrize("chip", CHIPS)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compiled kernels, shared by the tests."""
+    return tmp_path_factory.mktemp("triton")
 
 
 @pytest.fixture
-def compile_launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Compile]:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def launch(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Launch]:
+    """(chip, variant) -> the compiled kernels that the launcher would run: one; of scoring the product, then the merge."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     with compiler() as compile_launch:
-        yield compile_launch
+
+        def run(chip: str, variant: Variant, n: int = 2, offset: int = 0) -> list[Any]:
+            compiled = compile_launch(chip, lambda: variant.launch(n, offset))
+            assert compiled[0].name == variant.kernel
+            return [kernel for _, kernel in compiled]
+
+        yield run
 
 
-@pytest.fixture
-def launch(compile_launch: Compile) -> Launch:
-    """(chip, variant) -> the compiled kernel that the launcher would run."""
-
-    def run(chip: str, variant: RowVariant, n: int = 2, offset: int = 0) -> Any:
-        (compiled,) = compile_launch(chip, lambda: variant.launch(n, offset))
-        assert compiled.name == variant.kernel
-        return compiled.kernel
-
-    return run
-
-
-def assert_fits(kernel: Any, chip: str) -> str:
-    """No spills, no stack, shared memory within the chip's, room for two programs; returns a line about registers."""
-    used = resources(kernel)
-    assert used.spill_bytes == 0
-    assert used.shared_bytes <= CHIPS[chip].shared_memory
-    if CHIPS[chip].target.backend == "cuda":
-        threads = 32 * kernel.metadata.num_warps
-        assert 2 * used.registers * threads <= 65536, f"two programs must fit a multiprocessor: {used}"
-    return f"{used.registers} registers"
+def assert_fits(kernels: list[Any], chip: str, variant: Variant) -> None:
+    """No spills, no stack, shared memory within the chip's, room for as many programs as the variant is to have."""
+    for kernel in kernels:
+        used = resources(kernel)
+        print(f"\n{chip} {variant.kernel} {variant.config}: {used.registers} registers", end="")
+        assert used.spill_bytes == 0
+        assert used.shared_bytes <= CHIPS[chip].shared_memory
+        if CHIPS[chip].target.backend == "cuda":
+            threads = 32 * kernel.metadata.num_warps
+            assert variant.programs * used.registers * threads <= REGISTERS, used
+    if isinstance(variant, ScoreVariant):
+        assert_multiplies(kernels[0], chip, variant)
 
 
-@pytest.mark.parametrize(
-    "variant", [v for v in row_variants() if v.representative], ids=lambda v: f"{v.name}-{v.config}"
-)
-@pytest.mark.parametrize("chip", CHIPS)
-def test_variant_fits(launch: Launch, chip: str, variant: RowVariant) -> None:
-    print(f"\n{chip} {variant.kernel} {variant.config}: {assert_fits(launch(chip, variant), chip)}")
+def assert_multiplies(kernel: Any, chip: str, variant: ScoreVariant) -> None:
+    """By the chip's matrix instructions; float32 as such, which on NVIDIA's chips is without tensor cores."""
+    code = kernel.asm["amdgcn" if chip == "gfx942" else "ptx"]
+    families = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+    exact = variant.dtype == FP32 and chip != "gfx942"
+    assert resources(kernel).tensor_core == (None if exact else families[chip])
+    assert ("fma.rn.f32" if exact else {"gfx942": "v_mfma_f32"}.get(chip, "")) in code
+    assert "tf32" not in code
+    assert "xf32" not in code
+
+
+@chips
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.representative], ids=lambda v: f"{v.kernel}-{v.config}")
+def test_variant_fits(launch: Launch, chip: str, variant: Variant) -> None:
+    assert_fits(launch(chip, variant), chip, variant)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", CHIPS)
+@chips
 def test_every_variant_fits(launch: Launch, chip: str) -> None:
-    for variant in row_variants():
-        print(f"\n{chip} {variant.kernel} {variant.config}: {assert_fits(launch(chip, variant), chip)}")
+    for variant in (*row_variants(), *score_variants()):
+        assert_fits(launch(chip, variant), chip, variant)
 
 
-@pytest.mark.parametrize("name", ["token_nll", "reverse_kl"])
-def test_rows_move_in_vectors(launch: Launch, name: str) -> None:
-    """16 bytes per thread and access wherever the width allows."""
-    variant = RowVariant(name, torch.float32, torch.float32, False, False, True, 151936)
-    ptx = launch("sm_90", variant).asm["ptx"]
-    chunks = 1 if name == "token_nll" else 2
+@pytest.mark.slow
+@chips
+def test_many_divergences_fit(launch: Launch, chip: str) -> None:
+    for variant in list(divergence_variants())[list(CHIPS).index(chip) :: SAMPLE]:
+        assert_fits(launch(chip, variant), chip, variant)
+
+
+def test_representatives_are_variants() -> None:
+    for family in (rows, divergences, scores):
+        assert set(family.REPRESENTATIVE) <= set(VARIANTS)
+    assert {v.kernel for v in VARIANTS if v.representative} == {v.kernel for v in VARIANTS}
+
+
+def row_variant(kernel: str, gradient: bool) -> RowVariant:
+    return RowVariant(kernel, FP32, FP32 if gradient else None, False, 151936)
+
+
+def divergence_variant(kind: Divergence) -> DivergenceVariant:
+    return DivergenceVariant(kind, FP32, FP32, False, False, True, False, 151936)
+
+
+# Walks over the chunks, of which there are one or two; whether a gradient is written.
+WALKS: list[tuple[Variant, int, int, bool]] = [
+    (row_variant("rows.token_nll", gradient=True), 2, 1, True),
+    (row_variant("rows.token_nll_entropy", gradient=False), 1, 1, False),
+    (row_variant("rows.entropy_gradient", gradient=True), 1, 1, True),
+    (row_variant("tails.tail_sums", gradient=False), 1, 1, False),
+    (row_variant("tails.tail_gradient", gradient=True), 1, 1, True),
+    (divergence_variant("forward_kl"), 2, 2, True),
+    (divergence_variant("total_variation"), 3, 2, True),
+]
+
+
+@pytest.mark.parametrize(("variant", "walks", "chunks", "writes"), WALKS, ids=lambda v: getattr(v, "kernel", None))
+def test_rows_move_in_vectors(launch: Launch, variant: Variant, walks: int, chunks: int, writes: bool) -> None:
+    """16 bytes per thread and access wherever the width allows; a walk reads each chunk once, the last one writes."""
+    ptx = launch("sm_90", variant)[0].asm["ptx"]
     config = launch_config(chunks)
-    vectors = config.block // (32 * config.num_warps) // 4  # per chunk and pass
-    assert len(re.findall(r"ld\.global[.\w:]*\.v4", ptx)) == 2 * vectors * chunks
-    assert len(re.findall(r"st\.global[.\w:]*\.v4", ptx)) == vectors
+    vectors = config.block // (32 * config.num_warps) // 4  # per chunk and walk
+    assert len(re.findall(r"ld\.global[.\w:]*\.v4", ptx)) == walks * vectors * chunks
+    assert len(re.findall(r"st\.global[.\w:]*\.v4", ptx)) == vectors * writes
+
+
+ANOTHER_CALL = [(1, 0), (16, 0), (17, 1), (3, 5), (32, 16)]  # rows, and where results and tokens stand in their buffers
+ROWS = [
+    RowVariant("rows.token_nll", FP32, None, True, 32000),
+    RowVariant("rows.token_nll_entropy", FP32, None, True, 32000),
+    RowVariant("rows.entropy_gradient", FP32, FP32, True, 32000),
+    RowVariant("tails.tail_sums", FP32, None, True, 32000),
+    RowVariant("tails.tail_gradient", FP32, FP32, True, 32000),
+    DivergenceVariant("jsd", FP32, None, True, False, True, True, 32000),
+]
+
+
+@pytest.mark.parametrize("variant", ROWS, ids=lambda v: v.kernel)
+def test_nothing_is_compiled_again_for_another_chunk(launch: Launch, variant: RowVariant | DivergenceVariant) -> None:
+    """Another number of rows, another place of the chunk in its call, another cap or parameter: the same kernel."""
+    first = launch("sm_90", variant)
+    for n, offset in ANOTHER_CALL:
+        assert launch("sm_90", variant, n, offset) == first
+    assert launch("sm_90", variant._replace(vocabulary=50256)) == first
+    assert launch("sm_90", variant._replace(vocabulary=50257)) != first
 
 
 @pytest.mark.parametrize("name", ["token_nll", "reverse_kl"])
-def test_nothing_is_compiled_again_for_another_chunk(launch: Launch, name: str) -> None:
-    """Another number of rows, another place of the chunk in its call, another cap: the same kernel."""
-    variant = RowVariant(name, torch.float32, None, True, False, True, 32000)
-    first = launch("sm_90", variant)
-    for n, offset in ((1, 0), (16, 0), (17, 1), (3, 5), (32, 16)):
-        assert launch("sm_90", variant, n, offset) is first
-    assert launch("sm_90", variant._replace(vocabulary=50256)) is first
-    assert launch("sm_90", variant._replace(vocabulary=50257)) is not first
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
+def test_nothing_is_compiled_again_for_another_batch(launch: Launch, chip: str, name: str) -> None:
+    """Another number of rows, another place of the tokens and values in theirs, another temperature: the same kernels."""
+    first = launch(chip, ScoreVariant(name))
+    for n, offset in (*ANOTHER_CALL, (4096, 16)):
+        assert launch(chip, ScoreVariant(name), n, offset) == first
 
 
-def test_bench_lists_what_the_compiler_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "kernels.json"
-    main(["kernels", "--target", "sm_90,gfx942", "--kernel", "rows.token_nll", "--json", str(file)])
-    rows = json.loads(file.read_text())["rows"]
-    table = capsys.readouterr().out
-    assert {(row["kernel"], row["target"]) for row in rows} == {
-        ("rows.token_nll", "sm_90"),
-        ("rows.token_nll", "gfx942"),
-    }
-    for row in rows:
-        assert list(row) == [
-            *("kernel", "config", "target", "registers"),
-            *("spill_bytes", "shared_bytes", "tensor_core", "code_bytes"),
-        ]
-        assert row["registers"] > 0
-        assert row["spill_bytes"] == 0
-        assert row["tensor_core"] is None
-        assert 500 < row["code_bytes"] < 100_000
-        assert row["config"] in table
+def test_equals_cannot_differ_by_a_fused_multiplication(launch: Launch) -> None:
+    """p − q with the product of either one fused into it would not be 0 where p = q."""
+    (kernel,) = launch("sm_90", divergence_variant("forward_kl"))
+    assert not kernel.metadata.enable_fp_fusion
+    gradient = kernel.asm["ptx"].rpartition("ld.global")[2]  # what comes after the last load
+    assert "fma" not in gradient
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--target", "sm_75"], "--target: unknown target 'sm_75'; use some of sm_80, sm_90, sm_100, gfx942"),
-        (["--kernel", "rows.softmax"], "--kernel: unknown kernel 'rows.softmax'; use some of "),
-        (["--kernel", ","], "--kernel: names nothing"),
-    ],
-)
-def test_bad_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["kernels", *arguments])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+def test_operands_travel_by_descriptor(launch: Launch) -> None:
+    for dim, by_descriptor in ((512, True), (520, True), (513, False)):
+        ptx = launch("sm_90", ScoreVariant("token_nll", dim=dim))[0].asm["ptx"]
+        assert ("cp.async.bulk.tensor" in ptx) == by_descriptor
+    assert "cp.async.cg" in launch("sm_80", ScoreVariant("token_nll"))[0].asm["ptx"]
 
 
-def test_targets_are_the_chips() -> None:
-    assert set(kernels.TARGETS) == set(CHIPS)
-
-
-def test_without_triton_the_bench_says_so() -> None:
-    code = "import sys; sys.modules['triton'] = None; from bench.__main__ import main; main(['kernels'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
-    assert done.returncode == 2
-    assert "compiling kernels needs triton >= 3.6" in done.stderr
+def test_tiles_share_one_pipeline(launch: Launch) -> None:
+    """The loop over tiles is flattened: the steps of D that fill the pipeline are issued once, before the loop."""
+    ptx = launch("sm_90", ScoreVariant("token_nll"))[0].asm["ptx"]
+    assert ptx.count("wgmma.mma_async") == 4  # a step of 64 in products of 16
+    assert ptx.count("cp.async.bulk.tensor") == 2 * 4  # two operands; 3 steps ahead, and the loop's own

@@ -1,17 +1,16 @@
 """The Triton scoring kernels against float64, at least as accurate as eager PyTorch, and the same bits in any company.
 
-They run on a GPU where there is one, and else in Triton's interpreter, which has to be chosen before Triton is imported:
-`TRITON_INTERPRET=1 pytest tests/test_score_triton.py`, as test_score_triton_interpreted.py does.
+They run on a GPU where there is one, and else in Triton's interpreter (test_interpreted.py).
 """
 
 from __future__ import annotations
 
 import math
-import os
 from typing import NamedTuple
 
 import pytest
 import torch
+from devices import INTERPRETED, triton_device
 from loss_cases import assert_as_accurate, generator, largest
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -21,10 +20,7 @@ from fastkl.kernels import score_triton
 from fastkl.kernels.problem import HeadOptions
 from fastkl.kernels.score_triton import Head
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-if DEVICE == "cpu" and not INTERPRETED:
-    pytest.skip("no GPU; test_score_triton_interpreted.py runs these tests", allow_module_level=True)
+DEVICE = triton_device()
 
 # The interpreter multiplies bf16 wrongly.
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}

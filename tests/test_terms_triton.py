@@ -1,28 +1,25 @@
 """The Triton kernels of the entropy term and of top-k tails: as accurate against float64 as those in PyTorch.
 
-On a GPU, or in the interpreter as test_rows_triton.py is.
+They run on a GPU where there is one, and else in Triton's interpreter (test_interpreted.py).
 """
 
 from __future__ import annotations
 
 import math
-import os
 from types import ModuleType
 
 import pytest
 import torch
+from devices import triton_device
 from loss_cases import assert_as_accurate, generator, largest
 from torch import Tensor
 
-from fastkl.kernels import rows_torch, rows_triton
+from fastkl.kernels import rows_torch, rows_triton, tails_triton
 from fastkl.kernels.rows import Logits
-from fastkl.kernels.rows_triton import launch_config
 from fastkl.kernels.top_k import DIRECTIONS, TAILS, top_k
+from fastkl.kernels.triton_common import launch_config
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-if DEVICE == "cpu" and not INTERPRETED:
-    pytest.skip("no GPU; test_interpreted.py runs these tests", allow_module_level=True)
+DEVICE = triton_device()
 
 BLOCK = launch_config(1).block
 WIDTHS = [5, 1009, BLOCK, BLOCK + 1, 2 * BLOCK + 17]
@@ -94,7 +91,7 @@ def test_top_k(variant: str, vocabulary: int, cap: float | None) -> None:
     teacher = x + torch.randn(x.shape, generator=generator(1))
     q, ids = torch.log_softmax(teacher, -1).topk(3)
     ids[2, 2] = -1
-    ours = tails(rows_triton, variant, *(t.to(DEVICE) for t in (x, y, ids, q)), cap)
+    ours = tails(tails_triton, variant, *(t.to(DEVICE) for t in (x, y, ids, q)), cap)
     found = [ours, *(tails(rows_torch, variant, z, y, ids, q, cap) for z in (x, x.double()))]
     assert_accurate(variant, found)
 
@@ -105,7 +102,7 @@ def test_a_list_of_everything_leaves_no_tail(cap: float | None) -> None:
     ids = torch.arange(7).expand(2, 7).contiguous()
     q = torch.log_softmax(torch.randn(2, 7, generator=generator(1)).double(), -1)
     y = torch.tensor([0, 6])
-    ours = tails(rows_triton, "forward-bucket", *(t.to(DEVICE) for t in (x, y, ids, q)), cap)
+    ours = tails(tails_triton, "forward-bucket", *(t.to(DEVICE) for t in (x, y, ids, q)), cap)
     assert_accurate("all", [ours, *(tails(rows_torch, "forward-bucket", z, y, ids, q, cap) for z in (x, x.double()))])
 
 
@@ -123,5 +120,5 @@ def test_no_rows() -> None:
     values, gradient = entropy(rows_triton, x, y, None, None)
     assert (values.numel(), gradient.numel()) == (0, 0)
     ids = torch.empty(0, 2, dtype=torch.int64, device=DEVICE)
-    values, gradient = tails(rows_triton, "reverse-bucket", x, y, ids, ids.float(), None)
+    values, gradient = tails(tails_triton, "reverse-bucket", x, y, ids, ids.float(), None)
     assert (values.numel(), gradient.numel()) == (0, 0)
