@@ -138,7 +138,9 @@ def sampling(backward: Backward, grad_error: float | None, epsilon: float | None
                 raise ValueError(f'{name} is {value!r} but backward is "exact"; it belongs to backward="sampled"')
         return None
     if grad_error is not None and epsilon is not None:
-        raise ValueError("grad_error and epsilon are both given; epsilon is the threshold that is solved from grad_error")
+        raise ValueError(
+            "grad_error and epsilon are both given; epsilon is the threshold that is solved from grad_error"
+        )
     for name, number in (("grad_error", grad_error), ("epsilon", epsilon)):
         if number is not None and not 0 < number < float("inf"):
             raise ValueError(f'{name} is {number!r}; it must be > 0 (backward="exact" has no error)')

@@ -31,23 +31,23 @@ loss stands once more as plain PyTorch.
 
 Sampled backward
 ----------------
-backward="sampled" makes the gradients of hidden and weight from a random subset of the vocabulary for each block of rows (256
-on a CPU, 1024 elsewhere): unbiased for every loss, and on the peaked rows of a trained model for little more than the price of
-the forward pass. Values are exact, and so is the bias's gradient where the loss is reduced; where it is not (linear_logprobs,
-reduction="none") and the head is trainable it is sampled too. docs/sampled-backward.md: the estimator, measurements, and
-when not to use it.
+backward="sampled" makes the gradients of hidden and weight from a random subset of the vocabulary for each block of rows
+(128 on a CPU, 1024 elsewhere): unbiased for every loss, and on the peaked rows of a trained model for little more than the
+price of the forward pass. Values are exact. So is the bias's gradient where the loss is reduced; where it is not
+(linear_logprobs, reduction="none") and weight or bias is trainable, it is sampled too. docs/sampled-backward.md has the
+estimator, measurements, and when not to use it.
 
-    grad_error   > 0, the expected relative error of the gradient by the logits, in each block; 0.002 by default, what rounding
-                 it to bfloat16 costs. The errors of hidden's and weight's gradients are about as large.
-    epsilon      > 0, in place of it: ids for which the root of the sum over a block's rows of squared gradients by their logit
-                 is at least this are always used, the others the more rarely the smaller it is. In the units of the loss
-                 before any mean is taken.
-    seed         int ≥ 0, required: same seed, same bits; another one in each call. The sample depends on chunk_size, but is the
-                 same for all multiples of a block. By default a chunk has one block at least.
+    grad_error   > 0, the expected relative error of the gradient by the logits, in each block of rows; by default 0.002,
+                 what rounding it to bfloat16 costs. The errors of the gradients of hidden and weight are about as large.
+    epsilon      > 0, in its place: an id is used for certain if the root of the sum over a block's rows of its squared
+                 gradients by the logits is at least this, and the more rarely the smaller that is. In the units of the
+                 loss before any mean is taken.
+    seed         int ≥ 0, required: same seed, same bits; take another one in each call. The sample depends on chunk_size,
+                 but not among multiples of a block's rows. By default a chunk has at least one block.
 
-A block of which half the ids or more would be used is computed exactly, as flat rows are. Metrics: kept_fraction, how much of
-the tokens × vocabulary was used, and grad_error, the expected error (of rows computed exactly: 0). Under torch.compile a loss
-that is not reduced, with a trainable head, is sampled in the backward pass and has neither.
+A block of rows of which half the ids or more would be used is computed exactly: flat rows are. Metrics: kept_fraction, how
+much of tokens × vocabulary was used, and grad_error, the expected error (0 for what was computed exactly). Under
+torch.compile, a loss that is not reduced and has a trainable head is sampled in the backward pass, and has neither.
 
 Divergences
 -----------

@@ -7,10 +7,12 @@
 | `row_losses`, weight or bias too        | values                   | logits again, then both gradients | 4     |
 | `summed_loss` (upstream known inside)   | values and all gradients | upstream · gradients              | 2, 3  |
 
-(GEMMs of one head; a teacher adds its own forward GEMM. From a sample of k of the columns, `spec.sampling`, a gradient's GEMM
-costs k. `row_losses` then samples in the forward pass, with a weight too, and keeps the sample for the backward pass in
-place of logits again; only rows of which it would keep too much, and all of them in a graph of torch.compile, where its size
-must be known, are computed again.)
+(GEMMs of one head; a teacher adds its own forward GEMM.)
+
+From a sample of a fraction k of the columns, `spec.sampling`, the GEMM of a gradient costs k. `row_losses` then samples in
+the forward pass for a weight too, and keeps the sample, so that the backward pass needs no logits. What is computed again:
+blocks of rows without a sparse sample or without room for it, and all of them in a graph of torch.compile, where the size
+of what is kept would have to be known.
 """
 
 from __future__ import annotations
@@ -199,9 +201,9 @@ class _SummedLoss(torch.autograd.Function):
         _save(ctx, inputs, *objective[:3], active if graded is None else graded)
         values, losses, ctx.gradients = evaluate_with_gradients(spec, inputs, objective, ctx.needs, active, graded)
         sample, ctx.gradients = ctx.gradients.sample, ctx.gradients._replace(sample=None)
-        found = (values,) if sample is None else (values, sample)
-        ctx.mark_non_differentiable(*found)
-        return losses.sum(), *found
+        found = (losses.sum(), values) if sample is None else (losses.sum(), values, sample)
+        ctx.mark_non_differentiable(*found[1:])
+        return found
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

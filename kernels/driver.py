@@ -33,16 +33,16 @@ WORKSPACE_BYTES = {"cpu": 128 * 2**20, "accelerator": 2**30}
 def chunk_rows(spec: Spec, inputs: Inputs, gradient: bool) -> int:
     """Rows per chunk: `spec.chunk_size`, or what the workspace budget holds, spread evenly over the chunks.
 
-    Whole blocks and at least one, if columns are to be sampled.
+    If columns are to be sampled it is whole blocks, and by default at least one.
     """
     n = inputs.hidden.shape[0]
+    block = block_rows(inputs.hidden.device) if gradient and spec.sampling is not None else 1
     limit = spec.chunk_size
     if limit is None:
         budget = WORKSPACE_BYTES["cpu" if inputs.hidden.is_cpu else "accelerator"]
-        limit = max(1, budget // workspace_bytes_per_row(spec, inputs, gradient))
-        if gradient and spec.sampling is not None:
-            block = block_rows(inputs.hidden.device)
-            return max(1, min(n, max(1, limit // block) * block))
+        limit = max(block, budget // workspace_bytes_per_row(spec, inputs, gradient))
+    if 1 < block <= limit:
+        return max(1, min(n, limit // block * block))
     chunks = max(1, -(-n // limit))
     return max(1, -(-n // chunks))
 
@@ -79,14 +79,16 @@ def evaluate_with_gradients(
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Values [K, N], losses [N], and the gradients of their sum: one GEMM per head and one per gradient wanted.
 
-    The weight's gradient is added to `weight_grad` [V, D], in the compute dtype, where one is given. `estimates` is given what
-    `weight_gradients` makes the gradients of weight and bias from later, without a logit.
+    The weight's gradient is added to `weight_grad` [V, D], in the compute dtype, where one is given. Into `estimates`
+    goes what `weight_gradients` makes the gradients of weight and bias from later, without any logits.
     """
     hidden, weight = inputs.hidden, inputs.weight
     values = _new_values(spec, inputs)
     losses = values.new_zeros(values.shape[1])
     grad_hidden = torch.empty_like(hidden) if needs.hidden else None
-    grad_weight = weight_grad if weight_grad is not None else _new_weight_gradient(spec, inputs) if needs.weight else None
+    grad_weight = (
+        weight_grad if weight_grad is not None else _new_weight_gradient(spec, inputs) if needs.weight else None
+    )
     grad_bias = values.new_zeros(weight.shape[0]) if needs.bias else None
     sums = Gradients(grad_hidden, grad_weight, grad_bias)
     sampler = None if spec.sampling is None else Sampler(spec.sampling, weight, spec.student.cap is not None)
@@ -164,8 +166,10 @@ def weight_gradients(
     estimates: Estimates,
     weight_grad: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of weight and bias by the losses of `estimates`, times `upstream` [N]: one product with the kept columns."""
-    grad_weight = weight_grad if weight_grad is not None else _new_weight_gradient(spec, inputs) if needs.weight else None
+    """Gradients of weight and bias by the losses of `estimates`, times `upstream` [N]; logits again for rows without one."""
+    grad_weight = (
+        weight_grad if weight_grad is not None else _new_weight_gradient(spec, inputs) if needs.weight else None
+    )
     grad_bias = upstream.new_zeros(inputs.weight.shape[0]) if needs.bias else None
     with _full_precision(inputs):
         for rows, ids, gradient, slope in estimates.kept:
@@ -194,7 +198,7 @@ def _new_values(spec: Spec, inputs: Inputs) -> Tensor:
 
 
 def _new_weight_gradient(spec: Spec, inputs: Inputs) -> Tensor:
-    """Room for the weight's gradient, which the first chunk overwrites; zeros if there is none, or not all of it is written."""
+    """Room for the weight's gradient, which the first chunk overwrites; zeros if not all of it is written."""
     new = torch.empty_like if inputs.hidden.shape[0] > 0 and spec.sampling is None else torch.zeros_like
     return new(inputs.weight, dtype=compute_dtype(inputs.weight.dtype), memory_format=torch.contiguous_format)
 

@@ -1,13 +1,13 @@
 """The sampled backward: unbiased gradients from a random subset of the vocabulary's columns.
 
-The products of a chunk are u W and uᵀ h, u [n, V] the gradient of its scores, and nearly all columns of u are tail. For each
-block of rows, with slopes a_i that multiply row i of u,
+The products of a chunk are u W and uᵀ h, u [n, V] the gradient of its scores, and nearly all columns of u are tail. For
+each block of rows, with a_i the slope that multiplies row i of u,
 
     w_v = sqrt(Σ_i a_i² u_iv²)        π_v = min(1, w_v / τ), 1 for the tokens that the loss names
     keep v with probability π_v       û_iv = u_iv / π_v if v is kept, else 0
 
-so that E û = u (Horvitz and Thompson 1952), and with it every gradient, for any u and any τ: the loss plays no part. Columns
-are kept independently of each other, hence
+so that E û = u (Horvitz and Thompson 1952), and with it every gradient, for any u and any τ: the loss plays no part.
+Columns are kept independently of each other, hence
 
     E Σ_i a_i² ‖û_i − u_i‖² = Σ_v w_v² (1/π_v − 1) = Σ_{w_v < τ} w_v (τ − w_v)
 
@@ -30,12 +30,14 @@ Backward = Literal["exact", "sampled"]
 BACKWARDS: tuple[str, ...] = get_args(Backward)
 
 # A sample belongs to a block of rows. Small blocks keep fewer columns, large ones multiply and select them at less cost.
-BLOCK_ROWS = {"cpu": 256, "accelerator": 1024}
+BLOCK_ROWS = {"cpu": 128, "accelerator": 1024}
 BREAK_EVEN = 0.5  # of the columns: from here on the product of all of them is no slower than that of those kept
-SCRATCH_BYTES = 32 * 2**20
-SOLVED_COLUMNS = 2**14  # at least; τ is solved from every so manieth column
+SCRATCH_BYTES = {"cpu": 2**21, "accelerator": 2**28}  # of squares; on a CPU they are to stay in its cache
+SOLVED_COLUMNS = 2**14  # at least; τ is solved from every so many-th column
 CENTRE_ROWS = 2**12  # at least
-LEAST_SLOPE = 1e-3  # of the block's root mean square: bounds û in rows that hardly count, which share the others' columns
+LEAST_SLOPE = (
+    1e-3  # of the block's root mean square: bounds û in rows that hardly count, which share the others' columns
+)
 
 
 class Sampling(NamedTuple):
@@ -65,7 +67,7 @@ class Estimate(NamedTuple):
 class Estimates:
     """Estimates that wait for the upstream gradient, as many as there is room for; the other rows are computed again.
 
-    They take up to the size of the weight: blocks without a sparse estimate are never kept.
+    They take up to the size of the weight. A block that was computed exactly has none.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -82,7 +84,11 @@ class Estimates:
 
 
 def block_rows(device: torch.device) -> int:
-    return BLOCK_ROWS["cpu" if device.type == "cpu" else "accelerator"]
+    return BLOCK_ROWS[_kind(device)]
+
+
+def _kind(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else "accelerator"
 
 
 def blocks(n: int, device: torch.device) -> Iterator[slice]:
@@ -99,7 +105,7 @@ class Sampler:
         self.dtype = compute_dtype(weight.dtype)
         self.generator = torch.Generator(weight.device).manual_seed(sampling.seed)
         self.centre = weight[:: max(1, weight.shape[0] // CENTRE_ROWS)].mean(0, dtype=self.dtype)
-        rows = max(1, SCRATCH_BYTES // (weight.shape[0] * self.dtype.itemsize))
+        rows = max(1, SCRATCH_BYTES[_kind(weight.device)] // (weight.shape[0] * self.dtype.itemsize))
         self.scratch_rows = min(rows, block_rows(weight.device))
         self.scratch: Tensor | None = None
         self.kept = self.seen = 0  # entries of u
