@@ -168,14 +168,14 @@ class _RowLosses(torch.autograd.Function):
         inputs, (weights, advantages, sampler_logprobs, graded, unit) = _saved(ctx)
         objective = Objective(weights, advantages, sampler_logprobs, ctx.surrogate, ctx.entropy_coef)
         if ctx.estimates is not None:
-            how = ctx.needs, graded, ctx.estimates, ctx.weight_grad
-            gradients = weight_gradients(ctx.spec, inputs, objective, upstream, *how)
+            gradients = weight_gradients(
+                ctx.spec, inputs, objective, upstream, ctx.needs, graded, ctx.estimates, ctx.weight_grad
+            )
             gradients = gradients._replace(hidden=None if unit is None else _times(unit, upstream))
         else:
             objective = objective._replace(weights=upstream if weights is None else weights * upstream)
-            _, _, gradients = evaluate_with_gradients(
-                ctx.spec, inputs, objective, ctx.needs, graded, None, ctx.weight_grad
-            )
+            how = ctx.needs, graded, None, ctx.weight_grad
+            gradients = evaluate_with_gradients(ctx.spec, inputs, objective, *how)[2]
         return _input_gradients(*[None if g is None else g.to(inputs.weight.dtype) for g in gradients[:3]])
 
 
