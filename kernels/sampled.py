@@ -125,12 +125,15 @@ class Sampler:
         # Midpoints of the generator's grid: never 0, so that 1 / π is bounded.
         u = torch.rand(w.shape, generator=self.generator, dtype=self.dtype, device=w.device).add_(2.0**-25)
         dropped = w <= u.mul_(tau)  # False where anything is NaN: what is wrong with u is not hidden
+        # All columns or a sample: by the number expected, not the number drawn, which would be a bias.
+        expected = (w / tau.clamp(min=torch.finfo(self.dtype).tiny)).clamp_(max=1.0).sum()
+        dropped &= expected < BREAK_EVEN * w.shape[0]
         for ids in always:
             dropped.index_fill_(0, ids, False)
         ids = dropped.logical_not_().nonzero().squeeze(1)
         self.seen += gradient.numel()
         self.square += total
-        if ids.numel() >= BREAK_EVEN * gradient.shape[1]:
+        if ids.numel() == w.shape[0]:
             self.kept += gradient.numel()
             return None
         self.kept += gradient.shape[0] * ids.numel()
