@@ -4,7 +4,7 @@ BIN := .venv/bin
 # The trainer never looks anything up on the Hub here: the demo and the tests make what they need.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test test-slow lint bench clean
+.PHONY: setup demo test test-slow lint bench gpu clean
 
 setup: .venv/installed
 
@@ -30,6 +30,12 @@ lint: setup
 bench: setup
 	$(BIN)/python -m bench loss --op policy_gradient --shape 1536,576,49152 --head trainable
 	$(BIN)/python -m bench loss --op policy_gradient --shape 1536,576,49152 --head frozen
+
+# Needs a GPU and no setup: runs with $(PYTHON) from the checkout. OUT=folder, WHEELS=folder, PAIR=folder, DRY_RUN=1: see
+# CONTRIBUTING.md.
+OUT ?= runs/gpu
+gpu:
+	$(PYTHON) -m bench gpu --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(PAIR),--pair $(PAIR)) $(if $(DRY_RUN),--dry-run)
 
 clean:
 	rm -rf .venv build dist *.egg-info

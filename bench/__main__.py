@@ -5,9 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from bench import loss
+from bench import count, gpu, kernels, loss, models, plot, train
 
-BENCHES = {"loss": loss}
+BENCHES = {
+    "loss": loss,
+    "plot": plot,
+    "kernels": kernels,
+    "count": count,
+    "models": models,
+    "train": train,
+    "gpu": gpu,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,8 +2,9 @@
 
 A row of hidden states points at one token by a margin m_i and is otherwise noise, so that the row's probabilities are a
 peak of sigmoid(m_i) and a long tail, as a language model's are. The margins are normal; their mean is solved for the mean
-entropy that is asked for. Tokens are sampled from the model, the sampler's log-probs are the model's plus a little noise
-(another kernel, an older step), advantages are normal, the teacher is a perturbed copy of the student.
+entropy that is asked for. Rows can be flat instead, as those of a model at its initialisation: logits are then normal of
+deviation 1, the entropy is about log V − 1/2. Tokens are sampled from the model, the sampler's log-probs are the model's
+plus a little noise (another kernel, an older step), advantages are normal, the teacher is a perturbed copy of the student.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from torch import Tensor
 
 from fastkl import reference
 
-OPS = ("logprobs", "policy_gradient", "reverse_kl")
+BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}  # as members of the generalised JSD
+OPS = ("logprobs", "policy_gradient", "entropy", "top_k", *BETAS)
 HEADS = ("frozen", "trainable")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 TAIL_SHARE = 0.45  # the tail's entropy as a share of log V: about 4.9 nats at V = 49152
 MARGIN_STD = 3.0  # nats; from rows that are certain to rows that are flat
+TOP_K = 64  # tokens that op top_k knows of the teacher
+ENTROPY_COEF = 0.01  # of op entropy, the policy gradient with an entropy term
 SAMPLER_STD = 0.05  # nats between the sampler's and the trainer's log-probs
 TEACHER_STD = 0.3  # of the noise in the student's rows
 _ROWS_AT_A_TIME = 256
@@ -39,8 +43,10 @@ class Case:
     tokens: Tensor  # [N] int64
     advantages: Tensor  # [N] float32; of op logprobs: the upstream gradient
     sampler_logprobs: Tensor  # [N] float32
-    teacher_hidden: Tensor | None = None  # [N, D], of op reverse_kl
+    teacher_hidden: Tensor | None = None  # [N, D], of the divergences
     teacher_weight: Tensor | None = None  # [V, D]
+    teacher_ids: Tensor | None = None  # [N, TOP_K] int64, of op top_k
+    teacher_logprobs: Tensor | None = None  # [N, TOP_K] float32
 
     @property
     def gradient_inputs(self) -> tuple[Tensor, ...]:
@@ -49,10 +55,17 @@ class Case:
 
     @property
     def teacher(self) -> tuple[Tensor, Tensor]:
-        """Hidden states and weight of the teacher; only a case of op reverse_kl has one."""
+        """Hidden states and weight of the teacher of a divergence."""
         assert self.teacher_hidden is not None
         assert self.teacher_weight is not None
         return self.teacher_hidden, self.teacher_weight
+
+    @property
+    def teacher_list(self) -> tuple[Tensor, Tensor]:
+        """Ids and log-probs of the teacher's likeliest tokens."""
+        assert self.teacher_ids is not None
+        assert self.teacher_logprobs is not None
+        return self.teacher_ids, self.teacher_logprobs
 
     def objective(self, logprobs: Tensor) -> Tensor:
         """The scalar loss of the ops that are built on the tokens' log-probs [N]."""
@@ -72,14 +85,15 @@ class Case:
 
     def rows(self, rows: slice | Tensor) -> Case:
         """The same problem on some of its rows. The weight, and so its gradient, is shared with this one."""
-        teacher = None if self.teacher_hidden is None else self.teacher_hidden[rows]
+        teacher = ("teacher_hidden", "teacher_ids", "teacher_logprobs")
+        taken: dict[str, Any] = {name: None if (t := getattr(self, name)) is None else t[rows] for name in teacher}
         return dataclasses.replace(
             self,
             hidden=self.hidden.detach()[rows].clone().requires_grad_(),
             tokens=self.tokens[rows],
             advantages=self.advantages[rows],
             sampler_logprobs=self.sampler_logprobs[rows],
-            teacher_hidden=teacher,
+            **taken,
         )
 
     def in_float64(self) -> Case:
@@ -100,9 +114,9 @@ class Case:
 
 
 def make_case(
-    op: str, shape: tuple[int, int, int], dtype: torch.dtype, head: str, device: str, entropy: float, seed: int
+    op: str, shape: tuple[int, int, int], dtype: torch.dtype, head: str, device: str, entropy: float | None, seed: int
 ) -> Case:
-    """Random tensors with rows of `entropy` nats on average; equal seeds give equal tensors on one kind of device."""
+    """Random tensors with rows of `entropy` nats on average, None: flat; equal seeds, equal tensors on a kind of device."""
     n, d, vocabulary = shape
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -112,18 +126,20 @@ def make_case(
     # Rows of W have norm 1, so h = c W[v] + s noise has a logit of c at v and normal ones of deviation s elsewhere. Their
     # log-sum-exp is log V + s²/2 and their entropy log V − s²/2.
     log_v = math.log(vocabulary)
-    noise = math.sqrt(2 * (1 - TAIL_SHARE) * log_v)
-    margin = _mean_margin(entropy, TAIL_SHARE * log_v) + MARGIN_STD * normal(n, 1)
+    noise = 1.0 if entropy is None else math.sqrt(2 * (1 - TAIL_SHARE) * log_v)
+    spread = MARGIN_STD * normal(n, 1)
     weight = torch.nn.functional.normalize(normal(vocabulary, d), dim=-1)
     peak = torch.randint(vocabulary, (n,), generator=generator, device=device)
-    hidden = (log_v + noise**2 / 2 + margin) * weight[peak] + noise * normal(n, d)
+    hidden = noise * normal(n, d)
+    if entropy is not None:
+        hidden += (log_v + noise**2 / 2 + _mean_margin(entropy, TAIL_SHARE * log_v) + spread) * weight[peak]
     teacher_hidden = teacher_weight = None
-    if op == "reverse_kl":
+    if op in BETAS or op == "top_k":
         teacher_hidden = (hidden + TEACHER_STD * noise * normal(n, d)).to(dtype)
         teacher_weight = (weight + TEACHER_STD * 0.1 / math.sqrt(d) * normal(vocabulary, d)).to(dtype)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     tokens, logprobs = _sample(hidden, weight, generator)
-    return Case(
+    case = Case(
         op,
         head,
         hidden.requires_grad_(),
@@ -134,6 +150,7 @@ def make_case(
         teacher_hidden,
         teacher_weight,
     )
+    return _with_list(case) if op == "top_k" else case
 
 
 def max_entropy(vocabulary: int) -> float:
@@ -159,6 +176,21 @@ def _mean_margin(entropy: float, tail: float) -> float:
         rows = torch.special.entr(p) + torch.special.entr(1 - p) + (1 - p) * tail
         low, high = (middle, high) if (rows * share).sum() / share.sum() > entropy else (low, middle)
     return low
+
+
+@torch.no_grad()
+def _with_list(case: Case) -> Case:
+    """The same with the teacher's likeliest tokens in place of the teacher."""
+    hidden, weight = case.teacher
+    k = min(TOP_K, weight.shape[0])
+    parts = [
+        torch.log_softmax(torch.nn.functional.linear(rows, weight).float(), -1).topk(k)
+        for rows in hidden.split(_ROWS_AT_A_TIME)
+    ]
+    logprobs, ids = (torch.cat(lists) for lists in zip(*parts, strict=True))
+    return dataclasses.replace(
+        case, teacher_hidden=None, teacher_weight=None, teacher_ids=ids, teacher_logprobs=logprobs
+    )
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
-"""Time, memory and gradient error of the losses, ours and others', on one shape.
+"""Time, memory and gradient error of the losses, ours and others', on one shape or several.
 
     python -m bench loss --op policy_gradient --shape 1536,576,49152 --dtype fp32 --head frozen --device cpu \\
-        --impl fastkl,eager,compile,torch --json loss.json
+        --impl fastkl,eager,compile,liger --json loss.json
+    python -m bench loss --shape 1024,256,32768 --sweep N=256,512,1024 --sweep V=8192,32768 --json sweep.json
 
 Columns of the table, keys of the JSON rows:
 
@@ -10,8 +11,10 @@ Columns of the table, keys of the JSON rows:
     peak_extra_mb                       peak of forward + backward beyond the inputs and the gradients asked for (1e6 bytes)
     grad_error                          ‖g − g₆₄‖ / ‖g₆₄‖ against float64; trainable: the larger one of hidden and weight
     backward                            "exact", or how the gradient is estimated
+    note                                what this implementation does that the others do not
 
 Forward + backward cannot be exact below 2 units with a frozen head, 3 with a trainable one; a teacher adds one.
+Implementations are the files of bench/peers/. One that cannot run is listed with its reason.
 """
 
 from __future__ import annotations
@@ -24,152 +27,134 @@ from typing import Any
 
 import torch
 
-from bench import measure
-from bench.cases import DTYPES, HEADS, OPS, Case, make_case, max_entropy, mean_entropy
-from bench.implementations import MODULES, Unsupported, build
+from bench import arguments as checked
+from bench import peers
+from bench.cases import DTYPES, HEADS, OPS, make_case, max_entropy
+from bench.compare import Comparison, compare
 from bench.machine import describe_machine, describe_versions
 
-SMALLEST = (1, 1, 16)  # N, D, V
+ENTROPY = 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", choices=OPS, default="policy_gradient")
-    parser.add_argument("--shape", type=_shape, default=(1536, 576, 49152), metavar="N,D,V", help="tokens, hidden, ids")
+    parser.add_argument(
+        "--shape", type=checked.shape, default=(1536, 576, 49152), metavar="N,D,V", help="tokens, hidden, ids"
+    )
+    parser.add_argument(
+        "--sweep",
+        type=checked.sweep,
+        action="append",
+        default=[],
+        metavar="AXIS=A,B",
+        help="measure the shape with its N, D or V replaced by each of these, in one report; can be repeated",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--impl", type=_names, default=["fastkl", "eager"], metavar="A,B", help=", ".join(MODULES))
-    parser.add_argument("--composed", action="store_true", help="also fastkl-composed: the loss on linear_logprobs")
+    parser.add_argument(
+        "--impl",
+        type=checked.implementations,
+        default=["fastkl", "eager", "compile"],
+        metavar="A,B",
+        help=", ".join(peers.names()),
+    )
     parser.add_argument("--head", choices=HEADS, default="frozen", help="does the weight get a gradient?")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--repeats", type=_positive, default=7, help="rounds; the numbers are medians over them")
-    parser.add_argument("--entropy", type=float, default=1.0, help="mean entropy of the rows, nats")
+    parser.add_argument("--repeats", type=checked.positive, default=7, help="rounds; the numbers are medians over them")
+    parser.add_argument(
+        "--data", choices=("peaked", "flat"), default="peaked", help="rows of a trained or of a new model"
+    )
+    parser.add_argument("--entropy", type=float, help=f"mean entropy of peaked rows, nats; {ENTROPY} by default")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, anew after each shape")
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    shapes = checked.swept(arguments.shape, arguments.sweep)
+    entropy = _entropy(arguments, shapes, parser)
     _check(arguments, parser)
-    names = list(dict.fromkeys(arguments.impl + ["fastkl-composed"] * arguments.composed))
-    case = make_case(
-        arguments.op,
-        arguments.shape,
-        DTYPES[arguments.dtype],
-        arguments.head,
-        arguments.device,
-        arguments.entropy,
-        arguments.seed,
-    )
-    report = {
+    names = list(dict.fromkeys(arguments.impl))
+    report = _empty_report(arguments, names)
+    print(" | ".join(f"{key} {value}" for key, value in (report["machine"] | report["versions"]).items()))
+    for shape in shapes:
+        case = make_case(
+            arguments.op, shape, DTYPES[arguments.dtype], arguments.head, arguments.device, entropy, arguments.seed
+        )
+        result = compare(case, names, arguments.repeats)
+        report["problems"].append(result.problem)
+        report["rows"] += result.rows
+        report["skipped"] += result.skipped
+        _print_table(arguments, result)
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    _print_notes(report["rows"])
+
+
+def _empty_report(arguments: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+    packages = dict.fromkeys(package for name in names for package in peers.load(name).packages)
+    return {
         "rows": [],
         "skipped": [],
-        "conditions": {"repeats": arguments.repeats, "seed": arguments.seed, "mean_entropy": mean_entropy(case)},
+        "problems": [],
+        "conditions": {"repeats": arguments.repeats, "seed": arguments.seed, "data": arguments.data},
         "machine": describe_machine(arguments.device),
-        "versions": describe_versions(),
+        "versions": describe_versions(*packages),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    _measure(case, names, arguments, report)
-    _print(arguments, report)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def _measure(case: Case, names: list[str], arguments: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Fill in the rows of what runs and the reasons of what does not."""
-    losses: dict[str, measure.Loss] = {}
-    for name in names:
-        try:
-            loss = build(name, case)
-            measure.warm_up(case, loss)
-        except (Unsupported, torch.OutOfMemoryError) as error:
-            reason = str(error) if isinstance(error, Unsupported) else "out of memory"
-            report["skipped"].append({"impl": name, "reason": reason})
-        else:
-            losses[name] = loss
-    if not losses:
-        return
-    extra = {name: measure.peak_extra_bytes(case, loss) for name, loss in losses.items()}
-    gemm_ms, times = measure.interleaved_times(case, losses, arguments.repeats)
-    n, compared = case.hidden.shape[0], measure.reference_rows(case)
-    some = case if compared == n else case.rows(torch.arange(compared, device=case.hidden.device) * n // compared)
-    exact = measure.reference_gradients(some)
-    report["conditions"] |= {"gemm_ms": gemm_ms, "grad_error_rows": compared}
-    for name, loss in losses.items():
-        report["rows"].append(
-            {
-                "impl": name,
-                "op": arguments.op,
-                "head": arguments.head,
-                "backward": "exact",
-                "dtype": arguments.dtype,
-                "device": arguments.device,
-                "shape": list(arguments.shape),
-                "forward_ms": times[name].forward,
-                "forward_backward_ms": times[name].forward_backward,
-                "forward_units": times[name].forward / gemm_ms,
-                "forward_backward_units": times[name].forward_backward / gemm_ms,
-                "peak_extra_mb": extra[name] / 1e6,
-                "grad_error": measure.gradient_error(some, loss if some is case else build(name, some), exact),
-            }
-        )
-
-
-def _print(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
-    conditions = report["conditions"]
-    print(" | ".join(f"{key} {value}" for key, value in (report["machine"] | report["versions"]).items()))
+def _print_table(arguments: argparse.Namespace, result: Comparison) -> None:
+    problem = result.problem
     print(
-        f"{arguments.op}, {arguments.head} head, {arguments.dtype}, N,D,V = {','.join(map(str, arguments.shape))}, "
-        f"rows of {conditions['mean_entropy']:.2f} nats, {arguments.repeats} rounds"
+        f"\n{arguments.op}, {arguments.head} head, {arguments.dtype}, N,D,V = {','.join(map(str, problem['shape']))}, "
+        f"rows of {problem['mean_entropy']:.2f} nats, {arguments.repeats} rounds"
     )
-    if report["rows"]:
+    if result.rows:
         print(
-            f"1 unit = one GEMM = {conditions['gemm_ms']:.2f} ms; gradient errors over {conditions['grad_error_rows']} rows"
+            f"1 unit = one GEMM = {problem['gemm_ms']:.2f} ms; gradient errors over {problem['grad_error_rows']} rows"
         )
-        print(f"\n{'':16} {'forward':>19} {'forward+backward':>19} {'extra memory':>13} {'gradient error':>15}")
-    for row in report["rows"]:
+        print(f"\n{'':17} {'forward':>19} {'forward+backward':>19} {'extra memory':>13} {'gradient error':>15}")
+    for row in result.rows:
         print(
-            f"{row['impl']:16} {row['forward_ms']:>9.1f} ms {row['forward_units']:>4.2f} u "
+            f"{row['impl']:17} {row['forward_ms']:>9.1f} ms {row['forward_units']:>4.2f} u "
             f"{row['forward_backward_ms']:>9.1f} ms {row['forward_backward_units']:>4.2f} u "
             f"{row['peak_extra_mb']:>10.1f} MB {row['grad_error']:>15.1e}"
         )
-    for skipped in report["skipped"]:
-        print(f"{skipped['impl']:16} skipped: {skipped['reason']}")
+    for skipped in result.skipped:
+        print(f"{skipped['impl']:17} skipped: {skipped['reason']}")
+
+
+def _print_notes(rows: list[dict[str, Any]]) -> None:
+    """Once for each implementation, however many shapes it was measured on."""
+    if any(row["note"] or row["backward"] != "exact" for row in rows):
+        print()
+    for row in {row["impl"]: row for row in rows}.values():
+        if row["backward"] != "exact":
+            print(f"{row['impl']}: backward {row['backward']}")
+        if row["note"]:
+            print(f"{row['impl']}: {row['note']}")
 
 
 def _check(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse what would fail minutes later."""
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: torch sees no CUDA device here; use --device cpu")
-    largest = max_entropy(arguments.shape[2])
-    if not 0 < arguments.entropy <= largest:
-        parser.error(
-            f"argument --entropy: {arguments.entropy} nats; with V = {arguments.shape[2]} use one > 0 and <= {largest:.2f}"
-        )
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         parser.error(f"argument --json: the folder {arguments.json.absolute().parent} does not exist; create it first")
 
 
-def _shape(text: str) -> tuple[int, int, int]:
-    try:
-        n, d, vocabulary = (int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not N,D,V; write three integers, as in 1536,576,49152") from None
-    if any(size < least for size, least in zip((n, d, vocabulary), SMALLEST, strict=True)):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is too small; N,D,V must be at least {','.join(map(str, SMALLEST))}"
-        )
-    return n, d, vocabulary
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in MODULES:
-            raise argparse.ArgumentTypeError(f"unknown implementation {name!r}; use some of {', '.join(MODULES)}")
-    if not names:
-        raise argparse.ArgumentTypeError(f"names no implementation; use some of {', '.join(MODULES)}")
-    return names
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
-    return int(text)
+def _entropy(
+    arguments: argparse.Namespace, shapes: list[checked.Shape], parser: argparse.ArgumentParser
+) -> float | None:
+    """Nats of peaked rows, None for flat ones."""
+    if arguments.data == "flat":
+        if arguments.entropy is not None:
+            parser.error(
+                "argument --entropy: flat rows have the entropy that they have; leave it away with --data flat"
+            )
+        return None
+    entropy = ENTROPY if arguments.entropy is None else float(arguments.entropy)
+    smallest = min(vocabulary for _, _, vocabulary in shapes)
+    largest = max_entropy(smallest)
+    if not 0 < entropy <= largest:
+        parser.error(f"argument --entropy: {entropy} nats; with V = {smallest} use one > 0 and <= {largest:.2f}")
+    return entropy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import statistics
 import tempfile
@@ -14,13 +15,12 @@ import torch
 from torch import Tensor
 
 from bench.cases import Case
-from bench.implementations import eager
-
-Loss = Callable[[], Tensor]  # what an implementation builds from a case: a call that returns the scalar loss
+from bench.peers import Loss, eager
 
 # Work that a float64 reference may cost, and the size of its blocks of rows.
 REFERENCE_FLOPS = {"cpu": 4e11, "cuda": 5e13}
 REFERENCE_BYTES = 2**29
+ROW_MULTIPLE = 8  # of the rows compared: some peers need an aligned number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +70,8 @@ def warm_up(case: Case, loss: Loss) -> None:
 def peak_extra_bytes(case: Case, loss: Loss) -> int:
     """The peak of forward + backward beyond the inputs and the gradients asked for; what the loss itself needs.
 
-    (peak − allocated before − bytes of the gradients), at least 0. Memory that a vendor's GEMM allocates for itself, past
-    torch's allocator, is not seen.
+    (peak − allocated before − bytes of the gradients), at least 0. Memory that was taken once and is kept, such as the
+    workspace of cuBLAS, was taken in `warm_up`; what goes past torch's allocator is not seen.
     """
     case.clear_gradients()
     peak = peak_allocated(lambda: loss().backward(), case.hidden.device)
@@ -82,6 +82,7 @@ def peak_extra_bytes(case: Case, loss: Loss) -> int:
 
 def peak_allocated(run: Callable[[], object], device: torch.device) -> int:
     """The largest number of bytes alive at once during `run` of those allocated in it."""
+    gc.collect()  # what an earlier run left in a cycle must not be released in this one
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -109,6 +110,8 @@ def reference_rows(case: Case) -> int:
     """The number of rows whose gradients are compared: all, or what a float64 reference can do in seconds."""
     n, d = case.hidden.shape
     affordable = int(REFERENCE_FLOPS[case.hidden.device.type] / (6 * d * case.weight.shape[0]))
+    if affordable > ROW_MULTIPLE:
+        affordable -= affordable % ROW_MULTIPLE
     return min(n, max(1, affordable))
 
 

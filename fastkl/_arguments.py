@@ -104,6 +104,18 @@ def head_options(temperature: float, logit_scale: float, softcap: float | None, 
     return HeadOptions(float(temperature), float(logit_scale), None if softcap is None else float(softcap))
 
 
+def check_vocab_size(vocab_size: int, sizes: dict[str, int]) -> None:
+    """`sizes`: the vocabularies that are to be cut, by name."""
+    if not 1 <= vocab_size <= min(sizes.values()):
+        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(f"vocab_size is {vocab_size}; it must be in 1 … the smallest vocabulary ({listed})")
+
+
+def first_rows(tensor: Tensor | None, count: int | None) -> Tensor | None:
+    """The first `count` rows as a view; everything where it is None."""
+    return tensor if tensor is None or count is None else tensor[:count]
+
+
 def check_plan(backend: Backend, chunk_size: int | None, weight: Tensor, weight_grad: Tensor | None) -> None:
     """What says how the work is done: backend, chunk_size, weight_grad."""
     if backend not in BACKENDS:

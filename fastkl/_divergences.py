@@ -11,7 +11,7 @@ from fastkl import _arguments as check
 from fastkl._output import LossOutput, PerToken, masked_extreme, masked_mean, sample_metrics
 from fastkl._teacher import Teacher, check_teacher, common_ids
 from fastkl.kernels.autograd import row_losses, summed_loss
-from fastkl.kernels.divergence import Divergence, DivergenceValues
+from fastkl.kernels.divergence import Divergence, Outputs
 from fastkl.kernels.gemm import compute_dtype
 from fastkl.kernels.problem import Backend, Inputs, Objective, Spec, TeacherChunks
 from fastkl.kernels.sampled import Backward
@@ -233,9 +233,8 @@ def _divergence(
         **sample_metrics(sample),
     }
     shaped = found.reshape(found.shape[0], *hidden.shape[:-1])
-    return LossOutput(
-        loss, None if y is None else -shaped[1], metrics, _per_token(shaped, y is not None) if per_token else None
-    )
+    logprobs = None if y is None else -shaped[1]
+    return LossOutput(loss, logprobs, metrics, _per_token(shaped, y is not None))
 
 
 def _check_alpha(alpha: float) -> None:
@@ -243,14 +242,10 @@ def _check_alpha(alpha: float) -> None:
         raise ValueError(f"alpha is {alpha}; it must be in [0, 1): at 1 both sides of the divergence are the same")
 
 
-def _per_token(values: Tensor, tokens: bool) -> PerToken:
-    v = DivergenceValues(*values)
-    return PerToken(
-        -v.student_nll if tokens else None,
-        -v.teacher_nll if tokens else None,
-        v.student_entropy,
-        v.teacher_entropy,
-        v.reverse_kl,
-        v.forward_kl,
-        v.agreement,
-    )
+def _per_token(values: Tensor, tokens: bool) -> PerToken | None:
+    """The by-products among values [K, ...]; None if they were not asked for."""
+    _, token_nll, extras = Outputs.of(values)
+    if extras is None:
+        return None
+    teacher_nll, *others = extras
+    return PerToken(-token_nll if tokens else None, -teacher_nll if tokens else None, *others)

@@ -52,10 +52,10 @@ def common_ids(
     """Teacher, weight, bias and weight_grad without the ids from `vocab_size` on, as views."""
     if vocab_size is None:
         return teacher, weight, bias, weight_grad
-    ids = slice(vocab_size)
-    logits = teacher.logits[..., ids] if isinstance(teacher.logits, Tensor) else teacher.logits
-    cut = Teacher(teacher.hidden, _cut(teacher.weight, ids), _cut(teacher.bias, ids), logits)
-    return cut, weight[ids], _cut(bias, ids), _cut(weight_grad, ids)
+    cut = check.first_rows
+    logits = teacher.logits[..., :vocab_size] if isinstance(teacher.logits, Tensor) else teacher.logits
+    teacher = Teacher(teacher.hidden, cut(teacher.weight, vocab_size), cut(teacher.bias, vocab_size), logits)
+    return teacher, weight[:vocab_size], cut(bias, vocab_size), cut(weight_grad, vocab_size)
 
 
 def _check_form(teacher: Teacher) -> None:
@@ -92,11 +92,8 @@ def _check_rows(name: str, tensor: Tensor, hidden: Tensor) -> None:
 
 def _check_vocabularies(sizes: dict[str, int], vocab_size: int | None) -> None:
     if vocab_size is not None:
-        if not 1 <= vocab_size <= min(sizes.values()):
-            listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
-            raise ValueError(f"vocab_size is {vocab_size}; it must be in 1 … the smaller vocabulary ({listed})")
-        return
-    if len(set(sizes.values())) > 1:
+        check.check_vocab_size(vocab_size, sizes)
+    elif len(set(sizes.values())) > 1:
         (_, ours), (name, theirs) = sizes.items()
         raise ValueError(
             f"{name} has a vocabulary of {theirs} but student_weight one of {ours}; if both are one tokenizer's, padded to "
@@ -107,7 +104,3 @@ def _check_vocabularies(sizes: dict[str, int], vocab_size: int | None) -> None:
 
 def _flat(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.reshape(-1, tensor.shape[-1])
-
-
-def _cut(tensor: Tensor | None, ids: slice) -> Tensor | None:
-    return None if tensor is None else tensor[ids]

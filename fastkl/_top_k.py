@@ -24,6 +24,7 @@ def top_k_kl_loss(
     tail: Tail = "bucket",
     tokens: Tensor | None = None,
     mask: Tensor | None = None,
+    vocab_size: int | None = None,
     temperature: float = 1.0,
     squared_temperature: bool = False,
     reduction: str = "mean",
@@ -65,6 +66,10 @@ def top_k_kl_loss(
     options = check.head_options(temperature, logit_scale, softcap)
     check.check_head(hidden, weight, bias)
     check.check_plan(backend, chunk_size, weight, weight_grad)
+    if vocab_size is not None:
+        check.check_vocab_size(vocab_size, {"weight": weight.shape[0]})
+        weight = weight[:vocab_size]
+        bias, weight_grad = check.first_rows(bias, vocab_size), check.first_rows(weight_grad, vocab_size)
     ids, listed = _check_list(teacher_ids, teacher_logprobs, hidden, weight.shape[0])
     hidden, weight, bias = check.autocast(hidden, weight, bias)
     sampling = check.sampling(backward, grad_error, epsilon, seed)

@@ -78,7 +78,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Σ p (log p − log q) per row [...]; 0 · log 0 = 0."""
     log_p, log_q = torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits, -1)
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -126,13 +126,18 @@ def top_k_kl(
     direction: str = "reverse",
     tail: str = "bucket",
 ) -> Tensor:
-    """Per row [...], from listed tokens and one outcome for all others; `fastkl.loss.top_k_kl_loss` says which terms."""
+    """Per row [...], from listed tokens and one outcome for all others; `fastkl.loss.top_k_kl_loss` says which terms.
+
+    Of the teacher's remaining mass 1 − Σ q, 16 eps may be rounding: no less is divided by, and no less is weighed with.
+    """
     listed, rest = ids >= 0, torch.ones_like(student_logits, dtype=torch.bool)
     rest = rest.scatter(-1, ids.where(listed, ids[..., :1]), False)
     probabilities = torch.softmax(student_logits, -1)
     p = probabilities.gather(-1, ids.clamp(min=0)).where(listed, 0.0)
     q = teacher_logprobs.exp().where(listed, 0.0)
-    p_rest, q_rest = (probabilities * rest).sum(-1, keepdim=True), (1.0 - q.sum(-1, keepdim=True)).clamp(min=0.0)
+    p_rest, q_rest = (probabilities * rest).sum(-1, keepdim=True), 1.0 - q.sum(-1, keepdim=True)
+    least = 16 * torch.finfo(q.dtype).eps
+    q_rest = q_rest.clamp(min=least) if direction == "reverse" else q_rest.where(q_rest > least, 0.0)
     if tail == "bucket":
         p, q = torch.cat([p, p_rest], -1), torch.cat([q, q_rest], -1)
     outside = torch.zeros_like(p_rest)

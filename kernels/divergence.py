@@ -1,17 +1,96 @@
-"""placeholder"""
+"""Divergences between the next-token distributions of a student p and a teacher q, over the whole vocabulary.
+
+With m a mixture of the two, each is a sum over the vocabulary, 0 · log 0 = 0:
+
+    kind                   φ, value = Σ φ                            s                          u for s
+    reverse_kl             p log(p/q)                                log(p/q)
+    forward_kl             q log(q/p)                                1 − q/p                    p − q
+    jsd                    β q log(q/m) + (1−β) p log(p/m)           (1−β) log(p/m)
+    skewed_forward_kl      q log(q/m)                                (1−α) (1 − q/m)
+    skewed_reverse_kl      p log(p/m)                                log(p/m) + α (1 − p/m)
+    total_variation        ½ |p − q|                                 ½ sign(p − q)
+
+    m = βq + (1−β)p        m = αq + (1−α)p        m = αp + (1−α)q        of jsd, skewed_forward_kl, skewed_reverse_kl
+
+`parameter` is β of jsd, 0 < β < 1, or α of a skewed KL, 0 ≤ α < 1, whose value is at most −log α; the others have none and
+do not look at it. The jsd is at most the entropy of (β, 1−β), the total variation at most 1.
+
+The gradient by the logits z of the student: with g = ∂φ/∂p and ∂p_j/∂z_i = p_j (1[i = j] − p_i) it is
+
+    u = p g − p Σ p g = p (s − Σ p s)
+
+where s is g but for a constant, which falls out: it is chosen so that s = 0 where p = q.
+
+At the edges: p = 0 and q = 0 are taken as limits, whether a logit is −inf or its exponential underflows, and logits of any
+size are welcome. reverse_kl is +inf, and its gradient not finite, where the teacher forbids (a logit of −inf) what the
+student may emit (p > 0); forward_kl is +inf where the student forbids what the teacher may emit (q > 0), and its gradient
+p − q all the same. The other kinds are always finite. A row whose student or teacher is no distribution (a logit NaN or
++inf, or all −inf) is NaN. Equal logits give a value of 0 and a gradient of 0, exactly.
+"""
+
+from __future__ import annotations
 
 from typing import Literal, NamedTuple
+
 from torch import Tensor
 
-Divergence = Literal["reverse_kl", "forward_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation"]
+Divergence = Literal[
+    "reverse_kl",
+    "forward_kl",
+    "jsd",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "total_variation",
+]
 
 
-class DivergenceValues(NamedTuple):
-    value: Tensor
-    student_nll: Tensor
-    teacher_nll: Tensor
-    student_entropy: Tensor
-    teacher_entropy: Tensor
-    reverse_kl: Tensor
-    forward_kl: Tensor
-    agreement: Tensor
+class Extras(NamedTuple):
+    """What may be wanted beside the divergence; [n] each, none has a gradient."""
+
+    teacher_nll: Tensor  # −log q[y], 0 without tokens
+    entropy: Tensor  # −Σ p log p
+    teacher_entropy: Tensor  # −Σ q log q
+    reverse_kl: Tensor  # KL(p‖q)
+    forward_kl: Tensor  # KL(q‖p)
+    agreement: Tensor  # 1 where the first maximum of p is that of q, else 0
+
+
+class Outputs(NamedTuple):
+    """The rows of `out` by name, [n] each."""
+
+    value: Tensor  # the divergence, whose gradient is wanted
+    token_nll: Tensor  # −log p[y], 0 without tokens
+    extras: Extras | None
+
+    @classmethod
+    def of(cls, out: Tensor) -> Outputs:
+        """Views of `out`, [ROWS, n] or, with extras, [ROWS_WITH_EXTRAS, n]."""
+        value, token_nll, *rest = out
+        return cls(value, token_nll, Extras(*rest) if rest else None)
+
+
+ROWS = 2
+ROWS_WITH_EXTRAS = ROWS + len(Extras._fields)
+
+
+class Mixture(NamedTuple):
+    """m = student · p + teacher · q."""
+
+    student: float
+    teacher: float
+
+
+def mixture(kind: Divergence, parameter: float) -> Mixture:
+    """The weights of m; of no meaning for kinds without one."""
+    if kind == "skewed_reverse_kl":
+        return Mixture(parameter, 1.0 - parameter)
+    return Mixture(1.0 - parameter, parameter)
+
+
+def without_skew(kind: Divergence, parameter: float) -> Divergence:
+    """A KL skewed by 0 is the plain one, which is defined on more."""
+    if kind == "skewed_forward_kl" and parameter == 0.0:
+        return "forward_kl"
+    if kind == "skewed_reverse_kl" and parameter == 0.0:
+        return "reverse_kl"
+    return kind

@@ -166,7 +166,7 @@ def weight_gradients(
     estimates: Estimates,
     weight_grad: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of weight and bias by the losses of `estimates`, times `upstream` [N]; logits again for rows without one."""
+    """Gradients of weight and bias by the losses of `estimates`, times `upstream` [N]; logits again for the rest."""
     grad_weight = (
         weight_grad if weight_grad is not None else _new_weight_gradient(spec, inputs) if needs.weight else None
     )

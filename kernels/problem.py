@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkl.kernels.divergence import DivergenceValues
+from fastkl.kernels.divergence import ROWS, ROWS_WITH_EXTRAS
 from fastkl.kernels.sampled import Sampling
 from fastkl.kernels.surrogate import Surrogate, surrogate_terms
 
@@ -58,7 +58,7 @@ class Spec(NamedTuple):
     def outputs(self) -> int:
         """K, the values that the row function gives per row; the first one carries the gradient."""
         if self.kind == "divergence":
-            return len(DivergenceValues._fields) if self.extras else 2
+            return ROWS_WITH_EXTRAS if self.extras else ROWS
         return {"token_nll": 1, "token_nll_entropy": 4, "top_k": 2}[self.kind]
 
 

@@ -66,13 +66,14 @@ def top_k(
     sums = out.new_empty(2, out.shape[1])
     dense.tail_sums(x, cap, sums)
     z = z.masked_fill(padding, -torch.inf)
-    log_tail = sums[0] + sums[1].log()
+    peak = torch.maximum(sums[0], z.amax(1))  # taken off first: large logits cancel before anything is rounded
+    z, log_tail = z - peak[:, None], sums[0] - peak + sums[1].log()
     lse = torch.logaddexp(log_tail, torch.logsumexp(z, 1))
     log_q = logits.top_logprobs.masked_fill(padding, -torch.inf)
     listed = _Listed(z - lse[:, None], log_q, log_tail - lse, 1.0 - log_q.exp().sum(1))
     value, u, tail_scale = _TERMS[variant](listed)
     out[0] = value
-    out[1] = 0.0 if target is None else lse - target
+    out[1] = 0.0 if target is None else (peak - target) + lse
     if gradient is None:
         return
     share = tail_scale.where(sums[1] > 0, 0.0) / sums[1].where(sums[1] > 0, 1.0)

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import hypothesis
 import torch
 from torch import Tensor
 
 from fastkl import loss, reference
 
-# Derandomised: the same examples on every run, so that a red test is the change's fault.
-PROPERTY = hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
 HEAD_OPTIONS = ("temperature", "logit_scale", "softcap")
 TRAINABLE = ("hidden", "weight", "bias")
 
@@ -37,7 +34,9 @@ POLICIES: dict[str, dict[str, Any]] = {
     "cispo": {"method": "cispo", "clip_low": 1.0, "clip_high": 0.2},
     "cispo-truncated": {"method": "cispo", "truncate_ratio": 1.1},
 }
-LOSSES = ("linear_logprobs", "policy_gradient", "sampled_reverse_kl", "reverse_kl")
+# "entropy" is the policy gradient with an entropy term; the other divergences are in test_divergences.py.
+LOSSES = ("linear_logprobs", "policy_gradient", "entropy", "sampled_reverse_kl", "top_k", "reverse_kl", "jsd")
+ENTROPY_COEF = 0.3
 
 
 class Problem(NamedTuple):
@@ -57,6 +56,9 @@ class Problem(NamedTuple):
 
     def double(self) -> Problem:
         return Problem(*[t.double() if t is not None and t.is_floating_point() else t for t in self])
+
+    def to(self, device: str) -> Problem:
+        return Problem(*[None if t is None else t.to(device) for t in self])
 
     def sampled_under(self, **options: Any) -> Problem:
         """The same noise between sampler and policy, for a head with other options than the plain one."""
@@ -114,15 +116,26 @@ def fused(name: str, p: Problem, **options: Any) -> Tensor:
 
 def fused_output(name: str, p: Problem, **options: Any) -> loss.LossOutput:
     options = {"mask": p.mask, "bias": p.bias, **options}
-    if name == "policy_gradient":
+    if name in ("policy_gradient", "entropy"):
+        options = {"entropy_coef": ENTROPY_COEF, **options} if name == "entropy" else options
         return loss.policy_gradient_loss(p.hidden, p.weight, p.tokens, p.advantages, p.sampler_logprobs, **options)
     if name == "sampled_reverse_kl":
         return loss.sampled_reverse_kl_loss(
             p.hidden, p.weight, p.tokens, p.teacher_logprobs, p.sampler_logprobs, **options
         )
-    assert name == "reverse_kl"
-    options = {"tokens": p.tokens, "teacher_bias": p.teacher_bias, **options}
-    return loss.reverse_kl_loss(p.hidden, p.weight, p.teacher_hidden, p.teacher_weight, **options)
+    options = {"tokens": p.tokens, **options}
+    if name == "top_k":
+        return loss.top_k_kl_loss(p.hidden, p.weight, *teacher_list(p), **options)
+    divergence = {"reverse_kl": loss.reverse_kl_loss, "jsd": loss.jsd_loss}[name]
+    return divergence(p.hidden, p.weight, p.teacher_hidden, p.teacher_weight, teacher_bias=p.teacher_bias, **options)
+
+
+def teacher_list(p: Problem, k: int = 4) -> tuple[Tensor, Tensor]:
+    """Ids and log-probs of the k likeliest tokens of the plain teacher, found in float64."""
+    bias = None if p.teacher_bias is None else p.teacher_bias.detach().double()
+    z = reference.logits(p.teacher_hidden.detach().double(), p.teacher_weight.detach().double(), bias)
+    logprobs, ids = torch.log_softmax(z, -1).topk(min(k, z.shape[-1]))
+    return ids, logprobs.to(p.teacher_logprobs.dtype)
 
 
 def eager(name: str, p: Problem, **options: Any) -> Tensor:
@@ -135,15 +148,19 @@ def eager(name: str, p: Problem, **options: Any) -> Tensor:
     mask = counted.to(p.advantages.dtype) if p.mask is None else p.mask * counted
     if name == "linear_logprobs":
         return reference.logprobs(z, p.tokens)
-    if name == "reverse_kl":
+    if name == "top_k":
+        return reference.reduce(reference.top_k_kl(z, *teacher_list(p)), mask, **reduction)
+    if name in ("reverse_kl", "jsd"):
         teacher = {k: options.pop(f"teacher_{k}") for k in ("logit_scale", "softcap") if f"teacher_{k}" in options}
         teacher["temperature"] = head.get("temperature", 1.0)
         z_teacher = reference.logits(p.teacher_hidden, p.teacher_weight, p.teacher_bias, **teacher)
-        return reference.reduce(reference.reverse_kl(z, z_teacher), mask, **reduction)
+        return reference.reduce(getattr(reference, name)(z, z_teacher), mask, **reduction)
     advantages = p.advantages
     if name == "sampled_reverse_kl":
         advantages = _eager_advantages(p, (mask != 0).to(mask.dtype), options)  # a weight counts once, in the loss
     per_token = reference.policy_gradient(reference.logprobs(z, p.tokens), advantages, p.sampler_logprobs, **options)
+    if name == "entropy":
+        per_token = per_token - ENTROPY_COEF * reference.entropy(z)
     return reference.reduce(per_token, mask, **reduction)
 
 
@@ -179,7 +196,9 @@ def with_gradients(
     """Value and gradients of `fused` or `eager`; each entry of a per-token result gets an upstream value of its own."""
     p = p.leaves(needs)
     value = function(name, p, **options)
-    upstream = torch.linspace(-1.0, 2.0, value.numel(), dtype=value.dtype).reshape(value.shape) if value.dim() else None
+    upstream = None
+    if value.dim():
+        upstream = torch.linspace(-1.0, 2.0, value.numel(), dtype=value.dtype, device=value.device).reshape(value.shape)
     value.backward(upstream)
     wanted = {f: getattr(p, f) for f in needs if getattr(p, f) is not None}
     return Result(value.detach(), {f: torch.zeros_like(t) if t.grad is None else t.grad for f, t in wanted.items()})

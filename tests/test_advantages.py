@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import PROPERTY, generator, packed_advantages
+from loss_cases import generator, packed_advantages
+from property_settings import PROPERTY
 from torch import Tensor
 
 from fastkl import loss

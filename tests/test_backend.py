@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import pytest
 import torch
 
-from fastkl.kernels import rows_torch
-from fastkl.kernels.backend import BACKENDS, row_function
+from fastkl.kernels import divergence_torch, rows_torch
+from fastkl.kernels.backend import BACKENDS, row_function, scorer
+from fastkl.kernels.problem import HeadOptions, Inputs, Spec
 from fastkl.loss import linear_logprobs
 
 HIDDEN, WEIGHT, TOKENS = torch.randn(3, 4), torch.randn(7, 4), torch.tensor([1, 6, 0])
 
 
+NLL = Spec("token_nll", HeadOptions())
+
+
 def test_auto_is_pytorch_on_a_cpu() -> None:
     for backend in set(BACKENDS) - {"triton"}:
-        assert row_function("token_nll", backend, HIDDEN) is rows_torch.token_nll
-        assert row_function("reverse_kl", backend, HIDDEN) is rows_torch.reverse_kl
+        assert row_function(NLL._replace(backend=backend), HIDDEN) is rows_torch.token_nll
+        divergence = row_function(Spec("divergence", HeadOptions(), HeadOptions(), backend, None, "jsd", 0.5), HIDDEN)
+        assert isinstance(divergence, partial)
+        assert divergence.func is divergence_torch.divergence
+        assert divergence.args == ("jsd", 0.5)
     assert torch.equal(
         linear_logprobs(HIDDEN, WEIGHT, TOKENS), linear_logprobs(HIDDEN, WEIGHT, TOKENS, backend="torch")
     )
+
+
+def test_what_is_scored_without_logits() -> None:
+    """16-bit heads where Triton runs: log-probs, and the reverse KL of two heads alone."""
+    half = Inputs(HIDDEN.half(), WEIGHT.half(), None, TOKENS, HIDDEN.half(), WEIGHT.half())
+    kl = Spec("divergence", HeadOptions(), HeadOptions(), "triton", None, "reverse_kl")
+    for spec in (NLL, NLL._replace(kind="token_nll_entropy"), kl):
+        assert scorer(spec._replace(backend="triton"), half) is not None
+        assert scorer(spec._replace(backend="auto"), half) is None
+        assert scorer(spec._replace(backend="triton"), Inputs(HIDDEN, WEIGHT, None, TOKENS, HIDDEN, WEIGHT)) is None
+    logits = half._replace(teacher_hidden=None, teacher_weight=None, teacher_logits=torch.zeros(3, 7))
+    for spec, inputs in ((kl._replace(variant="jsd"), half), (kl._replace(extras=True), half), (kl, logits)):
+        assert scorer(spec, inputs) is None
 
 
 def test_triton_is_refused_on_a_cpu() -> None:
@@ -29,10 +50,9 @@ def test_triton_is_refused_on_a_cpu() -> None:
 
 
 def test_triton_that_cannot_be_imported_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("fastkl.kernels.rows_triton", raising=False)
     monkeypatch.setitem(sys.modules, "fastkl.kernels.rows_triton", None)
     with pytest.raises(RuntimeError, match=r'backend is "triton", which needs triton >= 3.6.*backend="torch"'):
-        row_function("token_nll", "triton", HIDDEN)
+        row_function(NLL._replace(backend="triton"), HIDDEN)
 
 
 def test_unknown_backend() -> None:

@@ -1,18 +1,19 @@
 """The benches: what they report, never how fast anything was."""
 
 import json
+import math
 
 import pytest
 import torch
 
 from bench import measure
 from bench.__main__ import main
+from bench.arguments import SMALLEST, swept
 from bench.cases import Case, make_case, max_entropy, mean_entropy
-from bench.implementations import MODULES, Unsupported, build
-from bench.loss import SMALLEST
+from bench.peers import build
 
 KEYS = {
-    *("impl", "op", "head", "backward", "dtype", "device", "shape", "forward_ms", "forward_backward_ms"),
+    *("impl", "op", "head", "backward", "note", "dtype", "device", "shape", "forward_ms", "forward_backward_ms"),
     *("forward_units", "forward_backward_units", "peak_extra_mb", "grad_error"),
 }
 CPU = torch.device("cpu")
@@ -50,54 +51,37 @@ def test_report(tmp_path, capsys, op, head):
     assert "eager" in table
 
 
-def test_composed_is_a_row_of_its_own(tmp_path):
-    report = bench(tmp_path, "--impl", "fastkl", "--composed", "--head", "trainable", "--dtype", "bf16")
-    assert [row["impl"] for row in report["rows"]] == ["fastkl", "fastkl-composed"]
+def test_implementations_are_rows_of_their_own(tmp_path):
+    report = bench(tmp_path, "--impl", "fastkl,fastkl_composed,fastkl", "--head", "trainable", "--dtype", "bf16")
+    assert [row["impl"] for row in report["rows"]] == ["fastkl", "fastkl_composed"]
     assert all(1e-6 < row["grad_error"] < 1e-2 for row in report["rows"])
 
 
-def test_skipped_with_its_reason(tmp_path, capsys):
-    report = bench(tmp_path, "--op", "reverse_kl", "--impl", "torch,fastkl")
-    assert [row["impl"] for row in report["rows"]] == ["fastkl"]
-    (skipped,) = report["skipped"]
-    assert skipped["impl"] == "torch"
-    assert "linear_cross_entropy" in skipped["reason"]
-    assert "torch            skipped: " in capsys.readouterr().out
+def test_sweep_is_one_report(tmp_path, capsys):
+    report = bench(
+        tmp_path, "--impl", "eager,fastkl_composed", "--op", "reverse_kl", "--sweep", "N=4,8", "--sweep", "V=70"
+    )
+    shapes = [[4, 8, 70], [8, 8, 70], [12, 8, 70]]
+    assert [problem["shape"] for problem in report["problems"]] == shapes
+    assert [row["shape"] for row in report["rows"]] == shapes
+    assert [skipped["shape"] for skipped in report["skipped"]] == shapes
+    assert all(problem["gemm_ms"] > 0 for problem in report["problems"])
+    assert capsys.readouterr().out.count("1 unit = ") == 3
 
 
-def test_nothing_to_measure_is_still_a_report(tmp_path):
-    report = bench(tmp_path, "--op", "reverse_kl", "--impl", "torch")
-    assert report["rows"] == []
-    assert len(report["skipped"]) == 1
+def test_shapes_of_sweeps():
+    assert swept((4, 5, 60), []) == [(4, 5, 60)]
+    assert swept((4, 5, 60), [("N", [1, 4]), ("V", [60, 70]), ("D", [9])]) == [
+        *((1, 5, 60), (4, 5, 60), (4, 5, 70), (4, 9, 60)),
+    ]
 
 
-def test_missing_package_is_skipped(monkeypatch):
-    monkeypatch.setitem(MODULES, "peer", "bench.implementations.a_peer_that_is_not_installed")
-    with pytest.raises(Unsupported, match="a_peer_that_is_not_installed"):
-        build("peer", case_of())
-
-
-def test_missing_compiler_is_skipped(monkeypatch):
-    def no_compiler(function):
-        raise RuntimeError("\nno C++ compiler found\nmore")
-
-    monkeypatch.setattr(torch, "compile", no_compiler)
-    with pytest.raises(Unsupported, match=r"does not work here: no C\+\+ compiler found$"):
-        build("compile", case_of())
-
-
-@pytest.mark.parametrize("op", ["logprobs", "policy_gradient"])
-def test_implementations_agree(op):
-    case = case_of(op)
-    exact = measure.reference_gradients(case)
-    names = ["fastkl", "fastkl-composed", "eager"]
-    names += ["torch", "torch-chunked"] if hasattr(torch.nn, "LinearCrossEntropyOptions") else []
-    values = []
-    for name in names:
-        loss = build(name, case)
-        assert measure.gradient_error(case, loss, exact) < 1e-4, name
-        values.append(loss().item())
-    assert values == pytest.approx([values[0]] * len(values), rel=1e-4)
+@pytest.mark.parametrize("data", ["peaked", "flat"])
+def test_data(tmp_path, data):
+    report = bench(tmp_path, "--data", data, "--impl", "eager", "--shape", "64,64,500")
+    (problem,) = report["problems"]
+    assert report["conditions"]["data"] == data
+    assert (problem["mean_entropy"] > math.log(500) - 0.8) == (data == "flat")
 
 
 class TestMemory:
@@ -169,7 +153,7 @@ class TestReference:
     def test_large_problems_are_compared_on_some_rows(self, tmp_path, monkeypatch):
         monkeypatch.setitem(measure.REFERENCE_FLOPS, "cpu", 5 * 6 * 8 * 70)
         report = bench(tmp_path, "--impl", "fastkl", "--head", "trainable")
-        assert report["conditions"]["grad_error_rows"] == 5
+        assert report["problems"][0]["grad_error_rows"] == 5
         assert report["rows"][0]["grad_error"] < 1e-4
 
 
@@ -205,11 +189,17 @@ class TestCase:
     [
         (["--shape", "12,8"], "--shape: '12,8' is not N,D,V; write three integers"),
         (["--shape", "12,0,70"], "--shape: '12,0,70' is too small"),
-        (["--impl", "fastkl,nobody"], "--impl: unknown implementation 'nobody'; use some of fastkl"),
+        (["--impl", "fastkl,nobody"], "--impl: unknown implementation 'nobody'; use some of cce, cce_exact, compile"),
         (["--impl", ","], "--impl: names no implementation"),
         (["--repeats", "0"], "--repeats: '0' is not a whole number >= 1"),
         (["--entropy", "9"], "--entropy: 9.0 nats; with V = 70 use one > 0 and <="),
         (["--entropy", "nan"], "--entropy: nan nats"),
+        (["--entropy", "1.5", "--sweep", "V=70,20"], "--entropy: 1.5 nats; with V = 20 use one > 0 and <="),
+        (["--entropy", "1", "--data", "flat"], "--entropy: flat rows have the entropy that they have"),
+        (["--data", "round"], "--data: invalid choice: 'round'"),
+        (["--sweep", "N"], "--sweep: 'N' is no sweep; write an axis of N, D, V and sizes, as in N=256,512,1024"),
+        (["--sweep", "B=1,2"], "--sweep: 'B=1,2' is no sweep"),
+        (["--sweep", "V=64,8"], "--sweep: 'V=64,8' has V = 8; it must be at least 16"),
         (["--json", "/no/such/folder/loss.json"], "--json: the folder /no/such/folder does not exist; create it"),
         (["--op", "sft"], "--op: invalid choice: 'sft'"),
     ],

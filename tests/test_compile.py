@@ -95,13 +95,13 @@ def inputs(p: Problem, teacher: bool) -> Inputs:
     return Inputs(p.hidden, p.weight, p.bias, p.tokens.clamp(min=0), *theirs)
 
 
-@pytest.mark.parametrize("teacher", [False, True], ids=["token_nll", "reverse_kl"])
+@pytest.mark.parametrize("teacher", [False, True], ids=["token_nll", "jsd"])
 @pytest.mark.parametrize("some", [False, True], ids=["all-rows", "some-rows"])
 def test_opcheck(teacher: bool, some: bool) -> None:
     """Schema, fake tensors, autograd registration and ahead-of-time dispatch of both operators, by torch's own check."""
     p = make_problem((6,))
     head = HeadOptions(0.7, softcap=4.0)
-    spec = Spec("reverse_kl", head, HeadOptions()) if teacher else Spec("token_nll", head)
+    spec = Spec("divergence", head, HeadOptions(), variant="jsd", parameter=0.3) if teacher else Spec("token_nll", head)
     active = torch.tensor([True, True, False, True, True, True]) if some else None
     graded = active & torch.tensor([True, False, True, True, True, True]) if some and active is not None else None
     tensors = list(inputs(p, teacher))
@@ -110,7 +110,7 @@ def test_opcheck(teacher: bool, some: bool) -> None:
     clips = ops._pack_surrogate(None if teacher else Surrogate("ppo", dual_clip=3.0))
     objective = [torch.rand(6).double(), *((None, None) if teacher else (p.advantages, p.sampler_logprobs))]
     for needs in ([True, True, True], [True, False, False], [False, True, False]):
-        arguments = (tensors, active, graded, objective, *clips, needs, *packed)
+        arguments = (tensors, active, graded, objective, *clips, 0.0, needs, *packed)
         torch.library.opcheck(torch.ops.fastkl.evaluate_with_gradients.default, arguments)
 
 
@@ -122,7 +122,7 @@ def test_what_is_packed_comes_out_again(surrogate: Surrogate | None) -> None:
     assert ops._unpack_surrogate(*ops._pack_surrogate(surrogate)) == surrogate
     for spec in (
         Spec("token_nll", HeadOptions(0.5, 2.0), None, "torch", 7),
-        Spec("reverse_kl", HeadOptions(softcap=3.0), HeadOptions(softcap=None)),
+        Spec("divergence", HeadOptions(softcap=3.0), HeadOptions(), variant="jsd", parameter=0.5, extras=True),
     ):
         assert ops._unpack_spec(*ops._pack_spec(spec)) == spec
 

@@ -82,7 +82,11 @@ def test_chunks_are_even(gemms: Gemms) -> None:
 def test_default_chunk_size_fits_the_budget(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
     monkeypatch.setitem(driver.WORKSPACE_BYTES, "cpu", 40_000)
     hidden, weight = torch.zeros(100, 2), torch.zeros(1000, 2)  # 4 kB per row of float32 logits
-    spec = Spec("token_nll", HeadOptions()) if heads == 1 else Spec("reverse_kl", HeadOptions(), HeadOptions())
+    spec = (
+        Spec("token_nll", HeadOptions())
+        if heads == 1
+        else Spec("divergence", HeadOptions(), HeadOptions(), variant="reverse_kl")
+    )
     for gradient in (False, True):
         assert driver.chunk_rows(spec, Inputs(hidden, weight), gradient) == 10 // heads
         assert driver.chunk_rows(spec, Inputs(hidden.double(), weight.double()), gradient) == 5 // heads

@@ -13,7 +13,6 @@ from loss_cases import (
     LOSSES,
     NEEDS,
     POLICIES,
-    PROPERTY,
     Problem,
     Result,
     assert_as_accurate,
@@ -25,6 +24,7 @@ from loss_cases import (
     make_problem,
     with_gradients,
 )
+from property_settings import PROPERTY
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # [] one token, [N] packed, [B, T] padded; 1 is a decoding step, 0 an empty micro-batch.

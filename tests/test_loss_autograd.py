@@ -44,7 +44,8 @@ def test_autocast_equals_casting(form: tuple[str, Any], backward_inside: bool, h
             value.sum().backward()
     if not backward_inside:
         value.sum().backward()
-    cast = in_dtype(p.leaves(()), torch.bfloat16, *HEAD_FIELDS).leaves()
+    heads = HEAD_FIELDS[:3] if name == "top_k" else HEAD_FIELDS  # its teacher is a list, made before
+    cast = in_dtype(p.leaves(()), torch.bfloat16, *heads).leaves()
     expected = fused(name, cast, chunk_size=3, **options)
     expected.sum().backward()
     assert torch.equal(value, expected)

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loss_cases import (
     LOSSES,
-    PROPERTY,
     TRAINABLE,
     Problem,
     Result,
@@ -20,6 +19,7 @@ from loss_cases import (
     make_problem,
     with_gradients,
 )
+from property_settings import PROPERTY
 from torch import Tensor
 
 SEEDS = st.integers(0, 2**31)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import loss_cases
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import NEEDS, PROPERTY, Problem, make_problem
+from loss_cases import NEEDS, Problem, make_problem
+from property_settings import PROPERTY
 from torch import Tensor
 
 from fastkl import loss, reference
@@ -24,11 +26,10 @@ HEADS: dict[str, dict[str, Any]] = {
 
 def teacher_list(p: Problem, k: int, padded: int = 0) -> tuple[Tensor, Tensor]:
     """The k likeliest tokens of the problem's teacher; the last `padded` entries of every other row are padding."""
-    z = reference.logits(p.teacher_hidden.double(), p.teacher_weight.double(), p.teacher_bias.double())
-    logprobs, ids = torch.log_softmax(z, -1).topk(k)
+    ids, logprobs = loss_cases.teacher_list(p, k)
     if padded:
         ids[..., ::2, -padded:] = -1
-    return ids, logprobs.to(p.teacher_logprobs.dtype)
+    return ids, logprobs
 
 
 def ours(p: Problem, ids: Tensor, logprobs: Tensor, **options: Any) -> loss.LossOutput:
@@ -163,6 +164,23 @@ def test_chunks_do_not_matter() -> None:
     whole = ours(p, *teacher_list(p, 3)).loss
     for size in (1, 2, 5):
         torch.testing.assert_close(ours(p, *teacher_list(p, 3), chunk_size=size).loss, whole)
+
+
+def test_vocab_size() -> None:
+    """Padding rows of the student's head take no part, and have a gradient of 0."""
+    p = make_problem((4,))
+    ids, logprobs = teacher_list(p, 3)
+    ids, tokens = ids % 8, p.tokens.clamp(max=8)
+    p = p._replace(tokens=tokens)
+    cut, whole = p._replace(weight=p.weight[:9], bias=p.bias[:9]).leaves(), p.leaves()
+    values = [ours(cut, ids, logprobs).loss, ours(whole, ids, logprobs, vocab_size=9).loss]
+    torch.testing.assert_close(values[0], values[1])
+    for value in values:
+        value.backward()
+    torch.testing.assert_close(whole.weight.grad[:9], cut.weight.grad)
+    assert (whole.weight.grad[9:] == 0).all()
+    with pytest.raises(ValueError, match=r"vocab_size is 12; it must be in 1 … .*\(weight 11\)"):
+        ours(p, ids, logprobs, vocab_size=12)
 
 
 def test_squared_temperature() -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
 
 from bench.cases import Case
-from bench.implementations import Unsupported
-from bench.implementations.torch_linear import per_token
+from bench.peers import Loss, Peer, Unsupported
+from bench.peers.torch_lce import per_token
 
 
-def build(case: Case) -> Callable[[], Tensor]:
+def build(case: Case) -> Loss:
     options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if options is None:
         raise Unsupported(f"torch {torch.__version__} has no LinearCrossEntropyOptions")
     return per_token(case, options=options())
+
+
+PEER = Peer(build, ops=("logprobs", "policy_gradient"))

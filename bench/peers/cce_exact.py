@@ -1,0 +1,15 @@
+"""Cut Cross-Entropy without its filter: every tile of the gradient is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from bench.cases import Case
+from bench.peers import Loss, cce
+
+
+def build(case: Case) -> Loss:
+    return cce.per_token(case, filter_eps=None)
+
+
+PEER = dataclasses.replace(cce.PEER, build=build, backward="exact")
