@@ -8,12 +8,13 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastkl import _arguments as check
-from fastkl._output import LossOutput, PerToken, masked_extreme, masked_mean
+from fastkl._output import LossOutput, PerToken, masked_extreme, masked_mean, sample_metrics
 from fastkl._teacher import Teacher, check_teacher, common_ids
 from fastkl.kernels.autograd import row_losses, summed_loss
 from fastkl.kernels.divergence import Divergence, Outputs
 from fastkl.kernels.gemm import compute_dtype
 from fastkl.kernels.problem import Backend, Inputs, Objective, Spec, TeacherChunks
+from fastkl.kernels.sampled import Backward
 
 
 class DivergenceOptions(TypedDict, total=False):
@@ -39,6 +40,10 @@ class DivergenceOptions(TypedDict, total=False):
     chunk_size: int | None
     skip_zero_rows: bool
     backend: Backend
+    backward: Backward
+    grad_error: float | None
+    epsilon: float | None
+    seed: int | None
     weight_grad: Tensor | None
 
 
@@ -181,6 +186,10 @@ def _divergence(
     chunk_size: int | None = None,
     skip_zero_rows: bool = True,
     backend: Backend = "auto",
+    backward: Backward = "exact",
+    grad_error: float | None = None,
+    epsilon: float | None = None,
+    seed: int | None = None,
     weight_grad: Tensor | None = None,
 ) -> LossOutput:
     """factor · the divergence, reduced."""
@@ -196,7 +205,9 @@ def _divergence(
     hidden, weight, bias = check.autocast(student_hidden, weight, bias)
     if teacher.hidden is not None and teacher.weight is not None:
         teacher = Teacher(*check.autocast(teacher.hidden, teacher.weight, teacher.bias), None)
-    spec = Spec("divergence", student_options, teacher_options, backend, chunk_size, divergence, parameter, per_token)
+    sampling = check.sampling(backward, grad_error, epsilon, seed)
+    how = backend, chunk_size, divergence, parameter, per_token, sampling
+    spec = Spec("divergence", student_options, teacher_options, *how)
 
     dtype = compute_dtype(hidden.dtype)
     share, y = check.mask_weights(mask, hidden, dtype), None
@@ -210,15 +221,16 @@ def _divergence(
     )
     objective = Objective(share * (factor * temperature**2 if squared_temperature else factor))
     if reduction == "none":
-        losses, values = row_losses(spec, inputs, objective, rows, None, weight_grad)
+        losses, values, sample = row_losses(spec, inputs, objective, rows, None, weight_grad)
         loss = losses.reshape(hidden.shape[:-1])
     else:
-        total, values = summed_loss(spec, inputs, objective, rows, None, weight_grad)
+        total, values, sample = summed_loss(spec, inputs, objective, rows, None, weight_grad)
         loss = total * reduce.factor(share.sum())
     found = values.where(active, 0.0)
     metrics = {
         f"{divergence}_mean": masked_mean(found[0], active),
         f"{divergence}_max": masked_extreme(found[0], active, largest=True),
+        **sample_metrics(sample),
     }
     shaped = found.reshape(found.shape[0], *hidden.shape[:-1])
     logprobs = None if y is None else -shaped[1]

@@ -31,6 +31,11 @@ class LossOutput(NamedTuple):
     per_token: PerToken | None = None  # of a divergence that was asked for it
 
 
+def sample_metrics(sample: Tensor | None) -> dict[str, Tensor]:
+    """What a backward pass that was sampled has to say of it (`kernels.sampled`)."""
+    return {} if sample is None else {"kept_fraction": sample[0], "grad_error": sample[1]}
+
+
 def masked_mean(values: Tensor, active: Tensor) -> Tensor:
     """Mean over the active entries, 0 if there are none."""
     return values.where(active, 0.0).sum() / active.sum().clamp(min=1)

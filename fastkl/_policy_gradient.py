@@ -10,12 +10,13 @@ from typing_extensions import Unpack
 
 from fastkl import _arguments as check
 from fastkl._advantages import reverse_kl_advantages
-from fastkl._output import LossOutput, masked_extreme, masked_mean
+from fastkl._output import LossOutput, masked_extreme, masked_mean, sample_metrics
 from fastkl._sequences import Sequences
 from fastkl.kernels.autograd import row_losses, summed_loss
 from fastkl.kernels.gemm import compute_dtype
 from fastkl.kernels.ops import evaluate
-from fastkl.kernels.problem import Backend, Inputs, Objective, Spec
+from fastkl.kernels.problem import Backend, Inputs, Kind, Objective, Spec
+from fastkl.kernels.sampled import Backward
 from fastkl.kernels.surrogate import METHODS, Method, Surrogate, importance_ratio, surrogate_terms
 
 Ratio = Literal["token", "sequence"]
@@ -36,13 +37,19 @@ def linear_logprobs(
     chunk_size: int | None = None,
     skip_zero_rows: bool = True,
     backend: Backend = "auto",
+    backward: Backward = "exact",
+    grad_error: float | None = None,
+    epsilon: float | None = None,
+    seed: int | None = None,
     weight_grad: Tensor | None = None,
 ) -> Tensor:
     """Log-probs of `tokens`, float32, of their shape; 0 at ignored ones. Differentiable in hidden, weight and bias.
 
     Equals `torch.log_softmax(z, -1).gather(-1, tokens[..., None]).squeeze(-1)`. Any loss can be built on it: the gradient
     honours each token's own upstream value. With a frozen head the backward pass is one product over [N, D]; with a
-    trainable one it forms the logits a second time, which `policy_gradient_loss` avoids.
+    trainable one it forms the logits a second time, which `policy_gradient_loss` and a sampled backward avoid.
+
+    It returns a tensor and no metrics: of a sampled backward `policy_gradient_loss` has them.
 
     Raises TypeError or ValueError for shapes, dtypes, devices or ids that do not fit, before anything is computed.
     """
@@ -51,11 +58,12 @@ def linear_logprobs(
     check.check_plan(backend, chunk_size, weight, weight_grad)
     tokens = check.check_tokens(tokens, hidden, weight.shape[0], ignore_index)
     hidden, weight, bias = check.autocast(hidden, weight, bias)
-    spec = Spec("token_nll", options, None, backend, chunk_size)
+    sampling = check.sampling(backward, grad_error, epsilon, seed)
+    spec = Spec("token_nll", options, None, backend, chunk_size, sampling=sampling)
     flat = tokens.reshape(-1)
     active = flat != ignore_index
     inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat.where(active, 0))
-    nll, _ = row_losses(spec, inputs, Objective(), active if skip_zero_rows else None, None, weight_grad)
+    nll = row_losses(spec, inputs, Objective(), active if skip_zero_rows else None, None, weight_grad).losses
     return (-nll).where(active, 0.0).reshape(tokens.shape)
 
 
@@ -85,6 +93,10 @@ def policy_gradient_loss(
     chunk_size: int | None = None,
     skip_zero_rows: bool = True,
     backend: Backend = "auto",
+    backward: Backward = "exact",
+    grad_error: float | None = None,
+    epsilon: float | None = None,
+    seed: int | None = None,
     weight_grad: Tensor | None = None,
 ) -> LossOutput:
     """Policy-gradient loss with the advantages inside: every gradient comes out of one pass over the chunks.
@@ -132,7 +144,9 @@ def policy_gradient_loss(
     sampler = None if sampler_logprobs is None else check.check_per_token("sampler_logprobs", sampler_logprobs, hidden)
     sequences = _sequences(tokens, sequence_ids, ratio, reduction, hidden)
     hidden, weight, bias = check.autocast(hidden, weight, bias)
-    spec = Spec("token_nll" if entropy_coef == 0.0 else "token_nll_entropy", options, None, backend, chunk_size)
+    kind: Kind = "token_nll" if entropy_coef == 0.0 else "token_nll_entropy"
+    sampling = check.sampling(backward, grad_error, epsilon, seed)
+    spec = Spec(kind, options, None, backend, chunk_size, sampling=sampling)
 
     dtype = compute_dtype(hidden.dtype)
     y = tokens.reshape(-1)
@@ -152,14 +166,14 @@ def policy_gradient_loss(
         total_share = share.sum()
     objective = Objective(share, gain, sampler, surrogate, entropy_coef)
     if reduction == "none":
-        losses, values = row_losses(spec, inputs, objective, which, graded, weight_grad)
+        losses, values, sample = row_losses(spec, inputs, objective, which, graded, weight_grad)
         loss = losses.reshape(tokens.shape)
     else:
-        total, values = summed_loss(spec, inputs, objective, which, graded, weight_grad)
+        total, values, sample = summed_loss(spec, inputs, objective, which, graded, weight_grad)
         loss = total * reduce.factor(total_share)
     logprobs = (-values[0]).where(active, 0.0)
     clipped = surrogate_terms(surrogate, logprobs, sampler, gain).clipped
-    metrics = _ratio_metrics(logprobs, sampler, clipped, active)
+    metrics = {**_ratio_metrics(logprobs, sampler, clipped, active), **sample_metrics(sample)}
     if entropy_coef != 0.0:
         metrics["entropy"] = masked_mean(values[1], active)
     return LossOutput(loss, logprobs.reshape(tokens.shape), metrics)
@@ -187,6 +201,10 @@ class PolicyOptions(TypedDict, total=False):
     chunk_size: int | None
     skip_zero_rows: bool
     backend: Backend
+    backward: Backward
+    grad_error: float | None
+    epsilon: float | None
+    seed: int | None
     weight_grad: Tensor | None
 
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from fastkl import _arguments as check
-from fastkl._output import LossOutput, masked_extreme, masked_mean
+from fastkl._output import LossOutput, masked_extreme, masked_mean, sample_metrics
 from fastkl.kernels.autograd import row_losses, summed_loss
 from fastkl.kernels.gemm import compute_dtype
 from fastkl.kernels.problem import Backend, Inputs, Objective, Spec
+from fastkl.kernels.sampled import Backward
 from fastkl.kernels.top_k import DIRECTIONS, TAILS, Direction, Tail
 
 
@@ -35,6 +36,10 @@ def top_k_kl_loss(
     chunk_size: int | None = None,
     skip_zero_rows: bool = True,
     backend: Backend = "auto",
+    backward: Backward = "exact",
+    grad_error: float | None = None,
+    epsilon: float | None = None,
+    seed: int | None = None,
     weight_grad: Tensor | None = None,
 ) -> LossOutput:
     """KL divergence to a teacher of which only the k likeliest tokens are known; the student's side is exact.
@@ -67,7 +72,8 @@ def top_k_kl_loss(
         bias, weight_grad = check.first_rows(bias, vocab_size), check.first_rows(weight_grad, vocab_size)
     ids, listed = _check_list(teacher_ids, teacher_logprobs, hidden, weight.shape[0])
     hidden, weight, bias = check.autocast(hidden, weight, bias)
-    spec = Spec("top_k", options, None, backend, chunk_size, f"{direction}-{tail}")
+    sampling = check.sampling(backward, grad_error, epsilon, seed)
+    spec = Spec("top_k", options, None, backend, chunk_size, f"{direction}-{tail}", sampling=sampling)
 
     dtype = compute_dtype(hidden.dtype)
     share, y = check.mask_weights(mask, hidden, dtype), None
@@ -86,13 +92,17 @@ def top_k_kl_loss(
     )
     objective = Objective(share * temperature**2 if squared_temperature else share)
     if reduction == "none":
-        losses, values = row_losses(spec, inputs, objective, rows, None, weight_grad)
+        losses, values, sample = row_losses(spec, inputs, objective, rows, None, weight_grad)
         loss = losses.reshape(hidden.shape[:-1])
     else:
-        total, values = summed_loss(spec, inputs, objective, rows, None, weight_grad)
+        total, values, sample = summed_loss(spec, inputs, objective, rows, None, weight_grad)
         loss = total * reduce.factor(share.sum())
     kl, nll = values.where(active, 0.0)
-    metrics = {"top_k_kl_mean": masked_mean(kl, active), "top_k_kl_max": masked_extreme(kl, active, largest=True)}
+    metrics = {
+        "top_k_kl_mean": masked_mean(kl, active),
+        "top_k_kl_max": masked_extreme(kl, active, largest=True),
+        **sample_metrics(sample),
+    }
     return LossOutput(loss, None if y is None else -nll.reshape(hidden.shape[:-1]), metrics)
 
 

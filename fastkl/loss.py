@@ -19,6 +19,7 @@ in float32, a chunk of tokens at a time. The options they share, all keyword-onl
                     synchronisation (as a CUDA graph needs), all rows are computed, and masked rows must be finite.
     backend         row functions: "triton", "torch", or "auto": Triton on CUDA and HIP devices, PyTorch elsewhere and for
                     float64.
+    backward        "exact", or "sampled": see below. Its options: grad_error, epsilon, seed.
     weight_grad     [V, D] float32 (float64 for float64 weights), to which the backward pass adds the weight's gradient;
                     weight.grad is then left alone. For sums over micro-batches in full precision, such as Megatron's
                     weight.main_grad, or weight.grad itself where it is float32.
@@ -27,6 +28,26 @@ Token ids outside the vocabulary raise ValueError on a CPU. On an accelerator no
 synchronisation: their rows become NaN (Triton) or end in a device-side assertion (PyTorch).
 There are no gradients of gradients: backward with create_graph=True is refused. Formulas: `fastkl.reference`, where each
 loss stands once more as plain PyTorch.
+
+Sampled backward
+----------------
+backward="sampled" makes the gradients of hidden and weight from a random subset of the vocabulary for each block of rows
+(128 on a CPU, 1024 elsewhere): unbiased for every loss, and on the peaked rows of a trained model for little more than the
+price of the forward pass. Values are exact. So is the bias's gradient where the loss is reduced; where it is not
+(linear_logprobs, reduction="none") and weight or bias is trainable, it is sampled too. docs/sampled-backward.md has the
+estimator, measurements, and when not to use it.
+
+    grad_error   > 0, the expected relative error of the gradient by the logits, in each block of rows; by default 0.002,
+                 what rounding it to bfloat16 costs. The errors of the gradients of hidden and weight are about as large.
+    epsilon      > 0, in its place: an id is used for certain if the root of the sum over a block's rows of its squared
+                 gradients by the logits is at least this, and the more rarely the smaller that is. In the units of the
+                 loss before any mean is taken.
+    seed         int ≥ 0, required: same seed, same bits; take another one in each call. The sample depends on chunk_size,
+                 but not among multiples of a block's rows. By default a chunk has at least one block.
+
+A block of rows of which half the ids or more would be used is computed exactly: flat rows are. Metrics: kept_fraction, how
+much of tokens × vocabulary was used, and grad_error, the expected error (0 for what was computed exactly). Under
+torch.compile, a loss that is not reduced and has a trainable head is sampled in the backward pass, and has neither.
 
 Divergences
 -----------

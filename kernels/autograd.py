@@ -8,19 +8,33 @@
 | `summed_loss` (upstream known inside)   | values and all gradients | upstream · gradients              | 2, 3  |
 
 (GEMMs of one head; a teacher adds its own forward GEMM.)
+
+From a sample of a fraction k of the columns, `spec.sampling`, the GEMM of a gradient costs k. `row_losses` then samples in
+the forward pass for a weight too, and keeps the sample, so that the backward pass needs no logits. What is computed again:
+blocks of rows without a sparse sample or without room for it, and all of them in a graph of torch.compile, where the size
+of what is kept would have to be known.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 import fastkl.kernels.flops  # noqa: F401  for torch.utils.flop_counter, which asks whoever has registered
-from fastkl.kernels.ops import evaluate, evaluate_with_gradients
+from fastkl.kernels.ops import evaluate, evaluate_with_gradients, weight_gradients
 from fastkl.kernels.problem import Gradients, Inputs, Needs, Objective, Spec
+from fastkl.kernels.sampled import Estimates
 from fastkl.kernels.surrogate import Surrogate
+
+
+class Losses(NamedTuple):
+    """Losses, differentiable, and what comes with them, detached."""
+
+    losses: Tensor  # [N], or their sum
+    values: Tensor  # [K, N]
+    sample: Tensor | None = None  # [2], `Sampler.statistics` of a backward pass that was sampled in the forward pass
 
 
 def row_losses(
@@ -30,17 +44,15 @@ def row_losses(
     active: Tensor | None,
     graded: Tensor | None,
     weight_grad: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Losses [N], differentiable for any upstream gradient, and the values [K, N] (detached).
+) -> Losses:
+    """Losses [N], differentiable for any upstream gradient.
 
     `active` rows (None: all) have values, and those of them that are `graded` (None: the active ones) have losses.
     """
     if not _wants_gradient(inputs):
-        return _without_gradient(spec, inputs, objective, active, graded)
-    return cast(
-        tuple[Tensor, Tensor],
-        _RowLosses.apply(spec, *objective[3:], *objective[:3], active, graded, weight_grad, *inputs),
-    )
+        return Losses(*_without_gradient(spec, inputs, objective, active, graded))
+    found = _RowLosses.apply(spec, *objective[3:], *objective[:3], active, graded, weight_grad, *inputs)
+    return Losses(*cast(tuple[Tensor, ...], found))
 
 
 def summed_loss(
@@ -50,15 +62,13 @@ def summed_loss(
     active: Tensor | None,
     graded: Tensor | None,
     weight_grad: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Losses:
     """As `row_losses`, but the losses' sum, 0-dim: its gradients are made in the forward pass."""
     if not _wants_gradient(inputs):
         losses, values = _without_gradient(spec, inputs, objective, active, graded)
-        return losses.sum(), values
-    return cast(
-        tuple[Tensor, Tensor],
-        _SummedLoss.apply(spec, *objective[3:], *objective[:3], active, graded, weight_grad, *inputs),
-    )
+        return Losses(losses.sum(), values)
+    found = _SummedLoss.apply(spec, *objective[3:], *objective[:3], active, graded, weight_grad, *inputs)
+    return Losses(*cast(tuple[Tensor, ...], found))
 
 
 def _without_gradient(
@@ -103,6 +113,11 @@ def _saved(ctx: Any) -> tuple[Inputs, tuple[Tensor | None, ...]]:
     return inputs, tensors[count:]
 
 
+def _times(unit: Tensor, upstream: Tensor) -> Tensor:
+    """The unit gradient [N, D] times each row's upstream value, in its dtype."""
+    return (unit * upstream[:, None]).to(unit.dtype)
+
+
 _OTHERS = 9  # arguments of the functions below that come before the inputs
 
 
@@ -120,32 +135,49 @@ class _RowLosses(torch.autograd.Function):
         graded: Tensor | None,
         weight_grad: Tensor | None,
         *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         inputs = Inputs(*tensors)
         objective = Objective(weights, advantages, sampler_logprobs, surrogate, entropy_coef)
         ctx.needs = Needs(*ctx.needs_input_grad[_OTHERS : _OTHERS + 3])
-        ctx.recompute = ctx.needs.weight or ctx.needs.bias
-        if ctx.recompute:
-            losses, values = _without_gradient(spec, inputs, objective, active, graded)
-            ctx.spec, ctx.surrogate, ctx.entropy_coef, ctx.weight_grad = spec, surrogate, entropy_coef, weight_grad
-            _save(ctx, inputs, *objective[:3], active if graded is None else graded)
-        else:
+        ctx.estimates, sample = None, None
+        if not (ctx.needs.weight or ctx.needs.bias):
             values, losses, unit = evaluate_with_gradients(spec, inputs, objective, ctx.needs, active, graded)
             ctx.save_for_backward(unit.hidden)
-        ctx.mark_non_differentiable(values)
-        return losses, values
+            sample = unit.sample
+        else:
+            ctx.spec, ctx.surrogate, ctx.entropy_coef, ctx.weight_grad = spec, surrogate, entropy_coef, weight_grad
+            unit_hidden = None
+            if spec.sampling is None or torch.compiler.is_compiling():
+                losses, values = _without_gradient(spec, inputs, objective, active, graded)
+            else:
+                ctx.estimates = Estimates(inputs.weight)
+                own = Needs(ctx.needs.hidden, weight=False, bias=False)
+                values, losses, (unit_hidden, _, _, sample) = evaluate_with_gradients(
+                    spec, inputs, objective, own, active, graded, None, ctx.estimates
+                )
+            _save(ctx, inputs, *objective[:3], active if graded is None else graded, unit_hidden)
+        found = (losses, values) if sample is None else (losses, values, sample)
+        ctx.mark_non_differentiable(*found[1:])
+        return found
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
-        if not ctx.recompute:
+        if not (ctx.needs.weight or ctx.needs.bias):
             (unit,) = ctx.saved_tensors
-            return _input_gradients((unit * upstream[:, None]).to(unit.dtype))
-        inputs, (weights, advantages, sampler_logprobs, graded) = _saved(ctx)
-        weights = upstream if weights is None else weights * upstream
+            return _input_gradients(_times(unit, upstream))
+        inputs, (weights, advantages, sampler_logprobs, graded, unit) = _saved(ctx)
         objective = Objective(weights, advantages, sampler_logprobs, ctx.surrogate, ctx.entropy_coef)
-        _, _, gradients = evaluate_with_gradients(ctx.spec, inputs, objective, ctx.needs, graded, None, ctx.weight_grad)
-        return _input_gradients(*[None if g is None else g.to(inputs.weight.dtype) for g in gradients])
+        if ctx.estimates is not None:
+            gradients = weight_gradients(
+                ctx.spec, inputs, objective, upstream, ctx.needs, graded, ctx.estimates, ctx.weight_grad
+            )
+            gradients = gradients._replace(hidden=None if unit is None else _times(unit, upstream))
+        else:
+            objective = objective._replace(weights=upstream if weights is None else weights * upstream)
+            how = ctx.needs, graded, None, ctx.weight_grad
+            gradients = evaluate_with_gradients(ctx.spec, inputs, objective, *how)[2]
+        return _input_gradients(*[None if g is None else g.to(inputs.weight.dtype) for g in gradients[:3]])
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -162,18 +194,20 @@ class _SummedLoss(torch.autograd.Function):
         graded: Tensor | None,
         weight_grad: Tensor | None,
         *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         inputs = Inputs(*tensors)
         objective = Objective(weights, advantages, sampler_logprobs, surrogate, entropy_coef)
         ctx.needs, ctx.dtype = Needs(*ctx.needs_input_grad[_OTHERS : _OTHERS + 3]), inputs.weight.dtype
         ctx.spec, ctx.surrogate, ctx.entropy_coef, ctx.weight_grad = spec, surrogate, entropy_coef, weight_grad
         _save(ctx, inputs, *objective[:3], active if graded is None else graded)
         values, losses, ctx.gradients = evaluate_with_gradients(spec, inputs, objective, ctx.needs, active, graded)
-        ctx.mark_non_differentiable(values)
-        return losses.sum(), values
+        sample, ctx.gradients = ctx.gradients.sample, ctx.gradients._replace(sample=None)
+        found = (losses.sum(), values) if sample is None else (losses.sum(), values, sample)
+        ctx.mark_non_differentiable(*found[1:])
+        return found
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients are scaled in place and handed over: a copy would cost a second weight gradient.
 
         A second backward pass (retain_graph=True) finds them gone and computes them again.
@@ -184,7 +218,7 @@ class _SummedLoss(torch.autograd.Function):
         if ctx.weight_grad is not None and gradients.weight is not None:
             ctx.weight_grad.addcmul_(gradients.weight, upstream)
             gradients = gradients._replace(weight=None)
-        return _input_gradients(*[None if g is None else g.mul_(upstream).to(ctx.dtype) for g in gradients])
+        return _input_gradients(*[None if g is None else g.mul_(upstream).to(ctx.dtype) for g in gradients[:3]])
 
     @staticmethod
     def _recompute(ctx: Any) -> Gradients:

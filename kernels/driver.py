@@ -6,6 +6,8 @@
                            dh = slopes · (u W)               [n, D]   vendor GEMMs; alpha and the slopes are applied on
                            dW += uᵀ (slopes · h)             [V, D]   the thin side, never over the vocabulary
 
+The last two are made from a random subset of the columns of u where `spec.sampling` says so (`sampled.py`).
+
 Nothing of size N × V exists: a chunk's logits live in the workspace and are gone with the next chunk. A new loss is a new
 row function (`rows_torch.py`); plans, chunking and gradients are here and only here.
 """
@@ -22,18 +24,25 @@ from fastkl.kernels.backend import entropy_gradient, row_function, scorer
 from fastkl.kernels.gemm import add_weight_gradient, compute_dtype, gradient_dtype, hidden_gradient, project
 from fastkl.kernels.problem import Gradients, HeadOptions, Inputs, Needs, Objective, Spec
 from fastkl.kernels.rows import Logits
+from fastkl.kernels.sampled import Estimate, Estimates, Sampler, add_to_weight_gradient, block_rows, blocks
 
 # What the logits of a chunk may take. On a GPU large chunks keep the GEMMs at full speed (1024-4096 rows at V = 150k).
 WORKSPACE_BYTES = {"cpu": 128 * 2**20, "accelerator": 2**30}
 
 
 def chunk_rows(spec: Spec, inputs: Inputs, gradient: bool) -> int:
-    """Rows per chunk: `spec.chunk_size`, or what the workspace budget holds, spread evenly over the chunks."""
+    """Rows per chunk: `spec.chunk_size`, or what the workspace budget holds, spread evenly over the chunks.
+
+    If columns are to be sampled it is whole blocks, and by default at least one.
+    """
     n = inputs.hidden.shape[0]
+    block = block_rows(inputs.hidden.device) if gradient and spec.sampling is not None else 1
     limit = spec.chunk_size
     if limit is None:
         budget = WORKSPACE_BYTES["cpu" if inputs.hidden.is_cpu else "accelerator"]
-        limit = max(1, budget // workspace_bytes_per_row(spec, inputs, gradient))
+        limit = max(block, budget // workspace_bytes_per_row(spec, inputs, gradient))
+    if 1 < block <= limit:
+        return max(1, min(n, limit // block * block))
     chunks = max(1, -(-n // limit))
     return max(1, -(-n // chunks))
 
@@ -61,22 +70,33 @@ def evaluate(spec: Spec, inputs: Inputs) -> Tensor:
 
 @torch.no_grad()
 def evaluate_with_gradients(
-    spec: Spec, inputs: Inputs, objective: Objective, needs: Needs, weight_grad: Tensor | None = None
+    spec: Spec,
+    inputs: Inputs,
+    objective: Objective,
+    needs: Needs,
+    weight_grad: Tensor | None = None,
+    estimates: Estimates | None = None,
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Values [K, N], losses [N], and the gradients of their sum: one GEMM per head and one per gradient wanted.
 
-    The weight's gradient is added to `weight_grad` [V, D], in the compute dtype, where one is given.
+    The weight's gradient is added to `weight_grad` [V, D], in the compute dtype, where one is given. Into `estimates`
+    goes what `weight_gradients` makes the gradients of weight and bias from later, without any logits.
     """
     hidden, weight = inputs.hidden, inputs.weight
     values = _new_values(spec, inputs)
     losses = values.new_zeros(values.shape[1])
     grad_hidden = torch.empty_like(hidden) if needs.hidden else None
-    grad_weight = weight_grad if weight_grad is not None else _new_weight_gradient(inputs) if needs.weight else None
+    grad_weight = (
+        weight_grad if weight_grad is not None else _new_weight_gradient(spec, inputs) if needs.weight else None
+    )
     grad_bias = values.new_zeros(weight.shape[0]) if needs.bias else None
+    sums = Gradients(grad_hidden, grad_weight, grad_bias)
+    sampler = None if spec.sampling is None else Sampler(spec.sampling, weight, spec.student.cap is not None)
     rows_of = row_function(spec, hidden)
     mixed = entropy_gradient(spec, hidden) if spec.kind == "token_nll_entropy" else None
     with _full_precision(inputs):
-        for rows, logits, tokens, gradient in _chunks(spec, inputs, gradient=True):
+        for chunk in _chunks(spec, inputs, gradient=True):
+            rows, logits, tokens, gradient = chunk
             own = values[:, rows]
             rows_of(logits, tokens, own, None if mixed else gradient)
             losses[rows], slope, entropy_slope = objective.take(rows).losses_and_slopes(own)
@@ -85,14 +105,86 @@ def evaluate_with_gradients(
                 mixed(logits, tokens, own, torch.stack(weights), gradient)
                 slope = torch.ones_like(slope)
             slope = slope * spec.student.alpha
-            if grad_hidden is not None:
-                grad_hidden[rows] = hidden_gradient(gradient, weight).mul_(slope[:, None])
-            if grad_weight is not None:
+            if sampler is None:
                 fresh = weight_grad is None and rows.start == 0
-                add_weight_gradient(grad_weight, gradient, hidden[rows], slope, overwrite=fresh)
+                _add_products(sums, inputs, rows, gradient, slope, overwrite=fresh)
+            else:
+                _add_sampled_products(sums, inputs, chunk, slope, sampler, estimates)
             if grad_bias is not None:
                 grad_bias.addmv_(gradient.t().to(grad_bias.dtype), slope)
-    return values, losses, Gradients(grad_hidden, grad_weight, grad_bias)
+    return values, losses, sums if sampler is None else sums._replace(sample=sampler.statistics())
+
+
+def _add_products(
+    sums: Gradients, inputs: Inputs, rows: slice, gradient: Tensor, slope: Tensor, overwrite: bool = False
+) -> None:
+    """The two products of `rows`, into the sums; `overwrite`: whatever the weight's held."""
+    if sums.hidden is not None:
+        sums.hidden[rows] = hidden_gradient(gradient, inputs.weight).mul_(slope[:, None])
+    if sums.weight is not None:
+        add_weight_gradient(sums.weight, gradient, inputs.hidden[rows], slope, overwrite=overwrite)
+
+
+def _add_sampled_products(
+    sums: Gradients, inputs: Inputs, chunk: _Chunk, slope: Tensor, sampler: Sampler, estimates: Estimates | None
+) -> None:
+    """`_add_products` of a chunk from a sample of columns for each block of its rows."""
+    for block in blocks(slope.shape[0], slope.device):
+        rows = slice(chunk.rows.start + block.start, chunk.rows.start + block.stop)
+        gradient, own = chunk.gradient[block], slope[block]
+        columns = sampler.draw(gradient, own, _named_tokens(chunk, block))
+        if columns is None:
+            _add_products(sums, inputs, rows, gradient, own)
+            if estimates is not None:
+                estimates.others.append(rows)
+            continue
+        estimate = sampler.estimate(gradient, columns)
+        if sums.hidden is not None:
+            unit = sampler.hidden_gradient(gradient, estimate, columns.ids)
+            sums.hidden[rows] = unit.mul_(own[:, None])
+        if estimates is not None:
+            estimates.take(Estimate(rows, columns.ids, estimate, own))
+        elif sums.weight is not None:
+            add_to_weight_gradient(sums.weight, columns.ids, estimate, inputs.hidden[rows], own)
+
+
+def _named_tokens(chunk: _Chunk, block: slice) -> list[Tensor]:
+    """The ids that the loss names in a block of a chunk: its tokens, and the teacher's likeliest."""
+    found = [] if chunk.tokens is None else [chunk.tokens[block]]
+    if (ids := chunk.logits.top_ids) is not None:
+        found.append(torch.where(ids[block] < 0, ids[block, :1], ids[block]).reshape(-1))
+    return found
+
+
+@torch.no_grad()
+def weight_gradients(
+    spec: Spec,
+    inputs: Inputs,
+    objective: Objective,
+    upstream: Tensor,
+    needs: Needs,
+    estimates: Estimates,
+    weight_grad: Tensor | None = None,
+) -> Gradients:
+    """Gradients of weight and bias by the losses of `estimates`, times `upstream` [N]; logits again for the rest."""
+    grad_weight = (
+        weight_grad if weight_grad is not None else _new_weight_gradient(spec, inputs) if needs.weight else None
+    )
+    grad_bias = upstream.new_zeros(inputs.weight.shape[0]) if needs.bias else None
+    with _full_precision(inputs):
+        for rows, ids, gradient, slope in estimates.kept:
+            scale = slope * upstream[rows]
+            if grad_weight is not None:
+                add_to_weight_gradient(grad_weight, ids, gradient, inputs.hidden[rows], scale)
+            if grad_bias is not None:
+                grad_bias.index_add_(0, ids, gradient.t().to(grad_bias.dtype) @ scale)
+    if estimates.others:
+        again = torch.cat([torch.arange(rows.start, rows.stop, device=upstream.device) for rows in estimates.others])
+        weights = upstream if objective.weights is None else objective.weights * upstream
+        rest = objective._replace(weights=weights).take(again)
+        own = evaluate_with_gradients(spec, inputs.take(again), rest, needs._replace(hidden=False), grad_weight)[2]
+        grad_bias = None if grad_bias is None or own.bias is None else grad_bias.add_(own.bias)
+    return Gradients(None, grad_weight, grad_bias)
 
 
 def _full_precision(inputs: Inputs) -> torch.autocast:
@@ -105,9 +197,9 @@ def _new_values(spec: Spec, inputs: Inputs) -> Tensor:
     return hidden.new_zeros(spec.outputs, hidden.shape[0], dtype=compute_dtype(hidden.dtype))
 
 
-def _new_weight_gradient(inputs: Inputs) -> Tensor:
-    """Room for the weight's gradient, which the first chunk overwrites; zeros if there is none."""
-    new = torch.empty_like if inputs.hidden.shape[0] > 0 else torch.zeros_like
+def _new_weight_gradient(spec: Spec, inputs: Inputs) -> Tensor:
+    """Room for the weight's gradient, which the first chunk overwrites; zeros if not all of it is written."""
+    new = torch.empty_like if inputs.hidden.shape[0] > 0 and spec.sampling is None else torch.zeros_like
     return new(inputs.weight, dtype=compute_dtype(inputs.weight.dtype), memory_format=torch.contiguous_format)
 
 

@@ -25,6 +25,7 @@ from fastkl.kernels.problem import (
     Objective,
     Spec,
 )
+from fastkl.kernels.sampled import Estimates, Sampling
 from fastkl.kernels.surrogate import Method, Surrogate
 
 
@@ -43,14 +44,16 @@ def evaluate_with_gradients(
     active: Tensor | None = None,
     graded: Tensor | None = None,
     weight_grad: Tensor | None = None,
+    estimates: Estimates | None = None,
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Values [K, N], losses [N], and the gradients of their sum.
 
     Rows that are active but not `graded` (bool [N]; None: the active ones are) have values and no part in losses and
-    gradients. Where `weight_grad` is given, the weight's gradient is added to it and not returned.
+    gradients. Where `weight_grad` is given, the weight's gradient is added to it and not returned. `estimates` are filled
+    for `weight_gradients`.
     """
-    if weight_grad is not None or callable(inputs.teacher_logits):  # no operator can be given these
-        values, losses, gradients = _on_rows(spec, inputs, objective, needs, active, graded, weight_grad)
+    if weight_grad is not None or estimates is not None or callable(inputs.teacher_logits):  # nothing for an operator
+        values, losses, gradients = _on_rows(spec, inputs, objective, needs, active, graded, weight_grad, estimates)
         return values, losses, gradients if weight_grad is None else gradients._replace(weight=None)
     values, losses, *found = _evaluate_with_gradients(
         list(inputs),
@@ -62,8 +65,27 @@ def evaluate_with_gradients(
         list(needs),
         *_pack_spec(spec),
     )
-    gradients = iter(found)
-    return values, losses, Gradients(*(next(gradients) if wanted else None for wanted in needs))
+    tensors = iter(found)
+    wanted = *needs, spec.sampling is not None
+    return values, losses, Gradients(*(next(tensors) if one else None for one in wanted))
+
+
+def weight_gradients(
+    spec: Spec,
+    inputs: Inputs,
+    objective: Objective,
+    upstream: Tensor,
+    needs: Needs,
+    graded: Tensor | None,
+    estimates: Estimates,
+    weight_grad: Tensor | None,
+) -> Gradients:
+    """Gradients of weight and bias, times `upstream` [N], from the estimates of a forward pass on the same rows."""
+    index = _rows_of(graded)
+    own = upstream if index is None else upstream[index]
+    problem = spec, inputs.take(index), objective.take(index)
+    gradients = driver.weight_gradients(*problem, own, needs, estimates, weight_grad)
+    return gradients if weight_grad is None else gradients._replace(weight=None)
 
 
 @torch.library.custom_op("fastkl::evaluate", mutates_args=())
@@ -77,8 +99,10 @@ def _evaluate(
     variant: str,
     parameter: float,
     extras: bool,
+    sampling: list[float],
+    seed: int,
 ) -> Tensor:
-    spec = _unpack_spec(kind, heads, backend, chunk_size, variant, parameter, extras)
+    spec = _unpack_spec(kind, heads, backend, chunk_size, variant, parameter, extras, sampling, seed)
     return _values_of(spec, _unpack_inputs(inputs), active)
 
 
@@ -93,8 +117,10 @@ def _(
     variant: str,
     parameter: float,
     extras: bool,
+    sampling: list[float],
+    seed: int,
 ) -> Tensor:
-    spec = _unpack_spec(kind, heads, backend, chunk_size, variant, parameter, extras)
+    spec = _unpack_spec(kind, heads, backend, chunk_size, variant, parameter, extras, sampling, seed)
     return _fake_values(_unpack_inputs(inputs), spec)
 
 
@@ -115,10 +141,12 @@ def _evaluate_with_gradients(
     variant: str,
     parameter: float,
     extras: bool,
+    sampling: list[float],
+    seed: int,
 ) -> list[Tensor]:
     weights, advantages, sampler_logprobs = objective
     terms = Objective(weights, advantages, sampler_logprobs, _unpack_surrogate(method, clips), entropy_coef)
-    spec = _unpack_spec(kind, heads, backend, chunk_size, variant, parameter, extras)
+    spec = _unpack_spec(kind, heads, backend, chunk_size, variant, parameter, extras, sampling, seed)
     values, losses, gradients = _on_rows(spec, _unpack_inputs(inputs), terms, Needs(*needs), active, graded, None)
     return [values, losses, *(g for g in gradients if g is not None)]
 
@@ -137,11 +165,12 @@ def _on_rows(
     active: Tensor | None,
     graded: Tensor | None,
     weight_grad: Tensor | None,
+    estimates: Estimates | None = None,
 ) -> tuple[Tensor, Tensor, Gradients]:
     """The driver with gradients on the graded rows, and without on the other active ones."""
     n, index = inputs.hidden.shape[0], _rows_of(active if graded is None else graded)
     values, losses, gradients = driver.evaluate_with_gradients(
-        spec, inputs.take(index), objective.take(index), needs, weight_grad
+        spec, inputs.take(index), objective.take(index), needs, weight_grad, estimates
     )
     values, losses = _scatter(values, index, n), _scatter(losses, index, n)
     if index is not None and active is not None and graded is not None:
@@ -170,9 +199,11 @@ def _(
     variant: str,
     parameter: float,
     extras: bool,
+    sampling: list[float],
+    seed: int,
 ) -> list[Tensor]:
     problem = _unpack_inputs(inputs)
-    spec = _unpack_spec(kind, heads, backend, chunk_size, variant, parameter, extras)
+    spec = _unpack_spec(kind, heads, backend, chunk_size, variant, parameter, extras, sampling, seed)
     values = _fake_values(problem, spec)
     found = [values, torch.empty_like(values[0])]
     wants = Needs(*needs)
@@ -182,6 +213,8 @@ def _(
         found.append(values.new_empty(problem.weight.shape))
     if wants.bias:
         found.append(values.new_empty(problem.weight.shape[0]))
+    if spec.sampling is not None:
+        found.append(values.new_empty(2))
     return found
 
 
@@ -210,17 +243,34 @@ def _unpack_inputs(tensors: list[Tensor | None]) -> Inputs:
     return Inputs(hidden, weight, *rest)
 
 
-def _pack_spec(spec: Spec) -> tuple[str, list[float], str, int | None, str, float, bool]:
+def _pack_spec(spec: Spec) -> tuple[str, list[float], str, int | None, str, float, bool, list[float], int]:
     heads = [number for head in (spec.student, spec.teacher) if head is not None for number in _pack_head(head)]
-    return spec.kind, heads, *spec[3:]
+    return spec.kind, heads, *spec[3:8], *_pack_sampling(spec.sampling)
 
 
 def _unpack_spec(
-    kind: str, heads: list[float], backend: str, chunk_size: int | None, variant: str, parameter: float, extras: bool
+    kind: str,
+    heads: list[float],
+    backend: str,
+    chunk_size: int | None,
+    variant: str,
+    parameter: float,
+    extras: bool,
+    sampling: list[float],
+    seed: int,
 ) -> Spec:
     teacher = _unpack_head(heads[3:]) if len(heads) > 3 else None
-    how = cast(Backend, backend), chunk_size
-    return Spec(cast(Kind, kind), _unpack_head(heads[:3]), teacher, *how, variant, parameter, extras)
+    how = cast(Backend, backend), chunk_size, variant, parameter, extras
+    return Spec(cast(Kind, kind), _unpack_head(heads[:3]), teacher, *how, _unpack_sampling(sampling, seed))
+
+
+def _pack_sampling(sampling: Sampling | None) -> tuple[list[float], int]:
+    """No sampling is an empty list, no epsilon one of 0."""
+    return ([], 0) if sampling is None else ([sampling.grad_error, sampling.epsilon or 0.0], sampling.seed)
+
+
+def _unpack_sampling(numbers: list[float], seed: int) -> Sampling | None:
+    return Sampling(numbers[0], numbers[1] or None, seed) if numbers else None
 
 
 def _pack_head(head: HeadOptions) -> tuple[float, float, float]:

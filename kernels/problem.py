@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkl.kernels.divergence import ROWS, ROWS_WITH_EXTRAS
+from fastkl.kernels.sampled import Sampling
 from fastkl.kernels.surrogate import Surrogate, surrogate_terms
 
 Kind = Literal["token_nll", "token_nll_entropy", "divergence", "top_k"]
@@ -51,6 +52,7 @@ class Spec(NamedTuple):
     variant: str = ""  # of a divergence: its name; of top_k: its direction and tail
     parameter: float = 0.0  # of a divergence
     extras: bool = False  # a divergence's by-products
+    sampling: Sampling | None = None  # None: the backward pass is exact
 
     @property
     def outputs(self) -> int:
@@ -140,6 +142,7 @@ class Gradients(NamedTuple):
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    sample: Tensor | None = None  # [2], `Sampler.statistics` of a sampled backward
 
 
 def _take(rows: Tensor | None, index: Tensor | slice) -> Tensor | None:

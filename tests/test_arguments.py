@@ -160,7 +160,7 @@ CASES: dict[str, Case] = {
         ValueError,
         ("truncate_ratio is 2.0", "sampler_logprobs"),
     ),
-    "reduction": (REDUCED, {"reduction": "batchmean"}, ValueError, ("reduction is 'batchmean'", '"sum"')),
+    "reduction": (REDUCED, {"reduction": "batchmean"}, ValueError, ("reduction is 'batchmean'", "mean, sum")),
     "normalizer-sum": (
         REDUCED,
         {"reduction": "sum", "normalizer": 3.0},

@@ -1,0 +1,200 @@
+"""The sampled backward: unbiased gradients from a random subset of the vocabulary's columns.
+
+The products of a chunk are u W and uᵀ h, u [n, V] the gradient of its scores, and nearly all columns of u are tail. For
+each block of rows, with a_i the slope that multiplies row i of u,
+
+    w_v = sqrt(Σ_i a_i² u_iv²)        π_v = min(1, w_v / τ), 1 for the tokens that the loss names
+    keep v with probability π_v       û_iv = u_iv / π_v if v is kept, else 0
+
+so that E û = u (Horvitz and Thompson 1952), and with it every gradient, for any u and any τ: the loss plays no part.
+Columns are kept independently of each other, hence
+
+    E Σ_i a_i² ‖û_i − u_i‖² = Σ_v w_v² (1/π_v − 1) = Σ_{w_v < τ} w_v (τ − w_v)
+
+is known before anything is multiplied, and τ is solved from the relative error wanted (`threshold`). u sums to 0 over v, up
+to a soft-cap, and û does not: any constant c [D] times the difference has expectation 0, and taking it off u W lowers the
+error. c is the mean of rows of W. docs/sampled-backward.md has the proof, measurements, and when not to use this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from fastkl.kernels.gemm import add_weight_gradient, compute_dtype, hidden_gradient
+
+Backward = Literal["exact", "sampled"]
+BACKWARDS: tuple[str, ...] = get_args(Backward)
+
+# A sample belongs to a block of rows. Small blocks keep fewer columns, large ones multiply and select them at less cost.
+BLOCK_ROWS = {"cpu": 128, "accelerator": 1024}
+BREAK_EVEN = 0.5  # of the columns: from here on the product of all of them is no slower than that of those kept
+SCRATCH_BYTES = {"cpu": 2**21, "accelerator": 2**28}  # of squares; on a CPU they are to stay in its cache
+SOLVED_COLUMNS = 2**14  # at least; τ is solved from every so many-th column
+CENTRE_ROWS = 2**12  # at least
+LEAST_SLOPE = (
+    1e-3  # of the block's root mean square: bounds û in rows that hardly count, which share the others' columns
+)
+
+
+class Sampling(NamedTuple):
+    """How the columns are sampled."""
+
+    grad_error: float  # expected relative error, from which each block's τ is solved
+    epsilon: float | None  # τ itself in its place
+    seed: int
+
+
+class Columns(NamedTuple):
+    """The kept ones of a block."""
+
+    ids: Tensor  # [K] int64, ascending
+    inverse: Tensor  # [K], 1 / π
+
+
+class Estimate(NamedTuple):
+    """What a block of rows contributes to the weight's gradient."""
+
+    rows: slice
+    ids: Tensor  # [K]
+    gradient: Tensor  # [B, K], û on its columns
+    slope: Tensor  # [B]
+
+
+class Estimates:
+    """Estimates that wait for the upstream gradient, as many as there is room for; the other rows are computed again.
+
+    They take up to the size of the weight. A block that was computed exactly has none.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.room = weight.numel()
+        self.kept: list[Estimate] = []
+        self.others: list[slice] = []
+
+    def take(self, estimate: Estimate) -> None:
+        if estimate.gradient.numel() > self.room:
+            self.others.append(estimate.rows)
+            return
+        self.room -= estimate.gradient.numel()
+        self.kept.append(estimate)
+
+
+def block_rows(device: torch.device) -> int:
+    return BLOCK_ROWS[_kind(device)]
+
+
+def _kind(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else "accelerator"
+
+
+def blocks(n: int, device: torch.device) -> Iterator[slice]:
+    step = block_rows(device)
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
+
+
+class Sampler:
+    """Draws the columns of one block after the other, and keeps count."""
+
+    def __init__(self, sampling: Sampling, weight: Tensor, capped: bool) -> None:
+        self.sampling, self.weight, self.capped = sampling, weight, capped
+        self.dtype = compute_dtype(weight.dtype)
+        self.generator = torch.Generator(weight.device).manual_seed(sampling.seed)
+        self.centre = weight[:: max(1, weight.shape[0] // CENTRE_ROWS)].mean(0, dtype=self.dtype)
+        rows = max(1, SCRATCH_BYTES[_kind(weight.device)] // (weight.shape[0] * self.dtype.itemsize))
+        self.scratch_rows = min(rows, block_rows(weight.device))
+        self.scratch: Tensor | None = None
+        self.kept = self.seen = 0  # entries of u
+        self.variance, self.square = (weight.new_zeros((), dtype=self.dtype) for _ in range(2))
+
+    def draw(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> Columns | None:
+        """The columns of a block; None: all of them, which is exact. A synchronisation on an accelerator.
+
+        gradient [B, V] in `gradient_dtype`, slope [B]; ids in `always` are kept.
+        """
+        squares = self._column_squares(gradient, slope)
+        total = squares.sum()
+        for ids in always:
+            squares.index_fill_(0, ids, 0.0)
+        w = squares.sqrt_()
+        tau = self._threshold(w, total)
+        # Midpoints of the generator's grid: never 0, so that 1 / π is bounded.
+        u = torch.rand(w.shape, generator=self.generator, dtype=self.dtype, device=w.device).add_(2.0**-25)
+        dropped = w <= u.mul_(tau)  # False where anything is NaN: what is wrong with u is not hidden
+        # All columns or a sample: by the number expected, not the number drawn, which would be a bias.
+        expected = (w / tau.clamp(min=torch.finfo(self.dtype).tiny)).clamp_(max=1.0).sum()
+        dropped &= expected < BREAK_EVEN * w.shape[0]
+        for ids in always:
+            dropped.index_fill_(0, ids, False)
+        ids = dropped.logical_not_().nonzero().squeeze(1)
+        self.seen += gradient.numel()
+        self.square += total
+        if ids.numel() == w.shape[0]:
+            self.kept += gradient.numel()
+            return None
+        self.kept += gradient.shape[0] * ids.numel()
+        self.variance += torch.dot(w, (tau - w).clamp_(min=0.0))
+        own = w[ids]
+        return Columns(ids, torch.where(own > 0, tau / own, 1.0).clamp_(min=1.0))
+
+    def statistics(self) -> Tensor:
+        """The fraction of u that was kept, and the expected relative error of û, [2]."""
+        error = (self.variance / self.square.clamp(min=torch.finfo(self.dtype).tiny)).sqrt()
+        return torch.stack([torch.full_like(error, self.kept / max(1, self.seen)), error])
+
+    def estimate(self, gradient: Tensor, columns: Columns) -> Tensor:
+        """û on the kept columns, [B, K]."""
+        return (gradient.index_select(1, columns.ids) * columns.inverse).to(gradient.dtype)
+
+    def hidden_gradient(self, gradient: Tensor, estimate: Tensor, ids: Tensor) -> Tensor:
+        """û W [B, D] in the compute dtype, less what makes û sum to something else than u."""
+        excess = estimate.sum(1, dtype=self.dtype)
+        if self.capped:
+            excess -= gradient.sum(1, dtype=self.dtype)
+        out = hidden_gradient(estimate, self.weight.index_select(0, ids))
+        return out.addr_(excess, self.centre, alpha=-1.0)
+
+    def _column_squares(self, gradient: Tensor, slope: Tensor) -> Tensor:
+        """w² [V], a part of the block's rows at a time."""
+        weights = slope.square()
+        weights += LEAST_SLOPE**2 * weights.mean()
+        out = weights.new_zeros(gradient.shape[1])
+        if self.scratch is None:
+            self.scratch = out.new_empty(self.scratch_rows, gradient.shape[1])
+        for start in range(0, gradient.shape[0], self.scratch_rows):
+            part = gradient[start : start + self.scratch_rows]
+            squared = self.scratch[: part.shape[0]]
+            if part.dtype == squared.dtype:
+                torch.square(part, out=squared)
+            else:
+                squared.copy_(part).square_()
+            out.addmv_(squared.t(), weights[start : start + self.scratch_rows])
+        return out
+
+    def _threshold(self, w: Tensor, total: Tensor) -> Tensor:
+        if self.sampling.epsilon is not None:
+            return w.new_full((), self.sampling.epsilon)
+        some = w[:: max(1, w.shape[0] // SOLVED_COLUMNS)]
+        return threshold(some, self.sampling.grad_error**2 * total * (some.shape[0] / w.shape[0]))
+
+
+def threshold(w: Tensor, variance: Tensor) -> Tensor:
+    """The τ with Σ_{w < τ} w (τ − w) = `variance`, 0-dim, for w ≥ 0 [V].
+
+    The left side grows with τ and is linear in it between two neighbours of w: sums over the sorted w find the place.
+    """
+    w = w.sort().values
+    first, second = w.cumsum(0), w.square().cumsum(0)
+    place = torch.searchsorted(w * first - second, variance[None]).clamp_(1, w.shape[0]) - 1
+    return ((variance + second[place]) / first[place].clamp(min=torch.finfo(w.dtype).tiny)).squeeze(0)
+
+
+def add_to_weight_gradient(accumulator: Tensor, ids: Tensor, estimate: Tensor, hidden: Tensor, scale: Tensor) -> None:
+    """accumulator[ids] += ûᵀ (scale · hidden); accumulator [V, D] and scale [B] in the compute dtype, hidden [B, D]."""
+    part = accumulator.new_empty(ids.shape[0], accumulator.shape[1])
+    add_weight_gradient(part, estimate, hidden, scale, overwrite=True)
+    accumulator.index_add_(0, ids, part)

@@ -1,0 +1,113 @@
+"""Is the sampled gradient unbiased? The mean over many seeds must approach the exact one at the Monte-Carlo rate.
+
+For independent g_1 … g_S with mean g, E ‖ḡ − g‖² = E ‖g_1 − g‖² / S. The ratio of the two sides is near 1 for an unbiased
+estimator and near S · bias² / variance for another. Seeds are fixed: the tests cannot fail by chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from loss_cases import TRAINABLE, Problem, fused
+from test_sampled import peaked_problem
+from torch import Tensor
+
+from fastkl import loss
+from fastkl.kernels import sampled
+
+SEEDS = 250
+Loss = Callable[..., Tensor]
+
+
+def divergence(function: Callable[..., loss.LossOutput], **options: Any) -> Loss:
+    def evaluate(p: Problem, **how: Any) -> Tensor:
+        how = {"bias": p.bias, "teacher_bias": p.teacher_bias, "tokens": p.tokens, **options, **how}
+        return function(p.hidden, p.weight, p.teacher_hidden, p.teacher_weight, **how).loss
+
+    return evaluate
+
+
+def top_k(**options: Any) -> Loss:
+    def evaluate(p: Problem, **how: Any) -> Tensor:
+        z = torch.nn.functional.linear(p.teacher_hidden, p.teacher_weight, p.teacher_bias)
+        listed, ids = torch.log_softmax(z, -1).topk(5)
+        return loss.top_k_kl_loss(p.hidden, p.weight, ids, listed, bias=p.bias, **options, **how).loss
+
+    return evaluate
+
+
+def named(name: str, **options: Any) -> Loss:
+    return lambda p, **how: fused(name, p, **options, **how)
+
+
+LOSSES: dict[str, Loss] = {
+    "linear_logprobs": named("linear_logprobs"),
+    "policy_gradient": named("policy_gradient"),
+    "policy_gradient-ppo": named("policy_gradient", method="ppo"),
+    "policy_gradient-none": named("policy_gradient", reduction="none"),
+    "policy_gradient-entropy": named("policy_gradient", entropy_coef=0.3),
+    "sampled_reverse_kl": named("sampled_reverse_kl", discount=0.5),
+    "reverse_kl": divergence(loss.reverse_kl_loss),
+    "reverse_kl-none": divergence(loss.reverse_kl_loss, reduction="none"),
+    "forward_kl": divergence(loss.forward_kl_loss),
+    "jsd": divergence(loss.jsd_loss, beta=0.3),
+    "skewed_forward_kl": divergence(loss.skewed_forward_kl_loss),
+    "skewed_reverse_kl": divergence(loss.skewed_reverse_kl_loss),
+    "total_variation": divergence(loss.total_variation_loss),
+    "top_k": top_k(),
+    "top_k-forward-drop": top_k(direction="forward", tail="drop"),
+}
+HEADS: dict[str, dict[str, Any]] = {"plain": {}, "softcap": {"softcap": 9.0, "temperature": 0.8}}
+
+
+@pytest.fixture(autouse=True)
+def always_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampled, "BLOCK_ROWS", {"cpu": 16, "accelerator": 16})
+    monkeypatch.setattr(sampled, "BREAK_EVEN", 2.0)
+
+
+def gradients(evaluate: Loss, p: Problem, needs: tuple[str, ...], **options: Any) -> list[Tensor]:
+    p = p.leaves(needs)
+    value = evaluate(p, **options)
+    upstream = torch.linspace(-1.0, 2.0, value.numel(), dtype=value.dtype).reshape(value.shape) if value.dim() else None
+    return list(torch.autograd.grad(value, [getattr(p, field) for field in needs], upstream))
+
+
+def bias_over_noise(evaluate: Loss, needs: tuple[str, ...], **options: Any) -> list[float]:
+    """‖ḡ − g‖² S / mean ‖g_s − g‖² for each gradient that is sampled, about 1 without a bias."""
+    p = peaked_problem(32, vocabulary=500)
+    exact = gradients(evaluate, p, needs, **options)
+    draws = [
+        gradients(evaluate, p, needs, backward="sampled", seed=seed, grad_error=0.15, **options)
+        for seed in range(SEEDS)
+    ]
+    found = []
+    for field, true, *samples in zip(needs, exact, *draws, strict=True):
+        errors = torch.stack(samples) - true
+        noise = errors.square().sum() / SEEDS
+        if field == "bias" and noise < 1e-20 * true.square().sum():
+            continue  # exact where the loss is reduced
+        found.append(float(errors.mean(0).square().sum() * SEEDS / noise))
+    return found
+
+
+@pytest.mark.parametrize("needs", [("hidden",), TRAINABLE], ids=["frozen-head", "all"])
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("evaluate", LOSSES.values(), ids=LOSSES)
+def test_unbiased(evaluate: Loss, head: dict[str, Any], needs: tuple[str, ...]) -> None:
+    ratios = bias_over_noise(evaluate, needs, **head)
+    assert len(ratios) >= min(2, len(needs))
+    assert max(ratios) < 2.5, ratios
+
+
+def test_the_test_finds_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns kept at random without the weights 1 / π: the tail is lost, as under a filter."""
+
+    def unweighted(self: sampled.Sampler, gradient: Tensor, columns: sampled.Columns) -> Tensor:
+        return gradient.index_select(1, columns.ids)
+
+    monkeypatch.setattr(sampled.Sampler, "estimate", unweighted)
+    assert min(bias_over_noise(LOSSES["policy_gradient"], TRAINABLE)) > 10
