@@ -40,10 +40,10 @@ from fastkl.kernels.triton_common import (
     load_block,
     load_one,
     raise_max,
+    register_limit,
     store_gradient,
 )
 
-REGISTERS = 65536  # of a multiprocessor
 NO_EXTRAS = (None,) * len(Extras._fields)
 
 
@@ -94,18 +94,8 @@ def divergence(
             BLOCK=block,
             num_warps=num_warps,
             enable_fp_fusion=False,
-            **_register_limit(num_warps, programs=2 if extras is None else 1),
+            **register_limit(num_warps, programs=2 if extras is None else 1),  # extras need too many for two
         )
-
-
-def _register_limit(num_warps: int, programs: int) -> dict[str, int]:
-    """Registers per thread with which `programs` share a multiprocessor, as an option of Triton's for CUDA.
-
-    Without it the assembler spills now and then to fit one more. Extras need too many for two.
-    """
-    if triton.knobs.runtime.interpret or triton.runtime.driver.active.get_current_target().backend != "cuda":
-        return {}
-    return {"maxnreg": REGISTERS // (programs * 32 * num_warps)}
 
 
 @triton.jit(

@@ -23,6 +23,7 @@ from fastkl.kernels.triton_common import (
     load_block,
     load_one,
     raise_max,
+    register_limit,
     store_gradient,
 )
 
@@ -86,6 +87,7 @@ def token_nll_entropy(logits: Logits, tokens: Tensor | None, out: Tensor, gradie
             CAPPED=logits.student_cap is not None,
             BLOCK=block,
             num_warps=num_warps,
+            **register_limit(num_warps, programs=2),
         )
 
 

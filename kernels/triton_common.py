@@ -31,6 +31,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+if tuple(int(number) for number in triton.__version__.split(".")[:2]) < (3, 6):
+    raise ImportError(f"triton {triton.__version__} is too old")
+
+REGISTERS = 65536  # of a multiprocessor
 DTYPES = (torch.float32, torch.bfloat16)  # of a chunk; arithmetic is float32
 GRADIENT_DTYPES = (*DTYPES, torch.float16)
 
@@ -50,6 +54,16 @@ def launch_config(chunks: int) -> LaunchConfig:
     """
     num_warps = 16
     return LaunchConfig(8 * 32 * num_warps // chunks, num_warps)
+
+
+def register_limit(num_warps: int, programs: int) -> dict[str, int]:
+    """Registers per thread with which `programs` share a multiprocessor, as an option of Triton's for CUDA.
+
+    Without it the assembler spills now and then to fit one more.
+    """
+    if triton.knobs.runtime.interpret or triton.runtime.driver.active.get_current_target().backend != "cuda":
+        return {}
+    return {"maxnreg": REGISTERS // (programs * 32 * num_warps)}
 
 
 def check_chunk(x: Tensor, gradient: Tensor | None = None) -> None:
