@@ -152,7 +152,7 @@ def fit(
     eval_prompts: list[EncodedPrompt],
     folder: RunFolder,
 ) -> None:
-    """Runs the steps that are left: samples, update, log, evaluate, checkpoint; saves the student at the end."""
+    """Runs the steps that are left: samples, update, log, evaluate, checkpoint; at the end, the student and a report."""
     config, start = student.config, 0
     checkpoint = folder.latest_checkpoint()
     if checkpoint is not None:

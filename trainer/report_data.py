@@ -18,7 +18,7 @@ import yaml
 from fastkl.trainer.config import ConfigError
 from fastkl.trainer.run import read_jsonl
 
-POINTS = 600  # of a curve
+POINTS = 1000  # of a curve
 STEPS = 40  # whose samples are shown
 SAMPLES = 8  # of a step
 FLOPS = ("flops/sampling", "flops/teacher", "flops/student")  # of a step, as time/* are

@@ -59,8 +59,11 @@ function valueAt(run, name, step) {
 function chooseStep() {
   const samples = theSamples();
   options(byId("sample"), samples.map((sample, index) => [index, `${sample.number + 1}${aside(meanKl(sample), "nats per token")}`]));
-  showWorst(samples);
+  const worst = worstTokens(samples);
+  showWorst(samples, worst);
+  if (worst.length) byId("sample").value = worst[0].choice;
   showSample();
+  if (worst.length) choose(worst[0].index);
 }
 
 /** Reverse KL of each counted token, or null where a log-prob is missing or not finite. */
@@ -82,7 +85,7 @@ function showSample() {
   shown.sample = sample;
   shown.tokens = [];
   const begin = sample ? sample.mask.indexOf("1") : 0;
-  const parts = sample ? sample.tokens.map((text, place) => token(sample, text, place)) : [];
+  const parts = sample ? elements(sample) : [];
   byId("prompt").replaceChildren(...parts.slice(0, begin));
   byId("prompt-box").hidden = !begin;
   byId("prompt-box").open = parts.slice(0, begin).map((part) => part.textContent).join("").length < 400;
@@ -94,13 +97,20 @@ function showSample() {
   else byId("token").replaceChildren();
 }
 
-/** A token as an element; those that count are shaded and can be walked through. */
-function token(sample, text, place) {
-  const node = el("span", { class: "masked" }, ...visible(text));
-  if (sample.mask[place] !== "1") return node;
-  const index = shown.tokens.length;
-  const facts = { text, id: sample.ids[place], ours: sample.sampler[index], theirs: sample.teacher[index], kl: kls(sample)[index] };
-  shown.tokens.push({ node, facts });
+/** A sample's tokens as elements. */
+function elements(sample) {
+  const values = kls(sample);
+  return sample.tokens.map((text, place) => {
+    const node = el("span", { class: "masked" }, ...visible(text));
+    if (sample.mask[place] !== "1") return node;
+    const index = shown.tokens.length;
+    return scored(node, { text, id: sample.ids[place], ours: sample.sampler[index], theirs: sample.teacher[index], kl: values[index] });
+  });
+}
+
+/** A token that counts is shaded, and can be walked to. */
+function scored(node, facts) {
+  const index = shown.tokens.push({ node, facts }) - 1;
   const kl = facts.kl ?? 0;
   node.className = `scored${kl > 0 ? " over" : kl < 0 ? " under" : ""}`;
   node.style.setProperty("--k", Math.min(1, Math.abs(kl) / FULL).toFixed(3));
@@ -119,7 +129,7 @@ function quoted(text) {
 }
 
 function inWords(facts) {
-  return facts.kl == null ? quoted(facts.text) : `${quoted(facts.text)}, reverse KL ${facts.kl.toFixed(2)}`;
+  return facts.kl == null ? quoted(facts.text) : `${quoted(facts.text)}, reverse KL ${fixed(facts.kl, 2)}`;
 }
 
 function indexOf(target) {
@@ -152,10 +162,10 @@ function choose(index) {
 function showToken(index) {
   const facts = shown.tokens[index]?.facts;
   if (!facts) return;
-  const pairs = [["token", `${quoted(facts.text)}, id ${facts.id}`]];
+  const pairs = [["token", quoted(facts.text)], ["id", String(facts.id)]];
   if (facts.ours !== undefined) pairs.push(["student's log-prob", logprob(facts.ours)]);
   if (facts.theirs !== undefined) pairs.push(["teacher's log-prob", logprob(facts.theirs)]);
-  if (facts.kl != null) pairs.push(["reverse KL", `${facts.kl.toFixed(3)} nats`]);
+  if (facts.kl != null) pairs.push(["reverse KL", `${fixed(facts.kl, 3)} nats`]);
   const items = pairs.map(([term, text]) => el("div", {}, el("dt", {}, term), el("dd", {}, el("bdi", {}, text))));
   byId("token").replaceChildren(el("dl", {}, ...items));
 }
@@ -163,27 +173,33 @@ function showToken(index) {
 function logprob(value) {
   if (typeof value !== "number") return format(value);
   if (value <= DATA.unknown) return `${value}: the teacher has no such token`;
-  return `${value.toFixed(3)} (${percent(Math.exp(value))})`;
+  return `${fixed(value, 3)} (${percent(Math.exp(value))})`;
+}
+
+/** So many decimals, and no minus in front of a zero. */
+function fixed(value, decimals) {
+  return value.toFixed(decimals).replace(/^-(0\.0*)$/, "$1");
 }
 
 function percent(share) {
   return share < 1e-5 ? `${(100 * share).toExponential(1)} %` : `${Number((100 * share).toPrecision(3))} %`;
 }
 
-function showWorst(samples) {
-  const all = samples.filter(isScored).flatMap((sample) =>
-    kls(sample).map((kl, index) => ({ kl, index, sample, choice: samples.indexOf(sample) })),
-  );
-  const worst = all.filter(({ kl }) => kl > 0).sort((one, other) => other.kl - one.kl).slice(0, WORST);
-  byId("worst-title").textContent = worst.length ? `Most penalised at step ${byId("step").value}` : "";
+function worstTokens(samples) {
+  const all = samples.flatMap((sample, choice) => kls(sample).map((kl, index) => ({ kl, index, sample, choice })));
+  return all.filter(({ kl }) => kl >= 0.01).sort((one, other) => other.kl - one.kl).slice(0, WORST);
+}
+
+function showWorst(samples, worst) {
+  byId("worst-title").textContent = `Most penalised at step ${byId("step").value}`;
   byId("worst").replaceChildren(...worst.map(worstItem));
   byId("worst-box").hidden = !worst.length;
-  if (!all.length && samples.length) byId("left-out").append(" No teacher scored these tokens: there is nothing to shade.");
+  byId("unscored").hidden = !samples.length || samples.some(isScored);
 }
 
 /** A button that leads to the token, with the tokens before it. */
 function worstItem({ kl, index, sample, choice }) {
-  const place = [...sample.mask].reduce((places, bit, at) => (bit === "1" ? [...places, at] : places), [])[index];
+  const place = [...sample.mask].map((bit, at) => (bit === "1" ? at : -1)).filter((at) => at >= 0)[index];
   const before = sample.tokens.slice(Math.max(0, place - 5), place).join("").slice(-40);
   const text = [el("span", { class: "before" }, `…${oneLine(before)}`), el("strong", {}, oneLine(sample.tokens[place]) || "∅")];
   const button = el("button", { type: "button" }, el("bdi", {}, ...text));
@@ -193,7 +209,7 @@ function worstItem({ kl, index, sample, choice }) {
     focusToken(index);
     shown.tokens[index].node.scrollIntoView({ block: "center" });
   });
-  return el("li", {}, button, el("span", { class: "kl" }, `${kl.toFixed(2)} nats, sample ${sample.number + 1}`));
+  return el("li", {}, button, el("span", { class: "kl" }, `${fixed(kl, 2)} nats, sample ${sample.number + 1}`));
 }
 
 function oneLine(text) {

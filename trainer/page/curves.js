@@ -138,28 +138,27 @@ function draw(shown) {
 function scales(finite, width, height) {
   const ys = finite.map(([, y]) => y);
   const low = Math.min(0, ...ys);
-  const high = Math.max(...ys, low);
-  const yTicks = ticks(low, high === low ? low + 1 : high, 4);
-  const bottom = Math.min(low, yTicks[0]);
-  const top = Math.max(high, yTicks.at(-1));
+  const yTicks = ticks(low, Math.max(...ys, low + (ys.some((y) => y !== low) ? 0 : 1)), 3, true);
+  const [bottom, top] = [yTicks[0], yTicks.at(-1)];
   const xMax = view.positions.at(-1) || 1;
   const inner = { width: width - EDGE.left - EDGE.right, height: height - EDGE.top - EDGE.bottom };
   return {
     yTicks,
-    xTicks: ticks(0, xMax, width < 320 ? 3 : 5),
+    xTicks: ticks(0, xMax, width < 320 ? 3 : 5, false),
     x: (value) => EDGE.left + (inner.width * value) / xMax,
     y: (value) => EDGE.top + inner.height * (1 - (value - bottom) / (top - bottom)),
     back: (x) => ((x - EDGE.left) / inner.width) * xMax,
   };
 }
 
-/** Round numbers from low to high: multiples of 1, 2 or 5 times a power of ten. */
-function ticks(low, high, count) {
+/** Multiples of 1, 2 or 5 times a power of ten: those between low and high, or those around them. */
+function ticks(low, high, count, around) {
   const rough = (high - low) / count;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = power * ([1, 2, 5].find((factor) => factor * power >= rough) ?? 10);
-  const first = Math.ceil(low / step);
-  return Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, index) => (first + index) * step);
+  const first = around ? Math.floor(low / step + 1e-9) : Math.ceil(low / step - 1e-9);
+  const last = around ? Math.ceil(high / step - 1e-9) : Math.floor(high / step + 1e-9);
+  return Array.from({ length: last - first + 1 }, (_, index) => (first + index) * step);
 }
 
 function axes(scale, width, height) {
@@ -208,17 +207,19 @@ function point(shown) {
   if (!shown.scale) return;
   const x = shown.scale.x(view.at);
   shown.cursor.replaceChildren(svg("path", { class: "at", d: `M${x} ${EDGE.top}V${shown.chart.viewBox.baseVal.height - EDGE.bottom}` }));
-  shown.readout.replaceChildren();
-  shown.lines.forEach((points, run) => {
-    const found = points?.[nearest(points.map(([at]) => at), view.at)];
-    if (found && typeof found[1] === "number") shown.cursor.append(mark(run, shown.scale.x(found[0]), shown.scale.y(found[1])));
-    shown.readout.append(reading(run, found));
-  });
+  const found = shown.lines.map((points) => points?.[nearest(points.map(([at]) => at), view.at)]);
+  for (const [run, pair] of found.entries()) {
+    if (pair && typeof pair[1] === "number") shown.cursor.append(mark(run, shown.scale.x(pair[0]), shown.scale.y(pair[1])));
+  }
+  const absent = RUNS.filter((_, run) => !found[run]).map((run) => run.name);
+  shown.readout.replaceChildren(
+    ...found.flatMap((pair, run) => (pair ? [reading(run, pair)] : [])),
+    ...(absent.length ? [el("li", { class: "name" }, `not recorded: ${absent.join(", ")}`)] : []),
+  );
 }
 
 function reading(run, found) {
   const name = RUNS.length > 1 ? [swatch(run), el("span", { class: "name" }, RUNS[run].name)] : [];
-  if (!found) return el("li", {}, ...name, "not recorded");
   const elsewhere = found[0] === view.at ? "" : ` (at ${shortX(found[0])})`;
   return el("li", {}, ...name, format(found[1]) + elsewhere);
 }
