@@ -6,5 +6,5 @@ from setuptools import setup
 setup(
     packages=["fastkl", "fastkl.kernels", "fastkl.trainer"],
     package_dir={"fastkl": "fastkl", "fastkl.kernels": "kernels", "fastkl.trainer": "trainer"},
-    package_data={"fastkl": ["py.typed"]},
+    package_data={"fastkl": ["py.typed"], "fastkl.trainer": ["page/*"]},
 )

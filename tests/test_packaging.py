@@ -22,6 +22,8 @@ MODULES = {
     f"{package.replace('.', '/')}/{f.name}" for package, room in ROOMS.items() for f in (REPOSITORY / room).glob("*.py")
 }
 
+PAGE = {f"fastkl/trainer/page/{file.name}" for file in (REPOSITORY / "trainer" / "page").iterdir()}
+
 
 def python(*arguments: object, cwd: Path) -> None:
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False)
@@ -68,7 +70,8 @@ def test_the_wheel_holds_one_package_and_all_of_it(wheel: Path) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         info = {name.split("/", 1)[1] for name in archive.namelist() if ".dist-info/" in name}
     assert {name.split("/")[0] for name in names} == {"fastkl"}
-    assert names == MODULES | {"fastkl/py.typed"}
+    assert PAGE
+    assert names == MODULES | PAGE | {"fastkl/py.typed"}
     assert "licenses/LICENSE" in info
 
 

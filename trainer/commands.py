@@ -7,15 +7,19 @@ from typing import Any
 import transformers
 from jsonargparse import ArgumentParser
 
-from fastkl.trainer.config import DistillConfig, EvaluateConfig, ScoreConfig, SftConfig
+from fastkl.trainer.config import DistillConfig, EvaluateConfig, ReportConfig, ScoreConfig, SftConfig
 
-DESCRIPTION = "On-policy distillation of language models. Each command takes CONFIG.yaml and --key value overrides."
+DESCRIPTION = (
+    "On-policy distillation of language models. A command takes CONFIG.yaml and --key value overrides; report takes run "
+    "folders."
+)
 COMMANDS: dict[str, tuple[type, str]] = {
     "distill": (DistillConfig, "distil a teacher into a student, on the student's own samples"),
     "sft": (SftConfig, "fine-tune a student on given completions (the stage before distillation)"),
     "eval": (EvaluateConfig, "answer prompts with a model and grade the answers"),
     "score": (ScoreConfig, "write a model's log-probs of given completions to a JSONL file"),
 }
+REPORT_HELP = "draw a run, or several on the same axes, as one HTML page"
 
 
 def run(argv: list[str]) -> None:
@@ -34,6 +38,10 @@ def run(argv: list[str]) -> None:
         from fastkl.trainer.offline import evaluate_model
 
         evaluate_model(config)
+    elif name == "report":
+        from fastkl.trainer.report import report
+
+        report(config)
     else:
         from fastkl.trainer.offline import score_completions
 
@@ -49,7 +57,7 @@ def parse(argv: list[str]) -> tuple[str, Any]:
     name: str = values.command
     settings = vars(values[name])
     settings.pop("config", None)
-    return name, COMMANDS[name][0](**settings)
+    return name, (ReportConfig if name == "report" else COMMANDS[name][0])(**settings)
 
 
 def _parser() -> ArgumentParser:
@@ -62,4 +70,19 @@ def _parser() -> ArgumentParser:
         command.add_argument("--config", action="config", help="YAML file with any of the settings below.")
         command.add_class_arguments(config, None)
         commands.add_subcommand(name, command, help=help_text)
+    commands.add_subcommand("report", _report_parser(), help=REPORT_HELP)
     return parser
+
+
+def _report_parser() -> ArgumentParser:
+    command = ArgumentParser(
+        description=REPORT_HELP[0].upper() + REPORT_HELP[1:] + ".", usage="fastkl report RUN [RUN ...] [--output FILE]"
+    )
+    command.add_argument("runs", nargs="+", type=str, metavar="RUN", help="Run folders.")
+    command.add_argument(
+        "--output",
+        type=str,
+        metavar="FILE",
+        help="HTML file to write, in place of an older report if need be; of one run, report.html in its folder.",
+    )
+    return command

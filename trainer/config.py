@@ -428,6 +428,25 @@ class ScoreConfig:
         check_source("data", self.data)
 
 
+@dataclass(frozen=True)
+class ReportConfig:
+    """A page about one run, or about several on the same axes.
+
+    Args:
+        runs: Run folders.
+        output: HTML file to write, in place of an older report if need be; null: report.html in the one run's folder.
+    """
+
+    runs: list[str]
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.output is not None or len(self.runs) == 1,
+            f"output is not set and there are {len(self.runs)} runs; name the page to write with --output FILE",
+        )
+
+
 def check_source(name: str, data: DataConfig) -> None:
     require(
         (data.path is None) != (data.dataset is None),

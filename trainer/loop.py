@@ -23,6 +23,7 @@ from fastkl.trainer.data import EncodedPrompt
 from fastkl.trainer.evaluate import evaluate
 from fastkl.trainer.models import batch_layout, fuse, load_student, save_student
 from fastkl.trainer.progress import Report
+from fastkl.trainer.report import report_of
 from fastkl.trainer.run import RunFolder
 from fastkl.trainer.sampler import Sampler
 from fastkl.trainer.samples import Sample
@@ -151,7 +152,7 @@ def fit(
     eval_prompts: list[EncodedPrompt],
     folder: RunFolder,
 ) -> None:
-    """Runs the steps that are left: samples, update, log, evaluate, checkpoint; saves the student at the end."""
+    """Runs the steps that are left: samples, update, log, evaluate, checkpoint; at the end, the student and a report."""
     config, start = student.config, 0
     checkpoint = folder.latest_checkpoint()
     if checkpoint is not None:
@@ -189,6 +190,7 @@ def fit(
                 folder.save_checkpoint(student.accelerator, done)
         save_student(student.model, tokenizer, folder.student)
         report.note(f"student saved in {folder.student}")
+        report.note(report_of(folder.path))
     student.accelerator.end_training()
 
 

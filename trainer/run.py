@@ -1,4 +1,4 @@
-"""The run folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, student/.
+"""The run folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, student/, report.html.
 
 Whatever happens to the process, the folder stays usable: checkpoints appear by renaming, a log's rows beyond the newest
 checkpoint are dropped when a run resumes, and one process at a time may write.
