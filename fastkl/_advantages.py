@@ -34,6 +34,10 @@ def reverse_kl_advantages(
 
     Returns float32 (float64 for float64 log-probs), detached.
     """
+    for name, given in (("sampler_logprobs", sampler_logprobs), ("teacher_logprobs", teacher_logprobs)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(given).__name__}")
+    check.check_finite("coef", coef)
     dtype = torch.promote_types(torch.promote_types(sampler_logprobs.dtype, teacher_logprobs.dtype), torch.float32)
     others = {"teacher_logprobs": teacher_logprobs, "mask": mask, "sequence_ids": sequence_ids, "baseline": baseline}
     for name, tensor in others.items():
@@ -41,6 +45,8 @@ def reverse_kl_advantages(
             raise ValueError(f"{name} is {list(tensor.shape)} but sampler_logprobs is {list(sampler_logprobs.shape)}")
         if tensor is not None:
             check.check_device(name, tensor, sampler_logprobs, "sampler_logprobs")
+    if sequence_ids is not None:
+        check.check_integers("sequence_ids", sequence_ids)
     if not 0.0 <= discount <= 1.0:
         raise ValueError(f"discount is {discount}; it must be in [0, 1]")
     difference = sampler_logprobs.detach().to(dtype) - teacher_logprobs.detach().to(dtype)

@@ -57,6 +57,16 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, who: str = "
             )
 
 
+def check_integers(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} is {tensor.dtype}; expected integers")
+
+
+def check_finite(name: str, number: float) -> None:
+    if not -float("inf") < number < float("inf"):
+        raise ValueError(f"{name} is {number}; it must be finite")
+
+
 def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device} but {like_name} is on {like.device}; move one of them")
@@ -66,6 +76,8 @@ def check_per_token(name: str, tensor: Tensor, hidden: Tensor) -> Tensor:
     """A real-valued tensor with one entry per token, detached."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if tensor.is_complex():
+        raise TypeError(f"{name} is {tensor.dtype}; expected real numbers")
     if tensor.shape != hidden.shape[:-1]:
         raise ValueError(
             f"{name} is {list(tensor.shape)} but hidden is {list(hidden.shape)}: expected one entry per token, "
@@ -97,16 +109,16 @@ def head_options(temperature: float, logit_scale: float, softcap: float | None, 
         raise ValueError(
             f"{who}temperature is {temperature}; it must be > 0 and finite (greedy decoding has no log-probs)"
         )
-    if not logit_scale > 0:
-        raise ValueError(f"{who}logit_scale is {logit_scale}; it must be > 0")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{who}softcap is {softcap}; it must be > 0, or None for a head without one")
+    if not 0 < logit_scale < float("inf"):
+        raise ValueError(f"{who}logit_scale is {logit_scale}; it must be > 0 and finite")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"{who}softcap is {softcap}; it must be > 0 and finite, or None for a head without one")
     return HeadOptions(float(temperature), float(logit_scale), None if softcap is None else float(softcap))
 
 
 def check_vocab_size(vocab_size: int, sizes: dict[str, int]) -> None:
     """`sizes`: the vocabularies that are to be cut, by name."""
-    if not 1 <= vocab_size <= min(sizes.values()):
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or not 1 <= vocab_size <= min(sizes.values()):
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(f"vocab_size is {vocab_size}; it must be in 1 … the smallest vocabulary ({listed})")
 
@@ -120,12 +132,14 @@ def check_plan(backend: Backend, chunk_size: int | None, weight: Tensor, weight_
     """What says how the work is done: backend, chunk_size, weight_grad."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; use one of {', '.join(BACKENDS)}")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size is True or chunk_size < 1):
         raise ValueError(
             f"chunk_size is {chunk_size!r}; it must be a whole number of at least 1, or None for the default"
         )
     if weight_grad is None:
         return
+    if not isinstance(weight_grad, Tensor):
+        raise TypeError(f"weight_grad must be a tensor, not {type(weight_grad).__name__}")
     if torch.compiler.is_compiling():
         raise ValueError(
             "weight_grad is written to in the backward pass, which torch.compile does not take: leave it out"
@@ -203,4 +217,13 @@ def mask_weights(mask: Tensor | None, hidden: Tensor, dtype: torch.dtype) -> Ten
     """The weight of each token, flat [N]: 1 without a mask; a bool mask as 0 and 1."""
     if mask is None:
         return hidden.new_ones(hidden.shape[:-1].numel(), dtype=dtype)
-    return check_per_token("mask", mask, hidden).reshape(-1).to(dtype)
+    weights = check_per_token("mask", mask, hidden).reshape(-1).to(dtype)
+    if (
+        weights.is_cpu
+        and not torch.compiler.is_compiling()
+        and not bool(((weights >= 0) & (weights < torch.inf)).all())
+    ):
+        raise ValueError(
+            "mask holds a weight that is negative or not finite; weights are >= 0, and 0 leaves a token out"
+        )
+    return weights

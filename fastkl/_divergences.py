@@ -60,7 +60,7 @@ def reverse_kl_loss(
     `(p * (log_softmax(z) - log_softmax(z_teacher))).sum(-1)` per token. Options: `fastkl.loss`, "Divergences".
     """
     teacher = teacher_hidden, teacher_weight
-    return _divergence("reverse_kl", 0.0, 1.0, student_hidden, student_weight, *teacher, **options)
+    return _divergence("reverse_kl", "reverse_kl", 0.0, 1.0, student_hidden, student_weight, *teacher, **options)
 
 
 def forward_kl_loss(
@@ -75,7 +75,7 @@ def forward_kl_loss(
     Equals `(q * (log_softmax(z_teacher) - log_softmax(z))).sum(-1)` per token. Options: `fastkl.loss`, "Divergences".
     """
     teacher = teacher_hidden, teacher_weight
-    return _divergence("forward_kl", 0.0, 1.0, student_hidden, student_weight, *teacher, **options)
+    return _divergence("forward_kl", "forward_kl", 0.0, 1.0, student_hidden, student_weight, *teacher, **options)
 
 
 def jsd_loss(
@@ -102,9 +102,9 @@ def jsd_loss(
     teacher = teacher_hidden, teacher_weight
     if beta in (0.0, 1.0):
         end: Divergence = "forward_kl" if beta == 0.0 else "reverse_kl"
-        return _divergence(end, 0.0, 1.0, student_hidden, student_weight, *teacher, **options)
+        return _divergence("jsd", end, 0.0, 1.0, student_hidden, student_weight, *teacher, **options)
     factor = 1.0 / (beta * (1.0 - beta)) if normalized else 1.0
-    return _divergence("jsd", beta, factor, student_hidden, student_weight, *teacher, **options)
+    return _divergence("jsd", "jsd", beta, factor, student_hidden, student_weight, *teacher, **options)
 
 
 def skewed_forward_kl_loss(
@@ -123,7 +123,7 @@ def skewed_forward_kl_loss(
     _check_alpha(alpha)
     teacher = teacher_hidden, teacher_weight
     kind: Divergence = "skewed_forward_kl" if alpha > 0.0 else "forward_kl"
-    return _divergence(kind, alpha, 1.0, student_hidden, student_weight, *teacher, **options)
+    return _divergence("skewed_forward_kl", kind, alpha, 1.0, student_hidden, student_weight, *teacher, **options)
 
 
 def skewed_reverse_kl_loss(
@@ -142,7 +142,7 @@ def skewed_reverse_kl_loss(
     _check_alpha(alpha)
     teacher = teacher_hidden, teacher_weight
     kind: Divergence = "skewed_reverse_kl" if alpha > 0.0 else "reverse_kl"
-    return _divergence(kind, alpha, 1.0, student_hidden, student_weight, *teacher, **options)
+    return _divergence("skewed_reverse_kl", kind, alpha, 1.0, student_hidden, student_weight, *teacher, **options)
 
 
 def total_variation_loss(
@@ -154,10 +154,13 @@ def total_variation_loss(
 ) -> LossOutput:
     """½ Σ |p − q|, in [0, 1]; where p = q its subgradient is 0. Options: `fastkl.loss`, "Divergences"."""
     teacher = teacher_hidden, teacher_weight
-    return _divergence("total_variation", 0.0, 1.0, student_hidden, student_weight, *teacher, **options)
+    return _divergence(
+        "total_variation", "total_variation", 0.0, 1.0, student_hidden, student_weight, *teacher, **options
+    )
 
 
 def _divergence(
+    name: str,
     divergence: Divergence,
     parameter: float,
     factor: float,
@@ -192,7 +195,7 @@ def _divergence(
     seed: int | None = None,
     weight_grad: Tensor | None = None,
 ) -> LossOutput:
-    """factor · the divergence, reduced."""
+    """factor · the divergence, reduced; its metrics under `name`."""
     reduce = check.check_reduction(reduction, normalizer)
     student_options = check.head_options(temperature, logit_scale, softcap)
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
@@ -217,7 +220,11 @@ def _divergence(
     active = share != 0
     rows = active if skip_zero_rows else None
     inputs = Inputs(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, None if y is None else y.where(active, 0), *teacher.flat()
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        None if y is None else y.where(active, 0),
+        *teacher.flat(weight.shape[0], exactly=vocab_size is None),
     )
     objective = Objective(share * (factor * temperature**2 if squared_temperature else factor))
     if reduction == "none":
@@ -228,8 +235,8 @@ def _divergence(
         loss = total * reduce.factor(share.sum())
     found = values.where(active, 0.0)
     metrics = {
-        f"{divergence}_mean": masked_mean(found[0], active),
-        f"{divergence}_max": masked_extreme(found[0], active, largest=True),
+        f"{name}_mean": masked_mean(found[0], active),
+        f"{name}_max": masked_extreme(found[0], active, largest=True),
         **sample_metrics(sample),
     }
     shaped = found.reshape(found.shape[0], *hidden.shape[:-1])

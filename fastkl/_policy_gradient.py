@@ -135,6 +135,7 @@ def policy_gradient_loss(
     """
     surrogate = _surrogate(method, clip_low, clip_high, dual_clip, truncate_ratio, sampler_logprobs)
     _check_ratio(ratio, sampler_logprobs)
+    check.check_finite("entropy_coef", entropy_coef)
     reduce = check.check_reduction(reduction, normalizer, REDUCTIONS)
     options = check.head_options(temperature, logit_scale, softcap)
     check.check_head(hidden, weight, bias)
@@ -157,14 +158,15 @@ def policy_gradient_loss(
     inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, y.where(active, 0))
     which = active if skip_zero_rows else None
     graded = active & (gain != 0) if skip_zero_rows and entropy_coef == 0.0 else None
+    behaviour = sampler
     if ratio == "sequence" and sampler is not None and sequences is not None:
         logprobs = -evaluate(spec, inputs, which)[0]
-        sampler = logprobs - sequences.mean(logprobs - sampler, active)  # exp(ℓ − this) is the sequence's ratio
+        behaviour = logprobs - sequences.mean(logprobs - sampler, active)  # exp(ℓ − this) is the sequence's ratio
     if reduction == "sequence_mean" and sequences is not None:
         share, total_share = share / sequences.sum(share).where(active, 1.0), sequences.count(active).to(dtype)
     else:
         total_share = share.sum()
-    objective = Objective(share, gain, sampler, surrogate, entropy_coef)
+    objective = Objective(share, gain, behaviour, surrogate, entropy_coef)
     if reduction == "none":
         losses, values, sample = row_losses(spec, inputs, objective, which, graded, weight_grad)
         loss = losses.reshape(tokens.shape)
@@ -172,8 +174,8 @@ def policy_gradient_loss(
         total, values, sample = summed_loss(spec, inputs, objective, which, graded, weight_grad)
         loss = total * reduce.factor(total_share)
     logprobs = (-values[0]).where(active, 0.0)
-    clipped = surrogate_terms(surrogate, logprobs, sampler, gain).clipped
-    metrics = {**_ratio_metrics(logprobs, sampler, clipped, active), **sample_metrics(sample)}
+    clipped = surrogate_terms(surrogate, logprobs, behaviour, gain).clipped
+    metrics = {**_ratio_metrics(logprobs, sampler, behaviour, clipped, active), **sample_metrics(sample)}
     if entropy_coef != 0.0:
         metrics["entropy"] = masked_mean(values[1], active)
     return LossOutput(loss, logprobs.reshape(tokens.shape), metrics)
@@ -265,7 +267,7 @@ def _surrogate(
 ) -> Surrogate:
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; use one of {', '.join(METHODS)}")
-    if not 0 <= clip_low <= 1 or clip_high < 0:
+    if not 0 <= clip_low <= 1 or not clip_high >= 0:
         raise ValueError(
             f"clip_low is {clip_low}, clip_high is {clip_high}; need 0 <= clip_low <= 1 and clip_high >= 0"
         )
@@ -274,7 +276,7 @@ def _surrogate(
             f"clip_low is {clip_low} and clip_high is {clip_high}, but method {method!r} clips nothing; they belong to "
             f'"ppo" and "cispo"'
         )
-    if dual_clip is not None and (method != "ppo" or dual_clip <= 1):
+    if dual_clip is not None and (method != "ppo" or not dual_clip > 1):
         raise ValueError(f'dual_clip is {dual_clip} with method {method!r}; it belongs to "ppo" and must be > 1')
     if truncate_ratio is not None and (not truncate_ratio > 0 or sampler_logprobs is None):
         raise ValueError(f"truncate_ratio is {truncate_ratio}; it must be > 0 and needs sampler_logprobs")
@@ -293,13 +295,19 @@ def _sequences(
 ) -> Sequences | None:
     if sequence_ids is not None:
         check.check_per_token("sequence_ids", sequence_ids, hidden)
-    return Sequences(tokens, sequence_ids) if ratio == "sequence" or reduction == "sequence_mean" else None
+        check.check_integers("sequence_ids", sequence_ids)
+    if ratio != "sequence" and reduction != "sequence_mean":
+        return None
+    if tokens.dim() == 0:
+        raise ValueError("tokens is a single id, which makes no sequence: expected [..., T]")
+    return Sequences(tokens, sequence_ids)
 
 
 def _ratio_metrics(
-    logprobs: Tensor, sampler_logprobs: Tensor | None, clipped: Tensor, active: Tensor
+    logprobs: Tensor, sampler_logprobs: Tensor | None, behaviour: Tensor | None, clipped: Tensor, active: Tensor
 ) -> dict[str, Tensor]:
-    ratio = importance_ratio(logprobs, sampler_logprobs)
+    """`behaviour`: what the loss takes its ratio against; k1 and k3 are estimates from the sampler's own log-probs."""
+    ratio = importance_ratio(logprobs, behaviour)
     log_ratio = torch.zeros_like(logprobs) if sampler_logprobs is None else logprobs - sampler_logprobs
     return {
         "ratio_mean": masked_mean(ratio, active),

@@ -20,9 +20,16 @@ class Teacher(NamedTuple):
     bias: Tensor | None  # [V]
     logits: Tensor | TeacherChunks | None
 
-    def flat(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | TeacherChunks | None]:
-        """The same with tokens in one dimension."""
-        return _flat(self.hidden), self.weight, self.bias, self.logits if callable(self.logits) else _flat(self.logits)
+    def flat(
+        self, vocabulary: int, exactly: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | TeacherChunks | None]:
+        """The same with tokens in one dimension; the results of a function are checked against the `vocabulary`."""
+        logits = self.logits
+        if callable(logits):
+            logits = _checked(logits, vocabulary, exactly)
+        elif logits is not None:
+            logits = _flat_logits(logits)
+        return _flat(self.hidden), self.weight, self.bias, logits
 
 
 def check_teacher(teacher: Teacher, hidden: Tensor, weight: Tensor, vocab_size: int | None) -> None:
@@ -100,6 +107,39 @@ def _check_vocabularies(sizes: dict[str, int], vocab_size: int | None) -> None:
             f"different sizes, pass vocab_size=len(tokenizer): the ids beyond it are left out on both sides; never pad "
             f"with zeros, which is a logit of 0 and takes probability"
         )
+
+
+def _flat_logits(logits: Tensor) -> Tensor | TeacherChunks:
+    """[..., V] as [N, V] where that is a view, else as a function: a copy would be of size N × V."""
+    try:
+        return logits.view(-1, logits.shape[-1])
+    except RuntimeError:
+        if torch.compiler.is_compiling():
+            return logits.reshape(-1, logits.shape[-1])
+        return lambda rows: logits[torch.unravel_index(rows, logits.shape[:-1])]
+
+
+def _checked(chunks: TeacherChunks, vocabulary: int, exactly: bool) -> TeacherChunks:
+    """The user's function under the autocast of the call, with its results checked."""
+    device = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def checked(rows: Tensor) -> Tensor:
+        with torch.autocast(device, dtype, enabled=enabled):
+            found = chunks(rows)
+        if not isinstance(found, Tensor) or not found.is_floating_point():
+            kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+            raise TypeError(f"teacher_logits gave {kind} for {len(rows)} rows; expected floating-point logits [n, V]")
+        wide = found.dim() == 2 and (found.shape[1] == vocabulary or (not exactly and found.shape[1] > vocabulary))
+        if not wide or found.shape[0] != len(rows):
+            raise ValueError(
+                f"teacher_logits gave {list(found.shape)} for {len(rows)} rows; expected [{len(rows)}, {vocabulary}], one "
+                f"row of logits for each index that it was asked for"
+            )
+        check.check_device("what teacher_logits gave", found, rows, "student_hidden")
+        return found
+
+    return checked
 
 
 def _flat(tensor: Tensor | None) -> Tensor | None:

@@ -44,7 +44,7 @@ def top_k_kl_loss(
 ) -> LossOutput:
     """KL divergence to a teacher of which only the k likeliest tokens are known; the student's side is exact.
 
-    teacher_ids       [..., k], distinct ids of a row; −1 pads at the end of a row, which has one id at least.
+    teacher_ids       [..., k], distinct ids of a row; −1 pads at the end of a row. One that takes part has an id at least.
     teacher_logprobs  [..., k], as the teacher normalised them over its whole vocabulary, at the temperature of this call.
     direction         "reverse", KL(student ‖ teacher), or "forward", KL(teacher ‖ student).
     tail              what becomes of the tokens that are not listed:
@@ -81,13 +81,15 @@ def top_k_kl_loss(
         y = check.check_tokens(tokens, hidden, weight.shape[0], ignore_index).reshape(-1)
         share = share.where(y != ignore_index, 0.0)
     active = share != 0
+    if ids.is_cpu and not torch.compiler.is_compiling() and bool((active & (ids[:, 0] < 0)).any()):
+        raise ValueError("teacher_ids has a row without any id; mask such tokens out")
     rows = active if skip_zero_rows else None
     inputs = Inputs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
         None if y is None else y.where(active, 0),
-        top_ids=ids,
+        top_ids=ids.where(active[:, None], 0),
         top_logprobs=listed.to(dtype),
     )
     objective = Objective(share * temperature**2 if squared_temperature else share)
@@ -127,12 +129,25 @@ def _check_list(ids: Tensor, logprobs: Tensor, hidden: Tensor, vocabulary: int) 
         raise ValueError("teacher_logprobs requires a gradient, and top_k_kl_loss has none for it: detach it")
     ids = ids.to(torch.int64)
     if ids.is_cpu and not torch.compiler.is_compiling():
-        wrong = (ids < -1) | (ids >= vocabulary)
-        if bool(wrong.any()):
-            raise ValueError(
-                f"teacher_ids holds {int(ids[wrong][0])}, outside the vocabulary of weight (0 … {vocabulary - 1}; −1 pads)"
-            )
-        if bool((ids[..., 0] < 0).any()):
-            raise ValueError("teacher_ids has a row without any id; mask such tokens out and give them some id")
+        _look_at_list(ids, logprobs, vocabulary)
     k = ids.shape[-1]
     return ids.reshape(-1, k), logprobs.reshape(-1, k)
+
+
+def _look_at_list(ids: Tensor, logprobs: Tensor, vocabulary: int) -> None:
+    """What can only be seen in the numbers, and so on a CPU alone."""
+    wrong = (ids < -1) | (ids >= vocabulary)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"teacher_ids holds {int(ids[wrong][0])}, outside the vocabulary of weight (0 … {vocabulary - 1}; −1 pads)"
+        )
+    ordered = ids.sort(-1).values
+    again = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    if bool(again.any()):
+        raise ValueError(f"teacher_ids lists {int(ordered[..., 1:][again][0])} twice in a row; each id once")
+    mass = logprobs.exp().where(ids >= 0, 0.0).sum(-1)
+    if bool((mass > 1.01).any()):
+        raise ValueError(
+            f"teacher_logprobs of a row sum to a probability of {float(mass.max()):.4g}; they must be log-probs over the "
+            f"whole vocabulary, not logits"
+        )

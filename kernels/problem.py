@@ -88,7 +88,7 @@ class Inputs(NamedTuple):
             hidden=self.hidden[index],
             tokens=_take(self.tokens, index),
             teacher_hidden=_take(self.teacher_hidden, index),
-            teacher_logits=(lambda rows: logits(index[rows])) if callable(logits) else _take(logits, index),
+            teacher_logits=None if logits is None else _rows_of(logits, index),
             top_ids=_take(self.top_ids, index),
             top_logprobs=_take(self.top_logprobs, index),
         )
@@ -143,6 +143,11 @@ class Gradients(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     sample: Tensor | None = None  # [2], `Sampler.statistics` of a sampled backward
+
+
+def _rows_of(logits: Tensor | TeacherChunks, index: Tensor) -> TeacherChunks:
+    """The logits of the rows in `index`, taken chunk by chunk: they are of size N × V."""
+    return (lambda rows: logits(index[rows])) if callable(logits) else (lambda rows: logits[index[rows]])
 
 
 def _take(rows: Tensor | None, index: Tensor | slice) -> Tensor | None:

@@ -56,7 +56,15 @@ def importance_ratio(logprobs: Tensor, sampler_logprobs: Tensor | None) -> Tenso
 def surrogate_terms(
     objective: Surrogate, logprobs: Tensor, sampler_logprobs: Tensor | None, advantages: Tensor
 ) -> SurrogateTerms:
-    """Loss and slope per token for detached ℓ, ℓₛ and A [n]."""
+    """Loss and slope per token for detached ℓ, ℓₛ and A [n]; 0 where A is 0, however impossible the token or its ratio."""
+    terms = _terms(objective, logprobs, sampler_logprobs, advantages)
+    counted = advantages != 0
+    return SurrogateTerms(terms.loss.where(counted, 0.0), terms.slope.where(counted, 0.0), terms.clipped)
+
+
+def _terms(
+    objective: Surrogate, logprobs: Tensor, sampler_logprobs: Tensor | None, advantages: Tensor
+) -> SurrogateTerms:
     ratio = importance_ratio(logprobs, sampler_logprobs)
     truncated = torch.zeros_like(ratio, dtype=torch.bool)
     if objective.truncate_ratio is not None:
