@@ -75,7 +75,7 @@ def test_the_wheel_holds_one_package_and_all_of_it(wheel: Path) -> None:
 def test_metadata(wheel: Path) -> None:
     found = metadata(wheel)
     assert (found["Name"], found["Version"]) == ("fastkl", fastkl.__version__)
-    assert requirements(found) == {"torch", "triton"}
+    assert requirements(found) == {"torch", "triton", "typing-extensions"}
     assert {"trainer", "dev"} <= set(found.get_all("Provides-Extra", []))
 
 
