@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastkl.kernels.backend import BACKENDS
 from fastkl.kernels.gemm import compute_dtype
@@ -37,6 +38,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, who: str = "
             raise TypeError(f"{who}{name} must be a tensor, not {type(tensor).__name__}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{who}{name} is {tensor.dtype}; use float32, bfloat16, float16 or float64")
+    _refuse_forward_mode(hidden, weight)
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{who}hidden {list(hidden.shape)} does not fit {who}weight {list(weight.shape)}: expected "
@@ -55,6 +57,17 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, who: str = "
                 f"{who}hidden is {hidden.dtype} but {who}{name} is {tensor.dtype}; cast one of them, "
                 f"or call under torch.autocast"
             )
+
+
+def _refuse_forward_mode(*tensors: Tensor) -> None:
+    """A tangent would be lost in silence: the losses have gradients in reverse mode alone."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            "fastkl losses have no forward-mode derivative (torch.func.jvp, forward_ad): use backward or "
+            "torch.autograd.grad (fastkl.reference has each loss in plain PyTorch, which has one)"
+        )
 
 
 def check_integers(name: str, tensor: Tensor) -> None:

@@ -123,9 +123,9 @@ def policy_gradient_loss(
                       loss per token, [...], whose upstream gradients are not known inside; a trainable head then forms
                       the logits a second time, as under `linear_logprobs`.
     normalizer        the divisor of the means, a number or a 0-dim tensor; under gradient accumulation or several ranks the
-                      *global* count, of tokens for "mean", of sequences for "sequence_mean". By default the sum of `mask`,
-                      or the number of sequences, in this call. "mean" with a constant, sequences · longest completion, is
-                      the normaliser of Dr. GRPO (Liu et al. 2025).
+                      *global* count, of tokens for "mean", of sequences for "sequence_mean". By default the sum of `mask`
+                      over what is not ignored, or the number of sequences, in this call. "mean" with a constant,
+                      sequences · longest completion, is the normaliser of Dr. GRPO (Liu et al. 2025).
 
     Metrics, over the tokens that take part: ratio_mean, ratio_min, ratio_max, clip_fraction; k1 and k3, the estimates of
     KL(sampler ‖ policy) of Schulman, "Approximating KL divergence" (2020): mean log(1/r) and mean (r − 1 − log r); entropy

@@ -54,6 +54,7 @@ def top_k_kl_loss(
                       renormalised, and −log of the student's mass within it on top, which makes leaving the list cost.
                       "drop": the terms of the listed tokens alone, as they are. Biased, and no divergence: it may be
                       negative, and in the reverse direction the student pays nothing for what is not listed.
+    A bias of −inf counts as forbidden outside the list; under a soft-cap elsewhere it is a score of −softcap.
     The other arguments are those of the divergences (`fastkl.loss`). Formulas: `fastkl.kernels.top_k`.
 
     Metrics, over the rows that take part: top_k_kl_mean, top_k_kl_max.
@@ -121,10 +122,9 @@ def _check_list(ids: Tensor, logprobs: Tensor, hidden: Tensor, vocabulary: int) 
         check.check_device(name, tensor, hidden, "hidden")
     if ids.shape != logprobs.shape:
         raise ValueError(f"teacher_ids is {list(ids.shape)} but teacher_logprobs is {list(logprobs.shape)}")
-    if ids.is_floating_point() or not logprobs.is_floating_point():
-        raise TypeError(
-            f"teacher_ids is {ids.dtype} and teacher_logprobs {logprobs.dtype}; expected integers and floats"
-        )
+    check.check_integers("teacher_ids", ids)
+    if not logprobs.is_floating_point():
+        raise TypeError(f"teacher_logprobs is {logprobs.dtype}; expected floating-point log-probs")
     if logprobs.requires_grad and torch.is_grad_enabled():
         raise ValueError("teacher_logprobs requires a gradient, and top_k_kl_loss has none for it: detach it")
     ids = ids.to(torch.int64)

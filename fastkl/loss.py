@@ -15,7 +15,7 @@ in float32, a chunk of tokens at a time. The options they share, all keyword-onl
     chunk_size      tokens per chunk; by default what a workspace of 1 GiB holds (128 MiB on a CPU). Results do not depend
                     on it beyond the rounding of sums.
     skip_zero_rows  leave masked and ignored rows out of every GEMM, and rows of zero advantage out of the gradient ones.
-                    Their number must be known on the host: a synchronisation or two per call on an accelerator. False: no
+                    Their number must be known on the host: a synchronisation or a few per call on an accelerator. False: no
                     synchronisation (as a CUDA graph needs), all rows are computed, and masked rows must be finite.
     backend         row functions: "triton", "torch", or "auto": Triton on CUDA and HIP devices, PyTorch elsewhere and for
                     float64.
@@ -26,8 +26,9 @@ in float32, a chunk of tokens at a time. The options they share, all keyword-onl
 
 Token ids outside the vocabulary raise ValueError on a CPU. On an accelerator nobody looks at them, which would be a
 synchronisation: their rows become NaN (Triton) or end in a device-side assertion (PyTorch).
-There are no gradients of gradients: backward with create_graph=True is refused. Formulas: `fastkl.reference`, where each
-loss stands once more as plain PyTorch.
+There are no gradients of gradients, and none in forward mode: backward with create_graph=True and torch.func.jvp are
+refused. Gradients of float16 hidden states are float16 before an upstream gradient (a loss scale) multiplies them: use
+bfloat16 where they are tiny. Formulas: `fastkl.reference`, where each loss stands once more as plain PyTorch.
 
 Sampled backward
 ----------------
@@ -56,8 +57,9 @@ the distributions over the whole vocabulary at each token; the teacher's logits 
 teacher is
 
     teacher_hidden, teacher_weight   [..., D_t] and [V, D_t]; D_t may differ from D. Or:
-    teacher_logits                   [..., V] of any float dtype, or a function from rows [n] (indices into the flattened
-                                     tokens) to their logits [n, V], called chunk by chunk.
+    teacher_logits                   [..., V] in float32, bfloat16 or float16 (float64 for float64), or a function from rows
+                                     [n] (indices into the flattened tokens) to their logits [n, V], called chunk by chunk.
+                                     The teacher's temperature, scale and soft-cap apply to them too.
 
 It has no gradient: asking for one is an error. Further options:
 

@@ -7,7 +7,7 @@
 | `row_losses`, weight or bias too        | values                   | logits again, then both gradients | 4     |
 | `summed_loss` (upstream known inside)   | values and all gradients | upstream · gradients              | 2, 3  |
 
-(GEMMs of one head; a teacher adds its own forward GEMM.)
+(GEMMs of one head; a teacher adds its own forward GEMM each time that logits are formed.)
 
 From a sample of a fraction k of the columns, `spec.sampling`, the GEMM of a gradient costs k. `row_losses` then samples in
 the forward pass for a weight too, and keeps the sample, so that the backward pass needs no logits. What is computed again:

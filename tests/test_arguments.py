@@ -132,6 +132,12 @@ CASES: dict[str, Case] = {
     # Per-token tensors: [3] would broadcast in silence.
     "mask-broadcasts": (REDUCED, {"mask": torch.ones(3)}, ValueError, ("mask is [3]", "hidden is [2, 3, ")),
     "mask-shape": (REDUCED, {"mask": torch.ones(2, 4)}, ValueError, ("mask is [2, 4]", "[2, 3]")),
+    "mask-negative": (REDUCED, {"mask": -torch.ones(2, 3)}, ValueError, ("mask holds a weight", "negative")),
+    "mask-complex": (REDUCED, {"mask": torch.ones(2, 3) * 1j}, TypeError, ("mask is torch.complex64", "real")),
+    "entropy_coef": (POLICY, {"entropy_coef": torch.nan}, ValueError, ("entropy_coef is nan", "finite")),
+    "sequence_ids": (POLICY, {"sequence_ids": torch.zeros(2, 3)}, TypeError, ("sequence_ids is torch.float32",)),
+    "coef": (POLICY[1:], {"coef": torch.nan}, ValueError, ("coef is nan", "finite")),
+    "softcap-inf": (HEAD_LOSSES, {"softcap": torch.inf}, ValueError, ("softcap is inf",)),
     "mask-type": (REDUCED, {"mask": [[1.0] * 3] * 2}, TypeError, ("mask", "list")),
     "mask-device": (REDUCED, {"mask": torch.ones(2, 3, device=META)}, ValueError, ("mask is on meta", "cpu")),
     "advantages": (POLICY[:1], {"advantages": torch.ones(2, 1)}, ValueError, ("advantages is [2, 1]", "[2, 3]")),

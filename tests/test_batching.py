@@ -19,7 +19,8 @@ from fastkl.trainer.batching import Batch, Layout, batches
 from fastkl.trainer.config import BatchConfig
 from fastkl.trainer.models import batch_layout
 from fastkl.trainer.samples import Sample, make_sample
-from fastkl.trainer.teacher import UNKNOWN, score
+from fastkl.trainer.scoring import score
+from fastkl.trainer.teacher import UNKNOWN
 
 LAYOUTS: list[Layout] = list(get_args(Layout))
 CPU = torch.device("cpu")

@@ -22,11 +22,35 @@ MINIMAL: dict[str, dict[str, object]] = {
     "score": {"output": "o.jsonl", "model.path": "m", "data.path": "d.jsonl"},
 }
 
+URL = "http://127.0.0.1:9/v1"
+SERVED: dict[str, object] = {"teacher.path": "", "teacher.server.url": URL, "teacher.server.model": "m"}
 # command, settings, what the message must hold: the setting with its value, and the way out
 REFUSED: list[tuple[str, dict[str, object], list[str]]] = [
     ("distill", {"run": ""}, ["run is empty", "runs/first"]),
     ("distill", {"student.path": ""}, ["student.path is empty", "model folder or a Hub id"]),
     ("distill", {"teacher.path": ""}, ["teacher.path is empty", "model folder or a Hub id"]),
+    ("distill", SERVED | {"teacher.path": "t"}, ["teacher.path is 't'", URL, "exactly one"]),
+    ("distill", {"teacher.tokenizer": "t"}, ["teacher.tokenizer is 't'", "teacher.path is 't'", "unset it"]),
+    ("distill", {"teacher.path": ""}, ["teacher.server.url", "or a server's url"]),
+    ("distill", SERVED | {"teacher.server.url": "127.0.0.1:8000"}, ["server.url is '127.0.0.1:8000'", "http://"]),
+    (
+        "distill",
+        SERVED | {"teacher.server.url": "http://me:pw@h/v1"},
+        ["server.url holds a user", "server.api_key_env"],
+    ),
+    ("distill", SERVED | {"teacher.server.model": ""}, ["server.model is empty", URL]),
+    ("distill", SERVED | {"teacher.server.url": ""}, ["server.model is 'm'", "server.url is empty"]),
+    ("distill", SERVED | {"teacher.server.concurrency": 0}, ["server.concurrency is 0", "at least 1"]),
+    (
+        "distill",
+        SERVED | {"teacher.server.sequences_per_request": 0},
+        ["server.sequences_per_request is 0", "at least 1"],
+    ),
+    ("distill", SERVED | {"teacher.server.timeout": 0}, ["server.timeout is 0", "> 0"]),
+    ("distill", SERVED | {"teacher.server.retries": -1}, ["server.retries is -1", ">= 0"]),
+    ("distill", SERVED | {"teacher.server.api_key_env": "sk-secret"}, ["server.api_key_env is not the name"]),
+    ("distill", SERVED | {"teacher.dtype": "bfloat16"}, ["teacher.dtype is 'bfloat16'", URL, "unset it"]),
+    ("score", {"model.path": "", "model.server.url": URL, "model.server.model": "m"}, ["model.tokenizer is None", URL]),
     ("distill", {"data.dataset": "x"}, ["data.path is 'd.jsonl'", "data.dataset is 'x'", "exactly one"]),
     ("distill", {"data.path": "null"}, ["data.path is None", "data.dataset is None", "exactly one"]),
     ("distill", {"data.limit": 0}, ["data.limit is 0", "at least 1", "null"]),
@@ -88,6 +112,7 @@ UNPARSABLE: list[tuple[str, dict[str, object], str]] = [
     ("distill", {"optim.steps": 1.5}, "steps"),
     ("distill", {"optim.lr": "fast"}, "lr"),
     ("distill", {"loss.method": "dpo"}, "method"),
+    ("distill", {"teacher.server.api": "chat"}, "api"),
     ("distill", {"student.dtype": "int8"}, "dtype"),
     ("distill", {"batch.layout": "ragged"}, "layout"),
     ("distill", {"student.trust_remote_code": "maybe"}, "trust_remote_code"),
@@ -120,6 +145,12 @@ def test_refused_settings(
     assert error.count("\n") == 1
     assert [part for part in parts if part not in error] == [], error
     assert list(empty_folder.iterdir()) == []
+
+
+def test_a_key_in_place_of_its_variables_name_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    line = arguments("distill", MINIMAL["distill"] | SERVED | {"teacher.server.api_key_env": "sk-secret"})
+    assert cli.main(line) == 2
+    assert "sk-secret" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("command", "settings", "part"), UNPARSABLE, ids=map(name, UNPARSABLE))

@@ -10,6 +10,7 @@ from loss_cases import NEEDS, Problem, make_problem
 from torch import Tensor
 
 from fastkl import loss, reference
+from fastkl._teacher import Teacher
 
 # name -> options of the function, of which the reference takes the same
 DIVERGENCES: dict[str, dict[str, float]] = {
@@ -291,3 +292,46 @@ def test_compiled(name: str) -> None:
     torch.testing.assert_close(outputs[0], outputs[1])
     gradients = [torch.autograd.grad(output.loss, [p.hidden, p.weight]) for output in outputs]
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize(
+    ("found", "error", "message"),
+    [
+        (Z.flatten(0, 1)[:1], ValueError, r"teacher_logits gave \[1, 11\] for 5 rows; expected \[5, 11\]"),
+        (torch.zeros(5, 1), ValueError, r"gave \[5, 1\]"),
+        (torch.zeros(5, 12), ValueError, r"gave \[5, 12\]"),
+        (torch.zeros(5, 11).long(), TypeError, "gave torch.int64 for 5 rows"),
+        (None, TypeError, "gave NoneType"),
+    ],
+    ids=["broadcasts", "one-column", "wide", "integers", "nothing"],
+)
+def test_what_a_function_gives_is_checked(found: Any, error: type[Exception], message: str) -> None:
+    p = make_problem((5,), dtype=torch.float32)._replace(mask=None, tokens=torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(error, match=message):
+        call("reverse_kl", p, teacher_logits=lambda rows: found)
+
+
+def test_a_function_runs_under_the_autocast_of_the_call() -> None:
+    p = make_problem((5,), dtype=torch.float32)
+    hidden = p.teacher_hidden.bfloat16()
+    head = torch.nn.functional.linear
+    with torch.autocast("cpu", torch.bfloat16):
+        value = call("jsd", p, teacher_logits=lambda rows: head(hidden[rows], p.teacher_weight)).loss
+        expected = call("jsd", p, teacher_logits=head(hidden, p.teacher_weight)).loss
+    torch.testing.assert_close(value, expected)
+
+
+def test_a_slice_of_logits_is_not_copied() -> None:
+    """logits[:, :-1] is no view of [N, V]: its rows are taken a chunk at a time, masked ones left out."""
+    p = make_problem((2, 6))
+    z = torch.randn(2, 7, 11, dtype=torch.float64)
+    teacher = Teacher(None, None, None, z[:, :-1])
+    assert callable(teacher.flat(11, exactly=True)[3])
+    assert not callable(Teacher(None, None, None, z).flat(11, exactly=True)[3])
+    found = call("forward_kl", p, teacher_logits=z[:, :-1], chunk_size=2).loss
+    torch.testing.assert_close(found, call("forward_kl", p, teacher_logits=z[:, :-1].contiguous()).loss)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_the_metrics_of_the_jsd_have_one_name(beta: float) -> None:
+    assert set(call("jsd", make_problem((4,)), beta=beta).metrics) == {"jsd_mean", "jsd_max"}

@@ -205,3 +205,12 @@ def test_weight_grad_may_be_the_gradient_itself() -> None:
     once = p.weight.grad.clone()
     fused("policy_gradient", p, weight_grad=p.weight.grad).backward()
     torch.testing.assert_close(p.weight.grad, 2 * once)
+
+
+@forms
+def test_forward_mode_is_refused(form: tuple[str, Any]) -> None:
+    """It would have lost its tangent in silence."""
+    name, options = form
+    p = make_problem((4,))
+    with pytest.raises(RuntimeError, match=r"no forward-mode derivative .*jvp"):
+        torch.func.jvp(lambda h: fused(name, p._replace(hidden=h), **options).sum(), (p.hidden,), (p.hidden,))

@@ -254,3 +254,43 @@ def test_only_a_tokens_own_baseline_is_taken_off() -> None:
     torch.testing.assert_close(shifted, (plain_advantages + 0.5 * p.mask * b).where(p.mask != 0, 0.0))
     with pytest.raises(ValueError, match=r"baseline is \[5\] but sampler_logprobs is \[2, 5\]"):
         loss.reverse_kl_advantages(p.sampler_logprobs, p.teacher_logprobs, baseline=b[0])
+
+
+@pytest.mark.parametrize("method", ["importance_sampling", "reinforce", "ppo", "cispo"])
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_zero_advantage_is_never_nan(method: Any, skip: bool) -> None:
+    """Neither for a token that the student cannot emit nor for one whose ratio overflows."""
+    p = make_problem((3,), dtype=torch.float32)
+    bias, sampler = torch.zeros(11).index_fill(0, torch.tensor([4]), -torch.inf), torch.tensor([-2.0, -2.0, -200.0])
+    tokens, advantages = torch.tensor([1, 4, 2]), torch.tensor([1.0, 0.0, 0.0])
+    p = p._replace(bias=bias, tokens=tokens, advantages=advantages, sampler_logprobs=sampler, mask=None).leaves(
+        ("hidden",)
+    )
+    for coef in (0.0, 0.1):
+        output = ours(p, method=method, skip_zero_rows=skip, entropy_coef=coef)
+        (gradient,) = torch.autograd.grad(output.loss, p.hidden)
+        assert output.loss.isfinite()
+        assert gradient.isfinite().all()
+
+
+def test_metrics_leave_out_what_is_masked() -> None:
+    p = make_problem((2, 6))
+    output = ours(p, entropy_coef=0.1)
+    z = reference.logits(p.hidden, p.weight, p.bias)
+    counted = (p.mask != 0) & (p.tokens != -100)
+    torch.testing.assert_close(output.metrics["entropy"], reference.entropy(z)[counted].mean())
+
+
+def test_k3_is_the_samplers_under_any_ratio() -> None:
+    p = make_problem((2, 6))
+    metrics = [ours(p, ratio=ratio).metrics for ratio in ("token", "sequence")]
+    for key in ("k1", "k3"):
+        torch.testing.assert_close(metrics[0][key], metrics[1][key])
+    assert metrics[0]["ratio_max"] > metrics[1]["ratio_max"]
+
+
+def test_a_masked_sequence_is_no_division_by_zero() -> None:
+    p = make_problem((2, 4))
+    p = p._replace(mask=torch.tensor([[1.0] * 4, [0.0] * 4]).double(), tokens=p.tokens.clamp(min=0)).leaves()
+    ours(p, ratio="sequence", skip_zero_rows=False).loss.backward()
+    assert p.hidden.grad.isfinite().all()

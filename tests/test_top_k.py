@@ -196,7 +196,9 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "tail": ({"tail": "cut"}, ValueError, "tail is 'cut'; use one of bucket, renormalise, drop"),
     "rows": ({"teacher_ids": IDS[0]}, ValueError, r"teacher_ids is \[3, 4\] but hidden is \[2, 3, 5\]"),
     "k": ({"teacher_logprobs": LOGPROBS[..., :2]}, ValueError, r"teacher_ids is .*4\] but teacher_logprobs is .*2\]"),
-    "types": ({"teacher_ids": LOGPROBS}, TypeError, "expected integers and floats"),
+    "types": ({"teacher_ids": LOGPROBS}, TypeError, "teacher_ids is torch.float32; expected integers"),
+    "twice": ({"teacher_ids": IDS.index_fill(2, torch.tensor([0, 1]), 5)}, ValueError, "lists 5 twice in a row"),
+    "logits": ({"teacher_logprobs": LOGPROBS + 3.0}, ValueError, "sum to a probability of .* not logits"),
     "list": ({"teacher_ids": [[1]]}, TypeError, "teacher_ids must be a tensor, not list"),
     "high": ({"teacher_ids": IDS + 11}, ValueError, r"teacher_ids holds \d+, outside the vocabulary .*0 … 10"),
     "empty": ({"teacher_ids": torch.full_like(IDS, -1)}, ValueError, "a row without any id"),
@@ -221,3 +223,41 @@ def test_compiled() -> None:
     torch.testing.assert_close(values[0], values[1])
     gradients = [torch.autograd.grad(value, [p.hidden, p.weight]) for value in values]
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_logprobs_and_metrics() -> None:
+    """Those of the tokens, 0 where masked; also for a token on the list, one off it, and under a soft-cap."""
+    p = make_problem((2, 6))
+    for options in HEADS.values():
+        output = ours(p, *teacher_list(p, 3), **options)
+        head = {k: v for k, v in options.items() if k != "chunk_size"}
+        z = reference.logits(p.hidden, p.weight, p.bias, **head)
+        counted = (p.mask != 0) & (p.tokens != -100)
+        torch.testing.assert_close(output.logprobs, reference.logprobs(z, p.tokens).where(counted, 0.0))
+        exact = reference.top_k_kl(z, *teacher_list(p, 3))[counted]
+        torch.testing.assert_close(output.metrics["top_k_kl_mean"], exact.mean())
+        torch.testing.assert_close(output.metrics["top_k_kl_max"], exact.max())
+
+
+def test_nothing_left_outside_the_list() -> None:
+    """Every unlisted token forbidden: no tail, and no 0 / 0."""
+    p = make_problem((3,))._replace(mask=None, tokens=torch.tensor([0, 1, 2]))
+    ids = torch.tensor([[0, 1, 2]]).repeat(3, 1)
+    bias = p.bias.clone()
+    bias[3:] = -torch.inf
+    p = p._replace(bias=bias).leaves()
+    for direction in DIRECTIONS:
+        q = torch.log_softmax(torch.randn(3, 3, dtype=torch.float64), -1)
+        ours(p, ids, q, direction=direction).loss.backward()
+    assert p.hidden.grad.isfinite().all()
+
+
+def test_a_masked_row_needs_no_list() -> None:
+    p = make_problem((4,))._replace(
+        mask=torch.tensor([1.0, 0.0, 1.0, 1.0]).double(), tokens=torch.zeros(4, dtype=torch.int64)
+    )
+    ids, logprobs = teacher_list(p, 3)
+    expected = ours(p, ids, logprobs).loss
+    ids[1] = -1
+    torch.testing.assert_close(ours(p, ids, logprobs).loss, expected)
+    torch.testing.assert_close(ours(p, ids, logprobs, skip_zero_rows=False).loss, expected)

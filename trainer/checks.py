@@ -76,11 +76,13 @@ def check_chat(
 
 
 def check_end_of_sequence(
-    student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    student: PreTrainedModel, teacher: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Where the student stops, the teacher can stop; a model that declares no end has the tokenizer's."""
+    """Where the student stops, a teacher that is loaded here can stop; a model that declares no end has the tokenizer's."""
     if not end_of_sequence(student, tokenizer):
         raise ConfigError("neither the student nor its tokenizer declares an end-of-sequence token; set eos_token_id")
+    if teacher is None:
+        return
     ours, theirs = (declared_ends(model) or end_of_sequence(model, tokenizer) for model in (student, teacher))
     if not set(ours) & set(theirs):
         raise ConfigError(f"the student ends with ids {ours} and the teacher with {theirs}; give them a common one")

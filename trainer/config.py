@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from fastkl.kernels.surrogate import Method
 
@@ -71,6 +73,72 @@ class StudentConfig(ModelConfig):
 
     gradient_checkpointing: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """A teacher behind HTTP: an OpenAI-compatible completions server that gives log-probs of the prompt (vLLM).
+
+    Args:
+        url: Base address as OpenAI's clients take it, for example http://127.0.0.1:8000/v1.
+        model: Name under which the server serves the teacher.
+        api: How it is asked: prompt_logprobs (vLLM), echo (with logprobs), or auto: the first of them that it answers.
+        sequences_per_request: Samples in one request.
+        concurrency: Requests in flight at once.
+        timeout: Seconds without an answer after which a request is sent again.
+        retries: How often it is sent again (after a lost connection, no answer in time, status 408, 425, 429 or 5xx),
+            with pauses of 1, 2, 4, … up to 30 seconds.
+        api_key_env: Name of the environment variable that holds the API key; null sends none. The key itself is never
+            written anywhere.
+    """
+
+    url: str = ""
+    model: str = ""
+    api: Literal["auto", "prompt_logprobs", "echo"] = "auto"
+    sequences_per_request: int = 8
+    concurrency: int = 8
+    timeout: float = 120.0
+    retries: int = 8
+    api_key_env: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("sequences_per_request", "concurrency"):
+            require(getattr(self, name) >= 1, f"server.{name} is {getattr(self, name)}; it must be at least 1")
+        require(self.timeout > 0, f"server.timeout is {self.timeout}; it must be > 0 seconds")
+        require(self.retries >= 0, f"server.retries is {self.retries}; it must be >= 0 (0: no second attempt)")
+        require(
+            self.api_key_env is None or re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env, re.ASCII) is not None,
+            "server.api_key_env is not the name of an environment variable; put the key into one and give its name here",
+        )
+        if not self.url:
+            for name, value in vars(self).items():
+                changed = value != getattr(ServerConfig, name)
+                require(not changed, f"server.{name} is {value!r} but server.url is empty; give the server's url")
+            return
+        parts = urlsplit(self.url)
+        require(
+            "@" not in parts.netloc and not parts.query,
+            "server.url holds a user or a query, which config.yaml would show; put a key into an environment variable and "
+            "its name into server.api_key_env",
+        )
+        require(
+            parts.scheme in ("http", "https") and bool(parts.hostname),
+            f"server.url is {self.url!r}; it must begin with http:// or https://, for example http://127.0.0.1:8000/v1",
+        )
+        require(bool(self.model), f"server.model is empty; give the name under which {self.url} serves the model")
+
+
+@dataclass(frozen=True)
+class TeacherConfig(ModelConfig):
+    """A model that only scores: loaded here, from `path`, or served elsewhere, by `server`.
+
+    Args:
+        server: The server in place of `path`; it decides about dtype and attention.
+        tokenizer: Folder or Hub id of the served model's tokenizer; null: the server is asked.
+    """
+
+    server: ServerConfig = field(default_factory=ServerConfig)
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -349,13 +417,13 @@ class DistillConfig(RunConfig):
         loss: The policy-gradient step.
     """
 
-    teacher: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(bool(self.teacher.path), "teacher.path is empty; give a model folder or a Hub id")
+        check_teacher("teacher", self.teacher)
         samples = self.sampling.prompts_per_step * self.sampling.samples_per_prompt
         require(
             samples >= self.optim.substeps,
@@ -408,7 +476,7 @@ class ScoreConfig:
     """Log-probs of given completions, each with its end-of-sequence token.
 
     Args:
-        model: The model that scores.
+        model: The model that scores; a served one needs `tokenizer`.
         data: Rows with `prompt` or `messages`, and `completion`.
         output: JSONL file to write; it must not exist.
         temperature: The log-probs are those at this temperature.
@@ -416,13 +484,18 @@ class ScoreConfig:
     """
 
     output: str
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     temperature: float = 1.0
     batch: BatchConfig = field(default_factory=BatchConfig)
 
     def __post_init__(self) -> None:
-        require(bool(self.model.path), "model.path is empty; give a model folder or a Hub id")
+        check_teacher("model", self.model)
+        require(
+            bool(self.model.path or self.model.tokenizer),
+            f"model.tokenizer is {self.model.tokenizer!r} and model.server.url is {self.model.server.url!r}; give the "
+            f"tokenizer's folder or Hub id: the completions are encoded here",
+        )
         require(bool(self.output), "output is empty; name the JSONL file to write")
         require(self.temperature > 0, f"temperature is {self.temperature}; it must be > 0")
         check_source("data", self.data)
@@ -452,6 +525,29 @@ def check_source(name: str, data: DataConfig) -> None:
         (data.path is None) != (data.dataset is None),
         f"{name}.path is {data.path!r} and {name}.dataset is {data.dataset!r}; give exactly one of them",
     )
+
+
+def check_teacher(name: str, config: TeacherConfig) -> None:
+    """Exactly one of the model's folder and its server, and nothing that would be ignored."""
+    url = config.server.url
+    require(
+        bool(config.path or url),
+        f"{name}.path is empty and so is {name}.server.url; give a model folder or a Hub id, or a server's url",
+    )
+    require(
+        not (config.path and url),
+        f"{name}.path is {config.path!r} and {name}.server.url is {url!r}; give exactly one of them",
+    )
+    require(
+        bool(url) or config.tokenizer is None,
+        f"{name}.tokenizer is {config.tokenizer!r} but {name}.path is {config.path!r}, which has its own; unset it",
+    )
+    for setting in ("dtype", "attn_implementation", "liger"):
+        value = getattr(config, setting)
+        require(
+            not url or value == getattr(ModelConfig, setting),
+            f"{name}.{setting} is {value!r} but {name}.server.url is {url!r}: the server decides about that; unset it",
+        )
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:

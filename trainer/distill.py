@@ -10,18 +10,21 @@ import itertools
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.head import FusedCausalLM
 from fastkl.loss import reverse_kl_advantages
 from fastkl.trainer import checks
+from fastkl.trainer.batching import PAD_ID
 from fastkl.trainer.config import DistillConfig
 from fastkl.trainer.data import EncodedPrompt, batch_indices, encode_prompts, load_prompts
 from fastkl.trainer.evaluate import load_eval_prompts
+from fastkl.trainer.local_teacher import LocalTeacher
 from fastkl.trainer.loop import Clock, Student, fit
-from fastkl.trainer.models import batch_layout, end_of_sequence, fuse, load_teacher, load_tokenizer
+from fastkl.trainer.models import end_of_sequence, fuse, load_teacher, load_teacher_tokenizer, load_tokenizer
 from fastkl.trainer.run import RunFolder, check_run_folder
 from fastkl.trainer.sampler import ContinuousBatchingSampler, Sampler
 from fastkl.trainer.samples import Sample, make_sample
-from fastkl.trainer.teacher import score
+from fastkl.trainer.scoring import score
+from fastkl.trainer.served_teacher import ServedTeacher, connect
+from fastkl.trainer.teacher import Teacher
 
 
 class OnPolicy:
@@ -31,19 +34,18 @@ class OnPolicy:
         self,
         config: DistillConfig,
         student: Student,
-        teacher: FusedCausalLM,
+        teacher: Teacher,
         sampler: Sampler,
         prompts: list[EncodedPrompt],
     ) -> None:
         self._config, self._student, self._teacher = config, student, teacher
         self._sampler, self._prompts = sampler, prompts
-        self._teacher_layout = batch_layout(config.batch, teacher.model)
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
         with clock("sample"):
             samples = self._rollout(step)
         with clock("teacher"):
-            self._score(self._teacher, samples, "teacher_logprobs")
+            self._teacher.score(samples)
         with clock("old_logprobs"):
             self._set_old_logprobs(samples)
         set_advantages(samples, coef=self._config.loss.kl_coef, discount=self._config.loss.discount)
@@ -67,21 +69,18 @@ class OnPolicy:
     def _set_old_logprobs(self, samples: list[Sample]) -> None:
         """What the importance ratio is taken against: see `LossConfig.old_logprobs`."""
         if self._config.loss.old_logprobs == "recompute":
-            self._score(self._student.fused, samples, "old_logprobs")
+            score(
+                self._student.fused,
+                samples,
+                "old_logprobs",
+                temperature=self._config.sampling.temperature,
+                max_tokens=self._config.batch.max_tokens,
+                layout=self._student.layout,
+                device=self._student.device,
+            )
         elif self._config.loss.old_logprobs == "sampler":
             for sample in samples:
                 sample.old_logprobs = sample.sampler_logprobs
-
-    def _score(self, model: FusedCausalLM, samples: list[Sample], field: str) -> None:
-        score(
-            model,
-            samples,
-            field,
-            temperature=self._config.sampling.temperature,
-            max_tokens=self._config.batch.max_tokens,
-            layout=self._teacher_layout if model is self._teacher else self._student.layout,
-            device=self._student.device,
-        )
 
 
 def set_advantages(samples: list[Sample], *, coef: float, discount: float) -> None:
@@ -116,14 +115,16 @@ def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
 def distill(config: DistillConfig) -> RunFolder:
     """Runs (or resumes) a distillation; raises ConfigError before anything expensive if it cannot work."""
     check_run_folder(config)
-    tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_tokenizer(config.teacher)
-    checks.check_tokenizers(tokenizer, teacher_tokenizer)
+    tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_teacher_tokenizer(config.teacher)
     prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
     eval_prompts = load_eval_prompts(config.eval, tokenizer)
-    checks.check_chat(tokenizer, teacher_tokenizer, prompts, config.data.chat_template)
+    if teacher_tokenizer is not None:
+        checks.check_tokenizers(tokenizer, teacher_tokenizer)
+        checks.check_chat(tokenizer, teacher_tokenizer, prompts, config.data.chat_template)
+    served = _connect(config, tokenizer, prompts) if config.teacher.server.url else None
 
     student = Student(config, config.loss, config.sampling.temperature)
-    teacher = fuse(load_teacher(config.teacher, student.device), "teacher")
+    teacher = served or _load(config, student)
     _check_models(config, student, teacher, tokenizer, prompts, eval_prompts)
     sampler = ContinuousBatchingSampler(
         student.model,
@@ -137,16 +138,34 @@ def distill(config: DistillConfig) -> RunFolder:
     return folder
 
 
+def _connect(config: DistillConfig, tokenizer: PreTrainedTokenizerBase, prompts: list[EncodedPrompt]) -> ServedTeacher:
+    longest = max((prompt.ids for prompt in prompts), key=len)
+    return connect(
+        config.teacher,
+        tokenizer,
+        temperature=config.sampling.temperature,
+        longest=longest + [PAD_ID] * config.sampling.max_new_tokens,
+        remedy=checks.SHORTER.format("sampling", "data"),
+    )
+
+
+def _load(config: DistillConfig, student: Student) -> LocalTeacher:
+    fused = fuse(load_teacher(config.teacher, student.device), "teacher")
+    return LocalTeacher(fused, config.batch, config.sampling.temperature, student.device)
+
+
 def _check_models(
     config: DistillConfig,
     student: Student,
-    teacher: FusedCausalLM,
+    teacher: Teacher,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[EncodedPrompt],
     eval_prompts: list[EncodedPrompt],
 ) -> None:
-    models = {"student": student.model, "teacher": teacher.model}
+    """Those that are loaded here: a server has been checked by asking it."""
+    local = teacher.model if isinstance(teacher, LocalTeacher) else None
+    models = {"student": student.model} | ({} if local is None else {"teacher": local})
     checks.check_vocabulary(tokenizer, models)
-    checks.check_end_of_sequence(student.model, teacher.model, tokenizer)
+    checks.check_end_of_sequence(student.model, local, tokenizer)
     checks.check_room(prompts, config.sampling.max_new_tokens, models, checks.SHORTER.format("sampling", "data"))
     checks.check_eval_room(eval_prompts, config.eval, "student", student.model)

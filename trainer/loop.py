@@ -27,6 +27,7 @@ from fastkl.trainer.report import report_of
 from fastkl.trainer.run import RunFolder
 from fastkl.trainer.sampler import Sampler
 from fastkl.trainer.samples import Sample
+from fastkl.trainer.teacher import TeacherError
 
 
 class Clock:
@@ -176,7 +177,11 @@ def fit(
             report.note(f"resumed {config.run} after step {start}")
         for step in range(start, config.optim.steps):
             clock, done = Clock(), step + 1
-            samples, metrics = source.samples(step, clock)
+            try:
+                samples, metrics = source.samples(step, clock)
+            except TeacherError:
+                folder.save_checkpoint(student.accelerator, step)
+                raise
             with clock("train"):
                 metrics |= student.update(samples)
             tokens = sum(len(sample.ids) for sample in samples)

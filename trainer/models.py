@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from fastkl.head import FusedCausalLM
 from fastkl.trainer.batching import Layout
-from fastkl.trainer.config import BatchConfig, ConfigError, ModelConfig, StudentConfig
+from fastkl.trainer.config import BatchConfig, ConfigError, ModelConfig, StudentConfig, TeacherConfig
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    path = _check_path(config)
+    path = _check_path(config, "config.json", "tokenizer_config.json")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, trust_remote_code=config.trust_remote_code
@@ -27,9 +28,15 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_teacher_tokenizer(config: TeacherConfig) -> PreTrainedTokenizerBase | None:
+    """That of the model, or the one named beside a server; None where only the server knows."""
+    path = config.path or config.tokenizer
+    return load_tokenizer(dataclasses.replace(config, path=path)) if path else None
+
+
 def load_model(config: ModelConfig) -> PreTrainedModel:
     """The model in its dtype, in eval mode, on the CPU."""
-    path = _check_path(config)
+    path = _check_path(config, "config.json")
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
@@ -124,14 +131,12 @@ def _auto_class(config: ModelConfig) -> Any:
     return AutoLigerKernelForCausalLM
 
 
-def _check_path(config: ModelConfig) -> str:
-    """The folder or Hub id, `~` expanded; what looks like a folder must be one of a model."""
+def _check_path(config: ModelConfig, *files: str) -> str:
+    """The folder or Hub id, `~` expanded; what looks like a folder must be one of a model, with one of the files."""
     path = os.path.expanduser(config.path)
     looks_local = path.startswith((".", "/")) or path.count("/") > 1 or os.path.exists(path)
-    if looks_local and not Path(path, "config.json").is_file():
-        raise ConfigError(
-            f"model path {config.path!r} is not a model folder (no config.json in {Path(path).resolve()})"
-        )
+    if looks_local and not any(Path(path, file).is_file() for file in files):
+        raise ConfigError(f"model path {config.path!r} is not a model folder (no {files[0]} in {Path(path).resolve()})")
     return path
 
 

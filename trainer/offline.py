@@ -8,15 +8,26 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer import checks
 from fastkl.trainer.config import ConfigError, EvaluateConfig, ScoreConfig
-from fastkl.trainer.data import encode_prompts, given_samples, load_prompts
+from fastkl.trainer.data import EncodedPrompt, encode_prompts, given_samples, load_prompts
 from fastkl.trainer.evaluate import evaluate, load_eval_prompts
-from fastkl.trainer.models import batch_layout, end_of_sequence, fuse, load_model, load_teacher, load_tokenizer
+from fastkl.trainer.local_teacher import LocalTeacher
+from fastkl.trainer.models import (
+    end_of_sequence,
+    fuse,
+    load_model,
+    load_teacher,
+    load_teacher_tokenizer,
+    load_tokenizer,
+)
 from fastkl.trainer.run import write_text
 from fastkl.trainer.sampler import ContinuousBatchingSampler
-from fastkl.trainer.teacher import score
+from fastkl.trainer.samples import Sample
+from fastkl.trainer.served_teacher import connect
+from fastkl.trainer.teacher import Teacher
 
 
 def evaluate_model(config: EvaluateConfig) -> dict[str, float]:
@@ -42,22 +53,11 @@ def score_completions(config: ScoreConfig) -> None:
     The completion is scored with the end-of-sequence token after it, as one that is finished.
     """
     output = _new_file(config.output)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_teacher_tokenizer(config.model)
+    assert tokenizer is not None  # ScoreConfig demands one
     prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
     samples = given_samples(prompts, tokenizer)
-    device: torch.device = PartialState().device
-    model = fuse(load_teacher(config.model, device), "model")
-    checks.check_vocabulary(tokenizer, {"model": model.model})
-    checks.check_room(prompts, [sample.loss_tokens for sample in samples], {"model": model.model}, checks.SHORTER_ROW)
-    score(
-        model,
-        samples,
-        "teacher_logprobs",
-        temperature=config.temperature,
-        max_tokens=config.batch.max_tokens,
-        layout=batch_layout(config.batch, model.model),
-        device=device,
-    )
+    _scorer(config, tokenizer, prompts, samples).score(samples)
     rows = (
         {
             "source": prompts[sample.prompt_index].row.source,
@@ -70,6 +70,22 @@ def score_completions(config: ScoreConfig) -> None:
     )
     _write_rows(output, rows)
     print(f"{len(samples)} rows written to {output}")
+
+
+def _scorer(
+    config: ScoreConfig, tokenizer: PreTrainedTokenizerBase, prompts: list[EncodedPrompt], samples: list[Sample]
+) -> Teacher:
+    lengths = [sample.loss_tokens for sample in samples]
+    if config.model.server.url:
+        checks.check_room(prompts, lengths, {}, checks.SHORTER_ROW)
+        longest = max((sample.ids for sample in samples), key=len)
+        temperature, remedy = config.temperature, checks.SHORTER_ROW
+        return connect(config.model, tokenizer, temperature=temperature, longest=longest, remedy=remedy)
+    device: torch.device = PartialState().device
+    model = load_teacher(config.model, device)
+    checks.check_vocabulary(tokenizer, {"model": model})
+    checks.check_room(prompts, lengths, {"model": model}, checks.SHORTER_ROW)
+    return LocalTeacher(fuse(model, "model"), config.batch, config.temperature, device)
 
 
 def _new_file(name: str) -> Path:

@@ -20,6 +20,11 @@ from filelock import FileLock, Timeout
 from fastkl.trainer.config import ConfigError, RunConfig, as_dict
 
 INCOMPLETE = ".incomplete"
+# Where and how a teacher is reached, not what it says: a run that is resumed may find its server elsewhere.
+MAY_CHANGE = {
+    f"teacher.server.{name}"
+    for name in ("url", "sequences_per_request", "concurrency", "timeout", "retries", "api_key_env")
+}
 
 
 class RunFolder:
@@ -125,5 +130,5 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterable[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted({*before, *now}):
             yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now:
+    elif before != now and name not in MAY_CHANGE:
         yield f"{name} was {before!r} and is {now!r}"

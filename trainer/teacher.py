@@ -1,53 +1,28 @@
-"""Scoring: the log-probs that a model gives to tokens it did not choose. One forward pass, no logits."""
+"""The teacher as the loop sees it: something that says how likely the student's tokens are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
-import torch
-from torch import Tensor
-
-from fastkl.head import FusedCausalLM
-from fastkl.loss import linear_logprobs
-from fastkl.trainer.batching import PAD_ID, Batch, Layout, batches
 from fastkl.trainer.samples import Sample
 
-UNKNOWN = -50.0  # a log-prob for what the model cannot say: low enough to push it away, and finite
+UNKNOWN = -50.0  # a log-prob for what the teacher cannot say: low enough to push it away, and finite
 
 
-@torch.no_grad()
-def score(
-    model: FusedCausalLM,
-    samples: Sequence[Sample],
-    field: str,
-    *,
-    temperature: float,
-    max_tokens: int,
-    layout: Layout,
-    device: torch.device,
-) -> None:
-    """Writes the model's log-probs at `temperature` of every counted token into the samples' list `field`."""
-    training = model.training
-    model.eval()
-    for batch in batches(samples, max_tokens, layout, device):
-        batch.scatter(batch_logprobs(model, batch, temperature), field)
-    model.train(training)
+class TeacherError(RuntimeError):
+    """The teacher cannot score now; what is wrong is in its surroundings, and the run can be resumed."""
 
 
-def batch_logprobs(model: FusedCausalLM, batch: Batch, temperature: float) -> Tensor:
-    """Log-probs [n] of the counted tokens of a batch; UNKNOWN for ids beyond the model's head (another's padding).
+class Teacher(Protocol):
+    """A model here (`LocalTeacher`) or behind HTTP (`ServedTeacher`)."""
 
-    Such an id has no embedding either: what comes after it is scored as if it were PAD_ID.
-    """
+    def score(self, samples: Sequence[Sample]) -> None:
+        """Writes the log-probs of all counted tokens into `teacher_logprobs`, at the temperature of the samples.
 
-    def logprobs(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:
-        known = batch.tokens < weight.shape[0]
-        tokens = batch.tokens.where(known, 0)
-        values = linear_logprobs(hidden.flatten(0, 1)[batch.rows], weight, tokens, temperature=temperature, **head)
-        return values.where(known, UNKNOWN)
+        An id that the teacher does not know gets UNKNOWN; what comes after it is scored as if it were PAD_ID.
 
-    config: Any = model.model.config
-    ids = batch.inputs["input_ids"]
-    readable = ids.where(ids < config.get_text_config().vocab_size, PAD_ID)
-    return model(logprobs, **{**batch.inputs, "input_ids": readable})
+        Raises:
+            TeacherError: When it cannot, for now.
+        """
+        ...

@@ -1,0 +1,172 @@
+"""A completions server in a thread around a tiny model: real log-probs, in the forms of real servers, and their defects."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+Trouble = int | str  # a status, or "reset", "slow", "no-json", "a-list"
+
+
+class StubServer:
+    """What a test sets, and what it sees.
+
+    defect: None, "ignored", "shifted" (the logits after a token, as llama-cpp-python), "late" and "early" (a place off),
+    "bos" (a token is put before the prompt), "no-top", "positive", "nan", "one-choice", "reversed" (choices out of order).
+    """
+
+    def __init__(self, model: Path, words: PreTrainedTokenizerFast | None = None) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(model)
+        self.words = tokenizer() if words is None else words
+        self.apis = {"prompt_logprobs", "echo"}
+        self.defect: str | None = None
+        self.tokenizes, self.tells_texts, self.scales = True, True, False
+        self.context = 64
+        self.troubles: list[Trouble] = []  # one for each request to come, in order
+        self.down_after: int | None = None  # requests that are answered before it is gone
+        self.pause = 0.0
+        self.headers: dict[str, str] = {}
+        self.bodies: list[dict[str, Any]] = []
+        self.authorizations: list[str | None] = []
+        self.at_once = self.most_at_once = 0
+        self._lock = threading.Lock()
+        self.url = ""
+
+    def trouble(self) -> Trouble | None:
+        with self._lock:
+            if self.down_after is not None:
+                self.down_after -= 1
+                if self.down_after < 0:
+                    return "reset"
+            return self.troubles.pop(0) if self.troubles else None
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        with self._lock:
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        time.sleep(self.pause)
+        yield
+        with self._lock:
+            self.at_once -= 1
+
+    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path == "/tokenize" and self.tokenizes:
+            return 200, {"tokens": self.words(body["prompt"], add_special_tokens=False)["input_ids"]}
+        if path != "/v1/completions":
+            return 404, {"detail": "Not Found"}
+        if body["model"] != "stub":
+            return 404, {"error": f"The model {body['model']} does not exist"}
+        if any(len(ids) + body["max_tokens"] > self.context for ids in body["prompt"]):
+            return 400, {"error": f"maximum context length is {self.context} tokens"}
+        if any(token >= self.model.config.vocab_size for ids in body["prompt"] for token in ids):
+            return 400, {"error": "token id is out of vocabulary"}
+        choices = [{"index": index, "text": "x", **self.scored(ids, body)} for index, ids in enumerate(body["prompt"])]
+        choices = choices[:1] if self.defect == "one-choice" else choices
+        return 200, {"choices": choices[::-1] if self.defect == "reversed" else choices}
+
+    def scored(self, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:
+        api = "echo" if body.get("echo") else "prompt_logprobs"
+        if api not in self.apis or self.defect == "ignored":
+            return {"logprobs": None}
+        logprobs = self.logprobs(ids, body["temperature"] if self.scales else 1.0)
+        # (log-prob of the token, likeliest token, its log-prob) for every token but the first
+        rows = [
+            (row[token].item(), int(row.argmax()), row.max().item())
+            for row, token in zip(*self.aligned(logprobs, ids), strict=True)
+        ]
+        if api == "echo":
+            return {"logprobs": self.echo(ids, rows, logprobs[-1].max().item())}
+        return {"prompt_logprobs": [None, *(self.entry(token, *row) for token, row in zip(ids[1:], rows, strict=True))]}
+
+    def aligned(self, logprobs: Tensor, ids: list[int]) -> tuple[Tensor, list[int]]:
+        after = ids[1:]
+        if self.defect == "shifted":
+            return logprobs[1:], after
+        if self.defect == "late":
+            return torch.cat([logprobs[:1], logprobs[:-2]]), [ids[0], *after[:-1]]
+        return logprobs[:-1], after
+
+    def entry(self, token: int, own: float, top: int, best: float) -> dict[str, Any]:
+        own = {"positive": 0.5, "nan": float("nan")}.get(self.defect or "", own)
+        found = {str(token): own} if self.defect == "no-top" else {str(top): best, str(token): own}
+        text = {key: self.words.decode([int(key)]) if self.tells_texts else None for key in found}
+        rank = {str(token): None if self.defect == "no-top" else 2, str(top): 1}
+        return {k: {"logprob": v, "rank": rank[k], "decoded_token": text[k]} for k, v in found.items()}
+
+    def echo(self, ids: list[int], rows: list[tuple[float, int, float]], generated: float) -> dict[str, Any]:
+        values: list[float | None] = [None, *(own for own, _, _ in rows), generated]
+        tops: list[Any] = [None, *({f"<{top}>": best} for _, top, best in rows), {"x": generated}]
+        texts = [self.words.decode([token]) for token in ids] + ["x"]
+        if self.defect == "early":
+            values, tops = [*values[1:], None], [*tops[1:], None]
+        if self.defect == "bos":
+            values, tops = [None, -3.0, *values[1:-1]], [None, {"x": -3.0}, *tops[1:-1]]
+        return {
+            "tokens": texts if self.tells_texts else None,
+            "token_logprobs": values,
+            "top_logprobs": None if self.defect == "no-top" else tops,
+        }
+
+    def logprobs(self, ids: list[int], temperature: float) -> Tensor:
+        with self._lock, torch.no_grad():
+            logits: Tensor = self.model(torch.tensor([ids])).logits[0]
+        return torch.log_softmax(logits / temperature, -1)
+
+
+def handler(stub: StubServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            stub.authorizations.append(self.headers.get("Authorization"))
+            with stub.counted():
+                trouble = stub.trouble() if self.path == "/v1/completions" else None
+                if trouble == "reset":
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    return self.connection.close()
+                if trouble == "slow":
+                    time.sleep(1.0)
+                if isinstance(trouble, int):
+                    return self.reply(trouble, f"trouble {trouble} {self.headers.get('Authorization')}".encode())
+                if trouble in ("no-json", "a-list"):
+                    return self.reply(200, b"<html>gateway</html>" if trouble == "no-json" else b"[1]")
+                stub.bodies.append(body)
+                status, answer = stub.answer(self.path, body)
+            return self.reply(status, json.dumps(answer).encode())
+
+        def reply(self, status: int, content: bytes) -> None:
+            self.send_response(status)
+            for name, value in stub.headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    return Handler
+
+
+@contextmanager
+def serving(model: Path, words: PreTrainedTokenizerFast | None = None) -> Iterator[StubServer]:
+    stub = StubServer(model, words)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(stub))
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that have gone
+    stub.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield stub
+    server.shutdown()
+    server.server_close()

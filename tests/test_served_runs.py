@@ -1,0 +1,186 @@
+"""`fastkl distill` and `fastkl score` with a teacher behind HTTP: the same runs as with the model here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from stub_server import StubServer, serving
+from tiny import arguments, config, distillation, read_jsonl, save_model, sums, write_jsonl
+
+from fastkl import cli
+from fastkl.trainer import connection
+from fastkl.trainer.distill import OnPolicy, distill
+
+STEPS = 4
+KEY = "sk-very-secret"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models")
+    save_model(path / "student", attention_dropout=0.2)
+    save_model(path / "teacher", seed=1)
+    write_jsonl(path / "sums.jsonl", sums())
+    return path
+
+
+@pytest.fixture
+def stub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubServer]:
+    monkeypatch.setattr(connection, "FIRST_PAUSE", 0.01)
+    with serving(folder / "teacher") as server:
+        yield server
+
+
+def settings(folder: Path, run: Path, url: str, **overrides: object) -> dict[str, object]:
+    data = folder / "sums.jsonl"
+    small = {"optim__steps": STEPS, "checkpoint__every": 3, "eval__data__path": data, "eval__max_new_tokens": 4}
+    served: dict[str, object] = {
+        "teacher.server.url": url,
+        "teacher.server.model": "stub",
+        "teacher.server.retries": 1,
+        "teacher.server.sequences_per_request": 2,
+    }
+    return distillation(run, folder / "student", Path(), data, **{**small, **overrides}) | {"teacher.path": ""} | served
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    rows = read_jsonl(run / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in rows]
+
+
+def check_equal(run: Path, whole: Path) -> None:
+    assert log(run) == log(whole)
+    assert (run / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    ours, theirs = (load_file(path / "student" / "model.safetensors") for path in (run, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("api", ["prompt_logprobs", "echo"])
+def test_a_run_equals_one_with_the_teacher_here(tmp_path: Path, folder: Path, stub: StubServer, api: str) -> None:
+    run = settings(folder, tmp_path / "served", stub.url) | {"teacher.server.api": api}
+    distill(config("distill", run))
+    data = folder / "sums.jsonl"
+    local = distillation(tmp_path / "local", folder / "student", folder / "teacher", data, optim__steps=STEPS)
+    distill(config("distill", local))
+    ours, theirs = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("served", "local"))
+    for a, b in zip([row for row in ours if row["step"]], theirs, strict=True):
+        assert a["teacher_kl"] == pytest.approx(b["teacher_kl"], abs=1e-4)
+        assert a["optim/grad_norm"] == pytest.approx(b["optim/grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("answered", [0, 2, 5, 10], ids=lambda count: f"gone-after-{count}")
+def test_a_server_that_goes_away(
+    tmp_path: Path, folder: Path, stub: StubServer, answered: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three requests a step. The steps that were done are kept, and the same command goes on with the next."""
+    distill(config("distill", settings(folder, tmp_path / "whole", stub.url)))
+    run = settings(folder, tmp_path / "run", stub.url, checkpoint__every=0)
+    checks = 3  # requests before the first step
+    stub.down_after = checks + answered
+    assert cli.main(arguments("distill", run)) == 2
+    error = capsys.readouterr().err
+    assert f"the teacher's server gave no answer at {stub.url}/completions in 2 attempts" in error
+    assert "give the same command again" in error
+    done = answered // 3
+    assert [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+    assert [row["step"] for row in log(tmp_path / "run")] == list(range(done + 1))
+
+    assert cli.main(arguments("distill", run)) == 2  # still away: nothing is lost
+    stub.down_after = None
+    taken: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        samples = OnPolicy.samples
+        patch.setattr(OnPolicy, "samples", lambda self, step, clock: taken.append(step) or samples(self, step, clock))
+        assert cli.main(arguments("distill", run)) == 0
+    assert taken == list(range(done, STEPS))
+    check_equal(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_server_may_come_back_elsewhere(
+    tmp_path: Path, folder: Path, stub: StubServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distill(config("distill", settings(folder, tmp_path / "whole", stub.url)))
+    stub.down_after = 7
+    assert cli.main(arguments("distill", settings(folder, tmp_path / "run", stub.url))) == 2
+    with serving(folder / "teacher") as other:
+        moved = settings(folder, tmp_path / "run", other.url)
+        assert cli.main(arguments("distill", moved | {"teacher.server.model": "other"})) == 2
+        assert "teacher.server.model was 'stub' and is 'other'" in capsys.readouterr().err
+        assert cli.main(arguments("distill", moved | {"teacher.server.concurrency": 1})) == 0
+    check_equal(tmp_path / "run", tmp_path / "whole")
+
+
+def test_the_key_is_written_nowhere(
+    tmp_path: Path, folder: Path, stub: StubServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    run = settings(folder, tmp_path / "run", stub.url, optim__steps=1) | {"teacher.server.api_key_env": "TEACHER_KEY"}
+    assert cli.main(arguments("distill", run)) == 0
+    assert set(stub.authorizations) == {f"Bearer {KEY}"}
+    assert KEY not in "".join(capfd.readouterr())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("defect", "extra", "message"),
+    [
+        ("ignored", {}, "gives no log-probs of given tokens"),
+        ("shifted", {}, "shifted by one"),
+        (None, {"sampling.temperature": 0.7}, "the temperature is 0.7"),
+        (None, {"sampling.max_new_tokens": 56}, "sampling.max_new_tokens"),
+        (None, {"teacher.server.model": "other"}, "The model other does not exist"),
+    ],
+    ids=["ignored", "shifted", "temperature", "context", "model"],
+)
+def test_refused_before_the_run_folder_exists(
+    tmp_path: Path,
+    folder: Path,
+    stub: StubServer,
+    defect: str | None,
+    extra: dict[str, object],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stub.defect = defect
+    assert cli.main(arguments("distill", settings(folder, tmp_path / "run", stub.url) | extra)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("fastkl: ") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_is_named_is_compared(
+    tmp_path: Path, folder: Path, stub: StubServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its folder needs no model; a chat template in it counts as the teacher's."""
+    from tiny import CHAT_TEMPLATE, tokenizer
+
+    words = tokenizer()
+    words.chat_template = CHAT_TEMPLATE.replace("<a>", "<a> ")
+    words.save_pretrained(tmp_path / "words")
+    run = settings(folder, tmp_path / "run", stub.url, optim__steps=1) | {"teacher.tokenizer": tmp_path / "words"}
+    assert cli.main(arguments("distill", run)) == 2
+    assert "chat templates of student and teacher differ" in capsys.readouterr().err
+    tokenizer().save_pretrained(tmp_path / "words")
+    assert cli.main(arguments("distill", run)) == 0
+
+
+def test_scores_of_a_server(tmp_path: Path, folder: Path, stub: StubServer) -> None:
+    shared = {"data.path": folder / "sums.jsonl"}
+    here = {"model.path": folder / "teacher", "output": tmp_path / "here.jsonl"}
+    there = {
+        "model.server.url": stub.url,
+        "model.server.model": "stub",
+        "model.tokenizer": folder / "teacher",
+        "output": tmp_path / "there.jsonl",
+    }
+    for options in (here, there):
+        assert cli.main(arguments("score", shared | options)) == 0
+    for a, b in zip(read_jsonl(tmp_path / "here.jsonl"), read_jsonl(tmp_path / "there.jsonl"), strict=True):
+        assert (a["source"], a["ids"], a["loss_mask"]) == (b["source"], b["ids"], b["loss_mask"])
+        assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-4)

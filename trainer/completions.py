@@ -1,0 +1,120 @@
+"""The two ways in which OpenAI-compatible completions servers say how likely given tokens are.
+
+Token ids go out, never text. `prompt_logprobs` (vLLM) answers with a dictionary per token, by id; `echo` with `logprobs`
+(OpenAI's own, and others') with the prompt's tokens before the generated one. Either way one token is generated in vain:
+servers disagree about what 0 means.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from fastkl.trainer.config import ServerConfig
+from fastkl.trainer.connection import Connection, Refused
+from fastkl.trainer.teacher import UNKNOWN, TeacherError
+
+Api = Literal["prompt_logprobs", "echo"]
+APIS: tuple[Api, ...] = ("prompt_logprobs", "echo")
+OPTIONS: dict[Api, dict[str, Any]] = {"prompt_logprobs": {"prompt_logprobs": 1}, "echo": {"echo": True, "logprobs": 1}}
+LOWEST = -9999.0  # what servers write for -inf, which JSON lacks
+ROUNDING = 1e-3  # how far above 0 a log-prob may be
+
+
+class BadAnswer(TeacherError):
+    """The answer is not one to what was asked."""
+
+
+class Unscored(BadAnswer):
+    """The answer has no log-probs of the prompt: the server ignored the option."""
+
+
+class Scores(NamedTuple):
+    """What a server says of the tokens of a sequence, entry by entry; the first token has nothing before it."""
+
+    logprobs: list[float]  # 0 for the first
+    best: list[float | None]  # the log-prob of the likeliest token in its place, where the server tells
+    texts: list[str | None]  # the token as text, where the server tells
+
+
+class CompletionsServer:
+    """Log-probs of token ids from a server."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._model, self._connection = config.model, Connection(config)
+        self.url = self._connection.url
+
+    def score(self, sequences: list[list[int]], api: Api, temperature: float) -> list[Scores]:
+        """The scores of some sequences, in one request."""
+        body = {"model": self._model, "prompt": sequences, "max_tokens": 1, "temperature": temperature, "top_p": 1.0}
+        answer = self._connection.post(f"{self.url}/completions", body | OPTIONS[api])
+        choices = answer.get("choices")
+        if not isinstance(choices, list) or len(choices) != len(sequences):
+            found = len(choices) if isinstance(choices, list) else "no"
+            raise BadAnswer(f"{self.url} answered {len(sequences)} sequences with {found} choices")
+        read = _read_prompt_logprobs if api == "prompt_logprobs" else _read_echo
+        try:
+            ordered = sorted(choices, key=lambda choice: choice["index"])
+            return [read(choice, ids) for choice, ids in zip(ordered, sequences, strict=True)]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise BadAnswer(f"the answer of {self.url} is not in the form of {api}: {error!r}") from error
+
+    def tokenize(self, text: str) -> list[int] | None:
+        """The ids that the server's own tokenizer gives a text, where it offers that (vLLM does)."""
+        body = {"model": self._model, "prompt": text, "add_special_tokens": False}
+        try:
+            tokens = self._connection.post(f"{self.url.removesuffix('/v1')}/tokenize", body).get("tokens")
+        except Refused:
+            return None
+        return tokens if isinstance(tokens, list) and all(isinstance(token, int) for token in tokens) else None
+
+
+def _read_prompt_logprobs(choice: dict[str, Any], ids: list[int]) -> Scores:
+    entries = choice.get("prompt_logprobs")
+    if entries is None:
+        raise Unscored("the option prompt_logprobs is ignored: no log-probs of the prompt in the answer")
+    _check_length(len(entries), ids)
+    _check_first(entries[0])
+    scores = Scores([0.0], [None], [None])
+    for place, (token, entry) in enumerate(zip(ids[1:], entries[1:], strict=True), start=1):
+        if not isinstance(entry, dict) or str(token) not in entry:
+            found = ", ".join(entry) if isinstance(entry, dict) else repr(entry)
+            raise BadAnswer(f"token {place} of the sequence is id {token}, but the log-probs there are of {found}")
+        own = entry[str(token)]
+        scores.logprobs.append(_logprob(own.get("logprob"), place))
+        others = [other.get("logprob") for other in entry.values()]
+        scores.best.append(max(others) if len(entry) > 1 or own.get("rank") == 1 else None)
+        scores.texts.append(own.get("decoded_token"))
+    return scores
+
+
+def _read_echo(choice: dict[str, Any], ids: list[int]) -> Scores:
+    found = choice.get("logprobs")
+    values = found.get("token_logprobs") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or values is None or len(values) <= 1 < len(ids):
+        raise Unscored("the options echo and logprobs are ignored: no log-probs of the prompt in the answer")
+    if len(values) == len(ids) + 1:
+        values = values[:-1]  # the generated token
+    _check_length(len(values), ids)
+    _check_first(values[0])
+    logprobs = [0.0, *(_logprob(value, place) for place, value in enumerate(values[1:], start=1))]
+    tops = (found.get("top_logprobs") or [None] * len(ids))[: len(ids)]
+    best = [max(top.values()) if top else None for top in tops]
+    return Scores(logprobs, best, (found.get("tokens") or [None] * len(ids))[: len(ids)])
+
+
+def _check_length(found: int, ids: list[int]) -> None:
+    if found != len(ids):
+        raise BadAnswer(f"{found} log-probs for {len(ids)} tokens: the server did not score the ids that it was sent")
+
+
+def _check_first(value: object) -> None:
+    if value is not None:
+        raise BadAnswer(
+            f"the first token has the log-prob {value} where there is nothing before it: the log-probs are shifted"
+        )
+
+
+def _logprob(value: object, place: int) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value <= ROUNDING:
+        raise BadAnswer(f"token {place} of the sequence has {value!r} for a log-prob; it must be a number, at most 0")
+    return float(value) if value > LOWEST else UNKNOWN
