@@ -195,7 +195,8 @@ def fit(
                 folder.save_checkpoint(student.accelerator, done)
         save_student(student.model, tokenizer, folder.student)
         report.note(f"student saved in {folder.student}")
-        report.note(report_of(folder.path))
+        if start < config.optim.steps:  # a finished run is left as it is
+            report.note(report_of(folder.path))
     student.accelerator.end_training()
 
 
