@@ -154,6 +154,8 @@ def eager(name: str, p: Problem, **options: Any) -> Tensor:
         teacher = {k: options.pop(f"teacher_{k}") for k in ("logit_scale", "softcap") if f"teacher_{k}" in options}
         teacher["temperature"] = head.get("temperature", 1.0)
         z_teacher = reference.logits(p.teacher_hidden, p.teacher_weight, p.teacher_bias, **teacher)
+        if name == "jsd" and z.dtype == torch.float16:  # a mixture of probabilities underflows in float16
+            z, z_teacher = z.float(), z_teacher.float()
         return reference.reduce(getattr(reference, name)(z, z_teacher), mask, **reduction)
     advantages = p.advantages
     if name == "sampled_reverse_kl":
