@@ -8,12 +8,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastkl import _arguments as check
-from fastkl._output import LossOutput, PerToken, masked_extreme, masked_mean, sample_metrics
+from fastkl._output import LossOutput, PerToken
+from fastkl._rows import divergence_output, rows_of
 from fastkl._teacher import Teacher, check_teacher, common_ids
-from fastkl.kernels.autograd import row_losses, summed_loss
 from fastkl.kernels.divergence import Divergence, Outputs
-from fastkl.kernels.gemm import compute_dtype
-from fastkl.kernels.problem import Backend, Inputs, Objective, Spec, TeacherChunks
+from fastkl.kernels.problem import Backend, Inputs, Spec, TeacherChunks
 from fastkl.kernels.sampled import Backward
 
 
@@ -212,36 +211,19 @@ def _divergence(
     how = backend, chunk_size, divergence, parameter, per_token, sampling
     spec = Spec("divergence", student_options, teacher_options, *how)
 
-    dtype = compute_dtype(hidden.dtype)
-    share, y = check.mask_weights(mask, hidden, dtype), None
-    if tokens is not None:
-        y = check.check_tokens(tokens, hidden, weight.shape[0], ignore_index).reshape(-1)
-        share = share.where(y != ignore_index, 0.0)
-    active = share != 0
-    rows = active if skip_zero_rows else None
+    rows = rows_of(mask, tokens, hidden, weight.shape[0], ignore_index)
     inputs = Inputs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
-        None if y is None else y.where(active, 0),
+        rows.tokens,
         *teacher.flat(weight.shape[0], exactly=vocab_size is None),
     )
-    objective = Objective(share * (factor * temperature**2 if squared_temperature else factor))
-    if reduction == "none":
-        losses, values, sample = row_losses(spec, inputs, objective, rows, None, weight_grad)
-        loss = losses.reshape(hidden.shape[:-1])
-    else:
-        total, values, sample = summed_loss(spec, inputs, objective, rows, None, weight_grad)
-        loss = total * reduce.factor(share.sum())
-    found = values.where(active, 0.0)
-    metrics = {
-        f"{name}_mean": masked_mean(found[0], active),
-        f"{name}_max": masked_extreme(found[0], active, largest=True),
-        **sample_metrics(sample),
-    }
-    shaped = found.reshape(found.shape[0], *hidden.shape[:-1])
-    logprobs = None if y is None else -shaped[1]
-    return LossOutput(loss, logprobs, metrics, _per_token(shaped, y is not None))
+    factor = factor * temperature**2 if squared_temperature else factor
+    output, values = divergence_output(
+        name, factor, reduce, spec, inputs, rows, skip_zero_rows, hidden.shape[:-1], weight_grad
+    )
+    return output._replace(per_token=_per_token(values, tokens is not None))
 
 
 def _check_alpha(alpha: float) -> None:

@@ -11,8 +11,9 @@ from typing_extensions import Unpack
 from fastkl import _arguments as check
 from fastkl._advantages import reverse_kl_advantages
 from fastkl._output import LossOutput, masked_extreme, masked_mean, sample_metrics
+from fastkl._rows import reduced_loss, rows_of
 from fastkl._sequences import Sequences
-from fastkl.kernels.autograd import row_losses, summed_loss
+from fastkl.kernels.autograd import row_losses
 from fastkl.kernels.gemm import compute_dtype
 from fastkl.kernels.ops import evaluate
 from fastkl.kernels.problem import Backend, Inputs, Kind, Objective, Spec
@@ -56,15 +57,14 @@ def linear_logprobs(
     options = check.head_options(temperature, logit_scale, softcap)
     check.check_head(hidden, weight, bias)
     check.check_plan(backend, chunk_size, weight, weight_grad)
-    tokens = check.check_tokens(tokens, hidden, weight.shape[0], ignore_index)
+    rows = rows_of(None, tokens, hidden, weight.shape[0], ignore_index)
     hidden, weight, bias = check.autocast(hidden, weight, bias)
     sampling = check.sampling(backward, grad_error, epsilon, seed)
     spec = Spec("token_nll", options, None, backend, chunk_size, sampling=sampling)
-    flat = tokens.reshape(-1)
-    active = flat != ignore_index
-    inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat.where(active, 0))
-    nll = row_losses(spec, inputs, Objective(), active if skip_zero_rows else None, None, weight_grad).losses
-    return (-nll).where(active, 0.0).reshape(tokens.shape)
+    inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, rows.tokens)
+    active = rows.active if skip_zero_rows else None
+    nll = row_losses(spec, inputs, Objective(), active, None, weight_grad).losses
+    return (-nll).where(rows.active, 0.0).reshape(tokens.shape)
 
 
 def policy_gradient_loss(
@@ -140,7 +140,7 @@ def policy_gradient_loss(
     options = check.head_options(temperature, logit_scale, softcap)
     check.check_head(hidden, weight, bias)
     check.check_plan(backend, chunk_size, weight, weight_grad)
-    tokens = check.check_tokens(tokens, hidden, weight.shape[0], ignore_index)
+    share, active, y = rows_of(mask, tokens, hidden, weight.shape[0], ignore_index)
     gain = check.check_per_token("advantages", advantages, hidden).reshape(-1)
     sampler = None if sampler_logprobs is None else check.check_per_token("sampler_logprobs", sampler_logprobs, hidden)
     sequences = _sequences(tokens, sequence_ids, ratio, reduction, hidden)
@@ -150,12 +150,9 @@ def policy_gradient_loss(
     spec = Spec(kind, options, None, backend, chunk_size, sampling=sampling)
 
     dtype = compute_dtype(hidden.dtype)
-    y = tokens.reshape(-1)
-    share = check.mask_weights(mask, hidden, dtype).where(y != ignore_index, 0.0)
-    active = share != 0
     gain = gain.to(dtype).where(active, 0.0)
     sampler = None if sampler is None else sampler.reshape(-1).to(dtype).where(active, 0.0)
-    inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, y.where(active, 0))
+    inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, y)
     which = active if skip_zero_rows else None
     graded = active & (gain != 0) if skip_zero_rows and entropy_coef == 0.0 else None
     behaviour = sampler
@@ -167,17 +164,13 @@ def policy_gradient_loss(
     else:
         total_share = share.sum()
     objective = Objective(share, gain, behaviour, surrogate, entropy_coef)
-    if reduction == "none":
-        losses, values, sample = row_losses(spec, inputs, objective, which, graded, weight_grad)
-        loss = losses.reshape(tokens.shape)
-    else:
-        total, values, sample = summed_loss(spec, inputs, objective, which, graded, weight_grad)
-        loss = total * reduce.factor(total_share)
+    loss, values, sample = reduced_loss(reduce, total_share, spec, inputs, objective, which, graded, weight_grad)
     logprobs = (-values[0]).where(active, 0.0)
     clipped = surrogate_terms(surrogate, logprobs, behaviour, gain).clipped
     metrics = {**_ratio_metrics(logprobs, sampler, behaviour, clipped, active), **sample_metrics(sample)}
     if entropy_coef != 0.0:
         metrics["entropy"] = masked_mean(values[1], active)
+    loss = loss.reshape(tokens.shape) if reduction == "none" else loss
     return LossOutput(loss, logprobs.reshape(tokens.shape), metrics)
 
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fastkl import _arguments as check
-from fastkl._output import LossOutput, masked_extreme, masked_mean, sample_metrics
-from fastkl.kernels.autograd import row_losses, summed_loss
+from fastkl._output import LossOutput
+from fastkl._rows import divergence_output, rows_of
 from fastkl.kernels.gemm import compute_dtype
-from fastkl.kernels.problem import Backend, Inputs, Objective, Spec
+from fastkl.kernels.problem import Backend, Inputs, Spec
 from fastkl.kernels.sampled import Backward
 from fastkl.kernels.top_k import DIRECTIONS, TAILS, Direction, Tail
 
@@ -76,37 +76,22 @@ def top_k_kl_loss(
     sampling = check.sampling(backward, grad_error, epsilon, seed)
     spec = Spec("top_k", options, None, backend, chunk_size, f"{direction}-{tail}", sampling=sampling)
 
-    dtype = compute_dtype(hidden.dtype)
-    share, y = check.mask_weights(mask, hidden, dtype), None
-    if tokens is not None:
-        y = check.check_tokens(tokens, hidden, weight.shape[0], ignore_index).reshape(-1)
-        share = share.where(y != ignore_index, 0.0)
-    active = share != 0
-    if ids.is_cpu and not torch.compiler.is_compiling() and bool((active & (ids[:, 0] < 0)).any()):
+    rows = rows_of(mask, tokens, hidden, weight.shape[0], ignore_index)
+    if ids.is_cpu and not torch.compiler.is_compiling() and bool((rows.active & (ids[:, 0] < 0)).any()):
         raise ValueError("teacher_ids has a row without any id; mask such tokens out")
-    rows = active if skip_zero_rows else None
     inputs = Inputs(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
-        None if y is None else y.where(active, 0),
-        top_ids=ids.where(active[:, None], 0),
-        top_logprobs=listed.to(dtype),
+        rows.tokens,
+        top_ids=ids.where(rows.active[:, None], 0),
+        top_logprobs=listed.to(compute_dtype(hidden.dtype)),
     )
-    objective = Objective(share * temperature**2 if squared_temperature else share)
-    if reduction == "none":
-        losses, values, sample = row_losses(spec, inputs, objective, rows, None, weight_grad)
-        loss = losses.reshape(hidden.shape[:-1])
-    else:
-        total, values, sample = summed_loss(spec, inputs, objective, rows, None, weight_grad)
-        loss = total * reduce.factor(share.sum())
-    kl, nll = values.where(active, 0.0)
-    metrics = {
-        "top_k_kl_mean": masked_mean(kl, active),
-        "top_k_kl_max": masked_extreme(kl, active, largest=True),
-        **sample_metrics(sample),
-    }
-    return LossOutput(loss, None if y is None else -nll.reshape(hidden.shape[:-1]), metrics)
+    factor = temperature**2 if squared_temperature else 1.0
+    output, _ = divergence_output(
+        "top_k_kl", factor, reduce, spec, inputs, rows, skip_zero_rows, hidden.shape[:-1], weight_grad
+    )
+    return output
 
 
 def _check_list(ids: Tensor, logprobs: Tensor, hidden: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ unpacked inside. Rows that take no part are left out here, before the driver see
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -107,21 +107,8 @@ def _evaluate(
 
 
 @_evaluate.register_fake
-def _(
-    inputs: list[Tensor | None],
-    active: Tensor | None,
-    kind: str,
-    heads: list[float],
-    backend: str,
-    chunk_size: int | None,
-    variant: str,
-    parameter: float,
-    extras: bool,
-    sampling: list[float],
-    seed: int,
-) -> Tensor:
-    spec = _unpack_spec(kind, heads, backend, chunk_size, variant, parameter, extras, sampling, seed)
-    return _fake_values(_unpack_inputs(inputs), spec)
+def _(inputs: list[Tensor | None], active: Tensor | None, *spec: Any) -> Tensor:
+    return _fake_values(_unpack_inputs(inputs), _unpack_spec(*spec))
 
 
 @torch.library.custom_op("fastkl::evaluate_with_gradients", mutates_args=())
@@ -192,18 +179,9 @@ def _(
     clips: list[float],
     entropy_coef: float,
     needs: list[bool],
-    kind: str,
-    heads: list[float],
-    backend: str,
-    chunk_size: int | None,
-    variant: str,
-    parameter: float,
-    extras: bool,
-    sampling: list[float],
-    seed: int,
+    *packed: Any,
 ) -> list[Tensor]:
-    problem = _unpack_inputs(inputs)
-    spec = _unpack_spec(kind, heads, backend, chunk_size, variant, parameter, extras, sampling, seed)
+    problem, spec = _unpack_inputs(inputs), _unpack_spec(*packed)
     values = _fake_values(problem, spec)
     found = [values, torch.empty_like(values[0])]
     wants = Needs(*needs)
