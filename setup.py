@@ -1,10 +1,13 @@
+from pathlib import Path
+
 from setuptools import setup
 
 # kernels/ and trainer/ sit beside fastkl/ in the repository and inside it once installed: neither name may ever become a
 # top-level package (`kernels` is also a Hugging Face distribution). The symlinks in fastkl/ say the same to every tool
 # that reads the source tree.
+ROOMS = sorted({str(file.parent) for room in ("kernels", "trainer") for file in Path(room).rglob("*.py")})
 setup(
-    packages=["fastkl", "fastkl.kernels", "fastkl.trainer"],
+    packages=["fastkl", *(f"fastkl.{room.replace('/', '.')}" for room in ROOMS)],
     package_dir={"fastkl": "fastkl", "fastkl.kernels": "kernels", "fastkl.trainer": "trainer"},
-    package_data={"fastkl": ["py.typed"], "fastkl.trainer": ["page/*"]},
+    package_data={"fastkl": ["py.typed"], "fastkl.trainer.report": ["html/*"]},
 )

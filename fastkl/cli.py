@@ -12,8 +12,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status. Errors a user can mend are one line on stderr, status 2."""
     try:
         from fastkl.trainer import commands
-        from fastkl.trainer.config import ConfigError
-        from fastkl.trainer.teacher import TeacherError
+        from fastkl.trainer.config.errors import ConfigError
+        from fastkl.trainer.teachers.teacher import TeacherError
     except ModuleNotFoundError as error:
         print(MISSING_EXTRA.format(error.name), file=sys.stderr)
         return 2

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fastkl.head import FusedCausalLM
 from fastkl.loss import policy_gradient_loss
-from fastkl.trainer.batching import Batch, Layout, batches
-from fastkl.trainer.config import BatchConfig
-from fastkl.trainer.models import batch_layout
-from fastkl.trainer.samples import Sample, make_sample
-from fastkl.trainer.scoring import score
-from fastkl.trainer.teacher import UNKNOWN
+from fastkl.trainer.config.optim import BatchConfig
+from fastkl.trainer.data.batching import Batch, Layout, batches
+from fastkl.trainer.data.samples import Sample, make_sample
+from fastkl.trainer.models.loading import batch_layout
+from fastkl.trainer.models.scoring import score
+from fastkl.trainer.teachers.teacher import UNKNOWN
 
 LAYOUTS: list[Layout] = list(get_args(Layout))
 CPU = torch.device("cpu")

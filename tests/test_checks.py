@@ -10,10 +10,11 @@ from tiny import CHARACTERS, CHAT_TEMPLATE, config, distillation, llama, save_mo
 from transformers import PreTrainedTokenizerFast
 
 from fastkl.trainer import checks
-from fastkl.trainer.config import ConfigError, DataConfig
-from fastkl.trainer.data import EncodedPrompt, Prompt, encode_prompts
+from fastkl.trainer.config.data import DataConfig
+from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.data.prompts import EncodedPrompt, Prompt, encode_prompts
 from fastkl.trainer.distill import distill
-from fastkl.trainer.models import end_of_sequence
+from fastkl.trainer.models.loading import end_of_sequence
 
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1+1="}]
 OTHER_TEMPLATE = CHAT_TEMPLATE.replace("<a>", "<a> ")

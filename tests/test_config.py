@@ -13,7 +13,8 @@ from tiny import arguments, config, run_python, save_model, sums, tokenizer, wri
 
 from fastkl import cli
 from fastkl.trainer.commands import COMMANDS
-from fastkl.trainer.config import ConfigError, DistillConfig, SftConfig
+from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.config.training import DistillConfig, SftConfig
 
 MINIMAL: dict[str, dict[str, object]] = {
     "distill": {"run": "runs/a", "student.path": "s", "teacher.path": "t", "data.path": "d.jsonl"},
@@ -317,7 +318,7 @@ def test_refused_once_files_are_read(
 
 def test_home_folder_in_a_path(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No shell expands the `~` of a YAML file."""
-    from fastkl.trainer.models import load_model, load_tokenizer
+    from fastkl.trainer.models.loading import load_model, load_tokenizer
 
     save_model(empty_folder / "model")
     monkeypatch.setenv("HOME", str(empty_folder))

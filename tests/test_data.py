@@ -16,8 +16,9 @@ from tiny import tokenizer, write_jsonl
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from fastkl.trainer.config import ConfigError, DataConfig
-from fastkl.trainer.data import Prompt, batch_indices, encode_completions, encode_prompts, load_prompts
+from fastkl.trainer.config.data import DataConfig
+from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.data.prompts import Prompt, batch_indices, encode_completions, encode_prompts, load_prompts
 
 GOOD = b'{"prompt": "1+1="}\n'
 

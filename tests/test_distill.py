@@ -17,11 +17,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastkl import reference
-from fastkl.trainer.config import ConfigError
-from fastkl.trainer.data import batch_indices
+from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.data.prompts import batch_indices
 from fastkl.trainer.distill import distill
-from fastkl.trainer.sampler import Completion, ContinuousBatchingSampler
-from fastkl.trainer.teacher import UNKNOWN
+from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
+from fastkl.trainer.samplers.sampler import Completion
+from fastkl.trainer.teachers.teacher import UNKNOWN
 
 WORDS = len(tokenizer())
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastkl.trainer.graders import GRADERS, boxed, last_number
+from fastkl.trainer.grading.graders import GRADERS, boxed, last_number
 
 
 @pytest.mark.parametrize(

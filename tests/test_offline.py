@@ -12,8 +12,9 @@ from tiny import arguments, model_and_sums, read_jsonl, sums, tokenizer, write_j
 from transformers import AutoModelForCausalLM
 
 from fastkl import cli
-from fastkl.trainer.graders import GRADERS
-from fastkl.trainer.sampler import Completion, ContinuousBatchingSampler
+from fastkl.trainer.grading.graders import GRADERS
+from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
+from fastkl.trainer.samplers.sampler import Completion
 
 
 @pytest.fixture(scope="module")

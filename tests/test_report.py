@@ -21,11 +21,11 @@ from accelerate.state import AcceleratorState
 from tiny import config, distillation, model_and_sums, save_model, tokenizer, training, write_jsonl
 
 from fastkl import cli
-from fastkl.trainer import report
-from fastkl.trainer.config import ConfigError
+from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.distill import distill
-from fastkl.trainer.report import MARK, PAGE, SAMPLE_BYTES, SCRIPTS, write_report
-from fastkl.trainer.report_data import names, spread, thin
+from fastkl.trainer.report import page as report
+from fastkl.trainer.report.data import names, spread, thin
+from fastkl.trainer.report.page import MARK, PAGE, SAMPLE_BYTES, SCRIPTS, write_report
 from fastkl.trainer.sft import sft
 
 HOSTILE = [

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from tiny import arguments, config, distillation, killed, read_jsonl, save_model, sums, write_jsonl
 
 from fastkl import cli
-from fastkl.trainer.config import ConfigError
+from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.distill import OnPolicy, distill
-from fastkl.trainer.run import RunFolder, check_run_folder
-from fastkl.trainer.run import read_jsonl as read_log
+from fastkl.trainer.runs.folder import RunFolder, check_run_folder
+from fastkl.trainer.runs.folder import read_jsonl as read_log
 
 STEPS = 6
 # Attention dropout makes an update depend on the random state too, which a checkpoint must therefore hold.
@@ -99,24 +99,24 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, run: dict[str, object], step: int
 
 # function, which call of it, before or after it: and the steps that are left to take then
 MOMENTS: dict[str, tuple[str, int, bool, range]] = {
-    "before-the-config-is-in-place": ("fastkl.trainer.run:os.replace", 1, False, range(6)),
-    "after-the-config-is-in-place": ("fastkl.trainer.run:os.replace", 1, True, range(6)),
+    "before-the-config-is-in-place": ("fastkl.trainer.runs.folder:os.replace", 1, False, range(6)),
+    "after-the-config-is-in-place": ("fastkl.trainer.runs.folder:os.replace", 1, True, range(6)),
     "at-the-first-evaluation": ("fastkl.trainer.loop:evaluate", 1, False, range(6)),
     "while-sampling-before-any-checkpoint": (
-        "fastkl.trainer.sampler:ContinuousBatchingSampler.sample",
+        "fastkl.trainer.samplers.continuous_batching:ContinuousBatchingSampler.sample",
         3,
         False,
         range(6),
     ),
-    "before-an-update": ("fastkl.trainer.loop:Student.update", 4, False, range(2, 6)),
-    "after-an-update": ("fastkl.trainer.loop:Student.update", 4, True, range(2, 6)),
-    "between-the-two-logs": ("fastkl.trainer.run:RunFolder.log", 8, True, range(2, 6)),
-    "before-the-first-checkpoint": ("fastkl.trainer.run:RunFolder.save_checkpoint", 1, False, range(6)),
+    "before-an-update": ("fastkl.trainer.student:Student.update", 4, False, range(2, 6)),
+    "after-an-update": ("fastkl.trainer.student:Student.update", 4, True, range(2, 6)),
+    "between-the-two-logs": ("fastkl.trainer.runs.folder:RunFolder.log", 8, True, range(2, 6)),
+    "before-the-first-checkpoint": ("fastkl.trainer.runs.folder:RunFolder.save_checkpoint", 1, False, range(6)),
     "in-a-checkpoint-after-the-weights": ("accelerate.accelerator:save_accelerator_state", 2, False, range(2, 6)),
     "in-a-checkpoint-after-the-optimizer": ("accelerate.accelerator:save_accelerator_state", 2, True, range(2, 6)),
-    "before-a-checkpoint-is-renamed": ("fastkl.trainer.run:os.rename", 2, False, range(2, 6)),
-    "after-a-checkpoint-is-renamed": ("fastkl.trainer.run:os.rename", 2, True, range(4, 6)),
-    "before-the-last-checkpoint": ("fastkl.trainer.run:RunFolder.save_checkpoint", 3, False, range(4, 6)),
+    "before-a-checkpoint-is-renamed": ("fastkl.trainer.runs.folder:os.rename", 2, False, range(2, 6)),
+    "after-a-checkpoint-is-renamed": ("fastkl.trainer.runs.folder:os.rename", 2, True, range(4, 6)),
+    "before-the-last-checkpoint": ("fastkl.trainer.runs.folder:RunFolder.save_checkpoint", 3, False, range(4, 6)),
     "before-the-student-is-saved": ("fastkl.trainer.loop:save_student", 1, False, range(0)),
 }
 

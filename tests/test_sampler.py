@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import causal_lm
 
-from fastkl.trainer.sampler import ContinuousBatchingSampler
+from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
 
 KINDS = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "granite", "mistral"]
 

@@ -13,8 +13,8 @@ from stub_server import StubServer, serving
 from tiny import arguments, config, distillation, read_jsonl, save_model, sums, write_jsonl
 
 from fastkl import cli
-from fastkl.trainer import connection
 from fastkl.trainer.distill import OnPolicy, distill
+from fastkl.trainer.servers import connection
 
 STEPS = 4
 KEY = "sk-very-secret"

@@ -13,13 +13,15 @@ from stub_server import StubServer, Trouble, serving
 from tiny import CHARACTERS, llama, save_model, tokenizer
 
 from fastkl.head import FusedCausalLM
-from fastkl.trainer import connection
-from fastkl.trainer.concurrency import gather
-from fastkl.trainer.config import BatchConfig, ConfigError, ServerConfig, TeacherConfig
-from fastkl.trainer.local_teacher import LocalTeacher
-from fastkl.trainer.samples import Sample, make_sample
-from fastkl.trainer.served_teacher import ServedTeacher, connect
-from fastkl.trainer.teacher import UNKNOWN, TeacherError
+from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.config.optim import BatchConfig
+from fastkl.trainer.config.teacher import ServerConfig, TeacherConfig
+from fastkl.trainer.data.samples import Sample, make_sample
+from fastkl.trainer.servers import connection
+from fastkl.trainer.servers.concurrency import gather
+from fastkl.trainer.teachers.local import LocalTeacher
+from fastkl.trainer.teachers.served import ServedTeacher, connect
+from fastkl.trainer.teachers.teacher import UNKNOWN, TeacherError
 
 WORDS = tokenizer()
 APIS = ("prompt_logprobs", "echo")

@@ -22,7 +22,7 @@ from tiny import (
 from transformers import AutoModelForCausalLM
 
 from fastkl import cli
-from fastkl.trainer.config import ConfigError
+from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.distill import distill
 from fastkl.trainer.sft import Examples, sft
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastkl.trainer.config import ConfigError, EvalConfig
-from fastkl.trainer.data import EncodedPrompt, render_chat
-from fastkl.trainer.models import context_length, declared_ends, end_of_sequence
+from fastkl.trainer.config.data import EvalConfig
+from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.data.prompts import EncodedPrompt, render_chat
+from fastkl.trainer.models.loading import context_length, declared_ends, end_of_sequence
 
 SPECIALS = ("bos_token_id", "eos_token_id", "unk_token_id")
 # Remedies where a context is too short.

@@ -7,7 +7,8 @@ from typing import Any
 import transformers
 from jsonargparse import ArgumentParser
 
-from fastkl.trainer.config import DistillConfig, EvaluateConfig, ReportConfig, ScoreConfig, SftConfig
+from fastkl.trainer.config.offline import EvaluateConfig, ReportConfig, ScoreConfig
+from fastkl.trainer.config.training import DistillConfig, SftConfig
 
 DESCRIPTION = (
     "On-policy distillation of language models. A command takes CONFIG.yaml and --key value overrides; report takes run "
@@ -39,7 +40,7 @@ def run(argv: list[str]) -> None:
 
         evaluate_model(config)
     elif name == "report":
-        from fastkl.trainer.report import report
+        from fastkl.trainer.report.page import report
 
         report(config)
     else:

@@ -5,26 +5,25 @@ Thinking Machines, "On-Policy Distillation" (2025); Tinker cookbook, recipe `dis
 
 from __future__ import annotations
 
-import itertools
-
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.loss import reverse_kl_advantages
 from fastkl.trainer import checks
-from fastkl.trainer.batching import PAD_ID
-from fastkl.trainer.config import DistillConfig
-from fastkl.trainer.data import EncodedPrompt, batch_indices, encode_prompts, load_prompts
-from fastkl.trainer.evaluate import load_eval_prompts
-from fastkl.trainer.local_teacher import LocalTeacher
-from fastkl.trainer.loop import Clock, Student, fit
-from fastkl.trainer.models import end_of_sequence, fuse, load_teacher, load_teacher_tokenizer, load_tokenizer
-from fastkl.trainer.run import RunFolder, check_run_folder
-from fastkl.trainer.sampler import ContinuousBatchingSampler, Sampler
-from fastkl.trainer.samples import Sample, make_sample
-from fastkl.trainer.scoring import score
-from fastkl.trainer.served_teacher import ServedTeacher, connect
-from fastkl.trainer.teacher import Teacher
+from fastkl.trainer.advantages import set_advantages
+from fastkl.trainer.config.training import DistillConfig
+from fastkl.trainer.data.batching import PAD_ID
+from fastkl.trainer.data.prompts import EncodedPrompt, batch_indices, encode_prompts, load_prompts
+from fastkl.trainer.data.samples import Sample, make_sample
+from fastkl.trainer.grading.evaluate import load_eval_prompts
+from fastkl.trainer.loop import Clock, fit
+from fastkl.trainer.models.loading import end_of_sequence, fuse, load_teacher, load_teacher_tokenizer, load_tokenizer
+from fastkl.trainer.models.scoring import score
+from fastkl.trainer.runs.folder import RunFolder, check_run_folder
+from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
+from fastkl.trainer.samplers.sampler import Sampler
+from fastkl.trainer.student import Student
+from fastkl.trainer.teachers.local import LocalTeacher
+from fastkl.trainer.teachers.served import ServedTeacher, connect
+from fastkl.trainer.teachers.teacher import Teacher
 
 
 class OnPolicy:
@@ -81,22 +80,6 @@ class OnPolicy:
         elif self._config.loss.old_logprobs == "sampler":
             for sample in samples:
                 sample.old_logprobs = sample.sampler_logprobs
-
-
-def set_advantages(samples: list[Sample], *, coef: float, discount: float) -> None:
-    """The reverse-KL advantages of every token, all samples end to end in one row; no sum crosses a sample's end."""
-    lengths = [len(sample.ids) for sample in samples]
-    own = [sample.old_logprobs or sample.sampler_logprobs for sample in samples]
-    advantages = reverse_kl_advantages(
-        torch.tensor(list(itertools.chain(*own))),
-        torch.tensor(list(itertools.chain(*(sample.teacher_logprobs for sample in samples)))),
-        torch.tensor(list(itertools.chain(*(sample.loss_mask for sample in samples)))),
-        coef=coef,
-        discount=discount,
-        sequence_ids=torch.repeat_interleave(torch.tensor(lengths)),
-    )
-    for sample, row in zip(samples, advantages.split(lengths), strict=True):
-        sample.advantages = row.tolist()
 
 
 def rollout_metrics(samples: list[Sample]) -> dict[str, float]:

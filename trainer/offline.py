@@ -11,11 +11,12 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer import checks
-from fastkl.trainer.config import ConfigError, EvaluateConfig, ScoreConfig
-from fastkl.trainer.data import EncodedPrompt, encode_prompts, given_samples, load_prompts
-from fastkl.trainer.evaluate import evaluate, load_eval_prompts
-from fastkl.trainer.local_teacher import LocalTeacher
-from fastkl.trainer.models import (
+from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.config.offline import EvaluateConfig, ScoreConfig
+from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, given_samples, load_prompts
+from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.grading.evaluate import evaluate, load_eval_prompts
+from fastkl.trainer.models.loading import (
     end_of_sequence,
     fuse,
     load_model,
@@ -23,11 +24,11 @@ from fastkl.trainer.models import (
     load_teacher_tokenizer,
     load_tokenizer,
 )
-from fastkl.trainer.run import write_text
-from fastkl.trainer.sampler import ContinuousBatchingSampler
-from fastkl.trainer.samples import Sample
-from fastkl.trainer.served_teacher import connect
-from fastkl.trainer.teacher import Teacher
+from fastkl.trainer.runs.folder import write_text
+from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
+from fastkl.trainer.teachers.local import LocalTeacher
+from fastkl.trainer.teachers.served import connect
+from fastkl.trainer.teachers.teacher import Teacher
 
 
 def evaluate_model(config: EvaluateConfig) -> dict[str, float]:

@@ -6,14 +6,16 @@ Cross-entropy is the policy gradient of tokens that all have the advantage 1: âˆ
 from __future__ import annotations
 
 from fastkl.trainer import checks
-from fastkl.trainer.config import LossConfig, SftConfig
-from fastkl.trainer.data import batch_indices, encode_prompts, given_samples, load_prompts
-from fastkl.trainer.evaluate import load_eval_prompts
-from fastkl.trainer.loop import Clock, Student, fit
-from fastkl.trainer.models import end_of_sequence, load_tokenizer
-from fastkl.trainer.run import RunFolder, check_run_folder
-from fastkl.trainer.sampler import ContinuousBatchingSampler
-from fastkl.trainer.samples import Sample
+from fastkl.trainer.config.loss import LossConfig
+from fastkl.trainer.config.training import SftConfig
+from fastkl.trainer.data.prompts import batch_indices, encode_prompts, given_samples, load_prompts
+from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.grading.evaluate import load_eval_prompts
+from fastkl.trainer.loop import Clock, fit
+from fastkl.trainer.models.loading import end_of_sequence, load_tokenizer
+from fastkl.trainer.runs.folder import RunFolder, check_run_folder
+from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
+from fastkl.trainer.student import Student
 
 
 class Examples:

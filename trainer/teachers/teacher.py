@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from fastkl.trainer.samples import Sample
+from fastkl.trainer.data.samples import Sample
 
 UNKNOWN = -50.0  # a log-prob for what the teacher cannot say: low enough to push it away, and finite
 

@@ -11,8 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkl.head import FusedCausalLM
-from fastkl.trainer.batching import Layout
-from fastkl.trainer.config import BatchConfig, ConfigError, ModelConfig, StudentConfig, TeacherConfig
+from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.config.models import ModelConfig, StudentConfig
+from fastkl.trainer.config.optim import BatchConfig
+from fastkl.trainer.config.teacher import TeacherConfig
+from fastkl.trainer.data.batching import Layout
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -5,12 +5,13 @@ import gc
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
-from fastkl.trainer.config import ConfigError
+from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.samplers.sampler import Completion
 
 _CONFIG_FIELDS = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
 _PAGE_FIELD = "page_size" if "page_size" in _CONFIG_FIELDS else "block_size"  # renamed in 5.18 or later
@@ -18,27 +19,6 @@ _PAGED_PREFIX = "auto_switch_to_flash" not in _CONFIG_FIELDS  # 5.17 names its a
 _PAGE_SIZE = 32
 _REQUESTS = 64
 _KEYS_PER_STEP = 2048
-
-
-class Completion(NamedTuple):
-    """One sampled completion of a prompt."""
-
-    token_ids: list[int]
-    """The sampled tokens, with the end-of-sequence token if one was produced."""
-    logprobs: list[float]
-    """Log-probability of each token under softmax(logits / temperature); temperature 1 when greedy."""
-    truncated: bool
-    """True when the completion ran out of tokens before an end-of-sequence token."""
-
-
-class Sampler(Protocol):
-    """Anything that completes prompts and says how likely each token was."""
-
-    def sample(
-        self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seed: int
-    ) -> list[Completion]:
-        """One completion per prompt, in order; the same ones for the same weights and seed. Temperature 0 is greedy."""
-        ...
 
 
 class ContinuousBatchingSampler:

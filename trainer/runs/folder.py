@@ -17,7 +17,8 @@ import yaml
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from fastkl.trainer.config import ConfigError, RunConfig, as_dict
+from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.config.training import RunConfig, as_dict
 
 INCOMPLETE = ".incomplete"
 # Where and how a teacher is reached, not what it says: a run that is resumed may find its server elsewhere.

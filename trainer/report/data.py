@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from fastkl.trainer.config import ConfigError
-from fastkl.trainer.run import read_jsonl
+from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.runs.folder import read_jsonl
 
 POINTS = 1000  # of a curve
 STEPS = 40  # whose samples are shown

@@ -9,8 +9,9 @@ from typing import Any
 
 import requests
 
-from fastkl.trainer.config import ConfigError, ServerConfig
-from fastkl.trainer.teacher import TeacherError
+from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.config.teacher import ServerConfig
+from fastkl.trainer.teachers.teacher import TeacherError
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds
 PASSING = (408, 425, 429)  # and 5xx

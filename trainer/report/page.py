@@ -1,6 +1,6 @@
 """`fastkl report`: one self-contained HTML page about one run, or about several on the same axes.
 
-The page is trainer/page/: a template, a style sheet and scripts, put into one file with the runs as JSON.
+The page is trainer/report/html/: a template, a style sheet and scripts, put into one file with the runs as JSON.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from fastkl.trainer.config import ConfigError, ReportConfig
-from fastkl.trainer.report_data import differences, names, run_data
-from fastkl.trainer.run import write_text
-from fastkl.trainer.teacher import UNKNOWN
+from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.config.offline import ReportConfig
+from fastkl.trainer.report.data import differences, names, run_data
+from fastkl.trainer.runs.folder import write_text
+from fastkl.trainer.teachers.teacher import UNKNOWN
 
-PAGE = Path(__file__).parent / "page"
+PAGE = Path(__file__).parent / "html"
 SCRIPTS = ("elements.js", "tables.js", "curves.js", "completions.js")
 MARK = '<meta name="generator" content="fastkl report">'  # in page.html: what makes a file ours to replace
 SAMPLE_BYTES = 3_000_000  # of a page, all runs together

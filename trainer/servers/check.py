@@ -13,9 +13,10 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.checks import SAMPLE_TEXT
-from fastkl.trainer.completions import APIS, Api, BadAnswer, CompletionsServer, Scores, Unscored
-from fastkl.trainer.config import ConfigError, ServerConfig
-from fastkl.trainer.connection import Refused
+from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.config.teacher import ServerConfig
+from fastkl.trainer.servers.completions import APIS, Api, BadAnswer, CompletionsServer, Scores, Unscored
+from fastkl.trainer.servers.connection import Refused
 
 PROBES, PROBE_TOKENS = 4, 24
 TOLERANCE = 0.1  # nats: above what 16-bit arithmetic and batching do, below what a defect does

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastkl.head import FusedCausalLM
 from fastkl.loss import linear_logprobs
-from fastkl.trainer.batching import PAD_ID, Batch, Layout, batches
-from fastkl.trainer.samples import Sample
-from fastkl.trainer.teacher import UNKNOWN
+from fastkl.trainer.data.batching import PAD_ID, Batch, Layout, batches
+from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.teachers.teacher import UNKNOWN
 
 
 @torch.no_grad()

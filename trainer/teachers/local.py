@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from fastkl.head import FusedCausalLM
-from fastkl.trainer.config import BatchConfig
-from fastkl.trainer.models import batch_layout
-from fastkl.trainer.samples import Sample
-from fastkl.trainer.scoring import score
+from fastkl.trainer.config.optim import BatchConfig
+from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.models.loading import batch_layout
+from fastkl.trainer.models.scoring import score
 
 
 class LocalTeacher:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.trainer.config import ConfigError, EvalConfig
-from fastkl.trainer.data import EncodedPrompt, encode_prompts, load_prompts
-from fastkl.trainer.graders import GRADERS
-from fastkl.trainer.sampler import Sampler
+from fastkl.trainer.config.data import EvalConfig
+from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, load_prompts
+from fastkl.trainer.grading.graders import GRADERS
+from fastkl.trainer.samplers.sampler import Sampler
 
 
 @dataclass(frozen=True)

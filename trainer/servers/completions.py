@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from fastkl.trainer.config import ServerConfig
-from fastkl.trainer.connection import Connection, Refused
-from fastkl.trainer.teacher import UNKNOWN, TeacherError
+from fastkl.trainer.config.teacher import ServerConfig
+from fastkl.trainer.servers.connection import Connection, Refused
+from fastkl.trainer.teachers.teacher import UNKNOWN, TeacherError
 
 Api = Literal["prompt_logprobs", "echo"]
 APIS: tuple[Api, ...] = ("prompt_logprobs", "echo")

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.trainer.batching import PAD_ID
-from fastkl.trainer.completions import Api, CompletionsServer, Scores
-from fastkl.trainer.concurrency import gather
-from fastkl.trainer.config import ServerConfig, TeacherConfig
-from fastkl.trainer.samples import Sample
-from fastkl.trainer.server_check import check_server
-from fastkl.trainer.teacher import UNKNOWN
+from fastkl.trainer.config.teacher import ServerConfig, TeacherConfig
+from fastkl.trainer.data.batching import PAD_ID
+from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.servers.check import check_server
+from fastkl.trainer.servers.completions import Api, CompletionsServer, Scores
+from fastkl.trainer.servers.concurrency import gather
+from fastkl.trainer.teachers.teacher import UNKNOWN
 
 
 class ServedTeacher:

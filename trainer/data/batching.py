@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastkl.trainer.samples import Sample
+from fastkl.trainer.data.samples import Sample
 
 Layout = Literal["packed", "padded"]
 PAD_ID = 0  # any valid id: padding is masked out of the attention and out of the loss

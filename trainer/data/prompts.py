@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.trainer.config import ConfigError, DataConfig
-from fastkl.trainer.samples import Sample, make_sample
+from fastkl.trainer.config.data import DataConfig
+from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.data.samples import Sample, make_sample
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,84 @@
+"""The loss of a distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastkl.kernels.sampled import Backward
+from fastkl.kernels.surrogate import Method
+from fastkl.trainer.config.errors import require
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The policy-gradient step on the reverse KL (`fastkl.loss.policy_gradient_loss`).
+
+    Args:
+        method: importance_sampling, reinforce, ppo or cispo.
+        kl_coef: Weight of the reverse KL in the advantage. 0 leaves nothing to learn from.
+        discount: Discount of future tokens' KL; 0 lets each token answer for itself.
+        old_logprobs: What the ratio is taken against: the sampler's log-probs, those of a forward of the trainer before
+            the update (recompute), or the policy itself (current: ratio 1).
+        clip_low: Lower clip of ppo and cispo.
+        clip_high: Upper clip of ppo and cispo.
+        dual_clip: Dual clip of ppo; null for none.
+        truncate_ratio: Cap of the importance ratio; null for none.
+        backward: exact, or sampled: gradients from a random subset of the vocabulary's columns, unbiased
+            (docs/sampled-backward.md).
+        grad_error: Expected relative error of the sampled gradient; null for the loss's own default.
+    """
+
+    method: Method = "importance_sampling"
+    kl_coef: float = 1.0
+    discount: float = 0.0
+    old_logprobs: Literal["sampler", "recompute", "current"] = "sampler"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    truncate_ratio: float | None = None
+    backward: Backward = "exact"
+    grad_error: float | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.grad_error is None or self.grad_error > 0,
+            f"loss.grad_error is {self.grad_error}; it must be > 0, or null",
+        )
+        require(
+            self.backward == "sampled" or self.grad_error is None,
+            f"loss.grad_error is {self.grad_error} but loss.backward is exact, whose error is none; set loss.backward to "
+            f"sampled",
+        )
+        require(
+            self.truncate_ratio is None or self.old_logprobs != "current",
+            f"loss.truncate_ratio is {self.truncate_ratio} but loss.old_logprobs is current, where the ratio is 1; "
+            f"unset one of them",
+        )
+        require(
+            self.truncate_ratio is None or self.truncate_ratio > 0,
+            f"loss.truncate_ratio is {self.truncate_ratio}; it must be > 0, or null for no cap",
+        )
+        require(
+            0 <= self.clip_low <= 1 and self.clip_high >= 0,
+            f"loss.clip_low is {self.clip_low} and loss.clip_high is {self.clip_high}; clip_low must be between 0 and 1 "
+            f"and clip_high >= 0",
+        )
+        require(
+            self.dual_clip is None or (self.method == "ppo" and self.dual_clip > 1),
+            f"loss.dual_clip is {self.dual_clip} with loss.method {self.method}; it must be > 1 and belongs to ppo",
+        )
+        require(
+            self.method in ("ppo", "cispo") or (self.clip_low, self.clip_high) == (0.2, 0.2),
+            f"loss.clip_low is {self.clip_low} and loss.clip_high is {self.clip_high}, but loss.method is {self.method}, "
+            f"which clips nothing; they belong to ppo and cispo",
+        )
+        require(
+            self.method not in ("ppo", "cispo") or self.old_logprobs != "current",
+            f"loss.method is {self.method} but loss.old_logprobs is current, where the ratio is 1 and nothing is ever "
+            f"clipped; use sampler or recompute",
+        )
+        require(
+            self.kl_coef >= 0, f"loss.kl_coef is {self.kl_coef}; it must be >= 0: below, the student flees the teacher"
+        )
+        require(0 <= self.discount <= 1, f"loss.discount is {self.discount}; it must be between 0 and 1")

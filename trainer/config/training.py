@@ -1,0 +1,100 @@
+"""What a training run is made of. Every field can be set in the YAML file or on the command line (`--optim.lr 1e-4`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fastkl.trainer.config.data import DataConfig, EvalConfig, check_source
+from fastkl.trainer.config.errors import require
+from fastkl.trainer.config.loss import LossConfig
+from fastkl.trainer.config.models import StudentConfig
+from fastkl.trainer.config.optim import BatchConfig, CheckpointConfig, OptimConfig
+from fastkl.trainer.config.sampling import SamplingConfig
+from fastkl.trainer.config.teacher import TeacherConfig, check_teacher
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every training run has.
+
+    Args:
+        run: Run folder. The same config resumes in it; another one is refused.
+        seed: Seed of prompts' order, sampling and initialisation.
+        student: The model that is trained.
+        data: Where its prompts come from.
+        optim: Optimizer and schedule.
+        batch: Layout of a forward pass.
+        eval: Evaluation on held-out prompts.
+        checkpoint: Checkpoints.
+        mixed_precision: Autocast of the forward pass (accelerate's option).
+        trackers: accelerate's trackers beside metrics.jsonl, for example [tensorboard, wandb].
+        log_samples: Samples of each step that are written to samples.jsonl.
+    """
+
+    run: str
+    seed: int = 0
+    student: StudentConfig = field(default_factory=StudentConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    trackers: list[str] = field(default_factory=list)
+    log_samples: int = 4
+
+    def __post_init__(self) -> None:
+        require(bool(self.run), "run is empty; name the run folder, for example runs/first")
+        require(bool(self.student.path), "student.path is empty; give a model folder or a Hub id")
+        check_source("data", self.data)
+        require(self.log_samples >= 0, f"log_samples is {self.log_samples}; it must be >= 0")
+
+
+@dataclass(frozen=True)
+class DistillConfig(RunConfig):
+    """On-policy distillation: the student samples, the teacher scores, the student learns from the reverse KL.
+
+    Args:
+        teacher: The model that scores the student's tokens; it is never trained.
+        sampling: Rollouts of the student.
+        loss: The policy-gradient step.
+    """
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_teacher("teacher", self.teacher)
+        samples = self.sampling.prompts_per_step * self.sampling.samples_per_prompt
+        require(
+            samples >= self.optim.substeps,
+            f"optim.substeps is {self.optim.substeps}, more than the {samples} samples of a step; raise "
+            f"sampling.prompts_per_step or lower optim.substeps",
+        )
+
+
+@dataclass(frozen=True)
+class SftConfig(RunConfig):
+    """Supervised fine-tuning on given completions: the off-policy stage before distillation.
+
+    Args:
+        examples_per_step: Examples per step.
+    """
+
+    examples_per_step: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.examples_per_step >= self.optim.substeps,
+            f"examples_per_step is {self.examples_per_step}, less than optim.substeps ({self.optim.substeps})",
+        )
+
+
+def as_dict(config: RunConfig) -> dict[str, Any]:
+    """A config as the plain dictionary that config.yaml holds."""
+    return dataclasses.asdict(config)

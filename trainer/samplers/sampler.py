@@ -1,0 +1,26 @@
+"""A sampler as the loop sees it: something that completes prompts, and says how likely each token was."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+
+class Completion(NamedTuple):
+    """One sampled completion of a prompt."""
+
+    token_ids: list[int]
+    """The sampled tokens, with the end-of-sequence token if one was produced."""
+    logprobs: list[float]
+    """Log-probability of each token under softmax(logits / temperature); temperature 1 when greedy."""
+    truncated: bool
+    """True when the completion ran out of tokens before an end-of-sequence token."""
+
+
+class Sampler(Protocol):
+    """Anything that completes prompts and says how likely each token was."""
+
+    def sample(
+        self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seed: int
+    ) -> list[Completion]:
+        """One completion per prompt, in order; the same ones for the same weights and seed. Temperature 0 is greedy."""
+        ...
