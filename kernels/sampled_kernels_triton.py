@@ -275,6 +275,18 @@ def weight_gradient_kernel(
             total = tl.dot(a.T, b, total, input_precision="ieee")
         kept = places < count
         ids = tl.load(ids_ptr + places, mask=kept, other=0).to(tl.int64)
-        ptrs = accumulator_ptr + ids[:, None] * accumulator_stride_row + columns[None, :] * accumulator_stride_column
-        written = kept[:, None] & (columns < dim)[None, :]
-        tl.store(ptrs, tl.load(ptrs, mask=written, other=0.0) + total, mask=written)
+        row_ptrs = accumulator_ptr + ids * accumulator_stride_row
+        # Half of the columns after the other: pointers and sums of all of them would not fit the registers.
+        left, right = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        first = tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        _add(row_ptrs, first, left, kept, dim, accumulator_stride_column)
+        _add(row_ptrs, first + BLOCK_N // 2, right, kept, dim, accumulator_stride_column)
+
+
+@triton.jit
+def _add(
+    row_ptrs: tl.tensor, columns: tl.tensor, total: tl.tensor, kept: tl.tensor, dim: tl.tensor, stride: tl.tensor
+) -> None:
+    ptrs = row_ptrs[:, None] + columns[None, :] * stride
+    inside = kept[:, None] & (columns < dim)[None, :]
+    tl.store(ptrs, tl.load(ptrs, mask=inside, other=0.0) + total, mask=inside)
