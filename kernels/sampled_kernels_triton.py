@@ -98,7 +98,8 @@ def list_columns_kernel(
     first = tl.load(ends_ptr + tile) - tl.load(counts_ptr + tile)
     places = first + tl.cumsum(kept, 0) - kept
     tl.store(ids_ptr + places, columns, mask=kept > 0)
-    tl.store(inverse_ptr + places, tl.maximum(tau / w, 1.0), mask=kept > 0)
+    inverse = tau / w
+    tl.store(inverse_ptr + places, tl.where(inverse > 1.0, inverse, 1.0), mask=kept > 0)  # 1 where it is NaN
 
 
 @triton.jit
