@@ -14,7 +14,8 @@ Columns are kept independently of each other, hence
 is known before anything is multiplied, and τ is solved from the relative error wanted (`threshold`). u sums to 0 over v, up
 to a soft-cap, and û does not: any constant c [D] times the difference has expectation 0, and taking it off u W lowers the
 error. c is the mean of rows of W. Here is the plain version, and the rules that it shares with that of accelerators
-(`sampled_triton.py`); `BlockSampler` is what the driver sees of either. docs/sampled-backward.md has the proof, measurements, and when not to use this.
+(`sampled_triton.py`); `BlockSampler` is what the driver sees of either.
+docs/sampled-backward.md has the proof, measurements, and when not to use this.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class BlockSampler(Protocol):
     """Draws the columns of one block after the other, and keeps count."""
 
     def sample(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> Sample:
-        """Of a block: gradient [B, V] in `gradient_dtype`, which may be overwritten, slope [B]; ids in `always` are kept."""
+        """Of a block: gradient [B, V] in `gradient_dtype`, which it may overwrite, slope [B]; keeps ids in `always`."""
 
     def statistics(self) -> Tensor:
         """The fraction of u that was kept, and the expected relative error of û, [2]."""

@@ -79,7 +79,7 @@ class Selection(NamedTuple):
 
     ids: Tensor  # [V] int32, of which the first K ascend
     inverse: Tensor  # [V], 1 / π of those K
-    count: Tensor  # [1] int32, K
+    kept: Tensor  # [1] int32, K
     tau: Tensor  # [1]; −1: all columns are kept as they are
 
 
@@ -89,7 +89,9 @@ class Sampler:
     def __init__(self, sampling: Sampling, weight: Tensor, capped: bool) -> None:
         check_device("weight is", weight)
         if weight.stride(1) != 1 and weight.shape[1] > 1:
-            raise ValueError(f"the elements of a row of the weight must lie side by side; the strides are {weight.stride()}")
+            raise ValueError(
+                f"the elements of a row of the weight must lie side by side; the strides are {weight.stride()}"
+            )
         self.sampling, self.weight, self.capped = sampling, weight, capped
         self.centre = centre(weight)
         self.block = self.seen = 0  # blocks, and entries of u
@@ -111,7 +113,7 @@ class Sampler:
         columns = select_columns(w, torch.where(sparse, tau, -1.0).reshape(1), self.sampling.seed, self.block)
         self.block += 1
         self.seen += gradient.numel()
-        self.kept += columns.count * gradient.shape[0]
+        self.kept += columns.kept * gradient.shape[0]
         self.square += total
         self.variance += torch.where(sparse, lost, 0.0)
         excess = compact(gradient, columns, self.capped)
@@ -141,7 +143,7 @@ class Sample(NamedTuple):
 
     def estimate(self, rows: slice) -> Estimate:
         """A copy of û on its columns, all of them if they are all kept: to allocate it the host waits for K."""
-        count = int(self.columns.count)
+        count = int(self.columns.kept)
         ids = self.columns.ids[:count].to(torch.int64)
         return Estimate(rows, ids, self.gradient[:, :count].clone(), self.slope)
 
@@ -218,7 +220,7 @@ def select_columns(w: Tensor, tau: Tensor, seed: int, block: int) -> Selection:
 
 
 def compact(gradient: Tensor, columns: Selection, capped: bool) -> Tensor:
-    """Moves gradient[:, ids] / π to the first K columns of `gradient`; each row's Σ û − Σ u [B], Σ u = 0 if not `capped`."""
+    """Moves gradient[:, ids] / π to the first K columns. Each row's Σ û − Σ u, [B], where Σ u is 0 if not `capped`."""
     n, vocabulary = gradient.shape
     excess = torch.empty(n, dtype=torch.float32, device=gradient.device)
     with launch_on(gradient):
@@ -253,7 +255,7 @@ def hidden_gradient(
             gradient,
             weight,
             columns.ids,
-            columns.count,
+            columns.kept,
             slope.contiguous(),
             excess,
             centre,
@@ -285,7 +287,7 @@ def add_to_weight_gradient(accumulator: Tensor, gradient: Tensor, hidden: Tensor
             gradient,
             hidden,
             columns.ids,
-            columns.count,
+            columns.kept,
             accumulator,
             # shapes
             n,
@@ -319,4 +321,4 @@ def _programs(device: torch.device) -> int:
 def _halves(seed: int) -> tuple[int, int]:
     """The seed as two int32, low and high: as one number its type, and with it the kernel, would depend on its size."""
     low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    return tuple(half - (half >> 31 << 32) for half in (low, high))
+    return low - (low >> 31 << 32), high - (high >> 31 << 32)

@@ -33,7 +33,9 @@ def make(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, 
     """u [B, V], W [V, D], hidden [B, D], slopes [B] of which every third is 0, and K columns."""
     n, vocabulary, dim, count = shape
     g = generator(n)
-    u, weight, hidden = (torch.randn(*size, generator=g).to(dtype) for size in ((n, vocabulary), (vocabulary, dim), (n, dim)))
+    u, weight, hidden = (
+        torch.randn(*size, generator=g).to(dtype) for size in ((n, vocabulary), (vocabulary, dim), (n, dim))
+    )
     slope = torch.randn(n, generator=g)
     slope[2::3] = 0.0
     ids = torch.full((vocabulary,), -1, dtype=torch.int32)
@@ -97,7 +99,7 @@ def test_all_columns_stay_as_they_are() -> None:
     w = torch.rand(2100, generator=generator(1)).to(DEVICE)
     w[5], w[7] = torch.nan, 0.0
     columns = sampled_triton.select_columns(w, torch.tensor([-1.0], device=DEVICE), 0, 0)
-    assert int(columns.count) == 2100
+    assert int(columns.kept) == 2100
     assert torch.equal(columns.ids, torch.arange(2100, dtype=torch.int32, device=DEVICE))
     assert (columns.inverse == 1).all()
     before = u.clone()
@@ -107,7 +109,7 @@ def test_all_columns_stay_as_they_are() -> None:
 
 def select(w: Tensor, seed: int, block: int = 0) -> Tensor:
     columns = sampled_triton.select_columns(w, torch.ones(1, device=DEVICE), seed, block)
-    ids = columns.ids[: int(columns.count)].long()
+    ids = columns.ids[: int(columns.kept)].long()
     assert (ids.diff() > 0).all()
     torch.testing.assert_close(columns.inverse[: ids.shape[0]], (1 / w[ids]).clamp(min=1.0))
     return ids
