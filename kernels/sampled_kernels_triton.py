@@ -145,6 +145,8 @@ def compact_kernel(
     tiles loaded before it stored, for each tile has a barrier between its loads and its stores. That barrier also parts
     the loads of a tile from its own stores: another thread's k may be this thread's ids[k]. The loads of Σ u come before
     the first barrier. A barrier orders the memory accesses of all warps of the program, and no other program has the row.
+    A wave of an AMD chip may pass a barrier while its loads are under way: the sum over all warps in front of it needs
+    what was loaded, and has a barrier after every warp has put its part into shared memory.
     The zeros behind û lie in the last tile, after all loads.
     """
     row = tl.program_id(0).to(tl.int64)  # n · V exceeds int32
@@ -152,11 +154,12 @@ def compact_kernel(
     count = tl.load(count_ptr)
     excess = 0.0
     if tl.load(tau_ptr) >= 0.0:  # else all columns are kept as they are
-        lanes = tl.zeros([BLOCK], tl.float32)
         if CAPPED:
+            lanes = tl.zeros([BLOCK], tl.float32)
             for start in range(0, vocabulary, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 lanes -= tl.load(u_ptr + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
+            excess += tl.sum(lanes, 0)
         end = min(tl.cdiv(count, PAD) * PAD, vocabulary)
         for start in range(0, end, BLOCK):
             places = start + tl.arange(0, BLOCK)
@@ -165,10 +168,9 @@ def compact_kernel(
             u = tl.load(u_ptr + ids, mask=kept, other=0.0).to(tl.float32)
             u *= tl.load(inverse_ptr + places, mask=kept, other=0.0)
             stored = u.to(u_ptr.dtype.element_ty)
-            lanes += stored.to(tl.float32)
+            excess += tl.sum(stored.to(tl.float32), 0)  # before the barrier: see above
             tl.debug_barrier()
             tl.store(u_ptr + places, stored, mask=places < end)
-        excess = tl.sum(lanes, 0)
     tl.store(excess_ptr + row, excess)
 
 
