@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from bench import count, gpu, kernels, loss, models, plot, train
+from bench import count, gpu, kernels, loss, models, plot, sampled, train
 
 BENCHES = {
     "loss": loss,
+    "sampled": sampled,
     "plot": plot,
     "kernels": kernels,
     "count": count,

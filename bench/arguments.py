@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from bench import peers
+from fastkl.kernels.sampled import BACKWARDS
 
 AXES = ("N", "D", "V")
 SMALLEST = (1, 1, 16)
@@ -55,6 +56,20 @@ def implementations(text: str) -> list[str]:
     if not chosen:
         raise argparse.ArgumentTypeError(f"names no implementation; use some of {', '.join(known)}")
     return chosen
+
+
+def backwards(text: str) -> list[str]:
+    chosen = [name.strip() for name in text.split(",") if name.strip()]
+    if not chosen or not set(chosen) <= set(BACKWARDS):
+        raise argparse.ArgumentTypeError(f"{text!r} is no choice; use some of {', '.join(BACKWARDS)}")
+    return list(dict.fromkeys(chosen))
+
+
+def sizes(text: str) -> list[int]:
+    found = _integers(text)
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of sizes; write whole numbers >= 1, as in 128,256")
+    return found
 
 
 def positive(text: str) -> int:

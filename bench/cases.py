@@ -1,10 +1,13 @@
 """What is measured: the tensors of one problem, shaped like a language model's, and the loss built on them.
 
-A row of hidden states points at one token by a margin m_i and is otherwise noise, so that the row's probabilities are a
-peak of sigmoid(m_i) and a long tail, as a language model's are. The margins are normal; their mean is solved for the mean
-entropy that is asked for. Rows can be flat instead, as those of a model at its initialisation: logits are then normal of
-deviation 1, the entropy is about log V − 1/2. Tokens are sampled from the model, the sampler's log-probs are the model's
-plus a little noise (another kernel, an older step), advantages are normal, the teacher is a perturbed copy of the student.
+Of the kinds of rows (`DATA`), *peaked* ones are a language model's: a row of hidden states points at one token by a margin
+m_i and is otherwise noise, so that the row's probabilities are a peak of sigmoid(m_i) and a long tail. The margins are
+normal; their mean is solved for the mean entropy that is asked for. Rows share their tails: the noise has one direction in
+common, the logits of which play the unigram frequencies, and SHARED of its variance. *unshared* is the same with a tail of
+its own in each row, which no language model has. *flat* rows are those of a model at its initialisation: logits are normal
+of deviation 1, the entropy is about log V − 1/2. Tokens are sampled from the model. *smollm2* and *qwen* are real
+(`real_rows.py`). The sampler's log-probs are the model's plus a little noise (another kernel, an older step), advantages
+are normal, the teacher is a perturbed copy of the student.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.real_rows import MODELS, real_rows
 from fastkl import reference
 
 BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}  # as members of the generalised JSD
@@ -23,7 +27,9 @@ OPS = ("logprobs", "policy_gradient", "entropy", "top_k", *BETAS)
 HEADS = ("frozen", "trainable")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+DATA = ("peaked", "unshared", "flat", *MODELS)
 TAIL_SHARE = 0.45  # the tail's entropy as a share of log V: about 4.9 nats at V = 49152
+SHARED = 0.8  # calibrated
 MARGIN_STD = 3.0  # nats; from rows that are certain to rows that are flat
 TOP_K = 64  # tokens that op top_k knows of the teacher
 ENTROPY_COEF = 0.01  # of op entropy, the policy gradient with an entropy term
@@ -114,31 +120,42 @@ class Case:
 
 
 def make_case(
-    op: str, shape: tuple[int, int, int], dtype: torch.dtype, head: str, device: str, entropy: float | None, seed: int
+    op: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    head: str,
+    device: str,
+    data: str,
+    entropy: float | None,
+    seed: int,
+    temperature: float = 1.0,
 ) -> Case:
-    """Random tensors with rows of `entropy` nats on average, None: flat; equal seeds, equal tensors on a kind of device."""
-    n, d, vocabulary = shape
+    """Rows of a kind: peaked ones have `entropy` nats on average, real ones the temperature they were sampled at.
+
+    Equal seeds give equal tensors on a kind of device.
+    """
     generator = torch.Generator(device).manual_seed(seed)
+    if data in MODELS:
+        rows = real_rows(data, temperature)
+        hidden, weight = rows.hidden[: shape[0]].to(device), rows.weight.to(device)
+        noise = hidden.norm(dim=-1).mean().item() / math.sqrt(shape[1])
+    else:
+        hidden, weight, noise = _synthetic(shape, None if data == "flat" else entropy, data == "peaked", generator)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device=device)
 
-    # Rows of W have norm 1, so h = c W[v] + s noise has a logit of c at v and normal ones of deviation s elsewhere. Their
-    # log-sum-exp is log V + s²/2 and their entropy log V − s²/2.
-    log_v = math.log(vocabulary)
-    noise = 1.0 if entropy is None else math.sqrt(2 * (1 - TAIL_SHARE) * log_v)
-    spread = MARGIN_STD * normal(n, 1)
-    weight = torch.nn.functional.normalize(normal(vocabulary, d), dim=-1)
-    peak = torch.randint(vocabulary, (n,), generator=generator, device=device)
-    hidden = noise * normal(n, d)
-    if entropy is not None:
-        hidden += (log_v + noise**2 / 2 + _mean_margin(entropy, TAIL_SHARE * log_v) + spread) * weight[peak]
     teacher_hidden = teacher_weight = None
     if op in BETAS or op == "top_k":
-        teacher_hidden = (hidden + TEACHER_STD * noise * normal(n, d)).to(dtype)
-        teacher_weight = (weight + TEACHER_STD * 0.1 / math.sqrt(d) * normal(vocabulary, d)).to(dtype)
+        length = weight.norm(dim=-1).mean().item()
+        teacher_hidden = (hidden + TEACHER_STD * noise * normal(*hidden.shape)).to(dtype)
+        teacher_weight = (weight + TEACHER_STD * 0.1 * length / math.sqrt(shape[1]) * normal(*weight.shape)).to(dtype)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
-    tokens, logprobs = _sample(hidden, weight, generator)
+    if data in MODELS:
+        tokens, logprobs = rows.tokens[: shape[0]].to(device), rows.logprobs[: shape[0]].to(device)
+    else:
+        tokens, logprobs = _sample(hidden, weight, generator)
+    n = hidden.shape[0]
     case = Case(
         op,
         head,
@@ -151,6 +168,31 @@ def make_case(
         teacher_weight,
     )
     return _with_list(case) if op == "top_k" else case
+
+
+def _synthetic(
+    shape: tuple[int, int, int], entropy: float | None, shared: bool, generator: torch.Generator
+) -> tuple[Tensor, Tensor, float]:
+    """Hidden states [N, D], weight [V, D], and the deviation of the noise in the hidden states' entries."""
+    n, d, vocabulary = shape
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=generator.device)
+
+    # Rows of W have norm 1, so h = c W[v] + s noise has a logit of c at v and normal ones of deviation s elsewhere. Their
+    # log-sum-exp is log V + s²/2 and their entropy log V − s²/2.
+    log_v = math.log(vocabulary)
+    noise = 1.0 if entropy is None else math.sqrt(2 * (1 - TAIL_SHARE) * log_v)
+    spread = MARGIN_STD * normal(n, 1)
+    weight = torch.nn.functional.normalize(normal(vocabulary, d), dim=-1)
+    peak = torch.randint(vocabulary, (n,), generator=generator, device=generator.device)
+    own = normal(n, d)
+    if shared:
+        own = math.sqrt(SHARED) * normal(1, d) + math.sqrt(1 - SHARED) * own
+    hidden = noise * own
+    if entropy is not None:
+        hidden += (log_v + noise**2 / 2 + _mean_margin(entropy, TAIL_SHARE * log_v) + spread) * weight[peak]
+    return hidden, weight, noise
 
 
 def max_entropy(vocabulary: int) -> float:

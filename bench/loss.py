@@ -3,6 +3,7 @@
     python -m bench loss --op policy_gradient --shape 1536,576,49152 --dtype fp32 --head frozen --device cpu \\
         --impl fastkl,eager,compile,liger --json loss.json
     python -m bench loss --shape 1024,256,32768 --sweep N=256,512,1024 --sweep V=8192,32768 --json sweep.json
+    python -m bench loss --backward exact,sampled --data smollm2 --temperature 0.7 --head trainable
 
 Columns of the table, keys of the JSON rows:
 
@@ -29,17 +30,22 @@ import torch
 
 from bench import arguments as checked
 from bench import peers
-from bench.cases import DTYPES, HEADS, OPS, make_case, max_entropy
+from bench.cases import DATA, DTYPES, HEADS, OPS, make_case, max_entropy
 from bench.compare import Comparison, compare
 from bench.machine import describe_machine, describe_versions
+from bench.real_rows import MODELS, real_rows
 
-ENTROPY = 1.0
+ENTROPY = 0.57  # nats: what Qwen2.5-Coder-1.5B-Instruct's own samples have at temperature 1
+SHAPE = (1536, 576, 49152)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", choices=OPS, default="policy_gradient")
     parser.add_argument(
-        "--shape", type=checked.shape, default=(1536, 576, 49152), metavar="N,D,V", help="tokens, hidden, ids"
+        "--shape",
+        type=checked.shape,
+        metavar="N,D,V",
+        help="tokens, hidden, ids; 1536,576,49152 by default, or what --data has",
     )
     parser.add_argument(
         "--sweep",
@@ -57,27 +63,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help=", ".join(peers.names()),
     )
+    parser.add_argument(
+        "--backward",
+        type=checked.backwards,
+        default=["exact"],
+        metavar="A,B",
+        help="of fastkl: exact, sampled, or both side by side (docs/sampled-backward.md)",
+    )
     parser.add_argument("--head", choices=HEADS, default="frozen", help="does the weight get a gradient?")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=checked.positive, default=7, help="rounds; the numbers are medians over them")
     parser.add_argument(
-        "--data", choices=("peaked", "flat"), default="peaked", help="rows of a trained or of a new model"
+        "--data",
+        choices=DATA,
+        default="peaked",
+        help="rows like a trained model's, the same with a tail of its own in each, a new model's, or a real model's own",
     )
     parser.add_argument("--entropy", type=float, help=f"mean entropy of peaked rows, nats; {ENTROPY} by default")
+    parser.add_argument("--temperature", type=float, help="at which a real model sampled; 1 by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, anew after each shape")
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    shapes = checked.swept(arguments.shape, arguments.sweep)
+    shapes = _shapes(arguments, parser)
     entropy = _entropy(arguments, shapes, parser)
+    temperature = _temperature(arguments, parser)
     _check(arguments, parser)
-    names = list(dict.fromkeys(arguments.impl))
+    names = _names(arguments.impl, arguments.backward)
     report = _empty_report(arguments, names)
     print(" | ".join(f"{key} {value}" for key, value in (report["machine"] | report["versions"]).items()))
     for shape in shapes:
         case = make_case(
-            arguments.op, shape, DTYPES[arguments.dtype], arguments.head, arguments.device, entropy, arguments.seed
+            arguments.op,
+            shape,
+            DTYPES[arguments.dtype],
+            arguments.head,
+            arguments.device,
+            arguments.data,
+            entropy,
+            arguments.seed,
+            temperature,
         )
         result = compare(case, names, arguments.repeats)
         report["problems"].append(result.problem)
@@ -95,7 +121,12 @@ def _empty_report(arguments: argparse.Namespace, names: list[str]) -> dict[str, 
         "rows": [],
         "skipped": [],
         "problems": [],
-        "conditions": {"repeats": arguments.repeats, "seed": arguments.seed, "data": arguments.data},
+        "conditions": {
+            "repeats": arguments.repeats,
+            "seed": arguments.seed,
+            "data": arguments.data,
+            "temperature": arguments.temperature or 1.0,
+        },
         "machine": describe_machine(arguments.device),
         "versions": describe_versions(*packages),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -142,14 +173,55 @@ def _check(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> No
         parser.error(f"argument --json: the folder {arguments.json.absolute().parent} does not exist; create it first")
 
 
+def _names(implementations: list[str], backwards: list[str]) -> list[str]:
+    """`fastkl` stands for each of the backward passes asked for."""
+    ours = {"exact": "fastkl", "sampled": "fastkl_sampled"}
+    chosen = [[ours[way] for way in backwards] if name == "fastkl" else [name] for name in implementations]
+    return list(dict.fromkeys(name for names in chosen for name in names))
+
+
+def _shapes(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> list[checked.Shape]:
+    """Those that are asked for; of real rows as many as there are or fewer, with the model's D and V."""
+    try:
+        own = default_shape(arguments.data, _temperature(arguments, parser))
+    except FileNotFoundError as error:
+        parser.error(f"argument --data {arguments.data}: {error}")
+    shapes = checked.swept(arguments.shape or own, arguments.sweep)
+    for shape in shapes if arguments.data in MODELS else ():
+        if shape[0] > own[0] or shape[1:] != own[1:]:
+            parser.error(f"argument --shape: {shape} with --data {arguments.data}, which has {own} and fewer rows")
+    return shapes
+
+
+def default_shape(data: str, temperature: float) -> checked.Shape:
+    if data not in MODELS:
+        return SHAPE
+    rows = real_rows(data, temperature)
+    vocabulary, d = rows.weight.shape
+    return min(rows.hidden.shape[0], MODELS[data].rows), d, vocabulary
+
+
+def _temperature(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> float:
+    if arguments.temperature is None:
+        return 1.0
+    if arguments.data not in MODELS:
+        parser.error(
+            f"argument --temperature: {arguments.data} rows have none; it belongs to --data {', '.join(MODELS)}"
+        )
+    if not arguments.temperature > 0:
+        parser.error(f"argument --temperature: {arguments.temperature}; it must be > 0")
+    return float(arguments.temperature)
+
+
 def _entropy(
     arguments: argparse.Namespace, shapes: list[checked.Shape], parser: argparse.ArgumentParser
 ) -> float | None:
-    """Nats of peaked rows, None for flat ones."""
-    if arguments.data == "flat":
+    """Nats of rows whose entropy can be chosen, None for others."""
+    if arguments.data not in ("peaked", "unshared"):
         if arguments.entropy is not None:
             parser.error(
-                "argument --entropy: flat rows have the entropy that they have; leave it away with --data flat"
+                f"argument --entropy: {arguments.data} rows have the entropy that they have; leave it away with --data "
+                f"{arguments.data}"
             )
         return None
     entropy = ENTROPY if arguments.entropy is None else float(arguments.entropy)

@@ -27,7 +27,7 @@ def bench(tmp_path, *arguments):
 
 
 def case_of(op="policy_gradient", head="trainable", dtype=torch.float32, shape=(40, 16, 300), seed=0) -> Case:
-    return make_case(op, shape, dtype, head, "cpu", entropy=1.0, seed=seed)
+    return make_case(op, shape, dtype, head, "cpu", "peaked", entropy=1.0, seed=seed)
 
 
 @pytest.mark.parametrize("head", ["frozen", "trainable"])
@@ -166,7 +166,7 @@ class TestCase:
 
     @pytest.mark.parametrize("entropy", [0.5, 2.0])
     def test_entropy_is_about_what_was_asked_for(self, entropy):
-        case = make_case("logprobs", (256, 512, 5000), torch.float32, "frozen", "cpu", entropy, 0)
+        case = make_case("logprobs", (256, 512, 5000), torch.float32, "frozen", "cpu", "peaked", entropy, 0)
         assert 0.5 * entropy < mean_entropy(case) < 2 * entropy
 
     def test_sampler_logprobs_are_near_the_models(self):
@@ -220,5 +220,5 @@ def test_cuda_needs_a_device(capsys):
 
 def test_max_entropy_is_reachable():
     largest = max_entropy(300)
-    case = make_case("logprobs", (64, 256, 300), torch.float32, "frozen", "cpu", largest, 0)
+    case = make_case("logprobs", (64, 256, 300), torch.float32, "frozen", "cpu", "peaked", largest, 0)
     assert 0.5 * largest < mean_entropy(case)
