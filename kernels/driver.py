@@ -164,7 +164,7 @@ def weight_gradients(
     )
     grad_bias = upstream.new_zeros(inputs.weight.shape[0]) if needs.bias else None
     with _full_precision(inputs):
-        for rows, ids, gradient, slope in estimates.kept:
+        for rows, ids, gradient, slope, _ in estimates.kept:
             scale = slope * upstream[rows]
             if grad_weight is not None:
                 add_to_weight_gradient(grad_weight, ids, gradient, inputs.hidden[rows], scale)

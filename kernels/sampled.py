@@ -55,6 +55,7 @@ class Columns(NamedTuple):
 
     ids: Tensor  # [K] int64, ascending
     inverse: Tensor  # [K], 1 / π
+    expected: Tensor  # 0-dim, Σ π: the mean of K over the draws
 
 
 class Estimate(NamedTuple):
@@ -64,24 +65,27 @@ class Estimate(NamedTuple):
     ids: Tensor  # [K]
     gradient: Tensor  # [B, K], û on its columns
     slope: Tensor  # [B]
+    expected: float  # the mean of K over the draws
 
 
 class Estimates:
     """Estimates that wait for the upstream gradient, as many as there is room for; the other rows are computed again.
 
-    They take up to the size of the weight. A block that was computed exactly has none.
+    They take up to the size of the weight. By the columns expected, not those drawn: a block that is drawn again because
+    many were is a bias. A block that was computed exactly has none.
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self.room = weight.numel()
+        self.room = float(weight.numel())
         self.kept: list[Estimate] = []
         self.others: list[slice] = []
 
     def take(self, rows: slice, estimate: Estimate | None) -> None:
-        if estimate is None or estimate.gradient.numel() > self.room:
+        size = 0.0 if estimate is None else estimate.gradient.shape[0] * estimate.expected
+        if estimate is None or size > self.room:
             self.others.append(rows)
             return
-        self.room -= estimate.gradient.numel()
+        self.room -= size
         self.kept.append(estimate)
 
 
@@ -143,29 +147,28 @@ class Sampler:
         return _Sparse(self, gradient, slope, columns, self.estimate(gradient, columns))
 
     def draw(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> Columns | None:
-        """The columns of a block; None: all of them, which is exact. A synchronisation on an accelerator."""
+        """The columns of a block; None: all of them, which is exact. Synchronisations on an accelerator."""
         squares = self._column_squares(gradient, slope)
         total = squares.sum()
         for ids in always:
             squares.index_fill_(0, ids, 0.0)
         w = squares.sqrt_()
         tau = block_threshold(self.sampling, w, total)
-        # Midpoints of the generator's grid: never 0, so that 1 / π is bounded.
-        u = torch.rand(w.shape, generator=self.generator, dtype=self.dtype, device=w.device).add_(2.0**-25)
-        dropped = w <= u.mul_(tau)  # False where anything is NaN: what is wrong with u is not hidden
-        dropped &= is_sparse(w, tau)
+        lost = torch.dot(w, (tau - w).clamp_(min=0.0))
         for ids in always:
-            dropped.index_fill_(0, ids, False)
-        ids = dropped.logical_not_().nonzero().squeeze(1)
+            w.index_fill_(0, ids, torch.inf)
+        expected = expected_columns(w, tau)
         self.seen += gradient.numel()
         self.square += total
-        if ids.numel() == w.shape[0]:
+        if not is_sparse(expected, w.shape[0]):
             self.kept += gradient.numel()
             return None
+        # Midpoints of the generator's grid: never 0, so that 1 / π is bounded.
+        u = torch.rand(w.shape, generator=self.generator, dtype=self.dtype, device=w.device).add_(2.0**-25)
+        ids = (w > u.mul_(tau)).nonzero().squeeze(1)
         self.kept += gradient.shape[0] * ids.numel()
-        self.variance += torch.dot(w, (tau - w).clamp_(min=0.0))
-        own = w[ids]
-        return Columns(ids, torch.where(own > 0, tau / own, 1.0).clamp_(min=1.0))
+        self.variance += lost
+        return Columns(ids, (tau / w[ids]).clamp_(min=1.0), expected)
 
     def statistics(self) -> Tensor:
         """The fraction of u that was kept, and the expected relative error of û, [2]."""
@@ -235,7 +238,7 @@ class _Sparse(NamedTuple):
         add_to_weight_gradient(accumulator, self.columns.ids, self.kept, hidden, self.slope)
 
     def estimate(self, rows: slice) -> Estimate | None:
-        return Estimate(rows, self.columns.ids, self.kept, self.slope)
+        return Estimate(rows, self.columns.ids, self.kept, self.slope, float(self.columns.expected))
 
 
 def row_weights(slope: Tensor) -> Tensor:
@@ -258,10 +261,14 @@ def block_threshold(sampling: Sampling, w: Tensor, total: Tensor) -> Tensor:
     return threshold(some, sampling.grad_error**2 * total * (some.shape[0] / w.shape[0]))
 
 
-def is_sparse(w: Tensor, tau: Tensor) -> Tensor:
+def expected_columns(w: Tensor, tau: Tensor) -> Tensor:
+    """Σ π, 0-dim, for w [V], ∞ where a column is certain."""
+    return (w / tau.clamp(min=torch.finfo(w.dtype).tiny)).clamp_(max=1.0).sum()
+
+
+def is_sparse(expected: Tensor, vocabulary: int) -> Tensor:
     """A sample, or all columns: by the number expected, not the number drawn, which would be a bias. 0-dim bool."""
-    expected = (w / tau.clamp(min=torch.finfo(w.dtype).tiny)).clamp_(max=1.0).sum()
-    return expected < BREAK_EVEN * w.shape[0]  # False where anything is NaN
+    return expected < BREAK_EVEN * vocabulary  # False if it is NaN: what is wrong with u is not hidden
 
 
 def threshold(w: Tensor, variance: Tensor) -> Tensor:

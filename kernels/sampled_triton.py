@@ -32,7 +32,15 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from fastkl.kernels.sampled import Estimate, Sampling, block_threshold, centre, is_sparse, row_weights
+from fastkl.kernels.sampled import (
+    Estimate,
+    Sampling,
+    block_threshold,
+    centre,
+    expected_columns,
+    is_sparse,
+    row_weights,
+)
 from fastkl.kernels.sampled_kernels_triton import (
     column_squares_kernel,
     compact_kernel,
@@ -106,10 +114,11 @@ class Sampler:
             squares.index_fill_(0, ids, 0.0)
         w = squares.sqrt_()
         tau = block_threshold(self.sampling, w, total)
-        sparse = is_sparse(w, tau)
         lost = torch.dot(w, (tau - w).clamp_(min=0.0))
         for ids in always:
-            w.index_fill_(0, ids, float("inf"))
+            w.index_fill_(0, ids, torch.inf)
+        expected = expected_columns(w, tau)
+        sparse = is_sparse(expected, w.shape[0])
         columns = select_columns(w, torch.where(sparse, tau, -1.0).reshape(1), self.sampling.seed, self.block)
         self.block += 1
         self.seen += gradient.numel()
@@ -117,7 +126,8 @@ class Sampler:
         self.square += total
         self.variance += torch.where(sparse, lost, 0.0)
         excess = compact(gradient, columns, self.capped)
-        return Sample(self.weight, self.centre, gradient, slope, columns, excess)
+        expected = torch.where(sparse, expected, float(w.shape[0]))
+        return Sample(self.weight, self.centre, gradient, slope, columns, excess, expected)
 
     def statistics(self) -> Tensor:
         error = (self.variance / self.square.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
@@ -133,6 +143,7 @@ class Sample(NamedTuple):
     slope: Tensor  # [B]
     columns: Selection
     excess: Tensor  # [B], Σ û − Σ u
+    expected: Tensor  # 0-dim, the mean of K over the draws
 
     def hidden_gradient(self) -> Tensor:
         return hidden_gradient(self.gradient, self.weight, self.columns, self.slope, self.excess, self.centre)
@@ -143,9 +154,10 @@ class Sample(NamedTuple):
 
     def estimate(self, rows: slice) -> Estimate:
         """A copy of û on its columns, all of them if they are all kept: to allocate it the host waits for K."""
-        count = int(self.columns.kept)
+        drawn, expected = torch.cat([self.columns.kept, self.expected.reshape(1)]).tolist()  # exact up to 2²⁴ columns
+        count = int(drawn)
         ids = self.columns.ids[:count].to(torch.int64)
-        return Estimate(rows, ids, self.gradient[:, :count].clone(), self.slope)
+        return Estimate(rows, ids, self.gradient[:, :count].clone(), self.slope, expected)
 
 
 def column_squares(gradient: Tensor, weights: Tensor) -> Tensor:

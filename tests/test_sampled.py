@@ -124,6 +124,45 @@ def test_small_epsilon_is_exact(
         torch.testing.assert_close(gradient, exact.gradients[field], rtol=1e-9, atol=1e-12)
 
 
+def sampler(weight: Tensor, seed: int) -> sampled.Sampler:
+    """With τ = 1: columns of one row are kept with probability |u|."""
+    return sampled.Sampler(sampled.Sampling(0.1, 1.0, seed), weight, capped=False)
+
+
+def test_a_sample_of_all_columns_is_weighted_like_any_other() -> None:
+    """Taken for the exact gradient it would be a bias: the mean over the draws would not be u."""
+    u, slope = torch.full((1, 4), 0.45, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    weight, whole = torch.eye(4, dtype=torch.float64), 0
+    for seed in range(100):
+        columns = sampler(weight, seed).draw(u, slope, [])
+        assert columns is not None
+        whole += columns.ids.shape[0] == 4
+        torch.testing.assert_close(columns.inverse, torch.full_like(columns.inverse, 1 / 0.45), rtol=1e-5, atol=0)
+    assert whole > 0
+
+
+def test_whether_there_is_room_does_not_depend_on_the_draw() -> None:
+    """Else a block would be drawn again because many columns were, and the mean over the draws would be less than u."""
+    n, vocabulary, probability = 3, 200, 0.3
+    u = torch.full((n, vocabulary), probability / n**0.5, dtype=torch.float64)
+    weight, slope = torch.zeros(vocabulary, 1, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
+    mean = n * vocabulary * probability
+    drawn: list[int] = []
+    for room, kept in ((0.99 * mean, 0), (1.01 * mean, 1), (2.01 * mean, 2)):
+        for seed in range(8):
+            own, estimates = sampler(weight, seed), sampled.Estimates(weight)
+            estimates.room = room
+            for start in (0, n, 2 * n):
+                rows = slice(start, start + n)
+                estimate = own.sample(u, slope, []).estimate(rows)
+                assert estimate is not None
+                drawn.append(estimate.gradient.numel())
+                estimates.take(rows, estimate)
+            assert len(estimates.kept) == kept
+    assert min(drawn) < 0.9 * mean
+    assert max(drawn) > 1.1 * mean
+
+
 @pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_flat_rows_are_exact(form: tuple[str, dict[str, Any]], needs: tuple[str, ...]) -> None:
