@@ -72,6 +72,18 @@ def sizes(text: str) -> list[int]:
     return found
 
 
+def fractions(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [0.0]
+    if not all(0 < fraction <= 1 for fraction in found):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of fractions; write numbers > 0 and <= 1, as in 0.01,0.1"
+        )
+    return found
+
+
 def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")

@@ -114,12 +114,64 @@ def test_on_a_gpu_the_gradient_of_bf16_lies_apart() -> None:
     assert counted.passes == 3
 
 
+@pytest.mark.parametrize("kept", [0.01, 0.05, 0.2, 1.0])
+@teachers
+def test_a_sample_has_its_part_of_the_products(teacher: bool, kept: float) -> None:
+    shape = (4096, 512, 10000)
+    unit, heads = gemm_flops(shape[0], shape[2], shape[1]), 1 + teacher
+    assert count("frozen", shape, teacher=teacher, kept=kept).flops == pytest.approx((heads + kept) * unit)
+    trainable = count("trainable", shape, teacher=teacher, kept=kept)
+    assert trainable.flops == pytest.approx((heads + 2 * kept) * unit)
+    # Of four blocks as many are held as have room in V · D numbers: 512 / (1024 · kept); the others are computed again.
+    again = {0.01: 0, 0.05: 0, 0.2: 2, 1.0: 4}[kept] / 4
+    composed = count("composed", shape, teacher=teacher, kept=kept)
+    assert composed.flops == pytest.approx((heads * (1 + again) + 2 * kept) * unit)
+    assert composed.passes == pytest.approx(
+        (2 * heads + 3 + kept) * (1 + again) + 2 * kept * (1 - again)  # what is held is read and written once more
+    )
+
+
+def test_bytes_of_a_sample_on_a_gpu() -> None:
+    """bf16: per block a pass for the squares and one for compaction, K columns written, and vectors over V."""
+    n, d, vocabulary, kept = 2048, 64, 1000, 0.1
+    exact, ours = (count("trainable", (n, d, vocabulary), kept=k) for k in (None, kept))
+    vectors = 2 * 4 * vocabulary * (2 * 8 + 1 + 2 + 2 * kept)  # two blocks, each of 8 splits of 128 rows
+    assert ours.rows.bytes - exact.rows.bytes == n * vocabulary * 2 * (2 + kept) + vectors
+    weight_rows, operands = 2 * 100 * d, n * 100 * 2 + n * d * 2
+    assert ours.gemms[1].bytes == operands + weight_rows * 2
+    assert ours.gemms[2].bytes == operands + weight_rows * 2 * 4 + vocabulary * d * 4
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_no_estimate_is_below_the_gemms(shape: tuple[int, int, int]) -> None:
     for form in FORMS:
         counted = count(form, shape)
         low, high = units(counted, shape)
         assert counted.flops / gemm_flops(shape[0], shape[2], shape[1]) <= low <= high
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_what_a_sample_saves_grows_with_what_it_leaves_out(shape: tuple[int, int, int]) -> None:
+    for form in ("frozen", "trainable", "composed"):
+        low, high = zip(*(units(count(form, shape, kept=kept), shape) for kept in (0.01, 0.1, 0.5)), strict=True)
+        assert (low, high) == (tuple(sorted(low)), tuple(sorted(high)))
+        exact = units(count(form, shape), shape)
+        assert (low[0], high[0]) < exact
+
+
+def test_report_of_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "count.json"
+    main(["count", "--shape", "8192,4096,151936", "--kept", "0.05,0.2", "--json", str(file)])
+    rows = {row["form"]: row for row in json.loads(file.read_text())["rows"]}
+    assert rows["frozen"]["kept"] is None
+    assert rows["trainable, 5 % kept"]["kept"] == 0.05
+    assert rows["trainable, 5 % kept"]["gemm_units"] == pytest.approx(1.1)
+    assert rows["composed + teacher, 20 % kept"]["gemm_units"] == pytest.approx(2.4)
+    assert len(rows) == 8 + 2 * 2 * 3
+    for wrong in ("0", "1.5", "a", "0.1,"):
+        with pytest.raises(SystemExit):
+            main(["count", "--kept", wrong])
+    assert "no list of fractions" in capsys.readouterr().err
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

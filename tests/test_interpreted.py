@@ -16,10 +16,11 @@ import pytest
 import torch
 from devices import INTERPRETED
 
-from fastkl.kernels import rows_triton, score_triton, tails_triton
+from fastkl.kernels import rows_triton, sampled_triton, score_triton, tails_triton
 from fastkl.kernels.divergence_triton import divergence
 from fastkl.kernels.problem import HeadOptions
 from fastkl.kernels.rows import Logits
+from fastkl.kernels.sampled import Sampling
 from fastkl.kernels.score_triton import Head
 
 TESTS = Path(__file__).parent
@@ -67,7 +68,7 @@ def test_every_file_is_run() -> None:
 CHUNK, TOKENS, OUT = Logits(torch.zeros(2, 8)), torch.zeros(2, dtype=torch.int64), torch.zeros(4, 2)
 PAIR = CHUNK._replace(teacher=torch.zeros(2, 8))
 HEAD = Head(torch.zeros(2, 8), torch.zeros(5, 8), None, HeadOptions())
-LAUNCHES: dict[str, Callable[[], None]] = {
+LAUNCHES: dict[str, Callable[[], object]] = {
     "token_nll": lambda: rows_triton.token_nll(CHUNK, TOKENS, OUT, None),
     "token_nll_entropy": lambda: rows_triton.token_nll_entropy(CHUNK, TOKENS, OUT, None),
     "entropy_gradient": lambda: rows_triton.entropy_gradient(CHUNK, TOKENS, OUT, OUT[:2], CHUNK.student),
@@ -76,12 +77,14 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "divergence": lambda: divergence("jsd", 0.5, PAIR, None, OUT[:2], None),
     "score.token_nll": lambda: score_triton.token_nll(HEAD, TOKENS, OUT),
     "score.reverse_kl": lambda: score_triton.reverse_kl(HEAD, HEAD, TOKENS, OUT),
+    "sampled.Sampler": lambda: sampled_triton.Sampler(Sampling(0.1, None, 0), HEAD.weight, False),
+    "sampled.column_squares": lambda: sampled_triton.column_squares(CHUNK.student, OUT[0]),
 }
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors on a CPU")
 @pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
-def test_tensors_on_a_cpu_are_refused(launch: Callable[[], None]) -> None:
-    wrong = r"need a CUDA or HIP device and the (chunk is|hidden states are) on cpu: pass backend=\"torch\""
+def test_tensors_on_a_cpu_are_refused(launch: Callable[[], object]) -> None:
+    wrong = r"need a CUDA or HIP device and the (chunk is|hidden states are|weight is) on cpu: pass backend=\"torch\""
     with pytest.raises(ValueError, match=wrong):
         launch()

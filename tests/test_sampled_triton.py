@@ -6,16 +6,19 @@ They run on a GPU where there is one, and else in Triton's interpreter (test_int
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from devices import INTERPRETED, triton_device
-from loss_cases import NEEDS, fused, fused_output, generator, with_gradients
+from loss_cases import NEEDS, TRAINABLE, fused, fused_output, generator, with_gradients
 from test_sampled import peaked_problem, relative_error
+from test_sampled_unbiased import LOSSES, bias_over_noise
 from torch import Tensor
 
-from fastkl.kernels import sampled, sampled_triton
+from bench.count import count
+from fastkl.kernels import driver, sampled, sampled_triton
 from fastkl.kernels.sampled_triton import Selection
 
 DEVICE = triton_device()
@@ -186,6 +189,106 @@ def test_flat_rows_are_exact() -> None:
         torch.testing.assert_close(gradient, exact.gradients[field], rtol=1e-4, atol=1e-6)
     metrics = fused_output("policy_gradient", p.leaves(("hidden", "weight")), **how).metrics
     assert (float(metrics["kept_fraction"]), float(metrics["grad_error"])) == (1.0, 0.0)
+
+
+def test_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As test_sampled_unbiased.py has it, with what Philox draws and the kernels multiply."""
+    monkeypatch.setattr(sampled, "BREAK_EVEN", 2.0)
+    p = peaked_problem(16, torch.float32, 200).to(DEVICE)
+    ratios = bias_over_noise(LOSSES["policy_gradient"], TRAINABLE, p, seeds=24, backend="triton")
+    assert len(ratios) == 2
+    assert max(ratios) < 2.0, ratios
+
+
+class Work:
+    """What the kernels of a sample, and the products beside them, do from here on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.flops = self.gemm_bytes = self.row_bytes = self.entries = 0
+        self.patch = monkeypatch
+        for name in (
+            "column_squares",
+            "count_columns",
+            "list_columns",
+            "compact",
+            "hidden_gradient",
+            "weight_gradient",
+        ):
+            self.spy_kernel(name)
+        self.spy_product(driver, "project")
+        self.spy_product(sampled, "add_weight_gradient")
+
+    def spy_kernel(self, name: str) -> None:
+        kernel, seen = getattr(sampled_triton, name + "_kernel"), getattr(self, name)
+
+        class Spied:
+            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+                def launch(*args: Any, **constants: Any) -> None:
+                    kernel[grid](*args, **constants)
+                    seen(*args)
+
+                return launch
+
+        self.patch.setattr(sampled_triton, name + "_kernel", Spied())
+
+    def spy_product(self, module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def spied(*args: Any, **options: Any) -> None:
+            original(*args, **options)
+            if name == "project":
+                hidden, weight, _, _, out = args
+                self.flops += 2 * hidden.shape[0] * weight.numel()
+                self.gemm_bytes += hidden.nbytes + weight.nbytes + out.nbytes
+            else:  # then `part` is read, and rows of the accumulator are read and written
+                part, estimate, hidden, _ = args
+                self.flops += 2 * estimate.numel() * hidden.shape[1]
+                self.gemm_bytes += estimate.nbytes + hidden.nbytes + 4 * part.nbytes
+                self.row_bytes += 2 * estimate.nbytes  # the copy that was kept
+
+        self.patch.setattr(module, name, spied)
+
+    def column_squares(self, u: Tensor, weights: Tensor, partials: Tensor, *_: Any) -> None:
+        self.row_bytes += u.nbytes + 2 * partials.nbytes + partials[0].nbytes
+
+    def count_columns(self, w: Tensor, *_: Any) -> None:
+        self.row_bytes += w.nbytes
+
+    def list_columns(self, w: Tensor, tau: Tensor, counts: Tensor, *_: Any) -> None:
+        self.row_bytes += w.nbytes + 8 * int(counts.sum())
+
+    def compact(self, u: Tensor, ids: Tensor, inverse: Tensor, kept: Tensor, *_: Any) -> None:
+        self.entries += u.shape[0] * int(kept)
+        self.row_bytes += u.nbytes + u[:, : int(kept)].nbytes
+
+    def hidden_gradient(self, u: Tensor, weight: Tensor, ids: Tensor, kept: Tensor, *others: Any) -> None:
+        out, taken = others[3], int(kept)
+        self.flops += 2 * u.shape[0] * taken * weight.shape[1]
+        self.gemm_bytes += u[:, :taken].nbytes + weight[:taken].nbytes + out.nbytes
+
+    def weight_gradient(self, u: Tensor, hidden: Tensor, ids: Tensor, kept: Tensor, sums: Tensor, *_: Any) -> None:
+        taken = int(kept)
+        self.flops += 2 * u.shape[0] * taken * hidden.shape[1]
+        self.gemm_bytes += u[:, :taken].nbytes + hidden.nbytes + 2 * sums[:taken].nbytes
+
+
+@pytest.mark.parametrize("form", ["frozen", "trainable", "composed"])
+def test_counted_work_is_what_is_done(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """`bench count` of the fraction that was kept; what the row functions and zeros take is not seen here."""
+    n, d, vocabulary = shape = (32, 24, 1000)
+    p = peaked_problem(n, torch.float32, vocabulary)._replace(bias=None, advantages=torch.ones(n)).to(DEVICE)
+    p = p._replace(weight=2 * p.weight)  # peaked without the bias
+    needs = ("hidden",) if form == "frozen" else ("hidden", "weight")
+    name = "linear_logprobs" if form == "composed" else "policy_gradient"
+    work = Work(monkeypatch)
+    with_gradients(fused, name, p, needs, backward="sampled", seed=1, grad_error=0.2, backend="triton")
+    kept = work.entries / (n * vocabulary)
+    assert 0 < kept < sampled.BREAK_EVEN
+    counted = count(form, shape, torch.float32, device=DEVICE, kept=kept)
+    assert counted.flops == pytest.approx(work.flops, abs=2)
+    assert counted.gemm_bytes == pytest.approx(work.gemm_bytes + 4 * vocabulary * d * (form != "frozen"), abs=4)
+    exact = count("frozen", shape, torch.float32, device=DEVICE)
+    assert counted.rows.bytes - exact.rows.bytes == pytest.approx(work.row_bytes, abs=4)
 
 
 def test_nan_is_not_hidden() -> None:

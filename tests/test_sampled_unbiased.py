@@ -76,21 +76,23 @@ def gradients(evaluate: Loss, p: Problem, needs: tuple[str, ...], **options: Any
     return list(torch.autograd.grad(value, [getattr(p, field) for field in needs], upstream))
 
 
-def bias_over_noise(evaluate: Loss, needs: tuple[str, ...], **options: Any) -> list[float]:
+def bias_over_noise(
+    evaluate: Loss, needs: tuple[str, ...], problem: Problem | None = None, seeds: int = SEEDS, **options: Any
+) -> list[float]:
     """‖ḡ − g‖² S / mean ‖g_s − g‖² for each gradient that is sampled, about 1 without a bias."""
-    p = peaked_problem(32, vocabulary=500)
+    p = peaked_problem(32, vocabulary=500) if problem is None else problem
     exact = gradients(evaluate, p, needs, **options)
     draws = [
         gradients(evaluate, p, needs, backward="sampled", seed=seed, grad_error=0.15, **options)
-        for seed in range(SEEDS)
+        for seed in range(seeds)
     ]
     found = []
     for field, true, *samples in zip(needs, exact, *draws, strict=True):
         errors = torch.stack(samples) - true
-        noise = errors.square().sum() / SEEDS
+        noise = errors.square().sum() / seeds
         if field == "bias" and noise < 1e-20 * true.square().sum():
             continue  # exact where the loss is reduced
-        found.append(float(errors.mean(0).square().sum() * SEEDS / noise))
+        found.append(float(errors.mean(0).square().sum() * seeds / noise))
     return found
 
 
