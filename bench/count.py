@@ -184,9 +184,8 @@ def _composed_from_samples(spec: Spec, inputs: Inputs, kept: float) -> list[Coun
     product = Work(round(kept * gemm_flops(rows, vocabulary, d)), round(moved) + zeros)
     parts = [first, Count([product], Work(0, round(2 * entries)), 2 * kept * rows / n, first.chunk_rows, 0)]
     if rows < n:
-        rest = inputs._replace(hidden=inputs.hidden[rows:])
-        if inputs.teacher_hidden is not None:
-            rest = rest._replace(teacher_hidden=inputs.teacher_hidden[rows:])
+        hidden = torch.empty(n - rows, d, dtype=inputs.hidden.dtype, device=inputs.hidden.device)
+        rest = inputs._replace(hidden=hidden, teacher_hidden=None if inputs.teacher_hidden is None else hidden)
         again = _call(spec, rest, Needs(False, True, False), kept)
         parts.append(again._replace(chunk_rows=first.chunk_rows, passes=again.passes * (n - rows) / n))
     return parts

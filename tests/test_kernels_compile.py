@@ -184,3 +184,16 @@ def test_tiles_share_one_pipeline(launch: Launch) -> None:
     ptx = launch("sm_90", ScoreVariant("token_nll"))[0].asm["ptx"]
     assert ptx.count("wgmma.mma_async") == 4  # a step of 64 in products of 16
     assert ptx.count("cp.async.bulk.tensor") == 2 * 4  # two operands; 3 steps ahead, and the loop's own
+
+
+@pytest.mark.parametrize("capped", [False, True], ids=["plain", "capped"])
+def test_compaction_loads_before_it_stores(launch: Launch, capped: bool) -> None:
+    """On a chip whose barriers do not wait for loads: all have arrived before a barrier, and the one store follows one."""
+    assembly = launch("gfx942", SampledVariant("sampled.compact", capped=capped))[0].asm["amdgcn"]
+    store = assembly.index("buffer_store")
+    assert assembly.count("buffer_store") == 1
+    block = assembly[assembly.rindex(".LBB0_", 0, store) : store]
+    assert "s_barrier" in block
+    assert "buffer_load" not in block
+    after_loads = assembly.rpartition("buffer_load")[2]
+    assert re.search(r"vmcnt\(0\).*?s_barrier", after_loads, re.DOTALL)
