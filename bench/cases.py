@@ -191,7 +191,10 @@ def _synthetic(
         own = math.sqrt(SHARED) * normal(1, d) + math.sqrt(1 - SHARED) * own
     hidden = noise * own
     if entropy is not None:
-        hidden += (log_v + noise**2 / 2 + _mean_margin(entropy, TAIL_SHARE * log_v) + spread) * weight[peak]
+        peaks = weight[peak]
+        by_chance = (hidden * peaks).sum(-1, keepdim=True)
+        margin = _mean_margin(entropy, TAIL_SHARE * log_v) + spread
+        hidden += (log_v + noise**2 / 2 + margin - by_chance) * peaks
     return hidden, weight, noise
 
 
