@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from fastkl.trainer.config.teacher import ServerConfig
 from fastkl.trainer.servers.connection import Connection, Refused
-from fastkl.trainer.teachers.teacher import UNKNOWN, TeacherError
+from fastkl.trainer.servers.errors import ServerError
+from fastkl.trainer.teachers.teacher import UNKNOWN
 
 Api = Literal["prompt_logprobs", "echo"]
 APIS: tuple[Api, ...] = ("prompt_logprobs", "echo")
@@ -20,7 +20,7 @@ LOWEST = -9999.0  # what servers write for -inf, which JSON lacks
 ROUNDING = 1e-3  # how far above 0 a log-prob may be
 
 
-class BadAnswer(TeacherError):
+class BadAnswer(ServerError):
     """The answer is not one to what was asked."""
 
 
@@ -39,9 +39,9 @@ class Scores(NamedTuple):
 class CompletionsServer:
     """Log-probs of token ids from a server."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        self._model, self._connection = config.model, Connection(config)
-        self.url = self._connection.url
+    def __init__(self, model: str, connection: Connection) -> None:
+        self._model, self._connection = model, connection
+        self.url = connection.url
 
     def score(self, sequences: list[list[int]], api: Api, temperature: float) -> list[Scores]:
         """The scores of some sequences, in one request."""
