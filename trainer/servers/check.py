@@ -88,7 +88,9 @@ def _probes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return [[*ids, last] for last in list(dict.fromkeys(ids))[:PROBES]]
 
 
-def _choose(server: CompletionsServer, config: TeacherServerConfig, probes: list[list[int]]) -> tuple[Api, list[Scores]]:
+def _choose(
+    server: CompletionsServer, config: TeacherServerConfig, probes: list[list[int]]
+) -> tuple[Api, list[Scores]]:
     """The first way of asking that gets log-probs of the prompt, and those of the probes."""
     failures = []
     for api in APIS if config.api == "auto" else (config.api,):

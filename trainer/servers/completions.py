@@ -80,7 +80,7 @@ def _read_prompt_logprobs(choice: dict[str, Any], ids: list[int]) -> Scores:
             found = ", ".join(entry) if isinstance(entry, dict) else repr(entry)
             raise BadAnswer(f"token {place} of the sequence is id {token}, but the log-probs there are of {found}")
         own = entry[str(token)]
-        scores.logprobs.append(_logprob(own.get("logprob"), place))
+        scores.logprobs.append(read_logprob(own.get("logprob"), place))
         others = [other.get("logprob") for other in entry.values()]
         scores.best.append(max(others) if len(entry) > 1 or own.get("rank") == 1 else None)
         scores.texts.append(own.get("decoded_token"))
@@ -96,7 +96,7 @@ def _read_echo(choice: dict[str, Any], ids: list[int]) -> Scores:
         values = values[:-1]  # the generated token
     _check_length(len(values), ids)
     _check_first(values[0])
-    logprobs = [0.0, *(_logprob(value, place) for place, value in enumerate(values[1:], start=1))]
+    logprobs = [0.0, *(read_logprob(value, place) for place, value in enumerate(values[1:], start=1))]
     tops = (found.get("top_logprobs") or [None] * len(ids))[: len(ids)]
     best = [max(top.values()) if top else None for top in tops]
     return Scores(logprobs, best, (found.get("tokens") or [None] * len(ids))[: len(ids)])
@@ -114,7 +114,7 @@ def _check_first(value: object) -> None:
         )
 
 
-def _logprob(value: object, place: int) -> float:
+def read_logprob(value: object, place: int) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value <= ROUNDING:
         raise BadAnswer(f"token {place} of the sequence has {value!r} for a log-prob; it must be a number, at most 0")
     return float(value) if value > LOWEST else UNKNOWN

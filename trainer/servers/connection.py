@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import requests
@@ -62,12 +62,16 @@ class Connection:
         """The JSON object that answers; Refused where it is no use to ask again, ServerError where it was none."""
         return self._persist(url, body, self._object)
 
-    def order(self, url: str, body: dict[str, Any]) -> None:
+    def order(self, url: str, body: Mapping[str, Any]) -> None:
         """Has something done, whatever the answer says beyond status 200; 500 says that it cannot be done, as in vLLM."""
         self._persist(url, body, lambda response: None, final=(500,))
 
     def _persist(
-        self, url: str, body: dict[str, Any], read: Callable[[requests.Response], Answer], final: tuple[int, ...] = ()
+        self,
+        url: str,
+        body: Mapping[str, Any],
+        read: Callable[[requests.Response], Answer],
+        final: tuple[int, ...] = (),
     ) -> Answer:
         start, attempt = time.monotonic(), 1
         while True:
@@ -88,7 +92,7 @@ class Connection:
                 self._announced = False
                 return answer
 
-    def _once(self, url: str, body: dict[str, Any], final: tuple[int, ...]) -> requests.Response:
+    def _once(self, url: str, body: Mapping[str, Any], final: tuple[int, ...]) -> requests.Response:
         try:
             response = requests.post(url, json=body, timeout=self._timeout, auth=self._authorize, allow_redirects=False)
         except requests.RequestException as error:
