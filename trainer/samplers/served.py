@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer import checks
@@ -120,12 +120,11 @@ class ServedSampler:
             failures = self._server.connection.failures
             try:
                 completions = gather(complete, range(len(prompts)), self._server.config.concurrency)
+                if self._server.connection.failures == failures or self._ask() == self._theirs:
+                    return completions
             except Refused:
                 if self._server.connection.failures == failures:
                     raise
-            else:
-                if self._server.connection.failures == failures or self._ask() == self._theirs:
-                    return completions
             self._version = None  # it was away, and has come back with other weights
         raise ServerError(
             f"the sampling server at {self._server.connection.url} lost the student's weights in {ATTEMPTS} attempts to "
@@ -144,10 +143,10 @@ class ServedSampler:
         error, moved = _distance(theirs, ours), _distance(ours, self._ours)
         stale = theirs == self._theirs and moved > MOVED
         if stale or error > TOLERANCE:
+            found = f"as it gave before, where the student's have moved by {moved:.4f}" if stale else f"{error:.3f} off"
             raise ServerError(
                 f"the sampling server at {self._server.connection.url} has other weights than the student after it loaded "
-                f"them: the log-probs of a text differ by {error:.3f} nats on average (at most {TOLERANCE} is let pass)"
-                f"{f'; the update changed them by {moved:.4f}, and the server not at all' if stale else ''}. Does it serve "
+                f"them: its log-probs of a text are {found} (nats, on average; {TOLERANCE} is let pass). Does it serve "
                 f"{self._student.config.student.path}, and does nobody else change its weights? The same command goes on "
                 f"where the run stopped"
             )
@@ -174,7 +173,7 @@ class ServedSampler:
 
 def _request_seed(seed: int, index: int) -> int:
     """A seed of its own for every request: 63 bits, the same for the same two numbers."""
-    return int(numpy.random.SeedSequence([seed, index]).generate_state(1, numpy.uint64)[0] >> numpy.uint64(1))
+    return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:8], "big") >> 1
 
 
 def _distance(a: list[float], b: list[float]) -> float:
