@@ -13,13 +13,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from fastkl.trainer import commands
         from fastkl.trainer.config.errors import ConfigError
-        from fastkl.trainer.teachers.teacher import TeacherError
+        from fastkl.trainer.servers.errors import ServerError
     except ModuleNotFoundError as error:
         print(MISSING_EXTRA.format(error.name), file=sys.stderr)
         return 2
     try:
         commands.run(list(sys.argv[1:] if argv is None else argv))
-    except (ConfigError, TeacherError) as error:
+    except (ConfigError, ServerError) as error:
         print(f"fastkl: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -7,11 +7,11 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tiny import tokenizer
@@ -127,6 +127,9 @@ class StubServer:
         return torch.log_softmax(logits / temperature, -1)
 
 
+Stub = TypeVar("Stub", bound=StubServer)
+
+
 def handler(stub: StubServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -161,8 +164,10 @@ def handler(stub: StubServer) -> type[BaseHTTPRequestHandler]:
 
 
 @contextmanager
-def serving(model: Path, words: PreTrainedTokenizerFast | None = None) -> Iterator[StubServer]:
-    stub = StubServer(model, words)
+def serving(
+    model: Path, words: PreTrainedTokenizerFast | None = None, kind: Callable[..., Stub] = StubServer
+) -> Iterator[Stub]:
+    stub = kind(model, words)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler(stub))
     server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that have gone
     stub.url = f"http://127.0.0.1:{server.server_address[1]}/v1"

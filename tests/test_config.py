@@ -25,6 +25,7 @@ MINIMAL: dict[str, dict[str, object]] = {
 
 URL = "http://127.0.0.1:9/v1"
 SERVED: dict[str, object] = {"teacher.path": "", "teacher.server.url": URL, "teacher.server.model": "m"}
+SAMPLED: dict[str, object] = {"sampling.server.url": URL, "sampling.server.model": "m"}
 # command, settings, what the message must hold: the setting with its value, and the way out
 REFUSED: list[tuple[str, dict[str, object], list[str]]] = [
     ("distill", {"run": ""}, ["run is empty", "runs/first"]),
@@ -50,6 +51,13 @@ REFUSED: list[tuple[str, dict[str, object], list[str]]] = [
     ("distill", SERVED | {"teacher.server.timeout": 0}, ["server.timeout is 0", "> 0"]),
     ("distill", SERVED | {"teacher.server.retries": -1}, ["server.retries is -1", ">= 0"]),
     ("distill", SERVED | {"teacher.server.api_key_env": "sk-secret"}, ["server.api_key_env is not the name"]),
+    (
+        "distill",
+        SAMPLED | {"sampling.max_requests": 4},
+        ["sampling.max_requests is 4", URL, "--max-num-seqs", "unset it"],
+    ),
+    ("distill", SAMPLED | {"sampling.server.url": ""}, ["server.model is 'm'", "server.url is empty"]),
+    ("distill", SAMPLED | {"sampling.server.concurrency": 0}, ["server.concurrency is 0", "at least 1"]),
     ("distill", SERVED | {"teacher.dtype": "bfloat16"}, ["teacher.dtype is 'bfloat16'", URL, "unset it"]),
     ("score", {"model.path": "", "model.server.url": URL, "model.server.model": "m"}, ["model.tokenizer is None", URL]),
     ("distill", {"data.dataset": "x"}, ["data.path is 'd.jsonl'", "data.dataset is 'x'", "exactly one"]),

@@ -20,6 +20,7 @@ from fastkl.trainer.models.scoring import score
 from fastkl.trainer.runs.folder import RunFolder, check_run_folder
 from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
 from fastkl.trainer.samplers.sampler import Sampler
+from fastkl.trainer.samplers.served import SamplingServer, ServedSampler, connect_sampling
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.served import ServedTeacher, connect
@@ -41,6 +42,8 @@ class OnPolicy:
         self._sampler, self._prompts = sampler, prompts
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
+        with clock("push_weights"):
+            self._sampler.refresh()
         with clock("sample"):
             samples = self._rollout(step)
         with clock("teacher"):
@@ -105,16 +108,12 @@ def distill(config: DistillConfig) -> RunFolder:
         checks.check_tokenizers(tokenizer, teacher_tokenizer)
         checks.check_chat(tokenizer, teacher_tokenizer, prompts, config.data.chat_template)
     served = _connect(config, tokenizer, prompts) if config.teacher.server.url else None
+    sampling_server = connect_sampling(config, tokenizer, prompts, eval_prompts) if config.sampling.server.url else None
 
     student = Student(config, config.loss, config.sampling.temperature)
     teacher = served or _load(config, student)
     _check_models(config, student, teacher, tokenizer, prompts, eval_prompts)
-    sampler = ContinuousBatchingSampler(
-        student.model,
-        eos_token_ids=end_of_sequence(student.model, tokenizer),
-        max_batch_tokens=config.sampling.max_batch_tokens,
-        max_requests=config.sampling.max_requests,
-    )
+    sampler = _sampler(config, student, tokenizer, sampling_server)
     source = OnPolicy(config, student, teacher, sampler, prompts)
     with RunFolder(config) as folder:
         fit(student, source, sampler, tokenizer, eval_prompts, folder)
@@ -129,6 +128,20 @@ def _connect(config: DistillConfig, tokenizer: PreTrainedTokenizerBase, prompts:
         temperature=config.sampling.temperature,
         longest=longest + [PAD_ID] * config.sampling.max_new_tokens,
         remedy=checks.SHORTER.format("sampling", "data"),
+    )
+
+
+def _sampler(
+    config: DistillConfig, student: Student, tokenizer: PreTrainedTokenizerBase, server: SamplingServer | None
+) -> Sampler:
+    ends = end_of_sequence(student.model, tokenizer)
+    if server is not None:
+        return ServedSampler(server, student, ends)
+    return ContinuousBatchingSampler(
+        student.model,
+        eos_token_ids=ends,
+        max_batch_tokens=config.sampling.max_batch_tokens,
+        max_requests=config.sampling.max_requests,
     )
 
 

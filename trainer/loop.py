@@ -18,8 +18,8 @@ from fastkl.trainer.report.page import report_of
 from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.progress import Report
 from fastkl.trainer.samplers.sampler import Sampler
+from fastkl.trainer.servers.errors import ServerError
 from fastkl.trainer.student import Student
-from fastkl.trainer.teachers.teacher import TeacherError
 
 
 class Clock:
@@ -77,7 +77,7 @@ def fit(
             clock, done = Clock(), step + 1
             try:
                 samples, metrics = source.samples(step, clock)
-            except TeacherError:
+            except ServerError:
                 folder.save_checkpoint(student.accelerator, step)
                 raise
             with clock("train"):

@@ -39,6 +39,7 @@ class Student:
         set_seed(config.seed)
         self.config, self.loss, self.temperature = config, loss, temperature
         self.model = load_student(config.student).to(self.device)
+        self.version = 0  # of the weights: another one after every change
         self.layout = batch_layout(config.batch, self.model)
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         fused = fuse(self.model, "student")
@@ -59,6 +60,7 @@ class Student:
 
     def restore(self, folder: str) -> None:
         self.accelerator.load_state(folder, strict=False)  # what is not trained is as it was loaded
+        self.version += 1
 
     def update(self, samples: list[Sample], step: int) -> dict[str, float]:
         """One step: `substeps` optimizer steps, each on the mean over its tokens, accumulated batch by batch."""
@@ -80,6 +82,7 @@ class Student:
             norms.append(self._clip())
             self.optimizer.step()
             self.optimizer.zero_grad()
+            self.version += 1
         metrics = {
             **totals,
             "optim/lr": float(self.scheduler.get_last_lr()[0]),

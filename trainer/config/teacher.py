@@ -2,66 +2,30 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Literal
-from urllib.parse import urlsplit
 
 from fastkl.trainer.config.errors import require
 from fastkl.trainer.config.models import ModelConfig
+from fastkl.trainer.config.server import ServerConfig
 
 
 @dataclass(frozen=True)
-class ServerConfig:
-    """A teacher behind HTTP: an OpenAI-compatible completions server that gives log-probs of the prompt (vLLM).
+class TeacherServerConfig(ServerConfig):
+    """A teacher behind HTTP: a completions server that gives log-probs of the prompt (vLLM).
 
     Args:
-        url: Base address as OpenAI's clients take it, for example http://127.0.0.1:8000/v1.
-        model: Name under which the server serves the teacher.
         api: How it is asked: prompt_logprobs (vLLM), echo (with logprobs), or auto: the first of them that it answers.
         sequences_per_request: Samples in one request.
-        concurrency: Requests in flight at once.
-        timeout: Seconds without an answer after which a request is sent again.
-        retries: How often it is sent again (after a lost connection, no answer in time, status 408, 425, 429 or 5xx),
-            with pauses of 1, 2, 4, … up to 30 seconds.
-        api_key_env: Name of the environment variable that holds the API key; null sends none. The key itself is never
-            written anywhere.
     """
 
-    url: str = ""
-    model: str = ""
     api: Literal["auto", "prompt_logprobs", "echo"] = "auto"
     sequences_per_request: int = 8
-    concurrency: int = 8
-    timeout: float = 120.0
-    retries: int = 8
-    api_key_env: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("sequences_per_request", "concurrency"):
-            require(getattr(self, name) >= 1, f"server.{name} is {getattr(self, name)}; it must be at least 1")
-        require(self.timeout > 0, f"server.timeout is {self.timeout}; it must be > 0 seconds")
-        require(self.retries >= 0, f"server.retries is {self.retries}; it must be >= 0 (0: no second attempt)")
-        require(
-            self.api_key_env is None or re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env, re.ASCII) is not None,
-            "server.api_key_env is not the name of an environment variable; put the key into one and give its name here",
-        )
-        if not self.url:
-            for name, value in vars(self).items():
-                changed = value != getattr(ServerConfig, name)
-                require(not changed, f"server.{name} is {value!r} but server.url is empty; give the server's url")
-            return
-        parts = urlsplit(self.url)
-        require(
-            "@" not in parts.netloc and not parts.query,
-            "server.url holds a user or a query, which config.yaml would show; put a key into an environment variable and "
-            "its name into server.api_key_env",
-        )
-        require(
-            parts.scheme in ("http", "https") and bool(parts.hostname),
-            f"server.url is {self.url!r}; it must begin with http:// or https://, for example http://127.0.0.1:8000/v1",
-        )
-        require(bool(self.model), f"server.model is empty; give the name under which {self.url} serves the model")
+        super().__post_init__()
+        size = self.sequences_per_request
+        require(size >= 1, f"server.sequences_per_request is {size}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -73,7 +37,7 @@ class TeacherConfig(ModelConfig):
         tokenizer: Folder or Hub id of the served model's tokenizer; null: the server is asked.
     """
 
-    server: ServerConfig = field(default_factory=ServerConfig)
+    server: TeacherServerConfig = field(default_factory=TeacherServerConfig)
     tokenizer: str | None = None
 
 

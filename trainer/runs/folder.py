@@ -21,10 +21,11 @@ from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.config.training import RunConfig, as_dict
 
 INCOMPLETE = ".incomplete"
-# Where and how a teacher is reached, not what it says: a run that is resumed may find its server elsewhere.
+# Where and how a server is reached, not what it serves: a run that is resumed may find it elsewhere.
 MAY_CHANGE = {
-    f"teacher.server.{name}"
-    for name in ("url", "sequences_per_request", "concurrency", "timeout", "retries", "api_key_env")
+    f"{part}.server.{name}"
+    for part in ("teacher", "sampling")
+    for name in ("url", "sequences_per_request", "weights", "concurrency", "timeout", "retries", "api_key_env")
 }
 
 

@@ -62,6 +62,9 @@ class ContinuousBatchingSampler:
         self._max_requests = max_requests
         self._max_batch_tokens = max_batch_tokens
 
+    def refresh(self) -> None:
+        """Nothing to do: it samples from the model itself."""
+
     def sample(
         self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seed: int
     ) -> list[Completion]:

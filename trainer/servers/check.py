@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.checks import SAMPLE_TEXT
 from fastkl.trainer.config.errors import ConfigError
-from fastkl.trainer.config.teacher import ServerConfig
+from fastkl.trainer.config.teacher import TeacherServerConfig
 from fastkl.trainer.servers.completions import APIS, Api, BadAnswer, CompletionsServer, Scores, Unscored
 from fastkl.trainer.servers.connection import Refused
 
@@ -26,7 +26,7 @@ SERVE = "Serve the teacher with vLLM, or load it here with a path"
 
 def check_server(
     server: CompletionsServer,
-    config: ServerConfig,
+    config: TeacherServerConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
     trusted: bool,
@@ -34,7 +34,7 @@ def check_server(
     longest: list[int],
     remedy: str,
 ) -> Api:
-    """The way to ask the server; a ConfigError says what is wrong with it, a TeacherError that it is not there.
+    """The way to ask the server; a ConfigError says what is wrong with it, a ServerError that it is not there.
 
     Args:
         tokenizer: The one whose ids will be sent.
@@ -88,7 +88,9 @@ def _probes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return [[*ids, last] for last in list(dict.fromkeys(ids))[:PROBES]]
 
 
-def _choose(server: CompletionsServer, config: ServerConfig, probes: list[list[int]]) -> tuple[Api, list[Scores]]:
+def _choose(
+    server: CompletionsServer, config: TeacherServerConfig, probes: list[list[int]]
+) -> tuple[Api, list[Scores]]:
     """The first way of asking that gets log-probs of the prompt, and those of the probes."""
     failures = []
     for api in APIS if config.api == "auto" else (config.api,):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from fastkl.trainer.config.teacher import ServerConfig
 from fastkl.trainer.servers.connection import Connection, Refused
-from fastkl.trainer.teachers.teacher import UNKNOWN, TeacherError
+from fastkl.trainer.servers.errors import ServerError
+from fastkl.trainer.teachers.teacher import UNKNOWN
 
 Api = Literal["prompt_logprobs", "echo"]
 APIS: tuple[Api, ...] = ("prompt_logprobs", "echo")
@@ -20,7 +20,7 @@ LOWEST = -9999.0  # what servers write for -inf, which JSON lacks
 ROUNDING = 1e-3  # how far above 0 a log-prob may be
 
 
-class BadAnswer(TeacherError):
+class BadAnswer(ServerError):
     """The answer is not one to what was asked."""
 
 
@@ -39,9 +39,9 @@ class Scores(NamedTuple):
 class CompletionsServer:
     """Log-probs of token ids from a server."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        self._model, self._connection = config.model, Connection(config)
-        self.url = self._connection.url
+    def __init__(self, model: str, connection: Connection) -> None:
+        self._model, self._connection = model, connection
+        self.url = connection.url
 
     def score(self, sequences: list[list[int]], api: Api, temperature: float) -> list[Scores]:
         """The scores of some sequences, in one request."""
@@ -80,7 +80,7 @@ def _read_prompt_logprobs(choice: dict[str, Any], ids: list[int]) -> Scores:
             found = ", ".join(entry) if isinstance(entry, dict) else repr(entry)
             raise BadAnswer(f"token {place} of the sequence is id {token}, but the log-probs there are of {found}")
         own = entry[str(token)]
-        scores.logprobs.append(_logprob(own.get("logprob"), place))
+        scores.logprobs.append(read_logprob(own.get("logprob"), place))
         others = [other.get("logprob") for other in entry.values()]
         scores.best.append(max(others) if len(entry) > 1 or own.get("rank") == 1 else None)
         scores.texts.append(own.get("decoded_token"))
@@ -96,7 +96,7 @@ def _read_echo(choice: dict[str, Any], ids: list[int]) -> Scores:
         values = values[:-1]  # the generated token
     _check_length(len(values), ids)
     _check_first(values[0])
-    logprobs = [0.0, *(_logprob(value, place) for place, value in enumerate(values[1:], start=1))]
+    logprobs = [0.0, *(read_logprob(value, place) for place, value in enumerate(values[1:], start=1))]
     tops = (found.get("top_logprobs") or [None] * len(ids))[: len(ids)]
     best = [max(top.values()) if top else None for top in tops]
     return Scores(logprobs, best, (found.get("tokens") or [None] * len(ids))[: len(ids)])
@@ -114,7 +114,7 @@ def _check_first(value: object) -> None:
         )
 
 
-def _logprob(value: object, place: int) -> float:
+def read_logprob(value: object, place: int) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value <= ROUNDING:
         raise BadAnswer(f"token {place} of the sequence has {value!r} for a log-prob; it must be a number, at most 0")
     return float(value) if value > LOWEST else UNKNOWN

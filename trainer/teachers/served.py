@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.trainer.config.teacher import ServerConfig, TeacherConfig
+from fastkl.trainer.config.teacher import TeacherConfig, TeacherServerConfig
 from fastkl.trainer.data.batching import PAD_ID
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.servers.check import check_server
 from fastkl.trainer.servers.completions import Api, CompletionsServer, Scores
 from fastkl.trainer.servers.concurrency import gather
+from fastkl.trainer.servers.connection import Connection
 from fastkl.trainer.teachers.teacher import UNKNOWN
 
 
@@ -28,7 +29,7 @@ class ServedTeacher:
     """
 
     def __init__(
-        self, server: CompletionsServer, config: ServerConfig, api: Api, vocabulary: int, temperature: float
+        self, server: CompletionsServer, config: TeacherServerConfig, api: Api, vocabulary: int, temperature: float
     ) -> None:
         self._server, self._config, self._api = server, config, api
         self._vocabulary, self._temperature = vocabulary, temperature
@@ -52,7 +53,7 @@ def connect(
     config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, *, temperature: float, longest: list[int], remedy: str
 ) -> ServedTeacher:
     """A teacher whose server has shown what `check_server` asks of it."""
-    server = CompletionsServer(config.server)
+    server = CompletionsServer(config.server.model, Connection(config.server, "the teacher's server"))
     api = check_server(
         server,
         config.server,

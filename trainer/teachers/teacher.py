@@ -10,10 +10,6 @@ from fastkl.trainer.data.samples import Sample
 UNKNOWN = -50.0  # a log-prob for what the teacher cannot say: low enough to push it away, and finite
 
 
-class TeacherError(RuntimeError):
-    """The teacher cannot score now; what is wrong is in its surroundings, and the run can be resumed."""
-
-
 class Teacher(Protocol):
     """A model here (`LocalTeacher`) or behind HTTP (`ServedTeacher`)."""
 
@@ -23,6 +19,6 @@ class Teacher(Protocol):
         An id that the teacher does not know gets UNKNOWN; what comes after it is scored as if it were PAD_ID.
 
         Raises:
-            TeacherError: When it cannot, for now.
+            ServerError: When its server cannot, for now.
         """
         ...
