@@ -12,11 +12,12 @@ from fastkl.trainer.advantages import set_advantages
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.batching import PAD_ID
 from fastkl.trainer.data.prompts import EncodedPrompt, batch_indices, encode_prompts, load_prompts
-from fastkl.trainer.data.samples import Sample, make_sample
+from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.grading.evaluate import load_eval_prompts
 from fastkl.trainer.loop import Clock, fit
 from fastkl.trainer.models.loading import end_of_sequence, fuse, load_teacher, load_teacher_tokenizer, load_tokenizer
 from fastkl.trainer.models.scoring import score
+from fastkl.trainer.rollouts.rollout import Rollouts
 from fastkl.trainer.runs.folder import RunFolder, check_run_folder
 from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
 from fastkl.trainer.samplers.sampler import Sampler
@@ -38,7 +39,7 @@ class OnPolicy:
         prompts: list[EncodedPrompt],
     ) -> None:
         self._config, self._student, self._teacher = config, student, teacher
-        self._sampler, self._prompts = sampler, prompts
+        self._prompts, self._rollouts = prompts, Rollouts(config.sampling, sampler, prompts)
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
         with clock("sample"):
@@ -51,19 +52,8 @@ class OnPolicy:
         return samples, rollout_metrics(samples)
 
     def _rollout(self, step: int) -> list[Sample]:
-        config = self._config.sampling
-        chosen = batch_indices(len(self._prompts), config.prompts_per_step, step, self._config.seed)
-        chosen = [index for index in chosen for _ in range(config.samples_per_prompt)]
-        completions = self._sampler.sample(
-            [self._prompts[index].ids for index in chosen],
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            seed=self._config.seed * 1_000_003 + step,
-        )
-        return [
-            make_sample(self._prompts[index].ids, c.token_ids, index, c.logprobs, truncated=c.truncated)
-            for index, c in zip(chosen, completions, strict=True)
-        ]
+        chosen = batch_indices(len(self._prompts), self._config.sampling.prompts_per_step, step, self._config.seed)
+        return self._rollouts.sample(chosen, self._config.seed * 1_000_003 + step)
 
     def _set_old_logprobs(self, samples: list[Sample]) -> None:
         """What the importance ratio is taken against: see `LossConfig.old_logprobs`."""
