@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from property_settings import PROPERTY
 from tiny import tokenizer, write_jsonl
 
 from fastkl.trainer.advantages import group_advantages, set_advantages, set_reward_advantages
@@ -126,6 +127,7 @@ def test_rows_must_have_what_the_grader_needs(tmp_path: Path, name: str, row: di
 rewards_of_groups = st.lists(st.tuples(st.integers(0, 3), st.floats(-5, 5)), min_size=1, max_size=20)
 
 
+@PROPERTY
 @given(pairs=rewards_of_groups, normalize=st.booleans())
 def test_advantages_of_a_group_sum_to_zero(pairs: list[tuple[int, float]], normalize: bool) -> None:
     groups, rewards = torch.tensor([g for g, _ in pairs]), torch.tensor([r for _, r in pairs], dtype=torch.float64)

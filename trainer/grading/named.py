@@ -92,7 +92,7 @@ def _math_verify(option: str) -> Grader:
         ) from error
 
     def grade(completion: str, answer: str) -> float:
-        wanted = parse(answer) or parse(f"${answer}$")
+        wanted = parse(answer if "$" in answer or r"\boxed" in answer else f"${answer}$")
         return float(bool(wanted) and verify(wanted, parse(completion)))
 
     return grade

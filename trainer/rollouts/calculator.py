@@ -24,11 +24,10 @@ def calculate(expression: str) -> str:
         return "error"
     try:
         value = _value(ast.parse(expression.strip(), mode="eval").body)
+        whole = value.denominator == 1
+        return str(value.numerator) if whole else f"{float(value):.6f}".rstrip("0").rstrip(".")
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return "error"
-    if value.denominator == 1:
-        return str(value.numerator)
-    return f"{round(value, 6):.6f}".rstrip("0").rstrip(".")
 
 
 def _value(node: ast.AST) -> Fraction:
