@@ -102,8 +102,9 @@ def test_teacher_kl_falls(tmp_path: Path, pair: Pair, lora_rank: int) -> None:
     assert mean_of_last(done, "teacher_kl") < 0.6 * sum(row["teacher_kl"] for row in done.metrics[:3]) / 3
 
 
-def test_kl_coef_zero_moves_nothing(tmp_path: Path, pair: Pair) -> None:
-    done = run(tmp_path / "run", pair, loss__kl_coef=0, optim__lr=0.1)
+def test_without_kl_and_with_equal_rewards_nothing_moves(tmp_path: Path, pair: Pair) -> None:
+    equal = {"reward__grader": "regex:$", "sampling__samples_per_prompt": 2}
+    done = run(tmp_path / "run", pair, loss__kl_coef=0, optim__lr=0.1, **equal)
     assert all(row["optim/grad_norm"] == 0 for row in done.metrics)
     before, after = weights(pair.student), done.weights()
     assert before.keys() == after.keys()

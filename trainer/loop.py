@@ -15,9 +15,9 @@ from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.grading.evaluate import evaluate
 from fastkl.trainer.models.loading import save_student
 from fastkl.trainer.report.page import report_of
+from fastkl.trainer.rollouts.writer import Writer
 from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.progress import Report
-from fastkl.trainer.samplers.sampler import Sampler
 from fastkl.trainer.servers.errors import ServerError
 from fastkl.trainer.student import Student
 
@@ -46,7 +46,7 @@ class Source(Protocol):
 def fit(
     student: Student,
     source: Source,
-    sampler: Sampler,
+    writer: Writer,
     tokenizer: PreTrainedTokenizerBase,
     eval_prompts: list[EncodedPrompt],
     folder: RunFolder,
@@ -62,7 +62,7 @@ def fit(
 
     def grade(metrics: dict[str, float]) -> None:
         if eval_prompts:
-            metrics |= evaluate(sampler, tokenizer, eval_prompts, config.eval, config.seed)[0]
+            metrics |= evaluate(writer, tokenizer, eval_prompts, config.eval, config.seed)[0]
 
     with Report(config.optim.steps, start) as report:
         if checkpoint is None:

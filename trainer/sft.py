@@ -12,7 +12,8 @@ from fastkl.trainer.data.prompts import batch_indices, encode_prompts, given_sam
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.grading.evaluate import load_eval_prompts
 from fastkl.trainer.loop import Clock, fit
-from fastkl.trainer.models.loading import end_of_sequence, load_tokenizer
+from fastkl.trainer.models.loading import context_length, end_of_sequence, load_tokenizer
+from fastkl.trainer.rollouts.writer import SingleTurn
 from fastkl.trainer.runs.folder import RunFolder, check_run_folder
 from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
 from fastkl.trainer.student import Student
@@ -47,8 +48,8 @@ def sft(config: SftConfig) -> RunFolder:
     )
     checks.check_eval_room(eval_prompts, config.eval, "student", student.model)
     sampler = ContinuousBatchingSampler(student.model, eos_token_ids=end_of_sequence(student.model, tokenizer))
+    source = Examples(examples, config.examples_per_step, config.seed)
+    writer = SingleTurn(sampler, context_length(student.model))
     with RunFolder(config) as folder:
-        fit(
-            student, Examples(examples, config.examples_per_step, config.seed), sampler, tokenizer, eval_prompts, folder
-        )
+        fit(student, source, writer, tokenizer, eval_prompts, folder)
     return folder

@@ -71,6 +71,8 @@ class Student:
         for first in range(optim.substeps):
             minibatch = samples[first :: optim.substeps]
             tokens = sum(sample.loss_tokens for sample in minibatch)
+            if tokens == 0:  # every sample was dropped
+                continue
             for batch in batches(minibatch, self.config.batch.max_tokens, self.layout, self.device):
                 output = self._loss(batch, tokens, next(seeds))
                 self.accelerator.backward(output.loss)
@@ -78,7 +80,8 @@ class Student:
                 share = len(batch.tokens) / tokens / optim.substeps
                 _add_policy_metrics(totals, output.metrics, share)
                 if first == 0 and batch.samples[0].sampler_logprobs and output.logprobs is not None:
-                    mismatch.append(output.logprobs - batch.per_token("sampler_logprobs"))
+                    difference = output.logprobs - batch.per_token("sampler_logprobs")
+                    mismatch.append(difference[~batch.given])
             norms.append(self._clip())
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -86,7 +89,7 @@ class Student:
         metrics = {
             **totals,
             "optim/lr": float(self.scheduler.get_last_lr()[0]),
-            "optim/grad_norm": sum(norms) / len(norms),
+            "optim/grad_norm": sum(norms) / max(1, len(norms)),
         }
         self.scheduler.step()
         return {**metrics, **_mismatch_metrics(mismatch)}
@@ -165,7 +168,7 @@ def _add_policy_metrics(totals: dict[str, float], metrics: dict[str, Tensor], sh
 
 def _mismatch_metrics(differences: list[Tensor]) -> dict[str, float]:
     """How far the trainer's log-probs are from the sampler's, before the update."""
-    if not differences:
+    if sum(map(len, differences)) == 0:
         return {}
     difference = torch.cat(differences)
     ratio = difference.exp()

@@ -16,7 +16,7 @@ class LossConfig:
 
     Args:
         method: importance_sampling, reinforce, ppo or cispo.
-        kl_coef: Weight of the reverse KL in the advantage. 0 leaves nothing to learn from.
+        kl_coef: Weight of the reverse KL in the advantage; 0, with a reward, is plain reinforcement learning.
         discount: Discount of future tokens' KL; 0 lets each token answer for itself.
         old_logprobs: What the ratio is taken against: the sampler's log-probs, those of a forward of the trainer before
             the update (recompute), or the policy itself (current: ratio 1).

@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastkl.trainer.config.data import DataConfig, EvalConfig, check_source
+from fastkl.trainer.config.environment import EnvironmentConfig
 from fastkl.trainer.config.errors import require
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.models import StudentConfig
 from fastkl.trainer.config.optim import BatchConfig, CheckpointConfig, OptimConfig
+from fastkl.trainer.config.reward import RewardConfig
+from fastkl.trainer.config.rollouts import check_rollouts
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.config.teacher import TeacherConfig, check_teacher
 
@@ -60,15 +63,30 @@ class DistillConfig(RunConfig):
         teacher: The model that scores the student's tokens; it is never trained.
         sampling: Rollouts of the student.
         loss: The policy-gradient step.
+        reward: A score of whole samples beside the KL; with loss.kl_coef 0 it is all there is, and no teacher is needed.
+        environment: What answers the student between its turns.
     """
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.loss.kl_coef > 0 or self.teacher != TeacherConfig()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_teacher("teacher", self.teacher)
+        if self.has_teacher:
+            check_teacher("teacher", self.teacher)
+        check_rollouts(self.sampling, self.loss, self.reward, self.environment)
+        require(
+            self.environment.role is None or self.data.chat_template,
+            f"environment.role is {self.environment.role!r} but data.chat_template is false: a text has no turns. Set "
+            f"environment.role to null or data.chat_template to true",
+        )
         samples = self.sampling.prompts_per_step * self.sampling.samples_per_prompt
         require(
             samples >= self.optim.substeps,

@@ -21,6 +21,11 @@ class Sample:
     teacher_logprobs: list[float] = field(default_factory=list)
     old_logprobs: list[float] = field(default_factory=list)  # what the ratio is taken against; empty: current policy
     advantages: list[float] = field(default_factory=list)
+    reward: float | None = None  # None: not graded
+    reward_advantage: float = 0.0  # of each counted token, beside the KL's
+    given: bool = False  # the completion stands in the data; the student did not sample it
+    unfinished: bool = False  # goes on in the next step
+    completion_length: int = 0  # tokens after the prompt, of earlier steps and of the environment too
 
     @property
     def loss_tokens(self) -> int:
@@ -44,5 +49,6 @@ def make_sample(
         loss_mask=[False] * len(prompt) + [True] * len(completion),
         prompt_index=prompt_index,
         truncated=truncated,
+        completion_length=len(completion),
         sampler_logprobs=[] if logprobs is None else [0.0] * len(prompt) + logprobs,
     )
