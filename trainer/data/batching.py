@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastkl.loss import TopK
 from fastkl.trainer.data.samples import Sample
 
 Layout = Literal["packed", "padded"]
@@ -34,6 +35,17 @@ class Batch:
         ]
         return torch.tensor(values, dtype=torch.float32, device=self.tokens.device)
 
+    def top_k(self) -> TopK:
+        """The teacher's likeliest tokens, [n, k]; ids of −1 pad."""
+        found = [sample.teacher_top_k for sample in self.samples if sample.teacher_top_k is not None]
+        return TopK(*(torch.cat(tensors).to(self.tokens.device) for tensors in zip(*found, strict=True)))
+
+    def scatter_top_k(self, found: TopK) -> None:
+        """Gives each sample its rows of tensors [n, k]."""
+        parts = zip(*(tensor.cpu().split([s.loss_tokens for s in self.samples]) for tensor in found), strict=True)
+        for sample, part in zip(self.samples, parts, strict=True):
+            sample.teacher_top_k = TopK(*part)
+
     def scatter(self, values: Tensor, field: str) -> None:
         """Writes a tensor [n] back into the samples' lists; 0 where a token does not count."""
         remaining = iter(values.tolist())
@@ -49,14 +61,15 @@ def batches(samples: Sequence[Sample], max_tokens: int, layout: Layout, device: 
             sum(len(s.ids) for s in [*group, sample]) if layout == "packed" else (len(group) + 1) * len(sample.ids)
         )
         if group and positions > max_tokens:
-            yield _collate(group, layout, device)
+            yield collate(group, layout, device)
             group = []
         group.append(sample)
     if group:
-        yield _collate(group, layout, device)
+        yield collate(group, layout, device)
 
 
-def _collate(samples: list[Sample], layout: Layout, device: torch.device) -> Batch:
+def collate(samples: list[Sample], layout: Layout, device: torch.device) -> Batch:
+    """One batch of all the samples."""
     width = sum(len(s.ids) for s in samples) if layout == "packed" else max(len(s.ids) for s in samples)
     starts: list[int] = []
     ids: list[int] = []

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
+
+from fastkl.loss import TopK
 
 
 @dataclass
@@ -16,11 +19,17 @@ class Sample:
     ids: list[int]
     loss_mask: list[bool]
     prompt_index: int  # which row of the data it comes from
+    dataset: str = ""  # which data set of a mixture
     truncated: bool = False  # the completion was cut at the length limit
     sampler_logprobs: list[float] = field(default_factory=list)
     teacher_logprobs: list[float] = field(default_factory=list)
     old_logprobs: list[float] = field(default_factory=list)  # what the ratio is taken against; empty: current policy
     advantages: list[float] = field(default_factory=list)
+    teacher_top_k: TopK | None = None  # of the counted tokens, [n, k] on the CPU; an id of −1 pads
+
+    def record(self) -> dict[str, Any]:
+        """What samples.jsonl holds of it."""
+        return {name: value for name, value in vars(self).items() if name != "teacher_top_k"}
 
     @property
     def loss_tokens(self) -> int:
@@ -37,12 +46,14 @@ def make_sample(
     prompt_index: int,
     logprobs: list[float] | None = None,
     truncated: bool = False,
+    dataset: str = "",
 ) -> Sample:
     """A sample of one turn: the prompt is context, every token of the completion counts."""
     return Sample(
         ids=[*prompt, *completion],
         loss_mask=[False] * len(prompt) + [True] * len(completion),
         prompt_index=prompt_index,
+        dataset=dataset,
         truncated=truncated,
         sampler_logprobs=[] if logprobs is None else [0.0] * len(prompt) + logprobs,
     )

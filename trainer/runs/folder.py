@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,10 +23,9 @@ from fastkl.trainer.config.training import RunConfig, as_dict
 
 INCOMPLETE = ".incomplete"
 # Where and how a teacher is reached, not what it says: a run that is resumed may find its server elsewhere.
-MAY_CHANGE = {
-    f"teacher.server.{name}"
-    for name in ("url", "sequences_per_request", "concurrency", "timeout", "retries", "api_key_env")
-}
+MAY_CHANGE = re.compile(
+    r"(mixture\.[\w-]+\.)?teacher\.server\.(url|sequences_per_request|concurrency|timeout|retries|api_key_env)"
+)
 
 
 class RunFolder:
@@ -131,5 +131,5 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterable[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted({*before, *now}):
             yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now and name not in MAY_CHANGE:
+    elif before != now and not MAY_CHANGE.fullmatch(name):
         yield f"{name} was {before!r} and is {now!r}"
