@@ -377,9 +377,10 @@ def test_the_teacher_and_the_base_of_an_adapter_do_not_move(
     tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fastkl.trainer.distill as module
+    from fastkl.trainer.teachers import opening
 
     held: list[Any] = []
-    load_teacher, fit = module.load_teacher, module.fit
+    load_teacher, fit = opening.load_teacher, module.fit
 
     def loaded(*arguments: Any) -> Any:
         held.append(load_teacher(*arguments))
@@ -389,7 +390,7 @@ def test_the_teacher_and_the_base_of_an_adapter_do_not_move(
         fit(student, *arguments)
         held.append(student.model)
 
-    monkeypatch.setattr(module, "load_teacher", loaded)
+    monkeypatch.setattr(opening, "load_teacher", loaded)
     monkeypatch.setattr(module, "fit", fitted)
     run(tmp_path / "run", pair, student__lora__rank=2, optim__lr=0.1)
     teacher, student = held

@@ -46,9 +46,15 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
             )
 
 
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The ids of a tokenizer are those below this one."""
+    highest: int = max(tokenizer.get_vocab().values())
+    return highest + 1
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, models: dict[str, PreTrainedModel]) -> None:
     """Every id of the tokenizer has a logit in each model; heads may be padded beyond it."""
-    highest = max(tokenizer.get_vocab().values())
+    highest = vocabulary(tokenizer) - 1
     for name, model in models.items():
         rows = model.get_output_embeddings().weight.shape[0]
         if rows <= highest:
@@ -56,6 +62,11 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, models: dict[str, PreTr
                 f"the {name}'s head has {rows} rows but the tokenizer has ids up to {highest}; resize the model's "
                 f"embeddings (model.resize_token_embeddings) or use its own tokenizer"
             )
+
+
+def check_top_k(k: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    if k > (known := vocabulary(tokenizer)):
+        raise ConfigError(f"loss.top_k is {k}, more than the {known} ids of the tokenizer; lower it")
 
 
 def check_chat(

@@ -1,29 +1,24 @@
-"""On-policy distillation: the student samples, the teacher scores, the student learns from the reverse KL.
+"""On-policy distillation: the student samples, the teacher scores, the student learns to be less unlike it.
 
 Thinking Machines, "On-Policy Distillation" (2025); Tinker cookbook, recipe `distillation`.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer import checks
 from fastkl.trainer.advantages import set_advantages, set_reward_advantages
 from fastkl.trainer.config.training import DistillConfig
-from fastkl.trainer.data.batching import PAD_ID
-from fastkl.trainer.data.prompts import EncodedPrompt, batch_indices, encode_prompts, given_samples, load_prompts
+from fastkl.trainer.data.mixture import DataSet, read_data_sets, step_prompts
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.grading.evaluate import load_eval_prompts
 from fastkl.trainer.loop import Clock, fit
-from fastkl.trainer.models.loading import (
-    context_length,
-    end_of_sequence,
-    fuse,
-    load_teacher,
-    load_teacher_tokenizer,
-    load_tokenizer,
-)
+from fastkl.trainer.models.loading import context_length, end_of_sequence, load_tokenizer
 from fastkl.trainer.models.scoring import score
+from fastkl.trainer.objectives import objective
 from fastkl.trainer.rollouts.conversations import MultiTurn, stop_ids
 from fastkl.trainer.rollouts.environments import Environment, make_environment
 from fastkl.trainer.rollouts.lengths import kept
@@ -35,25 +30,25 @@ from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSample
 from fastkl.trainer.samplers.sampler import Sampler
 from fastkl.trainer.samplers.served import SamplingServer, ServedSampler, connect_sampling
 from fastkl.trainer.student import Student
-from fastkl.trainer.teachers.local import LocalTeacher
-from fastkl.trainer.teachers.served import ServedTeacher, connect
-from fastkl.trainer.teachers.teacher import Teacher
+from fastkl.trainer.teachers.opening import check_teachers, connect_servers, open_teachers
+from fastkl.trainer.teachers.routed import RoutedTeacher
 
 
 class OnPolicy:
-    """Samples of a step, with the advantages that the teacher's scores and the rewards give them."""
+    """Samples of a step, with what the objective takes of the teacher and the rewards: advantages, or lists."""
 
     def __init__(
         self,
         config: DistillConfig,
         student: Student,
-        teacher: Teacher | None,
+        teacher: RoutedTeacher[Any] | None,
         sampler: Sampler,
         rollouts: Rollouts,
-        prompts: int,
+        data_sets: list[DataSet],
     ) -> None:
         self._config, self._student, self._teacher = config, student, teacher
-        self._sampler, self._rollouts, self._prompts = sampler, rollouts, prompts
+        self._sampler, self._rollouts, self._data_sets = sampler, rollouts, data_sets
+        self._names = [data_set.name for data_set in data_sets for _ in data_set.prompts]
         student.accelerator.register_for_checkpointing(rollouts)
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
@@ -63,25 +58,29 @@ class OnPolicy:
             written = self._rollout(step)
             metrics = set_reward_advantages(written, self._config.reward)
             samples = kept(written, self._config.sampling)
-        with clock("teacher"):
-            if self._teacher is not None:
+        loss = self._config.loss
+        if self._teacher is not None and loss.objective in ("sampled", "top_k"):  # others ask it in the update
+            with clock("teacher"):
                 self._teacher.score(samples)
-        with clock("old_logprobs"):
-            self._set_old_logprobs(samples)
-        set_advantages(
-            samples,
-            coef=self._config.loss.kl_coef,
-            discount=self._config.loss.discount,
-            given_coef=self._config.sampling.given_coef,
-        )
+        if loss.objective == "sampled":
+            with clock("old_logprobs"):
+                self._set_old_logprobs(samples)
+            set_advantages(
+                samples, coef=loss.kl_coef, discount=loss.discount, given_coef=self._config.sampling.given_coef
+            )
         self._rollouts.keep(samples)  # nothing can fail any more: a checkpoint holds the state between two steps
         if self._config.sampling.filters:
             metrics["completions/dropped_fraction"] = 1 - len(samples) / len(written)
         return samples, rollout_metrics(samples) | metrics
 
     def _rollout(self, step: int) -> list[Sample]:
-        chosen = batch_indices(self._prompts, self._config.sampling.prompts_per_step, step, self._config.seed)
-        return self._rollouts.samples(chosen, step, self._config.seed * 1_000_003 + step)
+        seed = self._config.seed
+        chosen = step_prompts(self._data_sets, self._config.sampling.prompts_per_step, step, seed)
+        places = [data_set.first + row for data_set, row in chosen]
+        samples = self._rollouts.samples(places, step, seed * 1_000_003 + step)
+        for sample in samples:
+            sample.dataset = self._names[sample.prompt_index]
+        return samples
 
     def _set_old_logprobs(self, samples: list[Sample]) -> None:
         """What the importance ratio is taken against: see `LossConfig.old_logprobs`.
@@ -107,7 +106,7 @@ class OnPolicy:
 
 
 def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
-    """teacher_kl and entropy are the one-sample estimates: means of ℓ_sampler − ℓ_teacher and of −ℓ_sampler per token.
+    """entropy is the one-sample estimate, the mean of −ℓ_sampler per token.
 
     On given completions, `given/nll` is the student's −ℓ per token, and `given/forward_kl` the mean of ℓ_teacher − ℓ: the
     one-sample estimate of the forward KL, if the teacher wrote them.
@@ -116,8 +115,6 @@ def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
     own, given = ([sample for sample in samples if sample.given == kind] for kind in (False, True))
     if own:
         metrics["entropy"] = -_mean(own, "sampler_logprobs")
-        if own[0].teacher_logprobs:
-            metrics["teacher_kl"] = _mean(own, "sampler_logprobs") - _mean(own, "teacher_logprobs")
         metrics["completions/mean_length"] = sum(sample.loss_tokens for sample in own) / len(own)
         metrics["completions/truncated_fraction"] = sum(sample.truncated for sample in own) / len(own)
     if given and given[0].old_logprobs:
@@ -137,26 +134,25 @@ def distill(config: DistillConfig) -> RunFolder:
     """Runs (or resumes) a distillation; raises ConfigError before anything expensive if it cannot work."""
     check_run_folder(config)
     tokenizer = load_tokenizer(config.student)
-    teacher_tokenizer = load_teacher_tokenizer(config.teacher) if config.has_teacher else None
-    prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
-    given = given_samples(prompts, tokenizer) if config.sampling.on_policy_fraction < 1 else []
-    eval_prompts = load_eval_prompts(config.eval, tokenizer)
     environment = make_environment(config.environment)
+    data_sets = read_data_sets(config, tokenizer)
+    prompts = [prompt for data_set in data_sets for prompt in data_set.prompts]
+    given = [sample for data_set in data_sets for sample in data_set.given]
     judge = make_judge(config.reward, tokenizer, environment, prompts)
-    if teacher_tokenizer is not None:
-        checks.check_tokenizers(tokenizer, teacher_tokenizer)
-        checks.check_chat(tokenizer, teacher_tokenizer, prompts, config.data.chat_template)
-    served = _connect(config, tokenizer, prompts, given) if config.teacher.server.url else None
+    eval_prompts = load_eval_prompts(config.eval, tokenizer)
+    check_teachers(config, tokenizer, data_sets)
+    served = connect_servers(config, tokenizer, data_sets)
     sampling_server = connect_sampling(config, tokenizer, prompts, eval_prompts) if config.sampling.server.url else None
 
     student = Student(config, config.loss, config.sampling.temperature)
-    teacher = served or (_load(config, student) if config.has_teacher else None)
-    _check_models(config, student, teacher, tokenizer, prompts, given, eval_prompts)
+    teachers = open_teachers(config, tokenizer, data_sets, student, served)
+    checks.check_eval_room(eval_prompts, config.eval, "student", student.model)
+    student.objective = objective(config.loss, config.sampling.temperature, teachers)
     ends = end_of_sequence(student.model, tokenizer)
     sampler = _sampler(config, student, [*ends, *stop_ids(environment, tokenizer)], sampling_server)
     writer = _writer(config, student, tokenizer, sampler, environment)
     rollouts = Rollouts(config.sampling, writer, prompts, given, judge)
-    source = OnPolicy(config, student, teacher, sampler, rollouts, len(prompts))
+    source = OnPolicy(config, student, teachers if config.has_teacher else None, sampler, rollouts, data_sets)
     with RunFolder(config) as folder:
         fit(student, source, writer, tokenizer, eval_prompts, folder)
     return folder
@@ -175,20 +171,6 @@ def _writer(
     return MultiTurn(sampler, tokenizer, environment, config.environment, ends, context)
 
 
-def _connect(
-    config: DistillConfig, tokenizer: PreTrainedTokenizerBase, prompts: list[EncodedPrompt], given: list[Sample]
-) -> ServedTeacher:
-    full = [prompt.ids + [PAD_ID] * config.sampling.max_new_tokens for prompt in prompts]
-    longest = max([*full, *(sample.ids for sample in given)], key=len)
-    return connect(
-        config.teacher,
-        tokenizer,
-        temperature=config.sampling.temperature,
-        longest=longest,
-        remedy=checks.SHORTER.format("sampling", "data"),
-    )
-
-
 def _sampler(config: DistillConfig, student: Student, ends: list[int], server: SamplingServer | None) -> Sampler:
     if server is not None:
         return ServedSampler(server, student, ends)
@@ -198,28 +180,3 @@ def _sampler(config: DistillConfig, student: Student, ends: list[int], server: S
         max_batch_tokens=config.sampling.max_batch_tokens,
         max_requests=config.sampling.max_requests,
     )
-
-
-def _load(config: DistillConfig, student: Student) -> LocalTeacher:
-    fused = fuse(load_teacher(config.teacher, student.device), "teacher")
-    return LocalTeacher(fused, config.batch, config.sampling.temperature, student.device)
-
-
-def _check_models(
-    config: DistillConfig,
-    student: Student,
-    teacher: Teacher | None,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[EncodedPrompt],
-    given: list[Sample],
-    eval_prompts: list[EncodedPrompt],
-) -> None:
-    """Those that are loaded here: a server has been checked by asking it."""
-    local = teacher.model if isinstance(teacher, LocalTeacher) else None
-    models = {"student": student.model} | ({} if local is None else {"teacher": local})
-    checks.check_vocabulary(tokenizer, models)
-    checks.check_end_of_sequence(student.model, local, tokenizer)
-    checks.check_room(prompts, config.sampling.max_new_tokens, models, checks.SHORTER.format("sampling", "data"))
-    if given:
-        checks.check_room(prompts, [sample.loss_tokens for sample in given], models, checks.SHORTER_ROW)
-    checks.check_eval_room(eval_prompts, config.eval, "student", student.model)

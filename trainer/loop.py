@@ -20,6 +20,7 @@ from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.progress import Report
 from fastkl.trainer.servers.errors import ServerError
 from fastkl.trainer.student import Student
+from fastkl.trainer.teachers.metrics import teacher_kl
 
 
 class Clock:
@@ -82,6 +83,7 @@ def fit(
                 raise
             with clock("train"):
                 metrics |= student.update(samples, step)
+            metrics |= teacher_kl(samples)
             tokens = sum(len(sample.ids) for sample in samples)
             metrics |= {**clock.seconds, "tokens_per_second": tokens / sum(clock.seconds.values())}
             if done == config.optim.steps or (config.eval.every and done % config.eval.every == 0):
@@ -111,5 +113,5 @@ def _sample_records(
             "step": step,
             "text": tokenizer.decode(sample.ids),
             "tokens": [tokenizer.decode([token]) for token in sample.ids],
-            **vars(sample),
+            **sample.record(),
         }

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from fastkl.loss import LossOutput, policy_gradient_loss
 from fastkl.trainer.checks import check_trackers
 from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.config.loss import LossConfig
@@ -21,6 +20,7 @@ from fastkl.trainer.config.training import RunConfig
 from fastkl.trainer.data.batching import Batch, batches
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.models.loading import batch_layout, fuse, load_student
+from fastkl.trainer.objectives import Objective, PolicyGradient
 
 
 class Student:
@@ -37,7 +37,8 @@ class Student:
                 f"accelerate launch, or with --num_processes 1)"
             )
         set_seed(config.seed)
-        self.config, self.loss, self.temperature = config, loss, temperature
+        self.config = config
+        self.objective: Objective = PolicyGradient(loss, temperature)  # until a divergence has its teacher
         self.model = load_student(config.student).to(self.device)
         self.version = 0  # of the weights: another one after every change
         self.layout = batch_layout(config.batch, self.model)
@@ -73,8 +74,8 @@ class Student:
             tokens = sum(sample.loss_tokens for sample in minibatch)
             if tokens == 0:  # every sample was dropped
                 continue
-            for batch in batches(minibatch, self.config.batch.max_tokens, self.layout, self.device):
-                output = self._loss(batch, tokens, next(seeds))
+            for batch in self._batches(minibatch):
+                output = self.objective(self.fused, batch, tokens, next(seeds))
                 self.accelerator.backward(output.loss)
                 totals["loss"] += output.loss.item() / optim.substeps
                 share = len(batch.tokens) / tokens / optim.substeps
@@ -94,32 +95,9 @@ class Student:
         self.scheduler.step()
         return {**metrics, **_mismatch_metrics(mismatch)}
 
-    def _loss(self, batch: Batch, normalizer: int, seed: int) -> LossOutput:
-        old = batch.per_token("old_logprobs") if batch.samples[0].old_logprobs else None
-        loss = self.loss
-
-        def function(hidden: Tensor, weight: Tensor, **head: Any) -> LossOutput:
-            return policy_gradient_loss(
-                hidden.flatten(0, 1)[batch.rows],
-                weight,
-                batch.tokens,
-                batch.per_token("advantages"),
-                old,
-                method=loss.method,
-                clip_low=loss.clip_low,
-                clip_high=loss.clip_high,
-                dual_clip=loss.dual_clip,
-                truncate_ratio=loss.truncate_ratio,
-                normalizer=normalizer,
-                temperature=self.temperature,
-                backward=loss.backward,
-                grad_error=loss.grad_error,
-                seed=seed if loss.backward == "sampled" else None,
-                **head,
-            )
-
-        output: LossOutput = self.fused(function, **batch.inputs)
-        return output
+    def _batches(self, samples: list[Sample]) -> Iterator[Batch]:
+        for group in self.objective.groups(samples):
+            yield from batches(group, self.config.batch.max_tokens, self.layout, self.device)
 
     def _clip(self) -> float:
         limit = self.config.optim.max_grad_norm
@@ -159,7 +137,7 @@ def _add_policy_metrics(totals: dict[str, float], metrics: dict[str, Tensor], sh
     """Adds those of a batch that holds `share` of the step's tokens; smallest and largest are not averaged."""
     for name, value in metrics.items():
         key, number = f"policy/{name}", value.item()
-        extreme = {"ratio_min": min, "ratio_max": max}.get(name)
+        extreme = {"min": min, "max": max}.get(name.rsplit("_", 1)[-1])
         if extreme is None:
             totals[key] = totals.get(key, 0.0) + number * share
         else:

@@ -17,6 +17,16 @@ def check_rollouts(
         "loss.kl_coef is 0 and reward.grader is null: there is nothing to learn from the student's samples; name a grader "
         "or raise loss.kl_coef",
     )
+    require(
+        loss.objective == "sampled" or reward.grader is None,
+        f"reward.grader is {reward.grader!r} but loss.objective is {loss.objective}, which has no advantages; set "
+        f"loss.objective to sampled or reward.grader to null",
+    )
+    require(
+        loss.objective == "sampled" or sampling.given_coef == 1.0,
+        f"sampling.given_coef is {sampling.given_coef} but loss.objective is {loss.objective}, which weighs all tokens "
+        f"alike; leave it at 1",
+    )
     _check_reward(sampling, reward, environment)
     require(
         sampling.tokens_per_step is None or environment.name is None,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastkl.trainer.config.errors import require
+from fastkl.trainer.config.loss import Objective
 from fastkl.trainer.config.models import ModelConfig
 from fastkl.trainer.config.server import ServerConfig
 
@@ -30,20 +31,36 @@ class TeacherServerConfig(ServerConfig):
 
 @dataclass(frozen=True)
 class TeacherConfig(ModelConfig):
-    """A model that only scores: loaded here, from `path`, or served elsewhere, by `server`.
+    """A model that only scores: loaded here, from `path`, served elsewhere, by `server`, or the student's own base.
 
     Args:
         server: The server in place of `path`; it decides about dtype and attention.
         tokenizer: Folder or Hub id of the served model's tokenizer; null: the server is asked.
+        base_of_student: The model under the student's LoRA adapter, in place of `path`: the student with its adapter off.
+            No second copy.
+        device: Where the model is loaded: cpu, cuda:1, …; null: where the student is.
+        quantization: Load the blocks in 8 or 4 bits (package bitsandbytes), the head as it is; null: as the folder holds
+            them, which may be quantised already.
     """
 
     server: TeacherServerConfig = field(default_factory=TeacherServerConfig)
     tokenizer: str | None = None
+    base_of_student: bool = False
+    device: str | None = None
+    quantization: Literal["8bit", "4bit"] | None = None
 
 
 def check_teacher(name: str, config: TeacherConfig) -> None:
-    """Exactly one of the model's folder and its server, and nothing that would be ignored."""
+    """Exactly one of folder, server and student's base, and nothing that would be ignored."""
     url = config.server.url
+    if config.base_of_student:
+        for setting, value in vars(config).items():
+            require(
+                setting == "base_of_student" or value == vars(TeacherConfig())[setting],
+                f"{name}.base_of_student is true but {name}.{setting} is {value!r}: the student's own model is the "
+                f"teacher, as it was loaded; unset one of them",
+            )
+        return
     require(
         bool(config.path or url),
         f"{name}.path is empty and so is {name}.server.url; give a model folder or a Hub id, or a server's url",
@@ -56,9 +73,18 @@ def check_teacher(name: str, config: TeacherConfig) -> None:
         bool(url) or config.tokenizer is None,
         f"{name}.tokenizer is {config.tokenizer!r} but {name}.path is {config.path!r}, which has its own; unset it",
     )
-    for setting in ("dtype", "attn_implementation", "liger"):
+    for setting in ("dtype", "attn_implementation", "liger", "device", "quantization"):
         value = getattr(config, setting)
         require(
-            not url or value == getattr(ModelConfig, setting),
+            not url or value == getattr(TeacherConfig, setting),
             f"{name}.{setting} is {value!r} but {name}.server.url is {url!r}: the server decides about that; unset it",
         )
+
+
+def check_objective(name: str, config: TeacherConfig, objective: Objective) -> None:
+    """A server tells log-probs of some tokens; what compares whole distributions needs the model here."""
+    require(
+        not config.server.url or objective in ("sampled", "top_k"),
+        f"loss.objective is {objective} but {name}.server.url is {config.server.url!r}: a server gives no distribution "
+        f"over the whole vocabulary; set loss.objective to sampled or top_k, or {name}.path",
+    )

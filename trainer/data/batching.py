@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastkl.loss import TopK
 from fastkl.trainer.data.samples import Sample
 
 Layout = Literal["packed", "padded"]
@@ -40,6 +41,17 @@ class Batch:
         values = [sample.given for sample in self.samples for _ in range(sample.loss_tokens)]
         return torch.tensor(values, dtype=torch.bool, device=self.tokens.device)
 
+    def top_k(self) -> TopK:
+        """The teacher's likeliest tokens, [n, k]; ids of −1 pad."""
+        found = [sample.teacher_top_k for sample in self.samples if sample.teacher_top_k is not None]
+        return TopK(*(torch.cat(tensors).to(self.tokens.device) for tensors in zip(*found, strict=True)))
+
+    def scatter_top_k(self, found: TopK) -> None:
+        """Gives each sample its rows of tensors [n, k]."""
+        parts = zip(*(tensor.cpu().split([s.loss_tokens for s in self.samples]) for tensor in found), strict=True)
+        for sample, part in zip(self.samples, parts, strict=True):
+            sample.teacher_top_k = TopK(*part)
+
     def scatter(self, values: Tensor, field: str) -> None:
         """Writes a tensor [n] back into the samples' lists; 0 where a token does not count."""
         remaining = iter(values.tolist())
@@ -51,7 +63,7 @@ def batches(samples: Sequence[Sample], max_tokens: int, layout: Layout, device: 
     """Batches of at most `max_tokens` positions (padding counted); a longer sample gets one of its own."""
     group = _first_fit if layout == "packed" else _by_length
     for members in group(samples, max_tokens):
-        yield _collate(members, layout, device)
+        yield collate(members, layout, device)
 
 
 def _first_fit(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
@@ -80,7 +92,8 @@ def _by_length(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]
     return groups
 
 
-def _collate(samples: list[Sample], layout: Layout, device: torch.device) -> Batch:
+def collate(samples: list[Sample], layout: Layout, device: torch.device) -> Batch:
+    """One batch of all the samples."""
     width = sum(len(s.ids) for s in samples) if layout == "packed" else max(len(s.ids) for s in samples)
     starts: list[int] = []
     ids: list[int] = []

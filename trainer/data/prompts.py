@@ -56,8 +56,8 @@ def encode_prompts(
         encoded = [prompt for prompt in encoded if len(prompt.ids) <= config.max_prompt_tokens]
         if not encoded:
             raise ConfigError(
-                f"data.max_prompt_tokens is {config.max_prompt_tokens}, and none of the {len(prompts)} prompts is as "
-                f"short as that"
+                f"data.max_prompt_tokens is {config.max_prompt_tokens}, and none of the {len(prompts)} prompts of "
+                f"{config.path or config.dataset} is as short as that"
             )
     return encoded
 
@@ -114,7 +114,11 @@ def batch_indices(rows: int, per_step: int, step: int, seed: int) -> list[int]:
 
     A pure function, so a resumed run needs no cursor. Every row comes once before any comes twice.
     """
-    places = range(step * per_step, (step + 1) * per_step)
+    return rows_at(rows, range(step * per_step, (step + 1) * per_step), seed)
+
+
+def rows_at(rows: int, places: range, seed: int) -> list[int]:
+    """What stands in these places of an endless sequence of permutations of the rows."""
     permutations = {epoch: _permutation(rows, epoch, seed) for epoch in {place // rows for place in places}}
     return [permutations[place // rows][place % rows] for place in places]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,11 +23,10 @@ from fastkl.trainer.config.training import RunConfig, as_dict
 
 INCOMPLETE = ".incomplete"
 # Where and how a server is reached, not what it serves: a run that is resumed may find it elsewhere.
-MAY_CHANGE = {
-    f"{part}.server.{name}"
-    for part in ("teacher", "sampling")
-    for name in ("url", "sequences_per_request", "weights", "concurrency", "timeout", "retries", "api_key_env")
-}
+MAY_CHANGE = re.compile(
+    r"((mixture\.[\w-]+\.)?teacher|sampling)\.server\."
+    r"(url|sequences_per_request|weights|concurrency|timeout|retries|api_key_env)"
+)
 
 
 class RunFolder:
@@ -132,5 +132,5 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterable[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted({*before, *now}):
             yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now and name not in MAY_CHANGE:
+    elif before != now and not MAY_CHANGE.fullmatch(name):
         yield f"{name} was {before!r} and is {now!r}"
