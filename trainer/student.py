@@ -38,9 +38,7 @@ class Student:
             )
         set_seed(config.seed)
         self.config = config
-        self.objective: Objective = PolicyGradient(
-            loss, temperature
-        )  # a divergence takes its place once it has a teacher
+        self.objective: Objective = PolicyGradient(loss, temperature)  # a divergence replaces it: it needs the teachers
         self.model = load_student(config.student).to(self.device)
         self.layout = batch_layout(config.batch, self.model)
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
