@@ -36,7 +36,10 @@ class StubServer:
         self.defect: str | None = None
         self.tokenizes, self.tells_texts, self.scales, self.names_ids = True, True, False, True
         self.context = 64
-        self.most_logprobs = 20
+        self.most_logprobs, self.caps = (
+            20,
+            20,
+        )  # beyond the one, requests are refused; lists are no longer than the other
         self.troubles: list[Trouble] = []  # one for each request to come, in order
         self.down_after: int | None = None  # requests that are answered before it is gone
         self.pause = 0.0
@@ -91,7 +94,7 @@ class StubServer:
         # (log-prob of the token, likeliest tokens with their log-probs) for every token but the first
         rows: list[Row] = []
         for row, token in zip(*self.aligned(logprobs, ids), strict=True):
-            values, likeliest = row.topk(count)
+            values, likeliest = row.topk(min(count, self.caps))
             rows.append((row[token].item(), dict(zip(likeliest.tolist(), values.tolist(), strict=True))))
         if api == "echo":
             name = "token_id:{}" if body.get("return_tokens_as_token_ids") and self.names_ids else "<{}>"

@@ -40,10 +40,12 @@ def stub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubServer]:
         yield server
 
 
-def connected(stub: StubServer, temperature: float = 1.0, trusted: bool = False, **options: Any) -> ServedTeacher:
+def connected(
+    stub: StubServer, temperature: float = 1.0, trusted: bool = False, top_k: int | None = None, **options: Any
+) -> ServedTeacher:
     settings = {"model": "stub", "retries": 2, "timeout": 5.0, **options}
     config = TeacherConfig(server=TeacherServerConfig(url=stub.url, **settings), tokenizer="t" if trusted else None)
-    return connect(config, WORDS, temperature=temperature, longest=[3] * 60, remedy="Do this")
+    return connect(config, WORDS, temperature=temperature, longest=[3] * 60, remedy="Do this", top_k=top_k)
 
 
 def samples(count: int = 11, highest: int = len(WORDS)) -> list[Sample]:
@@ -71,6 +73,48 @@ def check_equal(found: list[list[float]], wanted: list[list[float]]) -> None:
 def test_scores_are_those_of_the_model(stub: StubServer, api: str, size: int) -> None:
     teacher = connected(stub, api=api, sequences_per_request=size, concurrency=3)
     check_equal(scores(teacher, samples()), scores(local(stub), samples()))
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("k", [1, 4])
+def test_the_likeliest_tokens_are_those_of_the_model(stub: StubServer, api: str, k: int) -> None:
+    here = LocalTeacher(FusedCausalLM(stub.model), BatchConfig(), 1.0, torch.device("cpu"), top_k=k)
+    ours, theirs = samples(), samples()
+    check_equal(scores(connected(stub, api=api, top_k=k), ours), scores(here, theirs))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.teacher_top_k is not None
+        assert b.teacher_top_k is not None
+        assert torch.equal(a.teacher_top_k.ids, b.teacher_top_k.ids)
+        torch.testing.assert_close(a.teacher_top_k.logprobs, b.teacher_top_k.logprobs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_a_server_that_lists_fewer_tokens_is_refused(stub: StubServer, api: str) -> None:
+    message = r"gives no log-probs and 21 likeliest tokens \(loss\.top_k\).*more than 20 .*--max-logprobs"
+    with pytest.raises(ConfigError, match=message):
+        connected(stub, api=api, top_k=21)
+    stub.caps = 3  # without a word
+    with pytest.raises(
+        ConfigError, match=r"[34] likeliest tokens where 7 were asked for: the server has a lower limit"
+    ):
+        connected(stub, api=api, top_k=7)
+
+
+def test_likeliest_tokens_that_only_have_texts_are_refused(stub: StubServer) -> None:
+    stub.names_ids = False
+    with pytest.raises(ConfigError, match=r"by their texts, not their ids .*return_tokens_as_token_ids"):
+        connected(stub, api="echo", top_k=3)
+    connected(stub, api="echo")
+
+
+def test_lists_without_what_the_student_does_not_know(stub: StubServer) -> None:
+    """Ids of the teacher's padding are left out; a list is padded to its length."""
+    teacher = connected(stub, top_k=3)
+    found = teacher._likeliest([{1: -0.5, len(WORDS): -1.0, 2: -3.0}, {0: -1.0, 3: -2.0, 4: -3.0}])
+    assert found.ids.tolist() == [[1, 2, -1], [0, 3, 4]]
+    assert found.logprobs[0, :2].tolist() == [-0.5, -3.0]
+    with pytest.raises(TeacherError, match="lists no token that the student knows"):
+        teacher._likeliest([{len(WORDS): -1.0}])
 
 
 def test_token_ids_are_sent_and_never_text(stub: StubServer) -> None:

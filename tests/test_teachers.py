@@ -333,7 +333,7 @@ def test_a_quantised_teacher(tmp_path: Path, folder: Path, quantization: str, ob
         ("stored", {"teacher.path": tmp_path / "stored"}),
         ("plain", {"teacher.path": tmp_path / "wide"}),
     ):
-        run = settings(folder, tmp_path / name, optim__steps=1, loss__objective=objective) | teacher
+        run = settings(folder, tmp_path / f"run-{name}", optim__steps=1, loss__objective=objective) | teacher
         rows.append(log(distill(config("distill", run)).path)[0])
     asked, stored, plain = rows
     assert stored == pytest.approx(asked, rel=1e-5)

@@ -34,7 +34,7 @@ class Scores(NamedTuple):
     logprobs: list[float]  # 0 for the first
     best: list[float | None]  # the log-prob of the likeliest token in its place, where the server tells
     texts: list[str | None]  # the token as text, where the server tells
-    top: list[dict[int, float]]  # the likeliest tokens in its place; empty for the first, and where not asked for
+    top: list[dict[int, float]]  # the likeliest tokens in its place, where they were asked for; {} for the first
 
 
 class CompletionsServer:
