@@ -17,8 +17,8 @@ class StubVllm(StubServer):
     """What a test sets beside the fields of `StubServer`.
 
     defect, besides those of scoring: "raw" (log-probs at temperature 1), "seedless", "no-ids", "bos" (a token before the
-    prompt), "early-end" (ends with an id that it was not told), "deaf" (says that it has loaded weights, and has not), "old-head"
-    (loads all but the head).
+    prompt), "early-end" (ends with an id that it was not told), "deaf" (says that it has loaded weights, and has not),
+    "old-head" (loads all but the head).
     """
 
     def __init__(self, model: Path, words: PreTrainedTokenizerFast | None = None) -> None:
