@@ -17,7 +17,8 @@ class StubVllm(StubServer):
     """What a test sets beside the fields of `StubServer`.
 
     defect, besides those of scoring: "raw" (log-probs at temperature 1), "seedless", "no-ids", "bos" (a token before the
-    prompt), "early-end" (ends with an id that it was not told), "deaf" (says that it has loaded weights, and has not).
+    prompt), "early-end" (ends with an id that it was not told), "deaf" (says that it has loaded weights, and has not),
+    "old-head" (loads all but the head).
     """
 
     def __init__(self, model: Path, words: PreTrainedTokenizerFast | None = None) -> None:
@@ -116,7 +117,10 @@ class StubVllm(StubServer):
             base = AutoModelForCausalLM.from_pretrained(self.folder)
             self.adapters[adapter] = base if source == self.folder else PeftModel.from_pretrained(base, str(folder))
         elif self.defect != "deaf":
+            head = self.model.lm_head.weight.detach().clone()
             self.model = AutoModelForCausalLM.from_pretrained(folder)
+            if self.defect == "old-head":
+                self.model.lm_head.weight = torch.nn.Parameter(head)
         return 200, {"results": [None]}
 
     def restart(self) -> None:

