@@ -69,8 +69,6 @@ class Student:
         for first in range(optim.substeps):
             minibatch = samples[first :: optim.substeps]
             tokens = sum(sample.loss_tokens for sample in minibatch)
-            if tokens == 0:  # every sample was dropped
-                continue
             for batch in batches(minibatch, self.config.batch.max_tokens, self.layout, self.device):
                 output = self._loss(batch, tokens, next(seeds))
                 self.accelerator.backward(output.loss)
@@ -86,7 +84,7 @@ class Student:
         metrics = {
             **totals,
             "optim/lr": float(self.scheduler.get_last_lr()[0]),
-            "optim/grad_norm": sum(norms) / max(1, len(norms)),
+            "optim/grad_norm": sum(norms) / len(norms),
         }
         self.scheduler.step()
         return {**metrics, **_mismatch_metrics(mismatch)}
