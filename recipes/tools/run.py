@@ -1,7 +1,7 @@
 """The tools recipe, on the CPU in a few minutes: a student that mostly guesses products learns to ask a calculator.
 
-Two tiny Llamas are fine-tuned (`teacher.yaml`, `student.yaml`), then `distill.yaml` runs: the student samples, the calculator
-answers when it is asked, the teacher scores the student's own tokens. Everything is kept in runs/tools.
+Two tiny Llamas are fine-tuned (`teacher.yaml`, `student.yaml`), then `distill.yaml` runs: the student samples, the
+calculator answers when it is asked, the teacher scores the student's own tokens. Everything is kept in runs/tools.
 """
 
 from __future__ import annotations
