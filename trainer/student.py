@@ -72,8 +72,6 @@ class Student:
         for first in range(optim.substeps):
             minibatch = samples[first :: optim.substeps]
             tokens = sum(sample.loss_tokens for sample in minibatch)
-            if tokens == 0:  # every sample was dropped
-                continue
             for batch in self._batches(minibatch):
                 output = self.objective(self.fused, batch, tokens, next(seeds))
                 self.accelerator.backward(output.loss)
@@ -90,7 +88,7 @@ class Student:
         metrics = {
             **totals,
             "optim/lr": float(self.scheduler.get_last_lr()[0]),
-            "optim/grad_norm": sum(norms) / max(1, len(norms)),
+            "optim/grad_norm": sum(norms) / len(norms),
         }
         self.scheduler.step()
         return {**metrics, **_mismatch_metrics(mismatch)}

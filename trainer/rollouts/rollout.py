@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,7 +44,7 @@ class Rollouts:
         own = on_policy_count(len(chosen), self._config.on_policy_fraction, step)
         starts = [(index, list[int]()) for index in chosen[:own] for _ in range(self._config.samples_per_prompt)]
         starts += [(start["prompt_index"], start["completion"]) for start in self._unfinished]
-        given = [copy.copy(self._given[index]) for index in chosen[own:]]
+        given = [dataclasses.replace(self._given[index], given=True) for index in chosen[own:]]
         return self._write(starts, step, seed) + given
 
     def keep(self, samples: Sequence[Sample]) -> None:
