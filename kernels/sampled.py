@@ -20,7 +20,8 @@ docs/sampled-backward.md has the proof, measurements, and when not to use this.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -34,8 +35,9 @@ BACKWARDS: tuple[str, ...] = get_args(Backward)
 # A sample belongs to a block of rows. Small blocks keep fewer columns, large ones multiply and select them at less cost.
 BLOCK_ROWS = {"cpu": 128, "accelerator": 1024}
 BREAK_EVEN = 0.5  # of the columns: from here on the product of all of them is no slower than that of those kept
+PROBED = 8  # after a flat block, one in so many of the next one's rows is looked at first
 SCRATCH_BYTES = {"cpu": 2**21, "accelerator": 2**28}  # of squares; on a CPU they are to stay in its cache
-SOLVED_COLUMNS = 2**14  # at least; τ is solved from every so many-th column
+SOLVED_COLUMNS = 2**13  # at least; τ is solved from every so many-th column
 CENTRE_ROWS = 2**12  # at least
 LEAST_SLOPE = (
     1e-3  # of the block's root mean square: bounds û in rows that hardly count, which share the others' columns
@@ -133,6 +135,7 @@ class Sampler:
         rows = max(1, SCRATCH_BYTES[_kind(weight.device)] // (weight.shape[0] * self.dtype.itemsize))
         self.scratch_rows = min(rows, block_rows(weight.device))
         self.scratch: Tensor | None = None
+        self.flat = False  # was the last block?
         self.kept = self.seen = 0  # entries of u
         self.variance, self.square = (weight.new_zeros((), dtype=self.dtype) for _ in range(2))
 
@@ -143,29 +146,47 @@ class Sampler:
         return _Sparse(self, gradient, slope, columns, self.estimate(gradient, columns))
 
     def draw(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> Columns | None:
-        """The columns of a block; None: all of them, which is exact. A synchronisation on an accelerator."""
+        """The columns of a block; None: all of them, which is exact. Synchronisations on an accelerator.
+
+        Whether a block is flat, and so exact, is a function of its gradient and of those before it, never of what was
+        drawn, which would be a bias. A few rows keep fewer columns than all: where they are flat, so are all.
+        """
+        self.seen += gradient.numel()
+        if self.flat and gradient.shape[0] > PROBED:
+            probed = slope[::PROBED]
+            w, total, tau = self._solve(gradient[::PROBED], probed, [])
+            if not is_sparse(w, tau):
+                self._count_exact(gradient, total * (slope.shape[0] / probed.shape[0]))
+                return None
+        w, total, tau = self._solve(gradient, slope, always)
+        self.flat = not is_sparse(w, tau)
+        if self.flat:
+            self._count_exact(gradient, total)
+            return None
+        # Midpoints of the generator's grid: never 0, so that 1 / π is bounded.
+        u = torch.rand(w.shape, generator=self.generator, dtype=self.dtype, device=w.device).add_(2.0**-25)
+        kept = w > u.mul_(tau)
+        for ids in always:
+            kept.index_fill_(0, ids, True)
+        ids = kept.nonzero().squeeze(1)
+        self.kept += gradient.shape[0] * ids.numel()
+        self.square += total
+        self.variance += torch.dot(w, (tau - w).clamp_(min=0.0))
+        own = w[ids]
+        return Columns(ids, torch.where(own > 0, tau / own, 1.0).clamp_(min=1.0))
+
+    def _solve(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """w [V], 0 where a column is certain; Σ w² over all columns; τ."""
         squares = self._column_squares(gradient, slope)
         total = squares.sum()
         for ids in always:
             squares.index_fill_(0, ids, 0.0)
         w = squares.sqrt_()
-        tau = block_threshold(self.sampling, w, total)
-        # Midpoints of the generator's grid: never 0, so that 1 / π is bounded.
-        u = torch.rand(w.shape, generator=self.generator, dtype=self.dtype, device=w.device).add_(2.0**-25)
-        dropped = w <= u.mul_(tau)  # False where anything is NaN: what is wrong with u is not hidden
-        dropped &= is_sparse(w, tau)
-        for ids in always:
-            dropped.index_fill_(0, ids, False)
-        ids = dropped.logical_not_().nonzero().squeeze(1)
-        self.seen += gradient.numel()
+        return w, total, block_threshold(self.sampling, w, total)
+
+    def _count_exact(self, gradient: Tensor, total: Tensor) -> None:
+        self.kept += gradient.numel()
         self.square += total
-        if ids.numel() == w.shape[0]:
-            self.kept += gradient.numel()
-            return None
-        self.kept += gradient.shape[0] * ids.numel()
-        self.variance += torch.dot(w, (tau - w).clamp_(min=0.0))
-        own = w[ids]
-        return Columns(ids, torch.where(own > 0, tau / own, 1.0).clamp_(min=1.0))
 
     def statistics(self) -> Tensor:
         """The fraction of u that was kept, and the expected relative error of û, [2]."""
@@ -216,6 +237,17 @@ class _Exact(NamedTuple):
 
     def estimate(self, rows: slice) -> Estimate | None:
         return None
+
+
+def merged(drawn: Iterable[tuple[slice, Sample]], gradient: Tensor, slope: Tensor) -> Iterator[tuple[slice, Sample]]:
+    """Blocks of a chunk with their samples, as they are drawn; neighbours that are exact as one, for larger products."""
+    for exact, group in itertools.groupby(drawn, key=lambda found: isinstance(found[1], _Exact)):
+        if not exact:
+            yield from group
+            continue
+        found = list(group)
+        rows = slice(found[0][0].start, found[-1][0].stop)
+        yield rows, found[0][1]._replace(gradient=gradient[rows], slope=slope[rows])  # type: ignore[attr-defined]
 
 
 class _Sparse(NamedTuple):
