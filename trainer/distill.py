@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.trainer import checks
+from fastkl.trainer import checks, processes
 from fastkl.trainer.advantages import set_advantages
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.batching import PAD_ID
@@ -16,7 +16,6 @@ from fastkl.trainer.data.samples import Sample, make_sample
 from fastkl.trainer.grading.evaluate import load_eval_prompts
 from fastkl.trainer.loop import Clock, fit
 from fastkl.trainer.models.loading import end_of_sequence, fuse, load_teacher, load_teacher_tokenizer, load_tokenizer
-from fastkl.trainer.models.scoring import score
 from fastkl.trainer.runs.folder import RunFolder, check_run_folder
 from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
 from fastkl.trainer.samplers.sampler import Sampler
@@ -41,24 +40,26 @@ class OnPolicy:
         self._sampler, self._prompts = sampler, prompts
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
-        with clock("sample"):
-            samples = self._rollout(step)
+        with clock("sample"), self._student.whole():
+            mine = processes.agree(lambda: self._rollout(step))
         with clock("teacher"):
-            self._teacher.score(samples)
+            processes.agree(lambda: self._teacher.score(mine))
         with clock("old_logprobs"):
-            self._set_old_logprobs(samples)
+            self._set_old_logprobs(mine)
+            samples = processes.gather(mine)
         set_advantages(samples, coef=self._config.loss.kl_coef, discount=self._config.loss.discount)
         return samples, rollout_metrics(samples)
 
     def _rollout(self, step: int) -> list[Sample]:
+        """This process's share of the step's samples."""
         config = self._config.sampling
         chosen = batch_indices(len(self._prompts), config.prompts_per_step, step, self._config.seed)
-        chosen = [index for index in chosen for _ in range(config.samples_per_prompt)]
+        chosen = processes.share([index for index in chosen for _ in range(config.samples_per_prompt)])
         completions = self._sampler.sample(
             [self._prompts[index].ids for index in chosen],
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
-            seed=self._config.seed * 1_000_003 + step,
+            seed=processes.seed(self._config.seed * 1_000_003 + step),
         )
         return [
             make_sample(self._prompts[index].ids, c.token_ids, index, c.logprobs, truncated=c.truncated)
@@ -68,15 +69,7 @@ class OnPolicy:
     def _set_old_logprobs(self, samples: list[Sample]) -> None:
         """What the importance ratio is taken against: see `LossConfig.old_logprobs`."""
         if self._config.loss.old_logprobs == "recompute":
-            score(
-                self._student.fused,
-                samples,
-                "old_logprobs",
-                temperature=self._config.sampling.temperature,
-                max_tokens=self._config.batch.max_tokens,
-                layout=self._student.layout,
-                device=self._student.device,
-            )
+            self._student.score(samples, "old_logprobs")
         elif self._config.loss.old_logprobs == "sampler":
             for sample in samples:
                 sample.old_logprobs = sample.sampler_logprobs
@@ -97,7 +90,12 @@ def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
 
 def distill(config: DistillConfig) -> RunFolder:
     """Runs (or resumes) a distillation; raises ConfigError before anything expensive if it cannot work."""
-    check_run_folder(config)
+    checks.check_trackers(config.trackers)
+    accelerator = processes.start(config)
+    checks.check_share(
+        config.sampling.prompts_per_step * config.sampling.samples_per_prompt, "sampling.prompts_per_step"
+    )
+    processes.on_main(lambda: check_run_folder(config))
     tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_teacher_tokenizer(config.teacher)
     prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
     eval_prompts = load_eval_prompts(config.eval, tokenizer)
@@ -106,7 +104,7 @@ def distill(config: DistillConfig) -> RunFolder:
         checks.check_chat(tokenizer, teacher_tokenizer, prompts, config.data.chat_template)
     served = _connect(config, tokenizer, prompts) if config.teacher.server.url else None
 
-    student = Student(config, config.loss, config.sampling.temperature)
+    student = Student(config, accelerator, config.loss, config.sampling.temperature)
     teacher = served or _load(config, student)
     _check_models(config, student, teacher, tokenizer, prompts, eval_prompts)
     sampler = ContinuousBatchingSampler(

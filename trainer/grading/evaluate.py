@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from fastkl.trainer import processes
 from fastkl.trainer.config.data import EvalConfig
 from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, load_prompts
@@ -43,13 +44,16 @@ def evaluate(
     config: EvalConfig,
     seed: int,
 ) -> tuple[dict[str, float], list[Answer]]:
-    """Metrics `eval/*` and the graded answers."""
-    completions = sampler.sample(
-        [prompt.ids for prompt in prompts],
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        seed=seed,
+    """Metrics `eval/*` and the graded answers; several processes share the prompts, and all have all answers."""
+    own = processes.agree(
+        lambda: sampler.sample(
+            [prompt.ids for prompt in processes.share(prompts)],
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=processes.seed(seed),
+        )
     )
+    completions = processes.gather(own)
     texts = [tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in completions]
     grade = GRADERS[config.grader]
     answers = [Answer(p, text, grade(text, p.row.answer or "")) for p, text in zip(prompts, texts, strict=True)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastkl.head import FusedCausalLM
 from fastkl.loss import linear_logprobs
@@ -34,7 +34,7 @@ def score(
     model.train(training)
 
 
-def batch_logprobs(model: FusedCausalLM, batch: Batch, temperature: float) -> Tensor:
+def batch_logprobs(model: nn.Module, batch: Batch, temperature: float) -> Tensor:
     """Log-probs [n] of the counted tokens of a batch; UNKNOWN for ids beyond the model's head (another's padding).
 
     Such an id has no embedding either: what comes after it is scored as if it were PAD_ID.
@@ -46,7 +46,8 @@ def batch_logprobs(model: FusedCausalLM, batch: Batch, temperature: float) -> Te
         values = linear_logprobs(hidden.flatten(0, 1)[batch.rows], weight, tokens, temperature=temperature, **head)
         return values.where(known, UNKNOWN)
 
-    config: Any = model.model.config
+    fused: Any = getattr(model, "module", model)  # under DDP
     ids = batch.inputs["input_ids"]
-    readable = ids.where(ids < config.get_text_config().vocab_size, PAD_ID)
-    return model(logprobs, **{**batch.inputs, "input_ids": readable})
+    readable = ids.where(ids < fused.model.config.get_text_config().vocab_size, PAD_ID)
+    values: Tensor = model(logprobs, **{**batch.inputs, "input_ids": readable})
+    return values

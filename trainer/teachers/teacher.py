@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.runs.errors import RunError
 
 UNKNOWN = -50.0  # a log-prob for what the teacher cannot say: low enough to push it away, and finite
 
 
-class TeacherError(RuntimeError):
+class TeacherError(RunError):
     """The teacher cannot score now; what is wrong is in its surroundings, and the run can be resumed."""
 
 
