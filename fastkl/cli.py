@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(INTERRUPTED, processes.failed_first())
         return 130
     except Exception:
-        if processes.failed_first():
+        if processes.failed_first(unless_known=True):
             raise
         return 1
     return 0

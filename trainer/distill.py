@@ -77,13 +77,13 @@ class OnPolicy:
 
 def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
     """teacher_kl and entropy are the one-sample estimates: means of ℓ_sampler − ℓ_teacher and of −ℓ_sampler per token."""
-    tokens = sum(sample.loss_tokens for sample in samples)
+    tokens = max(1, sum(sample.loss_tokens for sample in samples))
     ours = sum(sum(sample.sampler_logprobs) for sample in samples)
     theirs = sum(sum(sample.teacher_logprobs) for sample in samples)
     return {
         "teacher_kl": (ours - theirs) / tokens,
         "entropy": -ours / tokens,
-        "completions/mean_length": tokens / len(samples),
+        "completions/mean_length": sum(sample.loss_tokens for sample in samples) / len(samples),
         "completions/truncated_fraction": sum(sample.truncated for sample in samples) / len(samples),
     }
 

@@ -96,7 +96,7 @@ def fit(
             report.step(done, metrics)
             if done == config.optim.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
                 folder.save_checkpoint(student.save, done)
-        with student.whole():
+        with folder.room_for("student"), student.whole():
             processes.on_main(lambda: save_student(student.model, tokenizer, folder.student))
         report.note(f"student saved in {folder.student}")
         if start < config.optim.steps:  # a finished run is left as it is

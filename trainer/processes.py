@@ -88,6 +88,7 @@ def on_main(function: Callable[[], T]) -> T:
 
 def agree(function: Callable[[], T]) -> T:
     """What it returns here; but what it raises on any process, all raise. It must not wait for the others."""
+    global _failed_first
     if count() == 1:
         return function()
     error: Exception | None = None
@@ -97,20 +98,22 @@ def agree(function: Callable[[], T]) -> T:
         failed_first()  # here is where it happened, and where the message is the best
         error = raised
     errors = gather([] if error is None else [_portable(error)])
-    if error is not None or errors:
-        raise error or errors[0]
+    if error is None and errors:
+        _failed_first, error = False, errors[0]
+    if error is not None:
+        raise error
     return result
 
 
-def failed_first() -> bool:
-    """Whether this process is the one to say what went wrong: the first that asks."""
+def failed_first(unless_known: bool = False) -> bool:
+    """Whether this process is the one to say what went wrong: the first that asks; `unless_known` if that is lost."""
     global _failed_first
     if _failed_first is None:
         try:
             store = dist.distributed_c10d._get_default_store() if count() > 1 else None
             _failed_first = store is None or store.add("fastkl/failed", 1) == 1
-        except RuntimeError:  # the processes have lost each other
-            _failed_first = rank() == 0
+        except RuntimeError:  # the process that kept the score is gone
+            _failed_first = unless_known
     return _failed_first
 
 

@@ -239,9 +239,9 @@ def _merge_metrics(parts: list[dict[str, float]]) -> dict[str, float]:
 
 def _mismatch_metrics(differences: list[Tensor]) -> dict[str, float]:
     """How far the trainer's log-probs are from the sampler's, before the update."""
-    if not differences:
+    difference = torch.cat([*differences, torch.empty(0)])
+    if not len(difference):
         return {}
-    difference = torch.cat(differences)
     ratio = difference.exp()
     return {
         "sampler_mismatch/mean_abs": difference.abs().mean().item(),

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from fastkl.trainer import processes
 from fastkl.trainer.config.errors import ConfigError
@@ -70,7 +71,7 @@ class RunFolder:
         """Appends rows to metrics.jsonl or samples.jsonl."""
 
         def append() -> None:
-            with self._room_for(file), open(self.path / file, "a", encoding="utf-8") as out:
+            with self.room_for(file), open(self.path / file, "a", encoding="utf-8") as out:
                 out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
         processes.on_main(append)
@@ -94,7 +95,7 @@ class RunFolder:
             for old in sorted(self._checkpoints.glob("step-*"))[: -self._keep]:
                 shutil.rmtree(old)
 
-        with self._room_for(target.name):
+        with self.room_for(target.name):
             if processes.on_main(prepare):
                 write(aside)
                 processes.on_main(finish)
@@ -104,17 +105,18 @@ class RunFolder:
 
         def drop(name: str) -> None:
             rows = [row for row in read_jsonl(self.path / name) if row["step"] <= steps_done]
-            write_text(self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            with self.room_for(name):
+                write_text(self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
         for name in ("metrics.jsonl", "samples.jsonl"):
             processes.on_main(partial(drop, name))
 
     @contextmanager
-    def _room_for(self, what: str) -> Iterator[None]:
+    def room_for(self, what: str) -> Iterator[None]:
         """A full disk ends a run in one sentence. What a checkpoint that did not fit has taken is given back."""
         try:
             yield
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             if processes.rank() == 0:
                 shutil.rmtree(self._checkpoints / INCOMPLETE, ignore_errors=True)
             raise RunError(
