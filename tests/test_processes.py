@@ -64,6 +64,7 @@ def run(command_line: list[str], errors: Path, count: int, fsdp: bool = False) -
         command_line, errors, count=count, fsdp=fsdp, before=dict.fromkeys(range(count), give_samples)
     )
     assert codes == [0] * count, "\n".join(said)
+    assert count == 1 or f"{count} processes, {'FSDP 2' if fsdp else 'DDP'}" in said[0]
     return Path(next(word.removeprefix("--run=") for word in command_line if word.startswith("--run=")))
 
 
@@ -297,21 +298,16 @@ def stop_real_at_step_3() -> None:
     OnPolicy.samples = interrupted  # type: ignore[method-assign]
 
 
-LAUNCHES = {
-    "ddp": ["--multi_gpu", "--num_processes=2"],
-    "fsdp": ["--use_fsdp", "--fsdp_version=2", "--num_processes=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP"],
-}
-
-
 @slow
 @pytest.mark.parametrize("machines", [1, 2])
-@pytest.mark.parametrize("way", LAUNCHES)
-def test_accelerate_launch(tmp_path: Path, folder: Path, way: str, machines: int) -> None:
+@pytest.mark.parametrize(("way", "name"), [("ddp", "DDP"), ("fsdp2", "FSDP 2")])
+def test_accelerate_launch(tmp_path: Path, folder: Path, way: str, name: str, machines: int) -> None:
     """As a user starts it; two machines are two launchers with a process each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = [*LAUNCHES[way], "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
+    recipe = REPOSITORY / "recipes" / "accelerate" / f"{way}.yaml"
+    common = [f"--config_file={recipe}", "--num_processes=2", f"--main_process_port={port}"]
     launches = [
         [
             *(sys.executable, "-m", "accelerate.commands.launch", *common, f"--num_machines={machines}"),
@@ -328,5 +324,5 @@ def test_accelerate_launch(tmp_path: Path, folder: Path, way: str, machines: int
     ]
     said = [process.communicate(timeout=240)[1] for process in running]
     assert [process.returncode for process in running] == [0] * machines, "\n".join(said)
-    assert "".join(said).count("step 3/3") == 1
+    assert "".join(said).count("step 3/3") == "".join(said).count(f"2 processes, {name}") == 1
     assert [row["step"] for row in log(tmp_path / "run")] == [0, 1, 2, 3]

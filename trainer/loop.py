@@ -70,6 +70,8 @@ def fit(
                 metrics |= evaluate(sampler, tokenizer, eval_prompts, config.eval, config.seed)[0]
 
     with Report(config.optim.steps, start) as report:
+        if processes.count() > 1:
+            report.note(f"{processes.count()} processes, {'FSDP 2' if student.accelerator.is_fsdp2 else 'DDP'}")
         if checkpoint is None:
             metrics: dict[str, float] = {}
             grade(metrics)
