@@ -24,6 +24,8 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=6)  # how long one waits for the slowest: a rollout, a teacher that is away
 KNOWN = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")
 
+# Freed while a thread of its own lets go of a tensor, gloo's group would wait for that, and the thread for Python's lock.
+_kept_until_exit: list[Any] = []
 _failed_first: bool | None = None
 
 
@@ -46,6 +48,8 @@ def start(config: RunConfig) -> Accelerator:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
         if accelerator.distributed_type == DistributedType.MULTI_GPU:
             accelerator.state.distributed_type = DistributedType.MULTI_CPU
+    if count() > 1:
+        _kept_until_exit.append(dist.group.WORLD)
     _check(accelerator)
     settings = gather([repr(as_dict(config))])
     if len(set(settings)) > 1:
