@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, disable_fsdp_ram_efficient_loading
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.config.training import RunConfig, as_dict
@@ -144,3 +145,11 @@ def _check(accelerator: Accelerator) -> None:
         )
     if str(os.environ.get("FSDP_OFFLOAD_PARAMS", "false")).lower() in ("true", "1"):
         raise ConfigError("fsdp_offload_params is true; this trainer keeps its shards on the device: set it to false")
+    if accelerator.mixed_precision == "fp16":
+        raise ConfigError(
+            "mixed_precision is fp16 under FSDP 2, which this trainer does in bf16 or no; set one of them"
+        )
+    if (
+        accelerator.mixed_precision == "bf16"
+    ):  # accelerate would round losses, log-probs and summed gradients to bf16 too
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -43,10 +43,7 @@ class RunFolder:
         self._keep = config.checkpoint.keep
         self._lock = FileLock(self.path / ".lock")
         processes.on_main(lambda: self._open(config))
-        if not processes.agree((self.path / "config.yaml").is_file):
-            raise ConfigError(
-                f"{self.path.resolve()} is not the same folder on all hosts; put run on a file system that they share"
-            )
+        processes.agree(self._check_shared)
 
     def _open(self, config: RunConfig) -> None:
         check_run_folder(config)
@@ -60,6 +57,12 @@ class RunFolder:
         check_run_folder(config)  # again, now that no other process can start a run here
         write_text(self.path / "config.yaml", yaml.safe_dump(_settings(config), sort_keys=False, allow_unicode=True))
         self._checkpoints.mkdir(exist_ok=True)  # last: a folder without config.yaml holds nothing but the lock
+
+    def _check_shared(self) -> None:
+        if not (self.path / "config.yaml").is_file():
+            raise ConfigError(
+                f"{self.path.resolve()} is not the same folder on all hosts; put run on a file system that they share"
+            )
 
     def __enter__(self) -> RunFolder:
         return self
@@ -87,8 +90,10 @@ class RunFolder:
 
         def prepare() -> bool:
             shutil.rmtree(aside, ignore_errors=True)
+            if target.exists():
+                return False
             aside.mkdir()
-            return not target.exists()
+            return True
 
         def finish() -> None:
             os.rename(aside, target)
