@@ -252,11 +252,11 @@ def test_variants_learn_and_save(tmp_path: Path, pair: Pair, options: dict[str, 
 
 
 METRICS = {
-    *("step", "teacher_kl", "entropy", "loss", "tokens_per_second", "optim/lr", "optim/grad_norm"),
+    *("step", "teacher_kl", "entropy", "loss", "tokens_per_second", "optim/lr", "optim/grad_norm", "optim/skipped"),
     *("completions/mean_length", "completions/truncated_fraction"),
     *(f"policy/{name}" for name in ("ratio_mean", "ratio_min", "ratio_max", "clip_fraction", "k1", "k3")),
     *(f"sampler_mismatch/{name}" for name in ("mean_abs", "p95_abs", "outside_0.9_1.1")),
-    *(f"time/{name}" for name in ("sample", "teacher", "old_logprobs", "train")),
+    *(f"time/{name}" for name in ("push_weights", "sample", "teacher", "old_logprobs", "train")),
 }
 
 

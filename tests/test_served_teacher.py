@@ -113,7 +113,7 @@ def test_lists_without_what_the_student_does_not_know(stub: StubServer) -> None:
     found = teacher._likeliest([{1: -0.5, len(WORDS): -1.0, 2: -3.0}, {0: -1.0, 3: -2.0, 4: -3.0}])
     assert found.ids.tolist() == [[1, 2, -1], [0, 3, 4]]
     assert found.logprobs[0, :2].tolist() == [-0.5, -3.0]
-    with pytest.raises(TeacherError, match="lists no token that the student knows"):
+    with pytest.raises(ServerError, match="lists no token that the student knows"):
         teacher._likeliest([{len(WORDS): -1.0}])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastkl.trainer import processes
 from fastkl.trainer.config.data import EvalConfig
 from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.data.prompts import EncodedPrompt, render_chat
@@ -26,6 +27,14 @@ def check_trackers(names: list[str]) -> None:
                 f"trackers has {name!r}, which is not installed or unknown to accelerate (installed here: "
                 f"{', '.join(installed) or 'none'}); install it or leave it out, metrics.jsonl is always written"
             )
+
+
+def check_share(samples: int, name: str) -> None:
+    """Every process has a sample in each step."""
+    if samples < processes.count():
+        raise ConfigError(
+            f"a step has {samples} samples for {processes.count()} processes; raise {name} or start fewer processes"
+        )
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

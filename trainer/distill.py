@@ -9,15 +9,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.trainer import checks
+from fastkl.trainer import checks, processes
 from fastkl.trainer.advantages import set_advantages, set_reward_advantages
+from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.mixture import DataSet, read_data_sets, step_prompts
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.grading.evaluate import load_eval_prompts
 from fastkl.trainer.loop import Clock, fit
 from fastkl.trainer.models.loading import context_length, end_of_sequence, load_tokenizer
-from fastkl.trainer.models.scoring import score
 from fastkl.trainer.objectives import objective
 from fastkl.trainer.rollouts.conversations import MultiTurn, stop_ids
 from fastkl.trainer.rollouts.environments import Environment, make_environment
@@ -49,22 +49,24 @@ class OnPolicy:
         self._config, self._student, self._teacher = config, student, teacher
         self._sampler, self._rollouts, self._data_sets = sampler, rollouts, data_sets
         self._names = [data_set.name for data_set in data_sets for _ in data_set.prompts]
-        student.accelerator.register_for_checkpointing(rollouts)
+        student.keep("rollouts", rollouts)
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
         with clock("push_weights"):
             self._sampler.refresh()
-        with clock("sample"):
+        with clock("sample"), self._student.whole():
             written = self._rollout(step)
             metrics = set_reward_advantages(written, self._config.reward)
             samples = kept(written, self._config.sampling)
-        loss = self._config.loss
-        if self._teacher is not None and loss.objective in ("sampled", "top_k"):  # others ask it in the update
+        loss, teacher, mine = self._config.loss, self._teacher, processes.share(samples)
+        if teacher is not None and loss.objective in ("sampled", "top_k"):  # others ask it in the update
             with clock("teacher"):
-                self._teacher.score(samples)
+                processes.agree(lambda: teacher.score(mine))
         if loss.objective == "sampled":
             with clock("old_logprobs"):
-                self._set_old_logprobs(samples)
+                self._set_old_logprobs(mine)
+        samples = processes.gather(mine)
+        if loss.objective == "sampled":
             set_advantages(
                 samples, coef=loss.kl_coef, discount=loss.discount, given_coef=self._config.sampling.given_coef
             )
@@ -89,15 +91,8 @@ class OnPolicy:
         """
         method = self._config.loss.old_logprobs
         scored = samples if method == "recompute" else [s for s in samples if s.given and method == "sampler"]
-        score(
-            self._student.fused,
-            scored,
-            "old_logprobs",
-            temperature=self._config.sampling.temperature,
-            max_tokens=self._config.batch.max_tokens,
-            layout=self._student.layout,
-            device=self._student.device,
-        )
+        if method == "recompute" or self._config.sampling.on_policy_fraction < 1:
+            self._student.score(scored, "old_logprobs")
         for sample in samples:
             if sample.given:
                 sample.sampler_logprobs = sample.old_logprobs or [0.0] * len(sample.ids)
@@ -132,7 +127,13 @@ def _mean(samples: list[Sample], field: str) -> float:
 
 def distill(config: DistillConfig) -> RunFolder:
     """Runs (or resumes) a distillation; raises ConfigError before anything expensive if it cannot work."""
-    check_run_folder(config)
+    checks.check_trackers(config.trackers)
+    accelerator = processes.start(config)
+    checks.check_share(
+        config.sampling.prompts_per_step * config.sampling.samples_per_prompt, "sampling.prompts_per_step"
+    )
+    _check_processes(config)
+    processes.on_main(lambda: check_run_folder(config))
     tokenizer = load_tokenizer(config.student)
     environment = make_environment(config.environment)
     data_sets = read_data_sets(config, tokenizer)
@@ -144,7 +145,7 @@ def distill(config: DistillConfig) -> RunFolder:
     served = connect_servers(config, tokenizer, data_sets)
     sampling_server = connect_sampling(config, tokenizer, prompts, eval_prompts) if config.sampling.server.url else None
 
-    student = Student(config, config.loss, config.sampling.temperature)
+    student = Student(config, accelerator, config.loss, config.sampling.temperature)
     teachers = open_teachers(config, tokenizer, data_sets, student, served)
     checks.check_eval_room(eval_prompts, config.eval, "student", student.model)
     student.objective = objective(config.loss, config.sampling.temperature, teachers)
@@ -156,6 +157,14 @@ def distill(config: DistillConfig) -> RunFolder:
     with RunFolder(config) as folder:
         fit(student, source, writer, tokenizer, eval_prompts, folder)
     return folder
+
+
+def _check_processes(config: DistillConfig) -> None:
+    if config.sampling.server.url and processes.count() > 1:
+        raise ConfigError(
+            f"sampling.server.url is {config.sampling.server.url!r} and there are {processes.count()} processes, each of which "
+            f"would load its weights there; start one process, or leave the sampling to them"
+        )
 
 
 def _writer(

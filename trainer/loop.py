@@ -10,13 +10,14 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from fastkl.trainer import processes
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.grading.evaluate import evaluate
 from fastkl.trainer.models.loading import save_student
 from fastkl.trainer.report.page import report_of
 from fastkl.trainer.rollouts.writer import Writer
-from fastkl.trainer.runs.folder import RunFolder
+from fastkl.trainer.runs.folder import RunFolder, flat_settings
 from fastkl.trainer.runs.progress import Report
 from fastkl.trainer.servers.errors import ServerError
 from fastkl.trainer.student import Student
@@ -40,7 +41,10 @@ class Source(Protocol):
     """Where the samples of a step come from."""
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
-        """Samples with advantages, and metrics. The same for the same step and the same student, always."""
+        """All samples of a step, with advantages, and metrics, on every process.
+
+        The same for the same step and the same student, always.
+        """
         ...
 
 
@@ -57,15 +61,18 @@ def fit(
     checkpoint = folder.latest_checkpoint()
     if checkpoint is not None:
         start = checkpoint[0]
-        student.restore(str(checkpoint[1]))
+        student.restore(checkpoint[1])
     folder.rewind(start if checkpoint is not None else -1)
-    student.accelerator.init_trackers("fastkl")
+    student.accelerator.init_trackers("fastkl", config=flat_settings(config))
 
     def grade(metrics: dict[str, float]) -> None:
         if eval_prompts:
-            metrics |= evaluate(writer, tokenizer, eval_prompts, config.eval, config.seed)[0]
+            with student.whole():
+                metrics |= evaluate(writer, tokenizer, eval_prompts, config.eval, config.seed)[0]
 
     with Report(config.optim.steps, start) as report:
+        if processes.count() > 1:
+            report.note(f"{processes.count()} processes, {'FSDP 2' if student.accelerator.is_fsdp2 else 'DDP'}")
         if checkpoint is None:
             metrics: dict[str, float] = {}
             grade(metrics)
@@ -79,7 +86,7 @@ def fit(
             try:
                 samples, metrics = source.samples(step, clock)
             except ServerError:
-                folder.save_checkpoint(student.accelerator, step)
+                folder.save_checkpoint(student.save, step)
                 raise
             with clock("train"):
                 metrics |= student.update(samples, step)
@@ -92,11 +99,12 @@ def fit(
             folder.log("samples.jsonl", _sample_records(samples[: config.log_samples], tokenizer, done))
             report.step(done, metrics)
             if done == config.optim.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
-                folder.save_checkpoint(student.accelerator, done)
-        save_student(student.model, tokenizer, folder.student)
+                folder.save_checkpoint(student.save, done)
+        with folder.room_for("student"), student.whole():
+            processes.on_main(lambda: save_student(student.model, tokenizer, folder.student))
         report.note(f"student saved in {folder.student}")
         if start < config.optim.steps:  # a finished run is left as it is
-            report.note(report_of(folder.path))
+            report.note(processes.on_main(lambda: report_of(folder.path)))
     student.accelerator.end_training()
 
 

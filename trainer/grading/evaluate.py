@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from fastkl.trainer import processes
 from fastkl.trainer.config.data import EvalConfig
 from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, load_prompts
 from fastkl.trainer.grading.named import NamedGrader, named_grader
@@ -43,10 +44,17 @@ def evaluate(
     config: EvalConfig,
     seed: int,
 ) -> tuple[dict[str, float], list[Answer]]:
-    """Metrics `eval/*` and the graded answers."""
-    answered = writer.write(
-        prompts, max_new_tokens=[config.max_new_tokens] * len(prompts), temperature=config.temperature, seed=seed
+    """Metrics `eval/*` and the graded answers; several processes share the prompts, and all have all answers."""
+    mine = processes.share(prompts)
+    own = processes.agree(
+        lambda: writer.write(
+            mine,
+            max_new_tokens=[config.max_new_tokens] * len(mine),
+            temperature=config.temperature,
+            seed=processes.seed(seed),
+        )
     )
+    answered = processes.gather(own)
     texts = [tokenizer.decode(trajectory.answer_ids, skip_special_tokens=True) for trajectory in answered]
     grader = eval_grader(config)
     answers = [Answer(p, text, grader(text, p.row)) for p, text in zip(prompts, texts, strict=True)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastkl.head import FusedCausalLM
 from fastkl.loss import TopK, linear_logprobs, linear_top_k
@@ -34,7 +34,7 @@ def score(
     model.train(training)
 
 
-def batch_logprobs(model: FusedCausalLM, batch: Batch, temperature: float) -> Tensor:
+def batch_logprobs(model: nn.Module, batch: Batch, temperature: float) -> Tensor:
     """Log-probs [n] of the counted tokens of a batch; UNKNOWN for ids beyond the model's head (another's padding).
 
     Such an id has no embedding either: what comes after it is scored as if it were PAD_ID.
@@ -66,8 +66,9 @@ def _token_logprobs(rows: Tensor, weight: Tensor, tokens: Tensor, temperature: f
     return linear_logprobs(rows, weight, tokens.where(known, 0), temperature=temperature, **head).where(known, UNKNOWN)
 
 
-def readable(model: FusedCausalLM, batch: Batch) -> dict[str, Tensor]:
+def readable(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """A batch's inputs without ids that the model has no embedding for: PAD_ID in their place."""
-    config: Any = model.model.config
+    fused: Any = getattr(model, "module", model)  # under DDP
+    config = fused.model.config
     ids = batch.inputs["input_ids"]
     return {**batch.inputs, "input_ids": ids.where(ids < config.get_text_config().vocab_size, PAD_ID)}

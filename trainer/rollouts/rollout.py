@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fastkl.trainer import processes
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
@@ -40,12 +41,17 @@ class Rollouts:
         self._unfinished: list[dict[str, Any]] = []
 
     def samples(self, chosen: Sequence[int], step: int, seed: int) -> list[Sample]:
-        """Of the prompts with these indices; the first of them are the student's, the rest given."""
+        """Of the prompts with these indices; the first of them are the student's, the rest given.
+
+        Several processes share the writing, and all have all samples.
+        """
         own = on_policy_count(len(chosen), self._config.on_policy_fraction, step)
         starts = [(index, list[int]()) for index in chosen[:own] for _ in range(self._config.samples_per_prompt)]
         starts += [(start["prompt_index"], start["completion"]) for start in self._unfinished]
         given = [dataclasses.replace(self._given[index], given=True) for index in chosen[own:]]
-        return self._write(starts, step, seed) + given
+        mine = processes.share(starts)
+        written = processes.agree(lambda: self._write(mine, step, processes.seed(seed)))
+        return processes.gather(written) + given
 
     def keep(self, samples: Sequence[Sample]) -> None:
         """Ends a step: its unfinished samples go on in the next one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fastkl.trainer.runs.errors import RunError
 
-class ServerError(RuntimeError):
-    """A server cannot do its part now; what is wrong is in the run's surroundings, and the run can be resumed."""
+
+class ServerError(RunError):
+    """A server cannot do its part now."""

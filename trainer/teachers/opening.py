@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer import checks
+from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.batching import PAD_ID
@@ -86,9 +87,14 @@ def _load(
     config: DistillConfig, teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase, student: Student
 ) -> LocalTeacher:
     if teacher.base_of_student:
+        if student.accelerator.is_fsdp2:
+            raise ConfigError(
+                "base_of_student is true under FSDP 2, whose shards the processes can only score together; use DDP, or set "
+                "teacher.path to the base"
+            )
         peft_model: Any = student.model
         options: dict[str, Any] = {"alone": peft_model.disable_adapter}
-        fused, device = student.fused, student.device
+        fused, device = student.plain, student.device
     else:
         options, device = {}, teacher_device(teacher, student.device)
         fused = fuse(load_teacher(teacher, device), "teacher")
