@@ -13,6 +13,7 @@ from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.batching import PAD_ID
 from fastkl.trainer.data.prompts import EncodedPrompt, batch_indices, encode_prompts, load_prompts
 from fastkl.trainer.data.samples import Sample, make_sample
+from fastkl.trainer.flops import sampling_flops
 from fastkl.trainer.grading.evaluate import load_eval_prompts
 from fastkl.trainer.loop import Clock, fit
 from fastkl.trainer.models.loading import end_of_sequence, fuse, load_teacher, load_teacher_tokenizer, load_tokenizer
@@ -48,7 +49,8 @@ class OnPolicy:
         with clock("old_logprobs"):
             self._set_old_logprobs(samples)
         set_advantages(samples, coef=self._config.loss.kl_coef, discount=self._config.loss.discount)
-        return samples, rollout_metrics(samples)
+        flops = {"flops/sampling": sampling_flops(self._student.cost, samples)} | self._teacher.flops(samples)
+        return samples, rollout_metrics(samples) | flops
 
     def _rollout(self, step: int) -> list[Sample]:
         config = self._config.sampling

@@ -20,6 +20,7 @@ from fastkl.trainer.config.optim import OptimConfig
 from fastkl.trainer.config.training import RunConfig
 from fastkl.trainer.data.batching import Batch, batches
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.flops import cost_of, scoring_flops, training_flops
 from fastkl.trainer.models.loading import batch_layout, fuse, load_student
 
 
@@ -39,7 +40,7 @@ class Student:
         set_seed(config.seed)
         self.config, self.loss, self.temperature = config, loss, temperature
         self.model = load_student(config.student).to(self.device)
-        self.layout = batch_layout(config.batch, self.model)
+        self.layout, self.cost = batch_layout(config.batch, self.model), cost_of(self.model)
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         fused = fuse(self.model, "student")
         optimizer = torch.optim.AdamW(
@@ -84,6 +85,7 @@ class Student:
             **totals,
             "optim/lr": float(self.scheduler.get_last_lr()[0]),
             "optim/grad_norm": sum(norms) / len(norms),
+            "flops/student": self._flops(samples),
         }
         self.scheduler.step()
         return {**metrics, **_mismatch_metrics(mismatch)}
@@ -114,6 +116,10 @@ class Student:
 
         output: LossOutput = self.fused(function, **batch.inputs)
         return output
+
+    def _flops(self, samples: list[Sample]) -> float:
+        recomputed = scoring_flops(self.cost, samples) if self.loss.old_logprobs == "recompute" else 0.0
+        return training_flops(self.cost, samples) + recomputed
 
     def _clip(self) -> float:
         limit = self.config.optim.max_grad_norm

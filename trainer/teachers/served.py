@@ -43,6 +43,9 @@ class ServedTeacher:
                 for token, counted, logprob in zip(sample.ids, sample.loss_mask, scored.logprobs, strict=True)
             ]
 
+    def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
+        return {}  # a server does not say how large its model is
+
     def _ask(self, samples: Sequence[Sample]) -> list[Scores]:
         readable = [[token if token < self._vocabulary else PAD_ID for token in sample.ids] for sample in samples]
         return self._server.score(readable, self._api, self._temperature)

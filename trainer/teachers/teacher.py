@@ -26,3 +26,7 @@ class Teacher(Protocol):
             TeacherError: When it cannot, for now.
         """
         ...
+
+    def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """`flops/teacher`, what scoring these samples costs; nothing where that cannot be known."""
+        ...
