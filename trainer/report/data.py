@@ -230,6 +230,8 @@ def _sample(record: Json, number: int, student: Path) -> Json:
         "step": record["step"],
         "number": number,
         "truncated": record.get("truncated", False),
+        "dataset": record.get("dataset") or "",
+        "reward": None if record.get("reward") is None else _plain(record["reward"]),
         "ids": ids,
         "tokens": record.get("tokens") or _texts(student, ids),
         "mask": "".join("01"[bool(counted)] for counted in mask),
