@@ -15,6 +15,7 @@ from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.mixture import DataSet, read_data_sets, step_prompts
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.flops import sampling_flops
 from fastkl.trainer.grading.evaluate import load_eval_prompts
 from fastkl.trainer.loop import Clock, fit
 from fastkl.trainer.models.loading import context_length, end_of_sequence, load_tokenizer
@@ -58,6 +59,7 @@ class OnPolicy:
             written = self._rollout(step)
             metrics = set_reward_advantages(written, self._config.reward)
             samples = kept(written, self._config.sampling)
+            metrics["flops/sampling"] = sampling_flops(self._student.cost, [s for s in written if not s.given])
         loss, teacher, mine = self._config.loss, self._teacher, processes.share(samples)
         if teacher is not None and loss.objective in ("sampled", "top_k"):  # others ask it in the update
             with clock("teacher"):
@@ -66,6 +68,7 @@ class OnPolicy:
             with clock("old_logprobs"):
                 self._set_old_logprobs(mine)
         samples = processes.gather(mine)
+        metrics |= {} if teacher is None else teacher.flops(samples)
         if loss.objective == "sampled":
             set_advantages(
                 samples, coef=loss.kl_coef, discount=loss.discount, given_coef=self._config.sampling.given_coef
@@ -162,8 +165,8 @@ def distill(config: DistillConfig) -> RunFolder:
 def _check_processes(config: DistillConfig) -> None:
     if config.sampling.server.url and processes.count() > 1:
         raise ConfigError(
-            f"sampling.server.url is {config.sampling.server.url!r} and there are {processes.count()} processes, each of which "
-            f"would load its weights there; start one process, or leave the sampling to them"
+            f"sampling.server.url is {config.sampling.server.url!r} and there are {processes.count()} processes, each of "
+            f"which would load its weights there; start one process, or leave the sampling to them"
         )
 
 

@@ -23,6 +23,7 @@ from fastkl.trainer.config.optim import OptimConfig
 from fastkl.trainer.config.training import RunConfig
 from fastkl.trainer.data.batching import Batch, batches
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.flops import cost_of, scoring_flops, training_flops
 from fastkl.trainer.models.loading import batch_layout, fuse, load_student
 from fastkl.trainer.models.scoring import batch_logprobs
 from fastkl.trainer.models.sharding import Whole
@@ -46,7 +47,7 @@ class Student:
         self.objective: Objective = PolicyGradient(loss, temperature)  # until a divergence has its teacher
         self.model = load_student(config.student)
         self.version = 0  # of the weights: another one after every change
-        self.layout = batch_layout(config.batch, self.model)
+        self.layout, self.cost = batch_layout(config.batch, self.model), cost_of(self.model)
         self._copy = Whole(self.model, self.device) if accelerator.is_fsdp2 else None
         trainable = [parameter for parameter in self.model.to(self.device).parameters() if parameter.requires_grad]
         fused = fuse(self.model, "student")
@@ -62,6 +63,7 @@ class Student:
             self.model = self._copy.model
         self._skipped = 0  # optimizer steps in a row
         self._kept: dict[str, Any] = {}
+        self._recomputes = loss.old_logprobs == "recompute"
         set_seed(config.seed, device_specific=True)  # weights start equal; dropout differs between the processes
 
     @property
@@ -142,6 +144,7 @@ class Student:
             "optim/lr": float(self.scheduler.get_last_lr()[0]),
             "optim/grad_norm": sum(finite) / len(finite) if finite else math.nan,
             "optim/skipped": len(norms) - len(finite),
+            "flops/student": self._flops(samples),
         }
         self.scheduler.step()
         _exchange_scores(samples)
@@ -178,6 +181,10 @@ class Student:
                 f"steps (optim.max_skipped): nothing is learned any more. Lower optim.lr, or look for what is not finite "
                 f"in the last rows of metrics.jsonl"
             )
+
+    def _flops(self, samples: list[Sample]) -> float:
+        recomputed = scoring_flops(self.cost, samples) if self._recomputes else 0.0
+        return training_flops(self.cost, samples) + recomputed
 
     def _clip(self) -> float:
         limit = self.config.optim.max_grad_norm

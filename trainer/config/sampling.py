@@ -46,7 +46,8 @@ class SamplingConfig:
         top_p: Must stay 1: anything else samples from another distribution than the loss assumes.
         top_k: Must stay 0, for the same reason.
         max_batch_tokens: Tokens in one forward pass of the sampling engine.
-        max_requests: Completions in progress at once; null: 64, or fewer on a CPU, where long ones get in each other's way.
+        max_requests: Completions in progress at once; null: 64, or on a CPU as many as do not get in each
+            other's way (docs/trainer-speed.md).
         server: A server that samples; without one, this process does, with the student itself.
     """
 

@@ -13,6 +13,7 @@ from fastkl.head import FusedCausalLM
 from fastkl.trainer.config.optim import BatchConfig
 from fastkl.trainer.data.batching import batches, collate
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.flops import cost_of, scoring_flops
 from fastkl.trainer.models.loading import batch_layout
 from fastkl.trainer.models.scoring import batch_logprobs, batch_top_k, readable
 
@@ -52,7 +53,7 @@ class LocalTeacher:
         self.model, self.vocab_size = fused.model, vocab_size
         self._fused, self._device, self._top_k, self._alone = fused, device, top_k, alone
         self._max_tokens, self._temperature = batch.max_tokens, temperature
-        self._layout = batch_layout(batch, self.model)
+        self._layout, self._cost = batch_layout(batch, self.model), cost_of(self.model)
         self._copies: dict[Tensor, Tensor] = {}  # of the head, on the student's device where that is another
 
     @torch.no_grad()
@@ -66,6 +67,9 @@ class LocalTeacher:
                     logprobs, likeliest = batch_top_k(self._fused, batch, *options)
                     batch.scatter_top_k(likeliest)
                 batch.scatter(logprobs, "teacher_logprobs")
+
+    def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
+        return {"flops/teacher": scoring_flops(self._cost, samples)}
 
     @torch.no_grad()
     def head(self, samples: list[Sample], device: torch.device) -> TeacherHead:

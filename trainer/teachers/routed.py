@@ -21,6 +21,11 @@ class RoutedTeacher(Generic[T]):
         for group in self.groups(samples):
             self.of(group).score(group)
 
+    def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
+        parts = [self.of(group).flops(group) for group in self.groups(samples)]
+        known = [part["flops/teacher"] for part in parts if part]
+        return {"flops/teacher": sum(known)} if len(known) == len(parts) else {}
+
     def groups(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         """The samples apart by teacher, in their order."""
         found: dict[int, list[Sample]] = {}

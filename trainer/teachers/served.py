@@ -70,6 +70,9 @@ class ServedTeacher:
             logprobs[row, : len(known)] = torch.tensor(list(known.values()))
         return TopK(ids, logprobs)
 
+    def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
+        return {}  # a server does not say how large its model is
+
     def _ask(self, samples: Sequence[Sample]) -> list[Scores]:
         readable = [[token if token < self._vocabulary else PAD_ID for token in sample.ids] for sample in samples]
         return self._server.score(readable, self._api, self._temperature, self._top_k)

@@ -25,3 +25,7 @@ class Teacher(Protocol):
             ServerError: When its server cannot, for now.
         """
         ...
+
+    def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """`flops/teacher`, what scoring these samples costs; nothing where that cannot be known."""
+        ...
