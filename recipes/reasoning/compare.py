@@ -21,7 +21,7 @@ from typing import Any
 
 HERE, RUN = Path(__file__).parent, Path("runs/reasoning")
 sys.path.insert(0, str(HERE.parent / "demo"))
-from run import ENVIRONMENT, prepare  # the demo's data, models and threads
+from run import ENVIRONMENT, prepare  # noqa: E402
 
 METHODS = {"sft": "more sft", "distill": "on-policy distillation", "rl": "reinforcement learning"}
 TARGETS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
