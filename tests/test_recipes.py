@@ -15,7 +15,7 @@ import yaml
 from fastkl.trainer.commands import COMMANDS, parse
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-CONFIGS = sorted(RECIPES.rglob("*.yaml"))
+CONFIGS = [path for path in sorted(RECIPES.rglob("*.yaml")) if path.parent.name != "accelerate"]  # its launcher's own
 Load = Callable[..., list[ModuleType]]
 
 
