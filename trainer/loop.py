@@ -72,7 +72,7 @@ def fit(
 
     with Report(config.optim.steps, start) as report:
         if processes.count() > 1:
-            report.note(f"{processes.count()} processes, {'FSDP 2' if student.accelerator.is_fsdp2 else 'DDP'}")
+            report.note(f"{processes.count()} processes, {'FSDP 2' if student.sharded else 'DDP'}")
         if checkpoint is None:
             metrics: dict[str, float] = {}
             grade(metrics)

@@ -134,6 +134,10 @@ def _check(accelerator: Accelerator) -> None:
     kind = accelerator.distributed_type.value
     if kind not in KNOWN:
         raise ConfigError(f"accelerate was started with distributed_type {kind}; this trainer knows DDP and FSDP 2")
+    if kind != "FSDP" and count() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ConfigError(
+            f"accelerate was asked for FSDP and gave {kind}; start it with recipes/accelerate/ddp.yaml for DDP"
+        )
     plugin = accelerator.state.fsdp_plugin if kind == "FSDP" else None
     if plugin is None:
         return

@@ -82,6 +82,11 @@ class Student:
         """The FusedCausalLM that is trained; under DDP, inside it."""
         return getattr(self.fused, "module", self.fused)
 
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP holds the weights in shards."""
+        return any(isinstance(parameter, DTensor) for parameter in self.fused.parameters())
+
     def save(self, folder: Path) -> None:
         checkpoint.save(folder, self.plain, self.optimizer, self._others)
 
