@@ -9,6 +9,7 @@ from typing import Protocol
 
 from bench.divergence_variants import divergence_variants
 from bench.row_variants import row_variants
+from bench.sampled_variants import sampled_variants
 from bench.score_variants import score_variants
 
 
@@ -33,4 +34,4 @@ class Variant(Protocol):
         """Calls the launcher for `n` rows, on a CPU, with what there is per row `offset` entries into its buffers."""
 
 
-VARIANTS: list[Variant] = [*row_variants(), *divergence_variants(), *score_variants()]
+VARIANTS: list[Variant] = [*row_variants(), *divergence_variants(), *score_variants(), *sampled_variants()]

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastkl.kernels import divergence_torch, rows_torch
 from fastkl.kernels.problem import Backend, Inputs, Spec
 from fastkl.kernels.rows import EntropyGradient, RowFunction
+from fastkl.kernels.sampled import BlockSampler, Sampler
 from fastkl.kernels.top_k import top_k
 
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
@@ -31,6 +32,16 @@ def row_function(spec: Spec, hidden: Tensor) -> RowFunction:
 def entropy_gradient(spec: Spec, hidden: Tensor) -> EntropyGradient:
     """What goes with the row function of kind "token_nll_entropy"."""
     return cast(EntropyGradient, _module("rows", spec, hidden).entropy_gradient)
+
+
+def block_sampler(spec: Spec, inputs: Inputs) -> BlockSampler | None:
+    """What makes the gradients from a sample of columns, with no synchronisation in Triton; None: nothing is sampled."""
+    if spec.sampling is None:
+        return None
+    how = spec.sampling, inputs.weight, spec.student.cap is not None
+    if _is_triton(spec.backend, inputs.hidden):
+        return cast(BlockSampler, _imported("sampled_triton", spec.backend).Sampler(*how))
+    return Sampler(*how)
 
 
 def scorer(spec: Spec, inputs: Inputs) -> Callable[[Tensor], None] | None:

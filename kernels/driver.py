@@ -20,11 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkl.kernels.backend import entropy_gradient, row_function, scorer
+from fastkl.kernels.backend import block_sampler, entropy_gradient, row_function, scorer
 from fastkl.kernels.gemm import add_weight_gradient, compute_dtype, gradient_dtype, hidden_gradient, project
 from fastkl.kernels.problem import Gradients, HeadOptions, Inputs, Needs, Objective, Spec
 from fastkl.kernels.rows import Logits
-from fastkl.kernels.sampled import Estimate, Estimates, Sampler, add_to_weight_gradient, block_rows, blocks
+from fastkl.kernels.sampled import BlockSampler, Estimates, add_to_weight_gradient, block_rows, blocks, merged
 
 # What the logits of a chunk may take. On a GPU large chunks keep the GEMMs at full speed (1024-4096 rows at V = 150k).
 WORKSPACE_BYTES = {"cpu": 128 * 2**20, "accelerator": 2**30}
@@ -91,7 +91,7 @@ def evaluate_with_gradients(
     )
     grad_bias = values.new_zeros(weight.shape[0]) if needs.bias else None
     sums = Gradients(grad_hidden, grad_weight, grad_bias)
-    sampler = None if spec.sampling is None else Sampler(spec.sampling, weight, spec.student.cap is not None)
+    sampler = block_sampler(spec, inputs)
     rows_of = row_function(spec, hidden)
     mixed = entropy_gradient(spec, hidden) if spec.kind == "token_nll_entropy" else None
     with _full_precision(inputs):
@@ -105,13 +105,13 @@ def evaluate_with_gradients(
                 mixed(logits, tokens, own, torch.stack(weights), gradient)
                 slope = torch.ones_like(slope)
             slope = slope * spec.student.alpha
+            if grad_bias is not None:  # first, for a sampler may overwrite the gradient
+                grad_bias.addmv_(gradient.t().to(grad_bias.dtype), slope)
             if sampler is None:
                 fresh = weight_grad is None and rows.start == 0
                 _add_products(sums, inputs, rows, gradient, slope, overwrite=fresh)
             else:
                 _add_sampled_products(sums, inputs, chunk, slope, sampler, estimates)
-            if grad_bias is not None:
-                grad_bias.addmv_(gradient.t().to(grad_bias.dtype), slope)
     return values, losses, sums if sampler is None else sums._replace(sample=sampler.statistics())
 
 
@@ -126,26 +126,21 @@ def _add_products(
 
 
 def _add_sampled_products(
-    sums: Gradients, inputs: Inputs, chunk: _Chunk, slope: Tensor, sampler: Sampler, estimates: Estimates | None
+    sums: Gradients, inputs: Inputs, chunk: _Chunk, slope: Tensor, sampler: BlockSampler, estimates: Estimates | None
 ) -> None:
     """`_add_products` of a chunk from a sample of columns for each block of its rows."""
-    for block in blocks(slope.shape[0], slope.device):
+    drawn = (
+        (block, sampler.sample(chunk.gradient[block], slope[block], _named_tokens(chunk, block)))
+        for block in blocks(slope.shape[0], slope.device)
+    )
+    for block, sample in merged(drawn, chunk.gradient, slope):
         rows = slice(chunk.rows.start + block.start, chunk.rows.start + block.stop)
-        gradient, own = chunk.gradient[block], slope[block]
-        columns = sampler.draw(gradient, own, _named_tokens(chunk, block))
-        if columns is None:
-            _add_products(sums, inputs, rows, gradient, own)
-            if estimates is not None:
-                estimates.others.append(rows)
-            continue
-        estimate = sampler.estimate(gradient, columns)
         if sums.hidden is not None:
-            unit = sampler.hidden_gradient(gradient, estimate, columns.ids)
-            sums.hidden[rows] = unit.mul_(own[:, None])
+            sums.hidden[rows] = sample.hidden_gradient()
         if estimates is not None:
-            estimates.take(Estimate(rows, columns.ids, estimate, own))
+            estimates.take(rows, sample.estimate(rows))
         elif sums.weight is not None:
-            add_to_weight_gradient(sums.weight, columns.ids, estimate, inputs.hidden[rows], own)
+            sample.add_to_weight_gradient(sums.weight, inputs.hidden[rows])
 
 
 def _named_tokens(chunk: _Chunk, block: slice) -> list[Tensor]:

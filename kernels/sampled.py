@@ -13,13 +13,16 @@ Columns are kept independently of each other, hence
 
 is known before anything is multiplied, and τ is solved from the relative error wanted (`threshold`). u sums to 0 over v, up
 to a soft-cap, and û does not: any constant c [D] times the difference has expectation 0, and taking it off u W lowers the
-error. c is the mean of rows of W. docs/sampled-backward.md has the proof, measurements, and when not to use this.
+error. c is the mean of rows of W. Here is the plain version, and the rules that it shares with that of accelerators
+(`sampled_triton.py`); `BlockSampler` is what the driver sees of either.
+docs/sampled-backward.md has the proof, measurements, and when not to use this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal, NamedTuple, get_args
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -32,8 +35,9 @@ BACKWARDS: tuple[str, ...] = get_args(Backward)
 # A sample belongs to a block of rows. Small blocks keep fewer columns, large ones multiply and select them at less cost.
 BLOCK_ROWS = {"cpu": 128, "accelerator": 1024}
 BREAK_EVEN = 0.5  # of the columns: from here on the product of all of them is no slower than that of those kept
+PROBED = 8  # after a flat block, one in so many of the next one's rows is looked at first
 SCRATCH_BYTES = {"cpu": 2**21, "accelerator": 2**28}  # of squares; on a CPU they are to stay in its cache
-SOLVED_COLUMNS = 2**14  # at least; τ is solved from every so many-th column
+SOLVED_COLUMNS = 2**13  # at least; τ is solved from every so many-th column
 CENTRE_ROWS = 2**12  # at least
 LEAST_SLOPE = (
     1e-3  # of the block's root mean square: bounds û in rows that hardly count, which share the others' columns
@@ -75,12 +79,35 @@ class Estimates:
         self.kept: list[Estimate] = []
         self.others: list[slice] = []
 
-    def take(self, estimate: Estimate) -> None:
-        if estimate.gradient.numel() > self.room:
-            self.others.append(estimate.rows)
+    def take(self, rows: slice, estimate: Estimate | None) -> None:
+        if estimate is None or estimate.gradient.numel() > self.room:
+            self.others.append(rows)
             return
         self.room -= estimate.gradient.numel()
         self.kept.append(estimate)
+
+
+class Sample(Protocol):
+    """The gradients of one block of rows, from those of its columns that are kept."""
+
+    def hidden_gradient(self) -> Tensor:
+        """slope · û W [B, D], less what makes û sum to something else than u."""
+
+    def add_to_weight_gradient(self, accumulator: Tensor, hidden: Tensor) -> None:
+        """accumulator [V, D] += ûᵀ (slope · hidden); hidden [B, D]."""
+
+    def estimate(self, rows: slice) -> Estimate | None:
+        """What outlives the block; None: it is not worth keeping. A synchronisation on an accelerator."""
+
+
+class BlockSampler(Protocol):
+    """Draws the columns of one block after the other, and keeps count."""
+
+    def sample(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> Sample:
+        """Of a block: gradient [B, V] in `gradient_dtype`, which it may overwrite, slope [B]; keeps ids in `always`."""
+
+    def statistics(self) -> Tensor:
+        """The fraction of u that was kept, and the expected relative error of û, [2]."""
 
 
 def block_rows(device: torch.device) -> int:
@@ -104,42 +131,62 @@ class Sampler:
         self.sampling, self.weight, self.capped = sampling, weight, capped
         self.dtype = compute_dtype(weight.dtype)
         self.generator = torch.Generator(weight.device).manual_seed(sampling.seed)
-        self.centre = weight[:: max(1, weight.shape[0] // CENTRE_ROWS)].mean(0, dtype=self.dtype)
+        self.centre = centre(weight)
         rows = max(1, SCRATCH_BYTES[_kind(weight.device)] // (weight.shape[0] * self.dtype.itemsize))
         self.scratch_rows = min(rows, block_rows(weight.device))
         self.scratch: Tensor | None = None
+        self.flat = False  # was the last block?
         self.kept = self.seen = 0  # entries of u
         self.variance, self.square = (weight.new_zeros((), dtype=self.dtype) for _ in range(2))
 
-    def draw(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> Columns | None:
-        """The columns of a block; None: all of them, which is exact. A synchronisation on an accelerator.
+    def sample(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> Sample:
+        columns = self.draw(gradient, slope, always)
+        if columns is None:
+            return _Exact(self.weight, gradient, slope)
+        return _Sparse(self, gradient, slope, columns, self.estimate(gradient, columns))
 
-        gradient [B, V] in `gradient_dtype`, slope [B]; ids in `always` are kept.
+    def draw(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> Columns | None:
+        """The columns of a block; None: all of them, which is exact. Synchronisations on an accelerator.
+
+        Whether a block is flat, and so exact, is a function of its gradient and of those before it, never of what was
+        drawn, which would be a bias. A few rows keep fewer columns than all: where they are flat, so are all.
         """
+        self.seen += gradient.numel()
+        if self.flat and gradient.shape[0] > PROBED:
+            probed = slope[::PROBED]
+            w, total, tau = self._solve(gradient[::PROBED], probed, [])
+            if not is_sparse(w, tau):
+                self._count_exact(gradient, total * (slope.shape[0] / probed.shape[0]))
+                return None
+        w, total, tau = self._solve(gradient, slope, always)
+        self.flat = not is_sparse(w, tau)
+        if self.flat:
+            self._count_exact(gradient, total)
+            return None
+        # Midpoints of the generator's grid: never 0, so that 1 / π is bounded.
+        u = torch.rand(w.shape, generator=self.generator, dtype=self.dtype, device=w.device).add_(2.0**-25)
+        kept = w > u.mul_(tau)
+        for ids in always:
+            kept.index_fill_(0, ids, True)
+        ids = kept.nonzero().squeeze(1)
+        self.kept += gradient.shape[0] * ids.numel()
+        self.square += total
+        self.variance += torch.dot(w, (tau - w).clamp_(min=0.0))
+        own = w[ids]
+        return Columns(ids, torch.where(own > 0, tau / own, 1.0).clamp_(min=1.0))
+
+    def _solve(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """w [V], 0 where a column is certain; Σ w² over all columns; τ."""
         squares = self._column_squares(gradient, slope)
         total = squares.sum()
         for ids in always:
             squares.index_fill_(0, ids, 0.0)
         w = squares.sqrt_()
-        tau = self._threshold(w, total)
-        # Midpoints of the generator's grid: never 0, so that 1 / π is bounded.
-        u = torch.rand(w.shape, generator=self.generator, dtype=self.dtype, device=w.device).add_(2.0**-25)
-        dropped = w <= u.mul_(tau)  # False where anything is NaN: what is wrong with u is not hidden
-        # All columns or a sample: by the number expected, not the number drawn, which would be a bias.
-        expected = (w / tau.clamp(min=torch.finfo(self.dtype).tiny)).clamp_(max=1.0).sum()
-        dropped &= expected < BREAK_EVEN * w.shape[0]
-        for ids in always:
-            dropped.index_fill_(0, ids, False)
-        ids = dropped.logical_not_().nonzero().squeeze(1)
-        self.seen += gradient.numel()
+        return w, total, block_threshold(self.sampling, w, total)
+
+    def _count_exact(self, gradient: Tensor, total: Tensor) -> None:
+        self.kept += gradient.numel()
         self.square += total
-        if ids.numel() == w.shape[0]:
-            self.kept += gradient.numel()
-            return None
-        self.kept += gradient.shape[0] * ids.numel()
-        self.variance += torch.dot(w, (tau - w).clamp_(min=0.0))
-        own = w[ids]
-        return Columns(ids, torch.where(own > 0, tau / own, 1.0).clamp_(min=1.0))
 
     def statistics(self) -> Tensor:
         """The fraction of u that was kept, and the expected relative error of û, [2]."""
@@ -160,8 +207,7 @@ class Sampler:
 
     def _column_squares(self, gradient: Tensor, slope: Tensor) -> Tensor:
         """w² [V], a part of the block's rows at a time."""
-        weights = slope.square()
-        weights += LEAST_SLOPE**2 * weights.mean()
+        weights = row_weights(slope)
         out = weights.new_zeros(gradient.shape[1])
         if self.scratch is None:
             self.scratch = out.new_empty(self.scratch_rows, gradient.shape[1])
@@ -175,11 +221,79 @@ class Sampler:
             out.addmv_(squared.t(), weights[start : start + self.scratch_rows])
         return out
 
-    def _threshold(self, w: Tensor, total: Tensor) -> Tensor:
-        if self.sampling.epsilon is not None:
-            return w.new_full((), self.sampling.epsilon)
-        some = w[:: max(1, w.shape[0] // SOLVED_COLUMNS)]
-        return threshold(some, self.sampling.grad_error**2 * total * (some.shape[0] / w.shape[0]))
+
+class _Exact(NamedTuple):
+    """A block of which all columns are kept."""
+
+    weight: Tensor
+    gradient: Tensor
+    slope: Tensor
+
+    def hidden_gradient(self) -> Tensor:
+        return hidden_gradient(self.gradient, self.weight).mul_(self.slope[:, None])
+
+    def add_to_weight_gradient(self, accumulator: Tensor, hidden: Tensor) -> None:
+        add_weight_gradient(accumulator, self.gradient, hidden, self.slope)
+
+    def estimate(self, rows: slice) -> Estimate | None:
+        return None
+
+
+def merged(drawn: Iterable[tuple[slice, Sample]], gradient: Tensor, slope: Tensor) -> Iterator[tuple[slice, Sample]]:
+    """Blocks of a chunk with their samples, as they are drawn; neighbours that are exact as one, for larger products."""
+    for exact, group in itertools.groupby(drawn, key=lambda found: isinstance(found[1], _Exact)):
+        if not exact:
+            yield from group
+            continue
+        found = list(group)
+        rows = slice(found[0][0].start, found[-1][0].stop)
+        yield rows, found[0][1]._replace(gradient=gradient[rows], slope=slope[rows])  # type: ignore[attr-defined]
+
+
+class _Sparse(NamedTuple):
+    """A block of which some columns are kept."""
+
+    sampler: Sampler
+    gradient: Tensor
+    slope: Tensor
+    columns: Columns
+    kept: Tensor  # [B, K], û
+
+    def hidden_gradient(self) -> Tensor:
+        unit = self.sampler.hidden_gradient(self.gradient, self.kept, self.columns.ids)
+        return unit.mul_(self.slope[:, None])
+
+    def add_to_weight_gradient(self, accumulator: Tensor, hidden: Tensor) -> None:
+        add_to_weight_gradient(accumulator, self.columns.ids, self.kept, hidden, self.slope)
+
+    def estimate(self, rows: slice) -> Estimate | None:
+        return Estimate(rows, self.columns.ids, self.kept, self.slope)
+
+
+def row_weights(slope: Tensor) -> Tensor:
+    """What the squares of a row are counted by, [B]."""
+    weights = slope.square()
+    return weights.add_(LEAST_SLOPE**2 * weights.mean())
+
+
+def centre(weight: Tensor) -> Tensor:
+    """c [D], in the compute dtype."""
+    some = weight[:: max(1, weight.shape[0] // CENTRE_ROWS)]
+    return some.mean(0, dtype=compute_dtype(weight.dtype))
+
+
+def block_threshold(sampling: Sampling, w: Tensor, total: Tensor) -> Tensor:
+    """τ of a block, 0-dim: for w [V], 0 where a column is certain, and `total` = Σ w² over all columns."""
+    if sampling.epsilon is not None:
+        return w.new_full((), sampling.epsilon)
+    some = w[:: max(1, w.shape[0] // SOLVED_COLUMNS)]
+    return threshold(some, sampling.grad_error**2 * total * (some.shape[0] / w.shape[0]))
+
+
+def is_sparse(w: Tensor, tau: Tensor) -> Tensor:
+    """A sample, or all columns: by the number expected, not the number drawn, which would be a bias. 0-dim bool."""
+    expected = (w / tau.clamp(min=torch.finfo(w.dtype).tiny)).clamp_(max=1.0).sum()
+    return expected < BREAK_EVEN * w.shape[0]  # False where anything is NaN
 
 
 def threshold(w: Tensor, variance: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ from fastkl.kernels.score_kernels_triton import (
     reverse_kl_kernel,
     token_nll_kernel,
 )
-from fastkl.kernels.triton_common import check_device, launch_on
+from fastkl.kernels.triton_common import check_device, current_target, launch_on
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of the operands; accumulators are float32
 MAX_SPLITS = 128  # of the vocabulary
@@ -278,7 +278,7 @@ def reverse_kl(student: Head, teacher: Head, tokens: Tensor | None, out: Tensor)
 
 
 def _plan(heads: list[Head]) -> tuple[Access, LaunchConfig]:
-    target = _target()
+    target = current_target()
     operands = [t for head in heads for t in (head.hidden, head.weight)]
     access: Access = "scalars"
     if target.backend == "cuda" and target.arch // 10 in (9, 10) and all(map(_suits_descriptors, operands)):
@@ -325,12 +325,6 @@ def _group(heads: list[Head], config: LaunchConfig) -> int:
 def _scales(options: HeadOptions) -> tuple[bool, float, float]:
     """Whether there is a cap, alpha, and scale."""
     return options.cap is not None, options.alpha, options.alpha if options.cap is None else options.cap
-
-
-def _target() -> GPUTarget:
-    if triton.knobs.runtime.interpret:
-        return GPUTarget("cuda", 80, 32)
-    return triton.runtime.driver.active.get_current_target()
 
 
 def _check_head(head: Head) -> None:

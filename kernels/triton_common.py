@@ -30,6 +30,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
 if tuple(int(number) for number in triton.__version__.split(".")[:2]) < (3, 6):
     raise ImportError(f"triton {triton.__version__} is too old")
@@ -87,6 +88,13 @@ def check_device(what: str, x: Tensor) -> None:
         raise ValueError(
             f'the Triton kernels need a CUDA or HIP device and the {what} on {x.device}: pass backend="torch" there'
         )
+
+
+def current_target() -> GPUTarget:
+    """The chip that is launched on; for Triton's interpreter any will do."""
+    if triton.knobs.runtime.interpret:
+        return GPUTarget("cuda", 80, 32)
+    return triton.runtime.driver.active.get_current_target()
 
 
 def launch_on(x: Tensor) -> AbstractContextManager[object]:

@@ -34,6 +34,7 @@ slow = pytest.mark.slow
         ("test_score_triton.py", "not slow", 150),
         ("test_divergence_triton.py", "not slow", 200),
         ("test_losses_triton.py", "not slow", 70),
+        ("test_sampled_triton.py", "not slow", 40),
         pytest.param("test_score_triton.py", "slow", 2, marks=slow),
         pytest.param("test_divergence_triton.py", "slow", 120, marks=slow),
     ],

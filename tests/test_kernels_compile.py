@@ -15,10 +15,12 @@ import torch
 
 from bench import divergence_variants as divergences
 from bench import row_variants as rows
+from bench import sampled_variants as samples
 from bench import score_variants as scores
 from bench.aot import CHIPS, compiler, resources
 from bench.divergence_variants import DivergenceVariant, divergence_variants
 from bench.row_variants import RowVariant, row_variants
+from bench.sampled_variants import SampledVariant, sampled_variants
 from bench.score_variants import ScoreVariant, score_variants
 from bench.variants import VARIANTS, Variant
 from fastkl.kernels.divergence import Divergence
@@ -61,11 +63,11 @@ def assert_fits(kernels: list[Any], chip: str, variant: Variant) -> None:
         if CHIPS[chip].target.backend == "cuda":
             threads = 32 * kernel.metadata.num_warps
             assert variant.programs * used.registers * threads <= REGISTERS, used
-    if isinstance(variant, ScoreVariant):
+    if isinstance(variant, ScoreVariant) or (isinstance(variant, SampledVariant) and variant.multiplies):
         assert_multiplies(kernels[0], chip, variant)
 
 
-def assert_multiplies(kernel: Any, chip: str, variant: ScoreVariant) -> None:
+def assert_multiplies(kernel: Any, chip: str, variant: ScoreVariant | SampledVariant) -> None:
     """By the chip's matrix instructions; float32 as such, which on NVIDIA's chips is without tensor cores."""
     code = kernel.asm["amdgcn" if chip == "gfx942" else "ptx"]
     families = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
@@ -85,7 +87,7 @@ def test_variant_fits(launch: Launch, chip: str, variant: Variant) -> None:
 @pytest.mark.slow
 @chips
 def test_every_variant_fits(launch: Launch, chip: str) -> None:
-    for variant in (*row_variants(), *score_variants()):
+    for variant in (*row_variants(), *score_variants(), *sampled_variants()):
         assert_fits(launch(chip, variant), chip, variant)
 
 
@@ -97,7 +99,7 @@ def test_many_divergences_fit(launch: Launch, chip: str) -> None:
 
 
 def test_representatives_are_variants() -> None:
-    for family in (rows, divergences, scores):
+    for family in (rows, divergences, scores, samples):
         assert set(family.REPRESENTATIVE) <= set(VARIANTS)
     assert {v.kernel for v in VARIANTS if v.representative} == {v.kernel for v in VARIANTS}
 
