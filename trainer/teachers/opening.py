@@ -87,7 +87,7 @@ def _load(
     config: DistillConfig, teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase, student: Student
 ) -> LocalTeacher:
     if teacher.base_of_student:
-        if student.accelerator.is_fsdp2:
+        if student.sharded:
             raise ConfigError(
                 "base_of_student is true under FSDP 2, whose shards the processes can only score together; use DDP, or set "
                 "teacher.path to the base"
