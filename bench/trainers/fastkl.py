@@ -13,7 +13,8 @@ from bench.trainers import PHASES, Clock, Job
 PACKAGES = ("peft",)
 
 
-def train(job: Job, clock: Clock) -> None:
+def train(job: Job, clock: Clock, **options: str) -> None:
+    """`options`: further settings of the run, such as loss__objective."""
     from fastkl import cli
     from fastkl.trainer import distill, loop
 
@@ -28,6 +29,7 @@ def train(job: Job, clock: Clock) -> None:
         "optim.lr": job.lr,
         "mixed_precision": "bf16" if job.device == "cuda" else "no",
         "checkpoint.every": 0,
+        **{name.replace("__", "."): value for name, value in options.items()},
     }
 
     class StepClock(loop.Clock):
