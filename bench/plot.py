@@ -3,7 +3,8 @@
     python -m bench plot bench/results/*.json --out docs/bench
 
 One PNG for each op, head, dtype, kind of rows and machine of which the files hold a sweep: shapes that differ in one size
-alone. Of the same measurement made twice the later one is drawn. A file of `bench models` holds many reports.
+alone. Of the same measurement made twice the later one is drawn. A file of `bench models` holds many reports. Reports of
+`bench sampled` become sampled.png; other files are left alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.arguments import AXES
+from bench.plot_sampled import draw_sampled
 
 RESULTS = Path(__file__).parent / "results"
 PANELS = {"forward_backward_ms": "forward + backward, ms", "peak_extra_mb": "extra memory, MB"}
@@ -36,27 +38,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     files = arguments.files or sorted(RESULTS.glob("*.json"))
     try:
-        figures = {key: rows for key, rows in measured(files).items() if any(sweep(rows, axis) for axis in AXES)}
+        reports = read(files)
+        figures = {key: rows for key, rows in measured(reports).items() if any(sweep(rows, axis) for axis in AXES)}
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"argument FILE: cannot be read as a report of the bench: {type(error).__name__}: {error}")
-    if not figures:
+    estimates = [report for report in reports if "kept" in report["rows"][0]]
+    if not figures and not estimates:
         parser.error(
             "argument FILE: no sweep in there; make one with `python -m bench loss --sweep N=256,512,1024 --json …`"
         )
     arguments.out.mkdir(parents=True, exist_ok=True)
     for key, rows in figures.items():
         print(draw(key, rows, arguments.out))
+    if estimates:
+        print(draw_sampled(estimates, arguments.out / "sampled.png", COLOURS, MARKERS))
 
 
-def measured(files: Iterable[Path]) -> dict[Key, list[Row]]:
-    """The rows of all files by what must be equal for them to share a line."""
+def read(files: Iterable[Path]) -> list[dict[str, Any]]:
+    """The reports of all files that have rows, the oldest first."""
     held = (json.loads(file.read_text()) for file in files)
-    reports = sorted((r for one in held for r in one.get("reports", [one])), key=lambda report: str(report["date"]))
+    reports = [report for one in held for report in one.get("reports", [one]) if report.get("rows")]
+    return sorted(reports, key=lambda report: str(report["date"]))
+
+
+def measured(reports: Iterable[dict[str, Any]]) -> dict[Key, list[Row]]:
+    """The rows of the losses' reports by what must be equal for them to share a line."""
     latest: dict[Key, dict[tuple[str, ...], Row]] = defaultdict(dict)
     for report in reports:
         machine = report["machine"]
         where = machine.get("gpu") or f"{machine['cpu']}, {_counted(machine['threads'], 'thread')}"
-        for row in report["rows"]:
+        for row in (row for row in report["rows"] if "op" in row):
             key = row["op"], row["head"], row["dtype"], report["conditions"].get("data", "peaked"), where
             latest[key][row["impl"], str(row["shape"])] = row
     return {key: list(rows.values()) for key, rows in latest.items()}

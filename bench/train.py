@@ -1,20 +1,24 @@
-"""`fastkl distill` on a pair of models: tokens per second and peak memory.
+"""On-policy distillation on a pair of models: seconds per step by phase, tokens per second, peak memory.
 
     python -m bench train --device cuda --json train.json
     python -m bench train --pair runs/smollm2 --json train.json        teacher/, student/ and prompts.jsonl are there
+    python -m bench train --device cpu --pair runs/smollm2 --impl fastkl,trl_distillation --prompts 8 --new-tokens 24
 
 Without --pair one is generated: a random Llama with a vocabulary of Qwen3's size as the teacher, the same with noise on its
 weights as the student, and prompts of random words. The speed is that of a real run; what is learned means nothing.
+Every trainer does the same work (bench/trainers/) in a process of its own, one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import random
-import resource
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,7 +26,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench import trainers
 from bench.machine import describe_machine, describe_versions
+from bench.trainers import PHASES, Job
 
 
 class Size(NamedTuple):
@@ -43,64 +49,104 @@ NOISE = 0.2  # between student and teacher, relative to the weights
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="what the figures are said to be of")
+    parser.add_argument(
+        "--impl", default="fastkl", help=f"trainers, with commas between: {', '.join(trainers.names())}"
+    )
     parser.add_argument("--pair", type=Path, metavar="FOLDER", help="teacher/, student/ and prompts.jsonl")
     parser.add_argument("--small", action="store_true", help="a tiny pair and a short run, for a dry run")
+    parser.add_argument("--prompts", type=int, help="prompts of a step, the same ones in each (default: by size)")
+    parser.add_argument("--new-tokens", type=int, help="tokens of each completion (default: by size)")
+    parser.add_argument("--steps", type=int, help="steps, the first of which warms up (default: by size)")
+    parser.add_argument(
+        "--clock",
+        choices=tuple(trainers.CLOCKS),
+        default="wall",
+        help="seconds of the wall's, or of the processor's, for a machine that others use too (default: wall)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: torch sees no CUDA device here; use --device cpu")
+    if arguments.device == "cuda" and arguments.clock == "cpu":
+        parser.error("argument --clock: cpu says nothing of a GPU; leave it at wall with --device cuda")
+    names = arguments.impl.split(",")
+    for name in names:
+        if name not in trainers.names():
+            parser.error(f"argument --impl: {name!r} is no trainer; known are {', '.join(trainers.names())}")
     size = SIZES["small" if arguments.small else "full"]
+    asked = {name: getattr(arguments, name) for name in ("prompts", "new_tokens", "steps")}
+    for name, value in asked.items():
+        if value is not None and value < (2 if name == "steps" else 1):
+            parser.error(f"argument --{name.replace('_', '-')}: {value} is too few")
+    size = size._replace(**{name: value for name, value in asked.items() if value is not None})
     with tempfile.TemporaryDirectory() as folder:
-        pair = arguments.pair
-        if pair is None:
-            pair = Path(folder) / "pair"
-            _make_pair(pair, size)
-        run_folder = Path(folder) / "run"
-        status = _distill(pair, run_folder, size, arguments.device)
-        if status != 0:
-            sys.exit(status)
-        steps = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    report = _report(steps, arguments)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
-    memory = f"peak {report['peak_memory_mb']:,.0f} MB"
-    print(f"{report['tokens_per_second']:,.0f} tokens/s, {memory}, {report['pair']} pair, {len(steps)} steps")
-
-
-def _distill(pair: Path, run_folder: Path, size: Size, device: str) -> int:
-    """The command, in this process, so that its memory can be read."""
-    from fastkl import cli
-
-    settings: dict[str, Any] = {
-        "run": run_folder,
-        "student.path": pair / "student",
-        "teacher.path": pair / "teacher",
-        "data.path": pair / "prompts.jsonl",
-        "sampling.prompts_per_step": size.prompts,
-        "sampling.max_new_tokens": size.new_tokens,
-        "optim.steps": size.steps,
-        "optim.lr": 1e-5,
-        "mixed_precision": "bf16" if device == "cuda" else "no",
-        "checkpoint.every": 0,
-    }
-    return cli.main(["distill", *(f"--{name}={value}" for name, value in settings.items())])
-
-
-def _report(steps: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Tokens (prompt and completion) over the seconds of a step: the median of those after the first, which warms up."""
-    on_gpu = arguments.device == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "tokens_per_second": statistics.median(step["tokens_per_second"] for step in steps[1:] or steps),
-        "peak_memory_mb": peak / 1e6,  # of the device; on a CPU of the process
-        "steps": steps,
+        pair = _prepare(Path(folder), arguments.pair, size)
+        job = Job(str(pair), folder, arguments.device, size.prompts, size.new_tokens, size.steps, arguments.clock)
+        results = {name: _measure(name, job) for name in dict.fromkeys(names)}
+    report = {
+        "trainers": results,
+        "job": {name: value for name, value in vars(job).items() if name not in ("pair", "folder")},
         "pair": "generated" if arguments.pair is None else str(arguments.pair),
         "machine": describe_machine(arguments.device),
         "versions": describe_versions("transformers", "accelerate"),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    _show(results)
+    if all("skipped" in result for result in results.values()):
+        sys.exit(1)
+
+
+def _prepare(folder: Path, given: Path | None, size: Size) -> Path:
+    """A folder with the pair and exactly the prompts of one step."""
+    pair = folder / "pair"
+    if given is None:
+        _make_pair(pair, size)
+        given = pair
+    else:
+        pair.mkdir()
+        for name in ("teacher", "student"):
+            (pair / name).symlink_to((given / name).resolve())
+    lines = (given / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[: size.prompts]
+    (pair / "prompts.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return pair
+
+
+def _measure(name: str, job: Job) -> dict[str, Any]:
+    """Medians over the steps after the first, which warms up; or why there are none."""
+    folder = Path(job.folder, name)
+    folder.mkdir()
+    job_file, result_file = folder / "job.json", folder / "result.json"
+    job_file.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(job, folder=str(folder)))))
+    process = [sys.executable, "-m", "bench.trainers.process", name, str(job_file), str(result_file)]
+    done = subprocess.run(process, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    if done.returncode != 0:
+        print(done.stderr, file=sys.stderr)
+        return {"skipped": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
+    result: dict[str, Any] = json.loads(result_file.read_text())
+    counted = result["steps"][1:]
+    seconds = {phase: statistics.median(step.get(phase, 0.0) for step in counted) for phase in ("total", *PHASES)}
+    tokens = job.prompts * job.new_tokens
+    return {"seconds": seconds, "sampled_tokens_per_second": tokens / seconds["total"], **result}
+
+
+def _show(results: dict[str, dict[str, Any]]) -> None:
+    """Ratios are to the first trainer that ran."""
+    base = next((result["seconds"]["total"] for result in results.values() if "seconds" in result), 1.0)
+    for name, result in results.items():
+        if "skipped" in result:
+            print(f"{name}: skipped: {result['skipped']}")
+            continue
+        seconds = result["seconds"]
+        phases = ", ".join(f"{phase} {seconds[phase]:.2f}" for phase in PHASES)
+        print(
+            f"{name}: {seconds['total']:.2f} s per step ({phases}), {seconds['total'] / base:.2f} times the first, "
+            f"{result['sampled_tokens_per_second']:,.0f} sampled tokens/s, peak {result['peak_memory_mb']:,.0f} MB"
+        )
 
 
 def _make_pair(folder: Path, size: Size) -> None:

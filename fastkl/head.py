@@ -44,6 +44,7 @@ class FusedCausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.transform = measure_logit_transform(model)
+        self._no_split_modules = getattr(model, "_no_split_modules", None)  # what FSDP shards as units
 
     def forward(self, function: Callable[..., T], **inputs: Any) -> T:
         """`inputs` go to the model: input_ids and, as the case may be, attention_mask, position_ids, …"""

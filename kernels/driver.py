@@ -24,7 +24,7 @@ from fastkl.kernels.backend import block_sampler, entropy_gradient, row_function
 from fastkl.kernels.gemm import add_weight_gradient, compute_dtype, gradient_dtype, hidden_gradient, project
 from fastkl.kernels.problem import Gradients, HeadOptions, Inputs, Needs, Objective, Spec
 from fastkl.kernels.rows import Logits
-from fastkl.kernels.sampled import BlockSampler, Estimates, add_to_weight_gradient, block_rows, blocks
+from fastkl.kernels.sampled import BlockSampler, Estimates, add_to_weight_gradient, block_rows, blocks, merged
 
 # What the logits of a chunk may take. On a GPU large chunks keep the GEMMs at full speed (1024-4096 rows at V = 150k).
 WORKSPACE_BYTES = {"cpu": 128 * 2**20, "accelerator": 2**30}
@@ -129,9 +129,12 @@ def _add_sampled_products(
     sums: Gradients, inputs: Inputs, chunk: _Chunk, slope: Tensor, sampler: BlockSampler, estimates: Estimates | None
 ) -> None:
     """`_add_products` of a chunk from a sample of columns for each block of its rows."""
-    for block in blocks(slope.shape[0], slope.device):
+    drawn = (
+        (block, sampler.sample(chunk.gradient[block], slope[block], _named_tokens(chunk, block)))
+        for block in blocks(slope.shape[0], slope.device)
+    )
+    for block, sample in merged(drawn, chunk.gradient, slope):
         rows = slice(chunk.rows.start + block.start, chunk.rows.start + block.stop)
-        sample = sampler.sample(chunk.gradient[block], slope[block], _named_tokens(chunk, block))
         if sums.hidden is not None:
             sums.hidden[rows] = sample.hidden_gradient()
         if estimates is not None:

@@ -20,7 +20,8 @@ docs/sampled-backward.md has the proof, measurements, and when not to use this.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -34,8 +35,9 @@ BACKWARDS: tuple[str, ...] = get_args(Backward)
 # A sample belongs to a block of rows. Small blocks keep fewer columns, large ones multiply and select them at less cost.
 BLOCK_ROWS = {"cpu": 128, "accelerator": 1024}
 BREAK_EVEN = 0.5  # of the columns: from here on the product of all of them is no slower than that of those kept
+PROBED = 8  # after a flat block, one in so many of the next one's rows is looked at first
 SCRATCH_BYTES = {"cpu": 2**21, "accelerator": 2**28}  # of squares; on a CPU they are to stay in its cache
-SOLVED_COLUMNS = 2**14  # at least; τ is solved from every so many-th column
+SOLVED_COLUMNS = 2**13  # at least; τ is solved from every so many-th column
 CENTRE_ROWS = 2**12  # at least
 LEAST_SLOPE = (
     1e-3  # of the block's root mean square: bounds û in rows that hardly count, which share the others' columns
@@ -126,6 +128,16 @@ def blocks(n: int, device: torch.device) -> Iterator[slice]:
         yield slice(start, min(start + step, n))
 
 
+class _Solution(NamedTuple):
+    """The probabilities of a block's columns, min(1, w / τ); all but w are 0-dim."""
+
+    w: Tensor  # [V], ∞ where a column is certain
+    tau: Tensor
+    total: Tensor  # Σ w² over all columns
+    lost: Tensor  # the variance of û
+    expected: Tensor  # Σ π
+
+
 class Sampler:
     """Draws the columns of one block after the other, and keeps count."""
 
@@ -137,6 +149,7 @@ class Sampler:
         rows = max(1, SCRATCH_BYTES[_kind(weight.device)] // (weight.shape[0] * self.dtype.itemsize))
         self.scratch_rows = min(rows, block_rows(weight.device))
         self.scratch: Tensor | None = None
+        self.flat = False  # was the last block?
         self.kept = self.seen = 0  # entries of u
         self.variance, self.square = (weight.new_zeros((), dtype=self.dtype) for _ in range(2))
 
@@ -147,7 +160,33 @@ class Sampler:
         return _Sparse(self, gradient, slope, columns, self.estimate(gradient, columns))
 
     def draw(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> Columns | None:
-        """The columns of a block; None: all of them, which is exact. Synchronisations on an accelerator."""
+        """The columns of a block; None: all of them, which is exact. Synchronisations on an accelerator.
+
+        Whether a block is flat, and so exact, is a function of its gradient and of those before it, never of what was
+        drawn, which would be a bias. A few rows keep fewer columns than all: where they are flat, so are all.
+        """
+        vocabulary = gradient.shape[1]
+        self.seen += gradient.numel()
+        if self.flat and gradient.shape[0] > PROBED:
+            probed = slope[::PROBED]
+            few = self._solve(gradient[::PROBED], probed, [])
+            if not is_sparse(few.expected, vocabulary):
+                self._count_exact(gradient, few.total * (slope.shape[0] / probed.shape[0]))
+                return None
+        w, tau, total, lost, expected = self._solve(gradient, slope, always)
+        self.flat = not is_sparse(expected, vocabulary)
+        if self.flat:
+            self._count_exact(gradient, total)
+            return None
+        # Midpoints of the generator's grid: never 0, so that 1 / π is bounded.
+        u = torch.rand(w.shape, generator=self.generator, dtype=self.dtype, device=w.device).add_(2.0**-25)
+        ids = (w > u.mul_(tau)).nonzero().squeeze(1)
+        self.kept += gradient.shape[0] * ids.numel()
+        self.square += total
+        self.variance += lost
+        return Columns(ids, (tau / w[ids]).clamp_(min=1.0), expected)
+
+    def _solve(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> _Solution:
         squares = self._column_squares(gradient, slope)
         total = squares.sum()
         for ids in always:
@@ -157,18 +196,11 @@ class Sampler:
         lost = torch.dot(w, (tau - w).clamp_(min=0.0))
         for ids in always:
             w.index_fill_(0, ids, torch.inf)
-        expected = expected_columns(w, tau)
-        self.seen += gradient.numel()
+        return _Solution(w, tau, total, lost, expected_columns(w, tau))
+
+    def _count_exact(self, gradient: Tensor, total: Tensor) -> None:
+        self.kept += gradient.numel()
         self.square += total
-        if not is_sparse(expected, w.shape[0]):
-            self.kept += gradient.numel()
-            return None
-        # Midpoints of the generator's grid: never 0, so that 1 / π is bounded.
-        u = torch.rand(w.shape, generator=self.generator, dtype=self.dtype, device=w.device).add_(2.0**-25)
-        ids = (w > u.mul_(tau)).nonzero().squeeze(1)
-        self.kept += gradient.shape[0] * ids.numel()
-        self.variance += lost
-        return Columns(ids, (tau / w[ids]).clamp_(min=1.0), expected)
 
     def statistics(self) -> Tensor:
         """The fraction of u that was kept, and the expected relative error of û, [2]."""
@@ -219,6 +251,17 @@ class _Exact(NamedTuple):
 
     def estimate(self, rows: slice) -> Estimate | None:
         return None
+
+
+def merged(drawn: Iterable[tuple[slice, Sample]], gradient: Tensor, slope: Tensor) -> Iterator[tuple[slice, Sample]]:
+    """Blocks of a chunk with their samples, as they are drawn; neighbours that are exact as one, for larger products."""
+    for exact, group in itertools.groupby(drawn, key=lambda found: isinstance(found[1], _Exact)):
+        if not exact:
+            yield from group
+            continue
+        found = list(group)
+        rows = slice(found[0][0].start, found[-1][0].stop)
+        yield rows, found[0][1]._replace(gradient=gradient[rows], slope=slope[rows])  # type: ignore[attr-defined]
 
 
 class _Sparse(NamedTuple):

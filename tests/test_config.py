@@ -25,6 +25,7 @@ MINIMAL: dict[str, dict[str, object]] = {
 
 URL = "http://127.0.0.1:9/v1"
 SERVED: dict[str, object] = {"teacher.path": "", "teacher.server.url": URL, "teacher.server.model": "m"}
+SAMPLED: dict[str, object] = {"sampling.server.url": URL, "sampling.server.model": "m"}
 # command, settings, what the message must hold: the setting with its value, and the way out
 REFUSED: list[tuple[str, dict[str, object], list[str]]] = [
     ("distill", {"run": ""}, ["run is empty", "runs/first"]),
@@ -50,6 +51,13 @@ REFUSED: list[tuple[str, dict[str, object], list[str]]] = [
     ("distill", SERVED | {"teacher.server.timeout": 0}, ["server.timeout is 0", "> 0"]),
     ("distill", SERVED | {"teacher.server.retries": -1}, ["server.retries is -1", ">= 0"]),
     ("distill", SERVED | {"teacher.server.api_key_env": "sk-secret"}, ["server.api_key_env is not the name"]),
+    (
+        "distill",
+        SAMPLED | {"sampling.max_requests": 4},
+        ["sampling.max_requests is 4", URL, "--max-num-seqs", "unset it"],
+    ),
+    ("distill", SAMPLED | {"sampling.server.url": ""}, ["server.model is 'm'", "server.url is empty"]),
+    ("distill", SAMPLED | {"sampling.server.concurrency": 0}, ["server.concurrency is 0", "at least 1"]),
     ("distill", SERVED | {"teacher.dtype": "bfloat16"}, ["teacher.dtype is 'bfloat16'", URL, "unset it"]),
     ("score", {"model.path": "", "model.server.url": URL, "model.server.model": "m"}, ["model.tokenizer is None", URL]),
     ("distill", {"data.dataset": "x"}, ["data.path is 'd.jsonl'", "data.dataset is 'x'", "exactly one"]),
@@ -81,6 +89,44 @@ REFUSED: list[tuple[str, dict[str, object], list[str]]] = [
         {"loss.truncate_ratio": 2, "loss.old_logprobs": "current"},
         ["loss.truncate_ratio is 2", "loss.old_logprobs is current", "unset one"],
     ),
+    (
+        "distill",
+        {"loss.objective": "jsd", "loss.kl_coef": 0.5},
+        ["loss.kl_coef is 0.5", "loss.objective is jsd", "belongs to sampled"],
+    ),
+    (
+        "distill",
+        {"loss.objective": "reverse_kl", "loss.method": "ppo"},
+        ["loss.method is ppo", "loss.objective is reverse_kl"],
+    ),
+    ("distill", {"loss.jsd_beta": 0.2}, ["loss.jsd_beta is 0.2", "loss.objective is sampled", "belongs to jsd"]),
+    ("distill", {"loss.jsd_beta": 2, "loss.objective": "jsd"}, ["loss.jsd_beta is 2", "between 0 and 1"]),
+    ("distill", {"loss.skew_alpha": 0.3}, ["loss.skew_alpha is 0.3", "skewed_reverse_kl and skewed_forward_kl"]),
+    (
+        "distill",
+        {"loss.skew_alpha": 1, "loss.objective": "skewed_reverse_kl"},
+        ["loss.skew_alpha is 1", "below 1"],
+    ),
+    ("distill", {"loss.top_k": 5}, ["loss.top_k is 5", "belongs to top_k"]),
+    ("distill", {"loss.top_k": 0, "loss.objective": "top_k"}, ["loss.top_k is 0", "at least 1"]),
+    (
+        "distill",
+        SERVED | {"loss.objective": "forward_kl"},
+        ["loss.objective is forward_kl", URL, "sampled or top_k", "teacher.path"],
+    ),
+    ("distill", SERVED | {"teacher.device": "cpu"}, ["teacher.device is 'cpu'", URL, "unset it"]),
+    ("distill", SERVED | {"teacher.quantization": "8bit"}, ["teacher.quantization is '8bit'", URL, "unset it"]),
+    (
+        "distill",
+        {"teacher.base_of_student": "true", "student.lora.rank": 2},
+        ["teacher.base_of_student is true", "teacher.path is 't'", "unset one"],
+    ),
+    (
+        "distill",
+        {"teacher.base_of_student": "true", "teacher.path": ""},
+        ["teacher.base_of_student is true", "student.lora.rank is 0", "teacher.path"],
+    ),
+    ("score", {"model.base_of_student": "true", "model.path": ""}, ["model.base_of_student is true", "model.path"]),
     ("distill", {"optim.lr": -1}, ["optim.lr is -1", ">= 0"]),
     ("distill", {"optim.steps": 0}, ["optim.steps is 0", "at least 1"]),
     ("distill", {"optim.substeps": 0}, ["optim.substeps is 0", "at least 1"]),
@@ -113,6 +159,8 @@ UNPARSABLE: list[tuple[str, dict[str, object], str]] = [
     ("distill", {"optim.steps": 1.5}, "steps"),
     ("distill", {"optim.lr": "fast"}, "lr"),
     ("distill", {"loss.method": "dpo"}, "method"),
+    ("distill", {"loss.objective": "l2"}, "objective"),
+    ("distill", {"teacher.quantization": "2bit"}, "quantization"),
     ("distill", {"teacher.server.api": "chat"}, "api"),
     ("distill", {"student.dtype": "int8"}, "dtype"),
     ("distill", {"batch.layout": "ragged"}, "layout"),

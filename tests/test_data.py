@@ -42,6 +42,11 @@ def load(path: Path, **settings: object) -> list:
         (b'{"messages": ["hello"]}', "`messages` must be a list"),
         (b'{"messages": {"role": "user", "content": "a"}}', "`messages` must be a list"),
         (b'{"prompt": "a", "completion": 2}', "`completion` is a int; expected text"),
+        (b'{"prompt": "a", "answer": ["1"]}', "`answer` is a list; expected text or a number"),
+        (b'{"prompt": "a", "metadata": "m"}', "`metadata` is a str; expected an object"),
+        (b'{"prompt": "a \\ud800"}', "`prompt` holds half of a surrogate pair"),
+        (b'{"messages": [{"role": 1, "content": "a"}]}', "`messages` must be a list of objects with `role`"),
+        (b"[" * 100_000, "cannot be read as JSON"),
         (b"[1, 2]", "is a list; expected an object"),
         (b"17", "is a int; expected an object"),
         (b"null", "is a NoneType; expected an object"),
@@ -62,6 +67,11 @@ def load(path: Path, **settings: object) -> list:
         "text-as-turn",
         "turn-as-messages",
         "number-as-completion",
+        "list-as-answer",
+        "text-as-metadata",
+        "half-a-surrogate",
+        "number-as-role",
+        "brackets-without-end",
         "list",
         "number",
         "null",
@@ -109,7 +119,24 @@ def test_rows_are_read_as_they_stand(tmp_path: Path) -> None:
     assert [p.prompt for p in prompts] == ["1+1=", chat, "a\u2028b\x85"]
     assert [p.source for p in prompts] == [f"{path}:{line}" for line in (1, 2, 3)]
     assert (prompts[0].answer, prompts[0].completion) == ("2", "2")
+    assert prompts[0].metadata == {}
     assert (prompts[1].answer, prompts[1].completion) == (None, None)
+
+
+def test_rows_that_are_equal_are_rows_of_their_own(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1", "metadata": {"a": [1]}}] * 3)
+    prompts = load(path)
+    assert [p.source for p in prompts] == [f"{path}:{line}" for line in (1, 2, 3)]
+    assert prompts[0].metadata == {"a": [1]}
+
+
+def test_a_completion_without_tokens_is_refused(tmp_path: Path) -> None:
+    words = tokenizer(eos_token=None)
+    encoded = encode_prompts(
+        load(write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1", "completion": ""}])), words, DataConfig()
+    )
+    with pytest.raises(ConfigError, match=r"p\.jsonl:1: `completion` has no tokens"):
+        encode_completions(encoded, words)
 
 
 def test_limit_reads_no_further(tmp_path: Path) -> None:

@@ -102,8 +102,9 @@ def test_teacher_kl_falls(tmp_path: Path, pair: Pair, lora_rank: int) -> None:
     assert mean_of_last(done, "teacher_kl") < 0.6 * sum(row["teacher_kl"] for row in done.metrics[:3]) / 3
 
 
-def test_kl_coef_zero_moves_nothing(tmp_path: Path, pair: Pair) -> None:
-    done = run(tmp_path / "run", pair, loss__kl_coef=0, optim__lr=0.1)
+def test_without_kl_and_with_equal_rewards_nothing_moves(tmp_path: Path, pair: Pair) -> None:
+    equal = {"reward__grader": "regex:$", "sampling__samples_per_prompt": 2}
+    done = run(tmp_path / "run", pair, loss__kl_coef=0, optim__lr=0.1, **equal)
     assert all(row["optim/grad_norm"] == 0 for row in done.metrics)
     before, after = weights(pair.student), done.weights()
     assert before.keys() == after.keys()
@@ -251,11 +252,11 @@ def test_variants_learn_and_save(tmp_path: Path, pair: Pair, options: dict[str, 
 
 
 METRICS = {
-    *("step", "teacher_kl", "entropy", "loss", "tokens_per_second", "optim/lr", "optim/grad_norm"),
+    *("step", "teacher_kl", "entropy", "loss", "tokens_per_second", "optim/lr", "optim/grad_norm", "optim/skipped"),
     *("completions/mean_length", "completions/truncated_fraction"),
     *(f"policy/{name}" for name in ("ratio_mean", "ratio_min", "ratio_max", "clip_fraction", "k1", "k3")),
     *(f"sampler_mismatch/{name}" for name in ("mean_abs", "p95_abs", "outside_0.9_1.1")),
-    *(f"time/{name}" for name in ("sample", "teacher", "old_logprobs", "train")),
+    *(f"time/{name}" for name in ("push_weights", "sample", "teacher", "old_logprobs", "train")),
 }
 
 
@@ -376,9 +377,10 @@ def test_the_teacher_and_the_base_of_an_adapter_do_not_move(
     tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fastkl.trainer.distill as module
+    from fastkl.trainer.teachers import opening
 
     held: list[Any] = []
-    load_teacher, fit = module.load_teacher, module.fit
+    load_teacher, fit = opening.load_teacher, module.fit
 
     def loaded(*arguments: Any) -> Any:
         held.append(load_teacher(*arguments))
@@ -388,7 +390,7 @@ def test_the_teacher_and_the_base_of_an_adapter_do_not_move(
         fit(student, *arguments)
         held.append(student.model)
 
-    monkeypatch.setattr(module, "load_teacher", loaded)
+    monkeypatch.setattr(opening, "load_teacher", loaded)
     monkeypatch.setattr(module, "fit", fitted)
     run(tmp_path / "run", pair, student__lora__rank=2, optim__lr=0.1)
     teacher, student = held

@@ -43,7 +43,7 @@ def test_accuracy_is_the_share_of_right_answers(
         completions = []
         for index, (prompt, row) in enumerate(zip(prompts, sums(), strict=True)):
             assert prompt == words(f"<u>{row['prompt']}<a>")["input_ids"]
-            text = f"it is {row['answer']}" if index % 3 == 0 else "no idea"
+            text = f"= {row['answer']}" if index % 3 == 0 else "no way"
             end = [0] if index % 3 == 0 else []
             completions.append(Completion(words(text)["input_ids"] + end, [], not end))
         return completions

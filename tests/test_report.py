@@ -143,7 +143,7 @@ def test_training_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (run["kind"], run["steps_done"], run["steps_planned"]) == ("distill", 3, 3)
     assert {"teacher_kl", "entropy", "loss", "sampler_mismatch/mean_abs", "time/sample"} <= run["series"].keys()
     assert run["seconds"].keys() == {"sample", "teacher", "old_logprobs", "train"}
-    assert run["x"].keys() == {"step", "tokens"}
+    assert run["x"].keys() == {"step", "tokens", "flops"}
     assert run["settings"]["optim.lr"] == "0.01"
     records = [json.loads(line) for line in (distilled / "samples.jsonl").read_text().splitlines()]
     assert run["x"]["tokens"][-1] == sum(sum(record["loss_mask"]) for record in records)
@@ -258,6 +258,8 @@ def test_axes(tmp_path: Path) -> None:
     start = {"step": 0, "eval/accuracy": 0.25}
     found = only_run(make_run(tmp_path / "run", rows=[start, row(1, **flops), row(2, **flops)]))
     assert found["x"] == {"step": [0, 1, 2], "tokens": [0, 24, 48], "flops": [0, 6e12, 12e12]}
+    del flops["flops/teacher"]  # a served one: a total without it would flatter the run
+    assert "flops" not in only_run(make_run(tmp_path / "served", rows=[start, row(1, **flops)]))["x"]
     assert found["series"]["eval/accuracy"] == {"at": [0], "values": [0.25]}
     assert found["series"]["loss"]["at"] == [1, 2]
     assert found["seconds"] == {"train": 1.0}
@@ -439,6 +441,7 @@ frame.addEventListener("load", () => setTimeout(() => {{
     worst: text("#worst li strong"),
     stops: all(".scored[tabindex='0']").length,
     images: page.images.length,
+    origin: page.querySelector("#origin").textContent,
     curves: all("#learning .line").filter((line) => /\\dL\\d/.test(line.getAttribute("d"))).length,
   }};
   page.querySelector("#worst button").click();
@@ -462,6 +465,7 @@ frame.addEventListener("load", () => setTimeout(() => {{
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 def test_in_a_browser_as_wide_as_a_phone(tmp_path: Path) -> None:
     hostile = sample(3, ["<u>", *HOSTILE], teacher_logprobs=[0.0, *(-0.5 - n for n in range(len(HOSTILE)))])
+    hostile |= {"dataset": HOSTILE[0], "reward": 0.5}
     rows = [row(1, teacher_kl=3.0), row(2, teacher_kl=float("nan")), row(3, teacher_kl=1.0), row(4, teacher_kl=0.5)]
     run = make_run(tmp_path / "run", rows=rows, samples=[sample(1), hostile])
     other = make_run(tmp_path / "other", settings=SETTINGS | {"optim": {"lr": 1e-5, "steps": 3}})
@@ -484,6 +488,7 @@ def test_in_a_browser_as_wide_as_a_phone(tmp_path: Path) -> None:
     assert found["rows"] == ["optim.lr"]
     assert found["curves"] == 4
     assert found["images"] == 0
+    assert found["origin"] == f"data set {HOSTILE[0]}, reward 0.5"
     assert [text.replace("↵", "") for text in found["scored"]] == [*HOSTILE[:-1], "∅"]
     assert found["worst"][0] == "∅"
     assert len(found["worst"]) == len(HOSTILE) - 1  # the first has the teacher's own log-prob

@@ -177,6 +177,40 @@ def test_flat_rows_are_exact(form: tuple[str, dict[str, Any]], needs: tuple[str,
         assert (float(metrics["kept_fraction"]), float(metrics["grad_error"])) == (1.0, 0.0)
 
 
+def with_flat_rows(p: Problem, flat: slice) -> Problem:
+    """The rows of `flat` are uniform: what makes the others peaked, the bias, becomes an input that they lack."""
+    n = p.hidden.shape[0]
+    switch = torch.ones(n, 1, dtype=p.hidden.dtype)
+    switch[flat] = 0.0
+    hidden = torch.cat([torch.where(switch == 0, 0.0, p.hidden), switch], 1)
+    assert p.bias is not None
+    weight = torch.cat([p.weight, p.bias[:, None]], 1)
+    tokens = torch.where(switch[:, 0] == 0, torch.arange(n), p.tokens)
+    return p._replace(hidden=hidden, weight=weight, bias=torch.zeros_like(p.bias), tokens=tokens, sampler_logprobs=None)
+
+
+def test_flat_blocks_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one is looked at in full, of the next ones a few rows; neighbours share a product."""
+    looked_at: list[int] = []
+    products: list[int] = []
+    original, product = sampled.Sampler._column_squares, sampled.add_weight_gradient
+
+    def counted(self: sampled.Sampler, gradient: Tensor, slope: Tensor) -> Tensor:
+        looked_at.append(gradient.shape[0])
+        return original(self, gradient, slope)
+
+    def multiplied(accumulator: Tensor, gradient: Tensor, *others: Any, **options: Any) -> None:
+        products.append(gradient.shape[0])
+        product(accumulator, gradient, *others, **options)
+
+    monkeypatch.setattr(sampled.Sampler, "_column_squares", counted)
+    monkeypatch.setattr(sampled, "add_weight_gradient", multiplied)
+    p = with_flat_rows(peaked_problem(96), slice(16, 64))
+    with_gradients(fused, "policy_gradient", p, **SAMPLED)
+    assert looked_at == [16, 16, 2, 2, 2, 16, 16]
+    assert products == [16, 48, 16, 16]
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_chunks_of_whole_blocks_draw_the_same_sample(form: tuple[str, dict[str, Any]]) -> None:
     name, options = form

@@ -230,3 +230,9 @@ def test_quiet(capfd):
     captured = capfd.readouterr()
     assert captured.out == ""
     assert "ContinuousBatching" not in captured.err
+
+
+@pytest.mark.parametrize(("prompts", "limit", "at_once"), [(24, 10, 8), (24, 24, 24), (3, 10, 3), (11, 10, 6)])
+def test_rounds_are_of_one_size(prompts, limit, at_once):
+    sampler = ContinuousBatchingSampler(make_model(), max_requests=limit)
+    assert sampler._batching_config(prompts, 20, 0).max_requests_per_batch == at_once

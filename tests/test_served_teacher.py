@@ -15,13 +15,14 @@ from tiny import CHARACTERS, llama, save_model, tokenizer
 from fastkl.head import FusedCausalLM
 from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.config.optim import BatchConfig
-from fastkl.trainer.config.teacher import ServerConfig, TeacherConfig
+from fastkl.trainer.config.teacher import TeacherConfig, TeacherServerConfig
 from fastkl.trainer.data.samples import Sample, make_sample
 from fastkl.trainer.servers import connection
 from fastkl.trainer.servers.concurrency import gather
+from fastkl.trainer.servers.errors import ServerError
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.served import ServedTeacher, connect
-from fastkl.trainer.teachers.teacher import UNKNOWN, TeacherError
+from fastkl.trainer.teachers.teacher import UNKNOWN
 
 WORDS = tokenizer()
 APIS = ("prompt_logprobs", "echo")
@@ -39,10 +40,12 @@ def stub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubServer]:
         yield server
 
 
-def connected(stub: StubServer, temperature: float = 1.0, trusted: bool = False, **options: Any) -> ServedTeacher:
+def connected(
+    stub: StubServer, temperature: float = 1.0, trusted: bool = False, top_k: int | None = None, **options: Any
+) -> ServedTeacher:
     settings = {"model": "stub", "retries": 2, "timeout": 5.0, **options}
-    config = TeacherConfig(server=ServerConfig(url=stub.url, **settings), tokenizer="t" if trusted else None)
-    return connect(config, WORDS, temperature=temperature, longest=[3] * 60, remedy="Do this")
+    config = TeacherConfig(server=TeacherServerConfig(url=stub.url, **settings), tokenizer="t" if trusted else None)
+    return connect(config, WORDS, temperature=temperature, longest=[3] * 60, remedy="Do this", top_k=top_k)
 
 
 def samples(count: int = 11, highest: int = len(WORDS)) -> list[Sample]:
@@ -70,6 +73,48 @@ def check_equal(found: list[list[float]], wanted: list[list[float]]) -> None:
 def test_scores_are_those_of_the_model(stub: StubServer, api: str, size: int) -> None:
     teacher = connected(stub, api=api, sequences_per_request=size, concurrency=3)
     check_equal(scores(teacher, samples()), scores(local(stub), samples()))
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("k", [1, 4])
+def test_the_likeliest_tokens_are_those_of_the_model(stub: StubServer, api: str, k: int) -> None:
+    here = LocalTeacher(FusedCausalLM(stub.model), BatchConfig(), 1.0, torch.device("cpu"), top_k=k)
+    ours, theirs = samples(), samples()
+    check_equal(scores(connected(stub, api=api, top_k=k), ours), scores(here, theirs))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.teacher_top_k is not None
+        assert b.teacher_top_k is not None
+        assert torch.equal(a.teacher_top_k.ids, b.teacher_top_k.ids)
+        torch.testing.assert_close(a.teacher_top_k.logprobs, b.teacher_top_k.logprobs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_a_server_that_lists_fewer_tokens_is_refused(stub: StubServer, api: str) -> None:
+    message = r"gives no log-probs and 21 likeliest tokens \(loss\.top_k\).*more than 20 .*--max-logprobs"
+    with pytest.raises(ConfigError, match=message):
+        connected(stub, api=api, top_k=21)
+    stub.caps = 3  # without a word
+    with pytest.raises(
+        ConfigError, match=r"[34] likeliest tokens where 7 were asked for: the server has a lower limit"
+    ):
+        connected(stub, api=api, top_k=7)
+
+
+def test_likeliest_tokens_that_only_have_texts_are_refused(stub: StubServer) -> None:
+    stub.names_ids = False
+    with pytest.raises(ConfigError, match=r"by their texts, not their ids .*return_tokens_as_token_ids"):
+        connected(stub, api="echo", top_k=3)
+    connected(stub, api="echo")
+
+
+def test_lists_without_what_the_student_does_not_know(stub: StubServer) -> None:
+    """Ids of the teacher's padding are left out; a list is padded to its length."""
+    teacher = connected(stub, top_k=3)
+    found = teacher._likeliest([{1: -0.5, len(WORDS): -1.0, 2: -3.0}, {0: -1.0, 3: -2.0, 4: -3.0}])
+    assert found.ids.tolist() == [[1, 2, -1], [0, 3, 4]]
+    assert found.logprobs[0, :2].tolist() == [-0.5, -3.0]
+    with pytest.raises(ServerError, match="lists no token that the student knows"):
+        teacher._likeliest([{len(WORDS): -1.0}])
 
 
 def test_token_ids_are_sent_and_never_text(stub: StubServer) -> None:
@@ -223,7 +268,7 @@ def test_trouble_that_passes(stub: StubServer, trouble: Trouble, capsys: pytest.
 def test_trouble_that_stays(stub: StubServer, trouble: Trouble, part: str) -> None:
     teacher = connected(stub, timeout=0.2, concurrency=1)
     stub.troubles = [trouble] * 3
-    with pytest.raises(TeacherError, match=r"in 3 attempts.*give the same command again") as error:
+    with pytest.raises(ServerError, match=r"in 3 attempts.*give the same command again") as error:
         teacher.score(samples(2))
     assert part in str(error.value)
     assert not stub.troubles
@@ -232,7 +277,7 @@ def test_trouble_that_stays(stub: StubServer, trouble: Trouble, part: str) -> No
 def test_a_refusal_is_not_repeated(stub: StubServer) -> None:
     teacher = connected(stub)
     stub.troubles = [400, 418]
-    with pytest.raises(TeacherError, match="HTTP 400 from"):
+    with pytest.raises(ServerError, match="HTTP 400 from"):
         teacher.score(samples(2))
     assert stub.troubles == [418]
 
@@ -241,7 +286,7 @@ def test_answers_are_checked_during_the_run_too(stub: StubServer) -> None:
     teacher = connected(stub)
     for defect in ("ignored", "nan", "one-choice"):
         stub.defect = defect
-        with pytest.raises(TeacherError):
+        with pytest.raises(ServerError):
             teacher.score(samples(2))
 
 
@@ -258,8 +303,8 @@ def test_retry_after(stub: StubServer, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pauses_double_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(connection.time, "sleep", pauses.append)
-    idle = connection.Connection(ServerConfig(url="http://127.0.0.1:9/v1", model="m", retries=7))
-    with pytest.raises(TeacherError, match=r"http://127.0.0.1:9/v1/x in 8 attempts .*ConnectionError"):
+    idle = connection.Connection(TeacherServerConfig(url="http://127.0.0.1:9/v1", model="m", retries=7), "the server")
+    with pytest.raises(ServerError, match=r"http://127.0.0.1:9/v1/x in 8 attempts .*ConnectionError"):
         idle.post(f"{idle.url}/x", {})
     assert pauses == [1, 2, 4, 8, 16, 30, 30]
 
@@ -302,7 +347,7 @@ def test_the_key_comes_from_the_environment_and_shows_nowhere(
     assert set(stub.authorizations) == {f"Bearer {KEY}"}
     for trouble, count in ((503, 3), (400, 1)):  # the stub repeats the header in its answers
         stub.troubles = [trouble] * count
-        with pytest.raises(TeacherError) as error:
+        with pytest.raises(ServerError) as error:
             teacher.score(samples(1))
         assert "Bearer ***" in str(error.value)
         assert KEY not in str(error.value) + capsys.readouterr().err
@@ -326,5 +371,5 @@ def test_a_key_that_is_none(stub: StubServer, monkeypatch: pytest.MonkeyPatch, v
 @pytest.mark.parametrize(("status", "hint"), [(401, "server.api_key_env"), (403, "server.api_key_env"), (404, "/v1")])
 def test_refusals_at_the_start_have_a_hint(stub: StubServer, status: int, hint: str) -> None:
     stub.troubles = [status]
-    with pytest.raises(TeacherError, match=f"HTTP {status} from .*{hint}"):
+    with pytest.raises(ServerError, match=f"HTTP {status} from .*{hint}"):
         connected(stub)

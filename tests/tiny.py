@@ -8,9 +8,10 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from transformers import (
 
 from fastkl import cli
 from fastkl.trainer import commands
+from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
+from fastkl.trainer.samplers.sampler import Completion
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHARACTERS = "0123456789+-=abcdefghijklmnopqrstuvwxyz .?!"
@@ -193,6 +196,77 @@ def die_at(command_line: list[str], target: str, call: int, after: bool) -> None
 
     setattr(owner, name, dying)
     cli.main(command_line)
+
+
+def together(
+    command_line: list[str],
+    errors: Path,
+    *,
+    count: int = 2,
+    fsdp: bool = False,
+    before: Mapping[int, Callable[[], None]] | None = None,
+    timeout: float = 240,
+) -> tuple[list[int | None], list[str]]:
+    """A command in several processes as a launcher starts them: their exit statuses and what each said on stderr."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    errors.mkdir(exist_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastkl.trainer.distill", "fastkl.trainer.sft", "fastkl.cli"])
+    running = []
+    for rank in range(count):
+        environment = {
+            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            **(FSDP if fsdp else {}),
+        }
+        first = (before or {}).get(rank)
+        process = context.Process(target=_join, args=(command_line, environment, errors / f"{rank}.txt", first))
+        process.start()
+        running.append(process)
+    for process in running:
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in running], [(errors / f"{rank}.txt").read_text() for rank in range(count)]
+
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",  # as `accelerate launch` has it
+}
+
+
+def _join(command_line: list[str], environment: dict[str, str], errors: Path, first: Callable[[], None] | None) -> None:
+    os.environ.update(environment)
+    with open(errors, "w") as file:
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    if first is not None:
+        first()
+    sys.exit(cli.main(command_line))
+
+
+def give_samples() -> None:
+    """From here on, completions depend on their prompt alone; greedy ones are still the model's."""
+    sample = ContinuousBatchingSampler.sample
+
+    def given(self: Any, prompts: list[list[int]], *, temperature: float, max_new_tokens: int, seed: int) -> Any:
+        if temperature == 0:
+            return sample(self, prompts, temperature=0, max_new_tokens=max_new_tokens, seed=seed)
+        found = []
+        for prompt in prompts:
+            random = torch.Generator().manual_seed(sum(prompt))
+            length = 1 + sum(prompt) % max_new_tokens
+            ids = torch.randint(1, len(CHARACTERS), (length,), generator=random).tolist()
+            found.append(Completion(ids, (-3 - torch.rand(length, generator=random)).tolist(), True))
+        return found
+
+    ContinuousBatchingSampler.sample = given  # type: ignore[method-assign]
 
 
 def killed(command_line: list[str], target: str, call: int, after: bool) -> bool:

@@ -1,26 +1,72 @@
-"""Advantages of samples' tokens."""
+"""Advantages of samples' tokens: what the teacher thinks of each, and what the whole sample earned."""
 
 from __future__ import annotations
 
 import itertools
 
 import torch
+from torch import Tensor
 
 from fastkl.loss import reverse_kl_advantages
+from fastkl.trainer.config.reward import RewardConfig
 from fastkl.trainer.data.samples import Sample
 
 
-def set_advantages(samples: list[Sample], *, coef: float, discount: float) -> None:
-    """The reverse-KL advantages of every token, all samples end to end in one row; no sum crosses a sample's end."""
+def set_advantages(samples: list[Sample], *, coef: float, discount: float, given_coef: float = 1.0) -> None:
+    """Writes A = A_env − coef Σ γᵏ d of every counted token: the samples' `reward_advantage` and the reverse KL's.
+
+    All samples stand end to end in one row; no sum crosses a sample's end. Without a teacher's log-probs there is no KL. A
+    token of a given completion has the advantage `given_coef` in place of both: −log p, weighted.
+    """
+    if not samples:
+        return
     lengths = [len(sample.ids) for sample in samples]
-    own = [sample.old_logprobs or sample.sampler_logprobs for sample in samples]
+    own = [sample.old_logprobs or sample.sampler_logprobs or [0.0] * len(sample.ids) for sample in samples]
+    teacher = [sample.teacher_logprobs or ours for sample, ours in zip(samples, own, strict=True)]
+    mask = torch.tensor(list(itertools.chain(*(sample.loss_mask for sample in samples))))
     advantages = reverse_kl_advantages(
         torch.tensor(list(itertools.chain(*own))),
-        torch.tensor(list(itertools.chain(*(sample.teacher_logprobs for sample in samples)))),
-        torch.tensor(list(itertools.chain(*(sample.loss_mask for sample in samples)))),
+        torch.tensor(list(itertools.chain(*teacher))),
+        mask,
         coef=coef,
         discount=discount,
         sequence_ids=torch.repeat_interleave(torch.tensor(lengths)),
     )
-    for sample, row in zip(samples, advantages.split(lengths), strict=True):
-        sample.advantages = row.tolist()
+    for sample, row, counted in zip(samples, advantages.split(lengths), mask.split(lengths), strict=True):
+        values = torch.full_like(row, given_coef) if sample.given else row + sample.reward_advantage
+        sample.advantages = values.where(counted, 0.0).tolist()
+
+
+def set_reward_advantages(samples: list[Sample], config: RewardConfig) -> dict[str, float]:
+    """Writes `reward_advantage` of all graded samples; returns the metrics `reward/*`. Groups are samples of one prompt."""
+    graded = [sample for sample in samples if sample.reward is not None]
+    if not graded:
+        return {}
+    rewards = torch.tensor([sample.reward for sample in graded], dtype=torch.float64)
+    _, groups = torch.tensor([sample.prompt_index for sample in graded]).unique(return_inverse=True)
+    advantages = rewards
+    if config.baseline == "group":
+        advantages = group_advantages(rewards, groups, normalize=config.normalize)
+    for sample, advantage in zip(graded, (config.coef * advantages).tolist(), strict=True):
+        sample.reward_advantage = advantage
+    spread = [rewards[groups == group].max() > rewards[groups == group].min() for group in range(int(groups.max()) + 1)]
+    return {
+        "reward/mean": rewards.mean().item(),
+        "reward/std": rewards.std(correction=0).item(),
+        "reward/groups_without_signal": 1.0 - sum(map(bool, spread)) / len(spread),
+    }
+
+
+def group_advantages(rewards: Tensor, groups: Tensor, *, normalize: bool = False) -> Tensor:
+    """(r − mean of its group), over the group's standard deviation if asked: [n] of rewards [n] and group numbers [n].
+
+    GRPO's baseline (Shao et al., "DeepSeekMath", 2024). The standard deviation is the population's; a group of equal
+    rewards gets 0.
+    """
+    result = torch.zeros_like(rewards)
+    for group in groups.unique():
+        own = groups == group
+        centred = rewards[own] - rewards[own].mean()
+        if rewards[own].max() > rewards[own].min():
+            result[own] = centred / rewards[own].std(correction=0) if normalize else centred
+    return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastkl.trainer import processes
 from fastkl.trainer.config.data import EvalConfig
 from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.data.prompts import EncodedPrompt, render_chat
@@ -28,6 +29,14 @@ def check_trackers(names: list[str]) -> None:
             )
 
 
+def check_share(samples: int, name: str) -> None:
+    """Every process has a sample in each step."""
+    if samples < processes.count():
+        raise ConfigError(
+            f"a step has {samples} samples for {processes.count()} processes; raise {name} or start fewer processes"
+        )
+
+
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
     """One vocabulary: the same text gives the same ids, and the special tokens are the same."""
     text = SAMPLE_TEXT + (student.eos_token or "")
@@ -46,9 +55,15 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
             )
 
 
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The ids of a tokenizer are those below this one."""
+    highest: int = max(tokenizer.get_vocab().values())
+    return highest + 1
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, models: dict[str, PreTrainedModel]) -> None:
     """Every id of the tokenizer has a logit in each model; heads may be padded beyond it."""
-    highest = max(tokenizer.get_vocab().values())
+    highest = vocabulary(tokenizer) - 1
     for name, model in models.items():
         rows = model.get_output_embeddings().weight.shape[0]
         if rows <= highest:
@@ -56,6 +71,11 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, models: dict[str, PreTr
                 f"the {name}'s head has {rows} rows but the tokenizer has ids up to {highest}; resize the model's "
                 f"embeddings (model.resize_token_embeddings) or use its own tokenizer"
             )
+
+
+def check_top_k(k: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    if k > (known := vocabulary(tokenizer)):
+        raise ConfigError(f"loss.top_k is {k}, more than the {known} ids of the tokenizer; lower it")
 
 
 def check_chat(

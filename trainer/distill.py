@@ -1,154 +1,194 @@
-"""On-policy distillation: the student samples, the teacher scores, the student learns from the reverse KL.
+"""On-policy distillation: the student samples, the teacher scores, the student learns to be less unlike it.
 
 Thinking Machines, "On-Policy Distillation" (2025); Tinker cookbook, recipe `distillation`.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.trainer import checks
-from fastkl.trainer.advantages import set_advantages
+from fastkl.trainer import checks, processes
+from fastkl.trainer.advantages import set_advantages, set_reward_advantages
+from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.config.training import DistillConfig
-from fastkl.trainer.data.batching import PAD_ID
-from fastkl.trainer.data.prompts import EncodedPrompt, batch_indices, encode_prompts, load_prompts
-from fastkl.trainer.data.samples import Sample, make_sample
+from fastkl.trainer.data.mixture import DataSet, read_data_sets, step_prompts
+from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.flops import sampling_flops
 from fastkl.trainer.grading.evaluate import load_eval_prompts
 from fastkl.trainer.loop import Clock, fit
-from fastkl.trainer.models.loading import end_of_sequence, fuse, load_teacher, load_teacher_tokenizer, load_tokenizer
-from fastkl.trainer.models.scoring import score
+from fastkl.trainer.models.loading import context_length, end_of_sequence, load_tokenizer
+from fastkl.trainer.objectives import objective
+from fastkl.trainer.rollouts.conversations import MultiTurn, stop_ids
+from fastkl.trainer.rollouts.environments import Environment, make_environment
+from fastkl.trainer.rollouts.lengths import kept
+from fastkl.trainer.rollouts.reward import make_judge
+from fastkl.trainer.rollouts.rollout import Rollouts
+from fastkl.trainer.rollouts.writer import SingleTurn, Writer
 from fastkl.trainer.runs.folder import RunFolder, check_run_folder
 from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
 from fastkl.trainer.samplers.sampler import Sampler
+from fastkl.trainer.samplers.served import SamplingServer, ServedSampler, connect_sampling
 from fastkl.trainer.student import Student
-from fastkl.trainer.teachers.local import LocalTeacher
-from fastkl.trainer.teachers.served import ServedTeacher, connect
-from fastkl.trainer.teachers.teacher import Teacher
+from fastkl.trainer.teachers.opening import check_teachers, connect_servers, open_teachers
+from fastkl.trainer.teachers.routed import RoutedTeacher
 
 
 class OnPolicy:
-    """Samples of the student's own, with the advantages the teacher's scores give them."""
+    """Samples of a step, with what the objective takes of the teacher and the rewards: advantages, or lists."""
 
     def __init__(
         self,
         config: DistillConfig,
         student: Student,
-        teacher: Teacher,
+        teacher: RoutedTeacher[Any] | None,
         sampler: Sampler,
-        prompts: list[EncodedPrompt],
+        rollouts: Rollouts,
+        data_sets: list[DataSet],
     ) -> None:
         self._config, self._student, self._teacher = config, student, teacher
-        self._sampler, self._prompts = sampler, prompts
+        self._sampler, self._rollouts, self._data_sets = sampler, rollouts, data_sets
+        self._names = [data_set.name for data_set in data_sets for _ in data_set.prompts]
+        student.keep("rollouts", rollouts)
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
-        with clock("sample"):
-            samples = self._rollout(step)
-        with clock("teacher"):
-            self._teacher.score(samples)
-        with clock("old_logprobs"):
-            self._set_old_logprobs(samples)
-        set_advantages(samples, coef=self._config.loss.kl_coef, discount=self._config.loss.discount)
-        return samples, rollout_metrics(samples)
+        with clock("push_weights"):
+            self._sampler.refresh()
+        with clock("sample"), self._student.whole():
+            written = self._rollout(step)
+            metrics = set_reward_advantages(written, self._config.reward)
+            samples = kept(written, self._config.sampling)
+            metrics["flops/sampling"] = sampling_flops(self._student.cost, [s for s in written if not s.given])
+        loss, teacher, mine = self._config.loss, self._teacher, processes.share(samples)
+        if teacher is not None and loss.objective in ("sampled", "top_k"):  # others ask it in the update
+            with clock("teacher"):
+                processes.agree(lambda: teacher.score(mine))
+        if loss.objective == "sampled":
+            with clock("old_logprobs"):
+                self._set_old_logprobs(mine)
+        samples = processes.gather(mine)
+        metrics |= {} if teacher is None else teacher.flops(samples)
+        if loss.objective == "sampled":
+            set_advantages(
+                samples, coef=loss.kl_coef, discount=loss.discount, given_coef=self._config.sampling.given_coef
+            )
+        self._rollouts.keep(samples)  # nothing can fail any more: a checkpoint holds the state between two steps
+        if self._config.sampling.filters:
+            metrics["completions/dropped_fraction"] = 1 - len(samples) / len(written)
+        return samples, rollout_metrics(samples) | metrics
 
     def _rollout(self, step: int) -> list[Sample]:
-        config = self._config.sampling
-        chosen = batch_indices(len(self._prompts), config.prompts_per_step, step, self._config.seed)
-        chosen = [index for index in chosen for _ in range(config.samples_per_prompt)]
-        completions = self._sampler.sample(
-            [self._prompts[index].ids for index in chosen],
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            seed=self._config.seed * 1_000_003 + step,
-        )
-        return [
-            make_sample(self._prompts[index].ids, c.token_ids, index, c.logprobs, truncated=c.truncated)
-            for index, c in zip(chosen, completions, strict=True)
-        ]
+        seed = self._config.seed
+        chosen = step_prompts(self._data_sets, self._config.sampling.prompts_per_step, step, seed)
+        places = [data_set.first + row for data_set, row in chosen]
+        samples = self._rollouts.samples(places, step, seed * 1_000_003 + step)
+        for sample in samples:
+            sample.dataset = self._names[sample.prompt_index]
+        return samples
 
     def _set_old_logprobs(self, samples: list[Sample]) -> None:
-        """What the importance ratio is taken against: see `LossConfig.old_logprobs`."""
-        if self._config.loss.old_logprobs == "recompute":
-            score(
-                self._student.fused,
-                samples,
-                "old_logprobs",
-                temperature=self._config.sampling.temperature,
-                max_tokens=self._config.batch.max_tokens,
-                layout=self._student.layout,
-                device=self._student.device,
-            )
-        elif self._config.loss.old_logprobs == "sampler":
-            for sample in samples:
+        """What the importance ratio is taken against: see `LossConfig.old_logprobs`.
+
+        No sampler wrote the given completions: their ratio is taken against the policy as it is before the update.
+        """
+        method = self._config.loss.old_logprobs
+        scored = samples if method == "recompute" else [s for s in samples if s.given and method == "sampler"]
+        if method == "recompute" or self._config.sampling.on_policy_fraction < 1:
+            self._student.score(scored, "old_logprobs")
+        for sample in samples:
+            if sample.given:
+                sample.sampler_logprobs = sample.old_logprobs or [0.0] * len(sample.ids)
+            elif method == "sampler":
                 sample.old_logprobs = sample.sampler_logprobs
 
 
 def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
-    """teacher_kl and entropy are the one-sample estimates: means of ℓ_sampler − ℓ_teacher and of −ℓ_sampler per token."""
+    """entropy is the one-sample estimate, the mean of −ℓ_sampler per token.
+
+    On given completions, `given/nll` is the student's −ℓ per token, and `given/forward_kl` the mean of ℓ_teacher − ℓ: the
+    one-sample estimate of the forward KL, if the teacher wrote them.
+    """
+    metrics = {}
+    own, given = ([sample for sample in samples if sample.given == kind] for kind in (False, True))
+    if own:
+        metrics["entropy"] = -_mean(own, "sampler_logprobs")
+        metrics["completions/mean_length"] = sum(sample.loss_tokens for sample in own) / len(own)
+        metrics["completions/truncated_fraction"] = sum(sample.truncated for sample in own) / len(own)
+    if given and given[0].old_logprobs:
+        metrics["given/nll"] = -_mean(given, "old_logprobs")
+        if given[0].teacher_logprobs:
+            metrics["given/forward_kl"] = _mean(given, "teacher_logprobs") - _mean(given, "old_logprobs")
+    return metrics
+
+
+def _mean(samples: list[Sample], field: str) -> float:
+    """Per token that counts; the lists are 0 elsewhere."""
     tokens = sum(sample.loss_tokens for sample in samples)
-    ours = sum(sum(sample.sampler_logprobs) for sample in samples)
-    theirs = sum(sum(sample.teacher_logprobs) for sample in samples)
-    return {
-        "teacher_kl": (ours - theirs) / tokens,
-        "entropy": -ours / tokens,
-        "completions/mean_length": tokens / len(samples),
-        "completions/truncated_fraction": sum(sample.truncated for sample in samples) / len(samples),
-    }
+    return sum(sum(getattr(sample, field)) for sample in samples) / tokens
 
 
 def distill(config: DistillConfig) -> RunFolder:
     """Runs (or resumes) a distillation; raises ConfigError before anything expensive if it cannot work."""
-    check_run_folder(config)
-    tokenizer, teacher_tokenizer = load_tokenizer(config.student), load_teacher_tokenizer(config.teacher)
-    prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
-    eval_prompts = load_eval_prompts(config.eval, tokenizer)
-    if teacher_tokenizer is not None:
-        checks.check_tokenizers(tokenizer, teacher_tokenizer)
-        checks.check_chat(tokenizer, teacher_tokenizer, prompts, config.data.chat_template)
-    served = _connect(config, tokenizer, prompts) if config.teacher.server.url else None
-
-    student = Student(config, config.loss, config.sampling.temperature)
-    teacher = served or _load(config, student)
-    _check_models(config, student, teacher, tokenizer, prompts, eval_prompts)
-    sampler = ContinuousBatchingSampler(
-        student.model,
-        eos_token_ids=end_of_sequence(student.model, tokenizer),
-        max_batch_tokens=config.sampling.max_batch_tokens,
-        max_requests=config.sampling.max_requests,
+    checks.check_trackers(config.trackers)
+    accelerator = processes.start(config)
+    checks.check_share(
+        config.sampling.prompts_per_step * config.sampling.samples_per_prompt, "sampling.prompts_per_step"
     )
-    source = OnPolicy(config, student, teacher, sampler, prompts)
+    _check_processes(config)
+    processes.on_main(lambda: check_run_folder(config))
+    tokenizer = load_tokenizer(config.student)
+    environment = make_environment(config.environment)
+    data_sets = read_data_sets(config, tokenizer)
+    prompts = [prompt for data_set in data_sets for prompt in data_set.prompts]
+    given = [sample for data_set in data_sets for sample in data_set.given]
+    judge = make_judge(config.reward, tokenizer, environment, prompts)
+    eval_prompts = load_eval_prompts(config.eval, tokenizer)
+    check_teachers(config, tokenizer, data_sets)
+    served = connect_servers(config, tokenizer, data_sets)
+    sampling_server = connect_sampling(config, tokenizer, prompts, eval_prompts) if config.sampling.server.url else None
+
+    student = Student(config, accelerator, config.loss, config.sampling.temperature)
+    teachers = open_teachers(config, tokenizer, data_sets, student, served)
+    checks.check_eval_room(eval_prompts, config.eval, "student", student.model)
+    student.objective = objective(config.loss, config.sampling.temperature, teachers)
+    ends = end_of_sequence(student.model, tokenizer)
+    sampler = _sampler(config, student, [*ends, *stop_ids(environment, tokenizer)], sampling_server)
+    writer = _writer(config, student, tokenizer, sampler, environment)
+    rollouts = Rollouts(config.sampling, writer, prompts, given, judge)
+    source = OnPolicy(config, student, teachers if config.has_teacher else None, sampler, rollouts, data_sets)
     with RunFolder(config) as folder:
-        fit(student, source, sampler, tokenizer, eval_prompts, folder)
+        fit(student, source, writer, tokenizer, eval_prompts, folder)
     return folder
 
 
-def _connect(config: DistillConfig, tokenizer: PreTrainedTokenizerBase, prompts: list[EncodedPrompt]) -> ServedTeacher:
-    longest = max((prompt.ids for prompt in prompts), key=len)
-    return connect(
-        config.teacher,
-        tokenizer,
-        temperature=config.sampling.temperature,
-        longest=longest + [PAD_ID] * config.sampling.max_new_tokens,
-        remedy=checks.SHORTER.format("sampling", "data"),
-    )
+def _check_processes(config: DistillConfig) -> None:
+    if config.sampling.server.url and processes.count() > 1:
+        raise ConfigError(
+            f"sampling.server.url is {config.sampling.server.url!r} and there are {processes.count()} processes, each of "
+            f"which would load its weights there; start one process, or leave the sampling to them"
+        )
 
 
-def _load(config: DistillConfig, student: Student) -> LocalTeacher:
-    fused = fuse(load_teacher(config.teacher, student.device), "teacher")
-    return LocalTeacher(fused, config.batch, config.sampling.temperature, student.device)
-
-
-def _check_models(
+def _writer(
     config: DistillConfig,
     student: Student,
-    teacher: Teacher,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[EncodedPrompt],
-    eval_prompts: list[EncodedPrompt],
-) -> None:
-    """Those that are loaded here: a server has been checked by asking it."""
-    local = teacher.model if isinstance(teacher, LocalTeacher) else None
-    models = {"student": student.model} | ({} if local is None else {"teacher": local})
-    checks.check_vocabulary(tokenizer, models)
-    checks.check_end_of_sequence(student.model, local, tokenizer)
-    checks.check_room(prompts, config.sampling.max_new_tokens, models, checks.SHORTER.format("sampling", "data"))
-    checks.check_eval_room(eval_prompts, config.eval, "student", student.model)
+    sampler: Sampler,
+    environment: Environment | None,
+) -> Writer:
+    ends, context = end_of_sequence(student.model, tokenizer), context_length(student.model)
+    if environment is None:
+        return SingleTurn(sampler, context)
+    return MultiTurn(sampler, tokenizer, environment, config.environment, ends, context)
+
+
+def _sampler(config: DistillConfig, student: Student, ends: list[int], server: SamplingServer | None) -> Sampler:
+    if server is not None:
+        return ServedSampler(server, student, ends)
+    return ContinuousBatchingSampler(
+        student.model,
+        eos_token_ids=ends,
+        max_batch_tokens=config.sampling.max_batch_tokens,
+        max_requests=config.sampling.max_requests,
+    )

@@ -10,16 +10,18 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from fastkl.trainer import processes
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.grading.evaluate import evaluate
 from fastkl.trainer.models.loading import save_student
 from fastkl.trainer.report.page import report_of
-from fastkl.trainer.runs.folder import RunFolder
+from fastkl.trainer.rollouts.writer import Writer
+from fastkl.trainer.runs.folder import RunFolder, flat_settings
 from fastkl.trainer.runs.progress import Report
-from fastkl.trainer.samplers.sampler import Sampler
+from fastkl.trainer.servers.errors import ServerError
 from fastkl.trainer.student import Student
-from fastkl.trainer.teachers.teacher import TeacherError
+from fastkl.trainer.teachers.metrics import teacher_kl
 
 
 class Clock:
@@ -39,14 +41,17 @@ class Source(Protocol):
     """Where the samples of a step come from."""
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
-        """Samples with advantages, and metrics. The same for the same step and the same student, always."""
+        """All samples of a step, with advantages, and metrics, on every process.
+
+        The same for the same step and the same student, always.
+        """
         ...
 
 
 def fit(
     student: Student,
     source: Source,
-    sampler: Sampler,
+    writer: Writer,
     tokenizer: PreTrainedTokenizerBase,
     eval_prompts: list[EncodedPrompt],
     folder: RunFolder,
@@ -56,15 +61,18 @@ def fit(
     checkpoint = folder.latest_checkpoint()
     if checkpoint is not None:
         start = checkpoint[0]
-        student.restore(str(checkpoint[1]))
+        student.restore(checkpoint[1])
     folder.rewind(start if checkpoint is not None else -1)
-    student.accelerator.init_trackers("fastkl")
+    student.accelerator.init_trackers("fastkl", config=flat_settings(config))
 
     def grade(metrics: dict[str, float]) -> None:
         if eval_prompts:
-            metrics |= evaluate(sampler, tokenizer, eval_prompts, config.eval, config.seed)[0]
+            with student.whole():
+                metrics |= evaluate(writer, tokenizer, eval_prompts, config.eval, config.seed)[0]
 
     with Report(config.optim.steps, start) as report:
+        if processes.count() > 1:
+            report.note(f"{processes.count()} processes, {'FSDP 2' if student.sharded else 'DDP'}")
         if checkpoint is None:
             metrics: dict[str, float] = {}
             grade(metrics)
@@ -77,11 +85,12 @@ def fit(
             clock, done = Clock(), step + 1
             try:
                 samples, metrics = source.samples(step, clock)
-            except TeacherError:
-                folder.save_checkpoint(student.accelerator, step)
+            except ServerError:
+                folder.save_checkpoint(student.save, step)
                 raise
             with clock("train"):
                 metrics |= student.update(samples, step)
+            metrics |= teacher_kl(samples)
             tokens = sum(len(sample.ids) for sample in samples)
             metrics |= {**clock.seconds, "tokens_per_second": tokens / sum(clock.seconds.values())}
             if done == config.optim.steps or (config.eval.every and done % config.eval.every == 0):
@@ -90,11 +99,12 @@ def fit(
             folder.log("samples.jsonl", _sample_records(samples[: config.log_samples], tokenizer, done))
             report.step(done, metrics)
             if done == config.optim.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
-                folder.save_checkpoint(student.accelerator, done)
-        save_student(student.model, tokenizer, folder.student)
+                folder.save_checkpoint(student.save, done)
+        with folder.room_for("student"), student.whole():
+            processes.on_main(lambda: save_student(student.model, tokenizer, folder.student))
         report.note(f"student saved in {folder.student}")
         if start < config.optim.steps:  # a finished run is left as it is
-            report.note(report_of(folder.path))
+            report.note(processes.on_main(lambda: report_of(folder.path)))
     student.accelerator.end_training()
 
 
@@ -111,5 +121,5 @@ def _sample_records(
             "step": step,
             "text": tokenizer.decode(sample.ids),
             "tokens": [tokenizer.decode([token]) for token in sample.ids],
-            **vars(sample),
+            **sample.record(),
         }

@@ -17,6 +17,7 @@ from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, given_sam
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.grading.evaluate import evaluate, load_eval_prompts
 from fastkl.trainer.models.loading import (
+    context_length,
     end_of_sequence,
     fuse,
     load_model,
@@ -24,6 +25,7 @@ from fastkl.trainer.models.loading import (
     load_teacher_tokenizer,
     load_tokenizer,
 )
+from fastkl.trainer.rollouts.writer import SingleTurn
 from fastkl.trainer.runs.folder import write_text
 from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
 from fastkl.trainer.teachers.local import LocalTeacher
@@ -40,7 +42,8 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, float]:
     checks.check_vocabulary(tokenizer, {"model": model})
     checks.check_eval_room(prompts, config.eval, "model", model)
     sampler = ContinuousBatchingSampler(model, eos_token_ids=end_of_sequence(model, tokenizer))
-    metrics, answers = evaluate(sampler, tokenizer, prompts, config.eval, config.seed)
+    writer = SingleTurn(sampler, context_length(model))
+    metrics, answers = evaluate(writer, tokenizer, prompts, config.eval, config.seed)
     if output is not None:
         rows = ({**vars(answer.prompt.row), "completion": answer.text, "score": answer.score} for answer in answers)
         _write_rows(output, rows)

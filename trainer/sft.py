@@ -5,14 +5,15 @@ Cross-entropy is the policy gradient of tokens that all have the advantage 1: âˆ
 
 from __future__ import annotations
 
-from fastkl.trainer import checks
+from fastkl.trainer import checks, processes
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.training import SftConfig
 from fastkl.trainer.data.prompts import batch_indices, encode_prompts, given_samples, load_prompts
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.grading.evaluate import load_eval_prompts
 from fastkl.trainer.loop import Clock, fit
-from fastkl.trainer.models.loading import end_of_sequence, load_tokenizer
+from fastkl.trainer.models.loading import context_length, end_of_sequence, load_tokenizer
+from fastkl.trainer.rollouts.writer import SingleTurn
 from fastkl.trainer.runs.folder import RunFolder, check_run_folder
 from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
 from fastkl.trainer.student import Student
@@ -32,7 +33,10 @@ class Examples:
 
 def sft(config: SftConfig) -> RunFolder:
     """Runs (or resumes) a supervised stage; raises ConfigError before anything expensive if it cannot work."""
-    check_run_folder(config)
+    checks.check_trackers(config.trackers)
+    accelerator = processes.start(config)
+    checks.check_share(config.examples_per_step, "examples_per_step")
+    processes.on_main(lambda: check_run_folder(config))
     tokenizer = load_tokenizer(config.student)
     prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
     examples = given_samples(prompts, tokenizer)
@@ -40,15 +44,15 @@ def sft(config: SftConfig) -> RunFolder:
         example.advantages = [float(counted) for counted in example.loss_mask]
     eval_prompts = load_eval_prompts(config.eval, tokenizer)
 
-    student = Student(config, LossConfig(method="reinforce", old_logprobs="current"), temperature=1.0)
+    student = Student(config, accelerator, LossConfig(method="reinforce", old_logprobs="current"), temperature=1.0)
     checks.check_vocabulary(tokenizer, {"student": student.model})
     checks.check_room(
         prompts, [example.loss_tokens for example in examples], {"student": student.model}, checks.SHORTER_ROW
     )
     checks.check_eval_room(eval_prompts, config.eval, "student", student.model)
     sampler = ContinuousBatchingSampler(student.model, eos_token_ids=end_of_sequence(student.model, tokenizer))
+    source = Examples(examples, config.examples_per_step, config.seed)
+    writer = SingleTurn(sampler, context_length(student.model))
     with RunFolder(config) as folder:
-        fit(
-            student, Examples(examples, config.examples_per_step, config.seed), sampler, tokenizer, eval_prompts, folder
-        )
+        fit(student, source, writer, tokenizer, eval_prompts, folder)
     return folder

@@ -2,45 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import math
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from fastkl.loss import LossOutput, policy_gradient_loss
-from fastkl.trainer.checks import check_trackers
-from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer import processes
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.optim import OptimConfig
 from fastkl.trainer.config.training import RunConfig
 from fastkl.trainer.data.batching import Batch, batches
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.flops import cost_of, scoring_flops, training_flops
 from fastkl.trainer.models.loading import batch_layout, fuse, load_student
+from fastkl.trainer.models.scoring import batch_logprobs
+from fastkl.trainer.models.sharding import Whole
+from fastkl.trainer.objectives import Objective, PolicyGradient
+from fastkl.trainer.runs import checkpoint
+from fastkl.trainer.runs.errors import RunError
+
+EXTREMES: dict[str, Callable[[float, float], float]] = {"min": min, "max": max}  # by the end of a metric's name
 
 
 class Student:
-    """The model being trained, with its optimizer and schedule, under accelerate."""
+    """The model being trained, with its optimizer and schedule, under accelerate.
 
-    def __init__(self, config: RunConfig, loss: LossConfig, temperature: float) -> None:
-        check_trackers(config.trackers)
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision, log_with=config.trackers or None, project_dir=config.run
-        )
-        if self.accelerator.num_processes > 1:
-            raise ConfigError(
-                f"started with {self.accelerator.num_processes} processes; this trainer runs in one (start it without "
-                f"accelerate launch, or with --num_processes 1)"
-            )
+    `model` is the plain Transformers (or peft) model; where FSDP shards it, it has weights only inside `whole()`.
+    """
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, loss: LossConfig, temperature: float) -> None:
+        self.accelerator = accelerator
         set_seed(config.seed)
-        self.config, self.loss, self.temperature = config, loss, temperature
-        self.model = load_student(config.student).to(self.device)
-        self.layout = batch_layout(config.batch, self.model)
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.config, self.temperature = config, temperature
+        self.objective: Objective = PolicyGradient(loss, temperature)  # until a divergence has its teacher
+        self.model = load_student(config.student)
+        self.version = 0  # of the weights: another one after every change
+        self.layout, self.cost = batch_layout(config.batch, self.model), cost_of(self.model)
+        self._copy = Whole(self.model, self.device) if accelerator.is_fsdp2 else None
+        trainable = [parameter for parameter in self.model.to(self.device).parameters() if parameter.requires_grad]
         fused = fuse(self.model, "student")
         optimizer = torch.optim.AdamW(
             trainable,
@@ -50,75 +59,149 @@ class Student:
         )
         self.scheduler = _scheduler(config.optim, optimizer)
         self.fused, self.optimizer = self.accelerator.prepare(fused, optimizer)
-        self.accelerator.register_for_checkpointing(self.scheduler)
-        self.accelerator.register_save_state_pre_hook(_keep_trained)
+        if self._copy is not None:
+            self.model = self._copy.model
+        self._skipped = 0  # optimizer steps in a row
+        self._kept: dict[str, Any] = {}
+        self._recomputes = loss.old_logprobs == "recompute"
+        set_seed(config.seed, device_specific=True)  # weights start equal; dropout differs between the processes
 
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    def restore(self, folder: str) -> None:
-        self.accelerator.load_state(folder, strict=False)  # what is not trained is as it was loaded
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """While open, `model` has its current weights; entered and left by all processes together."""
+        whole = self._copy
+        with contextlib.nullcontext() if whole is None else whole.gathered(self.plain.model):
+            yield
+
+    @property
+    def plain(self) -> Any:
+        """The FusedCausalLM that is trained; under DDP, inside it."""
+        return getattr(self.fused, "module", self.fused)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP holds the weights in shards."""
+        return any(isinstance(parameter, DTensor) for parameter in self.fused.parameters())
+
+    def save(self, folder: Path) -> None:
+        checkpoint.save(folder, self.plain, self.optimizer, self._others)
+
+    def restore(self, folder: Path) -> None:
+        checkpoint.load(folder, self.plain, self.optimizer, self._others)
+        self.version += 1
+
+    def keep(self, name: str, state: Any) -> None:
+        """Has checkpoints hold what the `state_dict` of an object gives."""
+        self._kept[name] = state
+
+    @property
+    def _others(self) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {"scheduler": self.scheduler, **self._kept} | ({} if scaler is None else {"scaler": scaler})
+
+    @torch.no_grad()
+    def score(self, samples: list[Sample], field: str) -> None:
+        """Writes the log-probs of this process's samples into their list `field`, as the coming update sees them."""
+        self.fused.eval()
+        for batch, counts in self._in_step([samples]):
+            logprobs = batch_logprobs(self.fused, batch, self.temperature)
+            if counts:
+                batch.scatter(logprobs, field)
+        self.fused.train()
 
     def update(self, samples: list[Sample], step: int) -> dict[str, float]:
-        """One step: `substeps` optimizer steps, each on the mean over its tokens, accumulated batch by batch."""
+        """One step: `substeps` optimizer steps, each on the mean over its tokens, accumulated batch by batch.
+
+        Every process is given all samples and takes its part. Gradients are averaged over the processes, hence the factor.
+        """
         optim, totals, norms = self.config.optim, defaultdict[str, float](float), []
         mismatch: list[Tensor] = []
-        seeds = itertools.count((self.config.seed * 1_000_003 + step) << 20)  # a new one for each batch of a run
+        # A new one for each batch of a run.
+        seeds = itertools.count(((self.config.seed * 1_000_003 + step) << 20) + processes.rank(), processes.count())
         self.fused.train()
         for first in range(optim.substeps):
-            minibatch = samples[first :: optim.substeps]
-            tokens = sum(sample.loss_tokens for sample in minibatch)
-            for batch in batches(minibatch, self.config.batch.max_tokens, self.layout, self.device):
-                output = self._loss(batch, tokens, next(seeds))
-                self.accelerator.backward(output.loss)
+            minibatch = sorted(samples[first :: optim.substeps], key=lambda sample: len(sample.ids))
+            tokens = max(1, sum(sample.loss_tokens for sample in minibatch))
+            own = minibatch[processes.rank() :: processes.count()]
+            for batch, counts in self._in_step(self.objective.groups(own)):
+                output = self.objective(self.fused, batch, tokens, next(seeds))
+                self.accelerator.backward(output.loss * processes.count() * counts)
+                if not counts:
+                    continue
                 totals["loss"] += output.loss.item() / optim.substeps
                 share = len(batch.tokens) / tokens / optim.substeps
-                _add_policy_metrics(totals, output.metrics, share)
+                if len(batch.tokens):
+                    _add_policy_metrics(totals, output.metrics, share)
                 if first == 0 and batch.samples[0].sampler_logprobs and output.logprobs is not None:
-                    mismatch.append(output.logprobs - batch.per_token("sampler_logprobs"))
+                    difference = output.logprobs - batch.per_token("sampler_logprobs")
+                    mismatch.append(difference[~batch.given].cpu())
             norms.append(self._clip())
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self._step(step, norms[-1])
+            self.version += 1
+        finite = [norm for norm in norms if math.isfinite(norm)]
+        parts = processes.gather([(dict(totals), mismatch)])
         metrics = {
-            **totals,
+            **_merge_metrics([totals for totals, _ in parts]),
             "optim/lr": float(self.scheduler.get_last_lr()[0]),
-            "optim/grad_norm": sum(norms) / len(norms),
+            "optim/grad_norm": sum(finite) / len(finite) if finite else math.nan,
+            "optim/skipped": len(norms) - len(finite),
+            "flops/student": self._flops(samples),
         }
         self.scheduler.step()
-        return {**metrics, **_mismatch_metrics(mismatch)}
+        _exchange_scores(samples)
+        return {**metrics, **_mismatch_metrics([part for _, parts in parts for part in parts])}
 
-    def _loss(self, batch: Batch, normalizer: int, seed: int) -> LossOutput:
-        old = batch.per_token("old_logprobs") if batch.samples[0].old_logprobs else None
-        loss = self.loss
+    def _in_step(self, groups: list[list[Sample]]) -> Iterator[tuple[Batch, bool]]:
+        """Batches of this process's samples, as many as on every other: one that has fewer adds some that do not count.
 
-        def function(hidden: Tensor, weight: Tensor, **head: Any) -> LossOutput:
-            return policy_gradient_loss(
-                hidden.flatten(0, 1)[batch.rows],
-                weight,
-                batch.tokens,
-                batch.per_token("advantages"),
-                old,
-                method=loss.method,
-                clip_low=loss.clip_low,
-                clip_high=loss.clip_high,
-                dual_clip=loss.dual_clip,
-                truncate_ratio=loss.truncate_ratio,
-                normalizer=normalizer,
-                temperature=self.temperature,
-                backward=loss.backward,
-                grad_error=loss.grad_error,
-                seed=seed if loss.backward == "sampled" else None,
-                **head,
+        Forward and backward passes of DDP and FSDP meet those of the other processes. DDP's gradients meet in the last.
+        """
+        layout, device, limit = self.layout, self.device, self.config.batch.max_tokens
+        found = [batch for group in groups for batch in batches(group, limit, layout, device)]
+        shortest = [min((s for group in groups for s in group), key=lambda s: len(s.ids))] if found else []
+        counts, fillers = zip(*processes.gather([(len(found), shortest)]), strict=True)
+        filler = min(itertools.chain(*fillers), key=lambda sample: len(sample.ids), default=None)
+        for index in range(max(counts)):
+            last = index == max(counts) - 1 or self._copy is not None
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.fused):
+                if index < len(found):
+                    yield found[index], True
+                elif filler is not None:
+                    yield next(batches([copy.copy(filler)], limit, layout, device)), False
+
+    def _step(self, step: int, norm: float) -> None:
+        """An optimizer step, or none where the gradient is not finite: the norm and so the decision is everyone's."""
+        finite = math.isfinite(norm)
+        if finite or self.accelerator.scaler is not None:  # a scaler skips by itself, and lowers its scale
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._skipped = 0 if finite else self._skipped + 1
+        if self._skipped == self.config.optim.max_skipped:
+            raise RunError(
+                f"the gradient's norm is {norm} in step {step + 1}, and not finite for the last {self._skipped} optimizer "
+                f"steps (optim.max_skipped): nothing is learned any more. Lower optim.lr, or look for what is not finite "
+                f"in the last rows of metrics.jsonl"
             )
 
-        output: LossOutput = self.fused(function, **batch.inputs)
-        return output
+    def _flops(self, samples: list[Sample]) -> float:
+        recomputed = scoring_flops(self.cost, samples) if self._recomputes else 0.0
+        return training_flops(self.cost, samples) + recomputed
 
     def _clip(self) -> float:
         limit = self.config.optim.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(self.fused.parameters(), float("inf") if limit is None else limit)
-        return float(norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def _exchange_scores(samples: list[Sample]) -> None:
+    """What a teacher said in the update of one process's samples, to all."""
+    if processes.count() > 1:
+        for index, logprobs in processes.gather([(i, s.teacher_logprobs) for i, s in enumerate(samples)]):
+            samples[index].teacher_logprobs = logprobs or samples[index].teacher_logprobs
 
 
 def _scheduler(config: OptimConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
@@ -140,31 +223,35 @@ def _scheduler(config: OptimConfig, optimizer: torch.optim.Optimizer) -> torch.o
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def _keep_trained(models: list[nn.Module], weights: list[dict[str, Tensor]], _: str) -> None:
-    """Checkpoints hold what is trained, once: no frozen base under a LoRA adapter, no second name of a tied weight."""
-    for model, state in zip(models, weights, strict=True):
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        for name in dict(model.named_parameters(remove_duplicate=False)):
-            if name not in trained:
-                state.pop(name, None)
-
-
 def _add_policy_metrics(totals: dict[str, float], metrics: dict[str, Tensor], share: float) -> None:
     """Adds those of a batch that holds `share` of the step's tokens; smallest and largest are not averaged."""
     for name, value in metrics.items():
         key, number = f"policy/{name}", value.item()
-        extreme = {"ratio_min": min, "ratio_max": max}.get(name)
-        if extreme is None:
-            totals[key] = totals.get(key, 0.0) + number * share
-        else:
-            totals[key] = extreme(totals.get(key, number), number)
+        _merge_into(totals, key, number if _ending(key) in EXTREMES else number * share)
+
+
+def _merge_into(totals: dict[str, float], key: str, number: float) -> None:
+    totals[key] = EXTREMES.get(_ending(key), lambda a, b: a + b)(totals[key], number) if key in totals else number
+
+
+def _ending(key: str) -> str:
+    return key.rsplit("_", 1)[-1]
+
+
+def _merge_metrics(parts: list[dict[str, float]]) -> dict[str, float]:
+    """The processes' shares put together."""
+    merged: dict[str, float] = {}
+    for part in parts:
+        for key, number in part.items():
+            _merge_into(merged, key, number)
+    return merged
 
 
 def _mismatch_metrics(differences: list[Tensor]) -> dict[str, float]:
     """How far the trainer's log-probs are from the sampler's, before the update."""
-    if not differences:
+    difference = torch.cat([*differences, torch.empty(0)])
+    if not len(difference):
         return {}
-    difference = torch.cat(differences)
     ratio = difference.exp()
     return {
         "sampler_mismatch/mean_abs": difference.abs().mean().item(),

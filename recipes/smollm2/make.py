@@ -4,7 +4,8 @@
     python recipes/smollm2/make.py
     fastkl distill recipes/smollm2/distill.yaml
 
-Writes runs/smollm2/teacher, runs/smollm2/student and runs/smollm2/prompts.jsonl (word problems of reasoning-gym).
+Writes into runs/smollm2 the folders teacher/ and student/, prompts.jsonl (word problems of reasoning-gym) and
+heldout.jsonl (others, with worked solutions, for `fastkl score`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER = Path("runs/smollm2")
 DROPPED = (8, 10, 12, 14, 16, 18)  # of 30 layers: the student still speaks, and has a lot to learn
-PROMPTS = 2000
+PROMPTS, HELD_OUT = 2000, 24
 
 
 def main() -> None:
@@ -43,9 +45,20 @@ def main() -> None:
     for name, model in (("teacher", teacher), ("student", without_layers(teacher, DROPPED))):
         model.save_pretrained(FOLDER / name)
         tokenizer.save_pretrained(FOLDER / name)
-    rows = reasoning_gym.create_dataset("gsm_symbolic", size=PROMPTS, seed=1)
-    lines = (json.dumps({"prompt": row["question"], "answer": row["answer"]}) + "\n" for row in rows)
-    prompts.write_text("".join(lines), encoding="utf-8")
+    problems = list(reasoning_gym.create_dataset("gsm_symbolic", size=PROMPTS, seed=1))
+    write_rows(FOLDER / "heldout.jsonl", held_out({row["question"] for row in problems}))
+    write_rows(prompts, ({"prompt": row["question"], "answer": row["answer"]} for row in problems))
+
+
+def held_out(known: set[str]) -> Iterator[dict[str, str]]:
+    """Problems in other numbers and names than the known ones, with their worked solutions."""
+    drawn = reasoning_gym.create_dataset("gsm_symbolic", size=2 * HELD_OUT, seed=2)
+    for row in [row for row in drawn if row["question"] not in known][:HELD_OUT]:
+        yield {"prompt": row["question"], "completion": row["metadata"]["answer_cot"], "answer": row["answer"]}
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def without_layers(model: PreTrainedModel, dropped: tuple[int, ...]) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from fastkl.trainer.config.errors import require
 class DataConfig:
     """Prompts: a JSONL file or a data set of the `datasets` package.
 
-    Each row has `prompt` (text) or `messages` (a chat), and optionally `answer` and `completion`.
+    Each row has `prompt` (text) or `messages` (a chat), and optionally `answer`, `completion` and `metadata` (an object).
 
     Args:
         path: JSONL file.
@@ -41,10 +41,11 @@ class EvalConfig:
 
     Args:
         data: Prompts with an `answer` each; without path or dataset there is no evaluation.
-        grader: Scores a completion against the answer (see `fastkl.trainer.graders`).
+        grader: Scores a completion; the names are those of reward.grader.
         every: Evaluate each so many steps, and before the first and after the last one; 0: only those two.
         max_new_tokens: Length limit of an answer.
         temperature: 0 is greedy.
+        trust_grader: Import and run the Python function that `grader` names. Off unless you say so.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -52,6 +53,7 @@ class EvalConfig:
     every: int = 0
     max_new_tokens: int = 256
     temperature: float = 0.0
+    trust_grader: bool = False
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"eval.every is {self.every}; it must be >= 0")

@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fastkl.kernels.sampled import Backward
 from fastkl.kernels.surrogate import Method
+from fastkl.kernels.top_k import Direction, Tail
 from fastkl.trainer.config.errors import require
+
+Objective = Literal[
+    "sampled",
+    "reverse_kl",
+    "forward_kl",
+    "jsd",
+    "skewed_reverse_kl",
+    "skewed_forward_kl",
+    "total_variation",
+    "top_k",
+]
+BOTH_SKEWED: tuple[Objective, ...] = ("skewed_reverse_kl", "skewed_forward_kl")
+# Which objectives an option belongs to; the others refuse another value than its default.
+BELONGS: dict[str, tuple[Objective, ...]] = {
+    **dict.fromkeys(("method", "kl_coef", "discount", "old_logprobs", "truncate_ratio"), ("sampled",)),
+    **dict.fromkeys(("clip_low", "clip_high", "dual_clip"), ("sampled",)),
+    "jsd_beta": ("jsd",),
+    "skew_alpha": BOTH_SKEWED,
+    **dict.fromkeys(("top_k", "top_k_direction", "top_k_tail"), ("top_k",)),
+}
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The policy-gradient step on the reverse KL (`fastkl.loss.policy_gradient_loss`).
+    """What the student minimises on its own samples, a mean over their tokens (`fastkl.loss`).
 
     Args:
+        objective: sampled: a policy-gradient step on the reverse KL at the sampled tokens (policy_gradient_loss).
+            top_k: the KL divergence to the teacher's k likeliest tokens (top_k_kl_loss). Any other: that divergence between
+            the distributions over the whole vocabulary, at every token; the teacher must be a model here.
         method: importance_sampling, reinforce, ppo or cispo.
-        kl_coef: Weight of the reverse KL in the advantage. 0 leaves nothing to learn from.
+        kl_coef: Weight of the reverse KL in the advantage; 0, with a reward, is plain reinforcement learning.
         discount: Discount of future tokens' KL; 0 lets each token answer for itself.
         old_logprobs: What the ratio is taken against: the sampler's log-probs, those of a forward of the trainer before
             the update (recompute), or the policy itself (current: ratio 1).
@@ -27,8 +51,15 @@ class LossConfig:
         backward: exact, or sampled: gradients from a random subset of the vocabulary's columns, unbiased
             (docs/sampled-backward.md).
         grad_error: Expected relative error of the sampled gradient; null for the loss's own default.
+        jsd_beta: β of jsd: 0 is the forward KL, 1 the reverse KL.
+        skew_alpha: α of skewed_reverse_kl and skewed_forward_kl, the share of the one distribution that is mixed into the
+            other.
+        top_k: How many of the teacher's likeliest tokens top_k has. A server may limit it (vLLM: 20, max-logprobs).
+        top_k_direction: reverse or forward KL.
+        top_k_tail: What becomes of all other tokens: bucket (one outcome), renormalise or drop.
     """
 
+    objective: Objective = "sampled"
     method: Method = "importance_sampling"
     kl_coef: float = 1.0
     discount: float = 0.0
@@ -39,8 +70,23 @@ class LossConfig:
     truncate_ratio: float | None = None
     backward: Backward = "exact"
     grad_error: float | None = None
+    jsd_beta: float = 0.5
+    skew_alpha: float = 0.1
+    top_k: int = 20
+    top_k_direction: Direction = "reverse"
+    top_k_tail: Tail = "bucket"
 
     def __post_init__(self) -> None:
+        for name, objectives in BELONGS.items():
+            value: Any = getattr(self, name)
+            require(
+                self.objective in objectives or value == getattr(LossConfig, name),
+                f"loss.{name} is {value} but loss.objective is {self.objective}: it belongs to {' and '.join(objectives)}; "
+                f"unset it, or change the objective",
+            )
+        require(0 <= self.jsd_beta <= 1, f"loss.jsd_beta is {self.jsd_beta}; it must be between 0 and 1")
+        require(0 <= self.skew_alpha < 1, f"loss.skew_alpha is {self.skew_alpha}; it must be at least 0 and below 1")
+        require(self.top_k >= 1, f"loss.top_k is {self.top_k}; it must be at least 1")
         require(
             self.grad_error is None or self.grad_error > 0,
             f"loss.grad_error is {self.grad_error}; it must be > 0, or null",

@@ -51,6 +51,10 @@ class ScoreConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
 
     def __post_init__(self) -> None:
+        require(
+            not self.model.base_of_student,
+            "model.base_of_student is true, but there is no student here; give model.path",
+        )
         check_teacher("model", self.model)
         require(
             bool(self.model.path or self.model.tokenizer),

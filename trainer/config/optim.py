@@ -21,6 +21,7 @@ class OptimConfig:
         betas: Adam's betas.
         max_grad_norm: Gradients are clipped to this norm; null for no clipping.
         substeps: Optimizer steps per step: the samples of a step are split into so many minibatches.
+        max_skipped: Optimizer steps are skipped where the gradient is not finite; so many in a row end the run.
     """
 
     lr: float = 1e-4
@@ -31,11 +32,13 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     max_grad_norm: float | None = 1.0
     substeps: int = 1
+    max_skipped: int = 10
 
     def __post_init__(self) -> None:
         require(self.lr >= 0, f"optim.lr is {self.lr}; it must be >= 0")
         require(self.steps >= 1, f"optim.steps is {self.steps}; it must be at least 1")
         require(self.substeps >= 1, f"optim.substeps is {self.substeps}; it must be at least 1")
+        require(self.max_skipped >= 1, f"optim.max_skipped is {self.max_skipped}; it must be at least 1")
         require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             f"optim.betas is {self.betas}; it must be two numbers, each at least 0 and below 1",

@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastkl.trainer.config.data import DataConfig, EvalConfig, check_source
+from fastkl.trainer.config.environment import EnvironmentConfig
 from fastkl.trainer.config.errors import require
 from fastkl.trainer.config.loss import LossConfig
+from fastkl.trainer.config.mixture import MixtureConfig, check_mixture
 from fastkl.trainer.config.models import StudentConfig
 from fastkl.trainer.config.optim import BatchConfig, CheckpointConfig, OptimConfig
+from fastkl.trainer.config.reward import RewardConfig
+from fastkl.trainer.config.rollouts import check_rollouts
 from fastkl.trainer.config.sampling import SamplingConfig
-from fastkl.trainer.config.teacher import TeacherConfig, check_teacher
+from fastkl.trainer.config.teacher import TeacherConfig, check_objective, check_teacher
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(bool(self.run), "run is empty; name the run folder, for example runs/first")
         require(bool(self.student.path), "student.path is empty; give a model folder or a Hub id")
-        check_source("data", self.data)
         require(self.log_samples >= 0, f"log_samples is {self.log_samples}; it must be >= 0")
 
 
@@ -58,23 +61,69 @@ class DistillConfig(RunConfig):
 
     Args:
         teacher: The model that scores the student's tokens; it is never trained.
+        mixture: Several data sets by name, each with its prompts, weight and teacher, in place of `data`.
         sampling: Rollouts of the student.
-        loss: The policy-gradient step.
+        loss: What the student minimises.
+        reward: A score of whole samples beside the KL; with loss.kl_coef 0 it is all there is, and no teacher is needed.
+        environment: What answers the student between its turns.
     """
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    mixture: dict[str, MixtureConfig] = field(default_factory=dict)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.loss.kl_coef > 0 or any(teacher != TeacherConfig() for teacher in self.teachers().values())
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_teacher("teacher", self.teacher)
+        check_rollouts(self.sampling, self.loss, self.reward, self.environment)
+        if self.mixture:
+            check_mixture(self.mixture, self.data, self.teacher)
+        else:
+            check_source("data", self.data)
+        if self.has_teacher:
+            self._check_teachers()
+        require(
+            self.environment.role is None or all(entry.data.chat_template for entry in self.data_sets().values()),
+            f"environment.role is {self.environment.role!r} but data.chat_template is false: a text has no turns. Set "
+            f"environment.role to null or data.chat_template to true",
+        )
         samples = self.sampling.prompts_per_step * self.sampling.samples_per_prompt
         require(
             samples >= self.optim.substeps,
             f"optim.substeps is {self.optim.substeps}, more than the {samples} samples of a step; raise "
             f"sampling.prompts_per_step or lower optim.substeps",
         )
+
+    def _check_teachers(self) -> None:
+        for name, teacher in self.teachers().items():
+            check_teacher(name, teacher)
+            check_objective(name, teacher, self.loss.objective)
+            require(
+                not teacher.base_of_student or self.student.lora.rank > 0,
+                f"{name}.base_of_student is true but student.lora.rank is 0: all weights are trained and nothing keeps the "
+                f"base; set student.lora.rank, or {name}.path to the base",
+            )
+
+    def data_sets(self) -> dict[str, MixtureConfig]:
+        """The mixture by name, or the one data set under the name ""; each with its teacher."""
+        if not self.mixture:
+            return {"": MixtureConfig(self.data, self.teacher)}
+        return {
+            name: dataclasses.replace(entry, teacher=entry.teacher or self.teacher)
+            for name, entry in sorted(self.mixture.items())
+        }
+
+    def teachers(self) -> dict[str, TeacherConfig]:
+        """The teachers by the name of their settings: `teacher`, `mixture.math.teacher`."""
+        own = {f"mixture.{name}.teacher": entry.teacher for name, entry in sorted(self.mixture.items())}
+        found = {name: teacher for name, teacher in own.items() if teacher is not None}
+        return found if self.mixture and len(found) == len(own) else {"teacher": self.teacher, **found}
 
 
 @dataclass(frozen=True)
@@ -89,6 +138,7 @@ class SftConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_source("data", self.data)
         require(
             self.examples_per_step >= self.optim.substeps,
             f"examples_per_step is {self.examples_per_step}, less than optim.substeps ({self.optim.substeps})",

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastkl.loss import TopK
 from fastkl.trainer.data.samples import Sample
 
 Layout = Literal["packed", "padded"]
@@ -34,6 +35,23 @@ class Batch:
         ]
         return torch.tensor(values, dtype=torch.float32, device=self.tokens.device)
 
+    @property
+    def given(self) -> Tensor:
+        """[n] which tokens are of completions that the data give."""
+        values = [sample.given for sample in self.samples for _ in range(sample.loss_tokens)]
+        return torch.tensor(values, dtype=torch.bool, device=self.tokens.device)
+
+    def top_k(self) -> TopK:
+        """The teacher's likeliest tokens, [n, k]; ids of −1 pad."""
+        found = [sample.teacher_top_k for sample in self.samples if sample.teacher_top_k is not None]
+        return TopK(*(torch.cat(tensors).to(self.tokens.device) for tensors in zip(*found, strict=True)))
+
+    def scatter_top_k(self, found: TopK) -> None:
+        """Gives each sample its rows of tensors [n, k]."""
+        parts = zip(*(tensor.cpu().split([s.loss_tokens for s in self.samples]) for tensor in found), strict=True)
+        for sample, part in zip(self.samples, parts, strict=True):
+            sample.teacher_top_k = TopK(*part)
+
     def scatter(self, values: Tensor, field: str) -> None:
         """Writes a tensor [n] back into the samples' lists; 0 where a token does not count."""
         remaining = iter(values.tolist())
@@ -42,21 +60,40 @@ class Batch:
 
 
 def batches(samples: Sequence[Sample], max_tokens: int, layout: Layout, device: torch.device) -> Iterator[Batch]:
-    """Batches of at most `max_tokens` positions (padding counted; a longer sample gets one of its own), by length."""
-    group: list[Sample] = []
+    """Batches of at most `max_tokens` positions (padding counted); a longer sample gets one of its own."""
+    group = _first_fit if layout == "packed" else _by_length
+    for members in group(samples, max_tokens):
+        yield collate(members, layout, device)
+
+
+def _first_fit(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
+    """Longest first, each into the first batch with room: at most 11/9 of the fewest batches, and one."""
+    groups: list[list[Sample]] = []
+    room: list[int] = []
+    for sample in sorted(samples, key=lambda s: -len(s.ids)):
+        length = len(sample.ids)
+        place = next((index for index, left in enumerate(room) if length <= left), None)
+        if place is None:
+            place = len(groups)
+            groups.append([])
+            room.append(max_tokens)
+        groups[place].append(sample)
+        room[place] -= length
+    return groups
+
+
+def _by_length(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
+    """Rows of similar length, in whole runs of the sorted samples: the least padding."""
+    groups: list[list[Sample]] = []
     for sample in sorted(samples, key=lambda s: len(s.ids)):
-        positions = (
-            sum(len(s.ids) for s in [*group, sample]) if layout == "packed" else (len(group) + 1) * len(sample.ids)
-        )
-        if group and positions > max_tokens:
-            yield _collate(group, layout, device)
-            group = []
-        group.append(sample)
-    if group:
-        yield _collate(group, layout, device)
+        if not groups or (len(groups[-1]) + 1) * len(sample.ids) > max_tokens:
+            groups.append([])
+        groups[-1].append(sample)
+    return groups
 
 
-def _collate(samples: list[Sample], layout: Layout, device: torch.device) -> Batch:
+def collate(samples: list[Sample], layout: Layout, device: torch.device) -> Batch:
+    """One batch of all the samples."""
     width = sum(len(s.ids) for s in samples) if layout == "packed" else max(len(s.ids) for s in samples)
     starts: list[int] = []
     ids: list[int] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Prompt:
     prompt: str | list[dict[str, Any]]  # text, or the messages of a chat
     answer: str | None = None
     completion: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)  # what else a verifier of the answer needs
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ def encode_prompts(
         encoded = [prompt for prompt in encoded if len(prompt.ids) <= config.max_prompt_tokens]
         if not encoded:
             raise ConfigError(
-                f"data.max_prompt_tokens is {config.max_prompt_tokens}, and none of the {len(prompts)} prompts is as "
-                f"short as that"
+                f"data.max_prompt_tokens is {config.max_prompt_tokens}, and none of the {len(prompts)} prompts of "
+                f"{config.path or config.dataset} is as short as that"
             )
     return encoded
 
@@ -69,7 +70,11 @@ def encode_completions(prompts: Sequence[EncodedPrompt], tokenizer: PreTrainedTo
             raise ConfigError(f"{prompt.row.source}: no `completion`; each row needs one here")
         texts.append(prompt.row.completion)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [[*ids, *end] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    completions = [[*ids, *end] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if not completion:
+            raise ConfigError(f"{prompt.row.source}: `completion` has no tokens; take the row out")
+    return completions
 
 
 def prompt_ids(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> list[list[int]]:
@@ -109,7 +114,11 @@ def batch_indices(rows: int, per_step: int, step: int, seed: int) -> list[int]:
 
     A pure function, so a resumed run needs no cursor. Every row comes once before any comes twice.
     """
-    places = range(step * per_step, (step + 1) * per_step)
+    return rows_at(rows, range(step * per_step, (step + 1) * per_step), seed)
+
+
+def rows_at(rows: int, places: range, seed: int) -> list[int]:
+    """What stands in these places of an endless sequence of permutations of the rows."""
     permutations = {epoch: _permutation(rows, epoch, seed) for epoch in {place // rows for place in places}}
     return [permutations[place // rows][place % rows] for place in places]
 
@@ -132,6 +141,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
             raise ConfigError(f"{path}:{number} is not UTF-8 ({error.reason}); save the file as UTF-8") from error
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}:{number} is not a JSON object: {error.msg} at column {error.colno}") from error
+        except (RecursionError, ValueError) as error:  # brackets or digits without end
+            raise ConfigError(f"{path}:{number} cannot be read as JSON: {error}") from error
 
 
 def _dataset_rows(config: DataConfig) -> Iterator[tuple[str, Any]]:
@@ -159,13 +170,28 @@ def _parse(source: str, row: Any) -> Prompt:
     answer, completion = row.get("answer"), row.get("completion")
     if completion is not None and not isinstance(completion, str):
         raise ConfigError(f"{source}: `completion` is a {type(completion).__name__}; expected text")
+    if isinstance(answer, (dict, list)):
+        raise ConfigError(f"{source}: `answer` is a {type(answer).__name__}; expected text or a number")
+    metadata = row.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise ConfigError(f"{source}: `metadata` is a {type(metadata).__name__}; expected an object")
     prompt: Any = messages if text is None else text
-    return Prompt(source, prompt, None if answer is None else str(answer), completion)
+    _check_encodable(source, {"prompt": text, "messages": messages, "completion": completion})
+    return Prompt(source, prompt, None if answer is None else str(answer), completion, metadata)
+
+
+def _check_encodable(source: str, fields: dict[str, Any]) -> None:
+    """JSON can spell half of a surrogate pair, which is no text and which no tokenizer takes."""
+    for name, value in fields.items():
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{source}: `{name}` holds half of a surrogate pair ({error.reason})") from error
 
 
 def _are_messages(messages: Any) -> bool:
     return (
         isinstance(messages, Sequence)
         and len(messages) > 0
-        and all(isinstance(turn, dict) and "role" in turn and "content" in turn for turn in messages)
+        and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) and "content" in turn for turn in messages)
     )

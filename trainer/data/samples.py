@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
+
+from fastkl.loss import TopK
 
 
 @dataclass
@@ -15,12 +18,23 @@ class Sample:
 
     ids: list[int]
     loss_mask: list[bool]
-    prompt_index: int  # which row of the data it comes from
+    prompt_index: int  # which row of the data it comes from; of several data sets, all of them end to end
+    dataset: str = ""  # which data set of a mixture
     truncated: bool = False  # the completion was cut at the length limit
     sampler_logprobs: list[float] = field(default_factory=list)
     teacher_logprobs: list[float] = field(default_factory=list)
     old_logprobs: list[float] = field(default_factory=list)  # what the ratio is taken against; empty: current policy
     advantages: list[float] = field(default_factory=list)
+    reward: float | None = None  # None: not graded
+    reward_advantage: float = 0.0  # of each counted token, beside the KL's
+    given: bool = False  # the completion stands in the data; the student did not sample it
+    unfinished: bool = False  # goes on in the next step
+    completion_length: int = 0  # tokens after the prompt, of earlier steps and of the environment too
+    teacher_top_k: TopK | None = None  # of the counted tokens, [n, k] on the CPU; an id of −1 pads
+
+    def record(self) -> dict[str, Any]:
+        """What samples.jsonl holds of it."""
+        return {name: value for name, value in vars(self).items() if name != "teacher_top_k"}
 
     @property
     def loss_tokens(self) -> int:
@@ -37,12 +51,15 @@ def make_sample(
     prompt_index: int,
     logprobs: list[float] | None = None,
     truncated: bool = False,
+    dataset: str = "",
 ) -> Sample:
     """A sample of one turn: the prompt is context, every token of the completion counts."""
     return Sample(
         ids=[*prompt, *completion],
         loss_mask=[False] * len(prompt) + [True] * len(completion),
         prompt_index=prompt_index,
+        dataset=dataset,
         truncated=truncated,
+        completion_length=len(completion),
         sampler_logprobs=[] if logprobs is None else [0.0] * len(prompt) + logprobs,
     )

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from fastkl.trainer import processes
 from fastkl.trainer.config.data import EvalConfig
-from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, load_prompts
-from fastkl.trainer.grading.graders import GRADERS
-from fastkl.trainer.samplers.sampler import Sampler
+from fastkl.trainer.grading.named import NamedGrader, named_grader
+from fastkl.trainer.rollouts.writer import Writer
 
 
 @dataclass(frozen=True)
@@ -25,37 +25,42 @@ class Answer:
 
 def load_eval_prompts(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> list[EncodedPrompt]:
     """The held-out prompts, each with an answer; none if the config names no data."""
-    if config.grader not in GRADERS:
-        raise ConfigError(f"eval.grader is {config.grader!r}; known are {', '.join(sorted(GRADERS))}")
+    grader = eval_grader(config)
     if config.data.path is None and config.data.dataset is None:
         return []
     prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
-    for prompt in prompts:
-        if prompt.row.answer is None:
-            raise ConfigError(f"{prompt.row.source}: no `answer`; evaluation needs one in each row")
+    grader.check_rows(prompts, "evaluation")
     return prompts
 
 
+def eval_grader(config: EvalConfig) -> NamedGrader:
+    return named_grader("eval.grader", config.grader, trusted=config.trust_grader)
+
+
 def evaluate(
-    sampler: Sampler,
+    writer: Writer,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[EncodedPrompt],
     config: EvalConfig,
     seed: int,
 ) -> tuple[dict[str, float], list[Answer]]:
-    """Metrics `eval/*` and the graded answers."""
-    completions = sampler.sample(
-        [prompt.ids for prompt in prompts],
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        seed=seed,
+    """Metrics `eval/*` and the graded answers; several processes share the prompts, and all have all answers."""
+    mine = processes.share(prompts)
+    own = processes.agree(
+        lambda: writer.write(
+            mine,
+            max_new_tokens=[config.max_new_tokens] * len(mine),
+            temperature=config.temperature,
+            seed=processes.seed(seed),
+        )
     )
-    texts = [tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in completions]
-    grade = GRADERS[config.grader]
-    answers = [Answer(p, text, grade(text, p.row.answer or "")) for p, text in zip(prompts, texts, strict=True)]
+    answered = processes.gather(own)
+    texts = [tokenizer.decode(trajectory.answer_ids, skip_special_tokens=True) for trajectory in answered]
+    grader = eval_grader(config)
+    answers = [Answer(p, text, grader(text, p.row)) for p, text in zip(prompts, texts, strict=True)]
     metrics = {
         "eval/accuracy": sum(answer.score for answer in answers) / len(answers),
-        "eval/mean_length": sum(len(c.token_ids) for c in completions) / len(completions),
-        "eval/truncated_fraction": sum(c.truncated for c in completions) / len(completions),
+        "eval/mean_length": sum(len(trajectory.token_ids) for trajectory in answered) / len(answered),
+        "eval/truncated_fraction": sum(trajectory.truncated for trajectory in answered) / len(answered),
     }
     return metrics, answers

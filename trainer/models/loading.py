@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from fastkl.head import FusedCausalLM
 from fastkl.trainer.config.errors import ConfigError
@@ -39,8 +47,38 @@ def load_teacher_tokenizer(config: TeacherConfig) -> PreTrainedTokenizerBase | N
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
     """The model in its dtype, in eval mode, on the CPU."""
+    return _load_model(config)
+
+
+def teacher_device(config: TeacherConfig, default: torch.device) -> torch.device:
+    """Where a teacher is loaded; a ConfigError if this machine has no such device."""
+    if config.device is None:
+        return default
+    try:
+        device = torch.device(config.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"teacher.device is {config.device!r}, which cannot be used here ({' '.join(str(error).split())}); this "
+            f"machine has cpu and {torch.accelerator.device_count()} accelerators, null means where the student is"
+        ) from error
+    return device
+
+
+def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel:
+    """A model that never gets a gradient."""
+    quantized = _quantized(config, device)
+    model = _load_model(config, **quantized).requires_grad_(False)
+    return model if quantized else model.to(device)
+
+
+def _load_model(config: ModelConfig, **more: Any) -> PreTrainedModel:
     path = _check_path(config, "config.json")
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, config.dtype),
+        "trust_remote_code": config.trust_remote_code,
+        **more,
+    }
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     try:
@@ -50,9 +88,30 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     return model.eval()
 
 
-def load_teacher(config: ModelConfig, device: torch.device) -> PreTrainedModel:
-    """A model that never gets a gradient."""
-    return load_model(config).requires_grad_(False).to(device)
+def _quantized(config: TeacherConfig, device: torch.device) -> dict[str, Any]:
+    """Options that load a quantised model, as the folder holds it or as asked for; none for a plain one."""
+    path = _check_path(config, "config.json")
+    try:
+        found = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no model could be loaded from {config.path!r}: {error}") from error
+    placed = {"device_map": {"": device}}  # a quantised model cannot be moved
+    stored = getattr(found, "quantization_config", None)
+    if config.quantization is None:
+        return {} if stored is None else placed
+    if stored is not None:
+        raise ConfigError(
+            f"teacher.quantization is {config.quantization}, but the weights in {config.path!r} are quantised already "
+            f"({stored}); unset it"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"teacher.quantization is {config.quantization}, which needs the package bitsandbytes: pip install "
+            f"bitsandbytes, or unset it"
+        )
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": getattr(torch, config.dtype)}
+    chosen = four if config.quantization == "4bit" else {"load_in_8bit": True}
+    return {**placed, "quantization_config": BitsAndBytesConfig(**chosen)}
 
 
 def load_student(config: StudentConfig) -> PreTrainedModel:

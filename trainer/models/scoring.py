@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastkl.head import FusedCausalLM
-from fastkl.loss import linear_logprobs
+from fastkl.loss import TopK, linear_logprobs, linear_top_k
 from fastkl.trainer.data.batching import PAD_ID, Batch, Layout, batches
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.teachers.teacher import UNKNOWN
@@ -34,19 +34,41 @@ def score(
     model.train(training)
 
 
-def batch_logprobs(model: FusedCausalLM, batch: Batch, temperature: float) -> Tensor:
+def batch_logprobs(model: nn.Module, batch: Batch, temperature: float) -> Tensor:
     """Log-probs [n] of the counted tokens of a batch; UNKNOWN for ids beyond the model's head (another's padding).
 
     Such an id has no embedding either: what comes after it is scored as if it were PAD_ID.
     """
 
     def logprobs(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:
-        known = batch.tokens < weight.shape[0]
-        tokens = batch.tokens.where(known, 0)
-        values = linear_logprobs(hidden.flatten(0, 1)[batch.rows], weight, tokens, temperature=temperature, **head)
-        return values.where(known, UNKNOWN)
+        return _token_logprobs(hidden.flatten(0, 1)[batch.rows], weight, batch.tokens, temperature, head)
 
-    config: Any = model.model.config
+    values: Tensor = model(logprobs, **readable(model, batch))
+    return values
+
+
+def batch_top_k(
+    model: FusedCausalLM, batch: Batch, temperature: float, k: int, vocab_size: int | None
+) -> tuple[Tensor, TopK]:
+    """`batch_logprobs` and the k likeliest tokens [n, k] among the ids below `vocab_size`, in one forward."""
+
+    def both(hidden: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor, TopK]:
+        rows = hidden.flatten(0, 1)[batch.rows]
+        likeliest = linear_top_k(rows, weight, k, vocab_size=vocab_size, temperature=temperature, **head)
+        return _token_logprobs(rows, weight, batch.tokens, temperature, head), likeliest
+
+    found: tuple[Tensor, TopK] = model(both, **readable(model, batch))
+    return found
+
+
+def _token_logprobs(rows: Tensor, weight: Tensor, tokens: Tensor, temperature: float, head: dict[str, Any]) -> Tensor:
+    known = tokens < weight.shape[0]
+    return linear_logprobs(rows, weight, tokens.where(known, 0), temperature=temperature, **head).where(known, UNKNOWN)
+
+
+def readable(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """A batch's inputs without ids that the model has no embedding for: PAD_ID in their place."""
+    fused: Any = getattr(model, "module", model)  # under DDP
+    config = fused.model.config
     ids = batch.inputs["input_ids"]
-    readable = ids.where(ids < config.get_text_config().vocab_size, PAD_ID)
-    return model(logprobs, **{**batch.inputs, "input_ids": readable})
+    return {**batch.inputs, "input_ids": ids.where(ids < config.get_text_config().vocab_size, PAD_ID)}

@@ -32,7 +32,7 @@ def run_data(path: Path, name: str, sample_bytes: int) -> Json:
     """All that the page shows of one run; at most `sample_bytes` of it are samples."""
     settings = _settings(path)
     rows = _metrics(path)
-    axes = {"step": [row["step"] for row in rows], "tokens": _tokens(rows, settings), "flops": _flops(rows)}
+    axes = {"step": [row["step"] for row in rows], "tokens": _tokens(rows, settings), "flops": _flops(rows, settings)}
     series, kept = _series(rows)
     return {
         "name": name,
@@ -111,8 +111,11 @@ def _tokens(rows: Sequence[Json], settings: Json) -> list[float] | None:
     return total if total[-1] else None
 
 
-def _flops(rows: Sequence[Json]) -> list[float] | None:
-    """FLOPs of sampling, teacher and student together, up to each row; None if the run did not count them."""
+def _flops(rows: Sequence[Json], settings: Json) -> list[float] | None:
+    """FLOPs of sampling, teacher and student together, up to each row; None if the run did not count all of them."""
+    wanted = FLOPS if "teacher" in settings else FLOPS[-1:]
+    if any("flops/student" in row and not all(name in row for name in wanted) for row in rows):
+        return None  # a served teacher's are unknown: the rest would flatter the run
     total = list(accumulate(sum(row.get(name, 0) for name in FLOPS) for row in rows))
     return total if total[-1] else None
 
@@ -227,6 +230,8 @@ def _sample(record: Json, number: int, student: Path) -> Json:
         "step": record["step"],
         "number": number,
         "truncated": record.get("truncated", False),
+        "dataset": record.get("dataset") or "",
+        "reward": None if record.get("reward") is None else _plain(record["reward"]),
         "ids": ids,
         "tokens": record.get("tokens") or _texts(student, ids),
         "mask": "".join("01"[bool(counted)] for counted in mask),

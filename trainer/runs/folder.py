@@ -1,44 +1,54 @@
 """The run folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, student/, report.html.
 
 Whatever happens to the process, the folder stays usable: checkpoints appear by renaming, a log's rows beyond the newest
-checkpoint are dropped when a run resumes, and one process at a time may write.
+checkpoint are dropped when a run resumes, and one run at a time may write. Of several processes the first does so; every
+method is called by all of them.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate import Accelerator
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
+from fastkl.trainer import processes
 from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.config.training import RunConfig, as_dict
+from fastkl.trainer.runs.errors import RunError
 
 INCOMPLETE = ".incomplete"
-# Where and how a teacher is reached, not what it says: a run that is resumed may find its server elsewhere.
-MAY_CHANGE = {
-    f"teacher.server.{name}"
-    for name in ("url", "sequences_per_request", "concurrency", "timeout", "retries", "api_key_env")
-}
+# Where and how a server is reached, not what it serves: a run that is resumed may find it elsewhere.
+MAY_CHANGE = re.compile(
+    r"((mixture\.[\w-]+\.)?teacher|sampling)\.server\."
+    r"(url|sequences_per_request|weights|concurrency|timeout|retries|api_key_env)"
+)
 
 
 class RunFolder:
-    """A run's folder, locked for this process while the context is open."""
+    """A run's folder, locked for this run while the context is open."""
 
     def __init__(self, config: RunConfig) -> None:
         self.path = Path(config.run)
         self.student = self.path / "student"
         self._checkpoints = self.path / "checkpoints"
         self._keep = config.checkpoint.keep
+        self._lock = FileLock(self.path / ".lock")
+        processes.on_main(lambda: self._open(config))
+        processes.agree(self._check_shared)
+
+    def _open(self, config: RunConfig) -> None:
         check_run_folder(config)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path / ".lock")
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
@@ -49,6 +59,12 @@ class RunFolder:
         write_text(self.path / "config.yaml", yaml.safe_dump(_settings(config), sort_keys=False, allow_unicode=True))
         self._checkpoints.mkdir(exist_ok=True)  # last: a folder without config.yaml holds nothing but the lock
 
+    def _check_shared(self) -> None:
+        if not (self.path / "config.yaml").is_file():
+            raise ConfigError(
+                f"{self.path.resolve()} is not the same folder on all hosts; put run on a file system that they share"
+            )
+
     def __enter__(self) -> RunFolder:
         return self
 
@@ -57,31 +73,62 @@ class RunFolder:
 
     def log(self, file: str, rows: Iterable[dict[str, Any]]) -> None:
         """Appends rows to metrics.jsonl or samples.jsonl."""
-        with open(self.path / file, "a", encoding="utf-8") as out:
-            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+        def append() -> None:
+            with self.room_for(file), open(self.path / file, "a", encoding="utf-8") as out:
+                out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+        processes.on_main(append)
 
     def latest_checkpoint(self) -> tuple[int, Path] | None:
         """Steps done and folder of the newest complete checkpoint."""
-        found = sorted(self._checkpoints.glob("step-*"))
+        found = processes.on_main(lambda: sorted(self._checkpoints.glob("step-*")))
         return (int(found[-1].name.removeprefix("step-")), found[-1]) if found else None
 
-    def save_checkpoint(self, accelerator: Accelerator, steps_done: int) -> None:
-        """Writes a checkpoint aside, renames it into place, then drops the oldest ones."""
-        target = self._checkpoints / f"step-{steps_done:06d}"
-        if target.exists():
-            return
-        aside = self._checkpoints / INCOMPLETE
-        shutil.rmtree(aside, ignore_errors=True)
-        accelerator.save_state(str(aside))
-        os.rename(aside, target)
-        for old in sorted(self._checkpoints.glob("step-*"))[: -self._keep]:
-            shutil.rmtree(old)
+    def save_checkpoint(self, write: Callable[[Path], None], steps_done: int) -> None:
+        """Has a checkpoint written aside, renames it into place, then drops the oldest ones."""
+        target, aside = self._checkpoints / f"step-{steps_done:06d}", self._checkpoints / INCOMPLETE
+
+        def prepare() -> bool:
+            shutil.rmtree(aside, ignore_errors=True)
+            if target.exists():
+                return False
+            aside.mkdir()
+            return True
+
+        def finish() -> None:
+            os.rename(aside, target)
+            for old in sorted(self._checkpoints.glob("step-*"))[: -self._keep]:
+                shutil.rmtree(old)
+
+        with self.room_for(target.name):
+            if processes.on_main(prepare):
+                write(aside)
+                processes.on_main(finish)
 
     def rewind(self, steps_done: int) -> None:
         """Drops what the logs hold beyond a checkpoint, and a line that a crash cut short."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
+
+        def drop(name: str) -> None:
             rows = [row for row in read_jsonl(self.path / name) if row["step"] <= steps_done]
-            write_text(self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            with self.room_for(name):
+                write_text(self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            processes.on_main(partial(drop, name))
+
+    @contextmanager
+    def room_for(self, what: str) -> Iterator[None]:
+        """A full disk ends a run in one sentence. What a checkpoint that did not fit has taken is given back."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            if processes.rank() == 0:
+                shutil.rmtree(self._checkpoints / INCOMPLETE, ignore_errors=True)
+            raise RunError(
+                f"{what} could not be written in {self.path}: {error}. Earlier checkpoints are whole; make room, and the "
+                f"same command goes on from the last one"
+            ) from error
 
 
 def check_run_folder(config: RunConfig) -> None:
@@ -121,6 +168,19 @@ def write_text(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
+def flat_settings(config: RunConfig) -> dict[str, str | int | float | bool]:
+    """The settings under their full names (`optim.lr`), for trackers; lists and null as text."""
+    flat: dict[str, str | int | float | bool] = {}
+    remaining: list[tuple[str, Any]] = list(as_dict(config).items())
+    while remaining:
+        name, value = remaining.pop(0)
+        if isinstance(value, dict):
+            remaining = [(f"{name}.{key}", inner) for key, inner in value.items()] + remaining
+        else:
+            flat[name] = value if isinstance(value, (str, int, float, bool)) else json.dumps(value)
+    return flat
+
+
 def _settings(config: RunConfig) -> dict[str, Any]:
     """What config.yaml holds: everything but the folder's own name, so that a run may be moved."""
     return {name: value for name, value in as_dict(config).items() if name != "run"}
@@ -131,5 +191,5 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterable[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted({*before, *now}):
             yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now and name not in MAY_CHANGE:
+    elif before != now and not MAY_CHANGE.fullmatch(name):
         yield f"{name} was {before!r} and is {now!r}"

@@ -9,6 +9,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastkl.trainer import processes
+
 # Metric, its label, its format.
 SHOWN = (
     ("loss", "loss", ".4g"),
@@ -19,14 +21,14 @@ SHOWN = (
 
 
 class Report:
-    """Shows the steps of a run; a context manager."""
+    """Shows the steps of a run, on its first process; a context manager."""
 
     def __init__(self, total: int, done: int) -> None:
         self._total = total
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, quiet=processes.rank() > 0)
         self._start, self._first = time.perf_counter(), done
         self._progress: Progress | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.quiet:
             self._progress = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -56,11 +58,15 @@ class Report:
             return
         pace = (time.perf_counter() - self._start) / max(1, steps_done - self._first)
         eta = pace * (self._total - steps_done)
-        print(f"step {steps_done}/{self._total}  {text}  eta {eta:.0f} s", file=sys.stderr, flush=True)
+        self._print(f"step {steps_done}/{self._total}  {text}  eta {eta:.0f} s")
 
     def note(self, text: str) -> None:
         """A line of its own, above the bar."""
         if self._progress is not None:
             self._progress.console.print(text, highlight=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            self._print(text)
+
+    def _print(self, line: str) -> None:
+        if not self._console.quiet:
+            print(line, file=sys.stderr, flush=True)

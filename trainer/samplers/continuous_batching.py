@@ -18,7 +18,7 @@ _PAGE_FIELD = "page_size" if "page_size" in _CONFIG_FIELDS else "block_size"  # 
 _PAGED_PREFIX = "auto_switch_to_flash" not in _CONFIG_FIELDS  # 5.17 names its attention "paged|sdpa"
 _PAGE_SIZE = 32
 _REQUESTS = 64
-_KEYS_PER_STEP = 2048
+_KEYS_PER_STEP = 4096
 
 
 class ContinuousBatchingSampler:
@@ -61,6 +61,9 @@ class ContinuousBatchingSampler:
         self._eos = sorted(set(eos_token_ids))
         self._max_requests = max_requests
         self._max_batch_tokens = max_batch_tokens
+
+    def refresh(self) -> None:
+        """Nothing to do: it samples from the model itself."""
 
     def sample(
         self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seed: int
@@ -129,7 +132,9 @@ class ContinuousBatchingSampler:
 
     def _batching_config(self, num_prompts: int, longest: int, seed: int) -> ContinuousBatchingConfig:
         """Fixes every size that would otherwise depend on the free memory."""
-        requests = min(num_prompts, self._max_requests or self._usual_requests(longest))
+        requests = self._max_requests or self._usual_requests(longest)
+        rounds = math.ceil(num_prompts / requests)
+        requests = math.ceil(num_prompts / rounds)  # no last round of a few: its steps take almost as long as full ones
         settings: dict[str, Any] = {
             _PAGE_FIELD: _PAGE_SIZE,
             "num_blocks": 2 * requests * (math.ceil(longest / _PAGE_SIZE) + 1),

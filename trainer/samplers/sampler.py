@@ -19,6 +19,10 @@ class Completion(NamedTuple):
 class Sampler(Protocol):
     """Anything that completes prompts and says how likely each token was."""
 
+    def refresh(self) -> None:
+        """Takes over the model's current weights where it holds a copy of them; `sample` does so by itself."""
+        ...
+
     def sample(
         self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seed: int
     ) -> list[Completion]:

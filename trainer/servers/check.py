@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.trainer.checks import SAMPLE_TEXT
+from fastkl.trainer.checks import SAMPLE_TEXT, vocabulary
 from fastkl.trainer.config.errors import ConfigError
-from fastkl.trainer.config.teacher import ServerConfig
+from fastkl.trainer.config.teacher import TeacherServerConfig
 from fastkl.trainer.servers.completions import APIS, Api, BadAnswer, CompletionsServer, Scores, Unscored
 from fastkl.trainer.servers.connection import Refused
 
@@ -26,15 +26,16 @@ SERVE = "Serve the teacher with vLLM, or load it here with a path"
 
 def check_server(
     server: CompletionsServer,
-    config: ServerConfig,
+    config: TeacherServerConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
     trusted: bool,
     temperature: float,
     longest: list[int],
     remedy: str,
+    top_k: int | None = None,
 ) -> Api:
-    """The way to ask the server; a ConfigError says what is wrong with it, a TeacherError that it is not there.
+    """The way to ask the server; a ConfigError says what is wrong with it, a ServerError that it is not there.
 
     Args:
         tokenizer: The one whose ids will be sent.
@@ -42,16 +43,17 @@ def check_server(
         temperature: That of the log-probs.
         longest: A sequence as long as they get.
         remedy: What to do if it is too long.
+        top_k: How many of the likeliest tokens will be asked for.
     """
     told = _check_tokenization(server, tokenizer)
     probes = _probes(tokenizer)
-    api, scores = _choose(server, config, probes)
+    api, scores = _choose(server, config, probes, top_k)
     if not (told or trusted):
         _check_texts(server, tokenizer, probes[0], scores[0])
     _check_alignment(server, scores)
     if temperature != 1:
         _check_temperature(server, api, probes, scores, temperature)
-    highest = max(tokenizer.get_vocab().values())
+    highest = vocabulary(tokenizer) - 1
     for ids, what, way_out in (
         (
             [*probes[0], highest],
@@ -61,7 +63,7 @@ def check_server(
         (longest, f"{len(longest)} tokens, the most to come", f"{remedy}, or serve the teacher with a longer context"),
     ):
         try:
-            server.score([ids], api, temperature)
+            server.score([ids], api, temperature, top_k)
         except (BadAnswer, Refused) as error:
             raise ConfigError(
                 f"the teacher's server at {server.url} cannot score {what}: {error}. {way_out}"
@@ -88,12 +90,14 @@ def _probes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     return [[*ids, last] for last in list(dict.fromkeys(ids))[:PROBES]]
 
 
-def _choose(server: CompletionsServer, config: ServerConfig, probes: list[list[int]]) -> tuple[Api, list[Scores]]:
+def _choose(
+    server: CompletionsServer, config: TeacherServerConfig, probes: list[list[int]], top_k: int | None
+) -> tuple[Api, list[Scores]]:
     """The first way of asking that gets log-probs of the prompt, and those of the probes."""
     failures = []
     for api in APIS if config.api == "auto" else (config.api,):
         try:
-            return api, server.score(probes, api, 1.0)
+            return api, server.score(probes, api, 1.0, top_k)
         except Unscored as error:
             failures.append(f"{api}: {error}")
         except Refused as error:
@@ -102,8 +106,10 @@ def _choose(server: CompletionsServer, config: ServerConfig, probes: list[list[i
             failures.append(f"{api}: {error}")
         except BadAnswer as error:
             raise ConfigError(f"the teacher's server at {server.url} cannot be used: {error}. {SERVE}") from error
+    what = "log-probs" if top_k is None else f"log-probs and {top_k} likeliest tokens (loss.top_k)"
+    way_out = SERVE if top_k is None else f"{SERVE}; vLLM lists --max-logprobs tokens, 20 by default"
     raise ConfigError(
-        f"the teacher's server at {server.url} gives no log-probs of given tokens ({'; '.join(failures)}). {SERVE}"
+        f"the teacher's server at {server.url} gives no {what} of given tokens ({'; '.join(failures)}). {way_out}"
     )
 
 

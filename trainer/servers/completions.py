@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from fastkl.trainer.config.teacher import ServerConfig
 from fastkl.trainer.servers.connection import Connection, Refused
-from fastkl.trainer.teachers.teacher import UNKNOWN, TeacherError
+from fastkl.trainer.servers.errors import ServerError
+from fastkl.trainer.teachers.teacher import UNKNOWN
 
 Api = Literal["prompt_logprobs", "echo"]
 APIS: tuple[Api, ...] = ("prompt_logprobs", "echo")
-OPTIONS: dict[Api, dict[str, Any]] = {"prompt_logprobs": {"prompt_logprobs": 1}, "echo": {"echo": True, "logprobs": 1}}
+TOKEN_ID = "token_id:"  # how vLLM names tokens where it is asked for return_tokens_as_token_ids
 LOWEST = -9999.0  # what servers write for -inf, which JSON lacks
 ROUNDING = 1e-3  # how far above 0 a log-prob may be
 
 
-class BadAnswer(TeacherError):
+class BadAnswer(ServerError):
     """The answer is not one to what was asked."""
 
 
@@ -34,19 +34,20 @@ class Scores(NamedTuple):
     logprobs: list[float]  # 0 for the first
     best: list[float | None]  # the log-prob of the likeliest token in its place, where the server tells
     texts: list[str | None]  # the token as text, where the server tells
+    top: list[dict[int, float]]  # the likeliest tokens in its place, where they were asked for; {} for the first
 
 
 class CompletionsServer:
     """Log-probs of token ids from a server."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        self._model, self._connection = config.model, Connection(config)
-        self.url = self._connection.url
+    def __init__(self, model: str, connection: Connection) -> None:
+        self._model, self._connection = model, connection
+        self.url = connection.url
 
-    def score(self, sequences: list[list[int]], api: Api, temperature: float) -> list[Scores]:
-        """The scores of some sequences, in one request."""
+    def score(self, sequences: list[list[int]], api: Api, temperature: float, top_k: int | None = None) -> list[Scores]:
+        """The scores of some sequences, in one request; with the `top_k` likeliest tokens of each place if asked for."""
         body = {"model": self._model, "prompt": sequences, "max_tokens": 1, "temperature": temperature, "top_p": 1.0}
-        answer = self._connection.post(f"{self.url}/completions", body | OPTIONS[api])
+        answer = self._connection.post(f"{self.url}/completions", body | _options(api, top_k))
         choices = answer.get("choices")
         if not isinstance(choices, list) or len(choices) != len(sequences):
             found = len(choices) if isinstance(choices, list) else "no"
@@ -54,7 +55,7 @@ class CompletionsServer:
         read = _read_prompt_logprobs if api == "prompt_logprobs" else _read_echo
         try:
             ordered = sorted(choices, key=lambda choice: choice["index"])
-            return [read(choice, ids) for choice, ids in zip(ordered, sequences, strict=True)]
+            return [read(choice, ids, top_k or 0) for choice, ids in zip(ordered, sequences, strict=True)]
         except (AttributeError, KeyError, TypeError) as error:
             raise BadAnswer(f"the answer of {self.url} is not in the form of {api}: {error!r}") from error
 
@@ -68,26 +69,35 @@ class CompletionsServer:
         return tokens if isinstance(tokens, list) and all(isinstance(token, int) for token in tokens) else None
 
 
-def _read_prompt_logprobs(choice: dict[str, Any], ids: list[int]) -> Scores:
+def _options(api: Api, top_k: int | None) -> dict[str, Any]:
+    if api == "prompt_logprobs":
+        return {"prompt_logprobs": top_k or 1}
+    ids = {} if top_k is None else {"return_tokens_as_token_ids": True}  # a text does not tell which token it is
+    return {"echo": True, "logprobs": top_k or 1, **ids}
+
+
+def _read_prompt_logprobs(choice: dict[str, Any], ids: list[int], top_k: int) -> Scores:
     entries = choice.get("prompt_logprobs")
     if entries is None:
         raise Unscored("the option prompt_logprobs is ignored: no log-probs of the prompt in the answer")
     _check_length(len(entries), ids)
     _check_first(entries[0])
-    scores = Scores([0.0], [None], [None])
+    scores = Scores([0.0], [None], [None], [{}])
     for place, (token, entry) in enumerate(zip(ids[1:], entries[1:], strict=True), start=1):
         if not isinstance(entry, dict) or str(token) not in entry:
-            found = ", ".join(entry) if isinstance(entry, dict) else repr(entry)
-            raise BadAnswer(f"token {place} of the sequence is id {token}, but the log-probs there are of {found}")
+            named = ", ".join(entry) if isinstance(entry, dict) else repr(entry)
+            raise BadAnswer(f"token {place} of the sequence is id {token}, but the log-probs there are of {named}")
         own = entry[str(token)]
-        scores.logprobs.append(_logprob(own.get("logprob"), place))
+        scores.logprobs.append(read_logprob(own.get("logprob"), place))
         others = [other.get("logprob") for other in entry.values()]
         scores.best.append(max(others) if len(entry) > 1 or own.get("rank") == 1 else None)
         scores.texts.append(own.get("decoded_token"))
+        found = {int(key): other.get("logprob") for key, other in entry.items()}
+        scores.top.append(_likeliest(found, top_k, place) if top_k else {})
     return scores
 
 
-def _read_echo(choice: dict[str, Any], ids: list[int]) -> Scores:
+def _read_echo(choice: dict[str, Any], ids: list[int], top_k: int) -> Scores:
     found = choice.get("logprobs")
     values = found.get("token_logprobs") if isinstance(found, dict) else None
     if not isinstance(found, dict) or values is None or len(values) <= 1 < len(ids):
@@ -96,10 +106,31 @@ def _read_echo(choice: dict[str, Any], ids: list[int]) -> Scores:
         values = values[:-1]  # the generated token
     _check_length(len(values), ids)
     _check_first(values[0])
-    logprobs = [0.0, *(_logprob(value, place) for place, value in enumerate(values[1:], start=1))]
+    logprobs = [0.0, *(read_logprob(value, place) for place, value in enumerate(values[1:], start=1))]
     tops = (found.get("top_logprobs") or [None] * len(ids))[: len(ids)]
     best = [max(top.values()) if top else None for top in tops]
-    return Scores(logprobs, best, (found.get("tokens") or [None] * len(ids))[: len(ids)])
+    texts = (found.get("tokens") or [None] * len(ids))[: len(ids)]
+    likeliest = [_likeliest(_by_id(top), top_k, place) for place, top in enumerate(tops[1:], start=1)] if top_k else []
+    return Scores(logprobs, best, texts, [{}, *(likeliest or [{}] * (len(ids) - 1))])
+
+
+def _by_id(top: dict[str, float] | None) -> dict[int, float]:
+    keys = [key.removeprefix(TOKEN_ID) for key in top or {} if key.startswith(TOKEN_ID)]
+    if top is None or len(keys) < len(top):
+        raise BadAnswer(
+            "echo names the likeliest tokens by their texts, not their ids (the option return_tokens_as_token_ids is "
+            "ignored), and a text does not tell which token it is"
+        )
+    return {int(key): value for key, value in zip(keys, top.values(), strict=True)}
+
+
+def _likeliest(found: dict[int, float], top_k: int, place: int) -> dict[int, float]:
+    """The greatest `top_k` log-probs: a server adds the token itself to its list. What is impossible is left out."""
+    values = {token: read_logprob(value, place) for token, value in found.items()}
+    listed = sorted(values, key=lambda token: -values[token])[:top_k]
+    if len(listed) < top_k:
+        raise BadAnswer(f"{len(listed)} likeliest tokens where {top_k} were asked for: the server has a lower limit")
+    return {token: values[token] for token in listed if found[token] > LOWEST}
 
 
 def _check_length(found: int, ids: list[int]) -> None:
@@ -114,7 +145,7 @@ def _check_first(value: object) -> None:
         )
 
 
-def _logprob(value: object, place: int) -> float:
+def read_logprob(value: object, place: int) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value <= ROUNDING:
         raise BadAnswer(f"token {place} of the sequence has {value!r} for a log-prob; it must be a number, at most 0")
     return float(value) if value > LOWEST else UNKNOWN

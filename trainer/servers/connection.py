@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import requests
 
 from fastkl.trainer.config.errors import ConfigError
-from fastkl.trainer.config.teacher import ServerConfig
-from fastkl.trainer.teachers.teacher import TeacherError
+from fastkl.trainer.config.server import ServerConfig
+from fastkl.trainer.servers.errors import ServerError
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds
 PASSING = (408, 425, 429)  # and 5xx
@@ -23,7 +24,10 @@ HINTS = {
 }
 
 
-class Refused(TeacherError):
+Answer = TypeVar("Answer")
+
+
+class Refused(ServerError):
     """The server answered that it will not do this."""
 
     def __init__(self, reason: str, status: int) -> None:
@@ -40,45 +44,68 @@ class Passing(Exception):
 
 
 class Connection:
-    """Sends requests again until they are answered, within limits; may be used by several threads."""
+    """Sends requests again until they are answered, within limits; may be used by several threads.
 
-    def __init__(self, config: ServerConfig) -> None:
+    Args:
+        whose: What messages call the server, "the teacher's server".
+    """
+
+    def __init__(self, config: ServerConfig, whose: str) -> None:
+        self.whose = whose
         self.url = config.url.rstrip("/")
         self._attempts, self._timeout = config.retries + 1, config.timeout
         self._key = _api_key(config.api_key_env)
         self._announced = False
+        self.failures = 0  # attempts that brought no answer: the server may have been started again since
 
     def post(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The JSON object that answers; Refused where it is no use to ask again, TeacherError where it was none."""
+        """The JSON object that answers; Refused where it is no use to ask again, ServerError where it was none."""
+        return self._persist(url, body, self._object)
+
+    def order(self, url: str, body: Mapping[str, Any]) -> None:
+        """Has something done, whatever the answer says beyond status 200; 500 says that it cannot be done, as in vLLM."""
+        self._persist(url, body, lambda response: None, final=(500,))
+
+    def _persist(
+        self,
+        url: str,
+        body: Mapping[str, Any],
+        read: Callable[[requests.Response], Answer],
+        final: tuple[int, ...] = (),
+    ) -> Answer:
         start, attempt = time.monotonic(), 1
         while True:
             try:
-                answer = self._once(url, body)
+                answer = read(self._once(url, body, final))
             except Passing as error:
+                self.failures += 1
                 if attempt == self._attempts:
-                    raise TeacherError(
-                        f"the teacher's server gave no answer at {url} in {attempt} attempts and "
+                    raise ServerError(
+                        f"{self.whose} gave no answer at {url} in {attempt} attempts and "
                         f"{time.monotonic() - start:.0f} s: {error}. Bring it back and give the same command again: a "
                         f"training run goes on where it stopped"
                     ) from error
-                self._announce(f"teacher's server: {error}; trying again, {self._attempts} attempts in all")
+                self._announce(f"{self.whose}: {error}; trying again, {self._attempts} attempts in all")
                 time.sleep(min(LONGEST_PAUSE, max(error.pause, FIRST_PAUSE * 2 ** (attempt - 1))))
                 attempt += 1
             else:
                 self._announced = False
                 return answer
 
-    def _once(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _once(self, url: str, body: Mapping[str, Any], final: tuple[int, ...]) -> requests.Response:
         try:
             response = requests.post(url, json=body, timeout=self._timeout, auth=self._authorize, allow_redirects=False)
         except requests.RequestException as error:
             raise Passing(self._quote(f"{type(error).__name__}: {_innermost(error)}")) from error
         status = response.status_code
-        if status in PASSING or status >= 500:
+        if status in PASSING or (status >= 500 and status not in final):
             asked = response.headers.get("Retry-After", "")
             raise Passing(f"HTTP {status}: {self._quote(response.text)}", float(asked) if asked.isdecimal() else 0.0)
         if status != 200:
             raise Refused(f"HTTP {status} from {url}: {self._quote(response.text)}{HINTS.get(status, '')}", status)
+        return response
+
+    def _object(self, response: requests.Response) -> dict[str, Any]:
         try:
             answer = response.json()
         except ValueError as error:

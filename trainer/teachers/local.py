@@ -1,33 +1,104 @@
-"""A teacher that was loaded here, on the student's device."""
+"""A teacher that was loaded here, or that the student's own base is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastkl.head import FusedCausalLM
 from fastkl.trainer.config.optim import BatchConfig
+from fastkl.trainer.data.batching import batches, collate
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.flops import cost_of, scoring_flops
 from fastkl.trainer.models.loading import batch_layout
-from fastkl.trainer.models.scoring import score
+from fastkl.trainer.models.scoring import batch_logprobs, batch_top_k, readable
+
+
+class TeacherHead(NamedTuple):
+    """A teacher's whole distributions, as the divergences of `fastkl.loss` take them."""
+
+    hidden: Tensor  # [n, D_t], of the counted tokens
+    weight: Tensor  # [V, D_t]
+    options: dict[str, Any]  # bias, logit_scale, softcap
 
 
 class LocalTeacher:
-    """Scores with forward passes of a model (see `Teacher`)."""
+    """Scores with forward passes of a model (see `Teacher`).
 
-    def __init__(self, fused: FusedCausalLM, batch: BatchConfig, temperature: float, device: torch.device) -> None:
-        self.model, self._device = fused.model, device
-        self._fused, self._max_tokens, self._temperature = fused, batch.max_tokens, temperature
-        self._layout = batch_layout(batch, self.model)
+    Args:
+        fused: The model with its head.
+        batch: Tokens per forward pass, and their layout.
+        temperature: That of the log-probs.
+        device: Where the model is.
+        top_k: Find so many of the likeliest tokens too; null for none.
+        vocab_size: The ids that it shares with the student, where heads are padded to different sizes.
+        alone: A context in which the model is the teacher: with the adapter off, where it is the student's base.
+    """
 
+    def __init__(
+        self,
+        fused: FusedCausalLM,
+        batch: BatchConfig,
+        temperature: float,
+        device: torch.device,
+        *,
+        top_k: int | None = None,
+        vocab_size: int | None = None,
+        alone: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.model, self.vocab_size = fused.model, vocab_size
+        self._fused, self._device, self._top_k, self._alone = fused, device, top_k, alone
+        self._max_tokens, self._temperature = batch.max_tokens, temperature
+        self._layout, self._cost = batch_layout(batch, self.model), cost_of(self.model)
+        self._copies: dict[Tensor, Tensor] = {}  # of the head, on the student's device where that is another
+
+    @torch.no_grad()
     def score(self, samples: Sequence[Sample]) -> None:
-        score(
-            self._fused,
-            samples,
-            "teacher_logprobs",
-            temperature=self._temperature,
-            max_tokens=self._max_tokens,
-            layout=self._layout,
-            device=self._device,
-        )
+        with self._scoring():
+            for batch in batches(samples, self._max_tokens, self._layout, self._device):
+                if self._top_k is None:
+                    logprobs = batch_logprobs(self._fused, batch, self._temperature)
+                else:
+                    options = self._temperature, self._top_k, self.vocab_size
+                    logprobs, likeliest = batch_top_k(self._fused, batch, *options)
+                    batch.scatter_top_k(likeliest)
+                batch.scatter(logprobs, "teacher_logprobs")
+
+    def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
+        return {"flops/teacher": scoring_flops(self._cost, samples)}
+
+    @torch.no_grad()
+    def head(self, samples: list[Sample], device: torch.device) -> TeacherHead:
+        """Hidden states of one forward pass of the samples, in the order of `collate`, on a device."""
+        batch = collate(samples, self._layout, self._device)
+        kept: list[TeacherHead] = []  # past what accelerate does to results: it casts them up, the weight too
+
+        def keep(hidden: Tensor, weight: Tensor, *, bias: Tensor | None, **options: Any) -> None:
+            bias = None if bias is None else self._here(bias, device)
+            rows = hidden.flatten(0, 1)[batch.rows].to(device)
+            kept.append(TeacherHead(rows, self._here(weight, device), {"bias": bias, **options}))
+
+        with self._scoring():
+            self._fused(keep, **readable(self._fused, batch))
+        return kept[0]
+
+    def _here(self, parameter: Tensor, device: torch.device) -> Tensor:
+        """A frozen parameter on a device; a copy is made once."""
+        if parameter.device == device:
+            return parameter.detach()
+        if parameter not in self._copies:
+            self._copies[parameter] = parameter.detach().to(device)
+        return self._copies[parameter]
+
+    @contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """In eval mode and as the teacher, then as it was."""
+        training = self._fused.training
+        self._fused.eval()
+        with self._alone():
+            yield
+        self._fused.train(training)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.trainer.config.teacher import ServerConfig, TeacherConfig
+from fastkl.loss import TopK
+from fastkl.trainer.checks import vocabulary
+from fastkl.trainer.config.teacher import TeacherConfig, TeacherServerConfig
 from fastkl.trainer.data.batching import PAD_ID
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.servers.check import check_server
-from fastkl.trainer.servers.completions import Api, CompletionsServer, Scores
+from fastkl.trainer.servers.completions import Api, BadAnswer, CompletionsServer, Scores
 from fastkl.trainer.servers.concurrency import gather
+from fastkl.trainer.servers.connection import Connection
 from fastkl.trainer.teachers.teacher import UNKNOWN
 
 
@@ -25,13 +29,21 @@ class ServedTeacher:
         api: How to ask.
         vocabulary: The teacher knows the ids below this one.
         temperature: That of the log-probs.
+        top_k: Ask for so many of the likeliest tokens too; null for none.
     """
 
     def __init__(
-        self, server: CompletionsServer, config: ServerConfig, api: Api, vocabulary: int, temperature: float
+        self,
+        server: CompletionsServer,
+        config: TeacherServerConfig,
+        api: Api,
+        vocabulary: int,
+        temperature: float,
+        top_k: int | None = None,
     ) -> None:
         self._server, self._config, self._api = server, config, api
-        self._vocabulary, self._temperature = vocabulary, temperature
+        self.vocab_size: int | None = vocabulary
+        self._vocabulary, self._temperature, self._top_k = vocabulary, temperature, top_k
 
     def score(self, samples: Sequence[Sample]) -> None:
         size = self._config.sequences_per_request
@@ -42,17 +54,41 @@ class ServedTeacher:
                 0.0 if not counted else logprob if token < self._vocabulary else UNKNOWN
                 for token, counted, logprob in zip(sample.ids, sample.loss_mask, scored.logprobs, strict=True)
             ]
+            if self._top_k is not None:
+                sample.teacher_top_k = self._likeliest(list(itertools.compress(scored.top, sample.loss_mask)))
+
+    def _likeliest(self, places: list[dict[int, float]]) -> TopK:
+        """The lists of some places as tensors. Ids beyond the tokenizer, and what a list is short of, are padding."""
+        assert self._top_k is not None
+        ids = torch.full((len(places), self._top_k), -1)
+        logprobs = torch.zeros(len(places), self._top_k)
+        for row, place in enumerate(places):
+            known = {token: value for token, value in place.items() if token < self._vocabulary}
+            if not known:
+                raise BadAnswer(f"{self._server.url} lists no token that the student knows, in one place")
+            ids[row, : len(known)] = torch.tensor(list(known))
+            logprobs[row, : len(known)] = torch.tensor(list(known.values()))
+        return TopK(ids, logprobs)
+
+    def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
+        return {}  # a server does not say how large its model is
 
     def _ask(self, samples: Sequence[Sample]) -> list[Scores]:
         readable = [[token if token < self._vocabulary else PAD_ID for token in sample.ids] for sample in samples]
-        return self._server.score(readable, self._api, self._temperature)
+        return self._server.score(readable, self._api, self._temperature, self._top_k)
 
 
 def connect(
-    config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, *, temperature: float, longest: list[int], remedy: str
+    config: TeacherConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    temperature: float,
+    longest: list[int],
+    remedy: str,
+    top_k: int | None = None,
 ) -> ServedTeacher:
     """A teacher whose server has shown what `check_server` asks of it."""
-    server = CompletionsServer(config.server)
+    server = CompletionsServer(config.server.model, Connection(config.server, "the teacher's server"))
     api = check_server(
         server,
         config.server,
@@ -61,6 +97,6 @@ def connect(
         temperature=temperature,
         longest=longest,
         remedy=remedy,
+        top_k=top_k,
     )
-    vocabulary = max(tokenizer.get_vocab().values()) + 1
-    return ServedTeacher(server, config.server, api, vocabulary, temperature)
+    return ServedTeacher(server, config.server, api, vocabulary(tokenizer), temperature, top_k)

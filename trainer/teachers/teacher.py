@@ -10,19 +10,22 @@ from fastkl.trainer.data.samples import Sample
 UNKNOWN = -50.0  # a log-prob for what the teacher cannot say: low enough to push it away, and finite
 
 
-class TeacherError(RuntimeError):
-    """The teacher cannot score now; what is wrong is in its surroundings, and the run can be resumed."""
-
-
 class Teacher(Protocol):
     """A model here (`LocalTeacher`) or behind HTTP (`ServedTeacher`)."""
+
+    vocab_size: int | None  # the student's distributions are cut to so many ids when compared; None: they are not
 
     def score(self, samples: Sequence[Sample]) -> None:
         """Writes the log-probs of all counted tokens into `teacher_logprobs`, at the temperature of the samples.
 
+        Where the objective asks for them, its likeliest tokens go into `teacher_top_k`.
         An id that the teacher does not know gets UNKNOWN; what comes after it is scored as if it were PAD_ID.
 
         Raises:
-            TeacherError: When it cannot, for now.
+            ServerError: When its server cannot, for now.
         """
+        ...
+
+    def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """`flops/teacher`, what scoring these samples costs; nothing where that cannot be known."""
         ...

@@ -84,6 +84,9 @@ function showSample() {
   const sample = theSamples()[byId("sample").value];
   shown.sample = sample;
   shown.tokens = [];
+  const origin = sample ? originOf(sample) : [];
+  byId("origin").textContent = origin.join(", ");
+  byId("origin").hidden = !origin.length;
   const begin = sample ? sample.mask.indexOf("1") : 0;
   const parts = sample ? elements(sample) : [];
   byId("prompt").replaceChildren(...parts.slice(0, begin));
@@ -95,6 +98,14 @@ function showSample() {
   byId("scale").hidden = !sample || !isScored(sample);
   if (shown.tokens.length) choose(0);
   else byId("token").replaceChildren();
+}
+
+/** What is known of a sample beside its tokens. */
+function originOf(sample) {
+  return [
+    ...(sample.dataset ? [`data set ${sample.dataset}`] : []),
+    ...(sample.reward === null ? [] : [`reward ${format(sample.reward)}`]),
+  ];
 }
 
 /** A sample's tokens as elements. */

@@ -31,9 +31,10 @@ function runTable() {
     ends(run, "eval/accuracy"),
     ends(run, "teacher_kl"),
     run.x.tokens ? format(run.x.tokens.at(-1)) : "none",
+    run.x.flops ? format(run.x.flops.at(-1)) : "not counted",
     run.logged,
   ]);
-  const head = ["run", "kind", "steps", "eval/accuracy", "teacher_kl", "completion tokens", "last logged"];
+  const head = ["run", "kind", "steps", "eval/accuracy", "teacher_kl", "completion tokens", "FLOPs", "last logged"];
   return table("Runs", head, rows);
 }
 

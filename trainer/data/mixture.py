@@ -1,0 +1,83 @@
+"""Several data sets in one run: which prompts a step gets, a pure function of seed and step."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from transformers import PreTrainedTokenizerBase
+
+from fastkl.trainer.config.mixture import MixtureConfig
+from fastkl.trainer.config.teacher import TeacherConfig
+from fastkl.trainer.config.training import DistillConfig
+from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, given_samples, load_prompts, rows_at
+from fastkl.trainer.data.samples import Sample
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Prompts with what the config says of them; the name is "" where there is one data set alone."""
+
+    name: str
+    config: MixtureConfig
+    prompts: list[EncodedPrompt]
+    first: int = 0  # the place of its first prompt among those of all data sets, end to end
+    given: list[Sample] = field(default_factory=list)  # its own completions, where a step has some of them
+
+    @property
+    def teacher(self) -> TeacherConfig:
+        assert self.config.teacher is not None  # `DistillConfig.data_sets` fills it in
+        return self.config.teacher
+
+    @property
+    def setting(self) -> str:
+        """The setting that names its data."""
+        return f"mixture.{self.name}.data" if self.name else "data"
+
+
+def read_data_sets(config: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> list[DataSet]:
+    """The data sets of a run, with their completions if a step is to have some of them."""
+    found: list[DataSet] = []
+    first = 0
+    for name, entry in config.data_sets().items():
+        prompts = encode_prompts(load_prompts(entry.data), tokenizer, entry.data)
+        given = given_samples(prompts, tokenizer) if config.sampling.on_policy_fraction < 1 else []
+        for place, sample in enumerate(given, start=first):
+            sample.prompt_index, sample.dataset = place, name
+        found.append(DataSet(name, entry, prompts, first, given))
+        first += len(prompts)
+    return found
+
+
+def step_prompts(data_sets: Sequence[DataSet], per_step: int, step: int, seed: int) -> list[tuple[DataSet, int]]:
+    """Data set and row of a step's prompts. Each data set goes through its own rows as `batch_indices` does."""
+    weights = [data_set.config.weight for data_set in data_sets]
+    places = shares(weights, step * per_step, per_step)
+    rows = []
+    for index, data_set in enumerate(data_sets):
+        own = [place for who, place in places if who == index]
+        own_seed = seed + zlib.crc32(data_set.name.encode())
+        rows.append(iter(rows_at(len(data_set.prompts), range(own[0], own[-1] + 1), own_seed) if own else []))
+    return [(data_sets[index], next(rows[index])) for index, _ in places]
+
+
+def shares(weights: Sequence[float], first: int, count: int) -> list[tuple[int, int]]:
+    """Places first … first + count − 1 of an endless sequence shared out by weight: (who, how many it had before).
+
+    Sainte-Laguë's method: the next place goes to the greatest weight / (2 had + 1), the first of equals. After any number
+    of places p, each has p · share to within (1 + share · len(weights)) / 2.
+    """
+    exact = [Fraction(weight) for weight in weights]
+    total, doubt = sum(exact), Fraction(len(exact), 2)
+    # Each has round(weight · t) for a common t ≥ (p − len / 2) / total: at least so many, and few are left to give.
+    had = [max(0, math.ceil(weight * (first - doubt) / total - Fraction(1, 2))) for weight in exact]
+    given = []
+    for place in range(sum(had), first + count):
+        who = max(range(len(exact)), key=lambda index: exact[index] / (2 * had[index] + 1))
+        if place >= first:
+            given.append((who, had[who]))
+        had[who] += 1
+    return given

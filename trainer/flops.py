@@ -1,0 +1,102 @@
+"""FLOPs of sampling, scoring and training: a model's matrices times the samples' lengths (docs/accounting.md).
+
+A multiplication with its addition is two. Counted is what the method needs: no padding, no masked half of the attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from fastkl.trainer.data.samples import Sample
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of a model's forward pass; of what is trained, also those of its weights' gradients, which are as many."""
+
+    blocks: float  # of a token, in the matrices of all blocks (adapters too)
+    trained_blocks: float  # of those, in matrices that are trained
+    head: float  # of a token whose log-prob is wanted
+    trained_head: float  # the same, or 0 where the head is frozen
+    pair: float  # of a query and a key, in one layer's attention
+    windows: tuple[int | None, ...]  # each attention layer's: how many keys a query sees at most
+    recomputed: bool  # gradient checkpointing: the blocks run forward twice
+
+
+def cost_of(model: PreTrainedModel) -> Cost:
+    """Read off the parameters and the config of a causal LM, or of a PEFT model around one."""
+    config: Any = model.config.get_text_config()
+    head = model.get_output_embeddings().weight
+    lookups = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    blocks = trained = 0.0
+    for matrix in model.parameters():
+        if matrix.dim() >= 2 and matrix is not head and id(matrix) not in lookups:
+            flops = 2 * matrix.numel() * _active_share(config, matrix.shape)
+            blocks += flops
+            trained += flops * matrix.requires_grad
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Cost(
+        blocks=blocks,
+        trained_blocks=trained,
+        head=2.0 * head.numel(),
+        trained_head=2.0 * head.numel() * head.requires_grad,
+        pair=4.0 * config.num_attention_heads * head_width,  # q·k, and the weighted sum of values
+        windows=_windows(config),
+        recomputed=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
+    )
+
+
+def sampling_flops(cost: Cost, samples: Sequence[Sample]) -> float:
+    """Each completion prefills its own prompt; the last token is never read."""
+    return sum(_blocks(cost, len(s.ids) - 1) + cost.head * s.loss_tokens for s in samples)
+
+
+def scoring_flops(cost: Cost, samples: Sequence[Sample]) -> float:
+    """One forward pass, log-probs of the counted tokens alone."""
+    return sum(_blocks(cost, len(s.ids)) + cost.head * s.loss_tokens for s in samples)
+
+
+def training_flops(cost: Cost, samples: Sequence[Sample]) -> float:
+    """A forward pass, gradients by all activations, and by those weights that are trained."""
+    return sum(_training(cost, len(s.ids), s.loss_tokens) for s in samples)
+
+
+def _training(cost: Cost, length: int, counted: int) -> float:
+    forward = _blocks(cost, length)
+    attention = forward - cost.blocks * length
+    weights = cost.trained_blocks * length + cost.trained_head * counted
+    # Attention has no weights of its own: both its products have two operands that need a gradient.
+    return (2 + cost.recomputed) * forward + attention + 2 * cost.head * counted + weights
+
+
+def _blocks(cost: Cost, length: int) -> float:
+    return cost.blocks * length + cost.pair * sum(_pairs(length, window) for window in cost.windows)
+
+
+def _pairs(length: int, window: int | None) -> float:
+    """Queries times the keys they see: themselves and what comes before, at most `window` in all."""
+    full = length if window is None else min(length, window)
+    return full * (full + 1) / 2 + (length - full) * full
+
+
+def _windows(config: Any) -> tuple[int | None, ...]:
+    window = getattr(config, "sliding_window", None)
+    usual = "full_attention" if window is None else "sliding_attention"
+    kinds = getattr(config, "layer_types", None) or [usual] * config.num_hidden_layers
+    # Linear attention and state spaces have no pairs; what their matrices cost is in `blocks`.
+    return tuple(
+        window if "sliding" in kind else None
+        for kind in kinds
+        if kind.endswith("_attention") and kind != "linear_attention"
+    )
+
+
+def _active_share(config: Any, shape: Sequence[int]) -> float:
+    """A stack of experts [E, ., .]: a token visits some of them. Other matrices see every token."""
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    return config.num_experts_per_tok / experts if len(shape) == 3 and shape[0] == experts else 1.0

@@ -1,0 +1,39 @@
+"""A sharded student as one model: what sampling, evaluation and saving need."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+class Whole:
+    """A plain copy of a model that FSDP shards, with weights only while it is used.
+
+    Sampling runs as many forward passes as it likes, at each process's own pace: none of them may wait for another
+    process, as every forward pass of a sharded module does. Between uses the copy has no storage.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False).to(device).eval()
+        self._empty()
+
+    @contextmanager
+    def gathered(self, sharded: nn.Module) -> Iterator[None]:
+        """With the weights of `sharded`, this model's original; every process takes part."""
+        with torch.no_grad():
+            for ours, theirs in zip(self.model.parameters(), sharded.parameters(), strict=True):
+                ours.untyped_storage().resize_(ours.numel() * ours.element_size())
+                ours.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
+        try:
+            yield
+        finally:
+            self._empty()
+
+    def _empty(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.untyped_storage().resize_(0)

@@ -1,0 +1,75 @@
+"""What a server must show before a run samples from it, whatever weights it has at the time."""
+
+from __future__ import annotations
+
+from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.servers.completions import BadAnswer
+from fastkl.trainer.servers.connection import Refused
+from fastkl.trainer.servers.generation import GenerationServer
+
+SEED, PROBE_NEW_TOKENS = 7, 8
+SALT = "fastkl-check"
+
+
+def check_sampling(
+    server: GenerationServer,
+    model: str,
+    probe: list[int],
+    *,
+    temperature: float,
+    highest: int,
+    longest: list[int],
+    remedy: str,
+) -> None:
+    """A ConfigError says what is wrong with the server, a ServerError that it is not there.
+
+    Args:
+        probe: Some prompt.
+        temperature: That of the rollouts.
+        highest: The highest id of the tokenizer.
+        longest: A sequence as long as prompt and completion get.
+        remedy: What to do if it is too long.
+    """
+    try:
+        first, second = (
+            server.complete(
+                model,
+                probe,
+                max_new_tokens=PROBE_NEW_TOKENS,
+                temperature=temperature,
+                seed=SEED,
+                eos_token_ids=(),
+                cache_salt=SALT,
+            )
+            for _ in range(2)
+        )
+    except BadAnswer as error:
+        raise ConfigError(f"the sampling server cannot be used: {error}. Serve the student with vLLM") from error
+    if first.token_ids != second.token_ids:
+        raise ConfigError(
+            f"the sampling server at {server.url} ignores seeds: the same request gave {first.token_ids} and "
+            f"{second.token_ids}, so that no run could be repeated. Serve the student with vLLM"
+        )
+    if temperature != 1:
+        _check_temperature(server, model, probe, temperature)
+    for ids, what, way_out in (
+        ([*probe, highest], f"id {highest}, the tokenizer's highest", "Serve the student's own model"),
+        (longest[:-1], f"{len(longest)} tokens, the most to come", f"{remedy}, or serve with a longer --max-model-len"),
+    ):
+        try:
+            server.likeliest(model, ids, temperature)  # and the one token that is generated
+        except (BadAnswer, Refused) as error:
+            raise ConfigError(f"the sampling server at {server.url} cannot take {what}: {error}. {way_out}") from error
+
+
+def _check_temperature(server: GenerationServer, model: str, probe: list[int], temperature: float) -> None:
+    """Differences of log-probs are those at 1, divided by the temperature, if they are of what is sampled from."""
+    plain, scaled = (server.likeliest(model, probe, value) for value in (1.0, temperature))
+    common = sorted(plain.keys() & scaled.keys(), key=lambda token: plain[token])
+    before, after = (values[common[-1]] - values[common[0]] for values in (plain, scaled))
+    if abs(after - before / temperature) >= abs(after - before):
+        raise ConfigError(
+            f"sampling.temperature is {temperature}, but the sampling server at {server.url} gives the log-probs at "
+            f"temperature 1, before its sampler scales the logits: the importance ratio would be wrong. Start it with "
+            f"--logprobs-mode processed_logprobs, or set the temperature to 1"
+        )

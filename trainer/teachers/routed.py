@@ -1,0 +1,38 @@
+"""Several teachers as one: each scores the samples of its data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Generic, TypeVar
+
+from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.teachers.teacher import Teacher
+
+T = TypeVar("T", bound=Teacher, covariant=True)
+
+
+class RoutedTeacher(Generic[T]):
+    """Teachers by the name of a data set; some may be one and the same object (see `Teacher`)."""
+
+    def __init__(self, teachers: Mapping[str, T]) -> None:
+        self.by_data_set = teachers
+
+    def score(self, samples: Sequence[Sample]) -> None:
+        for group in self.groups(samples):
+            self.of(group).score(group)
+
+    def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
+        parts = [self.of(group).flops(group) for group in self.groups(samples)]
+        known = [part["flops/teacher"] for part in parts if part]
+        return {"flops/teacher": sum(known)} if len(known) == len(parts) else {}
+
+    def groups(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """The samples apart by teacher, in their order."""
+        found: dict[int, list[Sample]] = {}
+        for sample in samples:
+            found.setdefault(id(self.by_data_set[sample.dataset]), []).append(sample)
+        return list(found.values())
+
+    def of(self, group: Sequence[Sample]) -> T:
+        """The teacher of a group."""
+        return self.by_data_set[group[0].dataset]
