@@ -90,7 +90,7 @@ class StubServer:
         if api not in self.apis or self.defect == "ignored":
             return {"logprobs": None}
         logprobs = self.logprobs(ids, body["temperature"] if self.scales else 1.0)
-        count = int(body["logprobs" if api == "echo" else "prompt_logprobs"])
+        count = int(body.get("logprobs" if api == "echo" else "prompt_logprobs") or 0)
         # (log-prob of the token, likeliest tokens with their log-probs) for every token but the first
         rows: list[Row] = []
         for row, token in zip(*self.aligned(logprobs, ids), strict=True):

@@ -18,6 +18,7 @@ from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.prompts import encode_prompts, load_prompts
 from fastkl.trainer.distill import distill
+from fastkl.trainer.processes import start
 from fastkl.trainer.samplers.served import ServedSampler, connect_sampling
 from fastkl.trainer.servers import connection
 from fastkl.trainer.servers.completions import BadAnswer
@@ -64,7 +65,7 @@ def made(
 ) -> tuple[DistillConfig, Student, ServedSampler]:
     """A config, and its sampler around its student."""
     made_config: DistillConfig = config("distill", settings(folder, run, stub) | extra)
-    student = Student(made_config, made_config.loss, made_config.sampling.temperature)
+    student = Student(made_config, start(made_config), made_config.loss, made_config.sampling.temperature)
     prompts = encode_prompts(load_prompts(made_config.data), WORDS, made_config.data)
     server = connect_sampling(made_config, WORDS, prompts, [])
     return made_config, student, ServedSampler(server, student, [0])

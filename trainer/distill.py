@@ -53,8 +53,9 @@ class OnPolicy:
         student.keep("rollouts", rollouts)
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
-        with clock("push_weights"):
-            self._sampler.refresh()
+        if self._config.sampling.server.url:
+            with clock("push_weights"):
+                self._sampler.refresh()
         with clock("sample"), self._student.whole():
             written = self._rollout(step)
             metrics = set_reward_advantages(written, self._config.reward)

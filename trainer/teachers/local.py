@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -53,7 +54,8 @@ class LocalTeacher:
         self.model, self.vocab_size = fused.model, vocab_size
         self._fused, self._device, self._top_k, self._alone = fused, device, top_k, alone
         self._max_tokens, self._temperature = batch.max_tokens, temperature
-        self._layout, self._cost = batch_layout(batch, self.model), cost_of(self.model)
+        self._layout, cost = batch_layout(batch, self.model), cost_of(self.model)
+        self._cost = dataclasses.replace(cost, blocks=cost.blocks - cost.trained_blocks)  # an adapter is off
         self._copies: dict[Tensor, Tensor] = {}  # of the head, on the student's device where that is another
 
     @torch.no_grad()
