@@ -259,7 +259,8 @@ def with_gaps() -> None:
     def gaps(self: Any, prompts: list[list[int]], **options: Any) -> Any:
         found = sample(self, prompts, **options)
         return [
-            c._replace(token_ids=[], logprobs=[]) if sum(p) % 3 == 0 else c for p, c in zip(prompts, found, strict=True)
+            c._replace(token_ids=[], logprobs=[], truncated=False) if sum(p) % 3 == 0 else c
+            for p, c in zip(prompts, found, strict=True)
         ]
 
     def infinite(self: OnPolicy, step: int, *args: Any) -> Any:

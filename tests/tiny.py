@@ -263,7 +263,8 @@ def give_samples() -> None:
             random = torch.Generator().manual_seed(sum(prompt))
             length = 1 + sum(prompt) % max_new_tokens
             ids = torch.randint(1, len(CHARACTERS), (length,), generator=random).tolist()
-            found.append(Completion(ids, (-3 - torch.rand(length, generator=random)).tolist(), True))
+            logprobs = (-3 - torch.rand(length, generator=random)).tolist()
+            found.append(Completion(ids, logprobs, truncated=length == max_new_tokens))
         return found
 
     ContinuousBatchingSampler.sample = given  # type: ignore[method-assign]

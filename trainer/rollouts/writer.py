@@ -93,7 +93,8 @@ def sample_within(
             truncated[i] = completion.truncated or len(completion.token_ids) > left
             tokens[i] += completion.token_ids[:left]
             logprobs[i] += completion.logprobs[:left]
-        active = [i for i in active if truncated[i] and len(tokens[i]) < budgets[i]]
+        grown = [i for i, completion in zip(active, new, strict=True) if completion.token_ids]  # or it would never end
+        active = [i for i in grown if truncated[i] and len(tokens[i]) < budgets[i]]
         calls += 1
     return [Completion(*parts) for parts in zip(tokens, logprobs, truncated, strict=True)]
 
