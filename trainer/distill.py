@@ -125,7 +125,7 @@ def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
 
 def _mean(samples: list[Sample], field: str) -> float:
     """Per token that counts; the lists are 0 elsewhere."""
-    tokens = sum(sample.loss_tokens for sample in samples)
+    tokens = max(1, sum(sample.loss_tokens for sample in samples))
     return sum(sum(getattr(sample, field)) for sample in samples) / tokens
 
 

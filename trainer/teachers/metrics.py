@@ -21,4 +21,4 @@ def teacher_kl(samples: Sequence[Sample]) -> dict[str, float]:
 
 def _mean_gap(samples: Sequence[Sample]) -> float:
     gap = sum(sum(sample.sampler_logprobs) - sum(sample.teacher_logprobs) for sample in samples)
-    return gap / sum(sample.loss_tokens for sample in samples)
+    return gap / max(1, sum(sample.loss_tokens for sample in samples))
