@@ -113,7 +113,10 @@ def test_wheels_go_where_the_other_stages_look(tmp_path: Path) -> None:
         (["gpu", "--out", "x"], "torch sees no CUDA device here; use --dry-run"),
         (["gpu", "--out", "x", "--wheels", "/no/such"], "--wheels: no *.whl in /no/such"),
         (["train"], "--device: torch sees no CUDA device here; use --device cpu"),
-        (["train", "--device", "cpu", "--impl", "none"], "--impl: 'none' is no trainer; known are fastkl, trl_"),
+        (
+            ["train", "--device", "cpu", "--impl", "none"],
+            "--impl: 'none' is no trainer; known are fastkl, fastkl_reverse_kl, trl_",
+        ),
         (["train", "--device", "cpu", "--steps", "1"], "--steps: 1 is too few"),
     ],
 )
