@@ -128,7 +128,7 @@ def blocks(n: int, device: torch.device) -> Iterator[slice]:
         yield slice(start, min(start + step, n))
 
 
-class _Solution(NamedTuple):
+class Solution(NamedTuple):
     """The probabilities of a block's columns, min(1, w / τ); all but w are 0-dim."""
 
     w: Tensor  # [V], ∞ where a column is certain
@@ -136,6 +136,19 @@ class _Solution(NamedTuple):
     total: Tensor  # Σ w² over all columns
     lost: Tensor  # the variance of û
     expected: Tensor  # Σ π
+
+
+def solve(sampling: Sampling, squares: Tensor, always: list[Tensor]) -> Solution:
+    """From w² [V], which is overwritten; ids in `always` are certain."""
+    total = squares.sum()
+    for ids in always:
+        squares.index_fill_(0, ids, 0.0)
+    w = squares.sqrt_()
+    tau = block_threshold(sampling, w, total)
+    lost = torch.dot(w, (tau - w).clamp_(min=0.0))
+    for ids in always:
+        w.index_fill_(0, ids, torch.inf)
+    return Solution(w, tau, total, lost, expected_columns(w, tau))
 
 
 class Sampler:
@@ -169,11 +182,11 @@ class Sampler:
         self.seen += gradient.numel()
         if self.flat and gradient.shape[0] > PROBED:
             probed = slope[::PROBED]
-            few = self._solve(gradient[::PROBED], probed, [])
+            few = solve(self.sampling, self._column_squares(gradient[::PROBED], probed), [])
             if not is_sparse(few.expected, vocabulary):
                 self._count_exact(gradient, few.total * (slope.shape[0] / probed.shape[0]))
                 return None
-        w, tau, total, lost, expected = self._solve(gradient, slope, always)
+        w, tau, total, lost, expected = solve(self.sampling, self._column_squares(gradient, slope), always)
         self.flat = not is_sparse(expected, vocabulary)
         if self.flat:
             self._count_exact(gradient, total)
@@ -185,18 +198,6 @@ class Sampler:
         self.square += total
         self.variance += lost
         return Columns(ids, (tau / w[ids]).clamp_(min=1.0), expected)
-
-    def _solve(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> _Solution:
-        squares = self._column_squares(gradient, slope)
-        total = squares.sum()
-        for ids in always:
-            squares.index_fill_(0, ids, 0.0)
-        w = squares.sqrt_()
-        tau = block_threshold(self.sampling, w, total)
-        lost = torch.dot(w, (tau - w).clamp_(min=0.0))
-        for ids in always:
-            w.index_fill_(0, ids, torch.inf)
-        return _Solution(w, tau, total, lost, expected_columns(w, tau))
 
     def _count_exact(self, gradient: Tensor, total: Tensor) -> None:
         self.kept += gradient.numel()

@@ -35,11 +35,10 @@ from triton.backends.compiler import GPUTarget
 from fastkl.kernels.sampled import (
     Estimate,
     Sampling,
-    block_threshold,
     centre,
-    expected_columns,
     is_sparse,
     row_weights,
+    solve,
 )
 from fastkl.kernels.sampled_kernels_triton import (
     column_squares_kernel,
@@ -109,15 +108,7 @@ class Sampler:
     def sample(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> Sample:
         """The sample of a block; `gradient` is û from here on."""
         squares = column_squares(gradient, row_weights(slope))
-        total = squares.sum()
-        for ids in always:
-            squares.index_fill_(0, ids, 0.0)
-        w = squares.sqrt_()
-        tau = block_threshold(self.sampling, w, total)
-        lost = torch.dot(w, (tau - w).clamp_(min=0.0))
-        for ids in always:
-            w.index_fill_(0, ids, torch.inf)
-        expected = expected_columns(w, tau)
+        w, tau, total, lost, expected = solve(self.sampling, squares, always)
         sparse = is_sparse(expected, w.shape[0])
         columns = select_columns(w, torch.where(sparse, tau, -1.0).reshape(1), self.sampling.seed, self.block)
         self.block += 1
