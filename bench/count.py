@@ -40,8 +40,7 @@ from fastkl.kernels import driver
 from fastkl.kernels.flops import gemm_flops
 from fastkl.kernels.gemm import compute_dtype, gradient_dtype
 from fastkl.kernels.problem import HeadOptions, Inputs, Needs, Spec
-from fastkl.kernels.sampled import Sampling, blocks
-from fastkl.kernels.sampled_triton import SPLIT
+from fastkl.kernels.sampled import SPLIT, Sampling, blocks
 
 SHAPES: dict[str, Shape] = {
     "Qwen3-8B": (8192, 4096, 151936),

@@ -37,6 +37,7 @@ BLOCK_ROWS = {"cpu": 128, "accelerator": 1024}
 BREAK_EVEN = 0.5  # of the columns: from here on the product of all of them is no slower than that of those kept
 PROBED = 8  # after a flat block, one in so many of the next one's rows is looked at first
 SCRATCH_BYTES = {"cpu": 2**21, "accelerator": 2**28}  # of squares; on a CPU they are to stay in its cache
+SPLIT = 128  # rows whose squares one program of an accelerator adds up
 SOLVED_COLUMNS = 2**13  # at least; τ is solved from every so many-th column
 CENTRE_ROWS = 2**12  # at least
 LEAST_SLOPE = (

@@ -33,6 +33,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from fastkl.kernels.sampled import (
+    SPLIT,
     Estimate,
     Sampling,
     centre,
@@ -50,7 +51,6 @@ from fastkl.kernels.sampled_kernels_triton import (
 )
 from fastkl.kernels.triton_common import GRADIENT_DTYPES, check_device, current_target, launch_on
 
-SPLIT = 128  # rows whose squares one program adds up
 SQUARES = 8, 1024  # rows and columns that it holds at a time
 TILE = 1024  # columns of a program that draws
 COMPACTED = 2048  # columns of a row that move at a time
