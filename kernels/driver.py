@@ -28,23 +28,28 @@ from fastkl.kernels.sampled import BlockSampler, Estimates, add_to_weight_gradie
 
 # What the logits of a chunk may take. On a GPU large chunks keep the GEMMs at full speed (1024-4096 rows at V = 150k).
 WORKSPACE_BYTES = {"cpu": 128 * 2**20, "accelerator": 2**30}
+# With fewer the GEMMs of a CPU read the weight too often; at V = 150k these are 160 MB.
+LEAST_ROWS = {"cpu": 256, "accelerator": 1}
 
 
 def chunk_rows(spec: Spec, inputs: Inputs, gradient: bool) -> int:
     """Rows per chunk: `spec.chunk_size`, or what the workspace budget holds, spread evenly over the chunks.
 
-    If columns are to be sampled it is whole blocks, and by default at least one.
+    If columns are to be sampled it is whole blocks, unless `spec.chunk_size` is less than one.
     """
-    n = inputs.hidden.shape[0]
+    n, kind = inputs.hidden.shape[0], "cpu" if inputs.hidden.is_cpu else "accelerator"
     block = block_rows(inputs.hidden.device) if gradient and spec.sampling is not None else 1
     limit = spec.chunk_size
     if limit is None:
-        budget = WORKSPACE_BYTES["cpu" if inputs.hidden.is_cpu else "accelerator"]
-        limit = max(block, budget // workspace_bytes_per_row(spec, inputs, gradient))
-    if 1 < block <= limit:
-        return max(1, min(n, limit // block * block))
-    chunks = max(1, -(-n // limit))
-    return max(1, -(-n // chunks))
+        budget = WORKSPACE_BYTES[kind] // workspace_bytes_per_row(spec, inputs, gradient)
+        limit = max(budget, block, LEAST_ROWS[kind])
+    if limit >= n:
+        return max(1, n)
+    if limit < block:
+        block = 1
+    chunks = -(-n // (limit - limit % block))
+    even = -(-n // chunks)
+    return -(-even // block) * block
 
 
 def workspace_bytes_per_row(spec: Spec, inputs: Inputs, gradient: bool) -> int:

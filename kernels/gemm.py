@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 UPCAST_BLOCK_BYTES = 32 * 2**20
+# Columns of the logits that a CPU makes at a time. They and their rows of the weight stay in its cache: the product and the
+# copy take less time than a product that writes among all columns.
+TILE_COLUMNS = 512
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,12 +33,15 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, o
             out.mul_(alpha)
         return
     hidden = hidden.to(out.dtype)
-    for columns, block in _upcast_blocks(weight, out.dtype):
+    for columns, block in _tiles(weight, out.dtype) if out.is_cpu else _upcast_blocks(weight, out.dtype):
         target = out[:, columns]
+        tile = target if target.is_contiguous() or not out.is_cpu else torch.empty_like(target)
         if bias is None:
-            torch.addmm(target, hidden, block.t(), beta=0.0, alpha=alpha, out=target)
+            torch.addmm(tile, hidden, block.t(), beta=0.0, alpha=alpha, out=tile)
         else:
-            torch.addmm(bias[columns].to(out.dtype), hidden, block.t(), beta=alpha, alpha=alpha, out=target)
+            torch.addmm(bias[columns].to(out.dtype), hidden, block.t(), beta=alpha, alpha=alpha, out=tile)
+        if tile is not target:
+            target.copy_(tile)
 
 
 def gradient_dtype(operand: Tensor) -> torch.dtype:
@@ -80,7 +86,11 @@ def _upcast_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, 
     if weight.dtype == dtype:
         yield slice(0, weight.shape[0]), weight
         return
-    rows = max(1, UPCAST_BLOCK_BYTES // (weight.shape[1] * dtype.itemsize))
+    yield from _tiles(weight, dtype, max(1, UPCAST_BLOCK_BYTES // (weight.shape[1] * dtype.itemsize)))
+
+
+def _tiles(weight: Tensor, dtype: torch.dtype, rows: int = TILE_COLUMNS) -> Iterator[tuple[slice, Tensor]]:
+    """So many rows of `weight` at a time, in `dtype`."""
     for start in range(0, weight.shape[0], rows):
         columns = slice(start, min(start + rows, weight.shape[0]))
         yield columns, weight[columns].to(dtype)

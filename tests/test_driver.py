@@ -10,8 +10,9 @@ from loss_cases import NEEDS, Problem, fused, fused_output, generator, make_prob
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastkl.kernels import driver, gemm, ops
+from fastkl.kernels import driver, gemm, ops, sampled
 from fastkl.kernels.problem import HeadOptions, Inputs, Spec
+from fastkl.kernels.sampled import Sampling
 
 Gemms = dict[str, list[int]]
 N = 10
@@ -81,6 +82,7 @@ def test_chunks_are_even(gemms: Gemms) -> None:
 @pytest.mark.parametrize("heads", [1, 2])
 def test_default_chunk_size_fits_the_budget(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
     monkeypatch.setitem(driver.WORKSPACE_BYTES, "cpu", 40_000)
+    monkeypatch.setitem(driver.LEAST_ROWS, "cpu", 2)
     hidden, weight = torch.zeros(100, 2), torch.zeros(1000, 2)  # 4 kB per row of float32 logits
     spec = (
         Spec("token_nll", HeadOptions())
@@ -90,7 +92,15 @@ def test_default_chunk_size_fits_the_budget(monkeypatch: pytest.MonkeyPatch, hea
     for gradient in (False, True):
         assert driver.chunk_rows(spec, Inputs(hidden, weight), gradient) == 10 // heads
         assert driver.chunk_rows(spec, Inputs(hidden.double(), weight.double()), gradient) == 5 // heads
-        assert driver.chunk_rows(spec, Inputs(hidden, torch.zeros(10**6, 2)), gradient) == 1  # more than the budget
+        assert driver.chunk_rows(spec, Inputs(hidden, torch.zeros(10**6, 2)), gradient) == 2  # more than the budget
+
+
+def test_chunks_of_a_sample_are_even_and_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sampled.BLOCK_ROWS, "cpu", 4)
+    spec = Spec("token_nll", HeadOptions(), sampling=Sampling(2e-3, None, 0))
+    inputs = Inputs(torch.zeros(30, 2), torch.zeros(10, 2))
+    for limit, expected in ((30, 30), (29, 16), (16, 16), (12, 12), (7, 4), (4, 4), (3, 3)):
+        assert driver.chunk_rows(spec._replace(chunk_size=limit), inputs, gradient=True) == expected
 
 
 def test_a_gradient_in_low_precision_counts_in_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
