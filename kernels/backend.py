@@ -10,12 +10,13 @@ from typing import cast
 
 from torch import Tensor
 
-from fastkl.kernels import divergence_torch, rows_torch
-from fastkl.kernels.problem import Backend, Inputs, Spec
+from fastkl.kernels import divergence_torch, rows_torch, score_torch
+from fastkl.kernels.problem import Backend, Inputs, Kind, Spec
 from fastkl.kernels.rows import EntropyGradient, RowFunction
 from fastkl.kernels.sampled import BlockSampler, Sampler
 from fastkl.kernels.top_k import top_k
 
+LOGPROBS: tuple[Kind, ...] = ("token_nll", "token_nll_entropy")
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
 _TORCH = {"rows": rows_torch, "tails": rows_torch, "divergence": divergence_torch}  # in Triton each has a module
 
@@ -47,14 +48,16 @@ def block_sampler(spec: Spec, inputs: Inputs) -> BlockSampler | None:
 def scorer(spec: Spec, inputs: Inputs) -> Callable[[Tensor], None] | None:
     """What writes the values [K, N] without any logits, or None where that is the business of chunks.
 
-    It is Triton's, for 16-bit heads: log-probs, with the entropy or without, and the reverse KL of two heads alone. In
-    float32 the GEMMs of a vendor are far faster.
+    Log-probs have one on a CPU, with the entropy or without. Triton has it for 16-bit heads, where the GEMMs of a vendor
+    are not far faster, and for the reverse KL of two heads alone too.
     """
+    if not _is_triton(spec.backend, inputs.hidden) and inputs.hidden.is_cpu:
+        return partial(score_torch.token_nll, spec, inputs) if spec.kind in LOGPROBS else None
     if not _is_triton(spec.backend, inputs.hidden) or inputs.hidden.element_size() != 2:
         return None
     score = _imported("score_triton", spec.backend)
     student = score.Head(inputs.hidden, inputs.weight, inputs.bias, spec.student)
-    if spec.kind in ("token_nll", "token_nll_entropy"):
+    if spec.kind in LOGPROBS:
         return lambda out: score.token_nll(student, inputs.tokens, out, entropy=spec.kind == "token_nll_entropy")
     plain = spec.kind == "divergence" and spec.variant == "reverse_kl" and not spec.extras
     if not plain or inputs.teacher_hidden is None or inputs.teacher_hidden.dtype != inputs.hidden.dtype:

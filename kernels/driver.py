@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastkl.kernels.backend import block_sampler, entropy_gradient, row_function, scorer
-from fastkl.kernels.gemm import add_weight_gradient, compute_dtype, gradient_dtype, hidden_gradient, project
+from fastkl.kernels.gemm import add_weight_gradient, compute_dtype, even_rows, gradient_dtype, hidden_gradient, project
 from fastkl.kernels.problem import Gradients, HeadOptions, Inputs, Needs, Objective, Spec
 from fastkl.kernels.rows import Logits
 from fastkl.kernels.sampled import BlockSampler, Estimates, add_to_weight_gradient, block_rows, blocks, merged
@@ -47,9 +47,7 @@ def chunk_rows(spec: Spec, inputs: Inputs, gradient: bool) -> int:
         return max(1, n)
     if limit < block:
         block = 1
-    chunks = -(-n // (limit - limit % block))
-    even = -(-n // chunks)
-    return -(-even // block) * block
+    return -(-even_rows(n, limit - limit % block) // block) * block
 
 
 def workspace_bytes_per_row(spec: Spec, inputs: Inputs, gradient: bool) -> int:

@@ -23,6 +23,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def even_rows(n: int, limit: int) -> int:
+    """Rows per GEMM, at most `limit` and spread evenly over as few GEMMs as that takes: one of a few rows is slow."""
+    return max(1, -(-n // max(1, -(-n // limit))))
+
+
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, out: Tensor) -> None:
     """out = alpha (hidden weightᵀ + bias); hidden [n, D], weight [V, D], bias [V], out [n, V] in the compute dtype."""
     if _writes_fp32(hidden):
@@ -33,14 +38,15 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, o
             out.mul_(alpha)
         return
     hidden = hidden.to(out.dtype)
+    place = out.new_empty(out.shape[0] * TILE_COLUMNS) if out.is_cpu and out.shape[1] > TILE_COLUMNS else None
     for columns, block in _tiles(weight, out.dtype) if out.is_cpu else _upcast_blocks(weight, out.dtype):
         target = out[:, columns]
-        tile = target if target.is_contiguous() or not out.is_cpu else torch.empty_like(target)
+        tile = target if place is None else place[: target.numel()].view_as(target)
         if bias is None:
             torch.addmm(tile, hidden, block.t(), beta=0.0, alpha=alpha, out=tile)
         else:
             torch.addmm(bias[columns].to(out.dtype), hidden, block.t(), beta=alpha, alpha=alpha, out=tile)
-        if tile is not target:
+        if place is not None:
             target.copy_(tile)
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkl.kernels import driver
+from fastkl.kernels import driver, score_torch
 
 
 @pytest.fixture
 def gemms(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
-    """The GEMMs that the driver makes from here on, by name: the number of rows of each call."""
+    """The GEMMs that the driver and a CPU's scorer make from here on, by name: the number of rows of each call."""
     rows: dict[str, list[int]] = {"project": [], "hidden_gradient": [], "add_weight_gradient": []}
 
     def count(name: str, position: int) -> None:
@@ -24,7 +24,9 @@ def gemms(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
             rows[name].append(args[position].shape[0])
             return original(*args, **options)
 
-        monkeypatch.setattr(driver, name, counted)
+        for module in (driver, score_torch):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, counted)
 
     count("project", 0)  # hidden [n, D]
     count("hidden_gradient", 0)  # gradient [n, V]

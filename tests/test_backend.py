@@ -32,12 +32,12 @@ def test_auto_is_pytorch_on_a_cpu() -> None:
 
 
 def test_what_is_scored_without_logits() -> None:
-    """16-bit heads where Triton runs: log-probs, and the reverse KL of two heads alone."""
+    """Log-probs on a CPU, and of 16-bit heads where Triton runs; there the reverse KL of two heads alone, too."""
     half = Inputs(HIDDEN.half(), WEIGHT.half(), None, TOKENS, HIDDEN.half(), WEIGHT.half())
     kl = Spec("divergence", HeadOptions(), HeadOptions(), "triton", None, "reverse_kl")
     for spec in (NLL, NLL._replace(kind="token_nll_entropy"), kl):
         assert scorer(spec._replace(backend="triton"), half) is not None
-        assert scorer(spec._replace(backend="auto"), half) is None
+        assert (scorer(spec._replace(backend="auto"), half) is None) == (spec is kl)
         assert scorer(spec._replace(backend="triton"), Inputs(HIDDEN, WEIGHT, None, TOKENS, HIDDEN, WEIGHT)) is None
     logits = half._replace(teacher_hidden=None, teacher_weight=None, teacher_logits=torch.zeros(3, 7))
     for spec, inputs in ((kl._replace(variant="jsd"), half), (kl._replace(extras=True), half), (kl, logits)):
