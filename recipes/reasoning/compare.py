@@ -3,7 +3,7 @@
     python recipes/reasoning/compare.py
 
 1. `fastkl sft`: the demo's teacher, and a student that has seen some of the right solutions.
-2. The student goes on in three ways: sft.yaml, distill.yaml, rl.yaml.
+2. The student goes on in four ways: sft.yaml, distill.yaml, distill_full.yaml, rl.yaml.
 3. Held-out accuracy against all FLOPs since then: of sampling, of the teacher, of training.
 
 Everything is kept in runs/reasoning and runs/demo: what is complete is not run again, what was interrupted goes on.
@@ -23,7 +23,12 @@ HERE, RUN = Path(__file__).parent, Path("runs/reasoning")
 sys.path.insert(0, str(HERE.parent / "demo"))
 from run import ENVIRONMENT, prepare  # noqa: E402
 
-METHODS = {"sft": "more sft", "distill": "on-policy distillation", "rl": "reinforcement learning"}
+METHODS = {
+    "sft": "more sft",
+    "distill": "on-policy distillation, sampled tokens",
+    "distill_full": "on-policy distillation, whole vocabulary",
+    "rl": "reinforcement learning",
+}
 TARGETS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 Curve = Sequence[tuple[float, float]]  # (FLOPs spent so far, held-out accuracy) at each evaluation
 
