@@ -89,7 +89,7 @@ from fastkl._divergences import (
     skewed_reverse_kl_loss,
     total_variation_loss,
 )
-from fastkl._likeliest import TopK, linear_top_k
+from fastkl._likeliest import TopK, linear_ranks, linear_top_k
 from fastkl._output import LossOutput, PerToken
 from fastkl._policy_gradient import linear_logprobs, policy_gradient_loss, sampled_reverse_kl_loss
 from fastkl._top_k import top_k_kl_loss
@@ -101,6 +101,7 @@ __all__ = [
     "forward_kl_loss",
     "jsd_loss",
     "linear_logprobs",
+    "linear_ranks",
     "linear_top_k",
     "policy_gradient_loss",
     "reverse_kl_advantages",

@@ -18,7 +18,7 @@ from tiny import tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-Row = tuple[float, dict[int, float]]
+Row = tuple[float, int, dict[int, float]]
 Trouble = int | str  # a status, or "reset", "slow", "no-json", "a-list"
 
 
@@ -35,6 +35,7 @@ class StubServer:
         self.apis = {"prompt_logprobs", "echo"}
         self.defect: str | None = None
         self.tokenizes, self.tells_texts, self.scales, self.names_ids = True, True, False, True
+        self.told_rank: Callable[[int], object] = lambda rank: rank
         self.context = 64
         self.most_logprobs, self.caps = (
             20,
@@ -91,11 +92,12 @@ class StubServer:
             return {"logprobs": None}
         logprobs = self.logprobs(ids, body["temperature"] if self.scales else 1.0)
         count = int(body.get("logprobs" if api == "echo" else "prompt_logprobs") or 0)
-        # (log-prob of the token, likeliest tokens with their log-probs) for every token but the first
+        # (log-prob of the token, its rank, likeliest tokens with their log-probs) for every token but the first
         rows: list[Row] = []
         for row, token in zip(*self.aligned(logprobs, ids), strict=True):
             values, likeliest = row.topk(min(count, self.caps))
-            rows.append((row[token].item(), dict(zip(likeliest.tolist(), values.tolist(), strict=True))))
+            rank = 1 + int((row > row[token]).sum())
+            rows.append((row[token].item(), rank, dict(zip(likeliest.tolist(), values.tolist(), strict=True))))
         if api == "echo":
             name = "token_id:{}" if body.get("return_tokens_as_token_ids") and self.names_ids else "<{}>"
             return {"logprobs": self.echo(ids, rows, logprobs[-1].max().item(), name)}
@@ -109,18 +111,18 @@ class StubServer:
             return torch.cat([logprobs[:1], logprobs[:-2]]), [ids[0], *after[:-1]]
         return logprobs[:-1], after
 
-    def entry(self, token: int, own: float, top: dict[int, float]) -> dict[str, Any]:
+    def entry(self, token: int, own: float, own_rank: int, top: dict[int, float]) -> dict[str, Any]:
         own = {"positive": 0.5, "nan": float("nan")}.get(self.defect or "", own)
         found = {} if self.defect == "no-top" else {str(key): value for key, value in top.items()}
-        rank = {key: place for place, key in enumerate(found, start=1)}
-        rank = rank if str(token) in rank else {**rank, str(token): None if self.defect == "no-top" else len(top) + 1}
+        rank: dict[str, object] = {key: place for place, key in enumerate(found, start=1)}
+        rank[str(token)] = None if self.defect == "no-top" else self.told_rank(own_rank)
         found[str(token)] = own
         text = {key: self.words.decode([int(key)]) if self.tells_texts else None for key in found}
         return {k: {"logprob": v, "rank": rank[k], "decoded_token": text[k]} for k, v in found.items()}
 
     def echo(self, ids: list[int], rows: list[Row], generated: float, name: str) -> dict[str, Any]:
-        values: list[float | None] = [None, *(own for own, _ in rows), generated]
-        named = [{name.format(token): value for token, value in top.items()} for _, top in rows]
+        values: list[float | None] = [None, *(own for own, _, _ in rows), generated]
+        named = [{name.format(token): value for token, value in top.items()} for *_, top in rows]
         tops: list[Any] = [None, *named, {"x": generated}]
         texts = [self.words.decode([token]) for token in ids] + ["x"]
         if self.defect == "early":

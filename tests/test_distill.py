@@ -258,7 +258,7 @@ METRICS = {
     *(f"policy/{name}" for name in ("ratio_mean", "ratio_min", "ratio_max", "clip_fraction", "k1", "k3")),
     *(f"sampler_mismatch/{name}" for name in ("mean_abs", "p95_abs", "outside_0.9_1.1")),
     *(f"flops/{name}" for name in ("sampling", "teacher", "student")),
-    *(f"time/{name}" for name in ("sample", "teacher", "old_logprobs", "train")),
+    *(f"time/{name}" for name in ("sample", "teacher", "old_logprobs", "ranks", "train")),
 }
 
 

@@ -142,7 +142,7 @@ def test_training_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[
     (run,) = Page(distilled / "report.html").data["runs"]
     assert (run["kind"], run["steps_done"], run["steps_planned"]) == ("distill", 3, 3)
     assert {"teacher_kl", "entropy", "loss", "sampler_mismatch/mean_abs", "time/sample"} <= run["series"].keys()
-    assert run["seconds"].keys() == {"sample", "teacher", "old_logprobs", "train"}
+    assert run["seconds"].keys() == {"sample", "teacher", "old_logprobs", "ranks", "train"}
     assert run["x"].keys() == {"step", "tokens", "flops"}
     assert run["settings"]["optim.lr"] == "0.01"
     records = [json.loads(line) for line in (distilled / "samples.jsonl").read_text().splitlines()]
@@ -151,6 +151,11 @@ def test_training_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[
     first, record = run["samples"]["shown"][0], records[0]
     assert first["tokens"] == record["tokens"]
     assert len(first["sampler"]) == len(first["teacher"]) == first["mask"].count("1") == sum(record["loss_mask"])
+    for field in ("student_ranks", "teacher_ranks"):
+        assert first[field] == [
+            rank for rank, counted in zip(record[field], record["loss_mask"], strict=True) if counted
+        ]
+        assert min(first[field]) >= 1
     assert first["teacher"][0] == pytest.approx(record["teacher_logprobs"][record["loss_mask"].index(True)], abs=1e-3)
 
     (run,) = Page(tuned / "report.html").data["runs"]
@@ -273,6 +278,14 @@ def test_an_interrupted_run(tmp_path: Path) -> None:
     found = only_run(run)
     assert (found["steps_done"], found["steps_planned"]) == (2, 100)
     assert [shown["step"] for shown in found["samples"]["shown"]] == [1, 2]
+
+
+def test_ranks_where_a_run_has_them(tmp_path: Path) -> None:
+    ranked = sample(2, student_ranks=[0, 1, 3], teacher_ranks=[0, 250, 0])
+    served = sample(3, student_ranks=[0, 1, 3], teacher_ranks=[])
+    found = only_run(make_run(tmp_path / "run", samples=[sample(1), ranked, served]))["samples"]["shown"]
+    assert [shown["student_ranks"] for shown in found] == [[], [1, 3], [1, 3]]
+    assert [shown["teacher_ranks"] for shown in found] == [[], [250, 0], []]
 
 
 def test_values_that_are_not_finite(tmp_path: Path) -> None:
@@ -445,6 +458,7 @@ frame.addEventListener("load", () => setTimeout(() => {{
     curves: all("#learning .line").filter((line) => /\\dL\\d/.test(line.getAttribute("d"))).length,
   }};
   page.querySelector("#worst button").click();
+  result.ranked = all(".scored").map((node) => node.getAttribute("aria-label").split("rank: ")[1] ?? "");
   result.first = page.querySelector("#token").textContent;
   press("Home");
   press("ArrowLeft");
@@ -466,6 +480,8 @@ frame.addEventListener("load", () => setTimeout(() => {{
 def test_in_a_browser_as_wide_as_a_phone(tmp_path: Path) -> None:
     hostile = sample(3, ["<u>", *HOSTILE], teacher_logprobs=[0.0, *(-0.5 - n for n in range(len(HOSTILE)))])
     hostile |= {"dataset": HOSTILE[0], "reward": 0.5}
+    hostile["student_ranks"] = [0, *range(1, len(HOSTILE)), 0]
+    hostile["teacher_ranks"] = [0, 12345, *[7] * (len(HOSTILE) - 1)]
     rows = [row(1, teacher_kl=3.0), row(2, teacher_kl=float("nan")), row(3, teacher_kl=1.0), row(4, teacher_kl=0.5)]
     run = make_run(tmp_path / "run", rows=rows, samples=[sample(1), hostile])
     other = make_run(tmp_path / "other", settings=SETTINGS | {"optim": {"lr": 1e-5, "steps": 3}})
@@ -495,7 +511,10 @@ def test_in_a_browser_as_wide_as_a_phone(tmp_path: Path) -> None:
     assert found["stops"] == 1
     assert found["first"].startswith('token""id9')
     assert found["home"] == HOSTILE[0]
-    assert found["next"] == f"{json.dumps(HOSTILE[1])}, reverse KL 1.00"
+    assert found["next"] == f"{json.dumps(HOSTILE[1])}, reverse KL 1.00, rank: student 2, teacher 7"
+    assert found["ranked"][0] == "student 1, teacher 12,345"
+    assert found["ranked"][-1] == "teacher 7"
+    assert found["first"].endswith("rank (1: the likeliest)teacher 7")
     assert found["position"] == "step 1"
     assert found["moved"][0].startswith("run3")
     assert found["readouts"][0].startswith("run0.5")

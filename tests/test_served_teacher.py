@@ -89,6 +89,28 @@ def test_the_likeliest_tokens_are_those_of_the_model(stub: StubServer, api: str,
 
 
 @pytest.mark.parametrize("api", APIS)
+def test_ranks_are_those_of_the_model(stub: StubServer, api: str) -> None:
+    given, wanted = samples(), samples()
+    teacher = connected(stub, api=api)
+    teacher.score(given)
+    sent = len(stub.bodies)
+    teacher.rank(given, len(WORDS))
+    assert len(stub.bodies) == sent  # nothing is asked twice
+    local(stub).rank(wanted, len(WORDS))
+    told = [sample.teacher_ranks for sample in wanted] if api == "prompt_logprobs" else [[]] * len(wanted)
+    assert [sample.teacher_ranks for sample in given] == told
+
+
+@pytest.mark.parametrize("value", [None, "3", True, 0, -1, 1.5])
+def test_what_is_no_rank_is_left_away(stub: StubServer, value: object) -> None:
+    teacher = connected(stub, api="prompt_logprobs")
+    stub.told_rank = lambda rank: value
+    given = samples()
+    check_equal(scores(teacher, given), scores(local(stub), samples()))
+    assert all(sample.teacher_ranks == [] for sample in given)
+
+
+@pytest.mark.parametrize("api", APIS)
 def test_a_server_that_lists_fewer_tokens_is_refused(stub: StubServer, api: str) -> None:
     message = r"gives no log-probs and 21 likeliest tokens \(loss\.top_k\).*more than 20 .*--max-logprobs"
     with pytest.raises(ConfigError, match=message):
@@ -145,6 +167,7 @@ def test_ids_beyond_the_tokenizer_are_unknown(stub: StubServer) -> None:
     sample.ids[4] = len(WORDS) + 3
     (found,) = scores(connected(stub), [sample])
     assert found[4] == UNKNOWN
+    assert [place for place, rank in enumerate(sample.teacher_ranks) if not rank] == [0, 1, 2, 4]
     assert sample.ids[4] == len(WORDS) + 3
     replaced = make_sample(sample.ids[:3], [*sample.ids[3:4], 0, *sample.ids[5:]], 0)
     (wanted,) = scores(local(stub), [replaced])

@@ -46,9 +46,10 @@ class OnPolicy:
         sampler: Sampler,
         rollouts: Rollouts,
         data_sets: list[DataSet],
+        vocab_size: int,
     ) -> None:
         self._config, self._student, self._teacher = config, student, teacher
-        self._sampler, self._rollouts, self._data_sets = sampler, rollouts, data_sets
+        self._sampler, self._rollouts, self._data_sets, self._vocab_size = sampler, rollouts, data_sets, vocab_size
         self._names = [data_set.name for data_set in data_sets for _ in data_set.prompts]
         student.keep("rollouts", rollouts)
 
@@ -74,6 +75,8 @@ class OnPolicy:
             set_advantages(
                 samples, coef=loss.kl_coef, discount=loss.discount, given_coef=self._config.sampling.given_coef
             )
+        with clock("ranks"):
+            self._set_ranks(samples[: self._config.log_samples])
         self._rollouts.keep(samples)  # nothing can fail any more: a checkpoint holds the state between two steps
         if self._config.sampling.filters:
             metrics["completions/dropped_fraction"] = 1 - len(samples) / len(written)
@@ -87,6 +90,16 @@ class OnPolicy:
         for sample in samples:
             sample.dataset = self._names[sample.prompt_index]
         return samples
+
+    def _set_ranks(self, samples: list[Sample]) -> None:
+        """Where the tokens stand with the student that sampled them and with the teacher, on every process."""
+        teacher, mine = self._teacher, processes.share(samples)
+        self._student.rank(mine, self._vocab_size)
+        if teacher is not None:
+            processes.agree(lambda: teacher.rank(mine, self._vocab_size))
+        found = processes.gather([(sample.student_ranks, sample.teacher_ranks) for sample in mine])
+        for sample, ranks in zip(samples, found, strict=True):
+            sample.student_ranks, sample.teacher_ranks = ranks
 
     def _set_old_logprobs(self, samples: list[Sample]) -> None:
         """What the importance ratio is taken against: see `LossConfig.old_logprobs`.
@@ -157,7 +170,8 @@ def distill(config: DistillConfig) -> RunFolder:
     sampler = _sampler(config, student, [*ends, *stop_ids(environment, tokenizer)], sampling_server)
     writer = _writer(config, student, tokenizer, sampler, environment)
     rollouts = Rollouts(config.sampling, writer, prompts, given, judge)
-    source = OnPolicy(config, student, teachers if config.has_teacher else None, sampler, rollouts, data_sets)
+    teacher, vocab_size = teachers if config.has_teacher else None, checks.vocabulary(tokenizer)
+    source = OnPolicy(config, student, teacher, sampler, rollouts, data_sets, vocab_size)
     with RunFolder(config) as folder:
         fit(student, source, writer, tokenizer, eval_prompts, folder)
     return folder

@@ -25,7 +25,7 @@ from fastkl.trainer.data.batching import Batch, batches
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.flops import cost_of, scoring_flops, training_flops
 from fastkl.trainer.models.loading import batch_layout, fuse, load_student
-from fastkl.trainer.models.scoring import batch_logprobs
+from fastkl.trainer.models.scoring import batch_logprobs, batch_ranks
 from fastkl.trainer.models.sharding import Whole
 from fastkl.trainer.objectives import Objective, PolicyGradient
 from fastkl.trainer.runs import checkpoint
@@ -103,14 +103,22 @@ class Student:
         scaler = self.accelerator.scaler
         return {"scheduler": self.scheduler, **self._kept} | ({} if scaler is None else {"scaler": scaler})
 
-    @torch.no_grad()
     def score(self, samples: list[Sample], field: str) -> None:
         """Writes the log-probs of this process's samples into their list `field`, as the coming update sees them."""
+        self._write(samples, field, lambda batch: batch_logprobs(self.fused, batch, self.temperature))
+
+    def rank(self, samples: list[Sample], vocab_size: int) -> None:
+        """Writes `student_ranks` of this process's samples, as the coming update sees them: see `batch_ranks`."""
+        self._write(samples, "student_ranks", lambda batch: batch_ranks(self.fused, batch, vocab_size))
+
+    @torch.no_grad()
+    def _write(self, samples: list[Sample], field: str, values: Callable[[Batch], Tensor]) -> None:
+        """What a forward pass says of each token; all processes run as many."""
         self.fused.eval()
         for batch, counts in self._in_step([samples]):
-            logprobs = batch_logprobs(self.fused, batch, self.temperature)
+            found = values(batch)
             if counts:
-                batch.scatter(logprobs, field)
+                batch.scatter(found, field)
         self.fused.train()
 
     def update(self, samples: list[Sample], step: int) -> dict[str, float]:

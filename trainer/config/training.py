@@ -34,7 +34,7 @@ class RunConfig:
         checkpoint: Checkpoints.
         mixed_precision: Autocast of the forward pass (accelerate's option).
         trackers: accelerate's trackers beside metrics.jsonl, for example [tensorboard, wandb].
-        log_samples: Samples of each step that are written to samples.jsonl.
+        log_samples: Samples of each step that are written to samples.jsonl, in distillation with the ranks of their tokens.
     """
 
     run: str

@@ -54,9 +54,9 @@ class Batch:
 
     def scatter(self, values: Tensor, field: str) -> None:
         """Writes a tensor [n] back into the samples' lists; 0 where a token does not count."""
-        remaining = iter(values.tolist())
+        remaining, nothing = iter(values.tolist()), values.new_zeros(()).item()
         for sample in self.samples:
-            setattr(sample, field, [next(remaining) if counted else 0.0 for counted in sample.loss_mask])
+            setattr(sample, field, [next(remaining) if counted else nothing for counted in sample.loss_mask])
 
 
 def batches(samples: Sequence[Sample], max_tokens: int, layout: Layout, device: torch.device) -> Iterator[Batch]:

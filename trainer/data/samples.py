@@ -12,8 +12,8 @@ from fastkl.loss import TopK
 class Sample:
     """A prompt and its completion, token-exact: ids are never decoded and encoded again.
 
-    `loss_mask`, and every list of log-probs or advantages, is aligned with `ids`; entries where the mask is False (the
-    prompt) mean nothing and are 0.
+    `loss_mask`, and every list of log-probs, advantages or ranks, is aligned with `ids`; entries where the mask is False
+    (the prompt) mean nothing and are 0. A list is empty where nothing is known.
     """
 
     ids: list[int]
@@ -25,6 +25,8 @@ class Sample:
     teacher_logprobs: list[float] = field(default_factory=list)
     old_logprobs: list[float] = field(default_factory=list)  # what the ratio is taken against; empty: current policy
     advantages: list[float] = field(default_factory=list)
+    student_ranks: list[int] = field(default_factory=list)  # 1: its likeliest token; 0: no token of the tokenizer
+    teacher_ranks: list[int] = field(default_factory=list)
     reward: float | None = None  # None: not graded
     reward_advantage: float = 0.0  # of each counted token, beside the KL's
     given: bool = False  # the completion stands in the data; the student did not sample it

@@ -1,4 +1,4 @@
-"""Scoring: the log-probs that a model gives to tokens it did not choose. One forward pass, no logits."""
+"""Scoring: the log-probs that a model gives to tokens it did not choose, and their ranks. No logits beyond a chunk's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkl.head import FusedCausalLM
-from fastkl.loss import TopK, linear_logprobs, linear_top_k
+from fastkl.loss import TopK, linear_logprobs, linear_ranks, linear_top_k
 from fastkl.trainer.data.batching import PAD_ID, Batch, Layout, batches
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.teachers.teacher import UNKNOWN
@@ -58,6 +58,18 @@ def batch_top_k(
         return _token_logprobs(rows, weight, batch.tokens, temperature, head), likeliest
 
     found: tuple[Tensor, TopK] = model(both, **readable(model, batch))
+    return found
+
+
+def batch_ranks(model: nn.Module, batch: Batch, vocab_size: int) -> Tensor:
+    """Ranks [n] int64 of the counted tokens of a batch among the ids below `vocab_size`; 0 for ids from there on."""
+    tokens = batch.tokens.where(batch.tokens < vocab_size, -1)
+
+    def ranks(hidden: Tensor, weight: Tensor, *, bias: Tensor | None, **_: Any) -> Tensor:
+        rows = hidden.flatten(0, 1)[batch.rows]
+        return linear_ranks(rows, weight, tokens, vocab_size=vocab_size, bias=bias, ignore_index=-1)
+
+    found: Tensor = model(ranks, **readable(model, batch))
     return found
 
 

@@ -224,7 +224,7 @@ def spread(count: int, limit: int) -> list[int]:
 
 
 def _sample(record: Json, number: int, student: Path) -> Json:
-    """A sample as the page has it: log-probs of the counted tokens alone, the mask as a word of 0s and 1s."""
+    """A sample as the page has it: log-probs and ranks of the counted tokens alone, the mask as a word of 0s and 1s."""
     ids, mask = record["ids"], record["loss_mask"]
     return {
         "step": record["step"],
@@ -237,6 +237,8 @@ def _sample(record: Json, number: int, student: Path) -> Json:
         "mask": "".join("01"[bool(counted)] for counted in mask),
         "sampler": _counted(record.get("sampler_logprobs"), mask),
         "teacher": _counted(record.get("teacher_logprobs"), mask),
+        "student_ranks": list(compress(record.get("student_ranks") or [], mask)),
+        "teacher_ranks": list(compress(record.get("teacher_ranks") or [], mask)),
     }
 
 

@@ -35,6 +35,7 @@ class Scores(NamedTuple):
     best: list[float | None]  # the log-prob of the likeliest token in its place, where the server tells
     texts: list[str | None]  # the token as text, where the server tells
     top: list[dict[int, float]]  # the likeliest tokens in its place, where they were asked for; {} for the first
+    ranks: list[int | None]  # 1 for the likeliest token in its place, where the server tells
 
 
 class CompletionsServer:
@@ -82,7 +83,7 @@ def _read_prompt_logprobs(choice: dict[str, Any], ids: list[int], top_k: int) ->
         raise Unscored("the option prompt_logprobs is ignored: no log-probs of the prompt in the answer")
     _check_length(len(entries), ids)
     _check_first(entries[0])
-    scores = Scores([0.0], [None], [None], [{}])
+    scores = Scores([0.0], [None], [None], [{}], [None])
     for place, (token, entry) in enumerate(zip(ids[1:], entries[1:], strict=True), start=1):
         if not isinstance(entry, dict) or str(token) not in entry:
             named = ", ".join(entry) if isinstance(entry, dict) else repr(entry)
@@ -94,6 +95,7 @@ def _read_prompt_logprobs(choice: dict[str, Any], ids: list[int], top_k: int) ->
         scores.texts.append(own.get("decoded_token"))
         found = {int(key): other.get("logprob") for key, other in entry.items()}
         scores.top.append(_likeliest(found, top_k, place) if top_k else {})
+        scores.ranks.append(_rank(own.get("rank")))
     return scores
 
 
@@ -111,7 +113,7 @@ def _read_echo(choice: dict[str, Any], ids: list[int], top_k: int) -> Scores:
     best = [max(top.values()) if top else None for top in tops]
     texts = (found.get("tokens") or [None] * len(ids))[: len(ids)]
     likeliest = [_likeliest(_by_id(top), top_k, place) for place, top in enumerate(tops[1:], start=1)] if top_k else []
-    return Scores(logprobs, best, texts, [{}, *(likeliest or [{}] * (len(ids) - 1))])
+    return Scores(logprobs, best, texts, [{}, *(likeliest or [{}] * (len(ids) - 1))], [None] * len(ids))
 
 
 def _by_id(top: dict[str, float] | None) -> dict[int, float]:
@@ -143,6 +145,11 @@ def _check_first(value: object) -> None:
         raise BadAnswer(
             f"the first token has the log-prob {value} where there is nothing before it: the log-probs are shifted"
         )
+
+
+def _rank(value: object) -> int | None:
+    """None for what is no rank: nothing is learned from it, so it ends no run."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def read_logprob(value: object, place: int) -> float:

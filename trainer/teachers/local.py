@@ -16,7 +16,7 @@ from fastkl.trainer.data.batching import batches, collate
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.flops import cost_of, scoring_flops
 from fastkl.trainer.models.loading import batch_layout
-from fastkl.trainer.models.scoring import batch_logprobs, batch_top_k, readable
+from fastkl.trainer.models.scoring import batch_logprobs, batch_ranks, batch_top_k, readable
 
 
 class TeacherHead(NamedTuple):
@@ -69,6 +69,12 @@ class LocalTeacher:
                     logprobs, likeliest = batch_top_k(self._fused, batch, *options)
                     batch.scatter_top_k(likeliest)
                 batch.scatter(logprobs, "teacher_logprobs")
+
+    @torch.no_grad()
+    def rank(self, samples: Sequence[Sample], vocab_size: int) -> None:
+        with self._scoring():
+            for batch in batches(samples, self._max_tokens, self._layout, self._device):
+                batch.scatter(batch_ranks(self._fused, batch, vocab_size), "teacher_ranks")
 
     def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
         return {"flops/teacher": scoring_flops(self._cost, samples)}

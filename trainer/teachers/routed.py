@@ -21,6 +21,10 @@ class RoutedTeacher(Generic[T]):
         for group in self.groups(samples):
             self.of(group).score(group)
 
+    def rank(self, samples: Sequence[Sample], vocab_size: int) -> None:
+        for group in self.groups(samples):
+            self.of(group).rank(group, vocab_size)
+
     def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
         parts = [self.of(group).flops(group) for group in self.groups(samples)]
         known = [part["flops/teacher"] for part in parts if part]

@@ -54,8 +54,16 @@ class ServedTeacher:
                 0.0 if not counted else logprob if token < self._vocabulary else UNKNOWN
                 for token, counted, logprob in zip(sample.ids, sample.loss_mask, scored.logprobs, strict=True)
             ]
+            ranks = [
+                (rank or 0) if counted and token < self._vocabulary else 0
+                for token, counted, rank in zip(sample.ids, sample.loss_mask, scored.ranks, strict=True)
+            ]
+            sample.teacher_ranks = ranks if any(ranks) else []
             if self._top_k is not None:
                 sample.teacher_top_k = self._likeliest(list(itertools.compress(scored.top, sample.loss_mask)))
+
+    def rank(self, samples: Sequence[Sample], vocab_size: int) -> None:
+        pass  # see `score`: to ask again could fail, and would tell the same
 
     def _likeliest(self, places: list[dict[int, float]]) -> TopK:
         """The lists of some places as tensors. Ids beyond the tokenizer, and what a list is short of, are padding."""

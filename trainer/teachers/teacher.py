@@ -26,6 +26,13 @@ class Teacher(Protocol):
         """
         ...
 
+    def rank(self, samples: Sequence[Sample], vocab_size: int) -> None:
+        """Writes `teacher_ranks` of all counted tokens, among the ids below `vocab_size`: see `batch_ranks`.
+
+        A server has said them when it scored the samples, or not at all.
+        """
+        ...
+
     def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
         """`flops/teacher`, what scoring these samples costs; nothing where that cannot be known."""
         ...

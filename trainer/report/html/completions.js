@@ -115,8 +115,15 @@ function elements(sample) {
     const node = el("span", { class: "masked" }, ...visible(text));
     if (sample.mask[place] !== "1") return node;
     const index = shown.tokens.length;
-    return scored(node, { text, id: sample.ids[place], ours: sample.sampler[index], theirs: sample.teacher[index], kl: values[index] });
+    const logprobs = { ours: sample.sampler[index], theirs: sample.teacher[index], kl: values[index] };
+    return scored(node, { text, id: sample.ids[place], ...logprobs, ranks: ranks(sample, index) });
   });
+}
+
+/** Where a token stands with the student and with the teacher, in words; none where the run did not write it. */
+function ranks(sample, index) {
+  const sides = [["student", sample.student_ranks[index]], ["teacher", sample.teacher_ranks[index]]];
+  return sides.filter(([, rank]) => rank).map(([side, rank]) => `${side} ${format(rank)}`).join(", ");
 }
 
 /** A token that counts is shaded, and can be walked to. */
@@ -140,7 +147,8 @@ function quoted(text) {
 }
 
 function inWords(facts) {
-  return facts.kl == null ? quoted(facts.text) : `${quoted(facts.text)}, reverse KL ${fixed(facts.kl, 2)}`;
+  const kl = facts.kl == null ? "" : `, reverse KL ${fixed(facts.kl, 2)}`;
+  return `${quoted(facts.text)}${kl}${facts.ranks && `, rank: ${facts.ranks}`}`;
 }
 
 function indexOf(target) {
@@ -177,6 +185,7 @@ function showToken(index) {
   if (facts.ours !== undefined) pairs.push(["student's log-prob", logprob(facts.ours)]);
   if (facts.theirs !== undefined) pairs.push(["teacher's log-prob", logprob(facts.theirs)]);
   if (facts.kl != null) pairs.push(["reverse KL", `${fixed(facts.kl, 3)} nats`]);
+  if (facts.ranks) pairs.push(["rank (1: the likeliest)", facts.ranks]);
   const items = pairs.map(([term, text]) => el("div", {}, el("dt", {}, term), el("dd", {}, el("bdi", {}, text))));
   byId("token").replaceChildren(el("dl", {}, ...items));
 }
