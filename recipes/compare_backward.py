@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the benches' description of the machine
 RUNS, RESULTS = Path("runs/compare_backward"), Path("bench/results/training")
 PLOT = Path("docs/sampled-training.png")
 KEPT = ("step", "teacher_kl", "eval/accuracy", "policy/kept_fraction", "policy/grad_error", "time/train", "time/total")
