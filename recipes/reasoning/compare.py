@@ -68,12 +68,13 @@ def plot(curves: dict[str, Curve], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.6), layout="constrained")
     for label, points in curves.items():
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
-    axes.set(xlabel="FLOPs of sampling, teacher and training", ylabel="held-out accuracy", ylim=(0, 1.02))
-    axes.set_xscale("symlog", linthresh=min(points[1][0] for points in curves.values()))
-    axes.legend(loc="lower right")
+    axes.set(
+        xlabel="FLOPs of sampling, teacher and training", ylabel="held-out accuracy", xlim=(0, None), ylim=(0, 1.02)
+    )
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
