@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import accelerate.tracking
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType
+from run_cases import first_moments, fresh_accelerate, untimed
 from tiny import config, distillation, read_jsonl, run_python, save_model, sums, tokenizer, write_jsonl
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,9 +28,8 @@ WORDS = len(tokenizer())
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate() -> None:
-    """accelerate keeps one mixed precision per process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+def fresh() -> None:
+    fresh_accelerate()
 
 
 class Pair(NamedTuple):
@@ -58,12 +57,6 @@ class Run(NamedTuple):
     def weights(self) -> dict[str, Tensor]:
         return weights(self.folder / "student")
 
-    def first_moments(self) -> list[Tensor]:
-        """Adam's running mean of the gradients, of every trained parameter: what the updates were made of."""
-        (checkpoint,) = (self.folder / "checkpoints").iterdir()
-        state = torch.load(checkpoint / "optimizer.bin", weights_only=False)["state"]
-        return [state[index]["exp_avg"] for index in sorted(state)]
-
 
 def weights(folder: Path) -> dict[str, Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
@@ -80,10 +73,6 @@ def mean_of_last(run: Run, name: str, count: int = 5) -> float:
 
 def counted(sample: dict[str, Any], field: str) -> list[float]:
     return list(itertools.compress(sample[field], sample["loss_mask"]))
-
-
-def untimed(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"}
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4], ids=["full", "lora"])
@@ -149,7 +138,7 @@ def test_a_step_equals_the_same_step_by_hand(tmp_path: Path, pair: Pair, options
     assert done.metrics[0]["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-5)
     assert done.metrics[0]["optim/grad_norm"] == pytest.approx(norm, rel=1e-3)
     names = [name for name, _ in student.named_parameters()]
-    for name, found, wanted in zip(names, done.first_moments(), moments, strict=True):
+    for name, found, wanted in zip(names, first_moments(done.folder), moments, strict=True):
         error, scale = (found - wanted).abs().max(), wanted.abs().max()
         assert error <= 2e-3 * scale, f"{name}: off by {error} at a scale of {scale}"
 
@@ -218,7 +207,7 @@ def test_accumulation_changes_nothing(tmp_path: Path, pair: Pair, options: dict[
     parts = run(tmp_path / "parts", pair, **shared, **options)
     assert [s["ids"] for s in parts.samples] == [s["ids"] for s in whole.samples]
     assert untimed(parts.metrics[0]) == pytest.approx(untimed(whole.metrics[0]), rel=1e-3, abs=1e-5)
-    for a, b in zip(parts.first_moments(), whole.first_moments(), strict=True):
+    for a, b in zip(first_moments(parts.folder), first_moments(whole.folder), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
