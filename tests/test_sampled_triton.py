@@ -13,7 +13,7 @@ import pytest
 import torch
 from devices import INTERPRETED, triton_device
 from loss_cases import NEEDS, TRAINABLE, fused, fused_output, generator, with_gradients
-from test_sampled import peaked_problem, relative_error
+from sampled_cases import peaked_problem, relative_error
 from test_sampled_unbiased import LOSSES, bias_over_noise
 from torch import Tensor
 

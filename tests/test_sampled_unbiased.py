@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from loss_cases import TRAINABLE, Problem, fused
-from test_sampled import peaked_problem, with_flat_rows
+from sampled_cases import peaked_problem, use_small_blocks, with_flat_rows
 from torch import Tensor
 
 from fastkl import loss
@@ -72,7 +72,7 @@ SOFTCAP: dict[str, Any] = {"softcap": 9.0, "temperature": 0.8}
 
 @pytest.fixture(autouse=True)
 def always_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampled, "BLOCK_ROWS", {"cpu": 16, "accelerator": 16})
+    use_small_blocks(monkeypatch)
     monkeypatch.setattr(sampled, "BREAK_EVEN", 2.0)
 
 
