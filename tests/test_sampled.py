@@ -10,7 +10,7 @@ from loss_cases import NEEDS, Result, fused, fused_output, generator, make_probl
 from sampled_cases import FORMS, SAMPLED, peaked_problem, relative_error, use_small_blocks, with_flat_rows
 from torch import Tensor
 
-from fastkl.kernels import sampled
+from fastkl.kernels import sampled, sampled_probabilities, sampled_torch
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_error_is_the_one_asked_for(name: str, error: float, dtype: torch.dtype)
     metrics = fused_output(name, p.leaves(), backward="sampled", seed=0, grad_error=error).metrics
     claimed, kept = float(metrics["grad_error"]), float(metrics["kept_fraction"])
     assert error / 1.2 < claimed < 1.2 * error
-    assert 0 < kept < sampled.BREAK_EVEN
+    assert 0 < kept < sampled_probabilities.BREAK_EVEN
     rounding = relative_error(with_gradients(fused, name, p).gradients["hidden"], exact.gradients["hidden"])
     mean = (sum(e**2 for e in found["hidden"]) / len(found["hidden"])) ** 0.5
     assert claimed / 1.5 < mean < 1.5 * (claimed + rounding)
@@ -63,10 +63,10 @@ def test_error_is_the_one_asked_for(name: str, error: float, dtype: torch.dtype)
 def test_threshold_solves_for_the_variance() -> None:
     w = torch.rand(5000, generator=generator(0), dtype=torch.float64) ** 8
     for variance in (1e-9, 1e-4, 1.0, 1e6):
-        tau = sampled.threshold(w, torch.tensor(variance).double())
+        tau = sampled_probabilities.threshold(w, torch.tensor(variance).double())
         found = (w * (tau - w).clamp(min=0)).sum()
         torch.testing.assert_close(found, torch.tensor(variance).double())
-    assert sampled.threshold(torch.zeros(7), torch.tensor(0.0)) == 0
+    assert sampled_probabilities.threshold(torch.zeros(7), torch.tensor(0.0)) == 0
 
 
 @pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
@@ -74,7 +74,7 @@ def test_threshold_solves_for_the_variance() -> None:
 def test_small_epsilon_is_exact(
     monkeypatch: pytest.MonkeyPatch, form: tuple[str, dict[str, Any]], needs: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(sampled, "BREAK_EVEN", 2.0)  # so that it is not exact for another reason
+    monkeypatch.setattr(sampled_probabilities, "BREAK_EVEN", 2.0)  # so that it is not exact for another reason
     name, options = form
     p = peaked_problem(40)
     ours = with_gradients(fused, name, p, needs, **SAMPLED, epsilon=1e-300, **options)
@@ -83,9 +83,9 @@ def test_small_epsilon_is_exact(
         torch.testing.assert_close(gradient, exact.gradients[field], rtol=1e-9, atol=1e-12)
 
 
-def sampler(weight: Tensor, seed: int) -> sampled.Sampler:
+def sampler(weight: Tensor, seed: int) -> sampled_torch.Sampler:
     """With τ = 1: columns of one row are kept with probability |u|."""
-    return sampled.Sampler(sampled.Sampling(0.1, 1.0, seed), weight, capped=False)
+    return sampled_torch.Sampler(sampled.Sampling(0.1, 1.0, seed), weight, capped=False)
 
 
 def test_a_sample_of_all_columns_is_weighted_like_any_other() -> None:
@@ -140,9 +140,9 @@ def test_flat_blocks_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one is looked at in full, of the next ones a few rows; neighbours share a product."""
     looked_at: list[int] = []
     products: list[int] = []
-    original, product = sampled.Sampler._column_squares, sampled.add_weight_gradient
+    original, product = sampled_torch.Sampler._column_squares, sampled_torch.add_weight_gradient
 
-    def counted(self: sampled.Sampler, gradient: Tensor, slope: Tensor) -> Tensor:
+    def counted(self: sampled_torch.Sampler, gradient: Tensor, slope: Tensor) -> Tensor:
         looked_at.append(gradient.shape[0])
         return original(self, gradient, slope)
 
@@ -150,8 +150,8 @@ def test_flat_blocks_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
         products.append(gradient.shape[0])
         product(accumulator, gradient, *others, **options)
 
-    monkeypatch.setattr(sampled.Sampler, "_column_squares", counted)
-    monkeypatch.setattr(sampled, "add_weight_gradient", multiplied)
+    monkeypatch.setattr(sampled_torch.Sampler, "_column_squares", counted)
+    monkeypatch.setattr(sampled_torch, "add_weight_gradient", multiplied)
     p = with_flat_rows(peaked_problem(96), slice(16, 64))
     with_gradients(fused, "policy_gradient", p, **SAMPLED)
     assert looked_at == [16, 16, 2, 2, 2, 16, 16]
