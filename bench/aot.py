@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fastkl.kernels import sampled_triton, score_triton, triton_common
+from fastkl.kernels import sampled_steps_triton, sampled_triton, score_triton, triton_common
 
 
 class Chip(NamedTuple):
@@ -34,7 +34,7 @@ CHIPS = {
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * 1024),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
-CHECKING = (triton_common, score_triton, sampled_triton)  # where tensors on a CPU are refused
+CHECKING = (triton_common, score_triton, sampled_triton, sampled_steps_triton)  # where tensors on a CPU are refused
 # Tensor-core instructions by the text that gives them away in the assembly, the most telling one first.
 INSTRUCTIONS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma", "v_mfma": "mfma"}
 

@@ -1,4 +1,4 @@
-"""What the kernels of the sampled backward (`kernels/sampled_triton.py`) are compiled for; see `variants.py`."""
+"""What the kernels of the sampled backward (`kernels/sampled_steps_triton.py`) are compiled for; see `variants.py`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastkl.kernels import sampled_triton
-from fastkl.kernels.sampled_triton import Selection
+from fastkl.kernels import sampled_steps_triton as steps
+from fastkl.kernels.sampled_steps_triton import Selection
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 PRODUCTS = ("sampled.hidden_gradient", "sampled.weight_gradient")
@@ -49,17 +49,17 @@ class SampledVariant(NamedTuple):
         columns = Selection(ids, w, count, tau)
         match self.kernel:
             case "sampled.column_squares":
-                sampled_triton.column_squares(u, per_row)
+                steps.column_squares(u, per_row)
             case "sampled.count_columns":
-                sampled_triton.select_columns(w, tau, n << 31, n)
+                steps.select_columns(w, tau, n << 31, n)
             case "sampled.compact":
-                sampled_triton.compact(u, columns, self.capped)
+                steps.compact(u, columns, self.capped)
             case "sampled.hidden_gradient":
                 weight, centre = torch.empty(self.vocabulary, self.dim, dtype=self.dtype), torch.empty(self.dim)
-                sampled_triton.hidden_gradient(u, weight, columns, per_row, per_row, centre)
+                steps.hidden_gradient(u, weight, columns, per_row, per_row, centre)
             case "sampled.weight_gradient":
                 accumulator, hidden = torch.empty(self.vocabulary, self.dim), torch.empty(n, self.dim, dtype=self.dtype)
-                sampled_triton.add_to_weight_gradient(accumulator, u, hidden, columns)
+                steps.add_to_weight_gradient(accumulator, u, hidden, columns)
 
 
 # Each step as it is most often, and what is heaviest.

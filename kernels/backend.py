@@ -13,7 +13,8 @@ from torch import Tensor
 from fastkl.kernels import divergence_torch, rows_torch, score_torch
 from fastkl.kernels.problem import Backend, Inputs, Kind, Spec
 from fastkl.kernels.rows import EntropyGradient, RowFunction
-from fastkl.kernels.sampled import BlockSampler, Sampler
+from fastkl.kernels.sampled import BlockSampler
+from fastkl.kernels.sampled_torch import Sampler
 from fastkl.kernels.top_k import top_k
 
 LOGPROBS: tuple[Kind, ...] = ("token_nll", "token_nll_entropy")

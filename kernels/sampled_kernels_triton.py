@@ -1,4 +1,4 @@
-"""The kernels of `sampled_triton.py`, where the steps of a block are.
+"""The kernels of the sampled backward's steps (`sampled_steps_triton.py`).
 
 How many columns are kept, K, is known on the device alone: kernels read it there. Of what varies from call to call
 nothing is specialised, hence nothing compiled again; V, D and the distances of rows are, on being multiples of 16: these
@@ -62,11 +62,8 @@ def count_columns_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """How many columns of each tile are kept."""
-    tile = tl.program_id(0)
-    columns = tile * BLOCK + tl.arange(0, BLOCK)
-    w = tl.load(w_ptr + columns, mask=columns < vocabulary, other=0.0)
-    kept = _is_kept(w, tl.load(tau_ptr), columns, vocabulary, seed_low, seed_high, block)
-    tl.store(counts_ptr + tile, tl.sum(kept, 0))
+    _, _, _, kept = _draw(w_ptr, tau_ptr, seed_low, seed_high, block, vocabulary, BLOCK)
+    tl.store(counts_ptr + tl.program_id(0), tl.sum(kept, 0))
 
 
 @triton.jit(
@@ -91,10 +88,7 @@ def list_columns_kernel(
 ) -> None:
     """The columns that are kept, in ascending order, and 1 / π of each."""
     tile = tl.program_id(0)
-    columns = tile * BLOCK + tl.arange(0, BLOCK)
-    w = tl.load(w_ptr + columns, mask=columns < vocabulary, other=0.0)
-    tau = tl.load(tau_ptr)
-    kept = _is_kept(w, tau, columns, vocabulary, seed_low, seed_high, block)
+    columns, w, tau, kept = _draw(w_ptr, tau_ptr, seed_low, seed_high, block, vocabulary, BLOCK)
     first = tl.load(ends_ptr + tile) - tl.load(counts_ptr + tile)
     places = first + tl.cumsum(kept, 0) - kept
     tl.store(ids_ptr + places, columns, mask=kept > 0)
@@ -103,22 +97,28 @@ def list_columns_kernel(
 
 
 @triton.jit
-def _is_kept(
-    w: tl.tensor,
-    tau: tl.tensor,
-    columns: tl.tensor,
-    vocabulary: tl.tensor,
+def _draw(
+    w_ptr: tl.tensor,
+    tau_ptr: tl.tensor,
     seed_low: tl.tensor,
     seed_high: tl.tensor,
     block: tl.tensor,
-) -> tl.tensor:
-    """1 with probability w / τ; always if τ < 0, and where w is NaN. Independent for each (seed, block, column)."""
+    vocabulary: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The columns of the program's tile, w, τ, and 1 where a column is kept, else 0.
+
+    It is kept with probability w / τ; always if τ < 0, and where w is NaN. Independent for each (seed, block, column).
+    """
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    w = tl.load(w_ptr + columns, mask=columns < vocabulary, other=0.0)
+    tau = tl.load(tau_ptr)
     seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
     none = columns * 0
     bits, _, _, _ = tl.philox(seed, columns, none + block, none, none)
     # Midpoints of a grid of 2⁻²³, exact in float32: never 0, so that 1 / π is bounded.
     random = ((bits >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608.0)
-    return tl.where((w <= random * tau) | (columns >= vocabulary), 0, 1)
+    return columns, w, tau, tl.where((w <= random * tau) | (columns >= vocabulary), 0, 1)
 
 
 @triton.jit(do_not_specialize_on_alignment=["ids_ptr", "inverse_ptr", "count_ptr", "tau_ptr", "excess_ptr"])

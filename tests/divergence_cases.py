@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+import row_cases
 import torch
 from loss_cases import assert_as_accurate, generator, largest
 from torch import Tensor
@@ -155,16 +157,7 @@ def edges(block: int) -> dict[str, Rows]:
     """Rows of two blocks, the second one of 3 columns. Margins of 2000 underflow in float64 too."""
     width = block + 3
     tail = torch.arange(width) >= block
-
-    def row(*entries: tuple[int, float], fill: float = 0.0) -> Tensor:
-        x = torch.full((width,), fill)
-        for column, value in entries:
-            x[column] = value
-        return x
-
-    def ramp(shift: float = 0.0) -> Tensor:
-        return shift + torch.arange(width) % 64 / 8.0
-
+    row, ramp = partial(row_cases.edge, width), partial(row_cases.ramp, width)
     last, steps = width - 1, torch.arange(width) / 16.0
     cases = {
         "one-hot, its token": (row((5, 200.0)), row((5, 180.0)), 5),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -14,14 +14,10 @@ import pytest
 DEMO = Path(__file__).parents[1] / "recipes" / "demo"
 
 
-@pytest.fixture(scope="module")
-def arithmetic() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("arithmetic", DEMO / "arithmetic.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def arithmetic(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(DEMO))
+    return importlib.import_module("arithmetic")
 
 
 def rows(path: Path) -> list[dict[str, str]]:

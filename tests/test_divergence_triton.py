@@ -25,6 +25,7 @@ from divergence_cases import (
     random_rows,
     run,
 )
+from row_cases import rows_far_apart
 
 from fastkl import reference
 from fastkl.kernels import divergence_torch
@@ -344,15 +345,8 @@ def test_strides(kind: Kind) -> None:
 
 
 def test_offsets_beyond_int32(tmp_path: Path) -> None:
-    """The third row starts 2³¹ + 32 elements after the first. On a CPU the 4 GB are a file that is mostly hole."""
-    stride, width = 2**30 + 16, 50
-    numel = 2 * stride + width
-    if DEVICE == "cpu":
-        storage = torch.from_file(str(tmp_path / "chunk"), shared=True, size=numel, dtype=torch.bfloat16)
-    else:
-        storage = torch.empty(numel, dtype=torch.bfloat16, device=DEVICE)
-    chunk = storage.as_strided((3, width), (stride, 1))
-    rows = random_rows(3, width).to(torch.bfloat16, DEVICE)
+    chunk = rows_far_apart(DEVICE, tmp_path)
+    rows = random_rows(*chunk.shape).to(torch.bfloat16, DEVICE)
     for kind in (Kind("forward_kl"), Kind("jsd", 0.5)):
         for x, x_t in ((chunk, rows.x_t), (rows.x.clone(), chunk)):
             chunk.copy_(rows.x if x is chunk else rows.x_t)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from devices import DEVICE, gpu
 from loss_cases import NEEDS, Problem, fused, fused_output, with_gradients
+from sampled_cases import peaked_problem, relative_error
 from test_gpu_steps import refused_synchronisation
-from test_sampled import peaked_problem, relative_error
 
 from bench import peers
 from bench.cases import make_case

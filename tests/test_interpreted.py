@@ -16,7 +16,7 @@ import pytest
 import torch
 from devices import INTERPRETED
 
-from fastkl.kernels import rows_triton, sampled_triton, score_triton, tails_triton
+from fastkl.kernels import rows_triton, sampled_steps_triton, sampled_triton, score_triton, tails_triton
 from fastkl.kernels.divergence_triton import divergence
 from fastkl.kernels.problem import HeadOptions
 from fastkl.kernels.rows import Logits
@@ -78,7 +78,7 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "score.token_nll": lambda: score_triton.token_nll(HEAD, TOKENS, OUT),
     "score.reverse_kl": lambda: score_triton.reverse_kl(HEAD, HEAD, TOKENS, OUT),
     "sampled.Sampler": lambda: sampled_triton.Sampler(Sampling(0.1, None, 0), HEAD.weight, False),
-    "sampled.column_squares": lambda: sampled_triton.column_squares(CHUNK.student, OUT[0]),
+    "sampled.column_squares": lambda: sampled_steps_triton.column_squares(CHUNK.student, OUT[0]),
 }
 
 

@@ -5,34 +5,28 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from distill_cases import WORDS, Pair, make_pair
+from run_cases import check_equal, first_moments, interrupt
 from stub_server import serving
-from tiny import config, distillation, llama, read_jsonl, save_model, sums, tokenizer, write_jsonl
+from tiny import config, distillation, llama, read_jsonl, save_model, sums, write_jsonl
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fastkl.loss import linear_top_k
-from fastkl.trainer.distill import OnPolicy, distill
+from fastkl.trainer.distill import distill
 from fastkl.trainer.teachers.teacher import UNKNOWN
 
-WORDS = len(tokenizer())
 K = 5
 
 
-class Models(NamedTuple):
-    student: Path
-    teacher: Path
-    data: Path
-
-
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("models")
-    return Models(
+    return Pair(
         save_model(folder / "student"),
         save_model(folder / "teacher", seed=1, width=24, tie_word_embeddings=False),
         write_jsonl(folder / "sums.jsonl", sums()),
@@ -40,17 +34,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 @pytest.fixture(scope="module")
-def padded(models: Models) -> Models:
-    folder = models.data.parent
-    return models._replace(
-        student=save_model(folder / "padded-student", vocabulary=WORDS + 8),
-        teacher=save_model(
-            folder / "padded-teacher", vocabulary=WORDS + 3, seed=1, width=24, tie_word_embeddings=False
-        ),
-    )
+def padded(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return make_pair(tmp_path_factory.mktemp("padded"))
 
 
-def run(folder: Path, models: Models, **options: object) -> Path:
+def run(folder: Path, models: Pair, **options: object) -> Path:
     return distill(config("distill", distillation(folder, *models, **options))).path
 
 
@@ -106,7 +94,7 @@ STEPS = [
 def test_a_step_equals_the_same_step_by_hand(
     tmp_path: Path, case: str, options: dict[str, object], which: str, request: pytest.FixtureRequest
 ) -> None:
-    used: Models = request.getfixturevalue(which)
+    used: Pair = request.getfixturevalue(which)
     chosen, formula = CASES[case]
     path = run(tmp_path / "run", used, optim__steps=1, optim__max_grad_norm="null", **chosen, **options)
     samples, (row,) = read_jsonl(path / "samples.jsonl"), read_jsonl(path / "metrics.jsonl")
@@ -119,11 +107,9 @@ def test_a_step_equals_the_same_step_by_hand(
     assert row["loss"] == pytest.approx(values.mean().item(), rel=1e-4)
     assert row[f"policy/{'top_k_kl' if case == 'top_k' else case}_mean"] == pytest.approx(row["loss"], rel=1e-4)
     assert row[f"policy/{'top_k_kl' if case == 'top_k' else case}_max"] == pytest.approx(values.max().item(), rel=1e-4)
-    (checkpoint,) = (path / "checkpoints").iterdir()
-    state = torch.load(checkpoint / "optimizer.bin", weights_only=False)["state"]
-    for index, (name, parameter) in enumerate(student.named_parameters()):
+    for (name, parameter), found in zip(student.named_parameters(), first_moments(path), strict=True):
         assert parameter.grad is not None
-        wanted, found = 0.1 * parameter.grad, state[index]["exp_avg"]  # Adam's 1 − β₁
+        wanted = 0.1 * parameter.grad  # Adam's 1 − β₁
         error, scale = (found - wanted).abs().max(), wanted.abs().max()
         assert error <= 2e-3 * scale, f"{name}: off by {error} at a scale of {scale}"
 
@@ -147,14 +133,14 @@ def logprobs(model: Any, sample: dict[str, Any], temperature: float) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_objective_learns(tmp_path: Path, models: Models, case: str) -> None:
+def test_each_objective_learns(tmp_path: Path, models: Pair, case: str) -> None:
     options, _ = CASES[case]
     path = run(tmp_path / "run", models, optim__steps=15, optim__lr=0.03, sampling__prompts_per_step=12, **options)
     losses = [row["loss"] for row in read_jsonl(path / "metrics.jsonl")]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
-def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(tmp_path: Path, models: Models) -> None:
+def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(tmp_path: Path, models: Pair) -> None:
     path = run(tmp_path / "run", models._replace(teacher=models.student), optim__steps=1, loss__objective="reverse_kl")
     (row,) = read_jsonl(path / "metrics.jsonl")
     assert row["loss"] == pytest.approx(0, abs=1e-6)
@@ -164,7 +150,7 @@ def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("api", ["prompt_logprobs", "echo"])
-def test_a_served_top_k_teacher_equals_the_local_one(tmp_path: Path, models: Models, api: str) -> None:
+def test_a_served_top_k_teacher_equals_the_local_one(tmp_path: Path, models: Pair, api: str) -> None:
     options, _ = CASES["top_k"]
     local = run(tmp_path / "local", models, optim__steps=2, **options)
     with serving(models.teacher) as stub:
@@ -183,25 +169,12 @@ def test_a_served_top_k_teacher_equals_the_local_one(tmp_path: Path, models: Mod
 
 @pytest.mark.parametrize("case", ["reverse_kl", "top_k"])
 def test_a_resumed_run_is_the_uninterrupted_one(
-    tmp_path: Path, models: Models, case: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, models: Pair, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**CASES[case][0], "optim__steps": 4, "checkpoint__every": 2}
     whole = run(tmp_path / "whole", models, **options)
-    samples = OnPolicy.samples
-
-    def broken(self: OnPolicy, step: int, clock: Any) -> Any:
-        if step == 3:
-            raise KeyboardInterrupt
-        return samples(self, step, clock)
-
-    monkeypatch.setattr(OnPolicy, "samples", broken)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "run", models, **options)
-    monkeypatch.setattr(OnPolicy, "samples", samples)
-    again = run(tmp_path / "run", models, **options)
-    assert (again / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
-    ours, theirs = (load_file(path / "student" / "model.safetensors") for path in (again, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    interrupt(monkeypatch, distillation(tmp_path / "run", *models, **options), 3)
+    check_equal(run(tmp_path / "run", models, **options), whole)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])

@@ -18,8 +18,18 @@ from typing import Any
 
 import pytest
 import torch
+from run_cases import check_equal, log
 from safetensors.torch import load_file
-from tiny import REPOSITORY, arguments, distillation, give_samples, read_jsonl, save_model, sums, together, write_jsonl
+from tiny import (
+    REPOSITORY,
+    arguments,
+    give_samples,
+    pair_and_sums,
+    pair_distillation,
+    read_jsonl,
+    save_model,
+    together,
+)
 
 from fastkl.trainer import commands
 from fastkl.trainer.distill import OnPolicy
@@ -35,11 +45,8 @@ slow = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    save_model(path / "student", layers=2)
+    path = pair_and_sums(tmp_path_factory.mktemp("models"), layers=2)
     save_model(path / "untied", tie_word_embeddings=False)
-    save_model(path / "teacher", seed=1)
-    write_jsonl(path / "sums.jsonl", sums())
     return path
 
 
@@ -55,7 +62,7 @@ def settings(folder: Path, run: Path, **overrides: object) -> list[str]:
         **overrides,
     }
     student = folder / str(options.pop("student", "student"))
-    return arguments("distill", distillation(run, student, folder / "teacher", folder / "sums.jsonl", **options))
+    return arguments("distill", pair_distillation(folder, run, **options) | {"student.path": student})
 
 
 def run(command_line: list[str], errors: Path, count: int, fsdp: bool = False) -> Path:
@@ -66,11 +73,6 @@ def run(command_line: list[str], errors: Path, count: int, fsdp: bool = False) -
     assert codes == [0] * count, "\n".join(said)
     assert count == 1 or f"{count} processes, {'FSDP 2' if fsdp else 'DDP'}" in said[0]
     return Path(next(word.removeprefix("--run=") for word in command_line if word.startswith("--run=")))
-
-
-def log(path: Path) -> list[dict[str, Any]]:
-    rows = read_jsonl(path / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in rows]
 
 
 def check_same(found: Path, wanted: Path, tolerance: float = 2e-4) -> None:
@@ -288,10 +290,7 @@ def test_resume_is_exact(tmp_path: Path, folder: Path) -> None:
     for name, hooks in (("whole", {}), ("run", dict.fromkeys((0, 1), stop_real_at_step_3)), ("run", {})):
         codes, said = together(settings(folder, tmp_path / name, **options), tmp_path / "said", before=hooks)
         assert codes == ([130, 130] if hooks else [0, 0]), said
-    assert log(tmp_path / "run") == log(tmp_path / "whole")
-    assert (tmp_path / "run" / "samples.jsonl").read_bytes() == (tmp_path / "whole" / "samples.jsonl").read_bytes()
-    one, other = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("run", "whole"))
-    assert all(torch.equal(one[name], other[name]) for name in other)
+    check_equal(tmp_path / "run", tmp_path / "whole")
 
 
 def stop_real_at_step_3() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from run_cases import check_equal, interrupt, log
 from safetensors.torch import load_file
-from tiny import arguments, config, distillation, killed, read_jsonl, save_model, sums, write_jsonl
+from tiny import arguments, config, killed, pair_and_sums, pair_distillation, read_jsonl, save_model
 
 from fastkl import cli
 from fastkl.trainer.config.errors import ConfigError
@@ -32,37 +33,17 @@ OPTIONS: dict[str, object] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    save_model(path / "student", attention_dropout=0.2)
-    save_model(path / "teacher", seed=1)
-    write_jsonl(path / "sums.jsonl", sums())
-    return path
+    return pair_and_sums(tmp_path_factory.mktemp("models"), attention_dropout=0.2)
 
 
 def settings(folder: Path, run: Path, **overrides: object) -> dict[str, object]:
-    data = folder / "sums.jsonl"
-    options = {**OPTIONS, "eval__data__path": data, **overrides}
-    return distillation(run, folder / "student", folder / "teacher", data, **options)
+    return pair_distillation(folder, run, **{**OPTIONS, "eval__data__path": folder / "sums.jsonl", **overrides})
 
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Path:
     """The run that was never interrupted."""
     return distill(config("distill", settings(folder, folder / "whole"))).path
-
-
-def log(run: Path) -> list[dict[str, Any]]:
-    rows = read_jsonl(run / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in rows]
-
-
-def check_equal(run: Path, whole: Path) -> None:
-    """Exactly: the same bits in the same order, but for the times."""
-    assert log(run) == log(whole)
-    assert (run / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
-    ours, theirs = (load_file(path / "student" / "model.safetensors") for path in (run, whole))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def snapshot(folder: Path) -> dict[Path, bytes]:
@@ -81,20 +62,6 @@ def steps_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(OnPolicy, "samples", recorded)
     return taken
-
-
-def interrupt(monkeypatch: pytest.MonkeyPatch, run: dict[str, object], step: int) -> None:
-    """Ctrl-C in a step, counted from 0."""
-    samples = OnPolicy.samples
-
-    def interrupted(self: OnPolicy, at: int, *args: Any) -> Any:
-        if at == step:
-            raise KeyboardInterrupt
-        return samples(self, at, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(OnPolicy, "samples", interrupted)
-        assert cli.main(arguments("distill", run)) == 130
 
 
 # function, which call of it, before or after it: and the steps that are left to take then

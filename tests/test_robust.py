@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
-from tiny import arguments, config, distillation, read_jsonl, save_model, sums, write_jsonl
+from run_cases import check_same_weights, fresh_accelerate, log
+from tiny import arguments, config, pair_and_sums, pair_distillation
 
 from fastkl import cli
 from fastkl.trainer.distill import OnPolicy, distill
@@ -26,28 +25,18 @@ from fastkl.trainer.student import Student
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate() -> None:
-    """accelerate keeps one mixed precision per process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+def fresh() -> None:
+    fresh_accelerate()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    save_model(path / "student")
-    save_model(path / "teacher", seed=1)
-    write_jsonl(path / "sums.jsonl", sums())
-    return path
+    return pair_and_sums(tmp_path_factory.mktemp("models"))
 
 
 def settings(folder: Path, run: Path, **overrides: object) -> dict[str, object]:
     options: dict[str, object] = {"optim__steps": 5, "checkpoint__every": 2, **overrides}
-    return distillation(run, folder / "student", folder / "teacher", folder / "sums.jsonl", **options)
-
-
-def steps(run: Path) -> list[dict[str, Any]]:
-    rows = read_jsonl(run / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in rows]
+    return pair_distillation(folder, run, **options)
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +75,8 @@ def fails_once_then_resumes(
     mend()
     assert cli.main(arguments("distill", run)) == 0
     assert f"resumed {path} after step 2" in said.readouterr().err
-    assert steps(path) == steps(whole)
-    ours, theirs = (load_file(path / "student" / "model.safetensors") for path in (path, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert log(path) == log(whole)
+    check_same_weights(path, whole)
     return error
 
 
@@ -180,9 +168,8 @@ def test_a_step_without_a_finite_gradient_is_skipped(
     spoil(monkeypatch, {1, 2}, value)
     options = {"optim__steps": 3, "optim__max_skipped": 3}
     path = distill(config("distill", settings(folder, tmp_path / "run", **options))).path
-    assert [row["optim/skipped"] for row in steps(path)] == [0, 1, 1]
-    ours, theirs = (load_file(path / "student" / "model.safetensors") for path in (path, short))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [row["optim/skipped"] for row in log(path)] == [0, 1, 1]
+    check_same_weights(path, short)
 
 
 @pytest.mark.parametrize(("bad", "ends_in"), [({1, 2, 3}, 3), ({1, 3, 4}, None)], ids=["in-a-row", "with-a-break"])
@@ -199,7 +186,7 @@ def test_too_many_skips_in_a_row_end_a_run(
     assert code == (0 if ends_in is None else 2)
     if ends_in is not None:
         assert "not finite for the last 3 optimizer steps" in capsys.readouterr().err
-        assert [row["step"] for row in steps(tmp_path / "run")] == [1, 2, 3]
+        assert [row["step"] for row in log(tmp_path / "run")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("every", [1, 2], ids=["all", "some"])
@@ -214,7 +201,7 @@ def test_empty_completions(tmp_path: Path, folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(ContinuousBatchingSampler, "sample", emptied)
     options = {"optim__steps": 2, "optim__substeps": 2, "batch__max_tokens": 1, "loss__old_logprobs": "recompute"}
     path = distill(config("distill", settings(folder, tmp_path / "run", **options))).path
-    for row in steps(path):
+    for row in log(path):
         assert all(math.isfinite(value) for value in row.values())
         assert (row["completions/mean_length"] == 0) == (every == 1)
         assert row["optim/skipped"] == 0

@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
-from tiny import arguments, config, distillation, read_jsonl, save_model, sums, tokenizer, write_jsonl
+from run_cases import check_equal, first_moments, fresh_accelerate, interrupt
+from tiny import config, pair_and_sums, pair_distillation, read_jsonl, sums, tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from fastkl import cli
 from fastkl.trainer.config.errors import ConfigError
-from fastkl.trainer.distill import OnPolicy, distill
+from fastkl.trainer.distill import distill
 from fastkl.trainer.rollouts.environments import ENVIRONMENTS, Message, Reply
 
 CHAT = tokenizer().chat_template
@@ -34,25 +32,17 @@ class Nods:
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
+    fresh_accelerate()
     monkeypatch.setitem(ENVIRONMENTS, "nods", Nods)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    save_model(path / "student")
-    save_model(path / "teacher", seed=1)
-    write_jsonl(path / "sums.jsonl", sums())
-    return path
-
-
-def settings(folder: Path, run: Path, **overrides: object) -> dict[str, object]:
-    return distillation(run, folder / "student", folder / "teacher", folder / "sums.jsonl", **overrides)
+    return pair_and_sums(tmp_path_factory.mktemp("models"))
 
 
 def run(folder: Path, run: Path, **overrides: object) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    path = distill(config("distill", settings(folder, run, **overrides))).path
+    path = distill(config("distill", pair_distillation(folder, run, **overrides))).path
     return read_jsonl(path / "metrics.jsonl"), read_jsonl(path / "samples.jsonl")
 
 
@@ -70,11 +60,8 @@ def gradients(folder: Path, samples: list[dict[str, Any]]) -> dict[str, torch.Te
 
 
 def check_first_update(folder: Path, run: Path, samples: list[dict[str, Any]]) -> None:
-    (checkpoint,) = (run / "checkpoints").iterdir()
-    state = torch.load(checkpoint / "optimizer.bin", weights_only=False)["state"]
-    wanted = gradients(folder, samples)
-    for index, (name, gradient) in enumerate(wanted.items()):
-        found = state[index]["exp_avg"] / 0.1
+    for (name, gradient), moment in zip(gradients(folder, samples).items(), first_moments(run), strict=True):
+        found = moment / 0.1
         error, scale = (found - gradient).abs().max(), gradient.abs().max()
         assert error <= 2e-3 * scale + 1e-7, f"{name}: off by {error} at a scale of {scale}"
 
@@ -84,7 +71,7 @@ ONE: dict[str, object] = {"optim__steps": 1, "optim__max_grad_norm": "null"}
 
 def test_reinforcement_learning_without_a_teacher(folder: Path, tmp_path: Path) -> None:
     rewards = {"reward__grader": "regex:[0-9]", "reward__normalize": "true", "sampling__samples_per_prompt": 4}
-    options = settings(folder, tmp_path / "run", loss__kl_coef=0, batch__max_tokens=40, **rewards, **ONE)
+    options = pair_distillation(folder, tmp_path / "run", loss__kl_coef=0, batch__max_tokens=40, **rewards, **ONE)
     del options["teacher.path"]
     path = distill(config("distill", options)).path
     (row,), samples = read_jsonl(path / "metrics.jsonl"), read_jsonl(path / "samples.jsonl")
@@ -167,31 +154,14 @@ PARTIAL: dict[str, object] = {
 }
 
 
-def untimed(row: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"}
-
-
 def test_partial_rollouts_resume_exactly(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, samples = run(folder, tmp_path / "whole", **PARTIAL)
+    _, samples = run(folder, tmp_path / "whole", **PARTIAL)
     assert any(sample["unfinished"] for sample in samples)
     assert max(sample["completion_length"] for sample in samples if not sample["given"]) > 8
-    interrupted = settings(folder, tmp_path / "parts", **PARTIAL)
-    original = OnPolicy.samples
-
-    def dying(self: OnPolicy, step: int, *rest: Any) -> Any:
-        if step == 3:
-            raise KeyboardInterrupt
-        return original(self, step, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(OnPolicy, "samples", dying)
-        assert cli.main(arguments("distill", interrupted)) == 130
-    AcceleratorState._reset_state(reset_partial_state=True)
-    again, resumed = run(folder, tmp_path / "parts", **PARTIAL)
-    assert resumed == samples
-    assert [untimed(row) for row in again] == [untimed(row) for row in rows]
-    ours, theirs = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("parts", "whole"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    interrupt(monkeypatch, pair_distillation(folder, tmp_path / "parts", **PARTIAL), 3)
+    fresh_accelerate()
+    run(folder, tmp_path / "parts", **PARTIAL)
+    check_equal(tmp_path / "parts", tmp_path / "whole")
 
 
 REFUSED: dict[str, tuple[dict[str, object], str]] = {
@@ -240,6 +210,6 @@ def test_refused(folder: Path, tmp_path: Path, options: dict[str, object], messa
 
 def test_given_completions_must_be_there(folder: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "bare.jsonl", [{"prompt": "1"}])
-    options = settings(folder, tmp_path / "run", sampling__on_policy_fraction=0.5) | {"data.path": data}
+    options = pair_distillation(folder, tmp_path / "run", sampling__on_policy_fraction=0.5) | {"data.path": data}
     with pytest.raises(ConfigError, match=r"bare\.jsonl:1: no `completion`"):
         distill(config("distill", options))

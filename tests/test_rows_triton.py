@@ -6,13 +6,16 @@ It runs on a GPU where there is one, and else in Triton's interpreter (test_inte
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import row_cases
 import torch
 from devices import triton_device
 from loss_cases import assert_as_accurate, generator, largest
+from row_cases import rows_far_apart
 from torch import Tensor
 
 from fastkl import reference
@@ -133,20 +136,7 @@ def test_equals_the_definition(cap: float | None) -> None:
 
 
 WIDE = BLOCK + 3  # two blocks
-
-
-def edge(*entries: tuple[int, float], fill: float = 0.0) -> Tensor:
-    """A row of `fill` with some entries set."""
-    row = torch.full((WIDE,), fill)
-    for column, value in entries:
-        row[column] = value
-    return row
-
-
-def ramp(shift: float = 0.0) -> Tensor:
-    return shift + torch.arange(WIDE) % 64 / 8.0
-
-
+edge, ramp = partial(row_cases.edge, WIDE), partial(row_cases.ramp, WIDE)
 TAIL = torch.arange(WIDE) >= BLOCK  # the second block
 # A row and its token.
 EDGES: dict[str, tuple[Tensor, int]] = {
@@ -246,15 +236,8 @@ def test_strides() -> None:
 
 
 def test_offsets_beyond_int32(tmp_path: Path) -> None:
-    """The third row starts 2³¹ + 32 elements after the first. On a CPU the 4 GB are a file that is mostly hole."""
-    stride, width = 2**30 + 16, 50
-    numel = 2 * stride + width
-    if DEVICE == "cpu":
-        storage = torch.from_file(str(tmp_path / "chunk"), shared=True, size=numel, dtype=torch.bfloat16)
-    else:
-        storage = torch.empty(numel, dtype=torch.bfloat16, device=DEVICE)
-    chunk = storage.as_strided((3, width), (stride, 1))
-    rows = random_rows(3, width)
+    chunk = rows_far_apart(DEVICE, tmp_path)
+    rows = random_rows(*chunk.shape)
     chunk.copy_(rows.x)
     expected = run_ours(rows, torch.bfloat16)
     values = torch.empty_like(expected.values, device=DEVICE)

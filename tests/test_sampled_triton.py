@@ -13,13 +13,14 @@ import pytest
 import torch
 from devices import INTERPRETED, triton_device
 from loss_cases import NEEDS, TRAINABLE, fused, fused_output, generator, with_gradients
-from test_sampled import peaked_problem, relative_error
+from sampled_cases import peaked_problem, relative_error, use_small_blocks
 from test_sampled_unbiased import LOSSES, bias_over_noise
 from torch import Tensor
 
 from bench.count import count
-from fastkl.kernels import driver, sampled, sampled_triton
-from fastkl.kernels.sampled_triton import Selection
+from fastkl.kernels import driver, sampled, sampled_probabilities, sampled_torch
+from fastkl.kernels import sampled_steps_triton as steps
+from fastkl.kernels.sampled_steps_triton import Selection
 
 DEVICE = triton_device()
 # The interpreter multiplies bf16 wrongly.
@@ -60,7 +61,7 @@ def test_widths(shape: tuple[int, int, int, int], dtype: torch.dtype, capped: bo
     ids = columns.ids[:count].long()
     expected = (u.index_select(1, ids).float() * columns.inverse[:count]).to(dtype)
     before = u.double().sum(1)
-    excess = sampled_triton.compact(u, columns, capped)
+    excess = steps.compact(u, columns, capped)
     assert torch.equal(u[:, :count], expected)
     assert not u[:, count : min(-(-count // 64) * 64, vocabulary)].any()
     kept = expected.double()
@@ -68,14 +69,14 @@ def test_widths(shape: tuple[int, int, int, int], dtype: torch.dtype, capped: bo
     torch.testing.assert_close(excess.double(), own, rtol=1e-4, atol=1e-2 if capped else 1e-3)
 
     centre = sampled.centre(weight)
-    found = sampled_triton.hidden_gradient(u, weight, columns, slope, excess, centre)
+    found = steps.hidden_gradient(u, weight, columns, slope, excess, centre)
     exact = slope.double()[:, None] * (kept @ weight[ids].double() - excess.double()[:, None] * centre.double())
     near = 4 * torch.finfo(dtype).eps if dtype != torch.float32 else 2e-5
     torch.testing.assert_close(found.double(), exact, rtol=near, atol=near * max(1.0, float(exact.abs().max())))
 
     accumulator = torch.ones(vocabulary, shape[2], device=DEVICE)
     scaled = (hidden * slope[:, None]).to(dtype)
-    sampled_triton.add_to_weight_gradient(accumulator, u, scaled, columns)
+    steps.add_to_weight_gradient(accumulator, u, scaled, columns)
     total = torch.ones_like(accumulator).double().index_add(0, ids, kept.t() @ scaled.double())
     torch.testing.assert_close(accumulator.double(), total, rtol=1e-5, atol=1e-4)
 
@@ -84,7 +85,7 @@ def test_a_column_major_accumulator() -> None:
     u, _, hidden, _, columns = make((5, 96, 16, 9), torch.float32)
     accumulators = torch.zeros(96, 16, device=DEVICE), torch.zeros(16, 96, device=DEVICE).t()
     for accumulator in accumulators:
-        sampled_triton.add_to_weight_gradient(accumulator, u, hidden, columns)
+        steps.add_to_weight_gradient(accumulator, u, hidden, columns)
     assert torch.equal(*accumulators)
 
 
@@ -94,24 +95,24 @@ def test_column_squares(dtype: torch.dtype, n: int) -> None:
     u = torch.randn(n, 1103, generator=generator(n)).to(dtype).to(DEVICE)
     weights = torch.rand(n, generator=generator(1)).to(DEVICE)
     exact = (u.double().square() * weights.double()[:, None]).sum(0)
-    torch.testing.assert_close(sampled_triton.column_squares(u, weights).double(), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(steps.column_squares(u, weights).double(), exact, rtol=1e-5, atol=1e-6)
 
 
 def test_all_columns_stay_as_they_are() -> None:
     u = torch.randn(3, 2100, generator=generator(0)).to(DEVICE)
     w = torch.rand(2100, generator=generator(1)).to(DEVICE)
     w[5], w[7] = torch.nan, 0.0
-    columns = sampled_triton.select_columns(w, torch.tensor([-1.0], device=DEVICE), 0, 0)
+    columns = steps.select_columns(w, torch.tensor([-1.0], device=DEVICE), 0, 0)
     assert int(columns.kept) == 2100
     assert torch.equal(columns.ids, torch.arange(2100, dtype=torch.int32, device=DEVICE))
     assert (columns.inverse == 1).all()
     before = u.clone()
-    assert not sampled_triton.compact(u, columns, True).any()
+    assert not steps.compact(u, columns, True).any()
     assert torch.equal(u, before)
 
 
 def select(w: Tensor, seed: int, block: int = 0) -> Tensor:
-    columns = sampled_triton.select_columns(w, torch.ones(1, device=DEVICE), seed, block)
+    columns = steps.select_columns(w, torch.ones(1, device=DEVICE), seed, block)
     ids = columns.ids[: int(columns.kept)].long()
     assert (ids.diff() > 0).all()
     torch.testing.assert_close(columns.inverse[: ids.shape[0]], (1 / w[ids]).clamp(min=1.0))
@@ -154,7 +155,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampled, "BLOCK_ROWS", {"cpu": 16, "accelerator": 16})
+    use_small_blocks(monkeypatch)
 
 
 @pytest.mark.parametrize("needs", [NEEDS["frozen-head"], NEEDS["all"]], ids=["frozen", "trainable"])
@@ -175,7 +176,7 @@ def test_losses(form: tuple[str, dict[str, Any]], needs: tuple[str, ...]) -> Non
         if "bias" in needs:
             torch.testing.assert_close(first.gradients["bias"], exact.gradients["bias"])
         metrics = fused_output(name, p.leaves(needs), seed=3, **how).metrics
-        assert 0 < float(metrics["kept_fraction"]) < sampled.BREAK_EVEN
+        assert 0 < float(metrics["kept_fraction"]) < sampled_probabilities.BREAK_EVEN
         assert 0.02 / 1.2 < float(metrics["grad_error"]) < 1.2 * 0.02
 
 
@@ -193,7 +194,7 @@ def test_flat_rows_are_exact() -> None:
 
 def test_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
     """As test_sampled_unbiased.py has it, with what Philox draws and the kernels multiply."""
-    monkeypatch.setattr(sampled, "BREAK_EVEN", 2.0)
+    monkeypatch.setattr(sampled_probabilities, "BREAK_EVEN", 2.0)
     p = peaked_problem(16, torch.float32, 200).to(DEVICE)
     ratios = bias_over_noise(LOSSES["policy_gradient"], TRAINABLE, p, seeds=24, backend="triton")
     assert len(ratios) == 2
@@ -216,10 +217,10 @@ class Work:
         ):
             self.spy_kernel(name)
         self.spy_product(driver, "project")
-        self.spy_product(sampled, "add_weight_gradient")
+        self.spy_product(sampled_torch, "add_weight_gradient")
 
     def spy_kernel(self, name: str) -> None:
-        kernel, seen = getattr(sampled_triton, name + "_kernel"), getattr(self, name)
+        kernel, seen = getattr(steps, name + "_kernel"), getattr(self, name)
 
         class Spied:
             def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -229,7 +230,7 @@ class Work:
 
                 return launch
 
-        self.patch.setattr(sampled_triton, name + "_kernel", Spied())
+        self.patch.setattr(steps, name + "_kernel", Spied())
 
     def spy_product(self, module: Any, name: str) -> None:
         original = getattr(module, name)
@@ -283,7 +284,7 @@ def test_counted_work_is_what_is_done(monkeypatch: pytest.MonkeyPatch, form: str
     work = Work(monkeypatch)
     with_gradients(fused, name, p, needs, backward="sampled", seed=1, grad_error=0.2, backend="triton")
     kept = work.entries / (n * vocabulary)
-    assert 0 < kept < sampled.BREAK_EVEN
+    assert 0 < kept < sampled_probabilities.BREAK_EVEN
     counted = count(form, shape, torch.float32, device=DEVICE, kept=kept)
     assert counted.flops == pytest.approx(work.flops, abs=2)
     assert counted.gemm_bytes == pytest.approx(work.gemm_bytes + 4 * vocabulary * d * (form != "frozen"), abs=4)

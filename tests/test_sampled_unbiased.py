@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from loss_cases import TRAINABLE, Problem, fused
-from test_sampled import peaked_problem, with_flat_rows
+from sampled_cases import peaked_problem, use_small_blocks, with_flat_rows
 from torch import Tensor
 
 from fastkl import loss
-from fastkl.kernels import sampled
+from fastkl.kernels import sampled_probabilities, sampled_torch
 
 SEEDS = 250
 Loss = Callable[..., Tensor]
@@ -72,8 +72,8 @@ SOFTCAP: dict[str, Any] = {"softcap": 9.0, "temperature": 0.8}
 
 @pytest.fixture(autouse=True)
 def always_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampled, "BLOCK_ROWS", {"cpu": 16, "accelerator": 16})
-    monkeypatch.setattr(sampled, "BREAK_EVEN", 2.0)
+    use_small_blocks(monkeypatch)
+    monkeypatch.setattr(sampled_probabilities, "BREAK_EVEN", 2.0)
 
 
 def gradients(evaluate: Loss, p: Problem, needs: tuple[str, ...], **options: Any) -> list[Tensor]:
@@ -123,7 +123,7 @@ def test_unbiased_under_a_softcap(name: str, needs: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("name", ["linear_logprobs", "policy_gradient"])
 def test_unbiased_among_flat_blocks(monkeypatch: pytest.MonkeyPatch, name: str, needs: tuple[str, ...]) -> None:
     """Which blocks are exact does not depend on what is drawn in others."""
-    monkeypatch.setattr(sampled, "BREAK_EVEN", 0.5)
+    monkeypatch.setattr(sampled_probabilities, "BREAK_EVEN", 0.5)
     p = with_flat_rows(peaked_problem(80, vocabulary=500), slice(16, 48))
     assert max(bias_over_noise(LOSSES[name], needs, p)) < 2.5
 
@@ -132,8 +132,8 @@ def test_unbiased_among_flat_blocks(monkeypatch: pytest.MonkeyPatch, name: str, 
 def test_the_test_finds_a_bias(monkeypatch: pytest.MonkeyPatch, evaluate: Loss) -> None:
     """Columns kept at random without the weights 1 / π: the tail is lost, as under a filter."""
 
-    def unweighted(self: sampled.Sampler, gradient: Tensor, columns: sampled.Columns) -> Tensor:
+    def unweighted(self: sampled_torch.Sampler, gradient: Tensor, columns: sampled_torch.Columns) -> Tensor:
         return gradient.index_select(1, columns.ids)
 
-    monkeypatch.setattr(sampled.Sampler, "estimate", unweighted)
+    monkeypatch.setattr(sampled_torch.Sampler, "estimate", unweighted)
     assert min(bias_over_noise(evaluate, TRAINABLE, seeds=60)) > 5

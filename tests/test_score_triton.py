@@ -6,9 +6,11 @@ They run on a GPU where there is one, and else in Triton's interpreter (test_int
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import pytest
+import row_cases
 import torch
 from devices import INTERPRETED, triton_device
 from loss_cases import assert_as_accurate, generator, largest
@@ -180,19 +182,7 @@ def test_a_large_vocabulary(name: str) -> None:
 
 
 WIDE = 3 * BLOCK + 3  # two splits of two tiles
-
-
-def edge(*entries: tuple[int, float], fill: float = 0.0) -> Tensor:
-    row = torch.full((WIDE,), fill)
-    for column, value in entries:
-        row[column] = value
-    return row
-
-
-def ramp(shift: float = 0.0) -> Tensor:
-    return shift + torch.arange(WIDE) % 64 / 8.0
-
-
+edge, ramp = partial(row_cases.edge, WIDE), partial(row_cases.ramp, WIDE)
 TAIL = torch.arange(WIDE) >= 2 * BLOCK + 9  # within the second split
 LOWEST = torch.finfo(torch.float32).min
 # Student's row, teacher's row, token. Margins of 2000 underflow in float64 too, which is to follow the same rules.

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from run_cases import check_equal, log
 from stub_server import StubServer, serving
-from tiny import arguments, config, distillation, read_jsonl, save_model, sums, write_jsonl
+from tiny import arguments, config, pair_and_sums, pair_distillation, read_jsonl
 
 from fastkl import cli
 from fastkl.trainer.distill import OnPolicy, distill
@@ -22,11 +20,7 @@ KEY = "sk-very-secret"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    save_model(path / "student", attention_dropout=0.2)
-    save_model(path / "teacher", seed=1)
-    write_jsonl(path / "sums.jsonl", sums())
-    return path
+    return pair_and_sums(tmp_path_factory.mktemp("models"), attention_dropout=0.2)
 
 
 @pytest.fixture
@@ -37,36 +31,22 @@ def stub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubServer]:
 
 
 def settings(folder: Path, run: Path, url: str, **overrides: object) -> dict[str, object]:
-    data = folder / "sums.jsonl"
-    small = {"optim__steps": STEPS, "checkpoint__every": 3, "eval__data__path": data, "eval__max_new_tokens": 4}
+    evaluated = {"eval__data__path": folder / "sums.jsonl", "eval__max_new_tokens": 4}
+    small = {"optim__steps": STEPS, "checkpoint__every": 3, **evaluated, **overrides}
     served: dict[str, object] = {
         "teacher.server.url": url,
         "teacher.server.model": "stub",
         "teacher.server.retries": 1,
         "teacher.server.sequences_per_request": 2,
     }
-    return distillation(run, folder / "student", Path(), data, **{**small, **overrides}) | {"teacher.path": ""} | served
-
-
-def log(run: Path) -> list[dict[str, Any]]:
-    rows = read_jsonl(run / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in rows]
-
-
-def check_equal(run: Path, whole: Path) -> None:
-    assert log(run) == log(whole)
-    assert (run / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
-    ours, theirs = (load_file(path / "student" / "model.safetensors") for path in (run, whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return pair_distillation(folder, run, **small) | {"teacher.path": ""} | served
 
 
 @pytest.mark.parametrize("api", ["prompt_logprobs", "echo"])
 def test_a_run_equals_one_with_the_teacher_here(tmp_path: Path, folder: Path, stub: StubServer, api: str) -> None:
     run = settings(folder, tmp_path / "served", stub.url) | {"teacher.server.api": api}
     distill(config("distill", run))
-    data = folder / "sums.jsonl"
-    local = distillation(tmp_path / "local", folder / "student", folder / "teacher", data, optim__steps=STEPS)
-    distill(config("distill", local))
+    distill(config("distill", pair_distillation(folder, tmp_path / "local", optim__steps=STEPS)))
     ours, theirs = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("served", "local"))
     for a, b in zip([row for row in ours if row["step"]], theirs, strict=True):
         assert a["teacher_kl"] == pytest.approx(b["teacher_kl"], abs=1e-4)

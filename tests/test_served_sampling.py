@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from run_cases import check_same_weights, log
 from stub_server import serving
 from stub_vllm import StubVllm
-from tiny import arguments, config, distillation, read_jsonl, save_model, sums, tokenizer, write_jsonl
+from tiny import arguments, config, pair_and_sums, pair_distillation, read_jsonl, tokenizer
 
 from fastkl import cli
 from fastkl.trainer.config.errors import ConfigError
@@ -34,11 +34,7 @@ PROMPTS = [[3, 7, 8], [9, 10, 11, 12], [3, 7, 8], [20]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    save_model(path / "student")
-    save_model(path / "teacher", seed=1)
-    write_jsonl(path / "sums.jsonl", sums())
-    return path
+    return pair_and_sums(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
@@ -49,15 +45,15 @@ def stub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubVllm]:
 
 
 def settings(folder: Path, run: Path, stub: StubVllm, **overrides: object) -> dict[str, object]:
-    data = folder / "sums.jsonl"
-    small = {"optim__steps": STEPS, "checkpoint__every": 1, "eval__data__path": data, "eval__max_new_tokens": 4}
+    evaluated = {"eval__data__path": folder / "sums.jsonl", "eval__max_new_tokens": 4}
+    small = {"optim__steps": STEPS, "checkpoint__every": 1, **evaluated, **overrides}
     served: dict[str, object] = {
         "sampling.server.url": stub.url,
         "sampling.server.model": "stub",
         "sampling.server.retries": 1,
         "sampling.server.concurrency": 3,
     }
-    return distillation(run, folder / "student", folder / "teacher", data, **{**small, **overrides}) | served
+    return pair_distillation(folder, run, **small) | served
 
 
 def made(
@@ -69,11 +65,6 @@ def made(
     prompts = encode_prompts(load_prompts(made_config.data), WORDS, made_config.data)
     server = connect_sampling(made_config, WORDS, prompts, [])
     return made_config, student, ServedSampler(server, student, [0])
-
-
-def log(run: Path) -> list[dict[str, Any]]:
-    rows = read_jsonl(run / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in rows]
 
 
 def disturb(student: Student, by: float = 0.05) -> None:
@@ -173,8 +164,7 @@ def test_a_run_has_no_mismatch_and_resumes_exactly(
     stub.restart()  # it comes back with the weights that it was started with
     assert cli.main(arguments("distill", again | {"sampling.server.concurrency": 1})) == 0
     assert log(tmp_path / "run") == rows
-    ours, theirs = (load_file(tmp_path / n / "student" / "model.safetensors") for n in ("run", "whole"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    check_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
 @KINDS

@@ -13,8 +13,19 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from run_cases import log
 from stub_server import serving
-from tiny import REPOSITORY, arguments, config, distillation, llama, read_jsonl, save_model, sums, write_jsonl
+from tiny import (
+    REPOSITORY,
+    arguments,
+    config,
+    distillation,
+    llama,
+    model_and_sums,
+    read_jsonl,
+    save_model,
+    write_jsonl,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastkl import cli
@@ -36,11 +47,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    save_model(path / "student")
+    path = model_and_sums(tmp_path_factory.mktemp("models"), "student")
     save_model(path / "adder", seed=1, width=24)
     save_model(path / "chatter", seed=2)
-    write_jsonl(path / "sums.jsonl", sums())
     write_jsonl(path / "chats.jsonl", [{"prompt": f"hello {i}?"} for i in range(5)])
     return path
 
@@ -78,11 +87,6 @@ def two(folder: Path) -> dict[str, Any]:
         "math": entry(folder, "sums.jsonl", 2, path=str(folder / "adder")),
         "chat": entry(folder, "chats.jsonl", 1, path=str(folder / "chatter")),
     }
-
-
-def log(run: Path) -> list[dict[str, Any]]:
-    rows = read_jsonl(run / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in rows]
 
 
 @pytest.mark.parametrize("weights", [[1.0], [2.0, 1.0], [0.1, 0.7, 0.2], [5.0, 5.0, 5.0], [1000.0, 1.0, 0.5]])

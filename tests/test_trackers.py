@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from accelerate.state import AcceleratorState
+from run_cases import fresh_accelerate
 from tiny import config, model_and_sums, read_jsonl, save_model, training
 
 from fastkl.trainer.runs.folder import flat_settings
@@ -15,7 +15,7 @@ from fastkl.trainer.sft import sft
 
 def test_tensorboard_has_the_metrics_and_the_settings(tmp_path: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    AcceleratorState._reset_state(reset_partial_state=True)
+    fresh_accelerate()
     model_and_sums(tmp_path, "student")
     settings = config(
         "sft",

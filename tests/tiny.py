@@ -124,11 +124,17 @@ def sums(count: int = 12) -> list[dict[str, object]]:
     ]
 
 
-def model_and_sums(folder: Path, name: str) -> Path:
+def model_and_sums(folder: Path, name: str, **settings: Any) -> Path:
     """A folder with a model called `name` and a dozen sums to complete."""
-    save_model(folder / name)
+    save_model(folder / name, **settings)
     write_jsonl(folder / "sums.jsonl", sums())
     return folder
+
+
+def pair_and_sums(folder: Path, **student: Any) -> Path:
+    """A folder with a student, a teacher and a dozen sums."""
+    save_model(folder / "teacher", seed=1)
+    return model_and_sums(folder, "student", **student)
 
 
 def arguments(command: str, settings: Mapping[str, object]) -> list[str]:
@@ -151,12 +157,17 @@ def training(run: Path, student: Path, data: Path, **overrides: object) -> dict[
         "optim.steps": 3,
         "log_samples": 1000,
     }
-    return settings | {name.replace("__", "."): value for name, value in overrides.items()}
+    return settings | _dotted(overrides)
 
 
 def distillation(run: Path, student: Path, teacher: Path, data: Path, **overrides: object) -> dict[str, object]:
     small = {"teacher.path": teacher, "sampling.prompts_per_step": 6, "sampling.max_new_tokens": 8}
     return training(run, student, data, **overrides) | small | _dotted(overrides)
+
+
+def pair_distillation(folder: Path, run: Path, **overrides: object) -> dict[str, object]:
+    """Settings of a run with what `pair_and_sums` made."""
+    return distillation(run, folder / "student", folder / "teacher", folder / "sums.jsonl", **overrides)
 
 
 def _dotted(overrides: Mapping[str, object]) -> dict[str, object]:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkl.trainer import processes
 from fastkl.trainer.config.data import EvalConfig
 from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.config.training import RunConfig
 from fastkl.trainer.data.prompts import EncodedPrompt, render_chat
 from fastkl.trainer.models.loading import context_length, declared_ends, end_of_sequence
+from fastkl.trainer.runs.folder import check_run_folder
 
 SPECIALS = ("bos_token_id", "eos_token_id", "unk_token_id")
 # Remedies where a context is too short.
 SHORTER = "Lower {0}.max_new_tokens, or leave long prompts out with {1}.max_prompt_tokens"
 SHORTER_ROW = "Shorten its completion or take the row out"
 SAMPLE_TEXT = "The quick brown fox: 3.14 + 2 = 5,14!\n\tdéjà vu — 日本語 🙂 def f(x): return x ** 2"
+
+
+def start_run(config: RunConfig, samples: int, name: str) -> Accelerator:
+    """Joins the processes, if there are several, for steps of so many samples, which the setting called `name` decides."""
+    check_trackers(config.trackers)
+    accelerator = processes.start(config)
+    check_share(samples, name)
+    processes.on_main(lambda: check_run_folder(config))
+    return accelerator
 
 
 def check_trackers(names: list[str]) -> None:

@@ -26,7 +26,7 @@ from fastkl.trainer.rollouts.lengths import kept
 from fastkl.trainer.rollouts.reward import make_judge
 from fastkl.trainer.rollouts.rollout import Rollouts
 from fastkl.trainer.rollouts.writer import SingleTurn, Writer
-from fastkl.trainer.runs.folder import RunFolder, check_run_folder
+from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
 from fastkl.trainer.samplers.sampler import Sampler
 from fastkl.trainer.samplers.served import SamplingServer, ServedSampler, connect_sampling
@@ -144,13 +144,8 @@ def _mean(samples: list[Sample], field: str) -> float:
 
 def distill(config: DistillConfig) -> RunFolder:
     """Runs (or resumes) a distillation; raises ConfigError before anything expensive if it cannot work."""
-    checks.check_trackers(config.trackers)
-    accelerator = processes.start(config)
-    checks.check_share(
-        config.sampling.prompts_per_step * config.sampling.samples_per_prompt, "sampling.prompts_per_step"
-    )
+    accelerator = checks.start_run(config, config.sampling.samples_per_step, "sampling.prompts_per_step")
     _check_processes(config)
-    processes.on_main(lambda: check_run_folder(config))
     tokenizer = load_tokenizer(config.student)
     environment = make_environment(config.environment)
     data_sets = read_data_sets(config, tokenizer)

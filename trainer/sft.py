@@ -5,7 +5,7 @@ Cross-entropy is the policy gradient of tokens that all have the advantage 1: âˆ
 
 from __future__ import annotations
 
-from fastkl.trainer import checks, processes
+from fastkl.trainer import checks
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.training import SftConfig
 from fastkl.trainer.data.prompts import batch_indices, encode_prompts, given_samples, load_prompts
@@ -14,7 +14,7 @@ from fastkl.trainer.grading.evaluate import load_eval_prompts
 from fastkl.trainer.loop import Clock, fit
 from fastkl.trainer.models.loading import context_length, end_of_sequence, load_tokenizer
 from fastkl.trainer.rollouts.writer import SingleTurn
-from fastkl.trainer.runs.folder import RunFolder, check_run_folder
+from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
 from fastkl.trainer.student import Student
 
@@ -33,10 +33,7 @@ class Examples:
 
 def sft(config: SftConfig) -> RunFolder:
     """Runs (or resumes) a supervised stage; raises ConfigError before anything expensive if it cannot work."""
-    checks.check_trackers(config.trackers)
-    accelerator = processes.start(config)
-    checks.check_share(config.examples_per_step, "examples_per_step")
-    processes.on_main(lambda: check_run_folder(config))
+    accelerator = checks.start_run(config, config.examples_per_step, "examples_per_step")
     tokenizer = load_tokenizer(config.student)
     prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
     examples = given_samples(prompts, tokenizer)

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import reasoning_gym
-import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from making import make_tokenizer, write_llama, write_rows
+from transformers import PreTrainedTokenizerFast
 
 INSTRUCTION = "State the final answer to the following arithmetic problem:"
-SPECIALS = ["<|pad|>", "<|end|>", "<|unk|>", "<|user|>", "<|assistant|>"]
 PIECES = [INSTRUCTION, " + ", " - ", " = ", " =", "\n", "-", " ", *"0123456789"]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 HELD_OUT = 550
 SLIP = 0.5  # how often the student's teachers of old were off by one
 SLOPPY_COPIES = 4
@@ -31,30 +23,14 @@ def write_data(folder: Path) -> None:
     heldout, train = problems[:HELD_OUT], problems[HELD_OUT:]
     rng = random.Random(0)
     sloppy = [(text, _solution(text, rng), answer) for _ in range(SLOPPY_COPIES) for text, _, answer in train]
-    _write(folder / "train.jsonl", ({"prompt": text, "completion": work, "answer": a} for text, work, a in train))
-    _write(folder / "sloppy.jsonl", ({"prompt": text, "completion": work} for text, work, _ in sloppy))
-    _write(folder / "heldout.jsonl", ({"prompt": text, "answer": answer} for text, _, answer in heldout))
+    write_rows(folder / "train.jsonl", ({"prompt": text, "completion": work, "answer": a} for text, work, a in train))
+    write_rows(folder / "sloppy.jsonl", ({"prompt": text, "completion": work} for text, work, _ in sloppy))
+    write_rows(folder / "heldout.jsonl", ({"prompt": text, "answer": answer} for text, _, answer in heldout))
 
 
 def write_model(folder: Path, layers: int) -> None:
     """A Llama with random weights, and its tokenizer."""
-    tokenizer = _tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_llama(folder, _tokenizer(), width=96, layers=layers)
 
 
 def _problems() -> list[tuple[str, str, str]]:
@@ -80,21 +56,5 @@ def _solution(question: str, careless: random.Random | None) -> str:
 
 def _tokenizer() -> PreTrainedTokenizerFast:
     """One token for the instruction, one per digit, sign and role."""
-    core = Tokenizer(models.WordLevel({t: i for i, t in enumerate(SPECIALS + PIECES)}, unk_token="<|unk|>"))
     pattern = re.escape(INSTRUCTION).replace("\\ ", " ") + r"| [-+=] | =|\n|-| |[0-9]"
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        unk_token="<|unk|>",
-        additional_special_tokens=["<|user|>", "<|assistant|>"],
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _write(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return make_tokenizer(PIECES, pattern, additional_special_tokens=["<|user|>", "<|assistant|>"])

@@ -69,6 +69,10 @@ class SamplingConfig:
     max_requests: int | None = None
     server: SamplingServerConfig = field(default_factory=SamplingServerConfig)
 
+    @property
+    def samples_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
     def __post_init__(self) -> None:
         for name in ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "max_batch_tokens"):
             require(getattr(self, name) >= 1, f"sampling.{name} is {getattr(self, name)}; it must be at least 1")

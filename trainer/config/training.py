@@ -93,7 +93,7 @@ class DistillConfig(RunConfig):
             f"environment.role is {self.environment.role!r} but data.chat_template is false: a text has no turns. Set "
             f"environment.role to null or data.chat_template to true",
         )
-        samples = self.sampling.prompts_per_step * self.sampling.samples_per_prompt
+        samples = self.sampling.samples_per_step
         require(
             samples >= self.optim.substeps,
             f"optim.substeps is {self.optim.substeps}, more than the {samples} samples of a step; raise "
