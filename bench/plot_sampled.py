@@ -15,8 +15,8 @@ def draw_sampled(reports: Sequence[Report], file: Path, colours: Sequence[str], 
 
     figure = Figure(figsize=(9.4, 4.2), layout="constrained", facecolor="white")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    lines = {(_label(report), block): report for report in reports for block in _blocks(report)}
-    for number, ((label, block), report) in enumerate(lines.items()):
+    lines = [(i, report, j, block) for i, report in enumerate(reports) for j, block in enumerate(_blocks(report))]
+    for i, report, j, block in lines:
         rows = sorted(
             (row for row in report["rows"] if row["block"] == block and row["epsilon"] is None), key=lambda r: r["kept"]
         )
@@ -24,10 +24,10 @@ def draw_sampled(reports: Sequence[Report], file: Path, colours: Sequence[str], 
             panel.plot(
                 [100 * row["kept"] for row in rows],
                 [row[gradient] for row in rows],
-                label=f"{label}, blocks of {block}",
-                color=colours[number // 2 % len(colours)],
-                linestyle="-" if number % 2 == 0 else "--",
-                marker=markers[number // 2 % len(markers)],
+                label=f"{_label(report)}, blocks of {block}",
+                color=colours[i % len(colours)],
+                linestyle=("-", "--", ":")[j % 3],
+                marker=markers[i % len(markers)],
                 markersize=4,
             )
     for panel, gradient in zip(panels, ("hidden states", "weight"), strict=True):
