@@ -38,6 +38,7 @@ class Pair(NamedTuple):
     arms: Arms
     seeds: int
     shorter: dict[str, Any]
+    scored: str = ""  # the config of `fastkl score` that says how likely held-out completions are to the student
 
 
 PAIRS = {
@@ -52,6 +53,7 @@ PAIRS = {
             "optim.steps": 12,
             "optim.substeps": 1,
         },
+        scored="score.yaml",
     ),
 }
 
@@ -74,17 +76,28 @@ def _run(name: str, pair: Pair) -> None:
             folder = RUNS / name / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
             if not (folder / "student").is_dir():
                 _distill(name, {"run": folder, "seed": seed, **pair.shorter, **options})
-            runs.append({"arm": arm, "seed": seed, "metrics": _metrics(folder)})
+            found = {"heldout/nats": _nats(name, pair.scored, folder)} if pair.scored else {}
+            runs.append({"arm": arm, "seed": seed, "metrics": _metrics(folder), **found})
             _write(name, {"pair": name, "shorter": pair.shorter, "arms": pair.arms, "runs": runs})
 
 
 def _distill(name: str, options: dict[str, Any]) -> None:
-    config = Path(__file__).parent / name / "distill.yaml"
+    _fastkl("distill", Path(__file__).parent / name / "distill.yaml", options)
+
+
+def _nats(name: str, config: str, folder: Path) -> float:
+    """Per token of held-out completions; what the samples of a few steps say of a student is far noisier."""
+    scores = folder / "heldout.jsonl"
+    if not scores.exists():
+        _fastkl("score", Path(__file__).parent / name / config, {"model.path": folder / "student", "output": scores})
+    rows = [json.loads(line) for line in scores.read_text().splitlines()]
+    return -sum(row["sum"] for row in rows) / sum(sum(row["loss_mask"]) for row in rows)
+
+
+def _fastkl(command: str, config: Path, options: dict[str, Any]) -> None:
     overrides = [text for key, value in options.items() for text in (f"--{key}", str(value))]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
-    subprocess.run(
-        [sys.executable, "-m", "fastkl.cli", "distill", str(config), *overrides], env=environment, check=True
-    )
+    subprocess.run([sys.executable, "-m", "fastkl.cli", command, str(config), *overrides], env=environment, check=True)
 
 
 def _metrics(folder: Path) -> list[dict[str, float]]:
@@ -113,14 +126,15 @@ def _values(report: dict[str, Any], arm: str, key: str, last: int) -> list[float
 
 def _table(name: str, report: dict[str, Any]) -> list[str]:
     """Mean ± standard deviation over the seeds."""
-    lines = [f"{name}: arm | runs | teacher_kl | accuracy | kept | seconds of an update"]
+    lines = [f"{name}: arm | runs | teacher_kl | accuracy | kept | held-out nats | seconds of an update"]
     for arm in report["arms"]:
         found = [
             _values(report, arm, key, last)
             for key, last in (("teacher_kl", LAST), ("eval/accuracy", 1), ("policy/kept_fraction", 10**6))
         ]
         seconds = _values(report, arm, "time/train", 10**6)
-        cells = [f"{statistics.fmean(v):.4f} ± {_deviation(v):.4f}" if v else "" for v in (*found, seconds)]
+        nats = [run["heldout/nats"] for run in report["runs"] if run["arm"] == arm and "heldout/nats" in run]
+        cells = [f"{statistics.fmean(v):.4f} ± {_deviation(v):.4f}" if v else "" for v in (*found, nats, seconds)]
         lines.append(" | ".join([arm, str(len(found[0])), *cells]))
     return lines
 
