@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command of less than 8 minutes: `make gpu`.
+"""Everything that needs a GPU, in one command with a budget of 8 minutes (9 with --wheels): `make gpu`.
 
     python3 -m bench gpu --out FOLDER [--wheels FOLDER] [--pair FOLDER]
     python3 -m bench gpu --out FOLDER --dry-run          the same stages on a CPU, with small shapes

@@ -31,13 +31,14 @@ def _autocasts(hidden: Tensor, weight: Tensor) -> bool:
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, who: str = "") -> None:
     """Shapes, dtypes and devices of one head; `who` prefixes the argument names ("student_", "teacher_", "")."""
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is None and name == "bias":
+    bias_name = "bias" if who == "student_" else f"{who}bias"
+    for name, tensor in ((f"{who}hidden", hidden), (f"{who}weight", weight), (bias_name, bias)):
+        if tensor is None and name == bias_name:
             continue
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{who}{name} must be a tensor, not {type(tensor).__name__}")
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
         if tensor.dtype not in DTYPES:
-            raise TypeError(f"{who}{name} is {tensor.dtype}; use float32, bfloat16, float16 or float64")
+            raise TypeError(f"{name} is {tensor.dtype}; use float32, bfloat16, float16 or float64")
     _refuse_forward_mode(hidden, weight)
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -47,14 +48,14 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, who: str = "
     if weight.shape[0] == 0:
         raise ValueError(f"{who}weight {list(weight.shape)} has an empty vocabulary")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"{who}bias {list(bias.shape)} does not fit {who}weight {list(weight.shape)}: expected [V]")
-    for name, tensor in (("weight", weight), ("bias", bias)):
+        raise ValueError(f"{bias_name} {list(bias.shape)} does not fit {who}weight {list(weight.shape)}: expected [V]")
+    for name, tensor in ((f"{who}weight", weight), (bias_name, bias)):
         if tensor is None:
             continue
-        check_device(f"{who}{name}", tensor, hidden, f"{who}hidden")
+        check_device(name, tensor, hidden, f"{who}hidden")
         if tensor.dtype != hidden.dtype and not _autocasts(hidden, weight):
             raise TypeError(
-                f"{who}hidden is {hidden.dtype} but {who}{name} is {tensor.dtype}; cast one of them, "
+                f"{who}hidden is {hidden.dtype} but {name} is {tensor.dtype}; cast one of them, "
                 f"or call under torch.autocast"
             )
 

@@ -18,7 +18,7 @@ class TopK(NamedTuple):
     """What `top_k_kl_loss` takes of a teacher."""
 
     ids: Tensor  # [..., k] int64
-    logprobs: Tensor  # [..., k] in the compute dtype, descending, normalised over the whole vocabulary
+    logprobs: Tensor  # [..., k] float32 (float64 for float64), descending, normalised over the whole vocabulary
 
 
 @torch.no_grad()

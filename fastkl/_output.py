@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class PerToken(NamedTuple):
-    """By-products of a divergence, one entry per token, in its compute dtype, detached, 0 where masked."""
+    """By-products of a divergence, one entry per token, float32 (float64 for float64), detached, 0 where masked."""
 
     student_logprobs: Tensor | None  # log p of `tokens`; None where no tokens were given, as the next one
     teacher_logprobs: Tensor | None  # log q of `tokens`
@@ -24,10 +24,9 @@ class LossOutput(NamedTuple):
     """What every loss returns, whatever its options."""
 
     loss: Tensor  # 0-dim, or one entry per token with reduction="none"; differentiable
-    logprobs: (
-        Tensor | None
-    )  # log-prob of each token, float32, detached, 0 where masked; None where no tokens were given
-    metrics: dict[str, Tensor]  # detached 0-dim tensors; reading one is the only synchronisation
+    # Log-prob of each token, float32 (float64 for float64), detached, 0 where masked; None where no tokens were given.
+    logprobs: Tensor | None
+    metrics: dict[str, Tensor]  # detached 0-dim tensors; reading one synchronises
     per_token: PerToken | None = None  # of a divergence that was asked for it
 
 

@@ -44,9 +44,9 @@ def linear_logprobs(
     seed: int | None = None,
     weight_grad: Tensor | None = None,
 ) -> Tensor:
-    """Log-probs of `tokens`, float32, of their shape; 0 at ignored ones. Differentiable in hidden, weight and bias.
+    """Log-probs of `tokens`, float32 (float64 for float64), of their shape; 0 at ignored ones.
 
-    Equals `torch.log_softmax(z, -1).gather(-1, tokens[..., None]).squeeze(-1)`. Any loss can be built on it: the gradient
+    Differentiable in hidden, weight and bias. Equals `torch.log_softmax(z, -1).gather(-1, tokens[..., None]).squeeze(-1)`. Any loss can be built on it: the gradient
     honours each token's own upstream value. With a frozen head the backward pass is one product over [N, D]; with a
     trainable one it forms the logits a second time, which `policy_gradient_loss` and a sampled backward avoid.
 
@@ -127,9 +127,9 @@ def policy_gradient_loss(
                       over what is not ignored, or the number of sequences, in this call. "mean" with a constant,
                       sequences · longest completion, is the normaliser of Dr. GRPO (Liu et al. 2025).
 
-    Metrics, over the tokens that take part: ratio_mean, ratio_min, ratio_max, clip_fraction; k1 and k3, the estimates of
-    KL(sampler ‖ policy) of Schulman, "Approximating KL divergence" (2020): mean log(1/r) and mean (r − 1 − log r); entropy
-    if entropy_coef is not 0.
+    Metrics, over the tokens that take part: ratio_mean, ratio_min, ratio_max; clip_fraction, the share of tokens whose
+    gradient a clip or truncate_ratio changed; k1 and k3, the estimates of KL(sampler ‖ policy) of Schulman, "Approximating
+    KL divergence" (2020): mean log(1/r) and mean (r − 1 − log r); entropy if entropy_coef is not 0.
 
     Raises TypeError or ValueError for arguments that do not fit, before anything is computed.
     """

@@ -1,4 +1,4 @@
-"""The command `fastkl`: distill, sft, eval, score."""
+"""The command `fastkl`: distill, sft, eval, score, report."""
 
 from __future__ import annotations
 

@@ -36,8 +36,9 @@ class LogitTransform(NamedTuple):
 class FusedCausalLM(nn.Module):
     """A causal LM whose forward takes a function of (hidden, weight, bias=, logit_scale=, softcap=) and returns its result.
 
-    Raises TypeError where the head is not a plain `nn.Linear` (a LoRA adapter on it, a quantised one) and ValueError where
-    the model treats its logits in a way that fastkl.loss does not know.
+    Building it runs the model on one token, to see what becomes of its logits. Raises TypeError where the head is not a plain
+    `nn.Linear` (a LoRA adapter on it, a quantised one) and ValueError where the model treats its logits in a way that
+    fastkl.loss does not know.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,7 +48,10 @@ class FusedCausalLM(nn.Module):
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # what FSDP shards as units
 
     def forward(self, function: Callable[..., T], **inputs: Any) -> T:
-        """`inputs` go to the model: input_ids and, as the case may be, attention_mask, position_ids, …"""
+        """`inputs` go to the model: input_ids and, as the case may be, attention_mask, position_ids, …; `use_cache` is set.
+
+        Raises RuntimeError where the model runs its head more or less than once.
+        """
 
         def fused(hidden: Tensor, head: nn.Linear) -> T:
             return function(hidden, head.weight, bias=head.bias, **self.transform._asdict())

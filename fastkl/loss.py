@@ -1,19 +1,21 @@
 """Distillation losses on hidden states and the LM-head weight. The [tokens × vocabulary] logits never exist.
 
-Every function takes `hidden` [..., D], the head's `weight` [V, D] and per-token tensors [...], in float32, bfloat16 or
-float16 (float64 in: float64 throughout), and computes with
+Every loss takes `hidden` [..., D], the head's `weight` [V, D] and per-token tensors [...], in float32, bfloat16 or float16
+(float64 in: float64 throughout). `hidden`, `weight` and `bias` share a dtype, or torch.autocast is on and casts them as it
+would for F.linear. Losses, log-probs and metrics are float32 (float64 for float64), computed with
 
     z = softcap((hidden weightᵀ + bias) · logit_scale) / temperature        softcap(x) = softcap · tanh(x / softcap)
 
-in float32, a chunk of tokens at a time. The options they share, all keyword-only:
+a chunk of tokens at a time. The options they share, all keyword-only (linear_top_k and linear_ranks have those that concern
+their values):
 
     bias            [V], the head's bias.
     temperature     > 0; the temperature that the tokens were sampled at.
     logit_scale     > 0; Granite: 1 / logits_scaling, Cohere: logit_scale.
     softcap         > 0 or None; Gemma 2: final_logit_softcapping.
     ignore_index    token id whose rows take no part: log-prob 0, gradient 0.
-    chunk_size      tokens per chunk; by default what a workspace of 1 GiB holds (128 MiB on a CPU). Results do not depend
-                    on it beyond the rounding of sums.
+    chunk_size      tokens per chunk; by default what a workspace of 1 GiB holds (on a CPU 128 MiB, but at least 256
+                    tokens). Results do not depend on it beyond the rounding of sums.
     skip_zero_rows  leave masked and ignored rows out of every GEMM, and rows of zero advantage out of the gradient ones.
                     Their number must be known on the host: a synchronisation or a few per call on an accelerator. False: no
                     synchronisation (as a CUDA graph needs), all rows are computed, and masked rows must be finite.
@@ -22,10 +24,11 @@ in float32, a chunk of tokens at a time. The options they share, all keyword-onl
     backward        "exact", or "sampled": see below. Its options: grad_error, epsilon, seed.
     weight_grad     [V, D] float32 (float64 for float64 weights), to which the backward pass adds the weight's gradient;
                     weight.grad is then left alone. For sums over micro-batches in full precision, such as Megatron's
-                    weight.main_grad, or weight.grad itself where it is float32.
+                    weight.main_grad, or weight.grad itself where it is float32. Not under torch.compile.
 
-Token ids outside the vocabulary raise ValueError on a CPU. On an accelerator nobody looks at them, which would be a
-synchronisation: their rows become NaN (Triton) or end in a device-side assertion (PyTorch).
+Arguments that do not fit raise TypeError or ValueError, with their names, before anything is computed. So do token ids
+outside the vocabulary on a CPU. On an accelerator nobody looks at them, which would be a synchronisation: their rows become
+NaN (Triton) or end in a device-side assertion (PyTorch).
 There are no gradients of gradients, and none in forward mode: backward with create_graph=True and torch.func.jvp are
 refused. Gradients of float16 hidden states are float16 before an upstream gradient (a loss scale) multiplies them: use
 bfloat16 where they are tiny. Formulas: `fastkl.reference`, where each loss stands once more as plain PyTorch.
@@ -59,9 +62,11 @@ teacher is
     teacher_hidden, teacher_weight   [..., D_t] and [V, D_t]; D_t may differ from D. Or:
     teacher_logits                   [..., V] in float32, bfloat16 or float16 (float64 for float64), or a function from rows
                                      [n] (indices into the flattened tokens) to their logits [n, V], called chunk by chunk.
-                                     The teacher's temperature, scale and soft-cap apply to them too.
+                                     The teacher's temperature, scale and soft-cap apply to them too. No function under
+                                     torch.compile.
 
-It has no gradient: asking for one is an error. Further options:
+It has no gradient: ValueError where it requires one, or is given in two forms or none. The student's arguments are called
+student_hidden and student_weight. Further options:
 
     tokens               [...], optional: where it is `ignore_index` the row takes no part; the others' student log-probs
                          are returned in `logprobs` (None without tokens).

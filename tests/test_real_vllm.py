@@ -3,7 +3,7 @@
 python recipes/smollm2/make.py   # the models, once
 FASTKL_VLLM=vv/bin/python python -m pytest -m slow -s tests/test_real_vllm.py
 
-FASTKL_VLLM is the Python of an environment with vLLM (docs/vllm.md); SmolLM2 in float32 on a CPU needs 4 GB.
+FASTKL_VLLM is the Python of an environment with vLLM (docs/teacher-server.md); SmolLM2 in float32 on a CPU needs 4 GB.
 """
 
 from __future__ import annotations

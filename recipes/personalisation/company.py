@@ -1,4 +1,4 @@
-"""An invented company that no model can know: its people and instruments, as documents, questions and answers."""
+"""An invented company that no model can know: its people, as documents, questions and answers."""
 
 from __future__ import annotations
 

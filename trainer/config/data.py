@@ -41,7 +41,7 @@ class EvalConfig:
 
     Args:
         data: Prompts with an `answer` each; without path or dataset there is no evaluation.
-        grader: Scores a completion; the names are those of reward.grader.
+        grader: Scores a completion; the names are those of reward.grader, `environment` excepted.
         every: Evaluate each so many steps, and before the first and after the last one; 0: only those two.
         max_new_tokens: Length limit of an answer.
         temperature: 0 is greedy.
