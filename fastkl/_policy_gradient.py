@@ -46,13 +46,10 @@ def linear_logprobs(
 ) -> Tensor:
     """Log-probs of `tokens`, float32 (float64 for float64), of their shape; 0 at ignored ones.
 
-    Differentiable in hidden, weight and bias. Equals `torch.log_softmax(z, -1).gather(-1, tokens[..., None]).squeeze(-1)`. Any loss can be built on it: the gradient
-    honours each token's own upstream value. With a frozen head the backward pass is one product over [N, D]; with a
-    trainable one it forms the logits a second time, which `policy_gradient_loss` and a sampled backward avoid.
-
-    It returns a tensor and no metrics: of a sampled backward `policy_gradient_loss` has them.
-
-    Raises TypeError or ValueError for shapes, dtypes, devices or ids that do not fit, before anything is computed.
+    Differentiable in hidden, weight and bias. Equals
+    `torch.log_softmax(z, -1).gather(-1, tokens[..., None]).squeeze(-1)`. Any loss can be built on it: the gradient honours
+    each token's own upstream value. With a frozen head the backward pass is one product over [N, D]; with a trainable one
+    it forms the logits a second time, which `policy_gradient_loss` and a sampled backward avoid.
     """
     options = check.head_options(temperature, logit_scale, softcap)
     check.check_head(hidden, weight, bias)

@@ -36,8 +36,8 @@ class LogitTransform(NamedTuple):
 class FusedCausalLM(nn.Module):
     """A causal LM whose forward takes a function of (hidden, weight, bias=, logit_scale=, softcap=) and returns its result.
 
-    Building it runs the model on one token, to see what becomes of its logits. Raises TypeError where the head is not a plain
-    `nn.Linear` (a LoRA adapter on it, a quantised one) and ValueError where the model treats its logits in a way that
+    Building it runs the model on one token, to see what becomes of its logits. Raises TypeError where the head is not a
+    plain `nn.Linear` (a LoRA adapter on it, a quantised one) and ValueError where the model treats its logits in a way that
     fastkl.loss does not know.
     """
 
