@@ -50,6 +50,10 @@ def linear_logprobs(
     `torch.log_softmax(z, -1).gather(-1, tokens[..., None]).squeeze(-1)`. Any loss can be built on it: the gradient honours
     each token's own upstream value. With a frozen head the backward pass is one product over [N, D]; with a trainable one
     it forms the logits a second time, which `policy_gradient_loss` and a sampled backward avoid.
+
+    It returns a tensor and no metrics: of a sampled backward `policy_gradient_loss` has them.
+
+    Raises TypeError or ValueError for shapes, dtypes, devices or ids that do not fit, before anything is computed.
     """
     options = check.head_options(temperature, logit_scale, softcap)
     check.check_head(hidden, weight, bias)
