@@ -29,6 +29,7 @@ def train(job: Job, clock: Clock, **options: str) -> None:
         "optim.lr": job.lr,
         "mixed_precision": "bf16" if job.device == "cuda" else "no",
         "checkpoint.every": 0,
+        "log_samples": 0,  # their ranks are no part of the others' work
         **{name.replace("__", "."): value for name, value in options.items()},
     }
 
