@@ -53,6 +53,11 @@ REFUSED: list[tuple[str, dict[str, object], list[str]]] = [
     ("distill", SERVED | {"teacher.server.api_key_env": "sk-secret"}, ["server.api_key_env is not the name"]),
     (
         "distill",
+        SAMPLED | {"sampling.dtype": "bfloat16"},
+        ["sampling.dtype is bfloat16", URL, "--dtype", "unset it"],
+    ),
+    (
+        "distill",
         SAMPLED | {"sampling.max_requests": 4},
         ["sampling.max_requests is 4", URL, "--max-num-seqs", "unset it"],
     ),

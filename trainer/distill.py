@@ -5,8 +5,10 @@ Thinking Machines, "On-Policy Distillation" (2025); Tinker cookbook, recipe `dis
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer import checks, processes
@@ -28,6 +30,7 @@ from fastkl.trainer.rollouts.rollout import Rollouts
 from fastkl.trainer.rollouts.writer import SingleTurn, Writer
 from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
+from fastkl.trainer.samplers.copied import CopySampler
 from fastkl.trainer.samplers.sampler import Sampler
 from fastkl.trainer.samplers.served import SamplingServer, ServedSampler, connect_sampling
 from fastkl.trainer.student import Student
@@ -196,9 +199,11 @@ def _writer(
 def _sampler(config: DistillConfig, student: Student, ends: list[int], server: SamplingServer | None) -> Sampler:
     if server is not None:
         return ServedSampler(server, student, ends)
-    return ContinuousBatchingSampler(
-        student.model,
+    make = partial(
+        ContinuousBatchingSampler,
         eos_token_ids=ends,
         max_batch_tokens=config.sampling.max_batch_tokens,
         max_requests=config.sampling.max_requests,
     )
+    dtype = config.sampling.dtype
+    return make(student.model) if dtype is None else CopySampler(student, getattr(torch, dtype), make)

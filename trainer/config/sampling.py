@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from fastkl.trainer.config.errors import require
 from fastkl.trainer.config.server import ServerConfig
@@ -48,7 +49,9 @@ class SamplingConfig:
         max_batch_tokens: Tokens in one forward pass of the sampling engine.
         max_requests: Completions in progress at once; null: 64, or on a CPU as many as do not get in each
             other's way (docs/trainer-speed.md).
-        server: A server that samples; without one, this process does, with the student itself.
+        dtype: Dtype of a copy of the student that samples in its place, evaluation included, for a student in float32; its
+            log-probs are those of the samples. null: the student itself samples.
+        server: A server that samples; without one, this process does.
     """
 
     prompts_per_step: int = 64
@@ -67,6 +70,7 @@ class SamplingConfig:
     top_k: int = 0
     max_batch_tokens: int = 512
     max_requests: int | None = None
+    dtype: Literal["bfloat16", "float16"] | None = None
     server: SamplingServerConfig = field(default_factory=SamplingServerConfig)
 
     @property
@@ -94,6 +98,11 @@ class SamplingConfig:
                 f"sampling.{name} is {value} but sampling.server.url is {self.server.url!r}: the server decides about that "
                 f"(--max-num-batched-tokens, --max-num-seqs); unset it",
             )
+        require(
+            not self.server.url or self.dtype is None,
+            f"sampling.dtype is {self.dtype} but sampling.server.url is {self.server.url!r}: the server decides about that "
+            f"(--dtype); unset it",
+        )
         self._check_lengths()
         require(
             0 <= self.on_policy_fraction <= 1,
