@@ -43,4 +43,7 @@ def _say(text: str, aloud: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if "fastkl.trainer.processes" in sys.modules:  # all but where its packages are missing
+        sys.modules["fastkl.trainer.processes"].leave(status)
+    sys.exit(status)

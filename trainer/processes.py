@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -56,6 +57,17 @@ def start(config: RunConfig) -> Accelerator:
     if len(set(settings)) > 1:
         raise ConfigError(f"the {count()} processes were started with different configs; give all of them the same one")
     return accelerator
+
+
+def leave(status: int) -> None:
+    """Ends this process at once if it was one of several.
+
+    A thread of gloo that lets go of its last tensor while the interpreter is being taken down would abort a finished run.
+    """
+    if _kept_until_exit:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def count() -> int:
