@@ -142,9 +142,9 @@ class TestMemory:
 
     def test_eager_needs_the_logits_and_fastkl_fewer(self):
         case = case_of(head="frozen", shape=(512, 4, 2000))
-        logits = 512 * 2000 * 4
+        logits, tile = 512 * 2000 * 4, 512 * 512 * 4  # one chunk holds them all
         assert measure.peak_extra_bytes(case, build("eager", case)) > 1.9 * logits
-        assert measure.peak_extra_bytes(case, build("fastkl", case)) < 1.2 * logits
+        assert measure.peak_extra_bytes(case, build("fastkl", case)) < 1.05 * (logits + tile)
 
 
 class TestReference:
