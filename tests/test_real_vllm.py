@@ -51,9 +51,9 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def url(tmp_path_factory: pytest.TempPathFactory, student: Path) -> Iterator[str]:
-    """A server of the student, as docs/vllm.md starts one."""
+    """A server of the student, as docs/vllm.md starts one; a test leaves its own weights in it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
