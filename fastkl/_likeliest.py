@@ -12,6 +12,7 @@ from fastkl import _arguments as check
 from fastkl.kernels.driver import chunk_rows
 from fastkl.kernels.gemm import compute_dtype, project
 from fastkl.kernels.problem import HeadOptions, Inputs, Spec
+from fastkl.kernels.rows_torch import apply_cap
 
 
 class TopK(NamedTuple):
@@ -103,6 +104,5 @@ def _logits(inputs: Inputs, options: HeadOptions, chunk_size: int | None) -> Ite
         z = workspace[: rows.stop - start]
         with torch.autocast(hidden.device.type, enabled=False):
             project(hidden[rows], weight, bias, options.alpha, z)
-        if options.cap is not None:
-            z.tanh_().mul_(options.cap)
+        apply_cap(z, options.cap, keep=False)
         yield rows, z

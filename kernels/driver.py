@@ -24,7 +24,7 @@ from fastkl.kernels.backend import block_sampler, entropy_gradient, row_function
 from fastkl.kernels.gemm import add_weight_gradient, compute_dtype, even_rows, gradient_dtype, hidden_gradient, project
 from fastkl.kernels.problem import Gradients, HeadOptions, Inputs, Needs, Objective, Spec
 from fastkl.kernels.rows import Logits
-from fastkl.kernels.sampled import BlockSampler, Estimates, block_rows, blocks
+from fastkl.kernels.sampled import BlockSampler, Estimates, block_rows, blocks, device_kind
 from fastkl.kernels.sampled_torch import add_to_weight_gradient, merged
 
 # What the logits of a chunk may take. On a GPU large chunks keep the GEMMs at full speed (1024-4096 rows at V = 150k).
@@ -38,7 +38,7 @@ def chunk_rows(spec: Spec, inputs: Inputs, gradient: bool) -> int:
 
     If columns are to be sampled it is whole blocks, unless `spec.chunk_size` is less than one.
     """
-    n, kind = inputs.hidden.shape[0], "cpu" if inputs.hidden.is_cpu else "accelerator"
+    n, kind = inputs.hidden.shape[0], device_kind(inputs.hidden.device)
     block = block_rows(inputs.hidden.device) if gradient and spec.sampling is not None else 1
     limit = spec.chunk_size
     if limit is None:
