@@ -19,10 +19,12 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the benches' description of the machine
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent / "smollm2")]  # for bench, and for heal.py
+from heal import nats_per_token  # noqa: E402
+
 RUNS, RESULTS = Path("runs/compare_backward"), Path("bench/results/training")
 PLOT = Path("docs/sampled-training.png")
-KEPT = ("step", "teacher_kl", "eval/accuracy", "policy/kept_fraction", "policy/grad_error", "time/train", "time/total")
+KEPT = ("step", "teacher_kl", "eval/accuracy", "policy/kept_fraction", "policy/grad_error", "time/train")
 LAST = 5  # steps that a final teacher_kl is the mean of: one step's is that of a few samples
 
 Arms = dict[str, dict[str, Any]]
@@ -91,7 +93,7 @@ def _nats(name: str, config: str, folder: Path) -> float:
     if not scores.exists():
         _fastkl("score", Path(__file__).parent / name / config, {"model.path": folder / "student", "output": scores})
     rows = [json.loads(line) for line in scores.read_text().splitlines()]
-    return -sum(row["sum"] for row in rows) / sum(sum(row["loss_mask"]) for row in rows)
+    return nats_per_token(rows)
 
 
 def _fastkl(command: str, config: Path, options: dict[str, Any]) -> None:

@@ -38,9 +38,13 @@ def main() -> None:
 def likelihood(scores: Sequence[dict[str, Any]], completions: Sequence[str]) -> dict[str, float]:
     """Perplexity per token and bits per byte of the completions, each with its end of sequence."""
     nats = -sum(row["sum"] for row in scores)
-    tokens = sum(sum(row["loss_mask"]) for row in scores)
     size = sum(len(text.encode()) for text in completions)
-    return {"perplexity": math.exp(nats / tokens), "bits_per_byte": nats / math.log(2) / size}
+    return {"perplexity": math.exp(nats_per_token(scores)), "bits_per_byte": nats / math.log(2) / size}
+
+
+def nats_per_token(scores: Sequence[dict[str, Any]]) -> float:
+    """Of the rows that `fastkl score` writes."""
+    return -sum(row["sum"] for row in scores) / sum(sum(row["loss_mask"]) for row in scores)
 
 
 def fastkl(*arguments: str | Path) -> None:
