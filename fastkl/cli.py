@@ -44,6 +44,8 @@ def _say(text: str, aloud: bool) -> None:
 
 if __name__ == "__main__":
     status = main()
-    if "fastkl.trainer.processes" in sys.modules:  # all but where its packages are missing
-        sys.modules["fastkl.trainer.processes"].leave(status)
+    if status == 0:
+        from fastkl.trainer import processes
+
+        processes.leave()
     sys.exit(status)
