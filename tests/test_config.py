@@ -53,6 +53,11 @@ REFUSED: list[tuple[str, dict[str, object], list[str]]] = [
     ("distill", SERVED | {"teacher.server.api_key_env": "sk-secret"}, ["server.api_key_env is not the name"]),
     (
         "distill",
+        {"sampling.dtype": "bfloat16", "student.dtype": "bfloat16"},
+        ["sampling.dtype is bfloat16", "student.dtype", "unset sampling.dtype"],
+    ),
+    (
+        "distill",
         SAMPLED | {"sampling.dtype": "bfloat16"},
         ["sampling.dtype is bfloat16", URL, "--dtype", "unset it"],
     ),

@@ -93,6 +93,11 @@ class DistillConfig(RunConfig):
             f"environment.role is {self.environment.role!r} but data.chat_template is false: a text has no turns. Set "
             f"environment.role to null or data.chat_template to true",
         )
+        require(
+            self.sampling.dtype != self.student.dtype,
+            f"sampling.dtype is {self.sampling.dtype} and so is student.dtype: the copy would be the same; unset "
+            f"sampling.dtype",
+        )
         samples = self.sampling.samples_per_step
         require(
             samples >= self.optim.substeps,

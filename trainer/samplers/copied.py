@@ -17,7 +17,7 @@ class CopySampler:
     """Samples from the student's weights, rounded to `dtype` once after each update.
 
     What it samples from is another distribution than the student's, by as much as the weights and the arithmetic are
-    rounded. The log-probs are its own, so that a loss that has the importance ratio is that of the student.
+    rounded. The log-probs are its own: an importance ratio against them is exact.
 
     Args:
         student: Whole whenever `sample` is called.
@@ -37,8 +37,8 @@ class CopySampler:
     def sample(
         self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seed: int
     ) -> list[Completion]:
-        options = {"max_new_tokens": max_new_tokens, "seed": seed}
-        return self._current().sample(prompts, temperature=temperature, **options)
+        sampler = self._current()
+        return sampler.sample(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
     @torch.no_grad()
     def _current(self) -> Sampler:
