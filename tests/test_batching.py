@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import causal_lm
+from tiny import causal_lm, llama
 from torch import Tensor
 
 from fastkl.head import FusedCausalLM
@@ -207,5 +206,6 @@ def test_what_follows_an_unknown_id_is_still_scored() -> None:
     ],
 )
 def test_layout(layout: str, attention: str, wanted: str) -> None:
-    model: Any = SimpleNamespace(config=SimpleNamespace(_attn_implementation=attention))
+    model: Any = llama(8)
+    model.config._attn_implementation = attention
     assert batch_layout(BatchConfig(layout=layout), model) == wanted  # type: ignore[arg-type]

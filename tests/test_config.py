@@ -66,6 +66,12 @@ REFUSED: list[tuple[str, dict[str, object], list[str]]] = [
         SAMPLED | {"sampling.max_requests": 4},
         ["sampling.max_requests is 4", URL, "--max-num-seqs", "unset it"],
     ),
+    ("distill", SAMPLED | {"sampling.engine": "generate"}, ["sampling.engine is generate", URL, "unset it"]),
+    (
+        "distill",
+        {"sampling.engine": "generate", "sampling.max_batch_tokens": 64},
+        ["sampling.max_batch_tokens is 64", "sampling.engine is 'generate'", "unset it", "sampling.max_requests"],
+    ),
     ("distill", SAMPLED | {"sampling.server.url": ""}, ["server.model is 'm'", "server.url is empty"]),
     ("distill", SAMPLED | {"sampling.server.concurrency": 0}, ["server.concurrency is 0", "at least 1"]),
     ("distill", SERVED | {"teacher.dtype": "bfloat16"}, ["teacher.dtype is 'bfloat16'", URL, "unset it"]),

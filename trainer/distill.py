@@ -29,8 +29,8 @@ from fastkl.trainer.rollouts.reward import make_judge
 from fastkl.trainer.rollouts.rollout import Rollouts
 from fastkl.trainer.rollouts.writer import SingleTurn, Writer
 from fastkl.trainer.runs.folder import RunFolder
-from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
 from fastkl.trainer.samplers.copied import CopySampler
+from fastkl.trainer.samplers.local import local_sampler
 from fastkl.trainer.samplers.sampler import Sampler
 from fastkl.trainer.samplers.served import SamplingServer, ServedSampler, connect_sampling
 from fastkl.trainer.student import Student
@@ -199,11 +199,6 @@ def _writer(
 def _sampler(config: DistillConfig, student: Student, ends: list[int], server: SamplingServer | None) -> Sampler:
     if server is not None:
         return ServedSampler(server, student, ends)
-    make = partial(
-        ContinuousBatchingSampler,
-        eos_token_ids=ends,
-        max_batch_tokens=config.sampling.max_batch_tokens,
-        max_requests=config.sampling.max_requests,
-    )
+    make = partial(local_sampler, eos_token_ids=ends, settings=config.sampling)
     dtype = config.sampling.dtype
     return make(student.model) if dtype is None else CopySampler(student, getattr(torch, dtype), make)

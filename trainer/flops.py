@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.models.layers import attends, layer_kinds
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,14 @@ def cost_of(model: PreTrainedModel) -> Cost:
             flops = 2 * matrix.numel() * _active_share(config, matrix.shape)
             blocks += flops
             trained += flops * matrix.requires_grad
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    windows = _windows(config)
     return Cost(
         blocks=blocks,
         trained_blocks=trained,
         head=2.0 * head.numel(),
         trained_head=2.0 * head.numel() * head.requires_grad,
-        pair=4.0 * config.num_attention_heads * head_width,  # q·k, and the weighted sum of values
-        windows=_windows(config),
+        pair=_pair(config) if windows else 0.0,
+        windows=windows,
         recomputed=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
     )
 
@@ -84,16 +85,16 @@ def _pairs(length: int, window: int | None) -> float:
     return full * (full + 1) / 2 + (length - full) * full
 
 
+def _pair(config: Any) -> float:
+    """q·k, and the weighted sum of values."""
+    heads: int = config.num_attention_heads
+    return 4.0 * heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+
 def _windows(config: Any) -> tuple[int | None, ...]:
     window = getattr(config, "sliding_window", None)
-    usual = "full_attention" if window is None else "sliding_attention"
-    kinds = getattr(config, "layer_types", None) or [usual] * config.num_hidden_layers
     # Linear attention and state spaces have no pairs; what their matrices cost is in `blocks`.
-    return tuple(
-        window if "sliding" in kind else None
-        for kind in kinds
-        if kind.endswith("_attention") and kind != "linear_attention"
-    )
+    return tuple(window if "sliding" in kind else None for kind in layer_kinds(config) if attends(kind))
 
 
 def _active_share(config: Any, shape: Sequence[int]) -> float:

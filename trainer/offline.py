@@ -27,7 +27,7 @@ from fastkl.trainer.models.loading import (
 )
 from fastkl.trainer.rollouts.writer import SingleTurn
 from fastkl.trainer.runs.folder import write_text
-from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
+from fastkl.trainer.samplers.local import local_sampler
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.served import connect
 from fastkl.trainer.teachers.teacher import Teacher
@@ -41,7 +41,7 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, float]:
     model = load_model(config.model).to(PartialState().device)
     checks.check_vocabulary(tokenizer, {"model": model})
     checks.check_eval_room(prompts, config.eval, "model", model)
-    sampler = ContinuousBatchingSampler(model, eos_token_ids=end_of_sequence(model, tokenizer))
+    sampler = local_sampler(model, eos_token_ids=end_of_sequence(model, tokenizer))
     writer = SingleTurn(sampler, context_length(model))
     metrics, answers = evaluate(writer, tokenizer, prompts, config.eval, config.seed)
     if output is not None:

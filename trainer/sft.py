@@ -15,7 +15,7 @@ from fastkl.trainer.loop import Clock, fit
 from fastkl.trainer.models.loading import context_length, end_of_sequence, load_tokenizer
 from fastkl.trainer.rollouts.writer import SingleTurn
 from fastkl.trainer.runs.folder import RunFolder
-from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
+from fastkl.trainer.samplers.local import local_sampler
 from fastkl.trainer.student import Student
 
 
@@ -47,7 +47,7 @@ def sft(config: SftConfig) -> RunFolder:
         prompts, [example.loss_tokens for example in examples], {"student": student.model}, checks.SHORTER_ROW
     )
     checks.check_eval_room(eval_prompts, config.eval, "student", student.model)
-    sampler = ContinuousBatchingSampler(student.model, eos_token_ids=end_of_sequence(student.model, tokenizer))
+    sampler = local_sampler(student.model, eos_token_ids=end_of_sequence(student.model, tokenizer))
     source = Examples(examples, config.examples_per_step, config.seed)
     writer = SingleTurn(sampler, context_length(student.model))
     with RunFolder(config) as folder:

@@ -61,7 +61,8 @@ class BatchConfig:
     Args:
         max_tokens: Tokens per forward (padding counted); larger minibatches are accumulated.
         layout: packed (sequences end to end in one row), padded (rows of similar length), or auto: packed where the
-            attention implementation computes packed rows without waste (flash attention), else padded.
+            attention implementation computes packed rows without waste (flash attention), else padded, which models
+            with other layers than attention always need.
     """
 
     max_tokens: int = 16384

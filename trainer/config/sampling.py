@@ -46,9 +46,12 @@ class SamplingConfig:
         temperature: Sampling temperature, of student and teacher alike.
         top_p: Must stay 1: anything else samples from another distribution than the loss assumes.
         top_k: Must stay 0, for the same reason.
-        max_batch_tokens: Tokens in one forward pass of the sampling engine.
-        max_requests: Completions in progress at once; null: 64, or on a CPU as many as do not get in each
-            other's way (docs/trainer-speed.md).
+        engine: Transformers' continuous_batching, where an ended completion makes room for another; its generate, which
+            knows more kinds of models, and is faster on a CPU where completions are of one length (docs/trainer-speed.md);
+            or auto: the first, if it can sample from the model.
+        max_batch_tokens: Tokens in one forward pass of continuous batching.
+        max_requests: Completions in progress at once; null: 64, or for continuous batching on a CPU as many as do not get
+            in each other's way (docs/trainer-speed.md).
         dtype: Dtype of a copy of the student that samples in its place, evaluation included, for a student in float32; its
             log-probs are those of the samples. null: the student itself samples.
         server: A server that samples; without one, this process does.
@@ -68,6 +71,7 @@ class SamplingConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    engine: Literal["auto", "continuous_batching", "generate"] = "auto"
     max_batch_tokens: int = 512
     max_requests: int | None = None
     dtype: Literal["bfloat16", "float16"] | None = None
@@ -91,17 +95,17 @@ class SamplingConfig:
             f"distribution whose log-probs are not the student's, and the importance ratio would be wrong. Leave top_p = 1 "
             f"and top_k = 0; lower sampling.temperature for less random samples",
         )
-        for name in ("max_batch_tokens", "max_requests"):
+        for name in ("engine", "max_batch_tokens", "max_requests", "dtype"):
             value = getattr(self, name)
             require(
                 not self.server.url or value == getattr(SamplingConfig, name),
                 f"sampling.{name} is {value} but sampling.server.url is {self.server.url!r}: the server decides about that "
-                f"(--max-num-batched-tokens, --max-num-seqs); unset it",
+                f"(--max-num-batched-tokens, --max-num-seqs, --dtype); unset it",
             )
         require(
-            not self.server.url or self.dtype is None,
-            f"sampling.dtype is {self.dtype} but sampling.server.url is {self.server.url!r}: the server decides about that "
-            f"(--dtype); unset it",
+            self.engine != "generate" or self.max_batch_tokens == SamplingConfig.max_batch_tokens,
+            f"sampling.max_batch_tokens is {self.max_batch_tokens} but sampling.engine is 'generate', which takes whole "
+            f"prompts; unset it, or set sampling.max_requests",
         )
         self._check_lengths()
         require(

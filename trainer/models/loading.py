@@ -24,6 +24,7 @@ from fastkl.trainer.config.models import ModelConfig, StudentConfig
 from fastkl.trainer.config.optim import BatchConfig
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.data.batching import Layout
+from fastkl.trainer.models.layers import attends, layer_kinds
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -177,10 +178,20 @@ def end_of_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def batch_layout(config: BatchConfig, model: PreTrainedModel) -> Layout:
-    """`auto` resolved: packed rows where the attention computes nothing across sequences, padded rows elsewhere."""
+    """`auto` resolved: packed rows where the attention computes nothing across sequences, padded rows elsewhere.
+
+    Raises:
+        ConfigError: For packed rows of a model with layers that would carry their state from one sequence into the next.
+    """
+    recurrent = sorted({kind for kind in layer_kinds(model.config.get_text_config()) if not attends(kind)})
+    if config.layout == "packed" and recurrent:
+        raise ConfigError(
+            f"batch.layout is packed, but {type(model).__name__} has layers of the kind {', '.join(recurrent)}, whose "
+            f"state would run on from one sequence into the next; set it to padded or auto"
+        )
     if config.layout != "auto":
         return config.layout
-    return "packed" if "flash" in str(model.config._attn_implementation) else "padded"
+    return "packed" if "flash" in str(model.config._attn_implementation) and not recurrent else "padded"
 
 
 def _auto_class(config: ModelConfig) -> Any:

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.models.layers import layer_kinds
+from fastkl.trainer.samplers.requests import check_requests, undisturbed, unwrapped
 from fastkl.trainer.samplers.sampler import Completion
 
 _CONFIG_FIELDS = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
@@ -41,23 +42,15 @@ class ContinuousBatchingSampler:
         max_requests: int | None = None,
         max_batch_tokens: int = 512,
     ) -> None:
-        base: Any = model
-        if hasattr(base, "get_base_model"):  # PEFT
-            base = base.get_base_model()
-        if not hasattr(base, "init_continuous_batching"):
-            raise ConfigError(f"{type(base).__name__} cannot be sampled from: it has no continuous batching")
-        softcap = getattr(base.config.get_text_config(), "attn_logit_softcapping", None)
-        if softcap is not None and base.config._attn_implementation == "eager":
-            raise ConfigError(
-                f"{type(base).__name__} has attn_logit_softcapping {softcap}, which Transformers' paged eager attention "
-                f"ignores: its samples would be wrong. Use attn_implementation sdpa or a flash attention"
-            )
+        obstacle = obstacle_to_continuous_batching(model)
+        if obstacle is not None:
+            raise ConfigError(f"sampling.engine is continuous_batching, but {obstacle}; set it to generate")
         if max_batch_tokens < 1 or (max_requests is not None and max_requests < 1):
             raise ConfigError(
                 f"max_requests is {max_requests}, max_batch_tokens is {max_batch_tokens}; both must be >= 1"
             )
         self._model = model
-        self._base = base
+        self._base = unwrapped(model)
         self._eos = sorted(set(eos_token_ids))
         self._max_requests = max_requests
         self._max_batch_tokens = max_batch_tokens
@@ -74,23 +67,14 @@ class ContinuousBatchingSampler:
             ValueError: For arguments that cannot be sampled from.
             RuntimeError: When a completion failed or is missing, naming the prompt and the reason.
         """
-        self._check(prompts, max_new_tokens, temperature)
+        check_requests(self._base.config.get_text_config(), prompts, max_new_tokens, temperature)
+        if hasattr(self._base, "_cached_continuous_batching_manager"):
+            raise RuntimeError("the model keeps a persistent manager; destroy it before sampling")
         if not prompts:
             return []
-        attention = self._base.config._attn_implementation
-        training = [(module, module.training) for module in self._model.modules()]
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        try:
-            # The engine seeds and draws from the global generators.
-            with _short_collections(), torch.random.fork_rng(devices=devices):
-                if _PAGED_PREFIX and attention in ("sdpa", "eager"):
-                    self._base.set_attn_implementation(f"paged|{attention}")  # keeps it from going to flash
-                outputs = self._run(prompts, max_new_tokens, temperature, seed)
-        finally:
-            if self._base.config._attn_implementation != attention:
-                self._base.set_attn_implementation(attention)
-            for module, flag in training:
-                module.training = flag
+        # The engine seeds and draws from the global generators.
+        with _short_collections(), undisturbed(self._model), self._paged_attention():
+            outputs = self._run(prompts, max_new_tokens, temperature, seed)
         return [self._completion(index, output, max_new_tokens) for index, output in enumerate(outputs)]
 
     def _run(self, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int) -> list[Any]:
@@ -172,26 +156,30 @@ class ContinuousBatchingSampler:
             )
         return Completion(list(tokens), list(logprobs), not ended)
 
-    def _check(self, prompts: list[list[int]], max_new_tokens: int, temperature: float) -> None:
-        """Refuses arguments on which the background thread would fail or hang."""
-        if max_new_tokens < 1:
-            raise ValueError("max_new_tokens must be at least 1")
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise ValueError("temperature must be finite and not negative")
-        if hasattr(self._base, "_cached_continuous_batching_manager"):
-            raise RuntimeError("the model keeps a persistent manager; destroy it before sampling")
-        config = self._base.config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", None)
-        for index, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {index} is empty")
-            if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-                raise ValueError(f"prompt {index} has a token id outside 0..{config.vocab_size - 1}")
-            if limit is not None and len(prompt) + max_new_tokens > limit:
-                raise ValueError(
-                    f"prompt {index} has {len(prompt)} tokens: with {max_new_tokens} new ones it exceeds "
-                    f"the model's {limit} positions"
-                )
+    @contextmanager
+    def _paged_attention(self) -> Iterator[None]:
+        """Names the attention as the engine wants it, which keeps it from going to flash; the model gets its own back."""
+        attention = self._base.config._attn_implementation
+        try:
+            if _PAGED_PREFIX and attention in ("sdpa", "eager"):
+                self._base.set_attn_implementation(f"paged|{attention}")
+            yield
+        finally:
+            if self._base.config._attn_implementation != attention:
+                self._base.set_attn_implementation(attention)
+
+
+def obstacle_to_continuous_batching(model: PreTrainedModel) -> str | None:
+    """Why the engine cannot sample from a model, or would do so from another distribution; None if it can."""
+    base = unwrapped(model)
+    config, name = base.config.get_text_config(), type(base).__name__
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap is not None and base.config._attn_implementation == "eager":
+        return f"{name} has attn_logit_softcapping {softcap}, which Transformers' paged eager attention ignores"
+    others = sorted(set(layer_kinds(config)) - {"full_attention", "sliding_attention"})
+    if others:
+        return f"{name} has layers of the kind {', '.join(others)}, which Transformers' engine lacks"
+    return None
 
 
 @contextmanager

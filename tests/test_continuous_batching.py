@@ -1,0 +1,23 @@
+"""What continuous batching alone can get wrong: models it would sample wrongly from, and rounds of a few."""
+
+import pytest
+from sampler_cases import make_model
+
+from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
+
+
+def test_softcap_is_refused():
+    with pytest.raises(ConfigError, match=r"attn_logit_softcapping 2.0.*set it to generate"):
+        ContinuousBatchingSampler(make_model("gemma2", attn_logit_softcapping=2.0))
+
+
+def test_layers_without_attention_are_refused():
+    with pytest.raises(ConfigError, match=r"Lfm2ForCausalLM has layers of the kind conv.*set it to generate"):
+        ContinuousBatchingSampler(make_model("lfm2", layer_types=["conv", "full_attention"]))
+
+
+@pytest.mark.parametrize(("prompts", "limit", "at_once"), [(24, 10, 8), (24, 24, 24), (3, 10, 3), (11, 10, 6)])
+def test_rounds_are_of_one_size(prompts, limit, at_once):
+    sampler = ContinuousBatchingSampler(make_model(), max_requests=limit)
+    assert sampler._batching_config(prompts, 20, 0).max_requests_per_batch == at_once
