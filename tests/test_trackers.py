@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,33 +16,94 @@ from tiny import config, model_and_sums, read_jsonl, save_model, training
 from fastkl.trainer.runs.folder import flat_settings
 from fastkl.trainer.sft import sft
 
+Rows = list[dict[str, Any]]
 
-def test_tensorboard_has_the_metrics_and_the_settings(tmp_path: Path) -> None:
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+def tracked(folder: Path, tracker: str) -> tuple[Path, dict[str, Any], Rows]:
+    """The folder, flat settings and metrics of a short run with a tracker."""
     fresh_accelerate()
-    model_and_sums(tmp_path, "student")
+    model_and_sums(folder, "student")
     settings = config(
         "sft",
         training(
-            tmp_path / "run",
-            tmp_path / "student",
-            tmp_path / "sums.jsonl",
+            folder / "run",
+            folder / "student",
+            folder / "sums.jsonl",
             examples_per_step=4,
-            trackers='["tensorboard"]',
-            eval__data__path=tmp_path / "sums.jsonl",
+            trackers=f'["{tracker}"]',
+            eval__data__path=folder / "sums.jsonl",
             eval__max_new_tokens=3,
         ),
     )
     run = sft(settings).path
-    events = reader.EventAccumulator(str(run / "fastkl")).Reload()
-    rows = read_jsonl(run / "metrics.jsonl")
+    return run, flat_settings(settings), read_jsonl(run / "metrics.jsonl")
+
+
+def values_of(rows: Rows) -> dict[str, list[tuple[int, Any]]]:
+    """(step, value) of each metric; trackers may keep float32."""
     names = {name for row in rows for name in row} - {"step"}
-    assert names == set(events.Tags()["scalars"])
-    for name in names:
-        found = [(event.step, event.value) for event in events.Scalars(name)]
-        assert found == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows if name in row]
+    return {name: [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows if name in row] for name in names}
+
+
+def test_tensorboard_has_the_metrics_and_the_settings(tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run, settings, rows = tracked(tmp_path, "tensorboard")
+    events = reader.EventAccumulator(str(run / "fastkl")).Reload()
+    found = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert found == values_of(rows)
     (written,) = (run / "fastkl").glob("*/hparams.yml")
-    assert yaml.safe_load(written.read_text()) == flat_settings(settings)
+    assert yaml.safe_load(written.read_text()) == settings
+
+
+def test_weights_and_biases_offline_has_the_metrics_and_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    _, settings, rows = tracked(tmp_path, "wandb")
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    records = list(wandb_records(file))
+    history = [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.HasField("history")
+    ]
+    found = {name: [(row["_step"], row[name]) for row in history if name in row] for name in values_of(rows)}
+    assert found == values_of(rows)
+    updates = [update for record in records for update in [*record.run.config.update, *record.config.update]]
+    written = {"/".join(update.nested_key) or update.key: json.loads(update.value_json) for update in updates}
+    assert {name: written.get(name) for name in settings} == settings
+
+
+def wandb_records(file: Path) -> Iterator[Any]:
+    """Records of an offline run: blocks of 32 KiB, chunks with checksum, length and kind (whole, first, middle, last)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, record = file.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, place + 4)
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            yield Record.FromString(record)
+            record = b""
+
+
+def test_trackio_has_the_metrics_and_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+    _, settings, rows = tracked(tmp_path, "trackio")
+    (run,) = storage.get_runs("fastkl")
+    logs = storage.get_logs("fastkl", run)
+    found = {name: [(log["step"], log[name]) for log in logs if name in log] for name in values_of(rows)}
+    assert found == values_of(rows)
+    written = storage.get_run_config("fastkl", run)
+    assert {name: written.get(name) for name in settings} == settings
 
 
 def test_settings_are_flat_and_plain(tmp_path: Path) -> None:

@@ -1,17 +1,19 @@
 """More supervised fine-tuning, on-policy distillation and reinforcement learning of one student, by what they cost.
 
-    python recipes/reasoning/compare.py
+    python recipes/reasoning/compare.py tiny        # models of the demo, sums of three digits
+    python recipes/reasoning/compare.py smollm2     # SmolLM2 and three tasks; recipes/smollm2/make.py says what to install
 
-1. `fastkl sft`: the demo's teacher, and a student that has seen some of the right solutions.
-2. The student goes on in four ways: sft.yaml, distill.yaml, distill_full.yaml, rl.yaml.
+1. A teacher, and a student that has seen a few solutions.
+2. The student goes on in several ways: the other configs of the folder.
 3. Held-out accuracy against all FLOPs since then: of sampling, of the teacher, of training.
 
-Everything is kept in runs/reasoning and runs/demo: what is complete is not run again, what was interrupted goes on.
+Everything is kept in runs/reasoning: what is complete is not run again, what was interrupted goes on.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,42 +21,88 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-HERE, RUN = Path(__file__).parent, Path("runs/reasoning")
-sys.path.insert(0, str(HERE.parent / "demo"))
-from run import ENVIRONMENT, prepare  # noqa: E402
-
+HERE, RUNS = Path(__file__).parent, Path("runs/reasoning")
 METHODS = {
     "sft": "more sft",
     "distill": "on-policy distillation, sampled tokens",
     "distill_full": "on-policy distillation, whole vocabulary",
     "rl": "reinforcement learning",
 }
-TARGETS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+TARGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 Curve = Sequence[tuple[float, float]]  # (FLOPs spent so far, held-out accuracy) at each evaluation
 
 
 def main() -> None:
-    prepare()
-    run("sft", HERE.parent / "demo" / "teacher.yaml")
-    run("sft", HERE / "student.yaml")
-    for name in METHODS:
-        run("sft" if name == "sft" else "distill", HERE / f"{name}.yaml")
-    curves = {label: curve(_metrics(name)) for name, label in METHODS.items()}
+    if sys.argv[1:] not in [[name] for name in PREPARE]:
+        sys.exit(f"usage: python recipes/reasoning/compare.py {'|'.join(PREPARE)}")
+    configs, runs = HERE / sys.argv[1], RUNS / sys.argv[1]
+    methods = {name: label for name, label in METHODS.items() if (configs / f"{name}.yaml").exists()}
+    PREPARE[sys.argv[1]]()
+    for name in ("student", *methods):
+        run("sft" if name in ("student", "sft") else "distill", configs / f"{name}.yaml")
+    curves = {}
+    for name, label in methods.items():
+        metrics = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text("utf-8").splitlines()]
+        curves[label] = curve(metrics, writing_flops(configs) if name == "sft" else 0.0)
     table = {label: {str(target): flops_to(points, target) for target in TARGETS} for label, points in curves.items()}
     result = {"curves": curves, "flops_to_accuracy": table}
-    (RUN / "comparison.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    plot(curves, RUN / "comparison.png")
+    (runs / "comparison.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    plot(curves, runs / "comparison.png")
     print(json.dumps(table, indent=1))
 
 
 def run(command: str, config: Path) -> None:
-    subprocess.run([sys.executable, "-m", "fastkl.cli", command, str(config)], env=ENVIRONMENT, check=True)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-m", "fastkl.cli", command, config], env=environment, check=True)
 
 
-def curve(metrics: Sequence[dict[str, Any]]) -> Curve:
+def prepare_tiny() -> None:
+    """The demo's data, models and teacher."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # models this small leave nothing for a second thread to do
+    sys.path.insert(0, str(HERE.parent / "demo"))
+    from run import prepare
+
+    prepare()
+    run("sft", HERE.parent / "demo" / "teacher.yaml")
+
+
+def prepare_smollm2() -> None:
+    """SmolLM2 as the teacher, which learns from worked solutions; itself less six layers reads what the teacher writes."""
+    sys.path.insert(0, str(HERE / "smollm2"))
+    from tasks import write_data
+
+    data = RUNS / "smollm2" / "data"
+    subprocess.run([sys.executable, HERE.parent / "smollm2" / "make.py"], check=True)
+    write_data(data)
+    run("sft", HERE / "smollm2" / "teacher.yaml")
+    if not (data / "transcripts.jsonl").exists():
+        run("eval", HERE / "smollm2" / "transcripts.yaml")
+
+
+def writing_flops(configs: Path) -> float:
+    """What it costs the teacher to write what a step of sft.yaml reads; nothing, where a program has written it."""
+    if not (configs / "transcripts.yaml").exists():
+        return 0.0
+    from fastkl.trainer.commands import parse
+    from fastkl.trainer.data.prompts import encode_prompts, given_samples, load_prompts
+    from fastkl.trainer.flops import cost_of, sampling_flops
+    from fastkl.trainer.models.loading import load_model, load_tokenizer
+
+    _, sft = parse(["sft", str(configs / "sft.yaml")])
+    _, written = parse(["eval", str(configs / "transcripts.yaml")])
+    tokenizer = load_tokenizer(written.model)
+    samples = given_samples(encode_prompts(load_prompts(sft.data), tokenizer, sft.data), tokenizer)
+    return sampling_flops(cost_of(load_model(written.model)), samples) / len(samples) * sft.examples_per_step
+
+
+def curve(metrics: Sequence[dict[str, Any]], more_per_step: float = 0.0) -> Curve:
     """Evaluation is not counted, as it is no part of a method."""
     spent = accumulate(sum(v for name, v in row.items() if name.startswith("flops/")) for row in metrics)
-    return [(flops, row["eval/accuracy"]) for flops, row in zip(spent, metrics, strict=True) if "eval/accuracy" in row]
+    return [
+        (flops + more_per_step * row["step"], row["eval/accuracy"])
+        for flops, row in zip(spent, metrics, strict=True)
+        if "eval/accuracy" in row
+    ]
 
 
 def flops_to(points: Curve, accuracy: float) -> float | None:
@@ -79,10 +127,7 @@ def plot(curves: dict[str, Curve], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _metrics(name: str) -> list[dict[str, Any]]:
-    lines = (RUN / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
+PREPARE = {"tiny": prepare_tiny, "smollm2": prepare_smollm2}
 
 if __name__ == "__main__":
     main()
