@@ -81,10 +81,8 @@ def check_same(found: Path, wanted: Path, tolerance: float = 2e-4) -> None:
         assert ours == pytest.approx(theirs, rel=tolerance, abs=1e-5)
     ours, theirs = read_jsonl(found / "samples.jsonl"), read_jsonl(wanted / "samples.jsonl")
     assert [row["ids"] for row in ours] == [row["ids"] for row in theirs]
-    for name in (
-        "student_ranks",
-        "teacher_ranks",
-    ):  # while the weights are the same: later, neighbours may change places
+    # Ranks while the weights are the same: later, neighbours may change places.
+    for name in ("student_ranks", "teacher_ranks"):
         assert [row[name] for row in ours if row["step"] == 1] == [row[name] for row in theirs if row["step"] == 1]
         assert any(any(row[name]) for row in ours if row["step"] == 1)
     for name in [path.relative_to(wanted) for path in wanted.glob("student/**/*.safetensors")]:
@@ -101,6 +99,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "lora": {"student__lora__rank": 2, "loss__old_logprobs": "recompute"},
     "untied": {"student": "untied", "loss__old_logprobs": "recompute", "student__gradient_checkpointing": "true"},
     "packed": {"batch__layout": "packed", "loss__method": "ppo", "optim__substeps": 3},
+    "rounded": {"sampling__dtype": "bfloat16"},
+    "generate": {"sampling__engine": "generate"},
 }
 
 

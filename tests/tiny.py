@@ -29,6 +29,7 @@ from transformers import (
 from fastkl import cli
 from fastkl.trainer import commands
 from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
+from fastkl.trainer.samplers.generate import GenerateSampler
 from fastkl.trainer.samplers.sampler import Completion
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -264,8 +265,11 @@ def _join(command_line: list[str], environment: dict[str, str], errors: Path, fi
 
 def give_samples() -> None:
     """From here on, completions depend on their prompt alone; greedy ones are still the model's."""
-    sample = ContinuousBatchingSampler.sample
+    for engine in (ContinuousBatchingSampler, GenerateSampler):
+        engine.sample = _given(engine.sample)  # type: ignore[method-assign]
 
+
+def _given(sample: Callable[..., list[Completion]]) -> Any:
     def given(self: Any, prompts: list[list[int]], *, temperature: float, max_new_tokens: int, seed: int) -> Any:
         if temperature == 0:
             return sample(self, prompts, temperature=0, max_new_tokens=max_new_tokens, seed=seed)
@@ -278,7 +282,7 @@ def give_samples() -> None:
             found.append(Completion(ids, logprobs, truncated=length == max_new_tokens))
         return found
 
-    ContinuousBatchingSampler.sample = given  # type: ignore[method-assign]
+    return given
 
 
 def killed(command_line: list[str], target: str, call: int, after: bool) -> bool:
