@@ -94,12 +94,15 @@ def check_same(found: Path, wanted: Path, tolerance: float = 2e-4) -> None:
             )
 
 
+BASE: dict[str, object] = {"student__lora__rank": 2, "teacher__path": "", "teacher__base_of_student": "true"}
 VARIANTS: dict[str, dict[str, object]] = {
     "full": {},
     "lora": {"student__lora__rank": 2, "loss__old_logprobs": "recompute"},
     "untied": {"student": "untied", "loss__old_logprobs": "recompute", "student__gradient_checkpointing": "true"},
     "packed": {"batch__layout": "packed", "loss__method": "ppo", "optim__substeps": 3},
     "rounded": {"sampling__dtype": "bfloat16"},
+    "base": BASE | {"loss__objective": "sampled"},
+    "base-whole": BASE | {"loss__objective": "reverse_kl"},
     "generate": {"sampling__engine": "generate"},
 }
 

@@ -41,6 +41,8 @@ def encoded(text: str = "<u>q<a>") -> EncodedPrompt:
 class Scripted:
     """Writes what a script says after each text; token i of a call has log-prob −i − 1, and every call is recorded."""
 
+    shared = True
+
     def __init__(self, script: Callable[[str], str]) -> None:
         self.script, self.calls = script, list[dict[str, Any]]()
 

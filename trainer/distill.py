@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer import checks, processes
 from fastkl.trainer.advantages import set_advantages, set_reward_advantages
-from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.mixture import DataSet, read_data_sets, step_prompts
 from fastkl.trainer.data.samples import Sample
@@ -58,8 +57,8 @@ class OnPolicy:
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
         if self._config.sampling.server.url:
-            with clock("push_weights"):
-                self._sampler.refresh()
+            with clock("push_weights"), self._student.whole():
+                processes.on_main(self._sampler.refresh)
         with clock("sample"), self._student.whole():
             written = self._rollout(step)
             metrics = set_reward_advantages(written, self._config.reward)
@@ -67,7 +66,7 @@ class OnPolicy:
             metrics["flops/sampling"] = sampling_flops(self._student.cost, [s for s in written if not s.given])
         loss, teacher, mine = self._config.loss, self._teacher, processes.share(samples)
         if teacher is not None and loss.objective in ("sampled", "top_k"):  # others ask it in the update
-            with clock("teacher"):
+            with clock("teacher"), self._student.with_teacher():
                 processes.agree(lambda: teacher.score(mine))
         if loss.objective == "sampled":
             with clock("old_logprobs"):
@@ -99,7 +98,8 @@ class OnPolicy:
         teacher, mine = self._teacher, processes.share(samples)
         self._student.rank(mine, self._vocab_size)
         if teacher is not None:
-            processes.agree(lambda: teacher.rank(mine, self._vocab_size))
+            with self._student.with_teacher():
+                processes.agree(lambda: teacher.rank(mine, self._vocab_size))
         found = processes.gather([(sample.student_ranks, sample.teacher_ranks) for sample in mine])
         for sample, ranks in zip(samples, found, strict=True):
             sample.student_ranks, sample.teacher_ranks = ranks
@@ -148,7 +148,6 @@ def _mean(samples: list[Sample], field: str) -> float:
 def distill(config: DistillConfig) -> RunFolder:
     """Runs (or resumes) a distillation; raises ConfigError before anything expensive if it cannot work."""
     accelerator = checks.start_run(config, config.sampling.samples_per_step, "sampling.prompts_per_step")
-    _check_processes(config)
     tokenizer = load_tokenizer(config.student)
     environment = make_environment(config.environment)
     data_sets = read_data_sets(config, tokenizer)
@@ -173,14 +172,6 @@ def distill(config: DistillConfig) -> RunFolder:
     with RunFolder(config) as folder:
         fit(student, source, writer, tokenizer, eval_prompts, folder)
     return folder
-
-
-def _check_processes(config: DistillConfig) -> None:
-    if config.sampling.server.url and processes.count() > 1:
-        raise ConfigError(
-            f"sampling.server.url is {config.sampling.server.url!r} and there are {processes.count()} processes, each of "
-            f"which would load its weights there; start one process, or leave the sampling to them"
-        )
 
 
 def _writer(

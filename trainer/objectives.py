@@ -30,6 +30,9 @@ DIVERGENCES: dict[Name, Callable[..., LossOutput]] = {
 class Objective(Protocol):
     """The loss of a batch."""
 
+    asks_teacher: bool
+    """Whether it has the teacher run in the update."""
+
     def groups(self, samples: list[Sample]) -> list[list[Sample]]:
         """The samples apart by what cannot share a batch."""
         ...
@@ -46,6 +49,8 @@ class Objective(Protocol):
 
 class PolicyGradient:
     """The policy-gradient surrogate of the samples' advantages (`policy_gradient_loss`)."""
+
+    asks_teacher = False
 
     def __init__(self, config: LossConfig, temperature: float) -> None:
         self._config, self._temperature = config, temperature
@@ -80,6 +85,8 @@ class PolicyGradient:
 
 class TopKDivergence:
     """The KL divergence to the teacher's likeliest tokens, which scoring left in the samples (`top_k_kl_loss`)."""
+
+    asks_teacher = False
 
     def __init__(self, config: LossConfig, temperature: float, teachers: RoutedTeacher[Teacher]) -> None:
         self._config, self._temperature, self._teachers = config, temperature, teachers
@@ -118,6 +125,8 @@ class FullDivergence:
     by-product. To keep a step's hidden states from an earlier pass would take D_t numbers per token of the step and
     save nothing, since every sample is in one batch of a step.
     """
+
+    asks_teacher = True
 
     def __init__(self, config: LossConfig, temperature: float, teachers: RoutedTeacher[LocalTeacher]) -> None:
         self._config, self._temperature, self._teachers = config, temperature, teachers

@@ -84,6 +84,11 @@ def share(items: Sequence[T]) -> list[T]:
     return list(items[len(items) * rank() // count() : len(items) * (rank() + 1) // count()])
 
 
+def first_alone(items: Sequence[T]) -> list[T]:
+    """Everything on the first process, nothing on the others."""
+    return list(items) if rank() == 0 else []
+
+
 def seed(common: int) -> int:
     """A seed of this process's own; the common one on the first."""
     return common + (rank() << 32)

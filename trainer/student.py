@@ -62,6 +62,8 @@ class Student:
         self.fused, self.optimizer = self.accelerator.prepare(fused, optimizer)
         if self._copy is not None:
             self.model = self._copy.model
+        # Open while a teacher scores: `whole` where the sharded student's own base is the teacher.
+        self.with_teacher: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self._skipped = 0  # optimizer steps in a row
         self._kept: dict[str, Any] = {}
         self._recomputes = loss.old_logprobs == "recompute"
@@ -125,8 +127,13 @@ class Student:
     def update(self, samples: list[Sample], step: int) -> dict[str, float]:
         """One step: `substeps` optimizer steps, each on the mean over its tokens, accumulated batch by batch.
 
-        Every process is given all samples and takes its part. Gradients are averaged over the processes, hence the factor.
+        Every process is given all samples and takes its part.
         """
+        with self.with_teacher() if self.objective.asks_teacher else contextlib.nullcontext():
+            return self._update(samples, step)
+
+    def _update(self, samples: list[Sample], step: int) -> dict[str, float]:
+        """Gradients are averaged over the processes, hence the factor."""
         optim, totals, norms = self.config.optim, defaultdict[str, float](float), []
         mismatch: list[Tensor] = []
         # A new one for each batch of a run.

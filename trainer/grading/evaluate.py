@@ -45,7 +45,7 @@ def evaluate(
     seed: int,
 ) -> tuple[dict[str, float], list[Answer]]:
     """Metrics `eval/*` and the graded answers; several processes share the prompts, and all have all answers."""
-    mine = processes.share(prompts)
+    mine = writer.share(prompts)
     own = processes.agree(
         lambda: writer.write(
             mine,

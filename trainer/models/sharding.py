@@ -19,7 +19,7 @@ class Whole:
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False).to(device).eval()
+        self.model = copy.deepcopy(model).to(device).eval()
         self._empty()
 
     @contextmanager

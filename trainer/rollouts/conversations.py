@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,8 +17,10 @@ from fastkl.trainer.config.environment import EnvironmentConfig
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.rollouts.chat import TurnMarkers, turn_markers
 from fastkl.trainer.rollouts.environments import Environment, Message
-from fastkl.trainer.rollouts.writer import Trajectory, round_seed, sample_within
+from fastkl.trainer.rollouts.writer import Trajectory, round_seed, sample_within, share_of
 from fastkl.trainer.samplers.sampler import Completion, Sampler
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -65,6 +68,9 @@ class MultiTurn:
         self._sampler, self._tokenizer, self._environment = sampler, tokenizer, environment
         self._config, self._ends, self._context = config, set(ends), context
         self._markers: TurnMarkers | None = None if config.role is None else turn_markers(tokenizer, config.role)
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        return share_of(self._sampler, items)
 
     def write(
         self, prompts: Sequence[EncodedPrompt], *, max_new_tokens: Sequence[int], temperature: float, seed: int

@@ -49,7 +49,7 @@ class Rollouts:
         starts = [(index, list[int]()) for index in chosen[:own] for _ in range(self._config.samples_per_prompt)]
         starts += [(start["prompt_index"], start["completion"]) for start in self._unfinished]
         given = [dataclasses.replace(self._given[index], given=True) for index in chosen[own:]]
-        mine = processes.share(starts)
+        mine = self._writer.share(starts)
         written = processes.agree(lambda: self._write(mine, step, processes.seed(seed)))
         return processes.gather(written) + given
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
+from fastkl.trainer import processes
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.samplers.sampler import Completion, Sampler
+
+T = TypeVar("T")
 
 _ROUND = 1 << 40  # between the seeds of two calls of one step; steps count up from seed · 1 000 003
 
@@ -24,6 +27,10 @@ class Trajectory(NamedTuple):
 
 class Writer(Protocol):
     """One trajectory per prompt, in order; the same ones for the same weights and seed. Temperature 0 is greedy."""
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Those of all processes' prompts that this process has to write."""
+        ...
 
     def write(
         self, prompts: Sequence[EncodedPrompt], *, max_new_tokens: Sequence[int], temperature: float, seed: int
@@ -43,6 +50,9 @@ class SingleTurn:
     def __init__(self, sampler: Sampler, context: int | None) -> None:
         self._sampler, self._context = sampler, context
 
+    def share(self, items: Sequence[T]) -> list[T]:
+        return share_of(self._sampler, items)
+
     def write(
         self, prompts: Sequence[EncodedPrompt], *, max_new_tokens: Sequence[int], temperature: float, seed: int
     ) -> list[Trajectory]:
@@ -58,6 +68,11 @@ class SingleTurn:
             Trajectory(c.token_ids, [True] * len(c.token_ids), c.logprobs, c.truncated, c.token_ids)
             for c in completions
         ]
+
+
+def share_of(sampler: Sampler, items: Sequence[T]) -> list[T]:
+    """This process's part of what all processes have to sample."""
+    return processes.share(items) if sampler.shared else processes.first_alone(items)
 
 
 def sample_within(

@@ -34,6 +34,8 @@ class ContinuousBatchingSampler:
         max_batch_tokens: The most tokens in one forward pass; longer prompts are processed in pieces.
     """
 
+    shared = True
+
     def __init__(
         self,
         model: PreTrainedModel,

@@ -25,6 +25,8 @@ class CopySampler:
         sampler: Makes the sampler of a model.
     """
 
+    shared = True
+
     def __init__(self, student: Student, dtype: torch.dtype, sampler: Callable[[nn.Module], Sampler]) -> None:
         self._student, self._dtype, self._make = student, dtype, sampler
         self._version: int | None = None  # of the student, whose weights the copy has

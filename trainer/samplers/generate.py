@@ -29,6 +29,8 @@ class GenerateSampler:
         max_requests: The most completions in a batch; None: 64.
     """
 
+    shared = True
+
     def __init__(
         self, model: PreTrainedModel, *, eos_token_ids: Iterable[int] = (), max_requests: int | None = None
     ) -> None:

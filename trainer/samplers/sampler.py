@@ -19,6 +19,9 @@ class Completion(NamedTuple):
 class Sampler(Protocol):
     """Anything that completes prompts and says how likely each token was."""
 
+    shared: bool
+    """Whether each process samples, its part of the prompts; else the first samples all of them."""
+
     def refresh(self) -> None:
         """Takes over the model's current weights where it holds a copy of them; `sample` does so by itself."""
         ...

@@ -7,15 +7,16 @@ import shutil
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.trainer import checks
+from fastkl.trainer import checks, processes
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.batching import PAD_ID
 from fastkl.trainer.data.prompts import EncodedPrompt
-from fastkl.trainer.data.samples import make_sample
-from fastkl.trainer.models.scoring import score
+from fastkl.trainer.samplers.requests import undisturbed
 from fastkl.trainer.samplers.sampler import Completion
 from fastkl.trainer.servers.check_sampling import check_sampling
 from fastkl.trainer.servers.completions import CompletionsServer
@@ -62,21 +63,30 @@ def connect_sampling(
     length, part, data = max(
         (max(len(prompt.ids) for prompt in some) + new, part, data) for some, new, part, data in rooms
     )
-    check_sampling(
-        server.generation,
-        config.sampling.server.model,
-        probe,
-        temperature=config.sampling.temperature,
-        highest=max(tokenizer.get_vocab().values()),
-        longest=[PAD_ID] * length,
-        remedy=checks.SHORTER.format(part, data),
-    )
-    server.loader.check()
+
+    def check() -> None:
+        check_sampling(
+            server.generation,
+            config.sampling.server.model,
+            probe,
+            temperature=config.sampling.temperature,
+            highest=max(tokenizer.get_vocab().values()),
+            longest=[PAD_ID] * length,
+            remedy=checks.SHORTER.format(part, data),
+        )
+        server.loader.check()
+
+    processes.on_main(check)
     return server
 
 
 class ServedSampler:
-    """Samples from a server, which gets the student's weights whenever they have changed."""
+    """Samples from a server, which gets the student's weights whenever they have changed.
+
+    Of several processes the first alone samples, and pushes the weights: a server that was away may need them at any time.
+    """
+
+    shared = False
 
     def __init__(self, server: SamplingServer, student: Student, eos_token_ids: Iterable[int]) -> None:
         self._server, self._student, self._eos = server, student, sorted(set(eos_token_ids))
@@ -159,19 +169,14 @@ class ServedSampler:
         server = CompletionsServer(self._model, self._server.connection)
         return server.score([self._server.probe], "prompt_logprobs", 1.0)[0].logprobs
 
+    @torch.no_grad()
     def _score(self) -> list[float]:
-        probe, student = self._server.probe, self._student
-        sample = make_sample(probe[:1], probe[1:], 0)
-        score(
-            student.fused,
-            [sample],
-            "old_logprobs",
-            temperature=1.0,
-            max_tokens=len(probe),
-            layout=student.layout,
-            device=student.device,
-        )
-        return sample.old_logprobs
+        model: Any = self._student.model  # not what DDP or FSDP made of it: the other processes are elsewhere
+        ids = torch.tensor([self._server.probe], device=self._student.device)
+        with undisturbed(model):
+            logits = model.eval()(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        values: list[float] = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).flatten().tolist()
+        return [0.0, *values]  # nothing predicts the first token
 
 
 def _request_seed(seed: int, index: int) -> int:

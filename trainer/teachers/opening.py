@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fastkl.head import FusedCausalLM
 from fastkl.trainer import checks
-from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.batching import PAD_ID
@@ -87,14 +89,8 @@ def _load(
     config: DistillConfig, teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase, student: Student
 ) -> LocalTeacher:
     if teacher.base_of_student:
-        if student.sharded:
-            raise ConfigError(
-                "base_of_student is true under FSDP 2, whose shards the processes can only score together; use DDP, or set "
-                "teacher.path to the base"
-            )
-        peft_model: Any = student.model
-        options: dict[str, Any] = {"alone": peft_model.disable_adapter}
-        fused, device = student.plain, student.device
+        fused, device = _base_of(student), student.device
+        options: dict[str, Any] = {"alone": partial(_without_adapter, student)}
     else:
         options, device = {}, teacher_device(teacher, student.device)
         fused = fuse(load_teacher(teacher, device), "teacher")
@@ -102,6 +98,23 @@ def _load(
         ours, theirs = (model.get_output_embeddings().weight.shape[0] for model in models)
         options["vocab_size"] = None if ours == theirs else checks.vocabulary(tokenizer)
     return LocalTeacher(fused, config.batch, config.sampling.temperature, device, top_k=_top_k(config), **options)
+
+
+def _base_of(student: Student) -> FusedCausalLM:
+    """The student itself; where it is sharded, its whole copy, which from now on has weights while a teacher is needed."""
+    if not student.sharded:
+        plain: FusedCausalLM = student.plain
+        return plain
+    student.with_teacher = student.whole
+    with student.whole():
+        return fuse(student.model, "teacher")
+
+
+@contextmanager
+def _without_adapter(student: Student) -> Iterator[None]:
+    model: Any = student.model
+    with student.accelerator.autocast(), model.disable_adapter():
+        yield
 
 
 def _top_k(config: DistillConfig) -> int | None:
