@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import yaml
+from tiny import read_jsonl
 
 from fastkl.trainer.commands import COMMANDS, parse
 
@@ -68,6 +70,25 @@ def test_sums_of_flops_and_targets(recipe: Load) -> None:
     assert points == [(0, 0.1), (22.0, 0.8)]
     assert compare.flops_to(points, 0.8) == 22.0
     assert compare.flops_to(points, 0.81) is None
+    assert compare.curve(metrics, 5.0) == [(0, 0.1), (32.0, 0.8)]
+
+
+def test_worked_solutions_are_right(recipe: Load, tmp_path: Path) -> None:
+    gym = pytest.importorskip("reasoning_gym")
+    (tasks,) = recipe("reasoning/smollm2", "tasks")
+    tasks.write_data(tmp_path)
+    rows, held_out = (read_jsonl(tmp_path / f"{name}.jsonl") for name in ("train", "heldout"))
+    assert len(rows) == len(tasks.TASKS) * tasks.TRAINING
+    assert len(held_out) == len(tasks.TASKS) * tasks.HELD_OUT
+    assert not {row["prompt"] for row in rows} & {row["prompt"] for row in held_out}
+    for row in rows + held_out:
+        *steps, answer = row["completion"].split("\n")
+        verify = gym.get_score_answer_fn(row["metadata"]["source_dataset"])
+        found = answer.removeprefix("<answer>").removesuffix("</answer>")
+        assert verify(answer=found, entry={"answer": row["answer"], "metadata": row["metadata"]}) == 1.0
+        for step in steps:
+            values = {eval(side, {}) for side in re.sub(r"^(\w+\*)?[a-z] = ", "", step).split(" = ") if "=" in step}
+            assert len(values) == ("=" in step), step  # what stands on both sides of = is one number
 
 
 @pytest.mark.parametrize(

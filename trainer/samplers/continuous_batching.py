@@ -11,7 +11,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 
 from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.models.layers import layer_kinds
-from fastkl.trainer.samplers.requests import check_requests, undisturbed, unwrapped
+from fastkl.trainer.samplers.common import check_requests, undisturbed, unwrapped
 from fastkl.trainer.samplers.sampler import Completion
 
 _CONFIG_FIELDS = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from fastkl.trainer.data.batching import PAD_ID
-from fastkl.trainer.samplers.requests import check_requests, undisturbed, unwrapped
+from fastkl.trainer.samplers.common import check_requests, undisturbed, unwrapped
 from fastkl.trainer.samplers.sampler import Completion
 
 _REQUESTS = 64

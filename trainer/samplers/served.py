@@ -16,7 +16,7 @@ from fastkl.trainer import checks, processes
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.batching import PAD_ID
 from fastkl.trainer.data.prompts import EncodedPrompt
-from fastkl.trainer.samplers.requests import undisturbed
+from fastkl.trainer.samplers.common import undisturbed
 from fastkl.trainer.samplers.sampler import Completion
 from fastkl.trainer.servers.check_sampling import check_sampling
 from fastkl.trainer.servers.completions import CompletionsServer
