@@ -77,11 +77,14 @@ def test_worked_solutions_are_right(recipe: Load, tmp_path: Path) -> None:
     gym = pytest.importorskip("reasoning_gym")
     (tasks,) = recipe("reasoning/smollm2", "tasks")
     tasks.write_data(tmp_path)
-    rows, held_out = (read_jsonl(tmp_path / f"{name}.jsonl") for name in ("train", "heldout"))
-    assert len(rows) == len(tasks.TASKS) * tasks.TRAINING
-    assert len(held_out) == len(tasks.TASKS) * tasks.HELD_OUT
-    assert not {row["prompt"] for row in rows} & {row["prompt"] for row in held_out}
-    for row in rows + held_out:
+    counts = {"train": tasks.TRAINING, "heldout": tasks.HELD_OUT, "test": tasks.TEST}
+    rows = []
+    for name, count in counts.items():
+        part = read_jsonl(tmp_path / f"{name}.jsonl")
+        assert len(part) == len(tasks.TASKS) * count
+        rows += part
+    assert len({row["prompt"] for row in rows}) == len(rows)
+    for row in rows:
         *steps, answer = row["completion"].split("\n")
         verify = gym.get_score_answer_fn(row["metadata"]["source_dataset"])
         found = answer.removeprefix("<answer>").removesuffix("</answer>")

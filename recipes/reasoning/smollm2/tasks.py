@@ -12,18 +12,20 @@ from typing import Any
 import reasoning_gym
 
 Problem = dict[str, Any]  # a row of reasoning-gym: question, answer, metadata
-HELD_OUT, TRAINING = 32, 1000  # problems of each task
+HELD_OUT, TRAINING, TEST = 32, 1000, 128  # problems of each task
 _EQUATION = re.compile(r"(?:(\d+) - )?(\d+)\*(\w)(?: ([+-]) (\d+))? = (-?\d+)")
 
 
 def write_data(folder: Path) -> None:
-    """train.jsonl (prompt, worked completion, answer) and heldout.jsonl (other problems), with what verifiers need."""
-    drawn = {task: _problems(task) for task in TASKS}
-    held_out = [row for problems in drawn.values() for row in problems[:HELD_OUT]]
-    train = [row for problems in drawn.values() for row in problems[HELD_OUT : HELD_OUT + TRAINING]]
-    random.Random(0).shuffle(train)
+    """train.jsonl (prompt, worked completion, answer), heldout.jsonl and test.jsonl: different problems in each."""
+    drawn = [_problems(task) for task in TASKS]
+    first, last = HELD_OUT + TRAINING, HELD_OUT + TRAINING + TEST
+    parts = {"heldout": slice(HELD_OUT), "train": slice(HELD_OUT, first), "test": slice(first, last)}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("train", train), ("heldout", held_out)):
+    for name, part in parts.items():
+        rows = [row for problems in drawn for row in problems[part]]
+        if name == "train":
+            random.Random(0).shuffle(rows)
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
