@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.data.prompts import batch_indices
-from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
+from fastkl.trainer.samplers.generate import GenerateSampler
 from fastkl.trainer.samplers.sampler import Completion
 from fastkl.trainer.teachers.teacher import UNKNOWN
 
@@ -64,14 +64,14 @@ def test_samples_are_the_sampled_ids_and_never_tokenized_again(
 ) -> None:
     """The student's head is padded beyond the tokenizer: some of what it samples has no text that would give it back."""
     sampled: list[tuple[list[int], Completion]] = []
-    sample = ContinuousBatchingSampler.sample
+    sample = GenerateSampler.sample
 
-    def recorded(self: ContinuousBatchingSampler, prompts: list[list[int]], **options: Any) -> list[Completion]:
+    def recorded(self: GenerateSampler, prompts: list[list[int]], **options: Any) -> list[Completion]:
         completions = sample(self, prompts, **options)
         sampled.extend(zip(prompts, completions, strict=True))
         return completions
 
-    monkeypatch.setattr(ContinuousBatchingSampler, "sample", recorded)
+    monkeypatch.setattr(GenerateSampler, "sample", recorded)
     done = run(tmp_path / "run", pair, sampling__samples_per_prompt=3)
     words = AutoTokenizer.from_pretrained(pair.student)
     beyond = 0

@@ -43,6 +43,11 @@ def recurrent(kind: str, **settings: Any) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("kind", RECURRENT)
+def test_such_models_are_not_given_to_the_other_engine(kind: str) -> None:
+    assert isinstance(local_sampler(recurrent(kind).to("meta"), eos_token_ids=[]), GenerateSampler)
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
 def test_models_with_layers_that_carry_a_state(kind: str) -> None:
     model, prompts = recurrent(kind), make_prompts(12)
     sampler = local_sampler(model, eos_token_ids=[2])
@@ -58,15 +63,17 @@ def test_eager_attention_with_a_soft_cap() -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "kind"),
+    ("engine", "on_cpu", "elsewhere"),
     [
-        ("auto", ContinuousBatchingSampler),
-        ("continuous_batching", ContinuousBatchingSampler),
-        ("generate", GenerateSampler),
+        ("auto", GenerateSampler, ContinuousBatchingSampler),
+        ("continuous_batching", ContinuousBatchingSampler, ContinuousBatchingSampler),
+        ("generate", GenerateSampler, GenerateSampler),
     ],
 )
-def test_the_engine_that_is_asked_for(engine: Any, kind: type) -> None:
-    assert isinstance(local_sampler(make_model(), eos_token_ids=[], settings=SamplingConfig(engine=engine)), kind)
+def test_the_engine_that_is_asked_for(engine: Any, on_cpu: type, elsewhere: type) -> None:
+    for device, kind in (("cpu", on_cpu), ("meta", elsewhere)):
+        model, settings = make_model().to(device), SamplingConfig(engine=engine)
+        assert isinstance(local_sampler(model, eos_token_ids=[], settings=settings), kind)
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(24, [8, 8, 8]), (11, [5, 6]), (3, [3]), (0, [])])

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from fastkl import cli
 from fastkl.trainer.grading.graders import GRADERS
-from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
+from fastkl.trainer.samplers.generate import GenerateSampler
 from fastkl.trainer.samplers.sampler import Completion
 
 
@@ -48,7 +48,7 @@ def test_accuracy_is_the_share_of_right_answers(
             completions.append(Completion(words(text)["input_ids"] + end, [], not end))
         return completions
 
-    monkeypatch.setattr(ContinuousBatchingSampler, "sample", rigged)
+    monkeypatch.setattr(GenerateSampler, "sample", rigged)
     output = tmp_path / "new" / "folder" / "answers.jsonl"
     assert cli.main(evaluation(folder, output=output)) == 0
     metrics = printed(capsys)

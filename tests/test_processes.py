@@ -34,7 +34,7 @@ from tiny import (
 from fastkl.trainer import commands
 from fastkl.trainer.distill import OnPolicy
 from fastkl.trainer.runs.folder import RunFolder
-from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
+from fastkl.trainer.samplers.generate import GenerateSampler
 from fastkl.trainer.servers.errors import ServerError
 from fastkl.trainer.teachers.local import LocalTeacher
 
@@ -103,7 +103,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "rounded": {"sampling__dtype": "bfloat16"},
     "base": BASE | {"loss__objective": "sampled"},
     "base-whole": BASE | {"loss__objective": "reverse_kl"},
-    "generate": {"sampling__engine": "generate"},
+    "continuous": {"sampling__engine": "continuous_batching"},
 }
 
 
@@ -265,7 +265,7 @@ def test_gaps_in_one_process(tmp_path: Path, folder: Path, fsdp: bool) -> None:
 
 def with_gaps() -> None:
     give_samples()
-    sample, samples = ContinuousBatchingSampler.sample, OnPolicy.samples
+    sample, samples = GenerateSampler.sample, OnPolicy.samples
 
     def gaps(self: Any, prompts: list[list[int]], **options: Any) -> Any:
         found = sample(self, prompts, **options)
@@ -281,7 +281,7 @@ def with_gaps() -> None:
             found[index].advantages = [math.inf * counted if counted else 0.0 for counted in found[index].loss_mask]
         return found, metrics
 
-    ContinuousBatchingSampler.sample = gaps  # type: ignore[method-assign]
+    GenerateSampler.sample = gaps  # type: ignore[method-assign]
     OnPolicy.samples = infinite  # type: ignore[method-assign]
 
 

@@ -70,7 +70,7 @@ MOMENTS: dict[str, tuple[str, int, bool, range]] = {
     "after-the-config-is-in-place": ("fastkl.trainer.runs.folder:os.replace", 1, True, range(6)),
     "at-the-first-evaluation": ("fastkl.trainer.loop:evaluate", 1, False, range(6)),
     "while-sampling-before-any-checkpoint": (
-        "fastkl.trainer.samplers.continuous_batching:ContinuousBatchingSampler.sample",
+        "fastkl.trainer.samplers.generate:GenerateSampler.sample",
         3,
         False,
         range(6),

@@ -20,7 +20,7 @@ from fastkl import cli
 from fastkl.trainer.distill import OnPolicy, distill
 from fastkl.trainer.runs import checkpoint
 from fastkl.trainer.runs.folder import RunFolder
-from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSampler
+from fastkl.trainer.samplers.generate import GenerateSampler
 from fastkl.trainer.student import Student
 
 
@@ -192,13 +192,13 @@ def test_too_many_skips_in_a_row_end_a_run(
 @pytest.mark.parametrize("every", [1, 2], ids=["all", "some"])
 def test_empty_completions(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
     """An end of sequence at once is one token; a completion of no token at all is no reason to stop either."""
-    sample = ContinuousBatchingSampler.sample
+    sample = GenerateSampler.sample
 
     def emptied(self: Any, prompts: Any, **options: Any) -> Any:
         found = sample(self, prompts, **options)
         return [c._replace(token_ids=[], logprobs=[]) if i % every == 0 else c for i, c in enumerate(found)]
 
-    monkeypatch.setattr(ContinuousBatchingSampler, "sample", emptied)
+    monkeypatch.setattr(GenerateSampler, "sample", emptied)
     options = {"optim__steps": 2, "optim__substeps": 2, "batch__max_tokens": 1, "loss__old_logprobs": "recompute"}
     path = distill(config("distill", settings(folder, tmp_path / "run", **options))).path
     for row in log(path):

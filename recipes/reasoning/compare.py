@@ -120,7 +120,7 @@ def plot(curves: dict[str, Curve], path: Path) -> None:
     for label, points in curves.items():
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
     axes.set(
-        xlabel="FLOPs of sampling, teacher and training", ylabel="held-out accuracy", xlim=(0, None), ylim=(0, 1.02)
+        xlabel="FLOPs of sampling, teacher and training", ylabel="held-out accuracy", xlim=(0, None), ylim=(0, None)
     )
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     figure.savefig(path, dpi=120)

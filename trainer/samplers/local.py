@@ -17,14 +17,18 @@ DEFAULT = SamplingConfig()
 def local_sampler(
     model: PreTrainedModel, *, eos_token_ids: Iterable[int], settings: SamplingConfig = DEFAULT
 ) -> Sampler:
-    """Continuous batching where the model allows it, `generate` elsewhere, or what `settings.engine` says.
+    """What `settings.engine` says; `auto` is `generate` on a CPU, or where the model rules out continuous batching.
+
+    On a CPU paged attention scores every query against the keys of all requests, and masks; `generate` was up to twice as
+    fast there (docs/trainer-speed.md).
 
     Raises:
         ConfigError: If the engine that is asked for cannot sample from the model.
     """
     engine = settings.engine
     if engine == "auto":
-        engine = "continuous_batching" if obstacle_to_continuous_batching(model) is None else "generate"
+        on_cpu = model.device.type == "cpu"
+        engine = "generate" if on_cpu or obstacle_to_continuous_batching(model) else "continuous_batching"
     if engine == "generate":
         return GenerateSampler(model, eos_token_ids=eos_token_ids, max_requests=settings.max_requests)
     return ContinuousBatchingSampler(
