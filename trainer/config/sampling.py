@@ -47,8 +47,8 @@ class SamplingConfig:
         top_p: Must stay 1: anything else samples from another distribution than the loss assumes.
         top_k: Must stay 0, for the same reason.
         engine: Transformers' continuous_batching, where an ended completion makes room for another; its generate, which
-            samples whole batches, from more kinds of models; or auto: generate on a CPU (docs/trainer-speed.md) and for models
-            that the other cannot sample from.
+            samples whole batches, from more kinds of models; or auto: generate on a CPU (docs/trainer-speed.md) and for
+            models that the other cannot sample from.
         max_batch_tokens: Tokens in one forward pass of continuous batching.
         max_requests: Completions in progress at once; null: 64, or for continuous batching on a CPU as many as do not get
             in each other's way (docs/trainer-speed.md).
