@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.distill import distill
 from fastkl.trainer.rollouts.environments import ENVIRONMENTS, Message, Reply
+from fastkl.trainer.samplers.generate import GenerateSampler
+from fastkl.trainer.samplers.sampler import Completion
 
 CHAT = tokenizer().chat_template
 
@@ -134,8 +136,16 @@ def test_all_given_is_supervised(folder: Path, tmp_path: Path) -> None:
     assert rows[-1]["given/nll"] < rows[0]["given/nll"]
 
 
-def test_a_step_whose_samples_are_all_dropped_moves_nothing(folder: Path, tmp_path: Path) -> None:
-    rows, samples = run(folder, tmp_path / "run", sampling__min_completion_tokens=8, sampling__drop_truncated="true")
+def test_a_step_whose_samples_are_all_dropped_moves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = GenerateSampler.sample
+
+    def truncated(self: GenerateSampler, prompts: list[list[int]], **options: Any) -> list[Completion]:
+        return [completion._replace(truncated=True) for completion in sample(self, prompts, **options)]
+
+    monkeypatch.setattr(GenerateSampler, "sample", truncated)
+    rows, samples = run(folder, tmp_path / "run", sampling__drop_truncated="true")
     assert {row["completions/dropped_fraction"] for row in rows} == {1.0}
     assert all(row["optim/grad_norm"] == 0 for row in rows)
     assert samples == []

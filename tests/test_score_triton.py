@@ -279,12 +279,25 @@ def test_no_rows(name: str) -> None:
     assert run(name, make_case(0, 12)).shape == (2, 0)
 
 
+def in_eighths(head: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, Tensor, Tensor | None]:
+    hidden, weight, bias = ((tensor * 8).round() / 8 if tensor is not None else None for tensor in head)
+    assert hidden is not None
+    assert weight is not None
+    return hidden, weight, bias
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.usefixtures("few_splits")
 def test_same_bits_whatever_the_rows_around(name: str, dtype: torch.dtype) -> None:
-    """Alone, elsewhere in its tile, in another tile, among more rows, and once again."""
+    """Alone, elsewhere in its tile, in another tile, among more rows, and once again.
+
+    The interpreter multiplies with NumPy, some of whose libraries add up a row in another order elsewhere in a matrix:
+    there the logits are exact in any order.
+    """
     case = make_case(140, 200, 48, dtype)
+    if INTERPRETED:
+        case = case._replace(student=in_eighths(case.student), teacher=in_eighths(case.teacher))
     whole = run(name, case)
     assert torch.equal(whole, run(name, case))
     for rows in (slice(0, 1), slice(130, 131), slice(5, 70)):
