@@ -14,6 +14,7 @@ from fastkl.trainer.samplers.continuous_batching import ContinuousBatchingSample
 from fastkl.trainer.samplers.generate import GenerateSampler
 from fastkl.trainer.samplers.sampler import Completion
 
+KINDS = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "granite", "mistral"]
 ENGINES = {"continuous_batching": ContinuousBatchingSampler, "generate": GenerateSampler}
 
 

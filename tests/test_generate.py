@@ -76,6 +76,13 @@ def test_the_engine_that_is_asked_for(engine: Any, on_cpu: type, elsewhere: type
         assert isinstance(local_sampler(model, eos_token_ids=[], settings=settings), kind)
 
 
+def test_a_setting_of_continuous_batching_is_never_ignored() -> None:
+    settings = SamplingConfig(max_batch_tokens=64)
+    assert isinstance(local_sampler(make_model(), eos_token_ids=[], settings=settings), ContinuousBatchingSampler)
+    with pytest.raises(ConfigError, match=r"linear_attention.*leave max_batch_tokens out"):
+        local_sampler(recurrent("mamba"), eos_token_ids=[], settings=settings)
+
+
 @pytest.mark.parametrize(("count", "sizes"), [(24, [8, 8, 8]), (11, [5, 6]), (3, [3]), (0, [])])
 def test_batches_are_of_one_size_and_of_similar_lengths(count: int, sizes: list[int]) -> None:
     prompts = make_prompts(count)

@@ -21,6 +21,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from fastkl.trainer.runs.folder import read_jsonl
+
 HERE, RUNS = Path(__file__).parent, Path("runs/reasoning")
 METHODS = {
     "sft": "more sft",
@@ -42,7 +44,7 @@ def main() -> None:
         run("sft" if name in ("student", "sft") else "distill", configs / f"{name}.yaml")
     curves = {}
     for name, label in methods.items():
-        metrics = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text("utf-8").splitlines()]
+        metrics = read_jsonl(runs / name / "metrics.jsonl")
         curves[label] = curve(metrics, writing_flops(configs) if name == "sft" else 0.0)
     table = {label: {str(target): flops_to(points, target) for target in TARGETS} for label, points in curves.items()}
     result = {"curves": curves, "flops_to_accuracy": table}

@@ -49,7 +49,7 @@ class SamplingConfig:
         engine: Transformers' continuous_batching, where an ended completion makes room for another; its generate, which
             samples whole batches, from more kinds of models; or auto: generate on a CPU (docs/trainer-speed.md) and for
             models that the other cannot sample from.
-        max_batch_tokens: Tokens in one forward pass of continuous batching.
+        max_batch_tokens: Tokens in one forward pass of continuous batching, which auto then takes on a CPU too.
         max_requests: Completions in progress at once; null: 64, or for continuous batching on a CPU as many as do not get
             in each other's way (docs/trainer-speed.md).
         dtype: Dtype of a copy of the student that samples in its place, evaluation included, for a student in float32; its

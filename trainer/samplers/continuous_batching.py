@@ -46,7 +46,9 @@ class ContinuousBatchingSampler:
     ) -> None:
         obstacle = obstacle_to_continuous_batching(model)
         if obstacle is not None:
-            raise ConfigError(f"sampling.engine is continuous_batching, but {obstacle}; set it to generate")
+            raise ConfigError(
+                f"no continuous batching: {obstacle}; set sampling.engine to generate and leave max_batch_tokens out"
+            )
         if max_batch_tokens < 1 or (max_requests is not None and max_requests < 1):
             raise ConfigError(
                 f"max_requests is {max_requests}, max_batch_tokens is {max_batch_tokens}; both must be >= 1"

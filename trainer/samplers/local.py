@@ -19,16 +19,18 @@ def local_sampler(
 ) -> Sampler:
     """What `settings.engine` says; `auto` is `generate` on a CPU, or where the model rules out continuous batching.
 
-    On a CPU paged attention scores every query against the keys of all requests, and masks; `generate` was up to twice as
-    fast there (docs/trainer-speed.md).
+    It is continuous batching where `settings.max_batch_tokens` is set, which means nothing to the other. On a CPU paged
+    attention scores every query against the keys of all requests, and masks; `generate` was up to twice as fast there
+    (docs/trainer-speed.md).
 
     Raises:
-        ConfigError: If the engine that is asked for cannot sample from the model.
+        ConfigError: If the engine that is asked for, by its name or by that setting, cannot sample from the model.
     """
     engine = settings.engine
     if engine == "auto":
-        on_cpu = model.device.type == "cpu"
-        engine = "generate" if on_cpu or obstacle_to_continuous_batching(model) else "continuous_batching"
+        asked = settings.max_batch_tokens != DEFAULT.max_batch_tokens
+        better = model.device.type == "cpu" or obstacle_to_continuous_batching(model) is not None
+        engine = "generate" if better and not asked else "continuous_batching"
     if engine == "generate":
         return GenerateSampler(model, eos_token_ids=eos_token_ids, max_requests=settings.max_requests)
     return ContinuousBatchingSampler(
