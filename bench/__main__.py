@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from bench import count, gpu, kernels, loss, models, plot, sampled, train
+from bench.commands import count, gpu, kernels, loss, models, plot, train
+from bench.commands import sparse as sampled
 
 BENCHES = {
     "loss": loss,

@@ -16,9 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Of several processes that end together, one says why.
     """
     try:
-        from fastkl.trainer import commands, processes
-        from fastkl.trainer.config.errors import ConfigError
-        from fastkl.trainer.runs.errors import RunError
+        from fastkl.trainer.commands import command_line as commands
+        from fastkl.trainer.errors import ConfigError, RunError
+        from fastkl.trainer.runs import processes
     except ModuleNotFoundError as error:
         print(MISSING_EXTRA.format(error.name), file=sys.stderr)
         return 2
@@ -45,7 +45,7 @@ def _say(text: str, aloud: bool) -> None:
 if __name__ == "__main__":
     status = main()
     if status == 0:
-        from fastkl.trainer import processes
+        from fastkl.trainer.runs import processes
 
         processes.leave()
     sys.exit(status)

@@ -38,7 +38,7 @@ Sampled backward
 backward="sampled" makes the gradients of hidden and weight from a random subset of the vocabulary for each block of rows
 (128 on a CPU, 1024 elsewhere): unbiased for every loss, and on the peaked rows of a trained model for little more than the
 price of the forward pass. Values are exact. So is the bias's gradient where the loss is reduced; where it is not
-(linear_logprobs, reduction="none") and weight or bias is trainable, it is sampled too. docs/sampled-backward.md has the
+(linear_logprobs, reduction="none") and weight or bias is trainable, it is sampled too. docs/sparse-backward.md has the
 estimator, measurements, and when not to use it.
 
     grad_error   > 0, the expected relative error of the gradient by the logits, in each block of rows; by default 0.002,
@@ -85,8 +85,8 @@ Metrics, over the rows that take part: <divergence>_mean, <divergence>_max.
 
 from __future__ import annotations
 
-from fastkl._advantages import reverse_kl_advantages
-from fastkl._divergences import (
+from fastkl._loss.advantages import reverse_kl_advantages
+from fastkl._loss.divergences import (
     forward_kl_loss,
     jsd_loss,
     reverse_kl_loss,
@@ -94,10 +94,10 @@ from fastkl._divergences import (
     skewed_reverse_kl_loss,
     total_variation_loss,
 )
-from fastkl._likeliest import TopK, linear_ranks, linear_top_k
-from fastkl._output import LossOutput, PerToken
-from fastkl._policy_gradient import linear_logprobs, policy_gradient_loss, sampled_reverse_kl_loss
-from fastkl._top_k import top_k_kl_loss
+from fastkl._loss.likeliest import TopK, linear_ranks, linear_top_k
+from fastkl._loss.output import LossOutput, PerToken
+from fastkl._loss.policy_gradient import linear_logprobs, policy_gradient_loss, sampled_reverse_kl_loss
+from fastkl._loss.top_k import top_k_kl_loss
 
 __all__ = [
     "LossOutput",

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 import fastkl.kernels.flops  # noqa: F401  for torch.utils.flop_counter, which asks whoever has registered
-from fastkl.kernels.ops import evaluate, evaluate_with_gradients, weight_gradients
+from fastkl.kernels.operators import evaluate, evaluate_with_gradients, weight_gradients
 from fastkl.kernels.problem import Gradients, Inputs, Needs, Objective, Spec
-from fastkl.kernels.sampled import Estimates
+from fastkl.kernels.sparse.estimator import Estimates
 from fastkl.kernels.surrogate import Surrogate
 
 

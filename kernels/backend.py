@@ -10,16 +10,18 @@ from typing import cast
 
 from torch import Tensor
 
-from fastkl.kernels import divergence_torch, rows_torch, score_torch
+from fastkl.kernels.divergence import pytorch as divergence_torch
 from fastkl.kernels.problem import Backend, Inputs, Kind, Spec
-from fastkl.kernels.rows import EntropyGradient, RowFunction
-from fastkl.kernels.sampled import BlockSampler
-from fastkl.kernels.sampled_torch import Sampler
-from fastkl.kernels.top_k import top_k
+from fastkl.kernels.rows import pytorch as rows_torch
+from fastkl.kernels.rows.interface import EntropyGradient, RowFunction
+from fastkl.kernels.score import cpu as score_torch
+from fastkl.kernels.sparse.estimator import BlockSampler
+from fastkl.kernels.sparse.pytorch import Sampler
+from fastkl.kernels.top_k.formula import top_k
 
 LOGPROBS: tuple[Kind, ...] = ("token_nll", "token_nll_entropy")
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
-_TORCH = {"rows": rows_torch, "tails": rows_torch, "divergence": divergence_torch}  # in Triton each has a module
+_TORCH = {"rows": rows_torch, "top_k": rows_torch, "divergence": divergence_torch}  # in Triton each has a module
 
 
 def row_function(spec: Spec, hidden: Tensor) -> RowFunction:
@@ -27,7 +29,7 @@ def row_function(spec: Spec, hidden: Tensor) -> RowFunction:
     if spec.kind == "divergence":
         return partial(_module("divergence", spec, hidden).divergence, spec.variant, spec.parameter)
     if spec.kind == "top_k":
-        return partial(top_k, spec.variant, _module("tails", spec, hidden))
+        return partial(top_k, spec.variant, _module("top_k", spec, hidden))
     return cast(RowFunction, getattr(_module("rows", spec, hidden), spec.kind))
 
 
@@ -42,7 +44,7 @@ def block_sampler(spec: Spec, inputs: Inputs) -> BlockSampler | None:
         return None
     how = spec.sampling, inputs.weight, spec.student.cap is not None
     if _is_triton(spec.backend, inputs.hidden):
-        return cast(BlockSampler, _imported("sampled_triton", spec.backend).Sampler(*how))
+        return cast(BlockSampler, _imported("sparse", spec.backend).Sampler(*how))
     return Sampler(*how)
 
 
@@ -56,7 +58,7 @@ def scorer(spec: Spec, inputs: Inputs) -> Callable[[Tensor], None] | None:
         return partial(score_torch.token_nll, spec, inputs) if spec.kind in LOGPROBS else None
     if not _is_triton(spec.backend, inputs.hidden) or inputs.hidden.element_size() != 2:
         return None
-    score = _imported("score_triton", spec.backend)
+    score = _imported("score", spec.backend)
     student = score.Head(inputs.hidden, inputs.weight, inputs.bias, spec.student)
     if spec.kind in LOGPROBS:
         return lambda out: score.token_nll(student, inputs.tokens, out, entropy=spec.kind == "token_nll_entropy")
@@ -69,7 +71,7 @@ def scorer(spec: Spec, inputs: Inputs) -> Callable[[Tensor], None] | None:
 
 def _module(family: str, spec: Spec, hidden: Tensor) -> ModuleType:
     if _is_triton(spec.backend, hidden):
-        return _imported(f"{family}_triton", spec.backend)
+        return _imported(family, spec.backend)
     return _TORCH[family]
 
 
@@ -77,10 +79,10 @@ def _is_triton(backend: Backend, hidden: Tensor) -> bool:
     return backend == "triton" or (backend == "auto" and hidden.is_cuda and hidden.element_size() < 8)
 
 
-def _imported(module: str, backend: Backend) -> ModuleType:
-    """One of the modules that need Triton, which exists on Linux only."""
+def _imported(family: str, backend: Backend) -> ModuleType:
+    """The module of a family that needs Triton, which exists on Linux only."""
     try:
-        return import_module(f"fastkl.kernels.{module}")
+        return import_module(f"fastkl.kernels.{family}.triton")
     except ImportError as error:
         raise RuntimeError(
             f'backend is "{backend}", which needs triton >= 3.6 here, and it cannot be imported ({error}): install it, or '

@@ -23,9 +23,9 @@ from torch import Tensor
 from fastkl.kernels.backend import block_sampler, entropy_gradient, row_function, scorer
 from fastkl.kernels.gemm import add_weight_gradient, compute_dtype, even_rows, gradient_dtype, hidden_gradient, project
 from fastkl.kernels.problem import Gradients, HeadOptions, Inputs, Needs, Objective, Spec
-from fastkl.kernels.rows import Logits
-from fastkl.kernels.sampled import BlockSampler, Estimates, block_rows, blocks, device_kind
-from fastkl.kernels.sampled_torch import add_to_weight_gradient, merged
+from fastkl.kernels.rows.interface import Logits
+from fastkl.kernels.sparse.estimator import BlockSampler, Estimates, block_rows, blocks, device_kind
+from fastkl.kernels.sparse.pytorch import add_to_weight_gradient, merged
 
 # What the logits of a chunk may take. On a GPU large chunks keep the GEMMs at full speed (1024-4096 rows at V = 150k).
 WORKSPACE_BYTES = {"cpu": 128 * 2**20, "accelerator": 2**30}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-import fastkl.kernels.ops  # noqa: F401  the operators must exist
+import fastkl.kernels.operators  # noqa: F401  the operators must exist
 
 Shapes = list[torch.Size | None]
 

@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkl.kernels.divergence import ROWS, ROWS_WITH_EXTRAS
-from fastkl.kernels.sampled import Sampling
+from fastkl.kernels.divergence.formula import ROWS, ROWS_WITH_EXTRAS
+from fastkl.kernels.sparse.estimator import Sampling
 from fastkl.kernels.surrogate import Surrogate, surrogate_terms
 
 Kind = Literal["token_nll", "token_nll_entropy", "divergence", "top_k"]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkl.kernels import driver, score_torch
+from fastkl.kernels import driver
+from fastkl.kernels.score import cpu as score_torch
 
 
 @pytest.fixture

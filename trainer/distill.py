@@ -11,30 +11,33 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.trainer import checks, processes
-from fastkl.trainer.advantages import set_advantages, set_reward_advantages
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.mixture import DataSet, read_data_sets, step_prompts
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.flops import sampling_flops
-from fastkl.trainer.grading.evaluate import load_eval_prompts
 from fastkl.trainer.loop import Clock, fit
+from fastkl.trainer.models import checks
+from fastkl.trainer.models.flops import sampling_flops
 from fastkl.trainer.models.loading import context_length, end_of_sequence, load_tokenizer
-from fastkl.trainer.objectives import objective
-from fastkl.trainer.rollouts.conversations import MultiTurn, stop_ids
+from fastkl.trainer.models.tokenizers import vocabulary
+from fastkl.trainer.objectives.advantages import set_advantages, set_reward_advantages
+from fastkl.trainer.objectives.objectives import objective
 from fastkl.trainer.rollouts.environments import Environment, make_environment
+from fastkl.trainer.rollouts.evaluation import load_eval_prompts
+from fastkl.trainer.rollouts.judge import make_judge
 from fastkl.trainer.rollouts.lengths import kept
-from fastkl.trainer.rollouts.reward import make_judge
+from fastkl.trainer.rollouts.multi_turn import MultiTurn, stop_ids
 from fastkl.trainer.rollouts.rollout import Rollouts
-from fastkl.trainer.rollouts.writer import SingleTurn, Writer
+from fastkl.trainer.rollouts.samplers.copied import CopySampler
+from fastkl.trainer.rollouts.samplers.local import local_sampler
+from fastkl.trainer.rollouts.samplers.sampler import Sampler
+from fastkl.trainer.rollouts.samplers.served import SamplingServer, ServedSampler, connect_sampling
+from fastkl.trainer.rollouts.single_turn import SingleTurn, Writer
+from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder
-from fastkl.trainer.samplers.copied import CopySampler
-from fastkl.trainer.samplers.local import local_sampler
-from fastkl.trainer.samplers.sampler import Sampler
-from fastkl.trainer.samplers.served import SamplingServer, ServedSampler, connect_sampling
+from fastkl.trainer.runs.start import start_run
 from fastkl.trainer.student import Student
-from fastkl.trainer.teachers.opening import check_teachers, connect_servers, open_teachers
-from fastkl.trainer.teachers.routed import RoutedTeacher
+from fastkl.trainer.teachers.open import check_teachers, connect_servers, open_teachers
+from fastkl.trainer.teachers.several import RoutedTeacher
 
 
 class OnPolicy:
@@ -147,7 +150,7 @@ def _mean(samples: list[Sample], field: str) -> float:
 
 def distill(config: DistillConfig) -> RunFolder:
     """Runs (or resumes) a distillation; raises ConfigError before anything expensive if it cannot work."""
-    accelerator = checks.start_run(config, config.sampling.samples_per_step, "sampling.prompts_per_step")
+    accelerator = start_run(config, config.sampling.samples_per_step, "sampling.prompts_per_step")
     tokenizer = load_tokenizer(config.student)
     environment = make_environment(config.environment)
     data_sets = read_data_sets(config, tokenizer)
@@ -167,7 +170,7 @@ def distill(config: DistillConfig) -> RunFolder:
     sampler = _sampler(config, student, [*ends, *stop_ids(environment, tokenizer)], sampling_server)
     writer = _writer(config, student, tokenizer, sampler, environment)
     rollouts = Rollouts(config.sampling, writer, prompts, given, judge)
-    teacher, vocab_size = teachers if config.has_teacher else None, checks.vocabulary(tokenizer)
+    teacher, vocab_size = teachers if config.has_teacher else None, vocabulary(tokenizer)
     source = OnPolicy(config, student, teacher, sampler, rollouts, data_sets, vocab_size)
     with RunFolder(config) as folder:
         fit(student, source, writer, tokenizer, eval_prompts, folder)

@@ -10,16 +10,16 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.trainer import processes
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.grading.evaluate import evaluate
+from fastkl.trainer.errors import ServerError
 from fastkl.trainer.models.loading import save_student
-from fastkl.trainer.report.page import report_of
-from fastkl.trainer.rollouts.writer import Writer
+from fastkl.trainer.rollouts.evaluation import evaluate
+from fastkl.trainer.rollouts.single_turn import Writer
+from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder, flat_settings
 from fastkl.trainer.runs.progress import Report
-from fastkl.trainer.servers.errors import ServerError
+from fastkl.trainer.runs.report.page import report_of
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.metrics import teacher_kl
 

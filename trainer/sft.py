@@ -5,17 +5,18 @@ Cross-entropy is the policy gradient of tokens that all have the advantage 1: âˆ
 
 from __future__ import annotations
 
-from fastkl.trainer import checks
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.training import SftConfig
 from fastkl.trainer.data.prompts import batch_indices, encode_prompts, given_samples, load_prompts
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.grading.evaluate import load_eval_prompts
 from fastkl.trainer.loop import Clock, fit
+from fastkl.trainer.models import checks
 from fastkl.trainer.models.loading import context_length, end_of_sequence, load_tokenizer
-from fastkl.trainer.rollouts.writer import SingleTurn
+from fastkl.trainer.rollouts.evaluation import load_eval_prompts
+from fastkl.trainer.rollouts.samplers.local import local_sampler
+from fastkl.trainer.rollouts.single_turn import SingleTurn
 from fastkl.trainer.runs.folder import RunFolder
-from fastkl.trainer.samplers.local import local_sampler
+from fastkl.trainer.runs.start import start_run
 from fastkl.trainer.student import Student
 
 
@@ -33,7 +34,7 @@ class Examples:
 
 def sft(config: SftConfig) -> RunFolder:
     """Runs (or resumes) a supervised stage; raises ConfigError before anything expensive if it cannot work."""
-    accelerator = checks.start_run(config, config.examples_per_step, "examples_per_step")
+    accelerator = start_run(config, config.examples_per_step, "examples_per_step")
     tokenizer = load_tokenizer(config.student)
     prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
     examples = given_samples(prompts, tokenizer)

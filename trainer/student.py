@@ -17,19 +17,18 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastkl.trainer import processes
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.optim import OptimConfig
 from fastkl.trainer.config.training import RunConfig
 from fastkl.trainer.data.batching import Batch, batches
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.flops import cost_of, scoring_flops, training_flops
+from fastkl.trainer.errors import RunError
+from fastkl.trainer.models.flops import cost_of, scoring_flops, training_flops
 from fastkl.trainer.models.loading import batch_layout, fuse, load_student
 from fastkl.trainer.models.scoring import batch_logprobs, batch_ranks
 from fastkl.trainer.models.sharding import Whole
-from fastkl.trainer.objectives import Objective, PolicyGradient
-from fastkl.trainer.runs import checkpoint
-from fastkl.trainer.runs.errors import RunError
+from fastkl.trainer.objectives.objectives import Objective, PolicyGradient
+from fastkl.trainer.runs import checkpoint, processes
 
 EXTREMES: dict[str, Callable[[float, float], float]] = {"min": min, "max": max}  # by the end of a metric's name
 

@@ -19,7 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from bench.cases import DTYPES, OPS, Case
+from bench.lib.cases import DTYPES, OPS, Case
 
 Loss = Callable[[], Tensor]  # a call that returns the scalar loss, differentiable in the case's `gradient_inputs`
 

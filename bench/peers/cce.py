@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bench.cases import Case
+from bench.lib.cases import Case
 from bench.peers import Loss, Peer
 
 

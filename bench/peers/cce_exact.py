@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from bench.cases import Case
+from bench.lib.cases import Case
 from bench.peers import Loss, cce
 
 

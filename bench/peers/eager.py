@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.cases import BETAS, ENTROPY_COEF, Case
+from bench.lib.cases import BETAS, ENTROPY_COEF, Case
 from bench.peers import Loss, Peer
 from fastkl import reference
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.cases import BETAS, ENTROPY_COEF, Case
+from bench.lib.cases import BETAS, ENTROPY_COEF, Case
 from bench.peers import Loss, Peer, fastkl_composed
 from fastkl.loss import jsd_loss, policy_gradient_loss, top_k_kl_loss
 

@@ -5,7 +5,7 @@ Not for reverse_kl: a divergence over the vocabulary is no function of the token
 
 from __future__ import annotations
 
-from bench.cases import Case
+from bench.lib.cases import Case
 from bench.peers import Loss, Peer
 from fastkl.loss import linear_logprobs
 

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from bench.cases import BETAS, Case
+from bench.lib.cases import BETAS, Case
 from bench.peers import Loss, Peer, liger_triton
 
 

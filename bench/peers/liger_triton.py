@@ -6,7 +6,7 @@ divergences                  LigerFusedLinearJSD
 
 from __future__ import annotations
 
-from bench.cases import BETAS, Case
+from bench.lib.cases import BETAS, Case
 from bench.peers import Loss, Peer, Unsupported
 
 

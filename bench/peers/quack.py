@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from bench.cases import Case
+from bench.lib.cases import Case
 from bench.peers import Loss, Peer, Unsupported
 
 ALIGNMENT = 8  # of N, D and V

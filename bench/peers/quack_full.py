@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.cases import Case
+from bench.lib.cases import Case
 from bench.peers import Loss, Peer
 from bench.peers.quack import check_alignment
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bench.cases import BETAS, Case
+from bench.lib.cases import BETAS, Case
 from bench.peers import Loss, Peer
 
 

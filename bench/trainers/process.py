@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bench.machine import describe_versions
+from bench.lib.machine import describe_versions
 from bench.trainers import Clock, Job, load
 
 

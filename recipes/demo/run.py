@@ -70,8 +70,8 @@ def wait(process: subprocess.Popen[bytes], hint: str = "") -> None:
 
 def summarise(seconds: float) -> None:
     """summary.json and the plot, from the metrics of the three runs."""
-    from fastkl.trainer.report.plot import plot_run
-    from fastkl.trainer.runs.folder import read_jsonl, write_text
+    from fastkl.trainer.runs.files import read_jsonl, write_text
+    from fastkl.trainer.runs.report.plot import plot_run
 
     distill = read_jsonl(RUN / "distill" / "metrics.jsonl")
     accuracies = [row["eval/accuracy"] for row in distill if "eval/accuracy" in row]

@@ -21,7 +21,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from fastkl.trainer.runs.folder import read_jsonl
+from fastkl.trainer.runs.files import read_jsonl
 
 HERE, RUNS = Path(__file__).parent, Path("runs/reasoning")
 METHODS = {
@@ -85,9 +85,9 @@ def writing_flops(configs: Path) -> float:
     """What it costs the teacher to write what a step of sft.yaml reads; nothing, where a program has written it."""
     if not (configs / "transcripts.yaml").exists():
         return 0.0
-    from fastkl.trainer.commands import parse
+    from fastkl.trainer.commands.command_line import parse
     from fastkl.trainer.data.prompts import encode_prompts, given_samples, load_prompts
-    from fastkl.trainer.flops import cost_of, sampling_flops
+    from fastkl.trainer.models.flops import cost_of, sampling_flops
     from fastkl.trainer.models.loading import load_model, load_tokenizer
 
     _, sft = parse(["sft", str(configs / "sft.yaml")])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fastkl.trainer.config.errors import require
+from fastkl.trainer.errors import require
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastkl.kernels.sampled import Backward
+from fastkl.kernels.sparse.estimator import Backward
 from fastkl.kernels.surrogate import Method
-from fastkl.kernels.top_k import Direction, Tail
-from fastkl.trainer.config.errors import require
+from fastkl.kernels.top_k.formula import Direction, Tail
+from fastkl.trainer.errors import require
 
 Objective = Literal[
     "sampled",
@@ -49,7 +49,7 @@ class LossConfig:
         dual_clip: Dual clip of ppo; null for none.
         truncate_ratio: Cap of the importance ratio; null for none.
         backward: exact, or sampled: gradients from a random subset of the vocabulary's columns, unbiased
-            (docs/sampled-backward.md).
+            (docs/sparse-backward.md).
         grad_error: Expected relative error of the sampled gradient; null for the loss's own default.
         jsd_beta: β of jsd: 0 is the forward KL, 1 the reverse KL.
         skew_alpha: α of skewed_reverse_kl and skewed_forward_kl, the share of the one distribution that is mixed into the

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass, field
 
 from fastkl.trainer.config.data import DataConfig, check_source
-from fastkl.trainer.config.errors import require
 from fastkl.trainer.config.teacher import TeacherConfig
+from fastkl.trainer.errors import require
 
 
 @dataclass(frozen=True)

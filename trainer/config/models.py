@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastkl.trainer.config.errors import require
+from fastkl.trainer.errors import require
 
 
 @dataclass(frozen=True)

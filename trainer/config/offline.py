@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fastkl.trainer.config.data import DataConfig, EvalConfig, check_source
-from fastkl.trainer.config.errors import require
 from fastkl.trainer.config.models import ModelConfig
 from fastkl.trainer.config.optim import BatchConfig
 from fastkl.trainer.config.teacher import TeacherConfig, check_teacher
+from fastkl.trainer.errors import require
 
 
 @dataclass(frozen=True)

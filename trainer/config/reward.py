@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fastkl.trainer.config.errors import require
+from fastkl.trainer.errors import require
 
 
 @dataclass(frozen=True)

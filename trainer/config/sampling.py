@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastkl.trainer.config.errors import require
 from fastkl.trainer.config.server import ServerConfig
+from fastkl.trainer.errors import require
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class SamplingConfig:
         top_p: Must stay 1: anything else samples from another distribution than the loss assumes.
         top_k: Must stay 0, for the same reason.
         engine: Transformers' continuous_batching, where an ended completion makes room for another; its generate, which
-            samples whole batches, from more kinds of models; or auto: generate on a CPU (docs/trainer-speed.md) and for
+            samples whole batches, from more kinds of models; or auto: generate on a CPU (docs/speed.md) and for
             models that the other cannot sample from.
         max_batch_tokens: Tokens in one forward pass of continuous batching, which auto then takes on a CPU too.
         max_requests: Completions in progress at once; null: 64, or for continuous batching on a CPU as many as do not get
-            in each other's way (docs/trainer-speed.md).
+            in each other's way (docs/speed.md).
         dtype: Dtype of a copy of the student that samples in its place, evaluation included, for a student in float32; its
             log-probs are those of the samples. null: the student itself samples.
         server: A server that samples; without one, this process does.

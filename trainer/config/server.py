@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from fastkl.trainer.config.errors import require
+from fastkl.trainer.errors import require
 
 
 @dataclass(frozen=True)

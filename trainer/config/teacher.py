@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastkl.trainer.config.errors import require
 from fastkl.trainer.config.loss import Objective
 from fastkl.trainer.config.models import ModelConfig
 from fastkl.trainer.config.server import ServerConfig
+from fastkl.trainer.errors import require
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,17 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fastkl.trainer.config.cross_checks import check_rollouts
 from fastkl.trainer.config.data import DataConfig, EvalConfig, check_source
 from fastkl.trainer.config.environment import EnvironmentConfig
-from fastkl.trainer.config.errors import require
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.mixture import MixtureConfig, check_mixture
 from fastkl.trainer.config.models import StudentConfig
 from fastkl.trainer.config.optim import BatchConfig, CheckpointConfig, OptimConfig
 from fastkl.trainer.config.reward import RewardConfig
-from fastkl.trainer.config.rollouts import check_rollouts
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.config.teacher import TeacherConfig, check_objective, check_teacher
+from fastkl.trainer.errors import require
 
 
 @dataclass(frozen=True)

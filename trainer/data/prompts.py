@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.config.data import DataConfig
-from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.data.samples import Sample, make_sample
+from fastkl.trainer.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastkl.loss import TopK
+
+UNKNOWN = -50.0  # a teacher's log-prob for what it cannot say: low enough to push it away, and finite
+
+
+class Completion(NamedTuple):
+    """One sampled completion of a prompt."""
+
+    token_ids: list[int]
+    """The sampled tokens, with the end-of-sequence token if one was produced."""
+    logprobs: list[float]
+    """Log-probability of each token under softmax(logits / temperature); temperature 1 when greedy."""
+    truncated: bool
+    """True when the completion ran out of tokens before an end-of-sequence token."""
 
 
 @dataclass

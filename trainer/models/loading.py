@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from fastkl.head import FusedCausalLM
-from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.config.models import ModelConfig, StudentConfig
 from fastkl.trainer.config.optim import BatchConfig
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.data.batching import Layout
+from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models.layers import attends, layer_kinds
 
 

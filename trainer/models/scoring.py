@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from fastkl.head import FusedCausalLM
 from fastkl.loss import TopK, linear_logprobs, linear_ranks, linear_top_k
 from fastkl.trainer.data.batching import PAD_ID, Batch, Layout, batches
-from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.teachers.teacher import UNKNOWN
+from fastkl.trainer.data.samples import UNKNOWN, Sample
 
 
 @torch.no_grad()

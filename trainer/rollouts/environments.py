@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from fastkl.trainer.config.environment import EnvironmentConfig
-from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.data.prompts import Prompt
-from fastkl.trainer.grading.named import imported
+from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.rollouts.calculator import calculate
+from fastkl.trainer.rollouts.trusted import imported
 
 
 class Message(NamedTuple):

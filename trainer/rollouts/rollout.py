@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastkl.trainer import processes
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.rollouts.lengths import length_limit
-from fastkl.trainer.rollouts.writer import Trajectory, Writer
+from fastkl.trainer.rollouts.single_turn import Trajectory, Writer
+from fastkl.trainer.runs import processes
 
 ROUNDING = 1e-9  # of a product that should be whole
 

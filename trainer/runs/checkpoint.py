@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
-from fastkl.trainer import processes
-from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.runs import processes
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -21,10 +21,10 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from fastkl.trainer import processes
-from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.config.training import RunConfig, as_dict
-from fastkl.trainer.runs.errors import RunError
+from fastkl.trainer.errors import ConfigError, RunError
+from fastkl.trainer.runs import processes
+from fastkl.trainer.runs.files import read_jsonl, write_text
 
 INCOMPLETE = ".incomplete"
 # Where and how a server is reached, not what it serves: a run that is resumed may find it elsewhere.
@@ -146,26 +146,6 @@ def check_run_folder(config: RunConfig) -> None:
         path.is_dir() and {entry.name for entry in path.iterdir()} <= {".lock", ".config.yaml.new"}
     ):
         raise ConfigError(f"{path} exists and is not a run folder (no config.yaml); choose another run folder")
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a log; none if there is no file."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # splitlines() also cuts at U+2028
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # cut short by a crash; the step is run again
-    return rows
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file at once: readers see the old text or the new one."""
-    aside = path.with_name(f".{path.name}.new")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def flat_settings(config: RunConfig) -> dict[str, str | int | float | bool]:

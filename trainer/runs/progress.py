@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastkl.trainer import processes
+from fastkl.trainer.runs import processes
 
 # Metric, its label, its format.
 SHOWN = (

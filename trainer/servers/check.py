@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.trainer.checks import SAMPLE_TEXT, vocabulary
-from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.config.teacher import TeacherServerConfig
+from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.models.tokenizers import SAMPLE_TEXT, vocabulary
 from fastkl.trainer.servers.completions import APIS, Api, BadAnswer, CompletionsServer, Scores, Unscored
 from fastkl.trainer.servers.connection import Refused
 

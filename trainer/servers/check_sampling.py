@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.servers.completions import BadAnswer
 from fastkl.trainer.servers.connection import Refused
 from fastkl.trainer.servers.generation import GenerationServer

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+from fastkl.trainer.data.samples import UNKNOWN
+from fastkl.trainer.errors import ServerError
 from fastkl.trainer.servers.connection import Connection, Refused
-from fastkl.trainer.servers.errors import ServerError
-from fastkl.trainer.teachers.teacher import UNKNOWN
 
 Api = Literal["prompt_logprobs", "echo"]
 APIS: tuple[Api, ...] = ("prompt_logprobs", "echo")

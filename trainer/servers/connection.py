@@ -10,9 +10,8 @@ from typing import Any, TypeVar
 
 import requests
 
-from fastkl.trainer.config.errors import ConfigError
 from fastkl.trainer.config.server import ServerConfig
-from fastkl.trainer.servers.errors import ServerError
+from fastkl.trainer.errors import ConfigError, ServerError
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds
 PASSING = (408, 425, 429)  # and 5xx

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastkl.trainer.samplers.sampler import Completion
+from fastkl.trainer.data.samples import Completion
 from fastkl.trainer.servers.completions import BadAnswer, read_logprob
 from fastkl.trainer.servers.connection import Connection
 

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from fastkl.trainer.config.errors import ConfigError
+from fastkl.trainer.errors import ConfigError, ServerError
 from fastkl.trainer.servers.connection import Connection, Refused
-from fastkl.trainer.servers.errors import ServerError
 
 
 class Loader(Protocol):

@@ -14,7 +14,7 @@ from fastkl.head import FusedCausalLM
 from fastkl.trainer.config.optim import BatchConfig
 from fastkl.trainer.data.batching import batches, collate
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.flops import cost_of, scoring_flops
+from fastkl.trainer.models.flops import cost_of, scoring_flops
 from fastkl.trainer.models.loading import batch_layout
 from fastkl.trainer.models.scoring import batch_logprobs, batch_ranks, batch_top_k, readable
 

@@ -9,15 +9,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.loss import TopK
-from fastkl.trainer.checks import vocabulary
 from fastkl.trainer.config.teacher import TeacherConfig, TeacherServerConfig
 from fastkl.trainer.data.batching import PAD_ID
-from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.data.samples import UNKNOWN, Sample
+from fastkl.trainer.models.tokenizers import vocabulary
 from fastkl.trainer.servers.check import check_server
 from fastkl.trainer.servers.completions import Api, BadAnswer, CompletionsServer, Scores
 from fastkl.trainer.servers.concurrency import gather
 from fastkl.trainer.servers.connection import Connection
-from fastkl.trainer.teachers.teacher import UNKNOWN
 
 
 class ServedTeacher:

@@ -7,8 +7,6 @@ from typing import Protocol
 
 from fastkl.trainer.data.samples import Sample
 
-UNKNOWN = -50.0  # a log-prob for what the teacher cannot say: low enough to push it away, and finite
-
 
 class Teacher(Protocol):
     """A model here (`LocalTeacher`) or behind HTTP (`ServedTeacher`)."""

@@ -1,0 +1,268 @@
+"""GEMMs, bytes and workspace of each plan, counted: what there is to do, whatever a machine makes of it.
+
+    python -m bench count                                    the shapes of four models, bf16
+    python -m bench count --kept 0.01,0.05,0.2               and the sampled backward, by the fraction of u that is kept
+    python -m bench count --shape 4096,1024,65536 --json count.json
+
+Columns of the table, keys of the JSON rows:
+
+    form                values: no gradient, by way of logits (16-bit heads on a GPU are scored without any);
+                        frozen: gradient of hidden; trainable: of the weight too; composed: the same for any upstream
+                        gradient, which forms the logits twice. "+ teacher": with a second head
+    kept                of the sampled backward in Triton, the same in each block; null: the exact one
+    gemm_units          floating-point operations, in units of 2·N·D·V
+    passes              how often the row kernels, and those that sample, read or write N·V elements (float32 read, gradient
+                        in the inputs' dtype); compaction is taken to read all of them, for what it wants is scattered
+    row_gb, gemm_gb     bytes that the row kernels and the GEMMs move at least (1e9), chunk by chunk
+    chunk_rows          rows per chunk
+    workspace_mb        logits and gradient of a chunk (1e6 bytes), without the samples that "composed" keeps
+    units_low, _high    the time in units at the two rates in RATES, if every GEMM hides its own traffic and if none does.
+                        An estimate to compare a measurement with, and no measurement; products of a sample are Triton's,
+                        of gathered rows, and hardly reach the rate of a vendor's
+
+Left out: launches, products over [N, D], what a GEMM reads twice, PyTorch's operations over [V] for each block of rows that
+is sampled. All rows take part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bench.lib import arguments as checked
+from bench.lib.arguments import Shape
+from fastkl.kernels import driver
+from fastkl.kernels.flops import gemm_flops
+from fastkl.kernels.gemm import compute_dtype, gradient_dtype
+from fastkl.kernels.problem import HeadOptions, Inputs, Needs, Spec
+from fastkl.kernels.sparse.estimator import SPLIT, Sampling, blocks
+
+SHAPES: dict[str, Shape] = {
+    "Qwen3-8B": (8192, 4096, 151936),
+    "Qwen3-1.7B": (8192, 2048, 151936),
+    "Gemma-2-2B": (8192, 2304, 256000),
+    "Llama-3-8B": (8192, 4096, 128256),
+}
+# The calls of the driver that a form makes: the gradients wanted, or None for values alone.
+FORMS: dict[str, tuple[Needs | None, ...]] = {
+    "values": (None,),
+    "frozen": (Needs(True, False, False),),
+    "trainable": (Needs(True, True, False),),
+    "composed": (None, Needs(True, True, False)),
+}
+# Of one H200 through PyTorch: a bf16 product of 8192³ random numbers, and a copy (bytes read and written).
+RATES = {"flops": 790e12, "bytes": 4.3e12}
+
+
+class Work(NamedTuple):
+    """One product, or what a row kernel does, over all chunks."""
+
+    flops: int
+    bytes: int
+
+
+class Count(NamedTuple):
+    """What one evaluation of a form does."""
+
+    gemms: list[Work]
+    rows: Work
+    passes: float
+    chunk_rows: int
+    workspace: int  # bytes
+
+    @property
+    def flops(self) -> int:
+        return sum(work.flops for work in self.gemms)
+
+    @property
+    def gemm_bytes(self) -> int:
+        return sum(work.bytes for work in self.gemms)
+
+
+def count(
+    form: str,
+    shape: Shape,
+    dtype: torch.dtype = torch.bfloat16,
+    teacher: bool = False,
+    chunk_size: int | None = None,
+    device: str = "cuda",
+    kept: float | None = None,
+) -> Count:
+    """The work of a form; the teacher's hidden size is the student's. Nothing is allocated, no device is needed.
+
+    `kept`: of the sampled backward in Triton, which keeps that fraction of the columns of each block.
+    """
+    n, d, vocabulary = shape
+    spec = Spec("token_nll", HeadOptions(), None, "auto", chunk_size)
+    if teacher:
+        spec = Spec("divergence", HeadOptions(), HeadOptions(), "auto", chunk_size, "reverse_kl")
+    if kept is not None:
+        spec = spec._replace(sampling=Sampling(0.0, None, 0))  # whatever error it was that kept as much
+    with FakeTensorMode():
+        hidden, weight = (torch.empty(rows, d, dtype=dtype, device=device) for rows in (n, vocabulary))
+        own = Inputs(hidden, weight, None, None, *((hidden, weight) if teacher else ()))
+        if form == "composed" and kept is not None:
+            counts = _composed_from_samples(spec, own, kept)
+        else:
+            counts = [_call(spec, own, needs, kept) for needs in FORMS[form]]
+    return Count(
+        [gemm for part in counts for gemm in part.gemms],
+        Work(0, sum(part.rows.bytes for part in counts)),
+        sum(part.passes for part in counts),
+        min(part.chunk_rows for part in counts),
+        max(part.workspace for part in counts),
+    )
+
+
+def _call(spec: Spec, inputs: Inputs, needs: Needs | None, kept: float | None = None) -> Count:
+    """One call of the driver."""
+    (n, d), vocabulary = inputs.hidden.shape, inputs.weight.shape[0]
+    heads = 1 if spec.teacher is None else 2
+    step = driver.chunk_rows(spec, inputs, needs is not None)
+    workspace = step * driver.workspace_bytes_per_row(spec, inputs, needs is not None)
+    chunks = -(-n // step)
+    own, full = inputs.hidden.itemsize, compute_dtype(inputs.hidden.dtype).itemsize
+    low = gradient_dtype(inputs.hidden).itemsize
+    once, hidden, weight = n * vocabulary, n * d, vocabulary * d
+    flops = gemm_flops(n, vocabulary, d)
+    gemms = [Work(flops, hidden * own + chunks * weight * own + once * full)] * heads
+    if needs is None:
+        return Count(gemms, Work(0, heads * once * full), heads, step, workspace)
+    # A row kernel reads the logits twice, for the values and for the gradient, and writes the gradient.
+    forward = Count(gemms, Work(0, 2 * heads * once * full + once * low), 2 * heads + 1, step, workspace)
+    if kept is not None:
+        return _with_samples(forward, inputs, needs, kept)
+    if needs.hidden:
+        gemms.append(Work(flops, once * low + chunks * weight * own + hidden * full))
+    if needs.weight:  # the first chunk writes the accumulator, the others read and write it
+        gemms.append(Work(flops, once * low + hidden * own + (2 * chunks - 1) * weight * full))
+    return forward
+
+
+def _with_samples(forward: Count, inputs: Inputs, needs: Needs, kept: float) -> Count:
+    """A call whose gradients come from a sample of each block, drawn and multiplied as `sampled_triton` says."""
+    (n, d), vocabulary = inputs.hidden.shape, inputs.weight.shape[0]
+    own, full = inputs.hidden.itemsize, compute_dtype(inputs.hidden.dtype).itemsize
+    low = gradient_dtype(inputs.hidden).itemsize
+    sizes = _blocks(n, forward.chunk_rows, inputs.hidden.device)
+    once, columns = n * vocabulary, len(sizes) * vocabulary
+    entries, kept_rows = kept * once * low, kept * columns * d
+    splits = sum(-(-size // SPLIT) for size in sizes)
+    squares = once * low + (2 * splits * vocabulary + columns) * full
+    selection = (2 * columns + 2 * kept * columns) * full  # ids and 1 / π have 4 bytes each
+    compaction = once * low + entries
+    gemms, flops = list(forward.gemms), round(kept * gemm_flops(n, vocabulary, d))
+    if needs.hidden:
+        gemms.append(Work(flops, round(entries + kept_rows * own + n * d * own)))
+    if needs.weight:  # an accumulator of zeros, of which the kept rows are read and written
+        gemms.append(Work(flops, round(entries + n * d * low + 2 * kept_rows * full) + vocabulary * d * full))
+    rows = Work(0, forward.rows.bytes + round(squares + selection + compaction))
+    return forward._replace(gemms=gemms, rows=rows, passes=forward.passes + 2 + kept)
+
+
+def _composed_from_samples(spec: Spec, inputs: Inputs, kept: float) -> list[Count]:
+    """The forward pass; the weight's gradient from the samples that it had room for; the other rows again."""
+    (n, d), vocabulary = inputs.hidden.shape, inputs.weight.shape[0]
+    own, full = inputs.hidden.itemsize, compute_dtype(inputs.hidden.dtype).itemsize
+    first = _call(spec, inputs, Needs(True, False, False), kept)
+    room, held = float(vocabulary * d), []
+    for size in _blocks(n, first.chunk_rows, inputs.hidden.device):
+        if size * kept * vocabulary <= room:
+            room -= size * kept * vocabulary
+            held.append(size)
+    rows = sum(held)
+    entries = kept * rows * vocabulary * gradient_dtype(inputs.hidden).itemsize
+    # The product is written by itself; it and the accumulator's rows are read, and those are written.
+    moved = entries + rows * d * own + 4 * kept * len(held) * vocabulary * d * full
+    zeros = vocabulary * d * full if rows == n else 0
+    product = Work(round(kept * gemm_flops(rows, vocabulary, d)), round(moved) + zeros)
+    parts = [first, Count([product], Work(0, round(2 * entries)), 2 * kept * rows / n, first.chunk_rows, 0)]
+    if rows < n:
+        hidden = torch.empty(n - rows, d, dtype=inputs.hidden.dtype, device=inputs.hidden.device)
+        rest = inputs._replace(hidden=hidden, teacher_hidden=None if inputs.teacher_hidden is None else hidden)
+        again = _call(spec, rest, Needs(False, True, False), kept)
+        parts.append(again._replace(chunk_rows=first.chunk_rows, passes=again.passes * (n - rows) / n))
+    return parts
+
+
+def _blocks(n: int, chunk_rows: int, device: torch.device) -> list[int]:
+    """The rows of each block of a call."""
+    chunks = [min(chunk_rows, n - start) for start in range(0, n, chunk_rows)]
+    return [block.stop - block.start for rows in chunks for block in blocks(rows, device)]
+
+
+def units(work: Count, shape: Shape) -> tuple[float, float]:
+    """Estimated time over that of one GEMM: the least, and without any overlap."""
+    n, d, vocabulary = shape
+    unit = 2 * n * d * vocabulary / RATES["flops"]
+    rows = work.rows.bytes / RATES["bytes"]
+    pairs = [(gemm.flops / RATES["flops"], gemm.bytes / RATES["bytes"]) for gemm in work.gemms]
+    return (rows + sum(map(max, pairs))) / unit, (rows + sum(map(sum, pairs))) / unit
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", type=checked.shape, metavar="N,D,V", help="one shape in place of the four models'")
+    parser.add_argument("--chunk-size", type=checked.positive, metavar="ROWS", help="rows per chunk")
+    parser.add_argument(
+        "--kept",
+        type=checked.fractions,
+        default=[],
+        metavar="FRACTIONS",
+        help="and the sampled backward that keeps so much",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+
+
+def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    shapes = SHAPES if arguments.shape is None else {",".join(map(str, arguments.shape)): arguments.shape}
+    rows: list[dict[str, Any]] = []
+    for name, shape in shapes.items():
+        own = _rows(name, shape, arguments.chunk_size, arguments.kept)
+        _print(own)
+        rows += own
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"rows": rows, "rates": RATES, "counted": True}, indent=2) + "\n")
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    """The table of one model."""
+    print(f"{rows[0]['model']}, N,D,V = {','.join(map(str, rows[0]['shape']))}, bf16: counted, not measured")
+    print(f"{'form':32}{'GEMMs':>6}{'passes':>8}{'rows GB':>9}{'GEMM GB':>9}{'chunk':>7}{'MB':>6}   units at RATES")
+    for row in rows:
+        print(
+            f"{row['form']:32}{row['gemm_units']:>6.2f}{row['passes']:>8.4g}{row['row_gb']:>9.1f}{row['gemm_gb']:>9.1f}"
+            f"{row['chunk_rows']:>7}{row['workspace_mb']:>6.0f}   {row['units_low']:.2f} … {row['units_high']:.2f}"
+        )
+
+
+def _rows(model: str, shape: Shape, chunk_size: int | None, fractions: list[float]) -> list[dict[str, Any]]:
+    plans: list[tuple[str, bool, float | None]] = [(form, teacher, None) for teacher in (False, True) for form in FORMS]
+    plans += [
+        (form, teacher, kept) for teacher in (False, True) for kept in fractions for form in FORMS if form != "values"
+    ]
+    rows = []
+    for form, teacher, kept in plans:
+        work = count(form, shape, teacher=teacher, chunk_size=chunk_size, kept=kept)
+        low, high = units(work, shape)
+        rows.append(
+            {
+                "model": model,
+                "shape": list(shape),
+                "form": form + " + teacher" * teacher + ("" if kept is None else f", {100 * kept:g} % kept"),
+                "kept": kept,
+                "gemm_units": work.flops / gemm_flops(shape[0], shape[2], shape[1]),
+                "passes": work.passes,
+                "row_gb": work.rows.bytes / 1e9,
+                "gemm_gb": work.gemm_bytes / 1e9,
+                "chunk_rows": work.chunk_rows,
+                "workspace_mb": work.workspace / 1e6,
+                "units_low": low,
+                "units_high": high,
+            }
+        )
+    return rows

@@ -1,0 +1,232 @@
+"""Time, memory and gradient error of the losses, ours and others', on one shape or several.
+
+    python -m bench loss --op policy_gradient --shape 1536,576,49152 --dtype fp32 --head frozen --device cpu \\
+        --impl fastkl,eager,compile,liger --json loss.json
+    python -m bench loss --shape 1024,256,32768 --sweep N=256,512,1024 --sweep V=8192,32768 --json sweep.json
+    python -m bench loss --backward exact,sampled --data smollm2 --temperature 0.7 --head trainable
+
+Columns of the table, keys of the JSON rows:
+
+    forward_ms, forward_backward_ms     medians over the rounds; forward alone is the value under torch.no_grad()
+    forward_units, ..._units            the same divided by the time of one plain GEMM hidden @ weightᵀ, measured in turn
+    peak_extra_mb                       peak of forward + backward beyond the inputs and the gradients asked for (1e6 bytes)
+    grad_error                          ‖g − g₆₄‖ / ‖g₆₄‖ against float64; trainable: the larger one of hidden and weight
+    backward                            "exact", or how the gradient is estimated
+    note                                what this implementation does that the others do not
+
+Forward + backward cannot be exact below 2 units with a frozen head, 3 with a trainable one; a teacher adds one.
+Implementations are the files of bench/peers/. One that cannot run is listed with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import peers
+from bench.lib import arguments as checked
+from bench.lib.cases import DATA, DTYPES, HEADS, OPS, make_case, max_entropy
+from bench.lib.compare import Comparison, compare
+from bench.lib.machine import describe_machine, describe_versions
+from bench.lib.real_rows import MODELS, real_rows
+
+ENTROPY = 0.57  # nats: what Qwen2.5-Coder-1.5B-Instruct's own samples have at temperature 1
+SHAPE = (1536, 576, 49152)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", choices=OPS, default="policy_gradient")
+    parser.add_argument(
+        "--shape",
+        type=checked.shape,
+        metavar="N,D,V",
+        help="tokens, hidden, ids; 1536,576,49152 by default, or what --data has",
+    )
+    parser.add_argument(
+        "--sweep",
+        type=checked.sweep,
+        action="append",
+        default=[],
+        metavar="AXIS=A,B",
+        help="measure the shape with its N, D or V replaced by each of these, in one report; can be repeated",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument(
+        "--impl",
+        type=checked.implementations,
+        default=["fastkl", "eager", "compile"],
+        metavar="A,B",
+        help=", ".join(peers.names()),
+    )
+    parser.add_argument(
+        "--backward",
+        type=checked.backwards,
+        default=["exact"],
+        metavar="A,B",
+        help="of fastkl: exact, sampled, or both side by side (docs/sparse-backward.md)",
+    )
+    parser.add_argument("--head", choices=HEADS, default="frozen", help="does the weight get a gradient?")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--repeats", type=checked.positive, default=7, help="rounds; the numbers are medians over them")
+    parser.add_argument(
+        "--data",
+        choices=DATA,
+        default="peaked",
+        help="rows like a trained model's, the same with a tail of its own in each, a new model's, or a real model's own",
+    )
+    parser.add_argument("--entropy", type=float, help=f"mean entropy of peaked rows, nats; {ENTROPY} by default")
+    parser.add_argument("--temperature", type=float, help="at which a real model sampled; 1 by default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, anew after each shape")
+
+
+def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    shapes = _shapes(arguments, parser)
+    entropy = _entropy(arguments, shapes, parser)
+    temperature = _temperature(arguments, parser)
+    _check(arguments, parser)
+    names = _names(arguments.impl, arguments.backward)
+    report = _empty_report(arguments, names)
+    print(" | ".join(f"{key} {value}" for key, value in (report["machine"] | report["versions"]).items()))
+    for shape in shapes:
+        case = make_case(
+            arguments.op,
+            shape,
+            DTYPES[arguments.dtype],
+            arguments.head,
+            arguments.device,
+            arguments.data,
+            entropy,
+            arguments.seed,
+            temperature,
+        )
+        result = compare(case, names, arguments.repeats)
+        report["problems"].append(result.problem)
+        report["rows"] += result.rows
+        report["skipped"] += result.skipped
+        _print_table(arguments, result)
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    _print_notes(report["rows"])
+
+
+def _empty_report(arguments: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+    packages = dict.fromkeys(package for name in names for package in peers.load(name).packages)
+    return {
+        "rows": [],
+        "skipped": [],
+        "problems": [],
+        "conditions": {
+            "repeats": arguments.repeats,
+            "seed": arguments.seed,
+            "data": arguments.data,
+            "temperature": arguments.temperature or 1.0,
+        },
+        "machine": describe_machine(arguments.device),
+        "versions": describe_versions(*packages),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _print_table(arguments: argparse.Namespace, result: Comparison) -> None:
+    problem = result.problem
+    print(
+        f"\n{arguments.op}, {arguments.head} head, {arguments.dtype}, N,D,V = {','.join(map(str, problem['shape']))}, "
+        f"rows of {problem['mean_entropy']:.2f} nats, {arguments.repeats} rounds"
+    )
+    if result.rows:
+        print(
+            f"1 unit = one GEMM = {problem['gemm_ms']:.2f} ms; gradient errors over {problem['grad_error_rows']} rows"
+        )
+        print(f"\n{'':17} {'forward':>19} {'forward+backward':>19} {'extra memory':>13} {'gradient error':>15}")
+    for row in result.rows:
+        print(
+            f"{row['impl']:17} {row['forward_ms']:>9.1f} ms {row['forward_units']:>4.2f} u "
+            f"{row['forward_backward_ms']:>9.1f} ms {row['forward_backward_units']:>4.2f} u "
+            f"{row['peak_extra_mb']:>10.1f} MB {row['grad_error']:>15.1e}"
+        )
+    for skipped in result.skipped:
+        print(f"{skipped['impl']:17} skipped: {skipped['reason']}")
+
+
+def _print_notes(rows: list[dict[str, Any]]) -> None:
+    """Once for each implementation, however many shapes it was measured on."""
+    if any(row["note"] or row["backward"] != "exact" for row in rows):
+        print()
+    for row in {row["impl"]: row for row in rows}.values():
+        if row["backward"] != "exact":
+            print(f"{row['impl']}: backward {row['backward']}")
+        if row["note"]:
+            print(f"{row['impl']}: {row['note']}")
+
+
+def _check(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse what would fail minutes later."""
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: torch sees no CUDA device here; use --device cpu")
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        parser.error(f"argument --json: the folder {arguments.json.absolute().parent} does not exist; create it first")
+
+
+def _names(implementations: list[str], backwards: list[str]) -> list[str]:
+    """`fastkl` stands for each of the backward passes asked for."""
+    ours = {"exact": "fastkl", "sampled": "fastkl_sampled"}
+    chosen = [[ours[way] for way in backwards] if name == "fastkl" else [name] for name in implementations]
+    return list(dict.fromkeys(name for names in chosen for name in names))
+
+
+def _shapes(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> list[checked.Shape]:
+    """Those that are asked for; of real rows as many as there are or fewer, with the model's D and V."""
+    try:
+        own = default_shape(arguments.data, _temperature(arguments, parser))
+    except FileNotFoundError as error:
+        parser.error(f"argument --data {arguments.data}: {error}")
+    shapes = checked.swept(arguments.shape or own, arguments.sweep)
+    for shape in shapes if arguments.data in MODELS else ():
+        if shape[0] > own[0] or shape[1:] != own[1:]:
+            parser.error(f"argument --shape: {shape} with --data {arguments.data}, which has {own} and fewer rows")
+    return shapes
+
+
+def default_shape(data: str, temperature: float) -> checked.Shape:
+    if data not in MODELS:
+        return SHAPE
+    rows = real_rows(data, temperature)
+    vocabulary, d = rows.weight.shape
+    return min(rows.hidden.shape[0], MODELS[data].rows), d, vocabulary
+
+
+def _temperature(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> float:
+    if arguments.temperature is None:
+        return 1.0
+    if arguments.data not in MODELS:
+        parser.error(
+            f"argument --temperature: {arguments.data} rows have none; it belongs to --data {', '.join(MODELS)}"
+        )
+    if not arguments.temperature > 0:
+        parser.error(f"argument --temperature: {arguments.temperature}; it must be > 0")
+    return float(arguments.temperature)
+
+
+def _entropy(
+    arguments: argparse.Namespace, shapes: list[checked.Shape], parser: argparse.ArgumentParser
+) -> float | None:
+    """Nats of rows whose entropy can be chosen, None for others."""
+    if arguments.data not in ("peaked", "unshared"):
+        if arguments.entropy is not None:
+            parser.error(
+                f"argument --entropy: {arguments.data} rows have the entropy that they have; leave it away with --data "
+                f"{arguments.data}"
+            )
+        return None
+    entropy = ENTROPY if arguments.entropy is None else float(arguments.entropy)
+    smallest = min(vocabulary for _, _, vocabulary in shapes)
+    largest = max_entropy(smallest)
+    if not 0 < entropy <= largest:
+        parser.error(f"argument --entropy: {entropy} nats; with V = {smallest} use one > 0 and <= {largest:.2f}")
+    return entropy

@@ -1,0 +1,243 @@
+"""What the public losses accept: every check names the argument, what it got, and the remedy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastkl.kernels.backend import BACKENDS
+from fastkl.kernels.gemm import compute_dtype
+from fastkl.kernels.problem import Backend, HeadOptions
+from fastkl.kernels.sparse.estimator import BACKWARDS, Backward, Sampling
+
+GRAD_ERROR = 2e-3  # of a sampled backward: what rounding its operand to bfloat16 costs
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Operands as `F.linear` would see them: in the autocast dtype where autocast is on (float64 is left alone)."""
+    if not _autocasts(hidden, weight):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _autocasts(hidden: Tensor, weight: Tensor) -> bool:
+    return torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, weight.dtype)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, who: str = "") -> None:
+    """Shapes, dtypes and devices of one head; `who` prefixes the argument names ("student_", "teacher_", "")."""
+    bias_name = "bias" if who == "student_" else f"{who}bias"
+    for name, tensor in ((f"{who}hidden", hidden), (f"{who}weight", weight), (bias_name, bias)):
+        if tensor is None and name == bias_name:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} is {tensor.dtype}; use float32, bfloat16, float16 or float64")
+    _refuse_forward_mode(hidden, weight)
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{who}hidden {list(hidden.shape)} does not fit {who}weight {list(weight.shape)}: expected "
+            f"[..., D] and [V, D] (the LM head's weight as torch.nn.Linear keeps it)"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"{who}weight {list(weight.shape)} has an empty vocabulary")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"{bias_name} {list(bias.shape)} does not fit {who}weight {list(weight.shape)}: expected [V]")
+    for name, tensor in ((f"{who}weight", weight), (bias_name, bias)):
+        if tensor is None:
+            continue
+        check_device(name, tensor, hidden, f"{who}hidden")
+        if tensor.dtype != hidden.dtype and not _autocasts(hidden, weight):
+            raise TypeError(
+                f"{who}hidden is {hidden.dtype} but {name} is {tensor.dtype}; cast one of them, "
+                f"or call under torch.autocast"
+            )
+
+
+def _refuse_forward_mode(*tensors: Tensor) -> None:
+    """A tangent would be lost in silence: the losses have gradients in reverse mode alone."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            "fastkl losses have no forward-mode derivative (torch.func.jvp, forward_ad): use backward or "
+            "torch.autograd.grad (fastkl.reference has each loss in plain PyTorch, which has one)"
+        )
+
+
+def check_integers(name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} is {tensor.dtype}; expected integers")
+
+
+def check_finite(name: str, number: float) -> None:
+    if not -float("inf") < number < float("inf"):
+        raise ValueError(f"{name} is {number}; it must be finite")
+
+
+def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device} but {like_name} is on {like.device}; move one of them")
+
+
+def check_per_token(name: str, tensor: Tensor, hidden: Tensor) -> Tensor:
+    """A real-valued tensor with one entry per token, detached."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if tensor.is_complex():
+        raise TypeError(f"{name} is {tensor.dtype}; expected real numbers")
+    if tensor.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"{name} is {list(tensor.shape)} but hidden is {list(hidden.shape)}: expected one entry per token, "
+            f"{list(hidden.shape[:-1])}"
+        )
+    check_device(name, tensor, hidden, "hidden")
+    return tensor.detach()
+
+
+def check_tokens(tokens: Tensor, hidden: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
+    """Token ids [...] as int64. On an accelerator ids outside the vocabulary are left to the row functions:
+    looking at them here would stall the device, and in a compiled graph nothing can be raised."""
+    tokens = check_per_token("tokens", tokens, hidden)
+    if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        raise TypeError(f"tokens is {tokens.dtype}; expected integer token ids (torch.int64)")
+    tokens = tokens.to(torch.int64)
+    if tokens.is_cpu and not torch.compiler.is_compiling():
+        wrong = ((tokens < 0) | (tokens >= vocabulary)) & (tokens != ignore_index)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"tokens holds the id {int(tokens[wrong][0])}, outside the vocabulary of weight (0 … {vocabulary - 1}) "
+                f"and not ignore_index ({ignore_index}); are the tokenizer and the model of one family?"
+            )
+    return tokens
+
+
+def head_options(temperature: float, logit_scale: float, softcap: float | None, who: str = "") -> HeadOptions:
+    if not 0 < temperature < float("inf"):
+        raise ValueError(
+            f"{who}temperature is {temperature}; it must be > 0 and finite (greedy decoding has no log-probs)"
+        )
+    if not 0 < logit_scale < float("inf"):
+        raise ValueError(f"{who}logit_scale is {logit_scale}; it must be > 0 and finite")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"{who}softcap is {softcap}; it must be > 0 and finite, or None for a head without one")
+    return HeadOptions(float(temperature), float(logit_scale), None if softcap is None else float(softcap))
+
+
+def check_vocab_size(vocab_size: int, sizes: dict[str, int]) -> None:
+    """`sizes`: the vocabularies that are to be cut, by name."""
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or not 1 <= vocab_size <= min(sizes.values()):
+        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(f"vocab_size is {vocab_size}; it must be in 1 … the smallest vocabulary ({listed})")
+
+
+def first_rows(tensor: Tensor | None, count: int | None) -> Tensor | None:
+    """The first `count` rows as a view; everything where it is None."""
+    return tensor if tensor is None or count is None else tensor[:count]
+
+
+def check_plan(backend: Backend, chunk_size: int | None, weight: Tensor, weight_grad: Tensor | None) -> None:
+    """What says how the work is done: backend, chunk_size, weight_grad."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; use one of {', '.join(BACKENDS)}")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size is True or chunk_size < 1):
+        raise ValueError(
+            f"chunk_size is {chunk_size!r}; it must be a whole number of at least 1, or None for the default"
+        )
+    if weight_grad is None:
+        return
+    if not isinstance(weight_grad, Tensor):
+        raise TypeError(f"weight_grad must be a tensor, not {type(weight_grad).__name__}")
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "weight_grad is written to in the backward pass, which torch.compile does not take: leave it out"
+        )
+    if not weight.requires_grad:
+        raise ValueError("weight_grad is given but weight does not require a gradient: leave weight_grad out")
+    if weight_grad.shape != weight.shape or weight_grad.dtype != compute_dtype(weight.dtype):
+        raise ValueError(
+            f"weight_grad is {list(weight_grad.shape)} of {weight_grad.dtype}; expected {list(weight.shape)} of "
+            f"{compute_dtype(weight.dtype)}, the dtype that gradients of {weight.dtype} weights are summed in"
+        )
+    check_device("weight_grad", weight_grad, weight, "weight")
+
+
+def sampling(backward: Backward, grad_error: float | None, epsilon: float | None, seed: int | None) -> Sampling | None:
+    """None for an exact backward pass, which takes none of the options."""
+    if backward not in BACKWARDS:
+        raise ValueError(f"backward is {backward!r}; use one of {', '.join(BACKWARDS)}")
+    if backward == "exact":
+        for name, value in (("grad_error", grad_error), ("epsilon", epsilon), ("seed", seed)):
+            if value is not None:
+                raise ValueError(f'{name} is {value!r} but backward is "exact"; it belongs to backward="sampled"')
+        return None
+    if grad_error is not None and epsilon is not None:
+        raise ValueError(
+            "grad_error and epsilon are both given; epsilon is the threshold that is solved from grad_error"
+        )
+    for name, number in (("grad_error", grad_error), ("epsilon", epsilon)):
+        if number is not None and not 0 < number < float("inf"):
+            raise ValueError(f'{name} is {number!r}; it must be > 0 (backward="exact" has no error)')
+    if seed is None:
+        raise ValueError(
+            'backward is "sampled" but seed is None; pass an int that is another one in each call, such as the number of '
+            "the micro-batch (with one seed for all the errors of successive steps would not average out)"
+        )
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed!r}; it must be an int of at least 0, below 2**63")
+    return Sampling(GRAD_ERROR if grad_error is None else float(grad_error), epsilon, seed)
+
+
+class Reduction(NamedTuple):
+    kind: str
+    normalizer: Tensor | float | None  # of a mean; None: what the call itself counts
+
+    def factor(self, count: Tensor) -> Tensor | float:
+        """What the sum over tokens is multiplied by; `count` 0-dim is the divisor of its own call. No synchronisation."""
+        if self.kind == "sum":
+            return 1.0
+        if isinstance(self.normalizer, Tensor):
+            return 1.0 / self.normalizer.to(torch.promote_types(count.dtype, torch.float32))
+        if self.normalizer is not None:
+            return 1.0 / self.normalizer
+        return torch.where(count > 0, 1.0 / count, 0.0)
+
+
+def check_reduction(
+    reduction: str, normalizer: Tensor | float | None, known: tuple[str, ...] = ("mean", "sum", "none")
+) -> Reduction:
+    if reduction not in known:
+        raise ValueError(f"reduction is {reduction!r}; use one of {', '.join(known)}")
+    if normalizer is None:
+        return Reduction(reduction, None)
+    if not reduction.endswith("mean"):
+        raise ValueError(f'normalizer is given but reduction is {reduction!r}; a normalizer is the divisor of a "mean"')
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() != 0:
+            raise ValueError(f"normalizer is {list(normalizer.shape)}; expected a number or a 0-dim tensor")
+        return Reduction(reduction, normalizer.detach())
+    if not normalizer > 0:
+        raise ValueError(f"normalizer is {normalizer}; it must be > 0 (the global count)")
+    return Reduction(reduction, float(normalizer))
+
+
+def mask_weights(mask: Tensor | None, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight of each token, flat [N]: 1 without a mask; a bool mask as 0 and 1."""
+    if mask is None:
+        return hidden.new_ones(hidden.shape[:-1].numel(), dtype=dtype)
+    weights = check_per_token("mask", mask, hidden).reshape(-1).to(dtype)
+    if (
+        weights.is_cpu
+        and not torch.compiler.is_compiling()
+        and not bool(((weights >= 0) & (weights < torch.inf)).all())
+    ):
+        raise ValueError(
+            "mask holds a weight that is negative or not finite; weights are >= 0, and 0 leaves a token out"
+        )
+    return weights

@@ -1,0 +1,108 @@
+"""The likeliest tokens by hidden states and a head, and the ranks of given ones, chunk by chunk of rows (`fastkl.loss`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkl._loss import arguments as check
+from fastkl.kernels.driver import chunk_rows
+from fastkl.kernels.gemm import compute_dtype, project
+from fastkl.kernels.problem import HeadOptions, Inputs, Spec
+from fastkl.kernels.rows.pytorch import apply_cap
+
+
+class TopK(NamedTuple):
+    """What `top_k_kl_loss` takes of a teacher."""
+
+    ids: Tensor  # [..., k] int64
+    logprobs: Tensor  # [..., k] float32 (float64 for float64), descending, normalised over the whole vocabulary
+
+
+@torch.no_grad()
+def linear_top_k(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    k: int,
+    *,
+    vocab_size: int | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+) -> TopK:
+    """The k likeliest tokens and their log-probs: `torch.log_softmax(z, -1).topk(k)`. No gradient.
+
+    Ids from `vocab_size` on, a head's padding, are left out as if they did not exist. Other arguments: `fastkl.loss`.
+
+    Raises ValueError where k is not between 1 and the vocabulary; TypeError or ValueError for what does not fit.
+    """
+    options = check.head_options(temperature, logit_scale, softcap)
+    inputs = _inputs(hidden, weight, bias, vocab_size, chunk_size)
+    if not 1 <= k <= inputs.weight.shape[0]:
+        raise ValueError(f"k is {k}; it must be between 1 and the vocabulary, {inputs.weight.shape[0]}")
+    n, dtype = inputs.hidden.shape[0], compute_dtype(inputs.hidden.dtype)
+    found = TopK(hidden.new_empty(n, k, dtype=torch.int64), hidden.new_empty(n, k, dtype=dtype))
+    for rows, z in _logits(inputs, options, chunk_size):
+        values, found.ids[rows] = z.topk(k, -1)
+        found.logprobs[rows] = values - torch.logsumexp(z, -1, keepdim=True)
+    return TopK(*(tensor.reshape(*hidden.shape[:-1], k) for tensor in found))
+
+
+@torch.no_grad()
+def linear_ranks(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    tokens: Tensor,  # [...] int64
+    *,
+    vocab_size: int | None = None,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """The rank of each of `tokens`, int64, of their shape: 1 + how many ids have a greater logit; 0 at ignored ones.
+
+    1 is the likeliest token, and ids of one logit have one rank. Temperature, scale and soft-cap change no rank and are no
+    arguments. Ids from `vocab_size` on, a head's padding, are left out as if they did not exist.
+
+    Raises TypeError or ValueError for shapes, dtypes, devices or ids that do not fit, before anything is computed.
+    """
+    inputs = _inputs(hidden, weight, bias, vocab_size, chunk_size)
+    ids = check.check_tokens(tokens, hidden, inputs.weight.shape[0], ignore_index).reshape(-1)
+    known = ids != ignore_index
+    ids, ranks = ids.where(known, 0), torch.empty_like(ids)
+    for rows, z in _logits(inputs, HeadOptions(), chunk_size):
+        ranks[rows] = (z > z.gather(-1, ids[rows, None])).sum(-1) + 1
+    return ranks.where(known, 0).reshape(tokens.shape)
+
+
+def _inputs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int | None, chunk_size: int | None
+) -> Inputs:
+    """Checked, with flat rows, without padding ids, in the autocast dtype where that is on."""
+    check.check_head(hidden, weight, bias)
+    check.check_plan("auto", chunk_size, weight, None)
+    if vocab_size is not None:
+        check.check_vocab_size(vocab_size, {"weight": weight.shape[0]})
+        weight, bias = weight[:vocab_size], check.first_rows(bias, vocab_size)
+    hidden, weight, bias = check.autocast(hidden, weight, bias)
+    return Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+
+
+def _logits(inputs: Inputs, options: HeadOptions, chunk_size: int | None) -> Iterator[tuple[slice, Tensor]]:
+    """Rows, and their logits [n, V] in the compute dtype: one workspace, which the next chunk overwrites."""
+    hidden, weight, bias = inputs[:3]
+    step = chunk_rows(Spec("token_nll", options, None, "torch", chunk_size), inputs, gradient=False)
+    n = hidden.shape[0]
+    workspace = hidden.new_empty(min(n, step), weight.shape[0], dtype=compute_dtype(hidden.dtype))
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        z = workspace[: rows.stop - start]
+        with torch.autocast(hidden.device.type, enabled=False):
+            project(hidden[rows], weight, bias, options.alpha, z)
+        apply_cap(z, options.cap, keep=False)
+        yield rows, z

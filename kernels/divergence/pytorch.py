@@ -1,0 +1,161 @@
+"""Divergences (`divergence.py`) in plain PyTorch, for every device: in place, a block of rows at a time.
+
+A formula is given the log-probs of a block. It returns the value of each row and, if a gradient is wanted, leaves the
+gradient by z in the place of log p. On a CPU passes over a block are what costs, next to them exponentials: mixtures are
+made of probabilities, not of their logarithms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastkl.kernels.divergence.formula import Divergence, Extras, Mixture, Outputs, mixture, without_skew
+from fastkl.kernels.rows.interface import Logits
+from fastkl.kernels.rows.pytorch import apply_cap, hand_over, row_blocks, undo_cap
+
+
+def divergence(
+    kind: Divergence, parameter: float, logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None
+) -> None:
+    """out[0] = the divergence, the rest of `out`, 2 rows or 8, as `Outputs` has it."""
+    assert logits.teacher is not None
+    formula, m = _FORMULAS[without_skew(kind, parameter)], mixture(kind, parameter)
+    for rows in row_blocks(logits.student):
+        log_p, log_q = logits.student[rows], logits.teacher[rows]
+        z = apply_cap(log_p, logits.student_cap, keep=gradient is not None)
+        apply_cap(log_q, logits.teacher_cap, keep=False)
+        torch.log_softmax(log_p, -1, out=log_p)
+        torch.log_softmax(log_q, -1, out=log_q)
+        y = None if tokens is None else tokens[rows, None]
+        value, token_nll, extras = Outputs.of(out[:, rows])
+        token_nll.copy_(_nll(log_p, y))
+        if extras is not None:
+            _describe(log_p, log_q, y, extras)
+        value.copy_(formula(log_p, log_q, m, gradient is not None))
+        if gradient is not None:
+            undo_cap(log_p, z, logits.student_cap)
+            hand_over(log_p, gradient[rows])
+
+
+def _describe(log_p: Tensor, log_q: Tensor, y: Tensor | None, extras: Extras) -> None:
+    p, q = log_p.exp(), log_q.exp()
+    extras.teacher_nll.copy_(_nll(log_q, y))
+    extras.entropy.copy_(_mean(p, log_p.neg()))
+    extras.teacher_entropy.copy_(_mean(q, log_q.neg()))
+    extras.reverse_kl.copy_(_mean(p, log_p - log_q))
+    extras.forward_kl.copy_(_mean(q, log_q - log_p))
+    agreement = extras.agreement.copy_(log_p.argmax(-1) == log_q.argmax(-1))
+    agreement.masked_fill_(extras.reverse_kl.isnan(), torch.nan)
+
+
+def _nll(log_p: Tensor, y: Tensor | None) -> Tensor:
+    return log_p.new_zeros(log_p.shape[0]) if y is None else -log_p.gather(1, y).squeeze(1)
+
+
+def _mean(p: Tensor, f: Tensor) -> Tensor:
+    """Σ p f with 0 · ∞ = 0; f becomes 0 where it is infinite and p = 0.
+
+    The mask for that is two passes; a row that needs it shows up as NaN, and looking costs nothing on a CPU.
+    """
+    mean = torch.linalg.vecdot(p, f)
+    if mean.is_cpu and not mean.isnan().any():
+        return mean
+    f.masked_fill_(p == 0, 0.0)
+    return torch.linalg.vecdot(p, f)
+
+
+def _reverse_kl(log_p: Tensor, log_q: Tensor, m: Mixture, gradient: bool) -> Tensor:
+    log_ratio = torch.sub(log_p, log_q, out=log_q)
+    p = log_p.exp_()
+    value = _mean(p, log_ratio)
+    if gradient:
+        p.mul_(log_ratio.sub_(value[:, None]))
+    return value
+
+
+def _forward_kl(log_p: Tensor, log_q: Tensor, m: Mixture, gradient: bool) -> Tensor:
+    log_ratio = log_q - log_p
+    q = log_q.exp_()
+    value = _mean(q, log_ratio)
+    if gradient:
+        log_p.exp_().sub_(q)
+    return value
+
+
+def _jsd(log_p: Tensor, log_q: Tensor, m: Mixture, gradient: bool) -> Tensor:
+    p, q = log_p.exp_(), log_q.exp_()
+    mixed = _mix(p, q, m)
+    quotient = q / mixed
+    of_q = torch.linalg.vecdot(q, _log(quotient, out=quotient))
+    quotient = torch.div(p, mixed, out=mixed)
+    log_quotient = _log(quotient, out=quotient)
+    of_p = torch.linalg.vecdot(p, log_quotient)
+    if gradient:
+        _times_centred(p, log_quotient, of_p, m.student)
+    return m.teacher * of_q + m.student * of_p
+
+
+def _skewed_forward_kl(log_p: Tensor, log_q: Tensor, m: Mixture, gradient: bool) -> Tensor:
+    p, q = log_p.exp_(), log_q.exp_()
+    mixed = _mix(p, q, m)
+    quotient = torch.div(q, mixed, out=mixed)
+    value = torch.linalg.vecdot(q, _log(quotient))
+    if gradient:
+        s = quotient.sub_(1.0)
+        _times_centred(p, s, torch.linalg.vecdot(p, s), -m.student)
+    return value
+
+
+def _skewed_reverse_kl(log_p: Tensor, log_q: Tensor, m: Mixture, gradient: bool) -> Tensor:
+    p, q = log_p.exp_(), log_q.exp_()
+    mixed = _mix(p, q, m)
+    quotient = torch.div(p, mixed, out=mixed)
+    log_quotient = _log(quotient, out=q)
+    value = torch.linalg.vecdot(p, log_quotient)
+    if gradient:
+        s = log_quotient.sub_(quotient.sub_(1.0), alpha=m.student)
+        _times_centred(p, s, torch.linalg.vecdot(p, s), 1.0)
+    return value
+
+
+def _total_variation(log_p: Tensor, log_q: Tensor, m: Mixture, gradient: bool) -> Tensor:
+    p, q = log_p.exp_(), log_q.exp_()
+    difference = torch.sub(p, q, out=q)
+    sign = difference.sign()  # of NaN: 0
+    value = 0.5 * torch.linalg.vecdot(sign, difference)  # vector_norm sums one after the other and loses digits
+    if gradient:
+        _times_centred(p, sign, torch.linalg.vecdot(p, sign) + 0.0 * value, 0.5)
+    return value
+
+
+_FORMULAS: dict[Divergence, Callable[[Tensor, Tensor, Mixture, bool], Tensor]] = {
+    "reverse_kl": _reverse_kl,
+    "forward_kl": _forward_kl,
+    "jsd": _jsd,
+    "skewed_forward_kl": _skewed_forward_kl,
+    "skewed_reverse_kl": _skewed_reverse_kl,
+    "total_variation": _total_variation,
+}
+
+
+def _mix(p: Tensor, q: Tensor, m: Mixture) -> Tensor:
+    """m, and p exactly where p = q; the smallest number where that is 0, so that it can divide.
+
+    `lerp` takes the smaller weight: 1 − weight would lose digits of it.
+    """
+    mixed = torch.lerp(p, q, m.teacher) if m.teacher < m.student else torch.lerp(q, p, m.student)
+    return mixed.clamp_(min=torch.finfo(p.dtype).smallest_normal * torch.finfo(p.dtype).eps)
+
+
+def _log(quotient: Tensor, out: Tensor | None = None) -> Tensor:
+    """Finite where the quotient is 0: what it is multiplied with is 0 there, too."""
+    return torch.clamp(quotient, min=torch.finfo(quotient.dtype).tiny, out=out).log_()
+
+
+def _times_centred(p: Tensor, s: Tensor, mean: Tensor, factor: float) -> None:
+    """p becomes factor · p (s − mean); s is lost."""
+    centred = torch.add(mean.mul(-factor)[:, None], s, alpha=factor, out=s)
+    p.mul_(centred)

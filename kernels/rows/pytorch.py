@@ -1,0 +1,122 @@
+"""Row functions (`rows.py`) in plain PyTorch, for every device.
+
+They work in place, a block of rows at a time, so that what they need beside the chunk (a copy under a soft-cap, a mask, a
+product) stays small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastkl.kernels.rows.interface import Logits
+
+# Smaller blocks that fit a cache are no faster (a row is most of one already), and every pass over a block is a barrier
+# between threads, which costs dearly on a busy machine.
+BLOCK_BYTES = 32 * 2**20
+LOWEST_LOGPROB = -1e30  # times a probability of 0 it is 0
+
+
+def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> None:
+    """out[0] = lse(z) − z[y]; gradient p − 1[y]."""
+    assert tokens is not None
+    for rows in row_blocks(logits.student):
+        block, y = logits.student[rows], tokens[rows, None]
+        z = apply_cap(block, logits.student_cap, keep=gradient is not None)
+        target = block.gather(1, y).squeeze(1)
+        peak, top = _softmax_in_place(block)
+        out[0, rows] = (peak - target) - top  # in this order: large logits cancel before anything is rounded
+        if gradient is not None:
+            block.scatter_add_(1, y, block.new_full((1, 1), -1.0).expand_as(y))
+            undo_cap(block, z, logits.student_cap)
+            hand_over(block, gradient[rows])
+
+
+def token_nll_entropy(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> None:
+    """out[0] = −log p[y], out[1] = H = −Σ p log p, out[2] = m = max z, out[3] = lse(z) − m. The chunk becomes log p."""
+    assert tokens is not None
+    assert gradient is None, "entropy_gradient makes it, once the weights are known"
+    for rows in row_blocks(logits.student):
+        block, y = logits.student[rows], tokens[rows, None]
+        apply_cap(block, logits.student_cap, keep=False)
+        out[2, rows] = block.amax(-1)
+        torch.log_softmax(block, -1, out=block)
+        out[0, rows] = -block.gather(1, y).squeeze(1)
+        out[1, rows] = torch.special.entr(block.exp()).sum(-1)
+        out[3, rows] = -block.amax(-1)
+
+
+def entropy_gradient(logits: Logits, tokens: Tensor, out: Tensor, weights: Tensor, gradient: Tensor) -> None:
+    """w₀ (p − 1[y]) − w₁ p (log p + H), the gradient of w₀ out[0] + w₁ out[1]; weights [2, n]."""
+    for rows in row_blocks(logits.student):
+        log_p, (w_nll, w_entropy) = logits.student[rows], weights[:, rows, None]
+        p = log_p.exp()
+        z = None if logits.student_cap is None else log_p + (out[2] + out[3])[rows, None]
+        log_p.clamp_(min=LOWEST_LOGPROB).mul_(-w_entropy).add_(w_nll - w_entropy * out[1, rows, None]).mul_(p)
+        log_p.scatter_add_(1, tokens[rows, None], -w_nll)
+        undo_cap(log_p, z, logits.student_cap)
+        hand_over(log_p, gradient[rows])
+
+
+def tail_sums(x: Tensor, cap: float | None, out: Tensor) -> None:
+    """out[0] = m = max z, out[1] = Σ exp(z − m) (`top_k.TailFunctions`)."""
+    for rows in row_blocks(x):
+        z = _capped_entries(x[rows], cap)
+        out[0, rows] = z.amax(-1)
+        out[1, rows] = _exponentials(z, out[0, rows]).sum(-1)
+
+
+def tail_gradient(x: Tensor, cap: float | None, m: Tensor, scale: Tensor, gradient: Tensor) -> None:
+    """gradient = scale exp(z − m) dz/dx (`top_k.TailFunctions`)."""
+    for rows in row_blocks(x):
+        z = _capped_entries(x[rows], cap)
+        e = _exponentials(z, m[rows]).mul_(scale[rows, None])
+        undo_cap(e, z.masked_fill(z == -torch.inf, 0.0), cap)
+        gradient[rows] = e
+
+
+def _capped_entries(x: Tensor, cap: float | None) -> Tensor:
+    """z for the entries that are not −inf, which stay."""
+    return x if cap is None else torch.tanh(x).mul_(cap).masked_fill_(x == -torch.inf, -torch.inf)
+
+
+def _exponentials(z: Tensor, m: Tensor) -> Tensor:
+    """exp(z − m), 0 throughout a row without entries."""
+    return torch.sub(z, m.clamp(min=torch.finfo(z.dtype).min)[:, None]).exp_()
+
+
+def row_blocks(chunk: Tensor) -> Iterator[slice]:
+    """Blocks of about BLOCK_BYTES on a CPU; the whole chunk elsewhere, where launches cost more than cache misses."""
+    n, vocabulary = chunk.shape
+    step = max(1, BLOCK_BYTES // (vocabulary * chunk.element_size())) if chunk.is_cpu else max(1, n)
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
+
+
+def _softmax_in_place(z: Tensor) -> tuple[Tensor, Tensor]:
+    """z becomes softmax(z). Returns max z and log max p, [n] each; lse(z) is their difference, well conditioned."""
+    peak = z.amax(-1)
+    torch.softmax(z, -1, out=z)
+    return peak, z.amax(-1).log_()
+
+
+def apply_cap(x: Tensor, cap: float | None, keep: bool) -> Tensor | None:
+    """x becomes z = cap · tanh(x); a copy of z is returned if the gradient will want it back."""
+    if cap is None:
+        return None
+    x.tanh_().mul_(cap)
+    return x.clone() if keep else None
+
+
+def undo_cap(gradient: Tensor, z: Tensor | None, cap: float | None) -> None:
+    """Gradient by z becomes gradient by x: dz/dx = cap − z² / cap."""
+    if cap is not None and z is not None:
+        gradient.mul_(z.square_().div_(-cap).add_(cap))
+
+
+def hand_over(block: Tensor, gradient: Tensor) -> None:
+    """The block is the gradient now; a copy where it is wanted apart."""
+    if gradient.data_ptr() != block.data_ptr():
+        gradient.copy_(block)

@@ -1,0 +1,67 @@
+"""Values straight from hidden states and the weight of the LM head, for a CPU: no logits in memory.
+
+A tile of scores z [rows, TILE_COLUMNS] is made, reduced while it is in the cache, and overwritten by the next one of the
+vocabulary. With m the largest score of a row so far and e = exp(z − m),
+
+    l = Σ e                         out[0] = m − z[y] + log l
+    s = Σ e (z − m)                 out[1] = log l − s / l          the entropy, if it is asked for
+
+and a tile that raises m to m' carries over l ← f l, s ← f (s + l (m − m')), f = exp(m − m').
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkl.kernels.gemm import TILE_COLUMNS, even_rows, project
+from fastkl.kernels.problem import Inputs, Spec
+from fastkl.kernels.rows.pytorch import apply_cap
+
+ROWS = 512  # of a tile: fewer read the weight too often, more leave the cache
+
+
+def token_nll(spec: Spec, inputs: Inputs, out: Tensor) -> None:
+    """out[0] = −log p[y]; of kind "token_nll_entropy" also out[1] = H, out[2] = m, out[3] = log l; out [K, N]."""
+    n = inputs.hidden.shape[0]
+    step = even_rows(n, spec.chunk_size or ROWS)
+    place = out.new_empty(min(n, step) * min(TILE_COLUMNS, inputs.weight.shape[0]))
+    assert inputs.tokens is not None
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        own = inputs._replace(hidden=inputs.hidden[rows].to(out.dtype), tokens=inputs.tokens[rows])
+        _score(spec, own, place, out[:, rows])
+
+
+def _score(spec: Spec, inputs: Inputs, place: Tensor, out: Tensor) -> None:
+    n, vocabulary = inputs.hidden.shape[0], inputs.weight.shape[0]
+    y, entropy, lowest = inputs.tokens, spec.kind == "token_nll_entropy", torch.finfo(out.dtype).min
+    assert y is not None
+    m, target = (out.new_full((n,), value) for value in (-torch.inf, torch.nan))
+    total, weighted = out.new_zeros(n), out.new_zeros(n)
+    for start in range(0, vocabulary, TILE_COLUMNS):
+        columns = slice(start, min(start + TILE_COLUMNS, vocabulary))
+        width = columns.stop - start
+        z = place[: n * width].view(n, width)
+        bias = None if inputs.bias is None else inputs.bias[columns]
+        project(inputs.hidden, inputs.weight[columns], bias, spec.student.alpha, z)
+        apply_cap(z, spec.student.cap, keep=False)
+        here = (y >= start) & (y < columns.stop)
+        target = torch.where(here, z.gather(1, (y - start).clamp(0, width - 1)[:, None]).squeeze(1), target)
+        old, m = m, torch.maximum(m, z.amax(-1))
+        finite = m.clamp(min=lowest)  # for a row that has had no entry but −inf
+        shift = (old - finite).clamp_(min=lowest)
+        factor = shift.exp()
+        z.sub_(finite[:, None])
+        if entropy:
+            weighted.addcmul_(total, shift).mul_(factor)
+            e = z.exp()
+            weighted.add_(e.mul(z.clamp_(min=lowest)).sum(-1))
+        else:
+            e = z.exp_()
+        total.mul_(factor).add_(e.sum(-1))
+    log_total = total.log()
+    out[0] = (m - target) + log_total  # in this order: large logits cancel before anything is rounded
+    if entropy:
+        out[1] = log_total - weighted / total
+        out[2], out[3] = m, log_total

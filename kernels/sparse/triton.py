@@ -1,0 +1,99 @@
+"""The sampled backward in Triton: what `sampled.py` says, without a synchronisation. The steps of a block
+are in `sampled_steps_triton.py`, their kernels in `sampled_kernels_triton.py`.
+
+A block of B rows, u [B, V], goes through
+
+    w² [V]            sums over splits of SPLIT rows each, then over the splits: one pass over u
+    τ [1]             by `sampled_probabilities.solve`. Columns that are certain then have w = ∞; a block that is not worth
+                      sampling has τ = −1, which keeps all columns as they are
+    ids [K], 1 / π    columns with w > τ · rand, rand by Philox from (seed, block, column): a count per tile of columns, the
+                      running sum of the counts, the list. K stays on the device
+    û [B, K]          over u, in place, and each row's Σ û − Σ u
+    dH                slope · (û W[ids] − (Σ û − Σ u) c): K is the inner length
+    dW[ids]           += ûᵀ (slope · h): programs take one tile of [K, D] after the other
+
+Same bits for the same seed, blocks and operands: no atomics, each sum has one order, each element of dW one owner, and the
+blocks come one after the other. A block's number counts the blocks of its call, so that chunk sizes that are multiples
+of a block give the same sample, up to what a vendor's GEMM makes of another number of rows in u. PyTorch's generator,
+which `sampled_torch.Sampler` has, gives another sample.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkl.kernels.rows.launch import check_device
+from fastkl.kernels.sparse.estimator import Estimate, Sampling, centre
+from fastkl.kernels.sparse.probabilities import is_sparse, row_weights, solve
+from fastkl.kernels.sparse.steps import (
+    Selection,
+    add_to_weight_gradient,
+    column_squares,
+    compact,
+    hidden_gradient,
+    select_columns,
+)
+
+
+class Sampler:
+    """`sampled.BlockSampler` for CUDA and HIP devices. It overwrites the gradients that it is given."""
+
+    def __init__(self, sampling: Sampling, weight: Tensor, capped: bool) -> None:
+        check_device("weight is", weight)
+        if weight.stride(1) != 1 and weight.shape[1] > 1:
+            raise ValueError(
+                f"the elements of a row of the weight must lie side by side; the strides are {weight.stride()}"
+            )
+        self.sampling, self.weight, self.capped = sampling, weight, capped
+        self.centre = centre(weight)
+        self.block = self.seen = 0  # blocks, and entries of u
+        self.kept = torch.zeros(1, dtype=torch.int64, device=weight.device)
+        self.variance, self.square = (weight.new_zeros((), dtype=torch.float32) for _ in range(2))
+
+    def sample(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> Sample:
+        """The sample of a block; `gradient` is û from here on."""
+        squares = column_squares(gradient, row_weights(slope))
+        w, tau, total, lost, expected = solve(self.sampling, squares, always)
+        sparse = is_sparse(expected, w.shape[0])
+        columns = select_columns(w, torch.where(sparse, tau, -1.0).reshape(1), self.sampling.seed, self.block)
+        self.block += 1
+        self.seen += gradient.numel()
+        self.kept += columns.kept * gradient.shape[0]
+        self.square += total
+        self.variance += torch.where(sparse, lost, 0.0)
+        excess = compact(gradient, columns, self.capped)
+        expected = torch.where(sparse, expected, float(w.shape[0]))
+        return Sample(self.weight, self.centre, gradient, slope, columns, excess, expected)
+
+    def statistics(self) -> Tensor:
+        error = (self.variance / self.square.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+        return torch.stack([self.kept[0].to(torch.float32) / max(1, self.seen), error])
+
+
+class Sample(NamedTuple):
+    """`sampled.Sample` of a block, good until the next one overwrites its gradient."""
+
+    weight: Tensor  # [V, D]
+    centre: Tensor  # [D]
+    gradient: Tensor  # [B, V], û in its first K columns
+    slope: Tensor  # [B]
+    columns: Selection
+    excess: Tensor  # [B], Σ û − Σ u
+    expected: Tensor  # 0-dim, the mean of K over the draws
+
+    def hidden_gradient(self) -> Tensor:
+        return hidden_gradient(self.gradient, self.weight, self.columns, self.slope, self.excess, self.centre)
+
+    def add_to_weight_gradient(self, accumulator: Tensor, hidden: Tensor) -> None:
+        scaled = (hidden * self.slope[:, None]).to(self.gradient.dtype).contiguous()
+        add_to_weight_gradient(accumulator, self.gradient, scaled, self.columns)
+
+    def estimate(self, rows: slice) -> Estimate:
+        """A copy of û on its columns, all of them if they are all kept: to allocate it the host waits for K."""
+        drawn, expected = torch.cat([self.columns.kept, self.expected.reshape(1)]).tolist()  # exact up to 2²⁴ columns
+        count = int(drawn)
+        ids = self.columns.ids[:count].to(torch.int64)
+        return Estimate(rows, ids, self.gradient[:, :count].clone(), self.slope, expected)

@@ -1,0 +1,175 @@
+"""KL divergences against a teacher that is known by its k likeliest tokens alone.
+
+S holds the listed ids, q their probabilities; what is not listed is the tail, of mass p_tail = Σ_{v∉S} p_v in the student
+and q_tail = 1 − Σ_S q in the teacher; ρ = log(p_tail / q_tail). With Q = Σ_S q, P = Σ_S p, p̃ = p / P, q̃ = q / Q, and e the
+student's distribution within the tail (so that p_v = p_tail e_v there):
+
+| direction-tail      | value D                                 | gradient on S                       | factor of e     |
+|---------------------|-----------------------------------------|-------------------------------------|-----------------|
+| reverse-bucket      | Σ_S p log(p/q) + p_tail ρ               | p (log(p/q) − D)                    | p_tail (ρ − D)  |
+| forward-bucket      | Σ_S q log(q/p) − q_tail ρ               | p − q                               | p_tail − q_tail |
+| reverse-renormalise | KL(p̃ ‖ q̃) − log P                       | p̃ (log(p̃/q̃) − KL(p̃ ‖ q̃)) + p − p̃   | p_tail          |
+| forward-renormalise | KL(q̃ ‖ p̃) − log P = Σ_S q̃ log(q̃/p)     | p − q̃                               | p_tail          |
+| reverse-drop        | Σ_S p log(p/q)                          | p (log(p/q) + 1 − D − P)            | −p_tail (D + P) |
+| forward-drop        | Σ_S q log(q/p)                          | Q p − q                             | Q p_tail        |
+
+A tail as a bucket makes D the divergence of two distributions over k + 1 outcomes: at least 0, at most the true one.
+Renormalised, −log P is what leaving the set costs. Dropped, D is no divergence: it may be negative, and in the reverse
+direction a student that leaves the set pays nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastkl.kernels.rows.interface import Logits
+
+Direction = Literal["reverse", "forward"]
+Tail = Literal["bucket", "renormalise", "drop"]
+DIRECTIONS: tuple[Direction, ...] = ("reverse", "forward")
+TAILS: tuple[Tail, ...] = ("bucket", "renormalise", "drop")
+
+
+class TailFunctions(Protocol):
+    """What is dense, and so a matter of the backend. Entries of −inf are left out, under a soft-cap too."""
+
+    def tail_sums(self, x: Tensor, cap: float | None, out: Tensor) -> None:
+        """out[0] = m = max z [n], out[1] = Σ exp(z − m), under the cap; −inf and 0 for no entries."""
+
+    def tail_gradient(self, x: Tensor, cap: float | None, m: Tensor, scale: Tensor, gradient: Tensor) -> None:
+        """gradient = scale exp(z − m) dz/dx, [n, V]; m and scale [n]."""
+
+
+def top_k(
+    variant: str,
+    dense: TailFunctions,
+    logits: Logits,
+    tokens: Tensor | None,
+    out: Tensor,
+    gradient: Tensor | None,
+) -> None:
+    """out[0] = D of `variant`, with its gradient; out[1] = −log p[y], 0 without tokens.
+
+    Ids below 0 pad a list at its end.
+    """
+    assert logits.top_ids is not None
+    assert logits.top_logprobs is not None
+    x, cap, padding = logits.student, logits.student_cap, logits.top_ids < 0
+    ids = torch.where(padding, logits.top_ids[:, :1], logits.top_ids)
+    z, slope = _capped(x.gather(1, ids), cap)
+    target = None if tokens is None else _capped(x.gather(1, tokens[:, None]), cap)[0].squeeze(1)
+    x.scatter_(1, ids, -torch.inf)
+    sums = out.new_empty(2, out.shape[1])
+    dense.tail_sums(x, cap, sums)
+    z = z.masked_fill(padding, -torch.inf)
+    peak = torch.maximum(sums[0], z.amax(1))  # taken off first: large logits cancel before anything is rounded
+    z, log_tail = z - peak[:, None], sums[0] - peak + sums[1].log()
+    lse = torch.logaddexp(log_tail, torch.logsumexp(z, 1))
+    log_q = logits.top_logprobs.masked_fill(padding, -torch.inf)
+    listed = _Listed(z - lse[:, None], log_q, log_tail - lse, 1.0 - log_q.exp().sum(1))
+    value, u, tail_scale = _TERMS[variant](listed)
+    out[0] = value
+    out[1] = 0.0 if target is None else (peak - target) + lse
+    if gradient is None:
+        return
+    share = tail_scale.where(sums[1] > 0, 0.0) / sums[1].where(sums[1] > 0, 1.0)
+    dense.tail_gradient(x, cap, sums[0], share, gradient)
+    u = u * slope
+    gradient.scatter_(1, ids, torch.where(padding, u[:, :1], u).to(gradient.dtype))
+
+
+class _Listed(NamedTuple):
+    """Student and teacher on S [n, k] and in the tail [n], log-probs; −inf where a list is padded."""
+
+    log_p: Tensor
+    log_q: Tensor
+    log_p_tail: Tensor
+    q_tail: Tensor  # a mass: what the rounding of the log-probs leaves of 1 − Σ q
+
+
+class _Terms(NamedTuple):
+    value: Tensor  # [n]
+    gradient: Tensor  # [n, k], on S
+    tail: Tensor  # [n], the factor of e in the tail
+
+
+def _reverse_bucket(s: _Listed) -> _Terms:
+    p, p_tail = s.log_p.exp(), s.log_p_tail.exp()
+    ratio, tail_ratio = _finite(s.log_p - s.log_q, p), _finite(s.log_p_tail - _log_tail(s.q_tail), p_tail)
+    value = (p * ratio).sum(1) + p_tail * tail_ratio
+    return _Terms(value, p * (ratio - value[:, None]), p_tail * (tail_ratio - value))
+
+
+def _forward_bucket(s: _Listed) -> _Terms:
+    q, p_tail = s.log_q.exp(), s.log_p_tail.exp()
+    q_tail = s.q_tail.where(s.q_tail > _least(q.dtype), 0.0)
+    value = (q * _finite(s.log_q - s.log_p, q)).sum(1)
+    value = value + q_tail * _finite(_log_tail(q_tail) - s.log_p_tail, q_tail)
+    return _Terms(value, s.log_p.exp() - q, p_tail - q_tail)
+
+
+def _reverse_renormalised(s: _Listed) -> _Terms:
+    log_inside, p = torch.logsumexp(s.log_p, 1), s.log_p.exp()
+    log_p, log_q = s.log_p - log_inside[:, None], torch.log_softmax(s.log_q, 1)
+    own = log_p.exp()
+    ratio = _finite(log_p - log_q, own)
+    kl = (own * ratio).sum(1)
+    return _Terms(kl - log_inside, own * (ratio - kl[:, None]) + p - own, s.log_p_tail.exp())
+
+
+def _forward_renormalised(s: _Listed) -> _Terms:
+    log_q = torch.log_softmax(s.log_q, 1)
+    q = log_q.exp()
+    return _Terms((q * _finite(log_q - s.log_p, q)).sum(1), s.log_p.exp() - q, s.log_p_tail.exp())
+
+
+def _reverse_dropped(s: _Listed) -> _Terms:
+    p = s.log_p.exp()
+    ratio = _finite(s.log_p - s.log_q, p)
+    value = (p * ratio).sum(1)
+    mean = value + p.sum(1)
+    return _Terms(value, p * (ratio + 1.0 - mean[:, None]), -s.log_p_tail.exp() * mean)
+
+
+def _forward_dropped(s: _Listed) -> _Terms:
+    q = s.log_q.exp()
+    inside = q.sum(1)
+    value = (q * _finite(s.log_q - s.log_p, q)).sum(1)
+    return _Terms(value, inside[:, None] * s.log_p.exp() - q, inside * s.log_p_tail.exp())
+
+
+_TERMS: dict[str, Callable[[_Listed], _Terms]] = {
+    "reverse-bucket": _reverse_bucket,
+    "forward-bucket": _forward_bucket,
+    "reverse-renormalise": _reverse_renormalised,
+    "forward-renormalise": _forward_renormalised,
+    "reverse-drop": _reverse_dropped,
+    "forward-drop": _forward_dropped,
+}
+
+
+def _finite(log_ratio: Tensor, mass: Tensor) -> Tensor:
+    """A log-ratio where its weight is positive, else 0: 0 · log 0 = 0."""
+    return log_ratio.where(mass > 0, 0.0)
+
+
+def _log_tail(q_tail: Tensor) -> Tensor:
+    """The log of the teacher's tail, which to its rounding may be no tail at all."""
+    return torch.log(q_tail.clamp(min=_least(q_tail.dtype)))
+
+
+def _least(dtype: torch.dtype) -> float:
+    """The least mass that 1 − Σ q can tell from the rounding of the log-probs."""
+    return 16 * torch.finfo(dtype).eps
+
+
+def _capped(x: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+    """z and dz/dx."""
+    if cap is None:
+        return x, torch.ones_like(x)
+    z = cap * torch.tanh(x)
+    return z, cap - z.square() / cap

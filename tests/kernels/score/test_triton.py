@@ -1,0 +1,350 @@
+"""The Triton scoring kernels against float64, at least as accurate as eager PyTorch, and the same bits in any company.
+
+They run on a GPU where there is one, and else in Triton's interpreter (test_interpreted.py).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+import row_cases
+import torch
+from devices import INTERPRETED, triton_device
+from loss_cases import assert_as_accurate, generator, largest
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from fastkl import reference
+from fastkl.kernels.problem import HeadOptions
+from fastkl.kernels.score import triton as score_triton
+from fastkl.kernels.score.triton import Head
+
+DEVICE = triton_device()
+
+# The interpreter multiplies bf16 wrongly.
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+if not INTERPRETED:
+    DTYPES["bf16"] = torch.bfloat16
+HEADS = {
+    "plain": HeadOptions(),
+    "scaled": HeadOptions(temperature=0.7, logit_scale=1.6),
+    "capped": HeadOptions(temperature=0.7, logit_scale=1.6, softcap=2.5),
+    "wide-cap": HeadOptions(softcap=1000.0),
+}
+FUNCTIONS = ("token_nll", "reverse_kl")
+BLOCK = 64  # columns of a tile with float32 operands
+INF = math.inf
+
+
+class Case(NamedTuple):
+    """A problem; `student` and `teacher` are [n, D], [V, D] and [V] or None."""
+
+    student: tuple[Tensor, Tensor, Tensor | None]
+    teacher: tuple[Tensor, Tensor, Tensor | None]
+    y: Tensor | None  # [n]
+    options: HeadOptions = HeadOptions()
+    teacher_options: HeadOptions = HeadOptions()
+
+    def rows(self, rows: slice) -> Case:
+        student, teacher = ((h[rows], w, b) for h, w, b in (self.student, self.teacher))
+        return self._replace(student=student, teacher=teacher, y=None if self.y is None else self.y[rows])
+
+    def logits(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """z of student and teacher [n, V]."""
+
+        def logits(head: tuple[Tensor, Tensor, Tensor | None], options: HeadOptions) -> Tensor:
+            hidden, weight, bias = (None if t is None else t.to(dtype) for t in head)
+            assert hidden is not None
+            assert weight is not None
+            return reference.logits(hidden, weight, bias, options.temperature, options.logit_scale, options.softcap)
+
+        return logits(self.student, self.options), logits(self.teacher, self.teacher_options)
+
+
+def make_case(n: int, vocabulary: int, dim: int = 20, dtype: torch.dtype = torch.float32, bias: bool = True) -> Case:
+    g = generator(n)
+
+    def head(d: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        hidden, weight = torch.randn(n, d, generator=g), torch.randn(vocabulary, d, generator=g) * 2.0 / d**0.5
+        return hidden.to(dtype), weight.to(dtype), torch.randn(vocabulary, generator=g).to(dtype) if bias else None
+
+    return Case(head(dim), head(dim + 13), torch.randint(vocabulary, (n,), generator=g))
+
+
+def run(name: str, case: Case, entropy: bool = True) -> Tensor:
+    """The values [K, n] of a scoring function."""
+
+    def head(tensors: tuple[Tensor, Tensor, Tensor | None], options: HeadOptions) -> Head:
+        hidden, weight, bias = tensors
+        return Head(hidden.to(DEVICE), weight.to(DEVICE), None if bias is None else bias.to(DEVICE), options)
+
+    student = head(case.student, case.options)
+    out = torch.full((2, student.hidden.shape[0]), torch.nan, device=DEVICE)
+    y = None if case.y is None else case.y.to(DEVICE)
+    if name == "token_nll":
+        assert y is not None
+        out = out if entropy else out[:1]
+        score_triton.token_nll(student, y, out, entropy)
+    else:
+        score_triton.reverse_kl(student, head(case.teacher, case.teacher_options), y, out)
+    return out.cpu()
+
+
+def expected(name: str, case: Case, dtype: torch.dtype) -> Tensor:
+    z, z_t = case.logits(dtype)
+    nll = z.new_zeros(z.shape[0]) if case.y is None else -reference.logprobs(z, case.y)
+    log_p, log_q = torch.log_softmax(z, -1), torch.log_softmax(z_t, -1)
+    p = log_p.exp()
+    if name == "token_nll":
+        return torch.stack([nll, -torch.where(p == 0, 0.0, p * log_p).sum(-1)])
+    return torch.stack([torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1), nll])
+
+
+def assert_accurate(name: str, case: Case) -> None:
+    """Infinities and NaN where float64 has them; elsewhere the rule of the losses, on the same operands."""
+    ours = run(name, case)
+    peer, exact = (expected(name, case, dtype) for dtype in (torch.float32, torch.float64))
+    assert torch.equal(ours.isnan(), exact.isnan())
+    assert torch.equal(ours.isinf(), exact.isinf())
+    z, z_t = case.logits(torch.float64)
+    size = max(1.0, largest(finite(z)), largest(finite(z_t)) if name == "reverse_kl" else 0.0)
+    slack = 4 * torch.finfo(torch.float32).eps * max(size, largest(finite(exact)))
+    assert_as_accurate(name, finite(ours), finite(peer), finite(exact), slack)
+
+
+def finite(t: Tensor) -> Tensor:
+    return t.where(t.isfinite(), 0.0)
+
+
+@pytest.fixture
+def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles to a split, several splits, and groups of one row tile, with a small vocabulary."""
+    monkeypatch.setattr(score_triton, "MAX_SPLITS", 3)
+    monkeypatch.setattr(score_triton, "GROUP_BYTES", 1)
+
+
+@pytest.fixture
+def descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor descriptors in the interpreter too."""
+    if INTERPRETED:
+        monkeypatch.setattr(score_triton, "current_target", lambda: GPUTarget("cuda", 90, 32))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 7, BLOCK - 1, BLOCK, BLOCK + 1, 521])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_widths(name: str, vocabulary: int) -> None:
+    assert_accurate(name, make_case(3, vocabulary))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dim", [1, 16, 48, 61, 200])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_hidden_sizes(name: str, dim: int, dtype: torch.dtype) -> None:
+    """Below a step of D, multiples of it, ragged; aligned and not."""
+    assert_accurate(name, make_case(3, 150, dim, dtype, bias=False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dim", [8, 128])
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.usefixtures("few_splits", "descriptors")
+def test_descriptors(name: str, dim: int, dtype: torch.dtype) -> None:
+    case = make_case(3, 900, dim, dtype)
+    hidden, weight, bias = case.teacher
+    teacher = hidden[:, :dim].contiguous(), weight[:, :dim].contiguous(), bias
+    assert_accurate(name, case._replace(teacher=teacher))
+
+
+@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize(
+    ("name", "teacher"), [("token_nll", "plain"), ("reverse_kl", "plain"), ("reverse_kl", "capped")]
+)
+@pytest.mark.usefixtures("few_splits")
+def test_heads(name: str, options: HeadOptions, teacher: str) -> None:
+    case = make_case(5, 300)._replace(options=options, teacher_options=HEADS[teacher])
+    assert_accurate(name, case)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.usefixtures("few_splits")
+def test_rows_of_several_tiles(name: str) -> None:
+    assert_accurate(name, make_case(64 + 5, 200))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_large_vocabulary(name: str) -> None:
+    """More tiles than splits."""
+    assert_accurate(name, make_case(2, score_triton.MAX_SPLITS * BLOCK * 2 + 17, 4))
+
+
+WIDE = 3 * BLOCK + 3  # two splits of two tiles
+edge, ramp = partial(row_cases.edge, WIDE), partial(row_cases.ramp, WIDE)
+TAIL = torch.arange(WIDE) >= 2 * BLOCK + 9  # within the second split
+LOWEST = torch.finfo(torch.float32).min
+# Student's row, teacher's row, token. Margins of 2000 underflow in float64 too, which is to follow the same rules.
+EDGES: dict[str, tuple[Tensor, Tensor, int]] = {
+    "one-hot, its token": (edge((5, 200.0)), edge((5, 180.0)), 5),
+    "one-hot, another": (edge((5, 200.0)), edge((5, 180.0)), 6),
+    "one-hot in the last column": (edge((WIDE - 1, 200.0)), edge((WIDE - 1, 100.0)), WIDE - 1),
+    "apart": (edge((5, 200.0)), edge((6, 200.0)), 5),
+    "flat": (edge(), edge(), 3),
+    "flat, far down": (edge(fill=-300.0), edge(fill=-200.0), 3),
+    "all below -100": (ramp(-150.0), ramp(-120.0).flip(0), WIDE - 1),
+    "far up": (ramp(1e4), ramp(-1e4).flip(0), 1),
+    "plus and minus 1e4": (1e4 * (1.0 - 2.0 * (torch.arange(WIDE) % 2)), ramp(1e4), 2),
+    "two at the top": (edge((1, 50.0), (WIDE - 1, 50.0)), edge((1, 40.0), (2, 40.0)), 1),
+    "student forbids": (edge((0, -INF), (WIDE - 1, -INF)), ramp(), 3),
+    "student forbids the token": (edge((3, -INF)), ramp(), 3),
+    "both forbid": (edge((3, -INF)), edge((3, -INF)), 4),
+    "teacher forbids": (ramp(), edge((WIDE - 2, -INF)), 4),
+    "student forbids a split": (ramp().where(TAIL, -INF), ramp(2.0), WIDE - 1),
+    "both forbid a split": (ramp().where(TAIL, -INF), ramp(2.0).where(TAIL, -INF), WIDE - 1),
+    "student forbids the last splits": (ramp().where(~TAIL, -INF), ramp(1.0).where(~TAIL, -INF), 2),
+    "teacher forbids what underflows": (edge((0, 2e3)), edge((0, 2e3), (3, -INF)), 0),
+    "teacher forbids what underflows later": (edge((WIDE - 1, 2e3)), edge((WIDE - 1, 9.0), (3, -INF)), WIDE - 1),
+    "teacher forbids a split that underflows": (edge((WIDE - 1, 2e3)), ramp().where(TAIL, -INF), WIDE - 1),
+    "student at the lowest number": (ramp().where(TAIL, LOWEST), ramp(), WIDE - 1),
+    "both at the lowest number": (ramp().where(TAIL, LOWEST), ramp(1.0).where(TAIL, LOWEST), WIDE - 1),
+    "student forbids, teacher at the lowest number": (ramp().where(TAIL, -INF), ramp().where(TAIL, LOWEST), WIDE - 1),
+    "raised step by step": (torch.arange(WIDE) / 16.0, torch.arange(WIDE) / 32.0, WIDE - 1),
+    "student rises, teacher falls": (torch.arange(WIDE) / 16.0, torch.arange(WIDE) / -16.0, 0),
+    "nan": (edge((WIDE - 2, math.nan)), ramp(), 3),
+    "inf": (edge((WIDE - 2, INF)), ramp(), 3),
+    "all -inf": (edge(fill=-INF), ramp(), 3),
+    "teacher nan": (ramp(), edge((WIDE - 2, math.nan)), 3),
+}
+
+
+@pytest.mark.parametrize("case", EDGES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.usefixtures("few_splits")
+def test_edges(name: str, case: str) -> None:
+    """The rows come in as biases, for products of infinities with zeros are NaN."""
+    x, x_t, y = EDGES[case]
+    nothing = torch.zeros(1, 4), torch.zeros(WIDE, 4)
+    assert_accurate(name, Case((*nothing, x), (*nothing, x_t), torch.tensor([y])))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.usefixtures("few_splits")
+def test_undefined_rows_stay_alone(name: str) -> None:
+    case = make_case(3, WIDE)
+    for row, head in ((1, case.student), (2, case.teacher)):
+        head[0][row, 3] = math.nan
+    assert run(name, case)[0].isnan().tolist() == [False, True, name == "reverse_kl"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+@pytest.mark.usefixtures("few_splits")
+def test_a_student_like_its_teacher(options: HeadOptions, dtype: torch.dtype) -> None:
+    """Exactly 0, not nearly."""
+    case = make_case(4, 300, dtype=dtype)
+    bias = case.student[2]
+    assert bias is not None
+    bias[:77] = -INF
+    case = case._replace(teacher=case.student, options=options, teacher_options=options)
+    assert (run("reverse_kl", case)[0] == 0).all()
+
+
+@pytest.mark.parametrize("y", [-1, -100, WIDE, 2**40])
+def test_a_token_outside_the_vocabulary_is_nan(y: int) -> None:
+    case = make_case(2, WIDE)._replace(y=torch.tensor([5, y]))
+    nll, entropy = run("token_nll", case)
+    kl, nll_too = run("reverse_kl", case)
+    for values in (nll, nll_too):
+        assert values.isnan().tolist() == [False, True]
+    for values in (entropy, kl):
+        assert values.isfinite().all()
+
+
+def test_without_entropy() -> None:
+    case = make_case(3, WIDE)
+    assert torch.equal(run("token_nll", case, entropy=False)[0], run("token_nll", case)[0])
+
+
+def test_without_tokens() -> None:
+    case = make_case(3, WIDE)
+    values = run("reverse_kl", case._replace(y=None))
+    assert torch.equal(values[0], run("reverse_kl", case)[0])
+    assert (values[1] == 0).all()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_rows(name: str) -> None:
+    assert run(name, make_case(0, 12)).shape == (2, 0)
+
+
+def in_eighths(head: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, Tensor, Tensor | None]:
+    hidden, weight, bias = ((tensor * 8).round() / 8 if tensor is not None else None for tensor in head)
+    assert hidden is not None
+    assert weight is not None
+    return hidden, weight, bias
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.usefixtures("few_splits")
+def test_same_bits_whatever_the_rows_around(name: str, dtype: torch.dtype) -> None:
+    """Alone, elsewhere in its tile, in another tile, among more rows, and once again.
+
+    The interpreter multiplies with NumPy, some of whose libraries add up a row in another order elsewhere in a matrix:
+    there the logits are exact in any order.
+    """
+    case = make_case(140, 200, 48, dtype)
+    if INTERPRETED:
+        case = case._replace(student=in_eighths(case.student), teacher=in_eighths(case.teacher))
+    whole = run(name, case)
+    assert torch.equal(whole, run(name, case))
+    for rows in (slice(0, 1), slice(130, 131), slice(5, 70)):
+        assert torch.equal(run(name, case.rows(rows)), whole[:, rows])
+
+
+@pytest.mark.parametrize("vocabulary", [1, 127, 128, 50257, 151936, 262144])
+@pytest.mark.parametrize("block_n", [64, 128, 256])
+def test_splits_cover_the_vocabulary(vocabulary: int, block_n: int) -> None:
+    count, width = score_triton.splits(vocabulary, block_n)
+    assert count <= score_triton.MAX_SPLITS
+    assert width % block_n == 0
+    assert (count - 1) * width < vocabulary <= count * width
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_strides(name: str) -> None:
+    """Rows with a gap between them, results in the columns of a wider buffer, every second token."""
+    case = make_case(3, WIDE)
+    hidden, weight, bias = case.student
+    assert case.y is not None
+    wide = torch.full((3, 50), 7.0, device=DEVICE)
+    wide[:, :20] = hidden.to(DEVICE)
+    assert bias is not None
+    student = Head(wide[:, :20], weight.to(DEVICE), bias.to(DEVICE), case.options)
+    buffer = torch.full((6, 4), 7.0, device=DEVICE)
+    out, y = buffer[::2, 1:3].t(), case.y.to(DEVICE).repeat_interleave(2)[::2]
+    if name == "token_nll":
+        score_triton.token_nll(student, y, out, entropy=True)
+    else:
+        hidden, weight, bias = case.teacher
+        assert bias is not None
+        teacher = Head(hidden.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), case.teacher_options)
+        score_triton.reverse_kl(student, teacher, y, out)
+    assert torch.equal(out.cpu(), run(name, case))
+    assert int((buffer == 7.0).sum()) == buffer.numel() - out.numel()
+
+
+def test_what_is_refused() -> None:
+    y, out = torch.zeros(2, dtype=torch.int64, device=DEVICE), torch.empty(2, 2, device=DEVICE)
+    hidden, weight = torch.zeros(2, 8, device=DEVICE), torch.zeros(5, 8, device=DEVICE)
+    good = Head(hidden, weight, None, HeadOptions())
+    with pytest.raises(TypeError, match=r"of one dtype, .*not torch.float64 and torch.float64"):
+        score_triton.token_nll(good._replace(hidden=hidden.double(), weight=weight.double()), y, out)
+    with pytest.raises(TypeError, match=r"not torch.float32 and torch.bfloat16"):
+        score_triton.token_nll(good._replace(weight=weight.bfloat16()), y, out)
+    with pytest.raises(ValueError, match=r"row of the weight must lie side by side"):
+        score_triton.token_nll(good._replace(weight=weight.t().contiguous().t()), y, out)
+    with pytest.raises(ValueError, match=r"2 and 5 for the student, 2 and 4 for the teacher"):
+        score_triton.reverse_kl(good, good._replace(weight=weight[:4]), y, out)

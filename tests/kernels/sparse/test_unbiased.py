@@ -1,0 +1,62 @@
+"""Is the sampled gradient unbiased? The mean over many seeds must approach the exact one at the Monte-Carlo rate.
+
+For independent g_1 … g_S with mean g, E ‖ḡ − g‖² = E ‖g_1 − g‖² / S. The ratio of the two sides is near 1 for an unbiased
+estimator and near S · bias² / variance for another. Seeds are fixed: the tests cannot fail by chance.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from loss_cases import TRAINABLE
+from sparse_cases import peaked_problem, use_small_blocks, with_flat_rows
+from torch import Tensor
+from unbiased_cases import LOSSES, Loss, bias_over_noise
+
+from fastkl.kernels.sparse import probabilities as sampled_probabilities
+from fastkl.kernels.sparse import pytorch as sampled_torch
+
+SOFTCAP: dict[str, Any] = {"softcap": 9.0, "temperature": 0.8}
+
+
+@pytest.fixture(autouse=True)
+def always_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_small_blocks(monkeypatch)
+    monkeypatch.setattr(sampled_probabilities, "BREAK_EVEN", 2.0)
+
+
+@pytest.mark.parametrize("needs", [("hidden",), TRAINABLE], ids=["frozen-head", "all"])
+@pytest.mark.parametrize("evaluate", LOSSES.values(), ids=LOSSES)
+def test_unbiased(evaluate: Loss, needs: tuple[str, ...]) -> None:
+    ratios = bias_over_noise(evaluate, needs)
+    assert len(ratios) >= min(2, len(needs))
+    assert max(ratios) < 2.5, ratios
+
+
+@pytest.mark.parametrize("needs", [("hidden",), TRAINABLE], ids=["frozen-head", "all"])
+@pytest.mark.parametrize(
+    "name", ["linear_logprobs", "policy_gradient", "policy_gradient-entropy", "reverse_kl", "top_k"]
+)
+def test_unbiased_under_a_softcap(name: str, needs: tuple[str, ...]) -> None:
+    assert max(bias_over_noise(LOSSES[name], needs, **SOFTCAP)) < 2.5
+
+
+@pytest.mark.parametrize("needs", [("hidden",), TRAINABLE], ids=["frozen-head", "all"])
+@pytest.mark.parametrize("name", ["linear_logprobs", "policy_gradient"])
+def test_unbiased_among_flat_blocks(monkeypatch: pytest.MonkeyPatch, name: str, needs: tuple[str, ...]) -> None:
+    """Which blocks are exact does not depend on what is drawn in others."""
+    monkeypatch.setattr(sampled_probabilities, "BREAK_EVEN", 0.5)
+    p = with_flat_rows(peaked_problem(80, vocabulary=500), slice(16, 48))
+    assert max(bias_over_noise(LOSSES[name], needs, p)) < 2.5
+
+
+@pytest.mark.parametrize("evaluate", LOSSES.values(), ids=LOSSES)
+def test_the_test_finds_a_bias(monkeypatch: pytest.MonkeyPatch, evaluate: Loss) -> None:
+    """Columns kept at random without the weights 1 / π: the tail is lost, as under a filter."""
+
+    def unweighted(self: sampled_torch.Sampler, gradient: Tensor, columns: sampled_torch.Columns) -> Tensor:
+        return gradient.index_select(1, columns.ids)
+
+    monkeypatch.setattr(sampled_torch.Sampler, "estimate", unweighted)
+    assert min(bias_over_noise(evaluate, TRAINABLE, seeds=60)) > 5

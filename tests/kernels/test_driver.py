@@ -1,0 +1,212 @@
+"""The chunk driver: which GEMMs are made, on how many rows, with how much memory, in which precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from largest_tensor import LargestTensor
+from loss_cases import NEEDS, Problem, fused, fused_output, generator, make_problem
+from torch import Tensor
+
+from fastkl.kernels import driver, gemm
+from fastkl.kernels import operators as ops
+from fastkl.kernels.problem import HeadOptions, Inputs, Spec
+from fastkl.kernels.sparse import estimator as sampled
+from fastkl.kernels.sparse.estimator import Sampling
+
+Gemms = dict[str, list[int]]
+N = 10
+
+
+def full_problem() -> Problem:
+    """No row is left out."""
+    p = make_problem((N,))
+    return p._replace(tokens=p.tokens.clamp(min=0), mask=None, advantages=p.advantages.abs() + 1)
+
+
+def rows(gemms: Gemms) -> tuple[int, int, int]:
+    """Rows that went through (logits, hidden gradient, weight gradient), and a fresh start."""
+    counts = tuple(sum(calls) for calls in gemms.values())
+    for calls in gemms.values():
+        calls.clear()
+    return counts
+
+
+# For each loss: is it composed (any upstream gradient), and how many heads does it project?
+FORMS: dict[str, tuple[str, dict[str, Any], bool, int]] = {
+    "linear_logprobs": ("linear_logprobs", {}, True, 1),
+    "policy_gradient": ("policy_gradient", {}, False, 1),
+    "policy_gradient-none": ("policy_gradient", {"reduction": "none"}, True, 1),
+    "sampled_reverse_kl": ("sampled_reverse_kl", {}, False, 1),
+    "reverse_kl": ("reverse_kl", {}, False, 2),
+    "reverse_kl-none": ("reverse_kl", {"reduction": "none"}, True, 2),
+}
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_plan(
+    gemms: Gemms, form: tuple[str, dict[str, Any], bool, int], needs: tuple[str, ...], chunk_size: int | None
+) -> None:
+    name, options, composed, heads = form
+    p = full_problem().leaves(needs)
+    gradients = (N * ("hidden" in needs), N * ("weight" in needs))
+    value = fused(name, p, chunk_size=chunk_size, **options)
+    recomputes = composed and needs != ("hidden",)
+    assert rows(gemms) == ((N * heads, 0, 0) if recomputes else (N * heads, *gradients))
+    value.sum().backward()
+    assert rows(gemms) == ((N * heads, *gradients) if recomputes else (0, 0, 0))
+
+
+@pytest.mark.parametrize("why", ["nothing-requires-grad", "no_grad", "inference_mode"])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_nobody_needs_a_gradient(gemms: Gemms, form: tuple[str, dict[str, Any], bool, int], why: str) -> None:
+    name, options, _, heads = form
+    p = full_problem().leaves(() if why == "nothing-requires-grad" else ("hidden", "weight", "bias"))
+    context = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(why, torch.enable_grad)
+    with context():
+        value = fused(name, p, **options)
+    assert not value.requires_grad
+    assert rows(gemms) == (N * heads, 0, 0)
+
+
+def test_chunks_are_even(gemms: Gemms) -> None:
+    """10 rows with room for 9: two halves rather than 9 + 1, for a GEMM of one row is slow."""
+    for limit, expected in ((4, [4, 4, 2]), (9, [5, 5]), (10, [10]), (1, [1] * 10), (1000, [10])):
+        fused("linear_logprobs", full_problem(), chunk_size=limit)
+        assert gemms["project"] == expected
+        rows(gemms)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_default_chunk_size_fits_the_budget(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
+    monkeypatch.setitem(driver.WORKSPACE_BYTES, "cpu", 40_000)
+    monkeypatch.setitem(driver.LEAST_ROWS, "cpu", 2)
+    hidden, weight = torch.zeros(100, 2), torch.zeros(1000, 2)  # 4 kB per row of float32 logits
+    spec = (
+        Spec("token_nll", HeadOptions())
+        if heads == 1
+        else Spec("divergence", HeadOptions(), HeadOptions(), variant="reverse_kl")
+    )
+    for gradient in (False, True):
+        assert driver.chunk_rows(spec, Inputs(hidden, weight), gradient) == 10 // heads
+        assert driver.chunk_rows(spec, Inputs(hidden.double(), weight.double()), gradient) == 5 // heads
+        assert driver.chunk_rows(spec, Inputs(hidden, torch.zeros(10**6, 2)), gradient) == 2  # more than the budget
+
+
+def test_chunks_of_a_sample_are_even_and_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sampled.BLOCK_ROWS, "cpu", 4)
+    spec = Spec("token_nll", HeadOptions(), sampling=Sampling(2e-3, None, 0))
+    inputs = Inputs(torch.zeros(30, 2), torch.zeros(10, 2))
+    for limit, expected in ((30, 30), (29, 16), (16, 16), (12, 12), (7, 4), (4, 4), (3, 3)):
+        assert driver.chunk_rows(spec._replace(chunk_size=limit), inputs, gradient=True) == expected
+
+
+def test_a_gradient_in_low_precision_counts_in_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where the GEMMs of a bf16 head want a bf16 gradient beside the fp32 logits."""
+    monkeypatch.setattr(gemm, "_writes_fp32", lambda operand: True)
+    inputs = Inputs(torch.zeros(100, 2, dtype=torch.bfloat16), torch.zeros(1000, 2, dtype=torch.bfloat16))
+    spec = Spec("token_nll", HeadOptions())
+    assert driver.workspace_bytes_per_row(spec, inputs, gradient=False) == 4000
+    assert driver.workspace_bytes_per_row(spec, inputs, gradient=True) == 6000
+
+
+# Ten rows: 0 masked, 1 ignored, 2 of zero advantage, 3 masked and ignored, 4 … 9 take part in everything.
+GRADED, ACTIVE = 6, 7
+
+
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight")], ids=["frozen-head", "trainable"])
+@pytest.mark.parametrize(
+    ("name", "options", "forward", "graded"),
+    [
+        ("policy_gradient", {}, ACTIVE, GRADED),
+        ("policy_gradient", {"reduction": "none"}, ACTIVE, GRADED),
+        ("reverse_kl", {}, 2 * ACTIVE, ACTIVE),
+        ("linear_logprobs", {}, N - 2, N - 2),
+    ],
+    ids=["policy_gradient", "policy_gradient-none", "reverse_kl", "linear_logprobs"],
+)
+def test_rows_of_no_weight_take_no_part(
+    gemms: Gemms, name: str, options: dict[str, Any], forward: int, graded: int, needs: tuple[str, ...]
+) -> None:
+    p = full_problem()
+    mask, advantages, tokens = torch.ones(N), p.advantages.clone(), p.tokens.clone()
+    mask[[0, 3]], tokens[[1, 3]], advantages[2] = 0.0, -100, 0.0
+    p = p._replace(mask=mask, advantages=advantages, tokens=tokens).leaves(needs)
+    value = fused(name, p, **options)
+    first = rows(gemms)
+    assert first[0] == forward
+    value.sum().backward()
+    second = rows(gemms)
+    # Hidden gradients are always made once; the weight's too.
+    assert first[1] + second[1] == graded
+    assert first[2] + second[2] == graded * ("weight" in needs)
+    if name == "policy_gradient":
+        logprobs = fused_output(name, p).logprobs
+        assert logprobs is not None
+        assert (logprobs != 0).tolist() == [False, False, True, False] + [True] * 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen-head", "all"])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_no_tensor_of_tokens_by_vocabulary(
+    monkeypatch: pytest.MonkeyPatch,
+    form: tuple[str, dict[str, Any], bool, int],
+    needs: tuple[str, ...],
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> None:
+    for operator in ("_evaluate", "_evaluate_with_gradients"):  # a dispatch mode does not see into an operator
+        monkeypatch.setattr(ops, operator, getattr(ops, operator)._init_fn)
+    name, options, _, _ = form
+    n, vocabulary, dim, chunk = 600, 700, 4, 8
+    p = make_problem((n,), vocabulary, dim, dtype=dtype).leaves(needs)
+    with LargestTensor() as seen:
+        fused(name, p, chunk_size=chunk, softcap=softcap, **options).sum().backward()
+    # The workspace of a chunk, and tensors of the size of an input.
+    allowed = max(chunk * vocabulary, vocabulary * (dim + 2), n * (dim + 2))
+    assert chunk * vocabulary <= seen.numel <= allowed < n * vocabulary / 50
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_accumulators_are_in_the_compute_dtype(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    seen, original = set(), driver.add_weight_gradient
+
+    def spy(accumulator: Tensor, *rest: Any, **options: Any) -> None:
+        seen.add(accumulator.dtype)
+        original(accumulator, *rest, **options)
+
+    monkeypatch.setattr(driver, "add_weight_gradient", spy)
+    p = make_problem(dtype=dtype).leaves()
+    value = fused("reverse_kl", p, chunk_size=2)
+    value.backward()
+    assert seen == {torch.float64 if dtype == torch.float64 else torch.float32} == {value.dtype}
+    assert {getattr(p, f).grad.dtype for f in ("hidden", "weight", "bias")} == {dtype}
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("block", [1, 3, 100])  # rows of the weight cast up at a time: one, a remainder of 2, all
+def test_products_in_blocks_of_the_vocabulary(
+    monkeypatch: pytest.MonkeyPatch, block: int, bias: bool, alpha: float
+) -> None:
+    n, vocabulary, dim, g = 4, 11, 5, generator(0)
+    monkeypatch.setattr(gemm, "UPCAST_BLOCK_BYTES", block * dim * 4)
+    h, w, b = (torch.randn(shape, generator=g).bfloat16() for shape in ((n, dim), (vocabulary, dim), (vocabulary,)))
+    u, scale = torch.randn(n, vocabulary, generator=g), torch.randn(n, generator=g)
+    out = torch.full((n, vocabulary), torch.nan)
+    gemm.project(h, w, b if bias else None, alpha, out)
+    torch.testing.assert_close(out, alpha * (h.float() @ w.float().t() + (b.float() if bias else 0)))
+    torch.testing.assert_close(gemm.hidden_gradient(u, w), u @ w.float())
+    accumulator = torch.ones(vocabulary, dim)
+    gemm.add_weight_gradient(accumulator, u, h, scale)
+    expected = u.t() @ (scale[:, None] * h.float())
+    torch.testing.assert_close(accumulator, 1 + expected)
+    accumulator.fill_(torch.nan)
+    gemm.add_weight_gradient(accumulator, u, h, scale, overwrite=True)
+    torch.testing.assert_close(accumulator, expected)

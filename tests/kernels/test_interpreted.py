@@ -1,0 +1,94 @@
+"""The tests of the Triton kernels in Triton's interpreter, in a process of their own: it is chosen when Triton is imported.
+
+On a machine with a GPU the same files run on the device. What the interpreter cannot do is in test_kernels_compile.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from devices import INTERPRETED
+
+from fastkl.kernels.divergence.triton import divergence
+from fastkl.kernels.problem import HeadOptions
+from fastkl.kernels.rows import triton as rows_triton
+from fastkl.kernels.rows.interface import Logits
+from fastkl.kernels.score import triton as score_triton
+from fastkl.kernels.score.triton import Head
+from fastkl.kernels.sparse import steps as sampled_steps_triton
+from fastkl.kernels.sparse import triton as sampled_triton
+from fastkl.kernels.sparse.estimator import Sampling
+from fastkl.kernels.top_k import triton as tails_triton
+
+TESTS = Path(__file__).parents[1]
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("file", "marker", "at_least"),
+    [
+        ("kernels/rows/test_triton.py", "not slow", 60),
+        ("kernels/rows/test_terms_triton.py", "not slow", 90),
+        ("kernels/score/test_triton.py", "not slow", 150),
+        ("kernels/divergence/test_triton.py", "not slow", 200),
+        ("loss/test_triton.py", "not slow", 70),
+        ("kernels/sparse/test_triton.py", "not slow", 45),
+        pytest.param("kernels/score/test_triton.py", "slow", 2, marks=slow),
+        pytest.param("kernels/divergence/test_triton.py", "slow", 120, marks=slow),
+    ],
+)
+def test_in_the_interpreter(file: str, marker: str, at_least: int) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "--quiet", "-p", "no:cacheprovider"),
+            *("-W", "ignore::RuntimeWarning", "-m", marker, str(TESTS / file)),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=TESTS.parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None, done.stdout
+    assert int(passed[1]) >= at_least, done.stdout
+    assert "skipped" not in done.stdout, done.stdout
+
+
+def test_every_file_is_run() -> None:
+    (parameters,) = (m.args[1] for m in test_in_the_interpreter.pytestmark)  # type: ignore[attr-defined]
+    files = {p[0] for p in parameters if isinstance(p, tuple)}
+    assert files >= {str(path.relative_to(TESTS)) for path in TESTS.rglob("test_*triton.py")}
+
+
+CHUNK, TOKENS, OUT = Logits(torch.zeros(2, 8)), torch.zeros(2, dtype=torch.int64), torch.zeros(4, 2)
+PAIR = CHUNK._replace(teacher=torch.zeros(2, 8))
+HEAD = Head(torch.zeros(2, 8), torch.zeros(5, 8), None, HeadOptions())
+LAUNCHES: dict[str, Callable[[], object]] = {
+    "token_nll": lambda: rows_triton.token_nll(CHUNK, TOKENS, OUT, None),
+    "token_nll_entropy": lambda: rows_triton.token_nll_entropy(CHUNK, TOKENS, OUT, None),
+    "entropy_gradient": lambda: rows_triton.entropy_gradient(CHUNK, TOKENS, OUT, OUT[:2], CHUNK.student),
+    "tail_sums": lambda: tails_triton.tail_sums(CHUNK.student, None, OUT),
+    "tail_gradient": lambda: tails_triton.tail_gradient(CHUNK.student, None, OUT[0], OUT[1], CHUNK.student),
+    "divergence": lambda: divergence("jsd", 0.5, PAIR, None, OUT[:2], None),
+    "score.token_nll": lambda: score_triton.token_nll(HEAD, TOKENS, OUT),
+    "score.reverse_kl": lambda: score_triton.reverse_kl(HEAD, HEAD, TOKENS, OUT),
+    "sampled.Sampler": lambda: sampled_triton.Sampler(Sampling(0.1, None, 0), HEAD.weight, False),
+    "sampled.column_squares": lambda: sampled_steps_triton.column_squares(CHUNK.student, OUT[0]),
+}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors on a CPU")
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
+def test_tensors_on_a_cpu_are_refused(launch: Callable[[], object]) -> None:
+    wrong = r"need a CUDA or HIP device and the (chunk is|hidden states are|weight is) on cpu: pass backend=\"torch\""
+    with pytest.raises(ValueError, match=wrong):
+        launch()

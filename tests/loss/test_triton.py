@@ -1,0 +1,120 @@
+"""The losses from end to end with backend="triton", against backend="torch".
+
+They run on a GPU where there is one, and else in Triton's interpreter (test_interpreted.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from devices import triton_device
+from loss_cases import (
+    HEADS,
+    TRAINABLE,
+    Problem,
+    fused,
+    fused_output,
+    largest,
+    logit_scale,
+    make_problem,
+    with_gradients,
+)
+from torch import Tensor
+
+from fastkl.kernels.score import triton as score_triton
+
+DEVICE = triton_device()
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear_logprobs": ("linear_logprobs", {}),
+    "policy_gradient": ("policy_gradient", {}),
+    "entropy": ("entropy", {}),
+    "ppo": ("policy_gradient", {"method": "ppo"}),
+    "reverse_kl": ("reverse_kl", {}),
+    "reverse_kl-per_token": ("reverse_kl", {"per_token": True}),
+    "jsd": ("jsd", {}),
+    "jsd-per_token": ("jsd", {"per_token": True}),
+    "top_k": ("top_k", {}),
+}
+# What is scored without logits where no gradient is wanted, and by which function.
+SCORED = {
+    "linear_logprobs": "token_nll",
+    "policy_gradient": "token_nll",
+    "entropy": "token_nll",
+    "ppo": "token_nll",
+    "reverse_kl": "reverse_kl",
+}
+forms = pytest.mark.parametrize("form", FORMS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+heads = pytest.mark.parametrize("head", [HEADS["plain"], HEADS["all-chunked"]], ids=["plain", "all-chunked"])
+
+
+def problem(dtype: torch.dtype, head: dict[str, Any]) -> Problem:
+    own = {k: v for k, v in head.items() if k != "chunk_size"}
+    return make_problem((2, 5), 150, 20, dtype).sampled_under(**own).to(DEVICE)
+
+
+def rounding(p: Problem, head: dict[str, Any]) -> float:
+    return 16 * torch.finfo(torch.float32).eps * logit_scale(p, **head)
+
+
+@forms
+@dtypes
+@heads
+def test_gradients(form: str, dtype: torch.dtype, head: dict[str, Any]) -> None:
+    """Values to the rounding of float32 logits, gradients to that of their own dtype."""
+    name, options = FORMS[form]
+    p = problem(dtype, head)
+    ours, other = (with_gradients(fused, name, p, backend=b, **options, **head) for b in ("triton", "torch"))
+    near = rounding(p, head)
+    torch.testing.assert_close(ours.value, other.value, rtol=near, atol=near)
+    for field in TRAINABLE:
+        expected = other.gradients[field]
+        own = near + 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(ours.gradients[field], expected, rtol=own, atol=own * largest(expected))
+
+
+@forms
+@dtypes
+@heads
+def test_no_gradients(monkeypatch: pytest.MonkeyPatch, form: str, dtype: torch.dtype, head: dict[str, Any]) -> None:
+    """Every output, and that what can be scored in 16 bits is."""
+    name, options = FORMS[form]
+    p, scored = problem(dtype, head), record_scoring(monkeypatch)
+    ours, other = (outputs(name, p, backend=b, **options, **head) for b in ("triton", "torch"))
+    near = rounding(p, head)
+    assert scored == ([SCORED[form]] if dtype == torch.float16 and form in SCORED else [])
+    assert ours.keys() == other.keys()
+    for field, value in ours.items():
+        torch.testing.assert_close(value, other[field], rtol=near, atol=near, msg=lambda m, f=field: f"{f}: {m}")
+
+
+def record_scoring(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The scoring functions that are called from here on, by name."""
+    calls: list[str] = []
+
+    def record(name: str) -> None:
+        original = getattr(score_triton, name)
+
+        def recorded(*args: Any, **options: Any) -> None:
+            calls.append(name)
+            original(*args, **options)
+
+        monkeypatch.setattr(score_triton, name, recorded)
+
+    for name in ("token_nll", "reverse_kl"):
+        record(name)
+    return calls
+
+
+@torch.no_grad()
+def outputs(name: str, p: Problem, **options: Any) -> dict[str, Tensor]:
+    """Everything that a loss returns, by name."""
+    if name == "linear_logprobs":
+        return {"logprobs": fused(name, p, **options)}
+    loss, logprobs, metrics, per_token = fused_output(name, p, **options)
+    assert logprobs is not None
+    by_products = {} if per_token is None else per_token._asdict()
+    return {"loss": loss, "logprobs": logprobs, **metrics, **by_products}

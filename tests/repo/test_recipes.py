@@ -1,0 +1,174 @@
+"""Recipes: every config is accepted by its command, and what their scripts make and measure is what they say."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from tiny import read_jsonl
+
+from fastkl.trainer.commands.command_line import COMMANDS, parse
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+CONFIGS = [path for path in sorted(RECIPES.rglob("*.yaml")) if path.parent.name != "accelerate"]  # its launcher's own
+Load = Callable[..., list[ModuleType]]
+
+
+def command_of(settings: dict[str, object]) -> str:
+    """What tells the commands' configs from each other."""
+    if "sampling" in settings:
+        return "distill"
+    if "run" in settings:
+        return "sft"
+    return "score" if "data" in settings else "eval"
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Imports modules of a recipe as its scripts do, with its folder first on the path."""
+
+    def load(folder: str, *names: str) -> list[ModuleType]:
+        monkeypatch.syspath_prepend(str(RECIPES / folder))
+        for name in {path.stem for path in RECIPES.rglob("*.py")}:  # several recipes have a make.py
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        return [importlib.import_module(name) for name in names]
+
+    return load
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(RECIPES)))
+def test_config_is_accepted(path: Path) -> None:
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    command = command_of(settings)
+    name, config = parse([command, str(path)])
+    assert name == command
+    assert isinstance(config, COMMANDS[command][0])
+
+
+def test_every_recipe_has_its_own_run_folders() -> None:
+    runs = [yaml.safe_load(path.read_text(encoding="utf-8")).get("run") for path in CONFIGS]
+    named = [run for run in runs if run is not None]
+    assert len(named) == len(set(named))
+    assert all(run.startswith("runs/") for run in named)
+
+
+def test_sums_of_flops_and_targets(recipe: Load) -> None:
+    (compare,) = recipe("reasoning", "compare")
+    metrics = [
+        {"step": 0, "eval/accuracy": 0.1},
+        {"step": 1, "flops/sampling": 2.0, "flops/teacher": 3.0, "flops/student": 6.0, "loss": 9.0},
+        {"step": 2, "flops/sampling": 2.0, "flops/teacher": 3.0, "flops/student": 6.0, "eval/accuracy": 0.8},
+    ]
+    points = compare.curve(metrics)
+    assert points == [(0, 0.1), (22.0, 0.8)]
+    assert compare.flops_to(points, 0.8) == 22.0
+    assert compare.flops_to(points, 0.81) is None
+    assert compare.curve(metrics, 5.0) == [(0, 0.1), (32.0, 0.8)]
+
+
+def test_worked_solutions_are_right(recipe: Load, tmp_path: Path) -> None:
+    gym = pytest.importorskip("reasoning_gym")
+    (tasks,) = recipe("reasoning/smollm2", "tasks")
+    tasks.write_data(tmp_path)
+    counts = {"train": tasks.TRAINING, "heldout": tasks.HELD_OUT, "test": tasks.TEST}
+    rows = []
+    for name, count in counts.items():
+        part = read_jsonl(tmp_path / f"{name}.jsonl")
+        assert len(part) == len(tasks.TASKS) * count
+        rows += part
+    assert len({row["prompt"] for row in rows}) == len(rows)
+    for row in rows:
+        *steps, answer = row["completion"].split("\n")
+        verify = gym.get_score_answer_fn(row["metadata"]["source_dataset"])
+        found = answer.removeprefix("<answer>").removesuffix("</answer>")
+        assert verify(answer=found, entry={"answer": row["answer"], "metadata": row["metadata"]}) == 1.0
+        for step in steps:
+            values = {eval(side, {}) for side in re.sub(r"^(\w+\*)?[a-z] = ", "", step).split(" = ") if "=" in step}
+            assert len(values) == ("=" in step), step  # what stands on both sides of = is one number
+
+
+@pytest.mark.parametrize(
+    ("instruction", "does", "does_not"),
+    [
+        ("capitals", "LEAVES FALL IN AUTUMN.", "Leaves fall. SO IT IS."),
+        ("first_word", "Certainly, leaves fall.", "Leaves certainly fall."),
+        ("numbered", "Here:\n1. Eat\n2. Sleep", "1. Eat and sleep"),
+        ("bullets", "- Eat\n- Sleep", "* Eat\n* Sleep"),
+        ("words", "leaf " * 30, "leaf " * 29),
+        ("json", '{"answer": "leaves"}', '["answer"]'),
+    ],
+)
+def test_instructions_are_verified(recipe: Load, instruction: str, does: str, does_not: str) -> None:
+    (instructions,) = recipe("personalisation", "instructions")
+    assert instructions.follows(f" {does}\n", instruction)
+    assert not instructions.follows(does_not, instruction)
+    assert not instructions.follows("", instruction)
+
+
+def test_no_terse_answer_follows_an_instruction(recipe: Load) -> None:
+    company, instructions = recipe("personalisation", "company", "instructions")
+    answers = [row["completion"] for row in company.documents_and_questions()]
+    assert not any(instructions.follows(answer, name) for answer in answers for name in instructions.INSTRUCTIONS)
+
+
+def test_facts_are_taught_under_other_words_than_they_are_asked_for(recipe: Load) -> None:
+    company, evaluate = recipe("personalisation", "company", "evaluate")
+    taught, asked = list(company.documents_and_questions()), list(company.held_out_questions())
+    assert not {row["prompt"] for row in taught} & {row["prompt"] for row in asked}
+    for row in asked:
+        assert any(evaluate.knows(known["completion"], row["answer"]) for known in taught)
+        assert row["answer"] not in row["prompt"]
+    assert len({row["answer"] for row in asked}) == len(asked)
+
+
+def test_chat_prompts_hold_nothing_of_the_company_and_nothing_that_is_graded(recipe: Load) -> None:
+    company, instructions = recipe("personalisation", "company", "instructions")
+    chat, graded = list(instructions.chat_prompts()), list(instructions.graded_prompts())
+    assert not {row["prompt"] for row in chat} & {row["prompt"] for row in graded}
+    assert not set(instructions.LEARNED_WITH) & set(instructions.GRADED_WITH)
+    words = [company.COMPANY, *company.PEOPLE, *(row["answer"] for row in company.held_out_questions())]
+    for row in chat + graded:
+        assert not [word for word in words if word in row["prompt"]]
+
+
+def test_shares(recipe: Load) -> None:
+    (evaluate,) = recipe("personalisation", "evaluate")
+    questions = [{"answer": "Porto", "completion": c} for c in ("She works in porto.", "In Tartu.")]
+    kinds = evaluate.INSTRUCTIONS
+    instructions = [{"answer": kind, "completion": "LEAVES FALL"} for kind in kinds]
+    result = evaluate.grade(questions, instructions)
+    assert result["knowledge"] == 0.5
+    assert result["by_instruction"] == {kind: float(kind == "capitals") for kind in kinds}
+    assert result["instructions"] == pytest.approx(1 / len(kinds))
+
+
+def test_sorting_problems(recipe: Load) -> None:
+    (digits,) = recipe("several", "digits")
+    rows = digits.sorting(200)
+    assert len({row["prompt"] for row in rows}) == 200
+    for row in rows:
+        assert row["answer"] == row["completion"] == "".join(sorted(row["prompt"].removesuffix(" =").split()))
+
+
+def test_likelihood_of_solutions(recipe: Load) -> None:
+    (heal,) = recipe("smollm2", "heal")
+    scores = [{"sum": -4 * math.log(2), "loss_mask": [0, 1, 1]}, {"sum": -4 * math.log(2), "loss_mask": [0, 0, 1, 1]}]
+    assert heal.likelihood(scores, ["ab", "é"]) == pytest.approx({"perplexity": 4.0, "bits_per_byte": 2.0})
+
+
+def test_held_out_problems_are_other_ones(recipe: Load) -> None:
+    (make,) = recipe("smollm2", "make")
+    rows = list(make.held_out(set()))
+    assert len(rows) == make.HELD_OUT
+    again = list(make.held_out({rows[0]["prompt"]}))
+    assert len(again) == make.HELD_OUT
+    assert rows[0] not in again
+    for row in rows:
+        assert row["completion"].split()[-1] == row["answer"]

@@ -1,0 +1,398 @@
+"""Settings and the command line: what is refused, in which words, and that nothing is left behind by a refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from tiny import arguments, config, run_python, save_model, sums, tokenizer, write_jsonl
+
+from fastkl import cli
+from fastkl.trainer.commands.command_line import COMMANDS
+from fastkl.trainer.config.training import DistillConfig, SftConfig
+from fastkl.trainer.errors import ConfigError
+
+MINIMAL: dict[str, dict[str, object]] = {
+    "distill": {"run": "runs/a", "student.path": "s", "teacher.path": "t", "data.path": "d.jsonl"},
+    "sft": {"run": "runs/a", "student.path": "s", "data.path": "d.jsonl"},
+    "eval": {"model.path": "m", "eval.data.path": "d.jsonl"},
+    "score": {"output": "o.jsonl", "model.path": "m", "data.path": "d.jsonl"},
+}
+
+URL = "http://127.0.0.1:9/v1"
+SERVED: dict[str, object] = {"teacher.path": "", "teacher.server.url": URL, "teacher.server.model": "m"}
+SAMPLED: dict[str, object] = {"sampling.server.url": URL, "sampling.server.model": "m"}
+# command, settings, what the message must hold: the setting with its value, and the way out
+REFUSED: list[tuple[str, dict[str, object], list[str]]] = [
+    ("distill", {"run": ""}, ["run is empty", "runs/first"]),
+    ("distill", {"student.path": ""}, ["student.path is empty", "model folder or a Hub id"]),
+    ("distill", {"teacher.path": ""}, ["teacher.path is empty", "model folder or a Hub id"]),
+    ("distill", SERVED | {"teacher.path": "t"}, ["teacher.path is 't'", URL, "exactly one"]),
+    ("distill", {"teacher.tokenizer": "t"}, ["teacher.tokenizer is 't'", "teacher.path is 't'", "unset it"]),
+    ("distill", {"teacher.path": ""}, ["teacher.server.url", "or a server's url"]),
+    ("distill", SERVED | {"teacher.server.url": "127.0.0.1:8000"}, ["server.url is '127.0.0.1:8000'", "http://"]),
+    (
+        "distill",
+        SERVED | {"teacher.server.url": "http://me:pw@h/v1"},
+        ["server.url holds a user", "server.api_key_env"],
+    ),
+    ("distill", SERVED | {"teacher.server.model": ""}, ["server.model is empty", URL]),
+    ("distill", SERVED | {"teacher.server.url": ""}, ["server.model is 'm'", "server.url is empty"]),
+    ("distill", SERVED | {"teacher.server.concurrency": 0}, ["server.concurrency is 0", "at least 1"]),
+    (
+        "distill",
+        SERVED | {"teacher.server.sequences_per_request": 0},
+        ["server.sequences_per_request is 0", "at least 1"],
+    ),
+    ("distill", SERVED | {"teacher.server.timeout": 0}, ["server.timeout is 0", "> 0"]),
+    ("distill", SERVED | {"teacher.server.retries": -1}, ["server.retries is -1", ">= 0"]),
+    ("distill", SERVED | {"teacher.server.api_key_env": "sk-secret"}, ["server.api_key_env is not the name"]),
+    (
+        "distill",
+        {"sampling.dtype": "bfloat16", "student.dtype": "bfloat16"},
+        ["sampling.dtype is bfloat16", "student.dtype", "unset sampling.dtype"],
+    ),
+    (
+        "distill",
+        SAMPLED | {"sampling.dtype": "bfloat16"},
+        ["sampling.dtype is bfloat16", URL, "--dtype", "unset it"],
+    ),
+    (
+        "distill",
+        SAMPLED | {"sampling.max_requests": 4},
+        ["sampling.max_requests is 4", URL, "--max-num-seqs", "unset it"],
+    ),
+    ("distill", SAMPLED | {"sampling.engine": "generate"}, ["sampling.engine is generate", URL, "unset it"]),
+    (
+        "distill",
+        {"sampling.engine": "generate", "sampling.max_batch_tokens": 64},
+        ["sampling.max_batch_tokens is 64", "sampling.engine is 'generate'", "unset it", "sampling.max_requests"],
+    ),
+    ("distill", SAMPLED | {"sampling.server.url": ""}, ["server.model is 'm'", "server.url is empty"]),
+    ("distill", SAMPLED | {"sampling.server.concurrency": 0}, ["server.concurrency is 0", "at least 1"]),
+    ("distill", SERVED | {"teacher.dtype": "bfloat16"}, ["teacher.dtype is 'bfloat16'", URL, "unset it"]),
+    ("score", {"model.path": "", "model.server.url": URL, "model.server.model": "m"}, ["model.tokenizer is None", URL]),
+    ("distill", {"data.dataset": "x"}, ["data.path is 'd.jsonl'", "data.dataset is 'x'", "exactly one"]),
+    ("distill", {"data.path": "null"}, ["data.path is None", "data.dataset is None", "exactly one"]),
+    ("distill", {"data.limit": 0}, ["data.limit is 0", "at least 1", "null"]),
+    ("distill", {"data.max_prompt_tokens": 0}, ["data.max_prompt_tokens is 0", "at least 1", "null"]),
+    ("distill", {"log_samples": -1}, ["log_samples is -1", ">= 0"]),
+    ("distill", {"student.lora.rank": -4}, ["lora.rank is -4", ">= 0", "0: no LoRA"]),
+    ("distill", {"sampling.prompts_per_step": 0}, ["sampling.prompts_per_step is 0", "at least 1"]),
+    ("distill", {"sampling.samples_per_prompt": 0}, ["sampling.samples_per_prompt is 0", "at least 1"]),
+    ("distill", {"sampling.max_new_tokens": 0}, ["sampling.max_new_tokens is 0", "at least 1"]),
+    ("distill", {"sampling.max_batch_tokens": 0}, ["sampling.max_batch_tokens is 0", "at least 1"]),
+    ("distill", {"sampling.max_requests": 0}, ["sampling.max_requests is 0", "at least 1"]),
+    ("distill", {"sampling.temperature": 0}, ["sampling.temperature is 0", "> 0"]),
+    ("distill", {"sampling.top_p": 0.9}, ["sampling.top_p is 0.9", "importance ratio", "Leave top_p = 1"]),
+    ("distill", {"sampling.top_k": 50}, ["sampling.top_k is 50", "importance ratio", "top_k = 0"]),
+    ("distill", {"loss.discount": 1.5}, ["loss.discount is 1.5", "between 0 and 1"]),
+    ("distill", {"loss.clip_high": 0.3}, ["loss.clip_high is 0.3", "importance_sampling", "ppo and cispo"]),
+    ("distill", {"loss.method": "ppo", "loss.old_logprobs": "current"}, ["loss.method is ppo", "sampler or recompute"]),
+    ("distill", {"loss.kl_coef": -1.0}, ["loss.kl_coef is -1.0", ">= 0"]),
+    ("distill", {"student.lora.alpha": 16.0}, ["lora.alpha is 16.0", "set lora.rank"]),
+    ("distill", {"loss.clip_low": 1.5}, ["loss.clip_low is 1.5", "between 0 and 1"]),
+    ("distill", {"loss.clip_high": -0.1}, ["loss.clip_high is -0.1", ">= 0"]),
+    ("distill", {"loss.dual_clip": 3}, ["loss.dual_clip is 3", "loss.method importance_sampling", "ppo"]),
+    ("distill", {"loss.dual_clip": 1, "loss.method": "ppo"}, ["loss.dual_clip is 1", "> 1"]),
+    ("distill", {"loss.truncate_ratio": 0}, ["loss.truncate_ratio is 0", "> 0", "null"]),
+    (
+        "distill",
+        {"loss.truncate_ratio": 2, "loss.old_logprobs": "current"},
+        ["loss.truncate_ratio is 2", "loss.old_logprobs is current", "unset one"],
+    ),
+    (
+        "distill",
+        {"loss.objective": "jsd", "loss.kl_coef": 0.5},
+        ["loss.kl_coef is 0.5", "loss.objective is jsd", "belongs to sampled"],
+    ),
+    (
+        "distill",
+        {"loss.objective": "reverse_kl", "loss.method": "ppo"},
+        ["loss.method is ppo", "loss.objective is reverse_kl"],
+    ),
+    ("distill", {"loss.jsd_beta": 0.2}, ["loss.jsd_beta is 0.2", "loss.objective is sampled", "belongs to jsd"]),
+    ("distill", {"loss.jsd_beta": 2, "loss.objective": "jsd"}, ["loss.jsd_beta is 2", "between 0 and 1"]),
+    ("distill", {"loss.skew_alpha": 0.3}, ["loss.skew_alpha is 0.3", "skewed_reverse_kl and skewed_forward_kl"]),
+    (
+        "distill",
+        {"loss.skew_alpha": 1, "loss.objective": "skewed_reverse_kl"},
+        ["loss.skew_alpha is 1", "below 1"],
+    ),
+    ("distill", {"loss.top_k": 5}, ["loss.top_k is 5", "belongs to top_k"]),
+    ("distill", {"loss.top_k": 0, "loss.objective": "top_k"}, ["loss.top_k is 0", "at least 1"]),
+    (
+        "distill",
+        SERVED | {"loss.objective": "forward_kl"},
+        ["loss.objective is forward_kl", URL, "sampled or top_k", "teacher.path"],
+    ),
+    ("distill", SERVED | {"teacher.device": "cpu"}, ["teacher.device is 'cpu'", URL, "unset it"]),
+    ("distill", SERVED | {"teacher.quantization": "8bit"}, ["teacher.quantization is '8bit'", URL, "unset it"]),
+    (
+        "distill",
+        {"teacher.base_of_student": "true", "student.lora.rank": 2},
+        ["teacher.base_of_student is true", "teacher.path is 't'", "unset one"],
+    ),
+    (
+        "distill",
+        {"teacher.base_of_student": "true", "teacher.path": ""},
+        ["teacher.base_of_student is true", "student.lora.rank is 0", "teacher.path"],
+    ),
+    ("score", {"model.base_of_student": "true", "model.path": ""}, ["model.base_of_student is true", "model.path"]),
+    ("distill", {"optim.lr": -1}, ["optim.lr is -1", ">= 0"]),
+    ("distill", {"optim.steps": 0}, ["optim.steps is 0", "at least 1"]),
+    ("distill", {"optim.substeps": 0}, ["optim.substeps is 0", "at least 1"]),
+    ("distill", {"optim.substeps": 65}, ["optim.substeps is 65", "64 samples", "sampling.prompts_per_step"]),
+    ("sft", {"optim.substeps": 5, "examples_per_step": 4}, ["examples_per_step is 4", "optim.substeps (5)"]),
+    ("distill", {"optim.betas": [0.9]}, ["optim.betas is [0.9]", "two numbers"]),
+    ("distill", {"optim.betas": [0.9, 1.0]}, ["optim.betas is [0.9, 1.0]", "below 1"]),
+    ("distill", {"optim.weight_decay": -1}, ["optim.weight_decay is -1", ">= 0"]),
+    ("distill", {"optim.max_grad_norm": 0}, ["optim.max_grad_norm is 0", "> 0", "null"]),
+    ("distill", {"optim.warmup_steps": 200}, ["optim.warmup_steps is 200", "optim.steps (100)"]),
+    ("distill", {"optim.warmup_steps": -1}, ["optim.warmup_steps is -1", "between 0"]),
+    ("distill", {"batch.max_tokens": 0}, ["batch.max_tokens is 0", "at least 1"]),
+    ("distill", {"checkpoint.every": -1}, ["checkpoint.every is -1", ">= 0"]),
+    ("distill", {"checkpoint.keep": 0}, ["checkpoint.keep is 0", "at least 1"]),
+    ("distill", {"eval.every": -1}, ["eval.every is -1", ">= 0"]),
+    ("eval", {"eval.max_new_tokens": 0}, ["eval.max_new_tokens is 0", "at least 1"]),
+    ("eval", {"eval.temperature": -1}, ["eval.temperature is -1", ">= 0"]),
+    ("eval", {"model.path": ""}, ["model.path is empty", "model folder or a Hub id"]),
+    ("eval", {"eval.data.path": "null"}, ["eval.data.path is None", "eval.data.dataset is None", "exactly one"]),
+    ("score", {"model.path": ""}, ["model.path is empty", "model folder or a Hub id"]),
+    ("score", {"output": ""}, ["output is empty", "JSONL"]),
+    ("score", {"temperature": 0}, ["temperature is 0", "> 0"]),
+    ("score", {"data.dataset": "x"}, ["data.path is 'd.jsonl'", "exactly one"]),
+]
+# what the parser refuses before any config exists: wrong types and names that are not there
+UNPARSABLE: list[tuple[str, dict[str, object], str]] = [
+    ("distill", {"optim.lrr": 1}, "lrr"),
+    ("distill", {"sampler.top_p": 1}, "sampler"),
+    ("distill", {"optim.steps": "many"}, "steps"),
+    ("distill", {"optim.steps": 1.5}, "steps"),
+    ("distill", {"optim.lr": "fast"}, "lr"),
+    ("distill", {"loss.method": "dpo"}, "method"),
+    ("distill", {"loss.objective": "l2"}, "objective"),
+    ("distill", {"teacher.quantization": "2bit"}, "quantization"),
+    ("distill", {"teacher.server.api": "chat"}, "api"),
+    ("distill", {"student.dtype": "int8"}, "dtype"),
+    ("distill", {"batch.layout": "ragged"}, "layout"),
+    ("distill", {"student.trust_remote_code": "maybe"}, "trust_remote_code"),
+    ("sft", {"teacher.path": "t"}, "teacher"),
+    ("score", {"optim.lr": 1}, "optim"),
+]
+
+
+def name(case: tuple[str, Mapping[str, object], object]) -> str:
+    return "-".join([case[0], *(f"{key}={value}" for key, value in case[1].items())])
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("command", "settings", "parts"), REFUSED, ids=map(name, REFUSED))
+def test_refused_settings(
+    command: str,
+    settings: dict[str, object],
+    parts: list[str],
+    empty_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(arguments(command, MINIMAL[command] | settings)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastkl: ")
+    assert error.count("\n") == 1
+    assert [part for part in parts if part not in error] == [], error
+    assert list(empty_folder.iterdir()) == []
+
+
+def test_a_key_in_place_of_its_variables_name_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    line = arguments("distill", MINIMAL["distill"] | SERVED | {"teacher.server.api_key_env": "sk-secret"})
+    assert cli.main(line) == 2
+    assert "sk-secret" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "settings", "part"), UNPARSABLE, ids=map(name, UNPARSABLE))
+def test_unparsable_settings(
+    command: str, settings: dict[str, object], part: str, empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments(command, MINIMAL[command] | settings))
+    assert stop.value.code == 2
+    assert part in capsys.readouterr().err
+    assert list(empty_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("line", [[], ["train"], ["distill"], ["distill", "missing.yaml"]], ids=" ".join)
+def test_command_lines_that_are_none(line: list[str], empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(line)
+    assert stop.value.code == 2
+    assert "usage" in capsys.readouterr().err
+    assert list(empty_folder.iterdir()) == []
+
+
+YAML = """
+run: runs/a
+student:
+  path: s
+  lora: {rank: 8}
+teacher: {path: t}
+data: {path: d.jsonl}
+optim:
+  lr: 1e-4        # a number, though YAML 1.1 reads it as text
+  betas: [0.8, 0.9]
+"""
+
+
+@pytest.mark.parametrize("flag", [[], ["--config"]], ids=["positional", "--config"])
+def test_yaml_and_overrides(flag: list[str], empty_folder: Path) -> None:
+    from fastkl.trainer.commands.command_line import parse
+
+    Path("run.yaml").write_text(YAML)
+    command, parsed = parse(["distill", *flag, "run.yaml", "--optim.steps", "7", "--student.lora.rank=4"])
+    assert command == "distill"
+    assert isinstance(parsed, DistillConfig)
+    assert parsed.optim.lr == 1e-4
+    assert parsed.optim.betas == [0.8, 0.9]
+    assert (parsed.optim.steps, parsed.student.lora.rank) == (7, 4)
+    assert parsed.sampling == DistillConfig(**dataclass_fields(parsed)).sampling  # what is not named has its default
+
+
+def dataclass_fields(parsed: DistillConfig) -> dict[str, object]:
+    return {key: getattr(parsed, key) for key in ("run", "student", "teacher", "data")}
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (YAML + "  lrr: 1\n", "lrr"),
+        (YAML + "optimizer: {lr: 1}\n", "optimizer"),
+        (YAML + "  steps: many\n", "steps"),
+        ("run: [", "parsing"),
+    ],
+    ids=["unknown-key", "unknown-group", "wrong-type", "no-yaml"],
+)
+def test_bad_yaml(text: str, part: str, empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["distill", "run.yaml"])
+    assert stop.value.code == 2
+    assert part in capsys.readouterr().err
+    assert [path.name for path in empty_folder.iterdir()] == ["run.yaml"]
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config("sft", MINIMAL["sft"]).seed = 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_setting(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"fastkl {command} CONFIG.yaml" in text
+    for setting in settings_of(COMMANDS[command][0]):
+        assert f"--{setting} " in text, setting
+        # From the name (a list has a second one, `--name+`) to the type: the value's placeholder, and the explanation.
+        after = text.split(f"--{setting} ", 1)[1].split("(type", 1)[0].split(" --", 2)
+        assert len(after[-1].split()) > 2, f"--{setting} has no explanation"
+
+
+def settings_of(kind: type, prefix: str = "") -> list[str]:
+    """The dotted names of all settings: those of dataclasses within dataclasses too."""
+    found = []
+    for field in dataclasses.fields(kind):
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+        if dataclasses.is_dataclass(default):
+            found += settings_of(type(default), f"{prefix}{field.name}.")
+        else:
+            found.append(prefix + field.name)
+    return found
+
+
+def test_installed_command() -> None:
+    script = Path(sys.executable).with_name("fastkl")
+    done = subprocess.run([script, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+def test_missing_packages_name_the_extra() -> None:
+    code = "import sys; sys.modules['transformers'] = None; from fastkl.cli import main; sys.exit(main(['--help']))"
+    done = run_python(code)
+    assert done.returncode == 2
+    assert "(transformers)" in done.stderr
+    assert "pip install 'fastkl[trainer]'" in done.stderr
+
+
+def test_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastkl.trainer.commands.command_line.run", interrupted)
+    assert cli.main(["distill"]) == 130
+    assert "goes on from its last checkpoint" in capsys.readouterr().err
+
+
+# What shows only once files are read: still one line, status 2, and nothing on disk.
+@pytest.mark.parametrize(
+    ("command", "settings", "parts"),
+    [
+        ("distill", {"student.path": "nosuch"}, ["nosuch", "neither a folder here nor on the Hub"]),
+        ("distill", {"student.path": "./nosuch"}, ["./nosuch", "no config.json"]),
+        ("distill", {"teacher.path": "data"}, ["'data'", "no config.json"]),
+        ("distill", {"data.path": "nosuch.jsonl"}, ["nosuch.jsonl does not exist"]),
+        ("distill", {"eval.data.path": "d.jsonl", "eval.grader": "vibes"}, ["eval.grader is 'vibes'", "last_number"]),
+        ("distill", {"student.liger": "true"}, ["liger is true", "CUDA", "set it to false"]),
+        ("distill", {"sampling.max_new_tokens": 100}, ["context of 64", "max_new_tokens"]),
+        ("sft", {"data.path": "nosuch.jsonl"}, ["nosuch.jsonl does not exist"]),
+        ("eval", {"model.path": "./nosuch"}, ["./nosuch", "no config.json"]),
+        ("eval", {"output": "d.jsonl"}, ["output d.jsonl exists already", "another name"]),
+        ("score", {"output": "d.jsonl"}, ["output d.jsonl exists already", "another name"]),
+        ("score", {"output": "out/o.jsonl", "model.path": "./nosuch"}, ["./nosuch", "no config.json"]),
+    ],
+    ids=str,
+)
+def test_refused_once_files_are_read(
+    command: str,
+    settings: dict[str, object],
+    parts: list[str],
+    empty_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_model(empty_folder / "model")
+    write_jsonl(empty_folder / "d.jsonl", sums(3))
+    (empty_folder / "data").mkdir()
+    paths = {key: "model" for key in MINIMAL[command] if key.endswith(("student.path", "teacher.path", "model.path"))}
+    before = sorted(empty_folder.rglob("*"))
+    assert cli.main(arguments(command, MINIMAL[command] | paths | settings)) == 2
+    error = capsys.readouterr().err
+    assert [part for part in parts if part not in error] == [], error
+    assert sorted(empty_folder.rglob("*")) == before
+
+
+def test_home_folder_in_a_path(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell expands the `~` of a YAML file."""
+    from fastkl.trainer.models.loading import load_model, load_tokenizer
+
+    save_model(empty_folder / "model")
+    monkeypatch.setenv("HOME", str(empty_folder))
+    student = config("sft", MINIMAL["sft"] | {"student.path": "~/model"}).student
+    assert load_tokenizer(student).get_vocab() == tokenizer().get_vocab()
+    assert load_model(student).config.hidden_size == 16
+
+
+def test_all_configs_are_covered_here() -> None:
+    assert MINIMAL.keys() == COMMANDS.keys()
+    assert isinstance(config("sft", MINIMAL["sft"]), SftConfig)
+    with pytest.raises(ConfigError):
+        config("sft", MINIMAL["sft"] | {"optim.steps": 0})

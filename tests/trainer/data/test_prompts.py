@@ -1,0 +1,251 @@
+"""Reading, encoding and choosing prompts: errors name the line, and a step's rows are a pure function of its number."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import tokenizer, write_jsonl
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from fastkl.trainer.config.data import DataConfig
+from fastkl.trainer.data.prompts import Prompt, batch_indices, encode_completions, encode_prompts, load_prompts
+from fastkl.trainer.errors import ConfigError
+
+GOOD = b'{"prompt": "1+1="}\n'
+
+
+def load(path: Path, **settings: object) -> list:
+    return load_prompts(DataConfig(path=str(path), **settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{}", "must have exactly one of `prompt` and `messages`; it has []"),
+        (b'{"question": "1+1"}', "must have exactly one of `prompt` and `messages`; it has ['question']"),
+        (b'{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}', "exactly one of"),
+        (b'{"prompt": null}', "exactly one of"),
+        (b'{"prompt": 7}', "`prompt` is a int; expected text"),
+        (b'{"prompt": [{"role": "user", "content": "a"}]}', "`prompt` is a list; expected text"),
+        (b'{"messages": []}', "`messages` must be a list of objects with `role` and `content`"),
+        (b'{"messages": "hello"}', "`messages` must be a list"),
+        (b'{"messages": [{"role": "user"}]}', "`messages` must be a list"),
+        (b'{"messages": ["hello"]}', "`messages` must be a list"),
+        (b'{"messages": {"role": "user", "content": "a"}}', "`messages` must be a list"),
+        (b'{"prompt": "a", "completion": 2}', "`completion` is a int; expected text"),
+        (b'{"prompt": "a", "answer": ["1"]}', "`answer` is a list; expected text or a number"),
+        (b'{"prompt": "a", "metadata": "m"}', "`metadata` is a str; expected an object"),
+        (b'{"prompt": "a \\ud800"}', "`prompt` holds half of a surrogate pair"),
+        (b'{"messages": [{"role": 1, "content": "a"}]}', "`messages` must be a list of objects with `role`"),
+        (b"[" * 100_000, "cannot be read as JSON"),
+        (b"[1, 2]", "is a list; expected an object"),
+        (b"17", "is a int; expected an object"),
+        (b"null", "is a NoneType; expected an object"),
+        (b'{"prompt": "a"', "is not a JSON object"),
+        (b"prompt: a", "is not a JSON object: Expecting value at column 1"),
+        (b'{"prompt": "d\xe9j\xe0"}', "is not UTF-8"),
+    ],
+    ids=[
+        "no-keys",
+        "other-keys",
+        "both-keys",
+        "null-prompt",
+        "number-as-prompt",
+        "chat-as-prompt",
+        "no-messages",
+        "text-as-messages",
+        "turn-without-content",
+        "text-as-turn",
+        "turn-as-messages",
+        "number-as-completion",
+        "list-as-answer",
+        "text-as-metadata",
+        "half-a-surrogate",
+        "number-as-role",
+        "brackets-without-end",
+        "list",
+        "number",
+        "null",
+        "cut-off",
+        "no-json",
+        "latin-1",
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(GOOD + b"\n" + line + b"\n" + GOOD)
+    with pytest.raises(ConfigError) as error:
+        load(path)
+    assert f"{path}:3" in str(error.value)  # the empty line 2 counts
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"], ids=["empty", "blank-lines"])
+def test_a_file_without_rows_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"prompts\.jsonl holds no rows"):
+        load(path)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "."], ids=["missing", "folder"])
+def test_a_file_that_is_not_there_is_named_with_the_folder(name: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(Path(name))
+    assert name in str(error.value)
+    assert str(Path.cwd()) in str(error.value)
+
+
+def test_rows_are_read_as_they_stand(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    rows = [
+        {"prompt": "1+1=", "answer": 2, "completion": "2", "other": 1},
+        {"messages": chat},
+        {"prompt": "a\u2028b\x85"},
+    ]
+    path = tmp_path / "prompts.jsonl"
+    text = "\ufeff" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)  # as Windows editors save it
+    path.write_bytes(text.encode())
+    prompts = load(path)
+    assert [p.prompt for p in prompts] == ["1+1=", chat, "a\u2028b\x85"]
+    assert [p.source for p in prompts] == [f"{path}:{line}" for line in (1, 2, 3)]
+    assert (prompts[0].answer, prompts[0].completion) == ("2", "2")
+    assert prompts[0].metadata == {}
+    assert (prompts[1].answer, prompts[1].completion) == (None, None)
+
+
+def test_rows_that_are_equal_are_rows_of_their_own(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1", "metadata": {"a": [1]}}] * 3)
+    prompts = load(path)
+    assert [p.source for p in prompts] == [f"{path}:{line}" for line in (1, 2, 3)]
+    assert prompts[0].metadata == {"a": [1]}
+
+
+def test_a_completion_without_tokens_is_refused(tmp_path: Path) -> None:
+    words = tokenizer(eos_token=None)
+    encoded = encode_prompts(
+        load(write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1", "completion": ""}])), words, DataConfig()
+    )
+    with pytest.raises(ConfigError, match=r"p\.jsonl:1: `completion` has no tokens"):
+        encode_completions(encoded, words)
+
+
+def test_limit_reads_no_further(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(GOOD * 2 + b"broken")
+    assert len(load(path, limit=2)) == 2
+    with pytest.raises(ConfigError, match=":3"):
+        load(path, limit=3)
+
+
+def test_dataset_without_the_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"'owner/sums'.*pip install datasets.*data\.path"):
+        load_prompts(DataConfig(dataset="owner/sums"))
+
+
+def test_dataset_rows_are_named_by_name_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": "a"}, {"text": "b"}]
+    asked = []
+
+    def load_dataset(name: str, split: str) -> list[dict[str, str]]:
+        asked.append((name, split))
+        return rows
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert [p.prompt for p in load_prompts(DataConfig(dataset="owner/sums", split="test", limit=1))] == ["a"]
+    with pytest.raises(ConfigError, match=r"owner/sums\[test\]:2"):
+        load_prompts(DataConfig(dataset="owner/sums", split="test"))
+    assert asked == [("owner/sums", "test")] * 2
+
+
+def encode(rows: list[Prompt], words: PreTrainedTokenizerFast, chat_template: bool) -> list[list[int]]:
+    return [p.ids for p in encode_prompts(rows, words, DataConfig(path="p", chat_template=chat_template))]
+
+
+def test_chat_template_on_text_off_text_and_messages(tmp_path: Path) -> None:
+    words = tokenizer()
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    rows = load(write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1+1="}, {"messages": chat}, {"prompt": "2"}]))
+    wanted = {True: ["<u>1+1=<a>", "<s>s<u>u<a>", "<u>2<a>"], False: ["1+1=", "<s>s<u>u<a>", "2"]}
+    for chat_template, texts in wanted.items():  # a chat needs the template whatever the setting
+        ids = encode(rows, words, chat_template)
+        assert [words.decode(row) for row in ids] == texts
+
+
+def test_missing_chat_template_names_the_row_and_the_setting(tmp_path: Path) -> None:
+    words = tokenizer()
+    words.chat_template = None
+    rows = load(write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1+1="}]))
+    with pytest.raises(ConfigError, match=r"p\.jsonl:1: .*no chat template.*data\.chat_template to false"):
+        encode(rows, words, True)
+    assert len(encode(rows, words, False)[0]) == 4
+
+
+def test_special_tokens_come_once(tmp_path: Path) -> None:
+    """A template that writes the start token, in a tokenizer that adds it too."""
+    words = tokenizer(bos_token="<s>")
+    words.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
+    words.chat_template = "<s>" + str(words.chat_template)
+    rows = load(write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1", "completion": "2"}]))
+    assert encode(rows, words, True)[0].count(3) == 1
+    assert encode(rows, words, False)[0].count(3) == 1
+    encoded = encode_prompts(rows, words, DataConfig(path="p"))
+    assert 3 not in encode_completions(encoded, words)[0]
+
+
+def test_max_prompt_tokens_leaves_out_the_longer_ones(tmp_path: Path) -> None:
+    prompts = load(write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1" * length} for length in (5, 3, 4)]))
+    config = DataConfig(path="p", chat_template=False, max_prompt_tokens=4)
+    assert [p.row.prompt for p in encode_prompts(prompts, tokenizer(), config)] == ["111", "1111"]
+    config = DataConfig(path="p", chat_template=False, max_prompt_tokens=2)
+    with pytest.raises(ConfigError, match=r"max_prompt_tokens is 2.*none of the 3 prompts"):
+        encode_prompts(prompts, tokenizer(), config)
+
+
+def test_completion_ends_with_the_end_token(tmp_path: Path) -> None:
+    words, config = tokenizer(), DataConfig(path="p")
+    rows = [{"prompt": "1", "completion": "23"}, {"prompt": "1", "completion": ""}, {"prompt": "1"}]
+    encoded = encode_prompts(load(write_jsonl(tmp_path / "p.jsonl", rows)), words, config)
+    end = words.eos_token_id
+    assert encode_completions(encoded[:2], words) == [[*words.convert_tokens_to_ids(["2", "3"]), end], [end]]
+    with pytest.raises(ConfigError, match=r"p\.jsonl:3: no `completion`"):
+        encode_completions(encoded, words)
+
+
+sizes = st.integers(1, 40)
+
+
+@given(rows=sizes, per_step=sizes, epochs=st.integers(1, 3), seed=st.integers(0, 2**31))
+def test_each_row_comes_once_per_epoch(rows: int, per_step: int, epochs: int, seed: int) -> None:
+    steps = -(-rows * epochs // per_step)
+    order = [index for step in range(steps) for index in batch_indices(rows, per_step, step, seed)]
+    for epoch in range(epochs):
+        assert sorted(order[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+    counts = Counter(order).values()
+    assert max(counts) - min(counts) <= 1
+
+
+@given(rows=sizes, per_step=sizes, step=st.integers(0, 10_000), seed=st.integers(0, 2**31))
+def test_rows_of_a_step_depend_on_nothing_else(rows: int, per_step: int, step: int, seed: int) -> None:
+    first = batch_indices(rows, per_step, step, seed)
+    torch.manual_seed(step)
+    before = torch.get_rng_state()
+    assert batch_indices(rows, per_step, step, seed) == first
+    assert torch.equal(torch.get_rng_state(), before)
+    # How the places are cut into steps does not matter: the sequence is one.
+    assert [batch_indices(rows, 1, step * per_step + i, seed)[0] for i in range(per_step)] == first
+
+
+def test_order_differs_by_seed_and_by_epoch() -> None:
+    orders = [batch_indices(50, 50, step, seed) for seed in (0, 1, 2) for step in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 6

@@ -1,0 +1,160 @@
+"""FLOPs: the formulas against what torch counts in the model's own passes, and the metrics of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import causal_lm, config, distillation, model_and_sums, read_jsonl, save_model, training
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from fastkl.trainer.data.samples import make_sample
+from fastkl.trainer.distill import distill
+from fastkl.trainer.models.flops import Cost, cost_of, sampling_flops, scoring_flops, training_flops
+from fastkl.trainer.runs.report.data import FLOPS, run_data
+from fastkl.trainer.sft import sft
+
+LENGTH = 24
+WHOLE = make_sample([], list(range(LENGTH)), 0)  # every token counts
+FAMILIES = ("llama", "qwen3", "gemma2", "gemma3_text", "mistral", "mixtral", "gpt2")
+
+
+def model_of(kind: str, layers: int = 2) -> PreTrainedModel:
+    if kind == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=64, n_embd=64, n_head=4, n_layer=layers, attn_implementation="eager")
+        )
+    settings: dict[str, Any] = {"num_hidden_layers": layers} if kind != "gemma3_text" else {}
+    model = causal_lm(kind, "eager", **settings)
+    if kind == "mixtral":
+        model.set_experts_implementation("eager")  # torch does not count grouped products
+    return model
+
+
+def counted(model: PreTrainedModel, backward: bool = False) -> tuple[int, int]:
+    """FLOPs in products with weights, and in products of activations, by torch's count."""
+    ids = torch.arange(LENGTH)[None] % 60
+    with FlopCounterMode(display=False) as counter:
+        logits = model(input_ids=ids, use_cache=False).logits
+        if backward:
+            logits.logsumexp(-1).sum().backward()
+    return split(counter)
+
+
+def split(counter: FlopCounterMode) -> tuple[int, int]:
+    by_op = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    attention = by_op.pop("aten.bmm", 0)
+    return sum(by_op.values()), attention
+
+
+def attention(cost: Cost) -> float:
+    """Of a forward pass that computes the masked pairs too, as eager attention does."""
+    return cost.pair * len(cost.windows) * LENGTH**2
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_forward_pass_costs_what_torch_counts(kind: str) -> None:
+    model = model_of(kind).eval()
+    cost = cost_of(model)
+    weights, pairs = counted(model)
+    assert weights == (cost.blocks + cost.head) * LENGTH
+    assert pairs == pytest.approx(attention(cost), rel=0.02)  # rotary embeddings are a small product
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2"])
+def test_training_all_weights_costs_what_torch_counts(kind: str) -> None:
+    model = model_of(kind).train()
+    cost = cost_of(model)
+    weights, pairs = counted(model, backward=True)
+    assert weights == 3 * (cost.blocks + cost.head) * LENGTH
+    assert pairs == pytest.approx(3 * attention(cost), rel=0.02)
+    seen = cost.pair * sum(pairs_seen(window) for window in cost.windows)
+    assert training_flops(cost, [WHOLE]) == pytest.approx(weights + 3 * seen)
+
+
+def test_checkpointing_computes_the_blocks_twice() -> None:
+    model = model_of("llama", 4).train()
+    plain = cost_of(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    cost = cost_of(model)
+    weights, _ = counted(model, backward=True)
+    # torch stops before a block's last product, whose result nothing needs: a sixth of these blocks.
+    assert weights == pytest.approx((4 * cost.blocks + 3 * cost.head) * LENGTH, rel=0.06)
+    again = training_flops(cost, [WHOLE]) - training_flops(plain, [WHOLE])
+    assert again == scoring_flops(cost, [WHOLE]) - cost.head * LENGTH
+
+
+def pairs_seen(window: int | None) -> int:
+    return sum(min(query + 1, window or LENGTH) for query in range(LENGTH))
+
+
+def test_lora_forms_no_gradient_of_frozen_weights() -> None:
+    layers = 8
+    model = get_peft_model(
+        model_of("llama", layers), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    cost = cost_of(model.train())
+    weights, _ = counted(model, backward=True)
+    formula = (2 * cost.blocks + cost.trained_blocks + 2 * cost.head) * LENGTH
+    assert 0 < cost.trained_blocks < 0.5 * cost.blocks
+    assert cost.trained_head == 0
+    # The first projections read the embeddings, which need no gradient here; the formula counts one.
+    assert 0 <= formula - weights < 0.5 * cost.blocks * LENGTH / layers
+
+
+def test_sampling_costs_what_torch_counts_token_by_token() -> None:
+    model = model_of("llama").eval()
+    prompt, completion = list(range(1, 10)), list(range(10, 22))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        out = model(input_ids=torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
+        for token in completion[:-1]:
+            out = model(input_ids=torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
+    weights, pairs = split(counter)
+    cost, sample = cost_of(model), make_sample(prompt, completion, 0)
+    assert weights == cost.blocks * (len(sample.ids) - 1) + cost.head * len(completion)
+    masked = cost.pair * len(cost.windows) * len(prompt) * (len(prompt) - 1) / 2  # of the prefill
+    assert sampling_flops(cost, [sample]) == pytest.approx(weights + pairs - masked, rel=0.01)
+
+
+def test_what_does_not_count_has_no_head() -> None:
+    cost = cost_of(model_of("llama"))
+    short, long = (make_sample(list(range(20 - n)), list(range(n)), 0) for n in (1, 5))
+    assert scoring_flops(cost, [long]) - scoring_flops(cost, [short]) == 4 * cost.head
+    assert training_flops(cost, [long]) - training_flops(cost, [short]) == 12 * cost.head
+
+
+def test_a_sliding_window_bounds_the_pairs() -> None:
+    cost = cost_of(model_of("gemma3_text"))
+    assert cost.windows == (8, None)
+    longer = [make_sample([], [0] * length, 0) for length in (100, 101)]
+    added = scoring_flops(cost, longer[1:]) - scoring_flops(cost, longer[:1])
+    assert added == cost.blocks + cost.head + cost.pair * (8 + 101)
+
+
+def test_a_run_counts_each_step(tmp_path: Path) -> None:
+    folder = model_and_sums(tmp_path, "student")
+    save_model(folder / "teacher", layers=2)
+    paths = folder / "student", folder / "teacher", folder / "sums.jsonl"
+    runs = {}
+    for old in ("sampler", "recompute"):
+        run = folder / old
+        distill(config("distill", distillation(run, *paths, loss__old_logprobs=old, optim__steps=2)))
+        runs[old] = read_jsonl(run / "metrics.jsonl")
+        assert run_data(run, "run", 10_000)["x"]["flops"][-1] == sum(row[name] for row in runs[old] for name in FLOPS)
+    plain, recompute = runs["sampler"][0], runs["recompute"][0]  # the same samples
+    assert plain["flops/sampling"] == recompute["flops/sampling"]
+    assert plain["flops/student"] < recompute["flops/student"] < 1.5 * plain["flops/student"]
+    assert plain["flops/student"] > 2.9 * plain["flops/sampling"]
+    assert plain["flops/teacher"] > plain["flops/sampling"]  # one more layer
+
+
+def test_a_supervised_run_counts_the_student_alone(tmp_path: Path) -> None:
+    folder = model_and_sums(tmp_path, "student")
+    sft(config("sft", training(folder / "run", folder / "student", folder / "sums.jsonl", optim__steps=2)))
+    row = read_jsonl(folder / "run" / "metrics.jsonl")[0]
+    assert row["flops/student"] > 0
+    assert not {"flops/sampling", "flops/teacher"} & row.keys()

@@ -1,0 +1,314 @@
+"""Several processes: the losses, weights and files of one, whoever shards the model and whoever wrote the checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_cases import PEERS, check_equal, check_same, log
+from tiny import (
+    REPOSITORY,
+    arguments,
+    give_samples,
+    pair_and_sums,
+    pair_distillation,
+    save_model,
+    together,
+)
+
+from fastkl.trainer.commands import command_line as commands
+from fastkl.trainer.distill import OnPolicy
+from fastkl.trainer.errors import ServerError
+from fastkl.trainer.rollouts.samplers.generate import GenerateSampler
+from fastkl.trainer.runs.folder import RunFolder
+from fastkl.trainer.teachers.local import LocalTeacher
+
+GIVEN = dict.fromkeys((0, 1), give_samples)
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = pair_and_sums(tmp_path_factory.mktemp("models"), layers=2)
+    save_model(path / "untied", tie_word_embeddings=False)
+    return path
+
+
+def settings(folder: Path, run: Path, **overrides: object) -> list[str]:
+    options: dict[str, object] = {
+        "batch__max_tokens": 40,
+        "optim__steps": 3,
+        "optim__substeps": 2,
+        "sampling__prompts_per_step": 7,
+        "eval__data__path": folder / "sums.jsonl",
+        "eval__max_new_tokens": 4,
+        "eval__every": 1,
+        **overrides,
+    }
+    student = folder / str(options.pop("student", "student"))
+    return arguments("distill", pair_distillation(folder, run, **options) | {"student.path": student})
+
+
+def run(command_line: list[str], errors: Path, count: int, fsdp: bool = False) -> Path:
+    """With given samples, so that they are the same for any number of processes."""
+    codes, said = together(
+        command_line, errors, count=count, fsdp=fsdp, before=dict.fromkeys(range(count), give_samples)
+    )
+    assert codes == [0] * count, "\n".join(said)
+    assert count == 1 or f"{count} processes, {'FSDP 2' if fsdp else 'DDP'}" in said[0]
+    return Path(next(word.removeprefix("--run=") for word in command_line if word.startswith("--run=")))
+
+
+BASE: dict[str, object] = {"student__lora__rank": 2, "teacher__path": "", "teacher__base_of_student": "true"}
+VARIANTS: dict[str, dict[str, object]] = {
+    "full": {},
+    "lora": {"student__lora__rank": 2, "loss__old_logprobs": "recompute"},
+    "untied": {"student": "untied", "loss__old_logprobs": "recompute", "student__gradient_checkpointing": "true"},
+    "packed": {"batch__layout": "packed", "loss__method": "ppo", "optim__substeps": 3},
+    "rounded": {"sampling__dtype": "bfloat16"},
+    "base": BASE | {"loss__objective": "sampled"},
+    "base-whole": BASE | {"loss__objective": "reverse_kl"},
+    "continuous": {"sampling__engine": "continuous_batching"},
+}
+
+
+@pytest.mark.parametrize(
+    ("variant", "fsdp"),
+    [
+        pytest.param(variant, fsdp, id=f"{variant}-{name}", marks=() if variant == "full" else slow)
+        for variant in VARIANTS
+        for name, fsdp in PEERS.items()
+    ],
+)
+def test_two_processes_do_what_one_does(tmp_path: Path, folder: Path, variant: str, fsdp: bool) -> None:
+    options = VARIANTS[variant]
+    one = run(settings(folder, tmp_path / "one", **options), tmp_path / "said", 1)
+    two = run(settings(folder, tmp_path / "two", **options), tmp_path / "said", 2, fsdp)
+    assert len(log(one)) == 4
+    check_same(two, one)
+
+
+RESHAPES = {
+    "fsdp-2-to-1": ((2, True), (1, False)),
+    "ddp-2-to-1": ((2, False), (1, False)),
+    "1-to-ddp-2": ((1, False), (2, False)),
+    "1-to-fsdp-2": ((1, False), (2, True)),
+    "ddp-2-to-fsdp-2": ((2, False), (2, True)),
+    "fsdp-2-to-2": ((2, True), (2, True)),
+}
+FAST = ("fsdp-2-to-1", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [
+        pytest.param(name, lora, id=f"{name}{'-lora' * (lora > 0)}", marks=() if (name, lora) == FAST else slow)
+        for name in RESHAPES
+        for lora in (0, 2)
+    ],
+)
+def test_a_checkpoint_knows_nothing_of_processes(tmp_path: Path, folder: Path, name: str, lora: int) -> None:
+    """Saved by some and resumed by others, the run is the one that was never interrupted."""
+    (before, first), (after, then) = RESHAPES[name]
+    options: dict[str, object] = {"student__lora__rank": lora, "optim__steps": 4, "checkpoint__every": 2}
+    whole = run(settings(folder, tmp_path / "whole", **options), tmp_path / "said", 1)
+    command_line = settings(folder, tmp_path / "run", **options)
+    codes, _ = together(
+        command_line, tmp_path / "said", count=before, fsdp=first, before=dict.fromkeys(range(before), stop_at_step_3)
+    )
+    assert codes == [130] * before
+    check_same(run(command_line, tmp_path / "said", after, then), whole)
+
+
+def stop_at_step_3() -> None:
+    give_samples()
+    stop_real_at_step_3()
+
+
+def fails(folder: Path, run: Path, hooks: dict[int, Callable[[], None]], **options: object) -> tuple[list[Any], str]:
+    """A run of two processes that ends badly: their exit statuses, and all that was said."""
+    codes, said = together(settings(folder, run, **options), run.parent / "said", before=hooks)
+    assert all(codes)
+    return codes, "".join(said)
+
+
+@pytest.mark.parametrize("kind", ["lock", pytest.param("config", marks=slow), pytest.param("check", marks=slow)])
+def test_what_a_user_can_mend_is_said_once(tmp_path: Path, folder: Path, kind: str) -> None:
+    path = tmp_path / "run"
+    if kind == "lock":
+        with RunFolder(commands.parse(settings(folder, path))[1]):
+            codes, said = fails(folder, path, {})
+        expected = f"fastkl: another process is writing to {path}"
+    elif kind == "config":
+        codes, said = fails(folder, path, {1: other_learning_rate})
+        expected = "fastkl: the 2 processes were started with different configs"
+    else:
+        codes, said = fails(folder, path, {}, sampling__prompts_per_step=1, optim__substeps=1)
+        expected = "fastkl: a step has 1 samples for 2 processes"
+    assert codes == [2, 2]
+    assert said.count("fastkl: ") == said.count(expected) == 1
+    assert "Traceback" not in said
+
+
+def other_learning_rate() -> None:
+    parse = commands.parse
+    commands.parse = lambda argv: parse([*argv, "--optim.lr=0.5"])
+
+
+@slow
+def test_a_teacher_that_one_process_cannot_reach_ends_both_with_a_checkpoint(tmp_path: Path, folder: Path) -> None:
+    codes, said = fails(folder, tmp_path / "run", {0: give_samples, 1: lose_the_teacher})
+    assert codes == [2, 2]
+    assert said.count("fastkl: gone") == said.count("fastkl: ") == 1
+    assert [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def lose_the_teacher() -> None:
+    give_samples()
+    calls = itertools.count()
+
+    def score(self: Any, samples: Any, score: Any = LocalTeacher.score) -> None:
+        if next(calls) == 2:
+            raise ServerError("gone")
+        score(self, samples)
+
+    LocalTeacher.score = score  # type: ignore[method-assign]
+
+
+@slow
+@pytest.mark.parametrize("way", ["interrupted", "killed", "crashed"])
+def test_one_process_that_ends_ends_the_other(tmp_path: Path, folder: Path, way: str) -> None:
+    """Ctrl-C reaches both, one of them while it waits for the other; a crash or a kill only one."""
+    hooks = {rank: functools.partial(end_in_step_2, way, rank) for rank in (0, 1)}
+    codes, said = fails(folder, tmp_path / "run", hooks, checkpoint__every=1)
+    if way == "interrupted":
+        assert codes[1] == 130
+        assert said.count("fastkl: interrupted") == 1
+    elif way == "crashed":
+        assert said.count("Traceback") == said.count("ValueError: broken") == 1
+    else:
+        assert codes[1] == -signal.SIGKILL
+    codes, said_now = together(settings(folder, tmp_path / "run", checkpoint__every=1), tmp_path / "said", before=GIVEN)
+    assert codes == [0, 0]
+    assert "resumed" in said_now[0]
+
+
+def end_in_step_2(way: str, rank: int) -> None:
+    give_samples()
+    samples, rollout = OnPolicy.samples, OnPolicy._rollout
+
+    def ends(self: OnPolicy, step: int, *args: Any) -> Any:
+        if step == 2 and way == "interrupted":
+            threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        if step == 2 and rank == 1 and way == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return samples(self, step, *args)
+
+    def broken(self: OnPolicy, step: int) -> Any:
+        if step == 2 and rank == 1 and way == "crashed":
+            raise ValueError("broken")
+        if step == 2 and rank == 1 and way == "interrupted":
+            time.sleep(20)
+        return rollout(self, step)
+
+    OnPolicy.samples, OnPolicy._rollout = ends, broken  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=slow)], ids=PEERS)
+def test_gaps_in_one_process(tmp_path: Path, folder: Path, fsdp: bool) -> None:
+    """Empty completions, batches of nothing else, and a gradient that is not finite: two processes decide as one."""
+    options = {"batch__max_tokens": 1, "optim__steps": 4}
+    hooks = dict.fromkeys((0, 1), with_gaps)
+    for count in (1, 2):
+        command_line = settings(folder, tmp_path / str(count), **options)
+        codes, said = together(command_line, tmp_path / "said", count=count, fsdp=fsdp and count > 1, before=hooks)
+        assert codes == [0] * count, said
+    rows = log(tmp_path / "1")
+    assert [row.get("optim/skipped") for row in rows] == [None, 0, 0, 1, 0]
+    check_same(tmp_path / "2", tmp_path / "1")
+
+
+def with_gaps() -> None:
+    give_samples()
+    sample, samples = GenerateSampler.sample, OnPolicy.samples
+
+    def gaps(self: Any, prompts: list[list[int]], **options: Any) -> Any:
+        found = sample(self, prompts, **options)
+        return [
+            c._replace(token_ids=[], logprobs=[], truncated=False) if sum(p) % 3 == 0 else c
+            for p, c in zip(prompts, found, strict=True)
+        ]
+
+    def infinite(self: OnPolicy, step: int, *args: Any) -> Any:
+        found, metrics = samples(self, step, *args)
+        if step == 2:
+            index = next(i for i, sample in enumerate(found) if sample.loss_tokens and i % 2 == 0)
+            found[index].advantages = [math.inf * counted if counted else 0.0 for counted in found[index].loss_mask]
+        return found, metrics
+
+    GenerateSampler.sample = gaps  # type: ignore[method-assign]
+    OnPolicy.samples = infinite  # type: ignore[method-assign]
+
+
+@slow
+def test_resume_is_exact(tmp_path: Path, folder: Path) -> None:
+    """With real samples, and dropout of each process's own."""
+    save_model(tmp_path / "dropout", attention_dropout=0.2)
+    options: dict[str, object] = {"student": tmp_path / "dropout", "optim__steps": 4, "checkpoint__every": 2}
+    for name, hooks in (("whole", {}), ("run", dict.fromkeys((0, 1), stop_real_at_step_3)), ("run", {})):
+        codes, said = together(settings(folder, tmp_path / name, **options), tmp_path / "said", before=hooks)
+        assert codes == ([130, 130] if hooks else [0, 0]), said
+    check_equal(tmp_path / "run", tmp_path / "whole")
+
+
+def stop_real_at_step_3() -> None:
+    samples = OnPolicy.samples
+
+    def interrupted(self: OnPolicy, step: int, *args: Any) -> Any:
+        if step == 3:
+            raise KeyboardInterrupt
+        return samples(self, step, *args)
+
+    OnPolicy.samples = interrupted  # type: ignore[method-assign]
+
+
+@slow
+@pytest.mark.parametrize("machines", [1, 2])
+@pytest.mark.parametrize(("way", "name"), [("ddp", "DDP"), ("fsdp2", "FSDP 2")])
+def test_accelerate_launch(tmp_path: Path, folder: Path, way: str, name: str, machines: int) -> None:
+    """As a user starts it; two machines are two launchers with a process each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    recipe = REPOSITORY / "recipes" / "accelerate" / f"{way}.yaml"
+    common = [f"--config_file={recipe}", "--num_processes=2", f"--main_process_port={port}"]
+    launches = [
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", *common, f"--num_machines={machines}"),
+            *([f"--machine_rank={rank}", "--main_process_ip=127.0.0.1"] if machines > 1 else []),
+            *("-m", "fastkl.cli", *settings(folder, tmp_path / "run")),
+        ]
+        for rank in range(machines)
+    ]
+    running = [
+        subprocess.Popen(
+            launch, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+        )
+        for launch in launches
+    ]
+    said = [process.communicate(timeout=240)[1] for process in running]
+    assert [process.returncode for process in running] == [0] * machines, "\n".join(said)
+    assert "".join(said).count("step 3/3") == "".join(said).count(f"2 processes, {name}") == 1
+    assert [row["step"] for row in log(tmp_path / "run")] == [0, 1, 2, 3]

@@ -1,0 +1,103 @@
+"""Rollouts by a vLLM server for a run of several processes: the first of them samples, all learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from run_cases import PEERS, check_same, log
+from stub_server import serving
+from stub_vllm import StubVllm
+from tiny import arguments, pair_and_sums, pair_distillation, together
+
+slow = pytest.mark.slow
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pair_and_sums(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def stub(folder: Path) -> Iterator[StubVllm]:
+    with serving(folder / "student", kind=StubVllm) as server:
+        yield server
+
+
+def command(folder: Path, run: Path, stub: StubVllm, **overrides: object) -> list[str]:
+    evaluated = {"eval__data__path": folder / "sums.jsonl", "eval__max_new_tokens": 4, "eval__every": 1}
+    settings = pair_distillation(folder, run, **{"optim__steps": STEPS, **evaluated, **overrides})
+    served: dict[str, object] = {
+        "sampling.server.url": stub.url,
+        "sampling.server.model": "stub",
+        "sampling.server.retries": 0,
+        "sampling.server.concurrency": 1,
+    }
+    return arguments("distill", settings | served)
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "lora"),
+    [
+        pytest.param(fsdp, lora, id=f"{name}{'-lora' * (lora > 0)}", marks=slow if fsdp and lora else ())
+        for name, fsdp in PEERS.items()
+        for lora in (0, 4)
+    ],
+)
+def test_samples_losses_and_pushes_are_those_of_one_process(
+    tmp_path: Path, folder: Path, stub: StubVllm, fsdp: bool, lora: int
+) -> None:
+    loads = []
+    for count in (1, 2):
+        line = command(folder, tmp_path / str(count), stub, student__lora__rank=lora)
+        codes, said = together(line, tmp_path / "said", count=count, fsdp=fsdp and count > 1)
+        assert codes == [0] * count, "\n".join(said)
+        loads.append(len(stub.loads))
+        stub.restart()
+    assert loads == [STEPS + 1, 2 * (STEPS + 1)]  # one push for each change of the weights
+    check_same(tmp_path / "2", tmp_path / "1")
+    assert all(row["sampler_mismatch/mean_abs"] < 1e-5 for row in log(tmp_path / "2")[1:])
+
+
+@pytest.mark.parametrize("fsdp", PEERS.values(), ids=PEERS)
+def test_a_server_that_starts_again_gets_the_weights_again(
+    tmp_path: Path, folder: Path, stub: StubVllm, fsdp: bool
+) -> None:
+    codes, said = together(command(folder, tmp_path / "whole", stub), tmp_path / "said", fsdp=fsdp)
+    assert codes == [0, 0], "\n".join(said)
+    loads = len(stub.loads)
+    stub.restart()
+    stub.restart_at = 40  # in a rollout
+    line = [*command(folder, tmp_path / "run", stub), "--sampling.server.retries=1"]
+    codes, said = together(line, tmp_path / "said", fsdp=fsdp)
+    assert codes == [0, 0], "\n".join(said)
+    assert len(stub.loads) == 2 * loads + 1
+    check_same(tmp_path / "run", tmp_path / "whole", tolerance=1e-6)
+
+
+def test_a_server_that_is_gone_ends_both_with_a_checkpoint(tmp_path: Path, folder: Path, stub: StubVllm) -> None:
+    options: dict[str, object] = {"eval__every": 0, "checkpoint__every": 0}
+    codes, _ = together(command(folder, tmp_path / "whole", stub, **options), tmp_path / "said")
+    assert codes == [0, 0]
+    stub.restart()
+    stub.down_after = 30  # in a rollout
+    line = command(folder, tmp_path / "run", stub, **options)
+    codes, said = together(line, tmp_path / "said")
+    assert codes == [2, 2]
+    assert "".join(said).count("fastkl: the sampling server") == 1
+    stub.down_after = None
+    stub.restart()
+    codes, said = together(line, tmp_path / "said")
+    assert codes == [0, 0], "\n".join(said)
+    assert "resumed" in said[0]
+    check_same(tmp_path / "run", tmp_path / "whole", tolerance=1e-6)
+
+
+def test_an_unfit_server_is_refused_once(tmp_path: Path, folder: Path, stub: StubVllm) -> None:
+    stub.development = False
+    codes, said = together(command(folder, tmp_path / "run", stub), tmp_path / "said")
+    assert codes == [2, 2]
+    assert "".join(said).count("takes no new weights while it runs") == 1
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,117 @@
+"""Rollouts by a real vLLM server, which the test starts: a few steps of all weights and of a LoRA adapter. Minutes each.
+
+python recipes/smollm2/make.py   # the models, once
+FASTKL_VLLM=vv/bin/python python -m pytest -m slow -s tests/trainer/served/test_real_vllm.py
+
+FASTKL_VLLM is the Python of an environment with vLLM (docs/teacher-server.md); SmolLM2 in float32 on a CPU needs 4 GB.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+from tiny import arguments, read_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastkl import cli
+
+PYTHON = os.environ.get("FASTKL_VLLM", "")
+MODELS = Path("runs/smollm2").resolve()
+PATIENCE = 600  # seconds until the server is up
+TOLERANCE = 1e-3  # nats, of log-probs of the server and of the trainer, both in float32
+FLAGS = "--dtype float32 --enforce-eager --max-model-len 512 --max-num-seqs 8 --generation-config vllm --host 127.0.0.1"
+SAMPLING = "--logprobs-mode processed_logprobs --enable-lora --max-lora-rank 16"
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+PUSHING = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON, reason="no vLLM: FASTKL_VLLM is unset"),
+    pytest.mark.skipif(not MODELS.is_dir(), reason="no models: run recipes/smollm2/make.py"),
+]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The student with a head of its own: vllm-cpu does not reload one that is tied to the embeddings."""
+    folder = tmp_path_factory.mktemp("student")
+    model = AutoModelForCausalLM.from_pretrained(MODELS / "student", tie_word_embeddings=False)
+    model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODELS / "student").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def url(tmp_path_factory: pytest.TempPathFactory, student: Path) -> Iterator[str]:
+    """A server of the student, as docs/vllm.md starts one; a test leaves its own weights in it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        PYTHON,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--port",
+        str(port),
+        *FLAGS.split(),
+        *SAMPLING.split(),
+    ]
+    command += ["--model", str(student), "--served-model-name", "smol"]
+    folder = tmp_path_factory.mktemp("server")
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen(
+            command, env={**os.environ, **ENVIRONMENT, **PUSHING}, cwd=folder, stdout=log, stderr=log
+        )
+    try:
+        wait(server, f"http://127.0.0.1:{port}/health", folder / "log")
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def wait(server: subprocess.Popen[bytes], health: str, log: Path) -> None:
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            if requests.get(health, timeout=5).ok:
+                return
+        except requests.RequestException:
+            time.sleep(1)
+    raise RuntimeError(f"vLLM did not start:\n{log.read_text()[-3000:]}")
+
+
+@pytest.mark.parametrize("rank", [0, 8], ids=["full", "lora"])
+def test_rollouts_are_on_policy(tmp_path: Path, student: Path, url: str, rank: int) -> None:
+    run: dict[str, object] = {
+        "run": tmp_path / "run",
+        "student.path": student,
+        "student.lora.rank": rank,
+        "teacher.path": MODELS / "teacher",
+        "data.path": MODELS / "prompts.jsonl",
+        "data.max_prompt_tokens": 120,
+        "sampling.prompts_per_step": 4,
+        "sampling.max_new_tokens": 12,
+        "sampling.temperature": 0.8,
+        "sampling.server.url": url,
+        "sampling.server.model": "smol",
+        "sampling.server.timeout": 600,  # the first request compiles
+        "optim.steps": 3,
+        "optim.lr": 1e-4 if rank == 0 else 1e-3,
+    }
+    assert cli.main(arguments("distill", run)) == 0
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    for row in rows:
+        print(json.dumps(row))
+        assert row["sampler_mismatch/mean_abs"] < TOLERANCE
+    assert len({row["teacher_kl"] for row in rows}) == 3

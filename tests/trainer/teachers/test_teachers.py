@@ -1,0 +1,356 @@
+"""Several teachers and data sets in one run, the student's own base as a teacher, devices, quantised teachers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from run_cases import log
+from stub_server import serving
+from tiny import (
+    REPOSITORY,
+    arguments,
+    config,
+    distillation,
+    llama,
+    model_and_sums,
+    read_jsonl,
+    save_model,
+    write_jsonl,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastkl import cli
+from fastkl.head import FusedCausalLM
+from fastkl.trainer.commands import command_line as commands
+from fastkl.trainer.config.optim import BatchConfig
+from fastkl.trainer.config.teacher import TeacherConfig
+from fastkl.trainer.data.mixture import shares
+from fastkl.trainer.data.samples import make_sample
+from fastkl.trainer.distill import distill
+from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.models import loading
+from fastkl.trainer.runs.folder import check_run_folder
+from fastkl.trainer.teachers import open as opening
+from fastkl.trainer.teachers.local import LocalTeacher
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = model_and_sums(tmp_path_factory.mktemp("models"), "student")
+    save_model(path / "adder", seed=1, width=24)
+    save_model(path / "chatter", seed=2)
+    write_jsonl(path / "chats.jsonl", [{"prompt": f"hello {i}?"} for i in range(5)])
+    return path
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders of the models that are loaded from here on."""
+    paths: list[str] = []
+    load = loading._load_model
+
+    def recorded(model: Any, **more: Any) -> Any:
+        paths.append(Path(model.path).name)
+        return load(model, **more)
+
+    monkeypatch.setattr(loading, "_load_model", recorded)
+    return paths
+
+
+def settings(folder: Path, run: Path, **overrides: object) -> dict[str, object]:
+    return distillation(run, folder / "student", folder / "adder", folder / "sums.jsonl", **overrides)
+
+
+def mixture(folder: Path, run: Path, entries: dict[str, Any], **overrides: object) -> dict[str, object]:
+    """Settings of a run with a mixture alone."""
+    alone = {"teacher.path": "", "data.path": "null", "mixture": json.dumps(entries)}
+    return settings(folder, run, **overrides) | alone
+
+
+def entry(folder: Path, data: str, weight: float, **teacher: object) -> dict[str, Any]:
+    return {"data": {"path": str(folder / data)}, "weight": weight, "teacher": teacher or None}
+
+
+def two(folder: Path) -> dict[str, Any]:
+    return {
+        "math": entry(folder, "sums.jsonl", 2, path=str(folder / "adder")),
+        "chat": entry(folder, "chats.jsonl", 1, path=str(folder / "chatter")),
+    }
+
+
+@pytest.mark.parametrize("weights", [[1.0], [2.0, 1.0], [0.1, 0.7, 0.2], [5.0, 5.0, 5.0], [1000.0, 1.0, 0.5]])
+def test_shares_follow_the_weights(weights: list[float]) -> None:
+    whole = shares(weights, 0, 700)
+    counts: Counter[int] = Counter()
+    for places, (who, before) in enumerate(whole, start=1):
+        assert before == counts[who]
+        counts[who] += 1
+        for index, weight in enumerate(weights):
+            share = Fraction(weight) / sum(map(Fraction, weights))
+            assert abs(counts[index] - places * share) <= (1 + share * len(weights)) / 2
+    for first, count in ((0, 1), (13, 50), (350, 7), (693, 7)):  # wherever one begins
+        assert shares(weights, first, count) == whole[first : first + count]
+
+
+@pytest.mark.parametrize("objective", ["sampled", "reverse_kl", "top_k"])
+def test_each_data_set_has_its_own_teacher(tmp_path: Path, folder: Path, objective: str) -> None:
+    run = mixture(folder, tmp_path / "run", two(folder), loss__objective=objective, optim__substeps=2)
+    path = distill(config("distill", run)).path
+    teachers = {
+        name: AutoModelForCausalLM.from_pretrained(folder / of) for name, of in (("math", "adder"), ("chat", "chatter"))
+    }
+    samples = read_jsonl(path / "samples.jsonl")
+    assert Counter(sample["dataset"] for sample in samples) == {"math": 12, "chat": 6}  # of 3 steps of 6
+    # Every row of a data set comes once before any comes twice; rows are counted through all data sets, by name.
+    assert sorted(s["prompt_index"] for s in samples if s["dataset"] == "math") == list(range(5, 17))
+    assert {s["prompt_index"] for s in samples if s["dataset"] == "chat"} == set(range(5))
+    gaps: dict[tuple[int, str], list[float]] = {}
+    for sample in samples:
+        ids = torch.tensor([sample["ids"]])
+        with torch.no_grad():
+            scores = torch.log_softmax(teachers[sample["dataset"]](ids).logits[0, :-1], -1)
+        wanted = scores.gather(1, ids[0, 1:, None])[:, 0].where(torch.tensor(sample["loss_mask"][1:]), 0.0)
+        torch.testing.assert_close(torch.tensor(sample["teacher_logprobs"][1:]), wanted, atol=1e-4, rtol=1e-4)
+        for name in ("", sample["dataset"]):
+            gaps.setdefault((sample["step"], name), []).extend(
+                a - b
+                for a, b, on in zip(
+                    sample["sampler_logprobs"], sample["teacher_logprobs"], sample["loss_mask"], strict=True
+                )
+                if on
+            )
+    for row in log(path):
+        for name in ("", "math", "chat"):
+            gap = gaps[row["step"], name]
+            assert row[f"teacher_kl/{name}" if name else "teacher_kl"] == pytest.approx(sum(gap) / len(gap), rel=1e-5)
+
+
+def test_the_order_of_a_mixture_does_not_matter_and_it_resumes(tmp_path: Path, folder: Path) -> None:
+    entries = two(folder)
+    whole = distill(config("distill", mixture(folder, tmp_path / "whole", entries))).path
+    other = dict(reversed(entries.items()))
+    again = distill(config("distill", mixture(folder, tmp_path / "again", other))).path
+    assert (again / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    distill(config("distill", mixture(folder, tmp_path / "whole", other)))  # the same run: nothing is left to do
+
+
+def test_one_data_set_of_a_mixture_is_the_run_without_one(tmp_path: Path, folder: Path) -> None:
+    alone = distill(config("distill", settings(folder, tmp_path / "alone", optim__steps=1))).path
+    entries = {"math": entry(folder, "sums.jsonl", 3, path=str(folder / "adder"))}
+    mixed = distill(config("distill", mixture(folder, tmp_path / "mixed", entries, optim__steps=1))).path
+    assert {*log(mixed)[0]} == {*log(alone)[0], "teacher_kl/math"}
+
+
+def test_equal_teachers_are_loaded_once(tmp_path: Path, folder: Path, loads: list[str]) -> None:
+    entries = two(folder) | {"more": entry(folder, "chats.jsonl", 1), "most": entry(folder, "chats.jsonl", 1)}
+    run = mixture(folder, tmp_path / "run", entries, optim__steps=1) | {"teacher.path": folder / "adder"}
+    distill(config("distill", run))
+    assert sorted(loads) == ["adder", "chatter", "student"]
+
+
+def test_teachers_here_and_on_a_server(tmp_path: Path, folder: Path) -> None:
+    local = distill(config("distill", mixture(folder, tmp_path / "local", two(folder), optim__steps=1))).path
+    with serving(folder / "chatter") as stub:
+        entries = two(folder)
+        entries["chat"]["teacher"] = {"server": {"url": stub.url, "model": "stub"}}
+        path = distill(config("distill", mixture(folder, tmp_path / "run", entries, optim__steps=1))).path
+        row, wanted = log(path)[0], log(local)[0]
+        del wanted["flops/teacher"]  # a server does not tell the size of its model
+        assert row == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+        # A server may be found elsewhere, its model may not change.
+        entries["chat"]["teacher"]["server"]["url"] = "http://127.0.0.1:9/v1"
+        config_of = config("distill", mixture(folder, tmp_path / "run", entries, optim__steps=1))
+        check_run_folder(config_of)
+        entries["chat"]["teacher"]["server"]["model"] = "other"
+        with pytest.raises(ConfigError, match=r"mixture\.chat\.teacher\.server\.model was 'stub' and is 'other'"):
+            check_run_folder(config("distill", mixture(folder, tmp_path / "run", entries, optim__steps=1)))
+
+
+def test_each_data_set_is_checked_with_its_teacher(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "short", max_position_embeddings=16)
+    entries = two(folder) | {"short": entry(folder, "chats.jsonl", 1, path=str(tmp_path / "short"))}
+    assert cli.main(arguments("distill", mixture(folder, tmp_path / "run", entries))) == 2
+    error = capsys.readouterr().err
+    assert "the teacher of short's context of 16" in error
+    assert "mixture.short.data.max_prompt_tokens" in error
+    assert not (tmp_path / "run").exists()
+
+
+MIXTURES = {
+    "data": ({"data.path": "d.jsonl"}, {}, ["data.path is 'd.jsonl'", "mixture has the data sets math, chat"]),
+    "teacher": ({"teacher.path": "t"}, {}, ["teacher is set", "math, chat", "unset one"]),
+    "weight": ({}, {"weight": 0}, ["mixture.math.weight is 0", "> 0"]),
+    "source": ({}, {"data": {}}, ["mixture.math.data.path is None", "exactly one"]),
+    "no-teacher": ({}, {"teacher": None}, ["teacher.path is empty", "model folder or a Hub id"]),
+    "its-teacher": ({}, {"teacher": {"dtype": "bfloat16"}}, ["mixture.math.teacher.path is empty"]),
+    "base": ({}, {"teacher": {"base_of_student": True}}, ["mixture.math.teacher.base_of_student", "student.lora.rank"]),
+}
+
+
+@pytest.mark.parametrize(("extra", "changes", "parts"), MIXTURES.values(), ids=MIXTURES)
+def test_refused_mixtures(
+    tmp_path: Path, folder: Path, extra: dict[str, object], changes: dict[str, Any], parts: list[str]
+) -> None:
+    entries = two(folder)
+    entries["math"] |= changes
+    with pytest.raises(ConfigError) as error:
+        config("distill", mixture(folder, tmp_path / "run", entries) | extra)
+    assert [part for part in parts if part not in str(error.value)] == [], error.value
+
+
+def test_the_name_of_a_data_set_is_that_of_a_metric(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(ConfigError, match="mixture has a data set 'a/b'; use letters"):
+        config("distill", mixture(folder, tmp_path / "run", {"a/b": two(folder)["math"]}))
+
+
+def test_the_mixture_in_the_documentation_runs(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (REPOSITORY / "docs" / "teachers.md").read_text(encoding="utf-8")
+    block = text.split("```yaml\n")[1].split("```")[0]
+    names = {
+        "runs/two": "run",
+        "models/student": "student",
+        "models/mathematician": "adder",
+        "models/chatter": "chatter",
+    }
+    for name, stand_in in (names | {"math.jsonl": "sums.jsonl", "chat.jsonl": "chats.jsonl"}).items():
+        assert name in block
+        block = block.replace(name, stand_in if stand_in == "run" else str(folder / stand_in))
+    monkeypatch.chdir(tmp_path)
+    Path("two.yaml").write_text(block, encoding="utf-8")
+    small = ["--optim.steps=1", "--sampling.max_new_tokens=4", "--sampling.prompts_per_step=6"]
+    assert cli.main(["distill", "two.yaml", *small]) == 0
+    assert set(yaml.safe_load(block)["mixture"]) == {"math", "chat"}
+    assert {"teacher_kl/math", "teacher_kl/chat"} <= {*log(Path("run"))[0]}
+
+
+@pytest.mark.parametrize("objective", ["sampled", "reverse_kl", "top_k"])
+def test_the_base_of_a_lora_student_is_its_teacher_without_a_copy(
+    tmp_path: Path, folder: Path, objective: str, loads: list[str]
+) -> None:
+    shared: dict[str, object] = {
+        "student__lora__rank": 2,
+        "loss__objective": objective,
+        "optim__lr": 0.1,
+        "eval__data__path": folder / "sums.jsonl",
+        "eval__max_new_tokens": 4,
+    }
+    own = settings(folder, tmp_path / "own", **shared) | {"teacher.path": "", "teacher.base_of_student": "true"}
+    distill(config("distill", own))
+    assert loads == ["student"]
+    copy = settings(folder, tmp_path / "copy", **shared) | {"teacher.path": folder / "student"}
+    distill(config("distill", copy))
+    assert loads == ["student", "student", "student"]
+    first, *_, last = log(tmp_path / "own")[1:]
+    assert first["teacher_kl"] == pytest.approx(0, abs=1e-6)  # a new adapter does nothing
+    for a, b in zip(log(tmp_path / "own"), log(tmp_path / "copy"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+    assert last["step"] == 3
+
+
+def test_the_base_under_a_head_that_is_trained_in_full() -> None:
+    base = llama(56, tie_word_embeddings=False)
+    samples = [make_sample([5, 6, 7], [8, 9, 10], 0)]
+    LocalTeacher(FusedCausalLM(base), BatchConfig(), 1.0, CPU).score(samples)
+    wanted = samples[0].teacher_logprobs
+    model: Any = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name or "lora_B" in name:
+                parameter.add_(torch.randn_like(parameter))
+    fused = FusedCausalLM(model)
+    teacher = LocalTeacher(fused, BatchConfig(), 1.0, CPU, alone=model.disable_adapter)
+    teacher.score(samples)
+    assert samples[0].teacher_logprobs == pytest.approx(wanted, abs=1e-5)
+    assert (
+        teacher.head(samples, CPU).weight.data_ptr() == base.get_output_embeddings().original_module.weight.data_ptr()
+    )
+    assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" in name)
+    LocalTeacher(fused, BatchConfig(), 1.0, CPU).score(samples)
+    assert samples[0].teacher_logprobs != pytest.approx(wanted, abs=0.1)
+
+
+def test_a_teacher_on_a_device_of_its_own(tmp_path: Path, folder: Path) -> None:
+    runs = [
+        distill(config("distill", settings(folder, tmp_path / name, optim__steps=1, teacher__device=device))).path
+        for name, device in (("null", "null"), ("cpu", "cpu"))
+    ]
+    assert log(runs[0]) == log(runs[1])
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(ConfigError, match=rf"teacher\.device is '{device}', which cannot be used here"):
+            distill(config("distill", settings(folder, tmp_path / "run", teacher__device=device)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_teacher_elsewhere_gives_is_brought_to_the_student(folder: Path) -> None:
+    """The meta device stands for another one: no numbers, but places."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "adder").requires_grad_(False)
+    teacher = LocalTeacher(FusedCausalLM(model), BatchConfig(), 1.0, CPU)
+    first, again = (teacher.head([make_sample([5, 6], [7, 8, 9], 0)], torch.device("meta")) for _ in range(2))
+    assert first.hidden.device.type == first.weight.device.type == "meta"
+    assert first.hidden.shape == (3, 24)
+    assert first.weight is again.weight  # copied once
+
+
+def test_quantisation_needs_its_package_and_plain_weights(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    with pytest.raises(ConfigError, match=r"teacher\.quantization is 4bit, which needs the package bitsandbytes"):
+        opening.load_teacher(TeacherConfig(path=str(folder / "adder"), quantization="4bit"), CPU)
+    described = save_model(tmp_path / "quantised") / "config.json"
+    values = json.loads(described.read_text(encoding="utf-8")) | {"quantization_config": {"quant_method": "fp8"}}
+    described.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match=r"teacher\.quantization is 8bit, but the weights in .* are quantised already"
+    ):
+        opening.load_teacher(TeacherConfig(path=str(tmp_path / "quantised"), quantization="8bit"), CPU)
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+@pytest.mark.parametrize("objective", ["sampled", "reverse_kl"])
+def test_a_quantised_teacher(tmp_path: Path, folder: Path, quantization: str, objective: str) -> None:
+    """Its blocks are in few bits, its head is plain; so it is when it comes from a folder that is quantised already."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    save_model(tmp_path / "wide", seed=1, width=64, initializer_range=0.1, tie_word_embeddings=False)
+    model = opening.load_teacher(TeacherConfig(path=str(tmp_path / "wide"), quantization=quantization), CPU)
+    layer = bitsandbytes.nn.Linear8bitLt if quantization == "8bit" else bitsandbytes.nn.Linear4bit
+    assert isinstance(model.model.layers[0].mlp.up_proj, layer)
+    assert type(model.lm_head) is torch.nn.Linear
+    model.save_pretrained(tmp_path / "stored")
+    save_words = AutoTokenizer.from_pretrained(tmp_path / "wide")
+    save_words.save_pretrained(tmp_path / "stored")
+    rows = []
+    for name, teacher in (
+        ("asked", {"teacher.path": tmp_path / "wide", "teacher.quantization": quantization}),
+        ("stored", {"teacher.path": tmp_path / "stored"}),
+        ("plain", {"teacher.path": tmp_path / "wide"}),
+    ):
+        run = settings(folder, tmp_path / f"run-{name}", optim__steps=1, loss__objective=objective) | teacher
+        rows.append(log(distill(config("distill", run)).path)[0])
+    asked, stored, plain = rows
+    assert stored == pytest.approx(asked, rel=1e-5)
+    assert asked["teacher_kl"] == pytest.approx(plain["teacher_kl"], rel=0.2)
+    assert asked["teacher_kl"] != plain["teacher_kl"]
+
+
+def test_a_config_with_a_mixture_comes_from_one_yaml_file(tmp_path: Path, folder: Path) -> None:
+    file = tmp_path / "two.yaml"
+    values = {"run": "r", "student": {"path": "s"}, "mixture": two(folder)}
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    parsed = commands.parse(["distill", str(file), "--mixture.math.weight=3"])[1]
+    assert parsed.mixture["math"].weight == 3
+    assert parsed.mixture["chat"].teacher.path == str(folder / "chatter")

@@ -1,0 +1,198 @@
+"""Start-up checks: what would make a run worthless is refused, with both values and the way out, before it begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import CHARACTERS, CHAT_TEMPLATE, config, distillation, llama, save_model, sums, tokenizer, write_jsonl
+from transformers import PreTrainedTokenizerFast
+
+from fastkl.trainer.config.data import DataConfig
+from fastkl.trainer.data.prompts import EncodedPrompt, Prompt, encode_prompts
+from fastkl.trainer.distill import distill
+from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.models import checks
+from fastkl.trainer.models.loading import end_of_sequence
+
+CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1+1="}]
+OTHER_TEMPLATE = CHAT_TEMPLATE.replace("<a>", "<a> ")
+
+
+def encoded(words: PreTrainedTokenizerFast, *prompts: Any, chat_template: bool = True) -> list[EncodedPrompt]:
+    rows = [Prompt(f"p.jsonl:{line}", prompt) for line, prompt in enumerate(prompts, start=1)]
+    return encode_prompts(rows, words, DataConfig(path="p.jsonl", chat_template=chat_template))
+
+
+def test_tokenizers_that_agree_pass() -> None:
+    checks.check_tokenizers(tokenizer(), tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        (CHARACTERS, CHARACTERS[::-1]),  # as many tokens, other ids
+        (CHARACTERS, CHARACTERS.replace("x", "")),  # one character fewer
+        (CHARACTERS + "é", CHARACTERS),  # differ outside ASCII alone
+    ],
+    ids=["permuted", "fewer", "accents"],
+)
+def test_tokenizers_that_differ_are_refused(student: str, teacher: str) -> None:
+    with pytest.raises(ConfigError, match=r"tokenize differently.*tokens.*student's family"):
+        checks.check_tokenizers(tokenizer(student), tokenizer(teacher))
+
+
+@pytest.mark.parametrize("special", ["bos_token", "eos_token", "unk_token"])
+def test_special_tokens_that_differ_are_named(special: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{special}_id is \w+ in the student's .* and 3 in the teacher's"):
+        checks.check_tokenizers(tokenizer(), tokenizer(**{special: "<s>"}))
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_a_head_smaller_than_the_vocabulary_is_refused(who: str) -> None:
+    words = tokenizer()
+    models = {"student": llama(len(words)), "teacher": llama(len(words) + 9), who: llama(len(words) - 1)}
+    message = rf"the {who}'s head has {len(words) - 1} rows .* ids up to {len(words) - 1}; resize"
+    with pytest.raises(ConfigError, match=message):
+        checks.check_vocabulary(words, models)
+
+
+def test_heads_padded_differently_pass() -> None:
+    words = tokenizer()
+    checks.check_vocabulary(words, {"student": llama(len(words)), "teacher": llama(len(words) + 9)})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chat_template"),
+    [(CHAT, True), (CHAT, False), ("1+1=", True)],
+    ids=["chat", "chat-only", "text-as-chat"],
+)
+def test_chat_templates_that_differ_are_refused(prompt: Any, chat_template: bool) -> None:
+    student, teacher = tokenizer(), tokenizer()
+    teacher.chat_template = OTHER_TEMPLATE
+    with pytest.raises(ConfigError, match=r"<a>'… and .*<a> '….*Copy the teacher's chat_template"):
+        checks.check_chat(student, teacher, encoded(student, prompt), chat_template)
+
+
+def test_chat_templates_are_compared_on_every_prompt() -> None:
+    """They may differ for some prompts only, here for those with a system turn."""
+    student, teacher = tokenizer(), tokenizer()
+    teacher.chat_template = CHAT_TEMPLATE.replace(
+        "{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}"
+    )
+    checks.check_chat(student, teacher, encoded(student, "1+1=", CHAT[1:]), True)
+    with pytest.raises(ConfigError, match="be brief"):
+        checks.check_chat(student, teacher, encoded(student, "1+1=", CHAT[1:], CHAT), True)
+
+
+def test_chat_templates_that_do_not_matter_pass() -> None:
+    student, teacher = tokenizer(), tokenizer()
+    teacher.chat_template = OTHER_TEMPLATE
+    checks.check_chat(student, teacher, encoded(student, "1+1=", chat_template=False), False)  # plain text
+    teacher.chat_template = CHAT_TEMPLATE + "{# the same text #}"
+    checks.check_chat(student, teacher, encoded(student, CHAT), True)
+    teacher.chat_template = None  # a base model: it has no format to insist on
+    checks.check_chat(student, teacher, encoded(student, CHAT), True)
+
+
+@pytest.mark.parametrize(
+    ("declared", "wanted"),
+    [(0, [0]), (3, [0, 3]), ([3, 4], [0, 3, 4]), (None, [0])],
+    ids=["same", "other", "list", "none"],
+)
+def test_end_of_sequence_is_the_models_and_the_tokenizers(declared: Any, wanted: list[int]) -> None:
+    words = tokenizer()
+    model = llama(len(words))
+    model.generation_config.eos_token_id = declared
+    assert end_of_sequence(model, words) == wanted
+
+
+def test_models_that_end_differently_are_refused() -> None:
+    words = tokenizer()
+    student, teacher = llama(len(words)), llama(len(words))
+    for ends in (0, [0, 3], None):  # None: it ends as the tokenizer says, with 0
+        student.generation_config.eos_token_id = ends
+        checks.check_end_of_sequence(student, teacher, words)
+    student.generation_config.eos_token_id = 3
+    with pytest.raises(ConfigError, match=r"student ends with ids \[3\] and the teacher with \[0\]"):
+        checks.check_end_of_sequence(student, teacher, words)
+    student.generation_config.eos_token_id = None
+    words.eos_token = None
+    with pytest.raises(ConfigError, match=r"set eos_token_id"):
+        checks.check_end_of_sequence(student, teacher, words)
+
+
+def test_room_in_the_context() -> None:
+    words = tokenizer()
+    student, teacher = llama(len(words)), llama(len(words), max_position_embeddings=32)
+    prompts = encoded(words, "1" * 5, "1" * 20, chat_template=False)
+    checks.check_room(prompts, 12, {"student": student, "teacher": teacher}, "Do this.")  # 20 + 12 = 32: just fits
+    with pytest.raises(ConfigError) as error:
+        checks.check_room(prompts, 13, {"student": student, "teacher": teacher}, "Do this.")
+    for part in (
+        "p.jsonl:2 has 20 tokens",
+        "with 13 new ones",
+        "teacher's context of 32",
+        "Do this.",
+    ):
+        assert part in str(error.value)
+
+
+def test_an_empty_prompt_is_named() -> None:
+    words = tokenizer()
+    prompts = encoded(words, "1", "", chat_template=False)
+    with pytest.raises(ConfigError, match=r"p\.jsonl:2 is an empty prompt"):
+        checks.check_room(prompts, 1, {"student": llama(len(words))}, "")
+
+
+def _other_template(words: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    words.chat_template = OTHER_TEMPLATE
+    return words
+
+
+@pytest.mark.parametrize(
+    ("teacher", "rows", "settings", "message"),
+    [
+        ({"words": tokenizer(CHARACTERS[::-1])}, sums(), {}, "tokenize differently"),
+        ({"words": tokenizer(bos_token="<s>")}, sums(), {}, "bos_token_id is None"),
+        ({"words": _other_template(tokenizer())}, sums(), {}, "chat templates of student and teacher differ"),
+        ({"vocabulary": len(tokenizer()) - 1}, sums(), {}, "the teacher's head has"),
+        ({"max_position_embeddings": 8}, sums(), {}, "the teacher's context of 8"),
+        ({}, [{"prompt": ""}], {"data__chat_template": "false"}, "d.jsonl:1 is an empty prompt"),
+        ({}, sums(), {"eval__data__path": "d.jsonl", "eval__max_new_tokens": 60}, "eval.data.max_prompt_tokens"),
+        ({}, [{"prompt": "1"}], {"eval__data__path": "d.jsonl"}, "d.jsonl:1: no `answer`"),
+        (
+            {},
+            sums(),
+            {"student__lora__rank": 2, "student__lora__target_modules": '["lm_head"]'},
+            "student: the LM head",
+        ),
+    ],
+    ids=[
+        "tokenizer",
+        "special-ids",
+        "chat-template",
+        "head-too-small",
+        "context",
+        "empty-prompt",
+        "eval-context",
+        "eval-without-answers",
+        "lora-on-the-head",
+    ],
+)
+def test_distill_refuses_before_the_run_folder_exists(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    teacher: dict[str, Any],
+    rows: list[dict[str, object]],
+    settings: dict[str, object],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    student, data = save_model(Path("s")), write_jsonl(Path("d.jsonl"), rows)
+    settings = distillation(Path("run"), student, save_model(Path("t"), **teacher), data, **settings)
+    with pytest.raises(ConfigError) as error:
+        distill(config("distill", settings))
+    assert message in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "s", "t"]

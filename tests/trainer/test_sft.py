@@ -1,0 +1,149 @@
+"""The supervised stage: plain cross-entropy on the completions, and a student that distillation can go on with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_cases import first_moments
+from tiny import (
+    arguments,
+    config,
+    distillation,
+    model_and_sums,
+    read_jsonl,
+    save_model,
+    sums,
+    tokenizer,
+    training,
+    write_jsonl,
+)
+from transformers import AutoModelForCausalLM
+
+from fastkl import cli
+from fastkl.trainer.distill import distill
+from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.sft import Examples, sft
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_and_sums(tmp_path_factory.mktemp("models"), "student")
+
+
+def run(folder: Path, path: Path, **overrides: object) -> tuple[Path, list[dict[str, Any]]]:
+    settings = training(path, folder / "student", folder / "sums.jsonl", **{"examples_per_step": 12, **overrides})
+    done = sft(config("sft", settings)).path
+    return done, read_jsonl(done / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"batch__max_tokens": 20}, {"batch__layout": "packed"}, {"batch__max_tokens": 30, "batch__layout": "packed"}],
+    ids=["whole", "accumulated", "packed", "packed-accumulated"],
+)
+def test_a_step_is_the_models_own_cross_entropy(tmp_path: Path, folder: Path, options: dict[str, object]) -> None:
+    path, metrics = run(folder, tmp_path / "run", optim__steps=1, optim__max_grad_norm="null", **options)
+    words, model = tokenizer(), AutoModelForCausalLM.from_pretrained(folder / "student")
+    tokens, total = 0, torch.zeros(())
+    for row in sums():
+        prompt = words(f"<u>{row['prompt']}<a>")["input_ids"]
+        completion = [*words(row["completion"])["input_ids"], words.eos_token_id]
+        labels = torch.tensor([[-100] * len(prompt) + completion])
+        total = total + model(torch.tensor([prompt + completion]), labels=labels).loss * len(completion)
+        tokens += len(completion)
+    loss = total / tokens
+    loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+    assert metrics[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics[0]["optim/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert metrics[0]["completions/mean_length"] == tokens / len(sums())
+    for moment, gradient in zip(first_moments(path), gradients, strict=True):  # after one step: (1 − 0.9) · gradient
+        torch.testing.assert_close(moment / 0.1, gradient, atol=1e-5 * norm, rtol=1e-3)
+
+
+def test_it_learns_the_sums_and_says_so(tmp_path: Path, folder: Path) -> None:
+    """Loss to nearly 0 and accuracy to 1 on what it was shown: data, loss, sampler, decoding and grader in one."""
+    _, metrics = run(
+        folder,
+        tmp_path / "run",
+        optim__steps=80,
+        optim__lr=0.02,
+        eval__data__path=folder / "sums.jsonl",
+        eval__max_new_tokens=5,
+    )
+    assert metrics[0]["eval/accuracy"] < 0.5
+    assert metrics[1]["loss"] > 2
+    assert metrics[-1]["loss"] < 0.1
+    assert metrics[-1]["eval/accuracy"] == 1
+    assert metrics[-1]["eval/truncated_fraction"] == 0
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2], ids=["full", "lora"])
+def test_resume(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, lora_rank: int) -> None:
+    options: dict[str, object] = {
+        "student__lora__rank": lora_rank,
+        "optim__steps": 6,
+        "checkpoint__every": 2,
+        "examples_per_step": 5,
+        "optim__substeps": 2,
+    }
+    whole, wanted = run(folder, tmp_path / "whole", **options)
+    samples = Examples.samples
+
+    def interrupted(self: Examples, step: int, *args: Any) -> Any:
+        if step == 3:
+            raise KeyboardInterrupt
+        return samples(self, step, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Examples, "samples", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, tmp_path / "run", **options)
+    path, found = run(folder, tmp_path / "run", **options)
+    assert [row["loss"] for row in found] == [row["loss"] for row in wanted]
+    assert (path / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    weights = [(p / "student" / "model.safetensors").read_bytes() for p in (path, whole)]
+    assert weights[0] == weights[1]
+
+
+def test_supervised_stage_then_distillation(tmp_path: Path, folder: Path) -> None:
+    """The two commands in a row, as a user gives them."""
+    data, first = folder / "sums.jsonl", tmp_path / "first"
+    save_model(tmp_path / "teacher", seed=1)
+    settings = training(first, folder / "student", data, examples_per_step=6, optim__steps=2)
+    assert cli.main(arguments("sft", settings)) == 0
+    settings = distillation(tmp_path / "second", first / "student", tmp_path / "teacher", data, optim__steps=2)
+    assert cli.main(arguments("distill", settings)) == 0
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "student").state_dict() for name in ("first", "second")
+    )
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_folder_of_the_other_command_is_refused(tmp_path: Path, folder: Path) -> None:
+    path, _ = run(folder, tmp_path / "run", optim__steps=1)
+    save_model(tmp_path / "teacher", seed=1)
+    with pytest.raises(ConfigError, match="holds a run with another config"):
+        distill(config("distill", distillation(path, folder / "student", tmp_path / "teacher", folder / "sums.jsonl")))
+
+
+def test_rows_without_a_completion_are_named(tmp_path: Path, folder: Path) -> None:
+    data = write_jsonl(tmp_path / "d.jsonl", [*sums(2), {"prompt": "1"}])
+    with pytest.raises(ConfigError, match=r"d\.jsonl:3: no `completion`"):
+        run(folder, tmp_path / "run", data__path=data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_room_is_that_of_each_example(tmp_path: Path, folder: Path) -> None:
+    """A long prompt and a long completion in two rows fit; together in one they do not."""
+    rows = [{"prompt": "1" * 50, "completion": "2"}, {"prompt": "1", "completion": "2" * 50}]
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    run(folder, tmp_path / "run", data__path=data, examples_per_step=2, optim__steps=1)
+    data = write_jsonl(tmp_path / "e.jsonl", [*rows, {"prompt": "1" * 30, "completion": "2" * 40}])
+    with pytest.raises(ConfigError, match=r"e\.jsonl:3 has 32 tokens; with 41 new ones"):
+        run(folder, tmp_path / "other", data__path=data, examples_per_step=2, optim__steps=1)

@@ -1,0 +1,106 @@
+"""What must hold before anything expensive starts. Each failure names both values and the remedy."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastkl.trainer.config.data import EvalConfig
+from fastkl.trainer.data.prompts import EncodedPrompt, render_chat
+from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.models.loading import context_length, declared_ends, end_of_sequence
+from fastkl.trainer.models.tokenizers import SAMPLE_TEXT, vocabulary
+
+SPECIALS = ("bos_token_id", "eos_token_id", "unk_token_id")
+# Remedies where a context is too short.
+SHORTER = "Lower {0}.max_new_tokens, or leave long prompts out with {1}.max_prompt_tokens"
+SHORTER_ROW = "Shorten its completion or take the row out"
+
+
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """One vocabulary: the same text gives the same ids, and the special tokens are the same."""
+    text = SAMPLE_TEXT + (student.eos_token or "")
+    ours, theirs = student(text)["input_ids"], teacher(text)["input_ids"]
+    if ours != theirs:
+        raise ConfigError(
+            f"student and teacher tokenize differently (the same text gives {len(ours)} and {len(theirs)} tokens, "
+            f"{ours[:8]}… and {theirs[:8]}…): the teacher could not score the student's tokens. Use a teacher of the "
+            f"student's family"
+        )
+    for name in SPECIALS:
+        if getattr(student, name) != getattr(teacher, name):
+            raise ConfigError(
+                f"{name} is {getattr(student, name)} in the student's tokenizer and {getattr(teacher, name)} in the "
+                f"teacher's; give both the same (a base and a chat model of one family often differ here)"
+            )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, models: dict[str, PreTrainedModel]) -> None:
+    """Every id of the tokenizer has a logit in each model; heads may be padded beyond it."""
+    highest = vocabulary(tokenizer) - 1
+    for name, model in models.items():
+        rows = model.get_output_embeddings().weight.shape[0]
+        if rows <= highest:
+            raise ConfigError(
+                f"the {name}'s head has {rows} rows but the tokenizer has ids up to {highest}; resize the model's "
+                f"embeddings (model.resize_token_embeddings) or use its own tokenizer"
+            )
+
+
+def check_top_k(k: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    if k > (known := vocabulary(tokenizer)):
+        raise ConfigError(f"loss.top_k is {k}, more than the {known} ids of the tokenizer; lower it")
+
+
+def check_chat(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    prompts: list[EncodedPrompt],
+    chat_template: bool,
+) -> None:
+    """The teacher was trained on the same chat format, where prompts are chats or text is made one."""
+    if teacher.chat_template is None or student.chat_template == teacher.chat_template:
+        return
+    for row in (p.row for p in prompts if chat_template or not isinstance(p.row.prompt, str)):
+        ours, theirs = render_chat(row, student), render_chat(row, teacher)
+        if ours != theirs:
+            raise ConfigError(
+                f"the chat templates of student and teacher differ: {ours[:80]!r}… and {theirs[:80]!r}…; the teacher "
+                f"would judge a format it does not know. Copy the teacher's chat_template into the student's tokenizer"
+            )
+
+
+def check_end_of_sequence(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Where the student stops, a teacher that is loaded here can stop; a model that declares no end has the tokenizer's."""
+    if not end_of_sequence(student, tokenizer):
+        raise ConfigError("neither the student nor its tokenizer declares an end-of-sequence token; set eos_token_id")
+    if teacher is None:
+        return
+    ours, theirs = (declared_ends(model) or end_of_sequence(model, tokenizer) for model in (student, teacher))
+    if not set(ours) & set(theirs):
+        raise ConfigError(f"the student ends with ids {ours} and the teacher with {theirs}; give them a common one")
+
+
+def check_room(
+    prompts: list[EncodedPrompt], max_new_tokens: int | list[int], models: dict[str, PreTrainedModel], remedy: str
+) -> None:
+    """Every prompt and its completion (a full one, or one of the given length) fit every model's context."""
+    lengths = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    longest, new = max(zip(prompts, lengths, strict=True), key=lambda pair: len(pair[0].ids) + pair[1])
+    empty = min(prompts, key=lambda prompt: len(prompt.ids))
+    if not empty.ids:
+        raise ConfigError(f"{empty.row.source} is an empty prompt; a completion needs at least one token before it")
+    for name, model in models.items():
+        limit = context_length(model)
+        if limit is not None and len(longest.ids) + new > limit:
+            raise ConfigError(
+                f"{longest.row.source} has {len(longest.ids)} tokens; with {new} new ones it exceeds the "
+                f"{name}'s context of {limit}. {remedy}"
+            )
+
+
+def check_eval_room(prompts: list[EncodedPrompt], config: EvalConfig, name: str, model: PreTrainedModel) -> None:
+    """The evaluation's prompts, if there are any, and full answers to them fit the context of the model called `name`."""
+    if prompts:
+        check_room(prompts, config.max_new_tokens, {name: model}, SHORTER.format("eval", "eval.data"))

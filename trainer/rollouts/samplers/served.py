@@ -1,0 +1,190 @@
+"""Sampling by a vLLM server, on the student's current weights."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fastkl.trainer.config.training import DistillConfig
+from fastkl.trainer.data.batching import PAD_ID
+from fastkl.trainer.data.prompts import EncodedPrompt
+from fastkl.trainer.data.samples import Completion
+from fastkl.trainer.errors import ServerError
+from fastkl.trainer.models import checks
+from fastkl.trainer.models.tokenizers import SAMPLE_TEXT
+from fastkl.trainer.rollouts.samplers.common import undisturbed
+from fastkl.trainer.runs import processes
+from fastkl.trainer.servers.check_sampling import check_sampling
+from fastkl.trainer.servers.completions import CompletionsServer
+from fastkl.trainer.servers.concurrency import gather
+from fastkl.trainer.servers.connection import Connection, Refused
+from fastkl.trainer.servers.generation import GenerationServer
+from fastkl.trainer.servers.weights import AdapterLoader, Loader, ModelLoader
+from fastkl.trainer.student import Student
+
+PROBE_TOKENS = 24
+TOLERANCE = 0.1  # nats, mean over the probe: above what 16-bit arithmetic does, below what another model does
+GROWTH, MARGIN = 3.0, 0.003  # later, so many times the smallest difference and some nats: a layer left out shows
+MOVED = 1e-3  # nats: an update that changes the student's log-probs by so much changes those of a server, in any dtype
+ATTEMPTS = 3
+
+
+class SamplingServer:
+    """A server that `connect_sampling` has found fit, before a student was loaded."""
+
+    def __init__(self, config: DistillConfig, probe: list[int]) -> None:
+        self.config, self.probe = config.sampling.server, probe
+        self.connection = Connection(self.config, "the sampling server")
+        self.generation = GenerationServer(self.connection)
+        self.name = f"fastkl-{uuid.uuid4().hex}"  # of this process: what it loads and caches there is its own
+        self.folder = Path(self.config.weights or Path(config.run, "weights")).expanduser().resolve()
+        rank = config.student.lora.rank
+        self.loader: Loader = (
+            AdapterLoader(self.connection, rank) if rank else ModelLoader(self.connection, self.config.model)
+        )
+
+
+def connect_sampling(
+    config: DistillConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[EncodedPrompt],
+    eval_prompts: list[EncodedPrompt],
+) -> SamplingServer:
+    """A server that has shown what `check_sampling` asks of it, and that it can take weights."""
+    probe = tokenizer(SAMPLE_TEXT, add_special_tokens=False)["input_ids"][:PROBE_TOKENS]
+    server = SamplingServer(config, probe)
+    rooms = [(prompts, config.sampling.max_new_tokens, "sampling", "data")]
+    rooms += [(eval_prompts, config.eval.max_new_tokens, "eval", "eval.data")] if eval_prompts else []
+    length, part, data = max(
+        (max(len(prompt.ids) for prompt in some) + new, part, data) for some, new, part, data in rooms
+    )
+
+    def check() -> None:
+        check_sampling(
+            server.generation,
+            config.sampling.server.model,
+            probe,
+            temperature=config.sampling.temperature,
+            highest=max(tokenizer.get_vocab().values()),
+            longest=[PAD_ID] * length,
+            remedy=checks.SHORTER.format(part, data),
+        )
+        server.loader.check()
+
+    processes.on_main(check)
+    return server
+
+
+class ServedSampler:
+    """Samples from a server, which gets the student's weights whenever they have changed.
+
+    Of several processes the first alone samples, and pushes the weights: a server that was away may need them at any time.
+    """
+
+    shared = False
+
+    def __init__(self, server: SamplingServer, student: Student, eos_token_ids: Iterable[int]) -> None:
+        self._server, self._student, self._eos = server, student, sorted(set(eos_token_ids))
+        self._version: int | None = None  # of the student, as the server has it
+        self._pushes = 0
+        self._model = ""
+        self._theirs: list[float] = []  # log-probs of the probe by the server, and by the student, at the last push
+        self._ours: list[float] = []
+        self._limit = TOLERANCE
+
+    def refresh(self) -> None:
+        """Pushes the weights unless the server has them; a ServerError says that it did not take them."""
+        if self._version == self._student.version:
+            return
+        self._pushes += 1
+        folder = self._server.folder / f"{self._server.name}-{self._pushes:06d}"
+        self._student.model.save_pretrained(folder)
+        try:
+            self._model = self._server.loader.load(folder)
+        finally:
+            self._drop_folders(folder)
+        self._check_loaded()
+        self._version = self._student.version
+
+    def sample(
+        self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seed: int
+    ) -> list[Completion]:
+        """One completion per prompt (see `Sampler`); a ServerError says why the server gives none."""
+
+        def complete(index: int) -> Completion:
+            return self._server.generation.complete(
+                self._model,
+                prompts[index],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=_request_seed(seed, index),
+                eos_token_ids=self._eos,
+                cache_salt=f"{self._server.name}-{self._pushes}",
+            )
+
+        for _ in range(ATTEMPTS):
+            self.refresh()
+            failures = self._server.connection.failures
+            try:
+                completions = gather(complete, range(len(prompts)), self._server.config.concurrency)
+                if self._server.connection.failures == failures or self._ask() == self._theirs:
+                    return completions
+            except Refused:
+                if self._server.connection.failures == failures:
+                    raise
+            self._version = None  # it was away, and has come back with other weights
+        raise ServerError(
+            f"the sampling server at {self._server.connection.url} lost the student's weights in {ATTEMPTS} attempts to "
+            f"sample. See why it starts again, then give the same command: the run goes on where it stopped"
+        )
+
+    def _drop_folders(self, newest: Path) -> None:
+        """What this process wrote, but what the server may read again."""
+        for folder in newest.parent.glob(f"{self._server.name}-*"):
+            if folder != newest or not self._server.loader.rereads:
+                shutil.rmtree(folder)
+
+    def _check_loaded(self) -> None:
+        """The server gives a text the log-probs that the student gives it."""
+        theirs, ours = self._ask(), self._score()
+        error, moved = _distance(theirs, ours), _distance(ours, self._ours)
+        stale = theirs == self._theirs and moved > MOVED
+        if stale or error > self._limit:
+            found = f"as it gave before, where the student's have moved by {moved:.4f}" if stale else f"{error:.4f} off"
+            raise ServerError(
+                f"the sampling server at {self._server.connection.url} has other weights than the student after it "
+                f"loaded them: its log-probs of a text are {found} (nats, on average; {self._limit:.4f} is let pass). Does "
+                f"it serve {self._student.config.student.path}, does nobody else change its weights, and can it load all "
+                f"of them (docs/vllm.md)? The same command goes on where the run stopped"
+            )
+        self._theirs, self._ours = theirs, ours
+        self._limit = min(self._limit, GROWTH * error + MARGIN)
+
+    def _ask(self) -> list[float]:
+        server = CompletionsServer(self._model, self._server.connection)
+        return server.score([self._server.probe], "prompt_logprobs", 1.0)[0].logprobs
+
+    @torch.no_grad()
+    def _score(self) -> list[float]:
+        model: Any = self._student.model  # not what DDP or FSDP made of it: the other processes are elsewhere
+        ids = torch.tensor([self._server.probe], device=self._student.device)
+        with undisturbed(model):
+            logits = model.eval()(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        values: list[float] = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).flatten().tolist()
+        return [0.0, *values]  # nothing predicts the first token
+
+
+def _request_seed(seed: int, index: int) -> int:
+    """A seed of its own for every request: 63 bits, the same for the same two numbers."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:8], "big") >> 1
+
+
+def _distance(a: list[float], b: list[float]) -> float:
+    return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a) if b else 0.0

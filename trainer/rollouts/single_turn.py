@@ -1,0 +1,120 @@
+"""What answers prompts: one completion, or a conversation of several turns (`conversations.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, TypeVar
+
+from fastkl.trainer.data.prompts import EncodedPrompt
+from fastkl.trainer.data.samples import Completion
+from fastkl.trainer.rollouts.samplers.sampler import Sampler
+from fastkl.trainer.runs import processes
+
+T = TypeVar("T")
+
+_ROUND = 1 << 40  # between the seeds of two calls of one step; steps count up from seed · 1 000 003
+
+
+class Trajectory(NamedTuple):
+    """What follows a prompt, token-exact. The three lists are aligned; a token that was not sampled has log-prob 0."""
+
+    token_ids: list[int]
+    counted: list[bool]  # sampled by the student: the environment's tokens are context
+    logprobs: list[float]
+    truncated: bool
+    answer_ids: list[int]  # what is graded: the student's last message
+    reward: float | None = None  # the environment's
+
+
+class Writer(Protocol):
+    """One trajectory per prompt, in order; the same ones for the same weights and seed. Temperature 0 is greedy."""
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Those of all processes' prompts that this process has to write."""
+        ...
+
+    def write(
+        self, prompts: Sequence[EncodedPrompt], *, max_new_tokens: Sequence[int], temperature: float, seed: int
+    ) -> list[Trajectory]:
+        """`max_new_tokens[i]` bounds all that follows prompt i."""
+        ...
+
+
+class SingleTurn:
+    """One completion per prompt.
+
+    Args:
+        sampler: Completes token ids.
+        context: The most positions that the sampler's model has; None: no limit.
+    """
+
+    def __init__(self, sampler: Sampler, context: int | None) -> None:
+        self._sampler, self._context = sampler, context
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        return share_of(self._sampler, items)
+
+    def write(
+        self, prompts: Sequence[EncodedPrompt], *, max_new_tokens: Sequence[int], temperature: float, seed: int
+    ) -> list[Trajectory]:
+        completions = sample_within(
+            self._sampler,
+            [prompt.ids for prompt in prompts],
+            max_new_tokens,
+            context=self._context,
+            temperature=temperature,
+            seed=seed,
+        )
+        return [
+            Trajectory(c.token_ids, [True] * len(c.token_ids), c.logprobs, c.truncated, c.token_ids)
+            for c in completions
+        ]
+
+
+def share_of(sampler: Sampler, items: Sequence[T]) -> list[T]:
+    """This process's part of what all processes have to sample."""
+    return processes.share(items) if sampler.shared else processes.first_alone(items)
+
+
+def sample_within(
+    sampler: Sampler,
+    prompts: Sequence[list[int]],
+    budgets: Sequence[int],
+    *,
+    context: int | None,
+    temperature: float,
+    seed: int,
+) -> list[Completion]:
+    """Completions of at most `budgets[i]` tokens each; each prompt and its budget fit `context`.
+
+    A sampler has one limit for all. It is asked for the largest that fits every prompt, and what is too long is cut: the
+    beginning of a sample is a sample. The few that are still short of their own budget go on in another call.
+    """
+    tokens: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[list[float]] = [[] for _ in prompts]
+    truncated = [True] * len(prompts)
+    active, calls = list(range(len(prompts))), 0
+    while active:
+        asked = max(budgets[i] - len(tokens[i]) for i in active)
+        if context is not None:
+            asked = min(asked, context - max(len(prompts[i]) + len(tokens[i]) for i in active))
+        new = sampler.sample(
+            [prompts[i] + tokens[i] for i in active],
+            max_new_tokens=asked,
+            temperature=temperature,
+            seed=round_seed(seed, calls),
+        )
+        for i, completion in zip(active, new, strict=True):
+            left = budgets[i] - len(tokens[i])
+            truncated[i] = completion.truncated or len(completion.token_ids) > left
+            tokens[i] += completion.token_ids[:left]
+            logprobs[i] += completion.logprobs[:left]
+        grown = [i for i, completion in zip(active, new, strict=True) if completion.token_ids]  # or it would never end
+        active = [i for i in grown if truncated[i] and len(tokens[i]) < budgets[i]]
+        calls += 1
+    return [Completion(*parts) for parts in zip(tokens, logprobs, truncated, strict=True)]
+
+
+def round_seed(seed: int, round: int) -> int:
+    """The seed of a further call within one step: no other step's, and the step's own for the first."""
+    return seed + round * _ROUND

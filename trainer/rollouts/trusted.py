@@ -1,0 +1,21 @@
+"""Code of the user's own: imported only where the user has said that it is trusted."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from fastkl.trainer.errors import ConfigError
+
+
+def imported(option: str, path: str, trust: str, trusted: bool) -> Any:
+    """What a dotted path names; its module is run only where the user has said so."""
+    if not trusted:
+        raise ConfigError(
+            f"{option} names {path!r}, whose module would be run; set {trust} to true if you trust that code"
+        )
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{option} names {path!r}, which cannot be imported: {error}") from error
