@@ -15,7 +15,6 @@ from torch import Tensor
 from fastkl import cli
 from fastkl.trainer.distill import OnPolicy
 
-
 PEERS = {"ddp": False, "fsdp": True}
 
 

@@ -3,11 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from sampler_cases import ENGINES, KINDS, check, make_model, make_prompts, scores
-from tiny import REPOSITORY
 
 RAISES = {"continuous_batching": RuntimeError, "generate": ZeroDivisionError}  # a thread's, and the caller's own
 
@@ -98,15 +98,15 @@ def test_determinism_in_and_across_processes(engine):
     assert sampled(engine, 2) != first
     # Equal to the bit for equally many threads: they decide the order of sums.
     code = (
-        f"import json, torch; torch.set_num_threads({torch.get_num_threads()}); "
-        f"import test_sampler as t; print(json.dumps([c[:2] for c in t.sampled({engine!r}, 1)]))"
+        f"import json, sys, torch; torch.set_num_threads({torch.get_num_threads()}); "
+        f"sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}; "
+        f"import test_samplers as t; print(json.dumps([c[:2] for c in t.sampled({engine!r}, 1)]))"
     )
     spin = "import time\nend = time.time() + 60\nwhile time.time() < end: pass"
     load = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(2)]
     try:
         run = subprocess.run(
             [sys.executable, "-c", code],
-            cwd=REPOSITORY / "tests" / "support",
             capture_output=True,
             text=True,
             check=True,
