@@ -35,6 +35,7 @@ from fastkl.trainer.rollouts.single_turn import SingleTurn, Writer
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.start import start_run
+from fastkl.trainer.step_metrics import rollout_metrics
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.open import check_teachers, connect_servers, open_teachers
 from fastkl.trainer.teachers.several import RoutedTeacher
@@ -121,31 +122,6 @@ class OnPolicy:
                 sample.sampler_logprobs = sample.old_logprobs or [0.0] * len(sample.ids)
             elif method == "sampler":
                 sample.old_logprobs = sample.sampler_logprobs
-
-
-def rollout_metrics(samples: list[Sample]) -> dict[str, float]:
-    """entropy is the one-sample estimate, the mean of −ℓ_sampler per token.
-
-    On given completions, `given/nll` is the student's −ℓ per token, and `given/forward_kl` the mean of ℓ_teacher − ℓ: the
-    one-sample estimate of the forward KL, if the teacher wrote them.
-    """
-    metrics = {}
-    own, given = ([sample for sample in samples if sample.given == kind] for kind in (False, True))
-    if own:
-        metrics["entropy"] = -_mean(own, "sampler_logprobs")
-        metrics["completions/mean_length"] = sum(sample.loss_tokens for sample in own) / len(own)
-        metrics["completions/truncated_fraction"] = sum(sample.truncated for sample in own) / len(own)
-    if given and given[0].old_logprobs:
-        metrics["given/nll"] = -_mean(given, "old_logprobs")
-        if given[0].teacher_logprobs:
-            metrics["given/forward_kl"] = _mean(given, "teacher_logprobs") - _mean(given, "old_logprobs")
-    return metrics
-
-
-def _mean(samples: list[Sample], field: str) -> float:
-    """Per token that counts; the lists are 0 elsewhere."""
-    tokens = max(1, sum(sample.loss_tokens for sample in samples))
-    return sum(sum(getattr(sample, field)) for sample in samples) / tokens
 
 
 def distill(config: DistillConfig) -> RunFolder:

@@ -20,8 +20,8 @@ from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder, flat_settings
 from fastkl.trainer.runs.progress import Report
 from fastkl.trainer.runs.report.page import report_of
+from fastkl.trainer.step_metrics import teacher_kl
 from fastkl.trainer.student import Student
-from fastkl.trainer.teachers.metrics import teacher_kl
 
 
 class Clock:

@@ -29,8 +29,7 @@ from fastkl.trainer.models.scoring import batch_logprobs, batch_ranks
 from fastkl.trainer.models.sharding import Whole
 from fastkl.trainer.objectives.objectives import Objective, PolicyGradient
 from fastkl.trainer.runs import checkpoint, processes
-
-EXTREMES: dict[str, Callable[[float, float], float]] = {"min": min, "max": max}  # by the end of a metric's name
+from fastkl.trainer.step_metrics import add_policy_metrics, merge_metrics, mismatch_metrics
 
 
 class Student:
@@ -150,7 +149,7 @@ class Student:
                 totals["loss"] += output.loss.item() / optim.substeps
                 share = len(batch.tokens) / tokens / optim.substeps
                 if len(batch.tokens):
-                    _add_policy_metrics(totals, output.metrics, share)
+                    add_policy_metrics(totals, output.metrics, share)
                 if first == 0 and batch.samples[0].sampler_logprobs and output.logprobs is not None:
                     difference = output.logprobs - batch.per_token("sampler_logprobs")
                     mismatch.append(difference[~batch.given].cpu())
@@ -160,7 +159,7 @@ class Student:
         finite = [norm for norm in norms if math.isfinite(norm)]
         parts = processes.gather([(dict(totals), mismatch)])
         metrics = {
-            **_merge_metrics([totals for totals, _ in parts]),
+            **merge_metrics([totals for totals, _ in parts]),
             "optim/lr": float(self.scheduler.get_last_lr()[0]),
             "optim/grad_norm": sum(finite) / len(finite) if finite else math.nan,
             "optim/skipped": len(norms) - len(finite),
@@ -168,7 +167,7 @@ class Student:
         }
         self.scheduler.step()
         _exchange_scores(samples)
-        return {**metrics, **_mismatch_metrics([part for _, parts in parts for part in parts])}
+        return {**metrics, **mismatch_metrics([part for _, parts in parts for part in parts])}
 
     def _in_step(self, groups: list[list[Sample]]) -> Iterator[tuple[Batch, bool]]:
         """Batches of this process's samples, as many as on every other: one that has fewer adds some that do not count.
@@ -236,40 +235,3 @@ def _scheduler(config: OptimConfig, optimizer: torch.optim.Optimizer) -> torch.o
         return decay[config.schedule]((step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def _add_policy_metrics(totals: dict[str, float], metrics: dict[str, Tensor], share: float) -> None:
-    """Adds those of a batch that holds `share` of the step's tokens; smallest and largest are not averaged."""
-    for name, value in metrics.items():
-        key, number = f"policy/{name}", value.item()
-        _merge_into(totals, key, number if _ending(key) in EXTREMES else number * share)
-
-
-def _merge_into(totals: dict[str, float], key: str, number: float) -> None:
-    totals[key] = EXTREMES.get(_ending(key), lambda a, b: a + b)(totals[key], number) if key in totals else number
-
-
-def _ending(key: str) -> str:
-    return key.rsplit("_", 1)[-1]
-
-
-def _merge_metrics(parts: list[dict[str, float]]) -> dict[str, float]:
-    """The processes' shares put together."""
-    merged: dict[str, float] = {}
-    for part in parts:
-        for key, number in part.items():
-            _merge_into(merged, key, number)
-    return merged
-
-
-def _mismatch_metrics(differences: list[Tensor]) -> dict[str, float]:
-    """How far the trainer's log-probs are from the sampler's, before the update."""
-    difference = torch.cat([*differences, torch.empty(0)])
-    if not len(difference):
-        return {}
-    ratio = difference.exp()
-    return {
-        "sampler_mismatch/mean_abs": difference.abs().mean().item(),
-        "sampler_mismatch/p95_abs": difference.abs().quantile(0.95).item(),
-        "sampler_mismatch/outside_0.9_1.1": ((ratio < 0.9) | (ratio > 1.1)).float().mean().item(),
-    }

@@ -1,0 +1,90 @@
+"""The metrics of a step: from its samples, and from its batches put together. `trainer/metrics.py` explains each name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastkl.trainer.data.samples import Sample
+
+EXTREMES: dict[str, Callable[[float, float], float]] = {"min": min, "max": max}  # by the end of a metric's name
+
+
+def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """What the samples say before the update: entropy and lengths of the student's own, likelihoods of the given."""
+    metrics = {}
+    own = [sample for sample in samples if not sample.given]
+    given = [sample for sample in samples if sample.given]
+    if own:
+        metrics["entropy"] = -_per_token(own, "sampler_logprobs")
+        metrics["completions/mean_length"] = sum(sample.loss_tokens for sample in own) / len(own)
+        metrics["completions/truncated_fraction"] = sum(sample.truncated for sample in own) / len(own)
+    if given and given[0].old_logprobs:
+        metrics["given/nll"] = -_per_token(given, "old_logprobs")
+        if given[0].teacher_logprobs:
+            metrics["given/forward_kl"] = _per_token(given, "teacher_logprobs") - _per_token(given, "old_logprobs")
+    return metrics
+
+
+def teacher_kl(samples: Sequence[Sample]) -> dict[str, float]:
+    """The one-sample estimate of the reverse KL, mean of ℓ_sampler − ℓ_teacher per token: of all and of each data set.
+
+    Only of samples that the student wrote.
+    """
+    scored = [sample for sample in samples if sample.teacher_logprobs and not sample.given]
+    data_sets = sorted({sample.dataset for sample in scored if sample.dataset})
+    parts = {"teacher_kl": scored} if scored else {}
+    parts |= {f"teacher_kl/{name}": [sample for sample in scored if sample.dataset == name] for name in data_sets}
+    return {key: _gap_per_token(part) for key, part in parts.items()}
+
+
+def mismatch_metrics(differences: Sequence[Tensor]) -> dict[str, float]:
+    """How far the trainer's log-probs are from the sampler's, before the update: from ℓ − ℓ_sampler of the tokens."""
+    difference = torch.cat([*differences, torch.empty(0)])
+    if not len(difference):
+        return {}
+    ratio = difference.exp()
+    return {
+        "sampler_mismatch/mean_abs": difference.abs().mean().item(),
+        "sampler_mismatch/p95_abs": difference.abs().quantile(0.95).item(),
+        "sampler_mismatch/outside_0.9_1.1": ((ratio < 0.9) | (ratio > 1.1)).float().mean().item(),
+    }
+
+
+def add_policy_metrics(totals: dict[str, float], metrics: dict[str, Tensor], token_share: float) -> None:
+    """Adds what a loss measured on a batch that has `token_share` of the step's tokens; extremes are not averaged."""
+    for name, value in metrics.items():
+        key, number = f"policy/{name}", value.item()
+        _merge(totals, key, number if _ending(key) in EXTREMES else number * token_share)
+
+
+def merge_metrics(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The processes' shares put together."""
+    merged: dict[str, float] = {}
+    for part in parts:
+        for key, number in part.items():
+            _merge(merged, key, number)
+    return merged
+
+
+def _merge(totals: dict[str, float], key: str, number: float) -> None:
+    totals[key] = EXTREMES.get(_ending(key), lambda a, b: a + b)(totals[key], number) if key in totals else number
+
+
+def _ending(key: str) -> str:
+    return key.rsplit("_", 1)[-1]
+
+
+def _per_token(samples: Sequence[Sample], field: str) -> float:
+    """The mean of a list over the tokens that count; it is 0 elsewhere."""
+    return sum(sum(getattr(sample, field)) for sample in samples) / _tokens(samples)
+
+
+def _gap_per_token(samples: Sequence[Sample]) -> float:
+    return sum(sum(sample.sampler_logprobs) - sum(sample.teacher_logprobs) for sample in samples) / _tokens(samples)
+
+
+def _tokens(samples: Sequence[Sample]) -> int:
+    return max(1, sum(sample.loss_tokens for sample in samples))
