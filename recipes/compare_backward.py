@@ -1,4 +1,4 @@
-"""Does training notice which backward pass it has? The same runs with exact and with sampled gradients, seed for seed.
+"""Does training notice which backward pass it has? The same runs with the exact and the sparse one, seed for seed.
 
     python recipes/demo/run.py && python recipes/compare_backward.py demo          # each makes its pair of models first
     python recipes/smollm2/make.py && python recipes/compare_backward.py smollm2   # a shortened run
@@ -29,9 +29,9 @@ LAST = 5  # steps that a final teacher_kl is the mean of: one step's is that of 
 
 Arms = dict[str, dict[str, Any]]
 EXACT: Arms = {"exact": {"loss.backward": "exact"}}
-SAMPLED: Arms = {"sampled": {"loss.backward": "sampled"}}
+SPARSE: Arms = {"sparse": {"loss.backward": "sparse"}}
 # The demo's vocabulary is so small that an error of 2e-3 asks for all of it; this one does not.
-ROUGH: Arms = {"sampled, error 0.1": {"loss.backward": "sampled", "loss.grad_error": 0.1}}
+ROUGH: Arms = {"sparse, error 0.1": {"loss.backward": "sparse", "loss.sparse_error": 0.1}}
 
 
 class Pair(NamedTuple):
@@ -44,9 +44,9 @@ class Pair(NamedTuple):
 
 
 PAIRS = {
-    "demo": Pair(EXACT | SAMPLED | ROUGH, seeds=2, shorter={}),
+    "demo": Pair(EXACT | SPARSE | ROUGH, seeds=2, shorter={}),
     "smollm2": Pair(
-        EXACT | SAMPLED,
+        EXACT | SPARSE,
         seeds=3,
         shorter={
             "sampling.prompts_per_step": 8,

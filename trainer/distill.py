@@ -69,15 +69,15 @@ class OnPolicy:
             samples = kept(written, self._config.sampling)
             metrics["flops/sampling"] = sampling_flops(self._student.cost, [s for s in written if not s.given])
         loss, teacher, mine = self._config.loss, self._teacher, processes.share(samples)
-        if teacher is not None and loss.objective in ("sampled", "top_k"):  # others ask it in the update
+        if teacher is not None and loss.objective in ("policy_gradient", "top_k"):  # others ask it in the update
             with clock("teacher"), self._student.with_teacher():
                 processes.agree(lambda: teacher.score(mine))
-        if loss.objective == "sampled":
+        if loss.objective == "policy_gradient":
             with clock("old_logprobs"):
                 self._set_old_logprobs(mine)
         samples = processes.gather(mine)
         metrics |= {} if teacher is None else teacher.flops(samples)
-        if loss.objective == "sampled":
+        if loss.objective == "policy_gradient":
             set_advantages(
                 samples, coef=loss.kl_coef, discount=loss.discount, given_coef=self._config.sampling.given_coef
             )

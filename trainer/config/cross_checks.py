@@ -18,12 +18,12 @@ def check_rollouts(
         "or raise loss.kl_coef",
     )
     require(
-        loss.objective == "sampled" or reward.grader is None,
+        loss.objective == "policy_gradient" or reward.grader is None,
         f"reward.grader is {reward.grader!r} but loss.objective is {loss.objective}, which has no advantages; set "
-        f"loss.objective to sampled or reward.grader to null",
+        f"loss.objective to policy_gradient or reward.grader to null",
     )
     require(
-        loss.objective == "sampled" or sampling.given_coef == 1.0,
+        loss.objective == "policy_gradient" or sampling.given_coef == 1.0,
         f"sampling.given_coef is {sampling.given_coef} but loss.objective is {loss.objective}, which weighs all tokens "
         f"alike; leave it at 1",
     )

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from fastkl.kernels.sparse.estimator import Backward
-from fastkl.kernels.surrogate import Method
+from fastkl.kernels.divergence.formula import Divergence
+from fastkl.kernels.surrogate import Method, Surrogate
 from fastkl.kernels.top_k.formula import Direction, Tail
 from fastkl.trainer.errors import require
 
-Objective = Literal[
-    "sampled",
-    "reverse_kl",
-    "forward_kl",
-    "jsd",
-    "skewed_reverse_kl",
-    "skewed_forward_kl",
-    "total_variation",
-    "top_k",
-]
-BOTH_SKEWED: tuple[Objective, ...] = ("skewed_reverse_kl", "skewed_forward_kl")
-# Which objectives an option belongs to; the others refuse another value than its default.
-BELONGS: dict[str, tuple[Objective, ...]] = {
-    **dict.fromkeys(("method", "kl_coef", "discount", "old_logprobs", "truncate_ratio"), ("sampled",)),
-    **dict.fromkeys(("clip_low", "clip_high", "dual_clip"), ("sampled",)),
+ObjectiveName = Literal["policy_gradient", "top_k", Divergence]
+SKEWED: tuple[ObjectiveName, ...] = ("skewed_reverse_kl", "skewed_forward_kl")
+SURROGATE = tuple(field.name for field in fields(Surrogate))
+# The objectives that an option belongs to; the others refuse another value than its default.
+OPTION_OF: dict[str, tuple[ObjectiveName, ...]] = {
+    **dict.fromkeys((*SURROGATE, "kl_coef", "discount", "old_logprobs"), ("policy_gradient",)),
     "jsd_beta": ("jsd",),
-    "skew_alpha": BOTH_SKEWED,
+    "skew_alpha": SKEWED,
     **dict.fromkeys(("top_k", "top_k_direction", "top_k_tail"), ("top_k",)),
 }
 
@@ -36,7 +27,7 @@ class LossConfig:
     """What the student minimises on its own samples, a mean over their tokens (`fastkl.loss`).
 
     Args:
-        objective: sampled: a policy-gradient step on the reverse KL at the sampled tokens (policy_gradient_loss).
+        objective: policy_gradient: a policy-gradient step on the reverse KL at the sampled tokens (policy_gradient_loss).
             top_k: the KL divergence to the teacher's k likeliest tokens (top_k_kl_loss). Any other: that divergence between
             the distributions over the whole vocabulary, at every token; the teacher must be a model here.
         method: importance_sampling, reinforce, ppo or cispo.
@@ -48,9 +39,9 @@ class LossConfig:
         clip_high: Upper clip of ppo and cispo.
         dual_clip: Dual clip of ppo; null for none.
         truncate_ratio: Cap of the importance ratio; null for none.
-        backward: exact, or sampled: gradients from a random subset of the vocabulary's columns, unbiased
+        backward: exact, or sparse: gradients from a random subset of the vocabulary's columns, unbiased
             (docs/sparse-backward.md).
-        grad_error: Expected relative error of the sampled gradient; null for the loss's own default.
+        sparse_error: Expected relative error of the sparse gradient; null for the loss's own default.
         jsd_beta: β of jsd: 0 is the forward KL, 1 the reverse KL.
         skew_alpha: α of skewed_reverse_kl and skewed_forward_kl, the share of the one distribution that is mixed into the
             other.
@@ -59,17 +50,17 @@ class LossConfig:
         top_k_tail: What becomes of all other tokens: bucket (one outcome), renormalise or drop.
     """
 
-    objective: Objective = "sampled"
-    method: Method = "importance_sampling"
+    objective: ObjectiveName = "policy_gradient"
+    method: Method = Surrogate.method
     kl_coef: float = 1.0
     discount: float = 0.0
     old_logprobs: Literal["sampler", "recompute", "current"] = "sampler"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
-    truncate_ratio: float | None = None
-    backward: Backward = "exact"
-    grad_error: float | None = None
+    clip_low: float = Surrogate.clip_low
+    clip_high: float = Surrogate.clip_high
+    dual_clip: float | None = Surrogate.dual_clip
+    truncate_ratio: float | None = Surrogate.truncate_ratio
+    backward: Literal["exact", "sparse"] = "exact"
+    sparse_error: float | None = None
     jsd_beta: float = 0.5
     skew_alpha: float = 0.1
     top_k: int = 20
@@ -77,7 +68,7 @@ class LossConfig:
     top_k_tail: Tail = "bucket"
 
     def __post_init__(self) -> None:
-        for name, objectives in BELONGS.items():
+        for name, objectives in OPTION_OF.items():
             value: Any = getattr(self, name)
             require(
                 self.objective in objectives or value == getattr(LossConfig, name),
@@ -88,13 +79,12 @@ class LossConfig:
         require(0 <= self.skew_alpha < 1, f"loss.skew_alpha is {self.skew_alpha}; it must be at least 0 and below 1")
         require(self.top_k >= 1, f"loss.top_k is {self.top_k}; it must be at least 1")
         require(
-            self.grad_error is None or self.grad_error > 0,
-            f"loss.grad_error is {self.grad_error}; it must be > 0, or null",
+            self.sparse_error is None or self.sparse_error > 0,
+            f"loss.sparse_error is {self.sparse_error}; it must be > 0, or null",
         )
         require(
-            self.backward == "sampled" or self.grad_error is None,
-            f"loss.grad_error is {self.grad_error} but loss.backward is exact, whose error is none; set loss.backward to "
-            f"sampled",
+            self.backward == "sparse" or self.sparse_error is None,
+            f"loss.sparse_error is {self.sparse_error} but loss.backward is exact; set loss.backward to sparse",
         )
         require(
             self.truncate_ratio is None or self.old_logprobs != "current",

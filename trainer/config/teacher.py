@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastkl.trainer.config.loss import Objective
+from fastkl.trainer.config.loss import ObjectiveName
 from fastkl.trainer.config.models import ModelConfig
 from fastkl.trainer.config.server import ServerConfig
 from fastkl.trainer.errors import require
@@ -81,10 +81,10 @@ def check_teacher(name: str, config: TeacherConfig) -> None:
         )
 
 
-def check_objective(name: str, config: TeacherConfig, objective: Objective) -> None:
+def check_objective(name: str, config: TeacherConfig, objective: ObjectiveName) -> None:
     """A server tells log-probs of some tokens; what compares whole distributions needs the model here."""
     require(
-        not config.server.url or objective in ("sampled", "top_k"),
+        not config.server.url or objective in ("policy_gradient", "top_k"),
         f"loss.objective is {objective} but {name}.server.url is {config.server.url!r}: a server gives no distribution "
-        f"over the whole vocabulary; set loss.objective to sampled or top_k, or {name}.path",
+        f"over the whole vocabulary; set loss.objective to policy_gradient or top_k, or {name}.path",
     )

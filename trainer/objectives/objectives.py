@@ -9,15 +9,14 @@ from torch import Tensor
 
 from fastkl import loss as losses
 from fastkl.loss import LossOutput
-from fastkl.trainer.config.loss import BOTH_SKEWED, LossConfig
-from fastkl.trainer.config.loss import Objective as Name
+from fastkl.trainer.config.loss import SKEWED, LossConfig, ObjectiveName
 from fastkl.trainer.data.batching import Batch
 from fastkl.trainer.data.samples import UNKNOWN, Sample
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.several import RoutedTeacher
 from fastkl.trainer.teachers.teacher import Teacher
 
-DIVERGENCES: dict[Name, Callable[..., LossOutput]] = {
+DIVERGENCES: dict[ObjectiveName, Callable[..., LossOutput]] = {
     "reverse_kl": losses.reverse_kl_loss,
     "forward_kl": losses.forward_kl_loss,
     "jsd": losses.jsd_loss,
@@ -131,7 +130,7 @@ class FullDivergence:
     def __init__(self, config: LossConfig, temperature: float, teachers: RoutedTeacher[LocalTeacher]) -> None:
         self._config, self._temperature, self._teachers = config, temperature, teachers
         self._options: dict[str, float] = {"beta": config.jsd_beta} if config.objective == "jsd" else {}
-        if config.objective in BOTH_SKEWED:
+        if config.objective in SKEWED:
             self._options = {"alpha": config.skew_alpha}
 
     def groups(self, samples: list[Sample]) -> list[list[Sample]]:
@@ -171,12 +170,13 @@ class FullDivergence:
 
 def objective(config: LossConfig, temperature: float, teachers: RoutedTeacher[Any]) -> Objective:
     """The objective that a config names."""
-    if config.objective == "sampled":
+    if config.objective == "policy_gradient":
         return PolicyGradient(config, temperature)
     kind = TopKDivergence if config.objective == "top_k" else FullDivergence
     return kind(config, temperature, teachers)
 
 
 def backward_options(config: LossConfig, seed: int) -> dict[str, Any]:
-    sampled = config.backward == "sampled"
-    return {"backward": config.backward, "grad_error": config.grad_error, "seed": seed if sampled else None}
+    if config.backward == "exact":
+        return {}
+    return {"backward": "sampled", "grad_error": config.sparse_error, "seed": seed}

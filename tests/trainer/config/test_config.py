@@ -108,14 +108,18 @@ REFUSED: list[tuple[str, dict[str, object], list[str]]] = [
     (
         "distill",
         {"loss.objective": "jsd", "loss.kl_coef": 0.5},
-        ["loss.kl_coef is 0.5", "loss.objective is jsd", "belongs to sampled"],
+        ["loss.kl_coef is 0.5", "loss.objective is jsd", "belongs to policy_gradient"],
     ),
     (
         "distill",
         {"loss.objective": "reverse_kl", "loss.method": "ppo"},
         ["loss.method is ppo", "loss.objective is reverse_kl"],
     ),
-    ("distill", {"loss.jsd_beta": 0.2}, ["loss.jsd_beta is 0.2", "loss.objective is sampled", "belongs to jsd"]),
+    (
+        "distill",
+        {"loss.jsd_beta": 0.2},
+        ["loss.jsd_beta is 0.2", "loss.objective is policy_gradient", "belongs to jsd"],
+    ),
     ("distill", {"loss.jsd_beta": 2, "loss.objective": "jsd"}, ["loss.jsd_beta is 2", "between 0 and 1"]),
     ("distill", {"loss.skew_alpha": 0.3}, ["loss.skew_alpha is 0.3", "skewed_reverse_kl and skewed_forward_kl"]),
     (
@@ -128,7 +132,7 @@ REFUSED: list[tuple[str, dict[str, object], list[str]]] = [
     (
         "distill",
         SERVED | {"loss.objective": "forward_kl"},
-        ["loss.objective is forward_kl", URL, "sampled or top_k", "teacher.path"],
+        ["loss.objective is forward_kl", URL, "policy_gradient or top_k", "teacher.path"],
     ),
     ("distill", SERVED | {"teacher.device": "cpu"}, ["teacher.device is 'cpu'", URL, "unset it"]),
     ("distill", SERVED | {"teacher.quantization": "8bit"}, ["teacher.quantization is '8bit'", URL, "unset it"]),

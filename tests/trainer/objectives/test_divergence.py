@@ -78,7 +78,7 @@ CASES: dict[str, tuple[dict[str, object], Formula]] = {
 VARIANTS: dict[str, dict[str, object]] = {
     "batches": {"batch__max_tokens": 40, "sampling__temperature": 0.7},
     "packed": {"batch__layout": "packed"},
-    "sampled-backward": {"loss__backward": "sampled", "loss__grad_error": 1e-6},
+    "sparse-backward": {"loss__backward": "sparse", "loss__sparse_error": 1e-6},
 }
 STEPS = [
     *(pytest.param(name, {}, "padded", id=f"{name}-padded") for name in CASES),

@@ -78,7 +78,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "untied": {"student": "untied", "loss__old_logprobs": "recompute", "student__gradient_checkpointing": "true"},
     "packed": {"batch__layout": "packed", "loss__method": "ppo", "optim__substeps": 3},
     "rounded": {"sampling__dtype": "bfloat16"},
-    "base": BASE | {"loss__objective": "sampled"},
+    "base": BASE | {"loss__objective": "policy_gradient"},
     "base-whole": BASE | {"loss__objective": "reverse_kl"},
     "continuous": {"sampling__engine": "continuous_batching"},
 }

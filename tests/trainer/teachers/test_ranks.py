@@ -159,7 +159,7 @@ def check(samples: list[dict[str, Any]], field: str, model: Path) -> None:
         assert sample[field] == [rank * bit for rank, bit in zip(wanted, sample["loss_mask"], strict=True)]
 
 
-@pytest.mark.parametrize("objective", ["sampled", "reverse_kl", "top_k"])
+@pytest.mark.parametrize("objective", ["policy_gradient", "reverse_kl", "top_k"])
 def test_a_run_writes_both_ranks(tmp_path: Path, folder: Path, objective: str) -> None:
     samples = run(folder, tmp_path / "run", loss__objective=objective, sampling__temperature=0.7)
     check([sample for sample in samples if sample["step"] == 1], "student_ranks", folder / "student")

@@ -103,7 +103,7 @@ def test_shares_follow_the_weights(weights: list[float]) -> None:
         assert shares(weights, first, count) == whole[first : first + count]
 
 
-@pytest.mark.parametrize("objective", ["sampled", "reverse_kl", "top_k"])
+@pytest.mark.parametrize("objective", ["policy_gradient", "reverse_kl", "top_k"])
 def test_each_data_set_has_its_own_teacher(tmp_path: Path, folder: Path, objective: str) -> None:
     run = mixture(folder, tmp_path / "run", two(folder), loss__objective=objective, optim__substeps=2)
     path = distill(config("distill", run)).path
@@ -236,7 +236,7 @@ def test_the_mixture_in_the_documentation_runs(tmp_path: Path, folder: Path, mon
     assert {"teacher_kl/math", "teacher_kl/chat"} <= {*log(Path("run"))[0]}
 
 
-@pytest.mark.parametrize("objective", ["sampled", "reverse_kl", "top_k"])
+@pytest.mark.parametrize("objective", ["policy_gradient", "reverse_kl", "top_k"])
 def test_the_base_of_a_lora_student_is_its_teacher_without_a_copy(
     tmp_path: Path, folder: Path, objective: str, loads: list[str]
 ) -> None:
@@ -321,7 +321,7 @@ def test_quantisation_needs_its_package_and_plain_weights(
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
-@pytest.mark.parametrize("objective", ["sampled", "reverse_kl"])
+@pytest.mark.parametrize("objective", ["policy_gradient", "reverse_kl"])
 def test_a_quantised_teacher(tmp_path: Path, folder: Path, quantization: str, objective: str) -> None:
     """Its blocks are in few bits, its head is plain; so it is when it comes from a folder that is quantised already."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
