@@ -49,7 +49,7 @@ def test_config_is_accepted(path: Path) -> None:
     command = command_of(settings)
     name, config = parse([command, str(path)])
     assert name == command
-    assert isinstance(config, COMMANDS[command][0])
+    assert isinstance(config, COMMANDS[command].config)
 
 
 def test_every_recipe_has_its_own_run_folders() -> None:

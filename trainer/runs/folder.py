@@ -21,6 +21,7 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from fastkl.trainer.config.settings import flat, refuse_renamed
 from fastkl.trainer.config.training import RunConfig, as_dict
 from fastkl.trainer.errors import ConfigError, RunError
 from fastkl.trainer.runs import processes
@@ -136,7 +137,9 @@ def check_run_folder(config: RunConfig) -> None:
     path = Path(config.run)
     known = path / "config.yaml"
     if known.is_file():
-        changes = list(_differences(yaml.safe_load(known.read_text(encoding="utf-8")), _settings(config)))
+        before = yaml.safe_load(known.read_text(encoding="utf-8"))
+        refuse_renamed(flat(before), f"{path} holds a run of that version; choose another run folder")
+        changes = list(_differences(before, _settings(config)))
         if changes:
             raise ConfigError(
                 f"{path} holds a run with another config: {'; '.join(changes)}. Choose another run folder, or the old "
@@ -150,15 +153,10 @@ def check_run_folder(config: RunConfig) -> None:
 
 def flat_settings(config: RunConfig) -> dict[str, str | int | float | bool]:
     """The settings under their full names (`optim.lr`), for trackers; lists and null as text."""
-    flat: dict[str, str | int | float | bool] = {}
-    remaining: list[tuple[str, Any]] = list(as_dict(config).items())
-    while remaining:
-        name, value = remaining.pop(0)
-        if isinstance(value, dict):
-            remaining = [(f"{name}.{key}", inner) for key, inner in value.items()] + remaining
-        else:
-            flat[name] = value if isinstance(value, (str, int, float, bool)) else json.dumps(value)
-    return flat
+    return {
+        name: value if isinstance(value, (str, int, float, bool)) else json.dumps(value)
+        for name, value in flat(as_dict(config))
+    }
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

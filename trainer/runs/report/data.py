@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from fastkl.trainer.config.settings import flat
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.runs.files import read_jsonl
 
@@ -41,7 +42,7 @@ def run_data(path: Path, name: str, sample_bytes: int) -> Json:
         "steps_done": rows[-1]["step"],
         "steps_planned": settings.get("optim", {}).get("steps"),
         "logged": _last_change(path / "metrics.jsonl"),
-        "settings": dict(_flat(settings)),
+        "settings": {name: _text(value) for name, value in flat(settings)},
         "x": {axis: [values[row] for row in kept] for axis, values in axes.items() if values is not None},
         "series": series,
         "seconds": _seconds(rows),
@@ -88,17 +89,12 @@ def _metrics(path: Path) -> list[Json]:
     return rows
 
 
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def _last_change(file: Path) -> str:
     return datetime.fromtimestamp(file.stat().st_mtime, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names and values as text."""
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _tokens(rows: Sequence[Json], settings: Json) -> list[float] | None:
