@@ -18,7 +18,7 @@ from fastkl.trainer.rollouts.evaluation import evaluate
 from fastkl.trainer.rollouts.single_turn import Writer
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder, flat_settings
-from fastkl.trainer.runs.progress import Report
+from fastkl.trainer.runs.progress import ProgressBar
 from fastkl.trainer.runs.report.page import report_of
 from fastkl.trainer.step_metrics import teacher_kl
 from fastkl.trainer.student import Student
@@ -70,17 +70,17 @@ def fit(
             with student.whole():
                 metrics |= evaluate(writer, tokenizer, eval_prompts, config.eval, config.seed)[0]
 
-    with Report(config.optim.steps, start) as report:
+    with ProgressBar(config.optim.steps, start) as progress:
         if processes.count() > 1:
-            report.note(f"{processes.count()} processes, {'FSDP 2' if student.sharded else 'DDP'}")
+            progress.note(f"{processes.count()} processes, {'FSDP 2' if student.sharded else 'DDP'}")
         if checkpoint is None:
             metrics: dict[str, float] = {}
             grade(metrics)
             if metrics:
                 _log(student, folder, 0, metrics)
-                report.step(0, metrics)
+                progress.step(0, metrics)
         else:
-            report.note(f"resumed {config.run} after step {start}")
+            progress.note(f"resumed {config.run} after step {start}")
         for step in range(start, config.optim.steps):
             clock, done = Clock(), step + 1
             try:
@@ -97,14 +97,14 @@ def fit(
                 grade(metrics)
             _log(student, folder, done, metrics)
             folder.log("samples.jsonl", _sample_records(samples[: config.log_samples], tokenizer, done))
-            report.step(done, metrics)
+            progress.step(done, metrics)
             if done == config.optim.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
                 folder.save_checkpoint(student.save, done)
         with folder.room_for("student"), student.whole():
             processes.on_main(lambda: save_student(student.model, tokenizer, folder.student))
-        report.note(f"student saved in {folder.student}")
+        progress.note(f"student saved in {folder.student}")
         if start < config.optim.steps:  # a finished run is left as it is
-            report.note(processes.on_main(lambda: report_of(folder.path)))
+            progress.note(processes.on_main(lambda: report_of(folder.path)))
     student.accelerator.end_training()
 
 

@@ -44,7 +44,7 @@ def train(job: Job, clock: Clock, **options: str) -> None:
     with (
         mock.patch.object(distill, "end_of_sequence", return_value=[]),
         mock.patch.object(loop, "Clock", StepClock),
-        mock.patch.object(loop.Report, "step", lambda *_: clock.end_step()),  # noqa: PT008
+        mock.patch.object(loop.ProgressBar, "step", lambda *_: clock.end_step()),  # noqa: PT008
     ):
         status = cli.main(["distill", *(f"--{name}={value}" for name, value in settings.items())])
     if status:

@@ -9,18 +9,11 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastkl.trainer.metrics import METRICS, PROGRESS
 from fastkl.trainer.runs import processes
 
-# Metric, its label, its format.
-SHOWN = (
-    ("loss", "loss", ".4g"),
-    ("teacher_kl", "teacher_kl", ".4g"),
-    ("tokens_per_second", "tok/s", ",.0f"),
-    ("eval/accuracy", "accuracy", ".1%"),
-)
 
-
-class Report:
+class ProgressBar:
     """Shows the steps of a run, on its first process; a context manager."""
 
     def __init__(self, total: int, done: int) -> None:
@@ -40,7 +33,7 @@ class Report:
             )
             self._task = self._progress.add_task("", total=total, completed=done)
 
-    def __enter__(self) -> Report:
+    def __enter__(self) -> ProgressBar:
         if self._progress is not None:
             self._progress.start()
         return self
@@ -52,7 +45,8 @@ class Report:
             self._progress.stop()
 
     def step(self, steps_done: int, metrics: dict[str, float]) -> None:
-        text = "  ".join(f"{label} {metrics[name]:{form}}" for name, label, form in SHOWN if name in metrics)
+        shown = [METRICS[name] for name in PROGRESS if name in metrics]
+        text = "  ".join(f"{metric.label or metric.name} {metrics[metric.name]:{metric.format}}" for metric in shown)
         if self._progress is not None:
             self._progress.update(self._task, completed=steps_done, description=text)
             return

@@ -11,7 +11,7 @@ from report_cases import SETTINGS, make_run, only_run, page_of, row, sample
 from tiny import tokenizer
 
 from fastkl.trainer.errors import ConfigError
-from fastkl.trainer.runs.report.data import names, spread, thin
+from fastkl.trainer.runs.report.data import run_names, spread, thin
 from fastkl.trainer.runs.report.page import SAMPLE_BYTES
 
 
@@ -102,10 +102,10 @@ def test_points_and_steps_are_thinned_evenly() -> None:
 
 
 def test_names_are_as_short_as_they_can_be() -> None:
-    assert names([Path("runs/a"), Path("runs/b")]) == ["a", "b"]
-    assert names([Path("x/a"), Path("y/a")]) == ["x/a", "y/a"]
+    assert run_names([Path("runs/a"), Path("runs/b")]) == ["a", "b"]
+    assert run_names([Path("x/a"), Path("y/a")]) == ["x/a", "y/a"]
     with pytest.raises(ConfigError, match="named twice"):
-        names([Path("runs/a"), Path("runs/../runs/a")])
+        run_names([Path("runs/a"), Path("runs/../runs/a")])
 
 
 def test_texts_of_tokens_without_a_record(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def differences(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if len({run["settings"].get(key) for run in runs}) > 1]
 
 
-def names(paths: Sequence[Path]) -> list[str]:
+def run_names(paths: Sequence[Path]) -> list[str]:
     """The ends of the paths, as long as it takes to tell them apart."""
     parts = [path.resolve().parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):

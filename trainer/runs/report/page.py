@@ -17,8 +17,9 @@ from typing import Any
 from fastkl.trainer.config.offline import ReportConfig
 from fastkl.trainer.data.samples import UNKNOWN
 from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.metrics import figures
 from fastkl.trainer.runs.files import write_text
-from fastkl.trainer.runs.report.data import differences, names, run_data
+from fastkl.trainer.runs.report.data import differences, run_data, run_names
 
 PAGE = Path(__file__).parent / "html"
 SCRIPTS = ("elements.js", "tables.js", "curves.js", "completions.js")
@@ -44,7 +45,9 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     """Writes the page, report.html in the first run's folder unless told otherwise."""
     path = runs[0] / "report.html" if output is None else output
     _check_output(path)
-    page = render([run_data(run, name, SAMPLE_BYTES // len(runs)) for run, name in zip(runs, names(runs), strict=True)])
+    page = render(
+        [run_data(run, name, SAMPLE_BYTES // len(runs)) for run, name in zip(runs, run_names(runs), strict=True)]
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, page)
@@ -55,7 +58,8 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
 
 def render(runs: Sequence[dict[str, Any]]) -> str:
     """The page as text. What the runs hold reaches it as JSON without a `<`, and the title's text escaped."""
-    data = {"runs": runs, "differences": differences(runs), "unknown": UNKNOWN}
+    names = {name for run in runs for name in run["series"]}
+    data = {"runs": runs, "differences": differences(runs), "unknown": UNKNOWN, "figures": figures(names)}
     script = "\n".join(file.read_text(encoding="utf-8") for file in (PAGE / name for name in SCRIPTS))
     page = Template((PAGE / "page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(", ".join(run["name"] for run in runs)),

@@ -1,33 +1,14 @@
 // Curves: one figure per metric, all runs in it, one position on the x axis for all figures.
 
 const AXES = { step: "steps", tokens: "completion tokens", flops: "FLOPs" };
-const UNITS = {
-  teacher_kl: "nats per token",
-  entropy: "nats per token",
-  "sampler_mismatch/mean_abs": "nats",
-  "sampler_mismatch/p95_abs": "nats",
-  "sampler_mismatch/outside_0.9_1.1": "share of ratios",
-  tokens_per_second: "tokens",
-};
-const GROUPS = [
-  ["learning", (name) => /^(teacher_kl|reward)(\/|$)|^(eval\/accuracy|entropy|loss)$/.test(name)],
-  ["mismatch", (name) => name.startsWith("sampler_mismatch/")],
-  ["time", (name) => name.startsWith("time/") || name === "tokens_per_second"],
-  ["rest", () => true],
-];
-const FIRST = ["teacher_kl", "eval/accuracy"]; // then by name
 const EDGE = { left: 46, right: 10, top: 8, bottom: 20 };
 const view = { axis: "step", at: 0, positions: [] };
 const figures = []; // name, elements, scale and lines of each figure
 
 function showCurves() {
-  const names = [...new Set(RUNS.flatMap((run) => Object.keys(run.series)))].sort(byImportance);
-  for (const name of names) {
-    const group = GROUPS.find(([, has]) => has(name))[0];
-    byId(group).append(figure(name));
-  }
-  for (const [group] of GROUPS.slice(0, 3)) {
-    if (!byId(group).childElementCount) byId(group).append(el("p", { class: "note" }, "No run recorded any of these."));
+  for (const { name, unit, part } of DATA.figures) byId(part).append(figure(name, unit));
+  for (const part of document.querySelectorAll("section > .charts:empty")) {
+    part.append(el("p", { class: "note" }, "No run recorded any of these."));
   }
   byId("others").hidden = !byId("rest").childElementCount;
   byId("others").addEventListener("toggle", drawAll);
@@ -35,11 +16,6 @@ function showCurves() {
   byId("cursor").addEventListener("input", (event) => moveTo(view.positions[event.target.value]));
   setAxis("step");
   new ResizeObserver(drawAll).observe(byId("learning"));
-}
-
-function byImportance(one, other) {
-  const rank = (name) => (FIRST.includes(name) ? FIRST.indexOf(name) : FIRST.length);
-  return rank(one) - rank(other) || one.localeCompare(other);
 }
 
 /** An axis is offered if any run has it. */
@@ -93,10 +69,9 @@ function pointsOf(name) {
   });
 }
 
-function figure(name) {
+function figure(name, unit) {
   const readout = el("ul", { class: "readout" });
   const chart = svg("svg", { class: "chart", role: "img" });
-  const unit = UNITS[name] ?? (name.startsWith("time/") ? "seconds per step" : "");
   const caption = el("figcaption", {}, name, ...(unit ? [el("span", { class: "unit" }, `, ${unit}`)] : []));
   const node = el("figure", {}, caption, readout, chart, ...wildValues(name));
   const shown = { node, draw: () => draw(shown), point: () => point(shown), name, chart, readout };

@@ -1,0 +1,104 @@
+"""The table of metrics says neither less nor more than what runs write, and docs/metrics.md is made from it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from run_cases import fresh_accelerate
+from tiny import REPOSITORY, config, pair_and_sums, pair_distillation, read_jsonl, training
+
+from fastkl.trainer.distill import distill
+from fastkl.trainer.metrics import GROUPS, METRICS, PLACEHOLDERS, PROGRESS, figures, find, page
+from fastkl.trainer.runs.report.page import PAGE
+from fastkl.trainer.sft import sft
+
+# Together they have every metric but those of NOT_HERE; heads of one size, for the mismatch of the divergences.
+RUNS: dict[str, dict[str, Any]] = {
+    "rewards": {
+        "reward__grader": "regex:[0-9]",
+        "sampling__samples_per_prompt": 2,
+        "sampling__max_completion_tokens": 7,
+        "loss__old_logprobs": "recompute",
+    },
+    "given": {"sampling__on_policy_fraction": 0.5},
+    "mixture": {"mixture": {"sums": {}, "other": {"weight": 2}}, "loss__backward": "sparse"},
+    "divergence": {"loss__objective": "jsd"},
+    "top_k": {"loss__objective": "top_k"},
+}
+NOT_HERE = {"time/push_weights"}  # a sampling server's: tests/trainer/served/test_runs.py
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """The names that each run wrote."""
+    folder = pair_and_sums(tmp_path_factory.mktemp("metrics"))
+    evaluated = {"eval.data.path": folder / "sums.jsonl", "eval.max_new_tokens": 4, "optim.steps": 1}
+    runs = {}
+    for name, options in RUNS.items():
+        fresh_accelerate()
+        settings = pair_distillation(folder, folder / name, **options)
+        if "mixture" in options:
+            data = {"data": {"path": str(folder / "sums.jsonl")}}
+            settings |= {
+                "data.path": "null",
+                "mixture": json.dumps({k: v | data for k, v in options["mixture"].items()}),
+            }
+        runs[name] = distill(config("distill", settings | evaluated)).path
+    fresh_accelerate()
+    settings = training(folder / "sft", folder / "student", folder / "sums.jsonl", examples_per_step=4)
+    runs["sft"] = sft(config("sft", settings | evaluated)).path
+    return {
+        name: {key for row in read_jsonl(run / "metrics.jsonl") for key in row} - {"step"} for name, run in runs.items()
+    }
+
+
+def test_every_metric_of_a_run_is_in_the_table(written: dict[str, set[str]]) -> None:
+    names = set().union(*written.values())
+    assert [name for name in sorted(names) if find(name) is None] == []
+
+
+def test_every_metric_of_the_table_is_written(written: dict[str, set[str]]) -> None:
+    found = {entry.name for names in written.values() for name in names if (entry := find(name))}
+    assert METRICS.keys() - found == NOT_HERE
+    assert all(METRICS[name].when for name in NOT_HERE)
+
+
+def test_what_has_no_condition_is_in_every_run(written: dict[str, set[str]]) -> None:
+    always = {entry.name for entry in METRICS.values() if not entry.when}
+    assert {name: always - names for name, names in written.items() if always - names} == {}
+
+
+def test_families() -> None:
+    assert [find(name) for name in ("teacher_kl/a-b_1", "policy/skewed_reverse_kl_max", "policy/top_k_kl_mean")] == [
+        METRICS[name] for name in ("teacher_kl/DATA_SET", "policy/DIVERGENCE_max", "policy/DIVERGENCE_mean")
+    ]
+    assert find("policy/ratio_mean") is METRICS["policy/ratio_mean"]
+    assert [find(name) for name in ("teacher_kl/", "policy/l2_mean", "policy", "teacher_kl/a/b")] == [None] * 4
+    assert all(any(word in entry.name for entry in METRICS.values()) for word in PLACEHOLDERS)
+
+
+def test_no_name_stands_twice() -> None:
+    assert len(METRICS) == sum(len(group.metrics) for group in GROUPS)
+    assert set(PROGRESS) <= METRICS.keys()
+
+
+def test_the_report_has_a_part_for_each_group() -> None:
+    text = (PAGE / "page.html").read_text(encoding="utf-8")
+    assert all(f'<div id="{group.part}" class="charts' in text for group in GROUPS)
+
+
+def test_figures_are_in_the_order_of_the_table_and_unknown_names_last() -> None:
+    shown = figures(["time/train", "mine", "teacher_kl/b", "teacher_kl/a", "teacher_kl", "loss"])
+    assert [figure["name"] for figure in shown] == [
+        *("teacher_kl", "loss", "teacher_kl/a", "teacher_kl/b", "time/train", "mine")
+    ]
+    assert [figure["part"] for figure in shown] == [*["learning"] * 4, "time", "rest"]
+    assert shown[-2]["unit"] == "seconds per step"
+    assert shown[-1]["unit"] == ""
+
+
+def test_the_document_is_made_from_the_table() -> None:
+    text = (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert text == "\n".join(page()) + "\n", "run: python -m fastkl.trainer.metrics > docs/metrics.md"

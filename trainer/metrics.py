@@ -1,0 +1,196 @@
+"""Every metric that a run writes: its unit, what it means, and what is healthy where that is known.
+
+The progress bar, the report's figures and docs/metrics.md are made from this table. Make the page again after a change:
+
+    python -m fastkl.trainer.metrics > docs/metrics.md
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, get_args
+
+from fastkl.kernels.divergence.formula import Divergence
+
+DIVERGENCES = (*get_args(Divergence), "top_k_kl")
+# Words in a name that stand for others: each such entry is a family.
+PLACEHOLDERS = {"DATA_SET": r"[\w-]+", "DIVERGENCE": "|".join(DIVERGENCES)}
+PROGRESS = ("loss", "teacher_kl", "tokens_per_second", "eval/accuracy")  # the columns of the progress bar
+
+
+class Metric(NamedTuple):
+    """A metric or a family of metrics."""
+
+    name: str
+    unit: str
+    when: str  # what it takes to be written; "": every run has it
+    meaning: str
+    healthy: str | None = None  # None: not known, or different from run to run
+    label: str | None = None  # in the progress bar; None: the name
+    format: str = ".4g"
+
+    @property
+    def pattern(self) -> str:
+        """A regular expression for its names."""
+        pattern = re.escape(self.name)
+        for word, names in PLACEHOLDERS.items():
+            pattern = pattern.replace(word, f"({names})")
+        return pattern
+
+
+class Group(NamedTuple):
+    """Metrics that belong together, in the order of the report, which shows them in the part of its page called `part`."""
+
+    title: str
+    part: str
+    metrics: tuple[Metric, ...]
+
+
+NATS, SECONDS = "nats per token", "seconds per step"
+OWN, DISTILL, EVALUATION = "completions of the student", "distillation", "`eval.data`, in the steps that evaluate"
+REWARD, SPARSE = "`reward.grader`", "`loss.backward: sparse`"
+POLICY = "`loss.objective: policy_gradient`, and sft"
+COMPARED, WHOLE = "another objective", "a divergence over the whole vocabulary"
+MISMATCH = f"{OWN}; under another objective than `policy_gradient`, heads of one size"
+GIVEN = "`sampling.on_policy_fraction` below 1, `policy_gradient`"
+
+# fmt: off
+GROUPS = (
+    Group("Learning", "learning", (
+        Metric("teacher_kl", NATS, "a teacher",
+               "Mean of ℓ_sampler − ℓ_teacher over the student's own tokens. It estimates the reverse KL.",
+               "falls towards 0"),
+        Metric("eval/accuracy", "mean score", EVALUATION,
+               "Mean of the grader's scores of the answers to held-out prompts.", "rises", "accuracy", ".1%"),
+        Metric("entropy", NATS, OWN,
+               "Mean of −ℓ_sampler over the student's own tokens. It estimates the student's entropy."),
+        Metric("loss", "", "",
+               "What the student minimises, as a mean over the step's tokens."),
+        Metric("reward/groups_without_signal", "fraction", REWARD,
+               "Groups (the completions of one prompt) whose rewards are all equal.",
+               "below 1: at 1, `reward.baseline: group` teaches nothing"),
+        Metric("reward/mean", "score", REWARD, "Mean reward of the completions.", "rises"),
+        Metric("reward/std", "score", REWARD, "Standard deviation of the rewards.", "above 0: at 0 nothing is learned"),
+        Metric("teacher_kl/DATA_SET", NATS, "`mixture`", "`teacher_kl` of one data set.", "falls towards 0"),
+    )),
+    Group("Sampler against trainer", "mismatch", (
+        Metric("sampler_mismatch/mean_abs", "nats", MISMATCH,
+               "Mean of |ℓ − ℓ_sampler|. Sampler and trainer compute the same number in two ways.",
+               "about 1e-5 where both compute in float32"),
+        Metric("sampler_mismatch/outside_0.9_1.1", "share of ratios", MISMATCH,
+               "Tokens whose ratio exp(ℓ − ℓ_sampler) is below 0.9 or above 1.1."),
+        Metric("sampler_mismatch/p95_abs", "nats", MISMATCH, "The 95th percentile of |ℓ − ℓ_sampler|."),
+    )),
+    Group("Time", "time", (
+        Metric("time/old_logprobs", SECONDS, "`policy_gradient`",
+               "A forward pass for the log-probs that the ratio is taken against, where one is needed."),
+        Metric("time/push_weights", SECONDS, "`sampling.server`", "Handing the student's weights to the sampling server."),
+        Metric("time/ranks", SECONDS, DISTILL, "Ranks of the tokens in samples.jsonl."),
+        Metric("time/sample", SECONDS, DISTILL, "Sampling and grading."),
+        Metric("time/teacher", SECONDS, "a teacher, `policy_gradient` or `top_k`",
+               "The teacher's forward passes. Divergences over the whole vocabulary have them in `time/train`."),
+        Metric("time/train", SECONDS, "", "The update."),
+        Metric("tokens_per_second", "tokens", "",
+               "Tokens of the step's samples, prompts included, divided by the seconds of all phases.",
+               None, "tok/s", ",.0f"),
+    )),
+    Group("Completions", "rest", (
+        Metric("completions/dropped_fraction", "fraction", "a length filter of `sampling`",
+               "Completions that the filters leave out of the loss.", "below 1: at 1 a step changes nothing"),
+        Metric("completions/mean_length", "tokens", f"{OWN}, and sft", "Mean length of those that the loss sees."),
+        Metric("completions/truncated_fraction", "fraction", OWN,
+               "Completions that reached the length limit before an end of sequence."),
+        Metric("eval/mean_length", "tokens", EVALUATION, "Mean length of the answers."),
+        Metric("eval/truncated_fraction", "fraction", EVALUATION, "Answers that reached the length limit."),
+    )),
+    Group("FLOPs", "rest", (
+        Metric("flops/sampling", "FLOPs", DISTILL, "The student's completions: prefill and decode."),
+        Metric("flops/student", "FLOPs", "", "The update, and the forward pass of `loss.old_logprobs: recompute`."),
+        Metric("flops/teacher", "FLOPs", "a teacher that no server holds", "The teacher's forward passes."),
+    )),
+    Group("Given completions", "rest", (
+        Metric("given/forward_kl", NATS, f"{GIVEN}, a teacher",
+               "Mean of ℓ_teacher − ℓ. It estimates the forward KL if the teacher wrote the completions.",
+               "falls towards 0"),
+        Metric("given/nll", NATS, GIVEN, "Mean of −ℓ.", "falls"),
+    )),
+    Group("Optimizer", "rest", (
+        Metric("optim/grad_norm", "", "", "Norm of the gradient before it is clipped. The mean over the optimizer steps."),
+        Metric("optim/lr", "", "", "Learning rate."),
+        Metric("optim/skipped", "optimizer steps", "",
+               "Optimizer steps that were left out, because the gradient was not finite.", "0"),
+    )),
+    Group("Loss", "rest", (
+        Metric("policy/DIVERGENCE_max", "nats", COMPARED, "The largest divergence of a token."),
+        Metric("policy/DIVERGENCE_mean", NATS, COMPARED, "The divergence from the teacher.", "falls towards 0"),
+        Metric("policy/clip_fraction", "fraction", POLICY,
+               "Tokens whose gradient a clip or `loss.truncate_ratio` changed."),
+        Metric("policy/grad_error", "relative error", SPARSE,
+               "Expected error of the sparse gradient.", "at most `loss.sparse_error` (2e-3 by default)"),
+        Metric("policy/k1", NATS, POLICY, "Mean of −log r, r the importance ratio. It estimates KL(old ‖ policy)."),
+        Metric("policy/k3", NATS, POLICY, "Mean of r − 1 − log r. It estimates the same KL and is never negative."),
+        Metric("policy/kept_fraction", "fraction", SPARSE,
+               "How much of tokens × vocabulary the sparse backward used.", "below 1: at 1 it saves nothing"),
+        Metric("policy/ratio_max", "", POLICY, "The largest importance ratio."),
+        Metric("policy/ratio_mean", "", POLICY, "Mean importance ratio.", "about 1, which is its expectation"),
+        Metric("policy/ratio_min", "", POLICY, "The smallest importance ratio."),
+        Metric("policy/teacher_entropy", NATS, WHOLE, "Entropy of the teacher."),
+        Metric("policy/top1_agreement", "fraction", WHOLE,
+               "Tokens for which student and teacher have the same likeliest token.", "rises"),
+    )),
+)
+# fmt: on
+METRICS = {metric.name: metric for group in GROUPS for metric in group.metrics}
+
+HEAD = """\
+# Metrics
+
+Each step is one row of `metrics.jsonl`, and one point of the figures in `report.html`. Row 0 is the evaluation before the
+first step.
+
+- ℓ is the log-prob of a token under the student before the update. ℓ_sampler is what the sampler gave with the token,
+  ℓ_teacher what the teacher says of it.
+- "With" says when a metric is written. Where it is empty, every run has it.
+- "Healthy" is empty where it differs from run to run. Many of these numbers are estimates from the samples of one step:
+  look at the curve, not at one point.
+
+`python -m fastkl.trainer.metrics > docs/metrics.md` makes this page from `trainer/metrics.py`."""
+
+
+def find(name: str) -> Metric | None:
+    """The entry of a name that a run wrote; None if there is none."""
+    return METRICS.get(name) or next((entry for entry in METRICS.values() if re.fullmatch(entry.pattern, name)), None)
+
+
+def figures(names: Iterable[str]) -> list[dict[str, Any]]:
+    """The report's figures in their order: a name, its unit, and the part of the page. Unknown names come last."""
+    order, parts = list(METRICS), {metric: group.part for group in GROUPS for metric in group.metrics}
+    found = [(name, find(name)) for name in sorted(names)]
+    found.sort(key=lambda pair: len(order) if pair[1] is None else order.index(pair[1].name))
+    return [
+        {"name": name, "unit": metric.unit if metric else "", "part": parts[metric] if metric else "rest"}
+        for name, metric in found
+    ]
+
+
+def page() -> Iterator[str]:
+    """The lines of docs/metrics.md."""
+    yield HEAD
+    for group in GROUPS:
+        yield from (
+            "",
+            f"## {group.title}",
+            "",
+            "| metric | unit | with | meaning | healthy |",
+            "|---|---|---|---|---|",
+        )
+        for metric in group.metrics:
+            cells = (f"`{metric.name}`", metric.unit, metric.when, metric.meaning, metric.healthy or "")
+            yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+    yield ""
+    yield f"DATA_SET is a name in `mixture`. DIVERGENCE is one of {', '.join(DIVERGENCES)}."
+
+
+if __name__ == "__main__":
+    print(*page(), sep="\n")
