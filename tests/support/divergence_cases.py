@@ -1,24 +1,21 @@
-"""What the tests of the divergences share: kinds, rows, rows at the edges, and the rule of accuracy."""
+"""The divergences as row functions: kinds, and what the tests ask of them on every backend."""
 
 from __future__ import annotations
 
-import math
+import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-import row_cases
+import pytest
 import torch
-from loss_cases import assert_as_accurate, generator, largest
+from row_cases import INF, Outcome, Rows, UnderTest, poisoned, random_rows
+from row_contract import WIDTH, RowContract, undefined
 from torch import Tensor
 
 from fastkl import reference
+from fastkl.kernels.divergence import pytorch as divergence_torch
 from fastkl.kernels.divergence.formula import ROWS, ROWS_WITH_EXTRAS, Divergence, Extras, Outputs
-from fastkl.kernels.rows.interface import Logits
-
-INF = math.inf
-LOWEST = torch.finfo(torch.float32).min
-DivergenceFunction = Callable[[Divergence, float, Logits, Tensor | None, Tensor, Tensor | None], None]
 
 
 class Kind(NamedTuple):
@@ -30,160 +27,119 @@ class Kind(NamedTuple):
 
     def of(self, z: Tensor, z_t: Tensor) -> Tensor:
         """The definition, [n]."""
-        parameter = (self.parameter,) if self.name in PARAMETRIC else ()
+        parameter = (self.parameter,) if self.name in PARAMETERS else ()
         value: Tensor = getattr(reference, self.name)(z, z_t, *parameter)
         return value
 
+    def values(self, z: Tensor, z_t: Tensor, y: Tensor | None) -> Tensor:
+        """Those of a row function, [2, n]."""
+        nll = z.new_zeros(len(z)) if y is None else -reference.logprobs(z.detach(), y)
+        return torch.stack([self.of(z, z_t), nll])
 
-PARAMETRIC = ("jsd", "skewed_forward_kl", "skewed_reverse_kl")
-PLAIN = [Kind("reverse_kl"), Kind("forward_kl"), Kind("total_variation")]
-KINDS = [*PLAIN, Kind("jsd", 0.5), Kind("skewed_forward_kl", 0.1), Kind("skewed_reverse_kl", 0.1)]
+
+NAMES: tuple[Divergence, ...] = get_args(Divergence)
+# What its reference takes beside the logits: β or α.
+PARAMETERS = {
+    name: own[2] for name in NAMES if len(own := list(inspect.signature(getattr(reference, name)).parameters)) > 2
+}
+KINDS = [Kind(name, {"beta": 0.5, "alpha": 0.1}[PARAMETERS[name]] if name in PARAMETERS else 0.0) for name in NAMES]
 # Where one of the weights of m is small, digits of it are easily lost.
-EXTREME = [Kind(name, parameter) for name in PARAMETRIC for parameter in (1e-4, 0.999)]  # type: ignore[arg-type]
+EXTREME = [Kind(name, parameter) for name in PARAMETERS for parameter in (1e-4, 0.999)]
+UNBOUNDED = ("reverse_kl", "forward_kl")  # infinite where one side forbids what the other may emit
+ONCE = KINDS[0]  # where the kind is beside the point
+kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
+all_kinds = pytest.mark.parametrize("kind", [*KINDS, *EXTREME], ids=str)
 
 
-class Rows(NamedTuple):
-    """A chunk of scaled scores and what belongs to it."""
-
-    x: Tensor  # [n, V]
-    x_t: Tensor  # [n, V]
-    y: Tensor | None = None  # [n]
-    caps: tuple[float | None, float | None] = (None, None)
-
-    def to(self, dtype: torch.dtype, device: str = "cpu") -> Rows:
-        y = None if self.y is None else self.y.to(device)
-        return self._replace(x=self.x.to(device, dtype), x_t=self.x_t.to(device, dtype), y=y)
-
-    def swapped(self) -> Rows:
-        return self._replace(x=self.x_t, x_t=self.x, caps=self.caps[::-1])
-
-    def take(self, index: slice | Tensor) -> Rows:
-        return self._replace(x=self.x[index], x_t=self.x_t[index], y=None if self.y is None else self.y[index])
-
-    def logits(self) -> tuple[Tensor, Tensor]:
-        """z and z_t."""
-        pairs = zip((self.x, self.x_t), self.caps, strict=True)
-        z, z_t = (x if cap is None else cap * torch.tanh(x) for x, cap in pairs)
-        return z, z_t
+def under_test(divergence: Callable[..., None], kind: Kind, extras: bool = False, device: str = "cpu") -> UnderTest:
+    """The divergence of a backend."""
+    functions = partial(divergence, *kind), partial(divergence_torch.divergence, *kind)
+    outputs, steps = ROWS_WITH_EXTRAS if extras else ROWS, kind.name == "total_variation"
+    return UnderTest(*functions, kind.values, outputs, device, 3.0, steps)
 
 
-class Outcome(NamedTuple):
-    values: Tensor  # [K, n]
-    gradient: Tensor  # [n, V]; without one the chunk as it was left
-
-    def outputs(self) -> tuple[Outputs, Extras]:
-        outputs = Outputs.of(self.values)
-        assert outputs.extras is not None
-        return outputs, outputs.extras
+def outputs_of(outcome: Outcome) -> tuple[Outputs, Extras]:
+    outputs = Outputs.of(outcome.values)
+    assert outputs.extras is not None
+    return outputs, outputs.extras
 
 
-def run(
-    function: DivergenceFunction,
-    kind: Kind,
-    rows: Rows,
-    dtype: torch.dtype,
-    device: str = "cpu",
-    gradient: bool = True,
-    apart: torch.dtype | None = None,
-    extras: bool = False,
-) -> Outcome:
-    """A row function on a copy of `rows`, with the gradient in place or in a tensor of dtype `apart`."""
-    rows = rows.to(dtype, device)
-    x = rows.x.clone()
-    out_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    out = torch.full((ROWS_WITH_EXTRAS if extras else ROWS, x.shape[0]), torch.nan, dtype=out_dtype, device=device)
-    into = None if not gradient else x if apart is None else torch.full_like(x, torch.nan, dtype=apart)
-    logits = Logits(x, rows.caps[0], rows.x_t.clone(), rows.caps[1])
-    function(*kind, logits, rows.y, out, into)
-    return Outcome(out.cpu(), (x if into is None else into).cpu())
+class DivergenceContract(RowContract):
+    """Of the divergences on every backend; `tested` is each kind without extras, `described` each kind with them."""
+
+    divergence: Callable[..., None]
+    device = "cpu"
+
+    @pytest.fixture(params=KINDS, ids=str)
+    def kind(self, request: pytest.FixtureRequest) -> Kind:
+        found: Kind = request.param
+        return found
+
+    @pytest.fixture
+    def tested(self, kind: Kind) -> UnderTest:
+        return under_test(self.divergence, kind, False, self.device)
+
+    @pytest.fixture
+    def described(self, kind: Kind) -> UnderTest:
+        return under_test(self.divergence, kind, True, self.device)
+
+    def test_extras_change_nothing(self, tested: UnderTest, described: UnderTest) -> None:
+        rows = random_rows(2, WIDTH)
+        with_extras, without = described.run(rows), tested.run(rows)
+        assert torch.equal(with_extras.values[:2], without.values)
+        assert torch.equal(with_extras.gradient, without.gradient)
+
+    def test_without_tokens(self, described: UnderTest) -> None:
+        rows = random_rows(2, WIDTH)
+        ours, expected = described.run(rows._replace(y=None)), described.run(rows)
+        (value, token_nll, _), extras = outputs_of(ours)
+        assert (token_nll == 0).all()
+        assert (extras.teacher_nll == 0).all()
+        assert torch.equal(value, expected.values[0])
+        assert torch.equal(ours.gradient, expected.gradient)
+
+    @undefined
+    @pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
+    def test_extras_of_what_is_undefined(self, described: UnderTest, side: int, poison: str) -> None:
+        """On either side, and in its row alone."""
+        ours = described.run(poisoned(random_rows(2, WIDTH), poison, side))
+        (value, _, _), extras = outputs_of(ours)
+        own = extras.teacher_entropy if side else extras.entropy
+        for t in (value, own, extras.reverse_kl, extras.forward_kl, extras.agreement):
+            assert t.isnan().tolist() == [False, True]
+        assert ours.gradient.isnan().any(1).tolist() == ours.gradient.isnan().all(1).tolist() == [False, True]
+
+    def test_extras_of_a_student_like_its_teacher(self, described: UnderTest) -> None:
+        rows = random_rows(2, WIDTH)
+        _, extras = outputs_of(described.run(rows._replace(x_t=rows.x)))
+        assert (extras.reverse_kl == 0).all()
+        assert (extras.forward_kl == 0).all()
+        assert torch.equal(extras.entropy, extras.teacher_entropy)
+        assert (extras.agreement == 1).all()
 
 
-def assert_accurate(what: str, ours: Outcome, peer: Outcome, exact: Outcome, rows: Rows, steps: bool) -> None:
-    """Values infinite or NaN where float64 has them; elsewhere the rule of the losses, on exactly the same logits.
+def assert_zero_for_equals(
+    tested: UnderTest, n: int, width: int, spread: float, dtype: torch.dtype, capped: bool
+) -> None:
+    """A student like its teacher, with forbidden tokens: exactly 0, value and gradient, not nearly."""
+    rows = random_rows(n, width, spread)
+    x = rows.x.index_fill(1, torch.tensor([0, 77]), -INF)
+    ours = tested.run(Rows(x, x, rows.y, (3.0, 3.0) if capped else (None, None)), dtype)
+    assert (ours.values[0] == 0).all()
+    assert (ours.gradient == 0).all()
 
-    `steps`: the gradient jumps where p = q. Rows in which float32 may land on the other side count by their values alone.
+
+def agreements(width: int, block: int) -> tuple[Rows, list[float]]:
+    """Is the first maximum of the student that of the teacher?
+
+    Ties within a block, across blocks, and a maximum below 0 in a row that begins with forbidden tokens.
     """
-    eps = torch.finfo(torch.float32).eps
-    z_size = max([1.0, *(c for c in rows.caps if c is not None)])  # a capped logit is rounded after its tanh
-    own = torch.finfo(rows.x.dtype).eps if rows.x.dtype == torch.bfloat16 else 0.0
-    size = eps * z_size * max(1.0, largest(finite(exact.values)))  # of the values, and of the log-ratios in a gradient
-    steep = largest(finite(exact.gradient))  # a wide cap multiplies it
-    slacks = (3 * size, size * max(1.0, steep) + own * steep)
-    kept = exact.gradient.isfinite().all(-1)
-    if steps:
-        kept &= ~tied(rows)
-    assert not ours.gradient[exact.gradient.isnan().all(-1)].isfinite().any(), what
-    for field, slack in zip(Outcome._fields, slacks, strict=True):
-        got, other, true = (getattr(o, field) for o in (ours, peer, exact))
-        if field == "gradient":
-            got, other, true = got[kept], other[kept], true[kept]
-        elif (
-            z_size > 1.0 and len(got) == ROWS_WITH_EXTRAS
-        ):  # which of the saturated logits is the first largest is a matter of rounding
-            got, other, true = got[:-1], other[:-1], true[:-1]
-        assert torch.equal(got.isnan(), true.isnan()), f"{what} {field}"
-        assert torch.equal(got.isinf(), true.isinf()), f"{what} {field}"
-        assert_as_accurate(f"{what} {field}", finite(got), finite(other), finite(true), slack)
-
-
-def tied(rows: Rows) -> Tensor:
-    """[n]: is there a token with p and q nearly, but not exactly equal in any precision?"""
-    z, z_t = rows.to(torch.float64).logits()
-    log_p, log_q = torch.log_softmax(z, -1), torch.log_softmax(z_t, -1)
-    near = ((log_p - log_q).abs() < 1e-4 * (1.0 + log_p.abs())) & (log_p > -100.0)
-    return near.any(-1) & (rows.x != rows.x_t).any(-1)
-
-
-def finite(t: Tensor) -> Tensor:
-    return t.where(t.isfinite(), 0.0)
-
-
-def random_rows(n: int, vocabulary: int, spread: float = 2.0, seed: int = 0) -> Rows:
-    """Log-ratios of four sizes, none near 0, so that p = q nowhere."""
-    g = generator(seed)
-    x = torch.randn(n, vocabulary, generator=g) * spread
-    shift = torch.tensor([-3.0, -0.7, 0.6, 2.5])[torch.randint(4, (n, vocabulary), generator=g)]
-    return Rows(x, x + shift, torch.randint(vocabulary, (n,), generator=g))
-
-
-def close_rows(n: int, vocabulary: int, distance: float = 1e-2, seed: int = 0) -> Rows:
-    g = generator(seed)
-    x = torch.randn(n, vocabulary, generator=g) * 2.0
-    shift = torch.randn(n, vocabulary, generator=g) * distance
-    return Rows(x, x + shift, torch.randint(vocabulary, (n,), generator=g))
-
-
-def edges(block: int) -> dict[str, Rows]:
-    """Rows of two blocks, the second one of 3 columns. Margins of 2000 underflow in float64 too."""
-    width = block + 3
-    tail = torch.arange(width) >= block
-    row, ramp = partial(row_cases.edge, width), partial(row_cases.ramp, width)
-    last, steps = width - 1, torch.arange(width) / 16.0
-    cases = {
-        "one-hot, its token": (row((5, 200.0)), row((5, 180.0)), 5),
-        "one-hot, another": (row((5, 200.0)), row((5, 180.0)), 6),
-        "one-hot in the last column": (row((last, 200.0)), row((last, 100.0)), last),
-        "apart": (row((5, 200.0)), row((6, 200.0)), 5),
-        "far apart": (row((5, 2e3)), row((6, 2e3)), 5),
-        "flat": (row(), row(), 3),
-        "flat, far down": (row(fill=-300.0), row(fill=-200.0), 3),
-        "all below -100": (ramp(-150.0), ramp(-120.0).flip(0), last),
-        "far up": (ramp(1e4), ramp(-1e4).flip(0), 1),
-        "plus and minus 1e4": (1e4 * (1.0 - 2.0 * (torch.arange(width) % 2)), ramp(1e4), 2),
-        "two at the top": (row((1, 50.0), (last, 50.0)), row((1, 40.0), (2, 40.0)), 1),
-        "forbidden": (row((0, -INF), (last, -INF)), ramp(), 3),
-        "the token forbidden": (row((3, -INF)), ramp(), 3),
-        "both forbid": (row((3, -INF)), row((3, -INF)), 4),
-        "each forbids another": (row((3, -INF)), row((4, -INF)), 5),
-        "first block forbidden": (ramp().where(tail, -INF), ramp(2.0), last),
-        "both forbid the first block": (ramp().where(tail, -INF), ramp(2.0).where(tail, -INF), last),
-        "last block forbidden": (ramp().where(~tail, -INF), ramp(1.0).where(~tail, -INF), 2),
-        "no token in common": (ramp().where(tail, -INF), ramp().where(~tail, -INF), 2),
-        "forbidden what underflows": (row((0, 2e3)), row((0, 2e3), (3, -INF)), 0),
-        "forbidden what underflows later": (row((last, 2e3)), row((last, 9.0), (3, -INF)), last),
-        "a forbidden block that underflows": (row((last, 2e3)), ramp().where(tail, -INF), last),
-        "both at the lowest number": (ramp().where(tail, LOWEST), ramp(1.0).where(tail, LOWEST), last),
-        "raised step by step": (steps, steps / 2.0, last),
-        "one rises, one falls": (steps, -steps, 0),
-    }
-    return {name: Rows(x[None], x_t[None], torch.tensor([y])) for name, (x, x_t, y) in cases.items()}
+    x, x_t = torch.zeros(5, width), torch.zeros(5, width)
+    x[0, [7, 9, width - 1]] = 3.0
+    x_t[0, [7, width - 2]] = 5.0
+    x[1, [7, width - 1]] = 3.0
+    x_t[1, width - 1] = 3.0
+    x[2:], x_t[2:] = -9.0, -8.0
+    x[2, : block + 1] = x_t[2, : block + 1] = -INF
+    x[3, 0] = x_t[3, 1] = -INF
+    return Rows(x, x_t), [1.0, 0.0, 1.0, 0.0, 1.0]

@@ -6,14 +6,15 @@ They run on a GPU where there is one, and else in Triton's interpreter (test_int
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
-import row_cases
 import torch
 from devices import INTERPRETED, triton_device
 from loss_cases import assert_as_accurate, generator, largest
+from row_cases import INF, LOWEST, Rows, edge, edges, finite, ramp
+from row_contract import outside
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
@@ -36,61 +37,60 @@ HEADS = {
 }
 FUNCTIONS = ("token_nll", "reverse_kl")
 BLOCK = 64  # columns of a tile with float32 operands
-INF = math.inf
 
 
 class Case(NamedTuple):
-    """A problem; `student` and `teacher` are [n, D], [V, D] and [V] or None."""
-
-    student: tuple[Tensor, Tensor, Tensor | None]
-    teacher: tuple[Tensor, Tensor, Tensor | None]
+    student: Head
+    teacher: Head
     y: Tensor | None  # [n]
-    options: HeadOptions = HeadOptions()
-    teacher_options: HeadOptions = HeadOptions()
+
+    def each(self, change: Callable[[Head], Head]) -> Case:
+        return self._replace(student=change(self.student), teacher=change(self.teacher))
 
     def rows(self, rows: slice) -> Case:
-        student, teacher = ((h[rows], w, b) for h, w, b in (self.student, self.teacher))
-        return self._replace(student=student, teacher=teacher, y=None if self.y is None else self.y[rows])
+        cut = self.each(lambda head: head._replace(hidden=head.hidden[rows]))
+        return cut._replace(y=None if self.y is None else self.y[rows])
 
     def logits(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """z of student and teacher [n, V]."""
 
-        def logits(head: tuple[Tensor, Tensor, Tensor | None], options: HeadOptions) -> Tensor:
-            hidden, weight, bias = (None if t is None else t.to(dtype) for t in head)
-            assert hidden is not None
-            assert weight is not None
-            return reference.logits(hidden, weight, bias, options.temperature, options.logit_scale, options.softcap)
+        def logits(head: Head) -> Tensor:
+            hidden, weight, bias = (None if t is None else t.to(dtype) for t in head[:3])
+            own = head.options
+            return reference.logits(hidden, weight, bias, own.temperature, own.logit_scale, own.softcap)
 
-        return logits(self.student, self.options), logits(self.teacher, self.teacher_options)
+        return logits(self.student), logits(self.teacher)
 
 
 def make_case(n: int, vocabulary: int, dim: int = 20, dtype: torch.dtype = torch.float32, bias: bool = True) -> Case:
     g = generator(n)
 
-    def head(d: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def head(d: int) -> Head:
         hidden, weight = torch.randn(n, d, generator=g), torch.randn(vocabulary, d, generator=g) * 2.0 / d**0.5
-        return hidden.to(dtype), weight.to(dtype), torch.randn(vocabulary, generator=g).to(dtype) if bias else None
+        biases = torch.randn(vocabulary, generator=g).to(dtype) if bias else None
+        return Head(hidden.to(dtype), weight.to(dtype), biases, HeadOptions())
 
     return Case(head(dim), head(dim + 13), torch.randint(vocabulary, (n,), generator=g))
 
 
-def run(name: str, case: Case, entropy: bool = True) -> Tensor:
-    """The values [K, n] of a scoring function."""
+def on_device(head: Head) -> Head:
+    tensors = (None if t is None else t.to(DEVICE) for t in head[:3])
+    return Head(*tensors, head.options)
 
-    def head(tensors: tuple[Tensor, Tensor, Tensor | None], options: HeadOptions) -> Head:
-        hidden, weight, bias = tensors
-        return Head(hidden.to(DEVICE), weight.to(DEVICE), None if bias is None else bias.to(DEVICE), options)
 
-    student = head(case.student, case.options)
-    out = torch.full((2, student.hidden.shape[0]), torch.nan, device=DEVICE)
-    y = None if case.y is None else case.y.to(DEVICE)
+def score(name: str, student: Head, teacher: Head, y: Tensor | None, out: Tensor) -> Tensor:
     if name == "token_nll":
-        assert y is not None
-        out = out if entropy else out[:1]
-        score_triton.token_nll(student, y, out, entropy)
+        score_triton.token_nll(student, y, out, out.shape[0] > 1)
     else:
-        score_triton.reverse_kl(student, head(case.teacher, case.teacher_options), y, out)
+        score_triton.reverse_kl(student, teacher, y, out)
     return out.cpu()
+
+
+def run(name: str, case: Case, outputs: int = 2) -> Tensor:
+    """The values [K, n] of a scoring function."""
+    student, teacher, y = case.each(on_device)
+    out = torch.full((outputs, len(student.hidden)), torch.nan, device=DEVICE)
+    return score(name, student, teacher, None if y is None else y.to(DEVICE), out)
 
 
 def expected(name: str, case: Case, dtype: torch.dtype) -> Tensor:
@@ -113,10 +113,6 @@ def assert_accurate(name: str, case: Case) -> None:
     size = max(1.0, largest(finite(z)), largest(finite(z_t)) if name == "reverse_kl" else 0.0)
     slack = 4 * torch.finfo(torch.float32).eps * max(size, largest(finite(exact)))
     assert_as_accurate(name, finite(ours), finite(peer), finite(exact), slack)
-
-
-def finite(t: Tensor) -> Tensor:
-    return t.where(t.isfinite(), 0.0)
 
 
 @pytest.fixture
@@ -153,9 +149,8 @@ def test_hidden_sizes(name: str, dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("few_splits", "descriptors")
 def test_descriptors(name: str, dim: int, dtype: torch.dtype) -> None:
     case = make_case(3, 900, dim, dtype)
-    hidden, weight, bias = case.teacher
-    teacher = hidden[:, :dim].contiguous(), weight[:, :dim].contiguous(), bias
-    assert_accurate(name, case._replace(teacher=teacher))
+    hidden, weight = (t[:, :dim].contiguous() for t in case.teacher[:2])
+    assert_accurate(name, case._replace(teacher=case.teacher._replace(hidden=hidden, weight=weight)))
 
 
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
@@ -164,8 +159,9 @@ def test_descriptors(name: str, dim: int, dtype: torch.dtype) -> None:
 )
 @pytest.mark.usefixtures("few_splits")
 def test_heads(name: str, options: HeadOptions, teacher: str) -> None:
-    case = make_case(5, 300)._replace(options=options, teacher_options=HEADS[teacher])
-    assert_accurate(name, case)
+    case = make_case(5, 300)
+    student, other = case.student._replace(options=options), case.teacher._replace(options=HEADS[teacher])
+    assert_accurate(name, case._replace(student=student, teacher=other))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -182,40 +178,20 @@ def test_a_large_vocabulary(name: str) -> None:
 
 
 WIDE = 3 * BLOCK + 3  # two splits of two tiles
-edge, ramp = partial(row_cases.edge, WIDE), partial(row_cases.ramp, WIDE)
-TAIL = torch.arange(WIDE) >= 2 * BLOCK + 9  # within the second split
-LOWEST = torch.finfo(torch.float32).min
-# Student's row, teacher's row, token. Margins of 2000 underflow in float64 too, which is to follow the same rules.
-EDGES: dict[str, tuple[Tensor, Tensor, int]] = {
-    "one-hot, its token": (edge((5, 200.0)), edge((5, 180.0)), 5),
-    "one-hot, another": (edge((5, 200.0)), edge((5, 180.0)), 6),
-    "one-hot in the last column": (edge((WIDE - 1, 200.0)), edge((WIDE - 1, 100.0)), WIDE - 1),
-    "apart": (edge((5, 200.0)), edge((6, 200.0)), 5),
-    "flat": (edge(), edge(), 3),
-    "flat, far down": (edge(fill=-300.0), edge(fill=-200.0), 3),
-    "all below -100": (ramp(-150.0), ramp(-120.0).flip(0), WIDE - 1),
-    "far up": (ramp(1e4), ramp(-1e4).flip(0), 1),
-    "plus and minus 1e4": (1e4 * (1.0 - 2.0 * (torch.arange(WIDE) % 2)), ramp(1e4), 2),
-    "two at the top": (edge((1, 50.0), (WIDE - 1, 50.0)), edge((1, 40.0), (2, 40.0)), 1),
-    "student forbids": (edge((0, -INF), (WIDE - 1, -INF)), ramp(), 3),
-    "student forbids the token": (edge((3, -INF)), ramp(), 3),
-    "both forbid": (edge((3, -INF)), edge((3, -INF)), 4),
-    "teacher forbids": (ramp(), edge((WIDE - 2, -INF)), 4),
-    "student forbids a split": (ramp().where(TAIL, -INF), ramp(2.0), WIDE - 1),
-    "both forbid a split": (ramp().where(TAIL, -INF), ramp(2.0).where(TAIL, -INF), WIDE - 1),
-    "student forbids the last splits": (ramp().where(~TAIL, -INF), ramp(1.0).where(~TAIL, -INF), 2),
-    "teacher forbids what underflows": (edge((0, 2e3)), edge((0, 2e3), (3, -INF)), 0),
-    "teacher forbids what underflows later": (edge((WIDE - 1, 2e3)), edge((WIDE - 1, 9.0), (3, -INF)), WIDE - 1),
-    "teacher forbids a split that underflows": (edge((WIDE - 1, 2e3)), ramp().where(TAIL, -INF), WIDE - 1),
-    "student at the lowest number": (ramp().where(TAIL, LOWEST), ramp(), WIDE - 1),
-    "both at the lowest number": (ramp().where(TAIL, LOWEST), ramp(1.0).where(TAIL, LOWEST), WIDE - 1),
-    "student forbids, teacher at the lowest number": (ramp().where(TAIL, -INF), ramp().where(TAIL, LOWEST), WIDE - 1),
-    "raised step by step": (torch.arange(WIDE) / 16.0, torch.arange(WIDE) / 32.0, WIDE - 1),
-    "student rises, teacher falls": (torch.arange(WIDE) / 16.0, torch.arange(WIDE) / -16.0, 0),
-    "nan": (edge((WIDE - 2, math.nan)), ramp(), 3),
-    "inf": (edge((WIDE - 2, INF)), ramp(), 3),
-    "all -inf": (edge(fill=-INF), ramp(), 3),
-    "teacher nan": (ramp(), edge((WIDE - 2, math.nan)), 3),
+BLOCK_OF_SPLIT = 2 * BLOCK + 9  # within the second split
+UP, TAIL = ramp(WIDE), torch.arange(WIDE) >= BLOCK_OF_SPLIT
+# Student's row, teacher's row.
+OWN_EDGES: dict[str, tuple[Tensor, Tensor]] = {
+    "teacher forbids": (UP, edge(WIDE, (WIDE - 2, -INF))),
+    "student at the lowest number": (UP.where(TAIL, LOWEST), UP),
+    "student forbids, teacher at the lowest number": (UP.where(TAIL, -INF), UP.where(TAIL, LOWEST)),
+    "nan": (edge(WIDE, (WIDE - 2, math.nan)), UP),
+    "inf": (edge(WIDE, (WIDE - 2, INF)), UP),
+    "all -inf": (edge(WIDE, fill=-INF), UP),
+    "teacher nan": (UP, edge(WIDE, (WIDE - 2, math.nan))),
+}
+EDGES = edges(WIDE, BLOCK_OF_SPLIT) | {
+    k: Rows(x[None], x_t[None], torch.tensor([3])) for k, (x, x_t) in OWN_EDGES.items()
 }
 
 
@@ -224,9 +200,9 @@ EDGES: dict[str, tuple[Tensor, Tensor, int]] = {
 @pytest.mark.usefixtures("few_splits")
 def test_edges(name: str, case: str) -> None:
     """The rows come in as biases, for products of infinities with zeros are NaN."""
-    x, x_t, y = EDGES[case]
+    (x,), (x_t,), y, _ = EDGES[case]
     nothing = torch.zeros(1, 4), torch.zeros(WIDE, 4)
-    assert_accurate(name, Case((*nothing, x), (*nothing, x_t), torch.tensor([y])))
+    assert_accurate(name, Case(*(Head(*nothing, bias, HeadOptions()) for bias in (x, x_t)), y))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -234,7 +210,7 @@ def test_edges(name: str, case: str) -> None:
 def test_undefined_rows_stay_alone(name: str) -> None:
     case = make_case(3, WIDE)
     for row, head in ((1, case.student), (2, case.teacher)):
-        head[0][row, 3] = math.nan
+        head.hidden[row, 3] = math.nan
     assert run(name, case)[0].isnan().tolist() == [False, True, name == "reverse_kl"]
 
 
@@ -244,14 +220,12 @@ def test_undefined_rows_stay_alone(name: str) -> None:
 def test_a_student_like_its_teacher(options: HeadOptions, dtype: torch.dtype) -> None:
     """Exactly 0, not nearly."""
     case = make_case(4, 300, dtype=dtype)
-    bias = case.student[2]
-    assert bias is not None
-    bias[:77] = -INF
-    case = case._replace(teacher=case.student, options=options, teacher_options=options)
-    assert (run("reverse_kl", case)[0] == 0).all()
+    case.student.bias[:77] = -INF
+    student = case.student._replace(options=options)
+    assert (run("reverse_kl", Case(student, student, case.y))[0] == 0).all()
 
 
-@pytest.mark.parametrize("y", [-1, -100, WIDE, 2**40])
+@pytest.mark.parametrize("y", outside(WIDE))
 def test_a_token_outside_the_vocabulary_is_nan(y: int) -> None:
     case = make_case(2, WIDE)._replace(y=torch.tensor([5, y]))
     nll, entropy = run("token_nll", case)
@@ -264,7 +238,7 @@ def test_a_token_outside_the_vocabulary_is_nan(y: int) -> None:
 
 def test_without_entropy() -> None:
     case = make_case(3, WIDE)
-    assert torch.equal(run("token_nll", case, entropy=False)[0], run("token_nll", case)[0])
+    assert torch.equal(run("token_nll", case, outputs=1)[0], run("token_nll", case)[0])
 
 
 def test_without_tokens() -> None:
@@ -279,11 +253,8 @@ def test_no_rows(name: str) -> None:
     assert run(name, make_case(0, 12)).shape == (2, 0)
 
 
-def in_eighths(head: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, Tensor, Tensor | None]:
-    hidden, weight, bias = ((tensor * 8).round() / 8 if tensor is not None else None for tensor in head)
-    assert hidden is not None
-    assert weight is not None
-    return hidden, weight, bias
+def in_eighths(head: Head) -> Head:
+    return Head(*((tensor * 8).round() / 8 for tensor in head[:3]), head.options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -297,7 +268,7 @@ def test_same_bits_whatever_the_rows_around(name: str, dtype: torch.dtype) -> No
     """
     case = make_case(140, 200, 48, dtype)
     if INTERPRETED:
-        case = case._replace(student=in_eighths(case.student), teacher=in_eighths(case.teacher))
+        case = case.each(in_eighths)
     whole = run(name, case)
     assert torch.equal(whole, run(name, case))
     for rows in (slice(0, 1), slice(130, 131), slice(5, 70)):
@@ -317,22 +288,13 @@ def test_splits_cover_the_vocabulary(vocabulary: int, block_n: int) -> None:
 def test_strides(name: str) -> None:
     """Rows with a gap between them, results in the columns of a wider buffer, every second token."""
     case = make_case(3, WIDE)
-    hidden, weight, bias = case.student
-    assert case.y is not None
+    student, teacher, y = case.each(on_device)
     wide = torch.full((3, 50), 7.0, device=DEVICE)
-    wide[:, :20] = hidden.to(DEVICE)
-    assert bias is not None
-    student = Head(wide[:, :20], weight.to(DEVICE), bias.to(DEVICE), case.options)
+    wide[:, :20] = student.hidden
     buffer = torch.full((6, 4), 7.0, device=DEVICE)
-    out, y = buffer[::2, 1:3].t(), case.y.to(DEVICE).repeat_interleave(2)[::2]
-    if name == "token_nll":
-        score_triton.token_nll(student, y, out, entropy=True)
-    else:
-        hidden, weight, bias = case.teacher
-        assert bias is not None
-        teacher = Head(hidden.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), case.teacher_options)
-        score_triton.reverse_kl(student, teacher, y, out)
-    assert torch.equal(out.cpu(), run(name, case))
+    out = buffer[::2, 1:3].t()
+    found = score(name, student._replace(hidden=wide[:, :20]), teacher, y.to(DEVICE).repeat_interleave(2)[::2], out)
+    assert torch.equal(found, run(name, case))
     assert int((buffer == 7.0).sum()) == buffer.numel() - out.numel()
 
 

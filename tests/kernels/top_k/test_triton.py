@@ -1,0 +1,64 @@
+"""The tails of top-k lists in Triton: as accurate against float64 as those in PyTorch.
+
+They run on a GPU where there is one, and else in Triton's interpreter (test_interpreted.py).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+from devices import triton_device
+from loss_cases import generator
+from row_cases import Outcome, Rows, assert_terms_accurate, hard_rows, random_rows, run
+from torch import Tensor
+
+from fastkl.kernels.rows import pytorch as rows_torch
+from fastkl.kernels.rows.interface import Logits
+from fastkl.kernels.rows.launch import launch_config
+from fastkl.kernels.top_k import triton as tails_triton
+from fastkl.kernels.top_k.formula import DIRECTIONS, TAILS, top_k
+
+DEVICE = triton_device()
+BLOCK = launch_config(1).block
+caps = pytest.mark.parametrize("cap", [None, 3.0])
+
+
+def run_on(
+    module: ModuleType, variant: str, rows: Rows, ids: Tensor, q: Tensor, dtype: torch.dtype = torch.float32
+) -> Outcome:
+    def function(logits: Logits, y: Tensor | None, out: Tensor, gradient: Tensor | None) -> None:
+        logits = logits._replace(top_ids=ids.to(out.device), top_logprobs=q.to(out.device, dtype))
+        top_k(variant, module, logits, y, out, gradient)
+
+    return run(function, rows, dtype, 2, DEVICE if module is tails_triton else "cpu", apart=dtype)
+
+
+def assert_right(variant: str, rows: Rows, ids: Tensor, q: Tensor) -> None:
+    ours, peer = (run_on(module, variant, rows, ids, q) for module in (tails_triton, rows_torch))
+    assert_terms_accurate(ours, peer, run_on(rows_torch, variant, rows, ids, q, torch.float64))
+
+
+@caps
+@pytest.mark.parametrize("vocabulary", [5, 1009, BLOCK, BLOCK + 1, 2 * BLOCK + 17])
+@pytest.mark.parametrize("variant", [f"{direction}-{tail}" for direction in DIRECTIONS for tail in TAILS])
+def test_widths(variant: str, vocabulary: int, cap: float | None) -> None:
+    rows = hard_rows(vocabulary, cap)
+    x = rows.x.clamp(min=-50.0)
+    q, ids = torch.log_softmax(x + torch.randn(x.shape, generator=generator(1)), -1).topk(3)
+    ids[2, 2] = -1
+    assert_right(variant, rows._replace(x=x), ids, q)
+
+
+@caps
+def test_a_list_of_everything_leaves_no_tail(cap: float | None) -> None:
+    rows = random_rows(2, 7)._replace(y=torch.tensor([0, 6]), caps=(cap, None))
+    q = torch.log_softmax(torch.randn(2, 7, generator=generator(1)).double(), -1)
+    assert_right("forward-bucket", rows, torch.arange(7).repeat(2, 1), q)
+
+
+def test_no_rows() -> None:
+    nothing = torch.empty(0, 2, dtype=torch.int64)
+    found = run_on(tails_triton, "reverse-bucket", random_rows(0, 9), nothing, nothing.float())
+    assert [t.numel() for t in found] == [0, 0]
