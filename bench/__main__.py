@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from bench.commands import count, gpu, kernels, loss, models, plot, train
-from bench.commands import sparse as sampled
+from bench.commands import count, gpu, kernels, loss, models, plot, sparse, train
 
 BENCHES = {
     "loss": loss,
-    "sampled": sampled,
+    "sparse": sparse,
     "plot": plot,
     "kernels": kernels,
     "count": count,

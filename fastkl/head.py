@@ -2,7 +2,7 @@
 
     fused = FusedCausalLM(model)                          # model: any Transformers causal LM, or a peft model around one
     output = fused(lambda hidden, weight, **head:         # hidden [B, T, D], as the LM head receives them
-        policy_gradient_loss(hidden[:, :-1], weight, ids[:, 1:], advantages, sampler_logprobs, **head),
+        policy_gradient_loss(hidden[:, :-1], weight, ids[:, 1:], advantages, old_logprobs, **head),
         input_ids=ids, attention_mask=attention_mask)
     output.loss.backward()
 

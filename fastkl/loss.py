@@ -21,7 +21,7 @@ their values):
                     synchronisation (as a CUDA graph needs), all rows are computed, and masked rows must be finite.
     backend         row functions: "triton", "torch", or "auto": Triton on CUDA and HIP devices, PyTorch elsewhere and for
                     float64.
-    backward        "exact", or "sampled": see below. Its options: grad_error, epsilon, seed.
+    backward        "exact", or Sparse(seed=…): see below.
     weight_grad     [V, D] float32 (float64 for float64 weights), to which the backward pass adds the weight's gradient;
                     weight.grad is then left alone. For sums over micro-batches in full precision, such as Megatron's
                     weight.main_grad, or weight.grad itself where it is float32. Not under torch.compile.
@@ -33,25 +33,19 @@ There are no gradients of gradients, and none in forward mode: backward with cre
 refused. Gradients of float16 hidden states are float16 before an upstream gradient (a loss scale) multiplies them: use
 bfloat16 where they are tiny. Formulas: `fastkl.reference`, where each loss stands once more as plain PyTorch.
 
-Sampled backward
-----------------
-backward="sampled" makes the gradients of hidden and weight from a random subset of the vocabulary for each block of rows
-(128 on a CPU, 1024 elsewhere): unbiased for every loss, and on the peaked rows of a trained model for little more than the
-price of the forward pass. Values are exact. So is the bias's gradient where the loss is reduced; where it is not
-(linear_logprobs, reduction="none") and weight or bias is trainable, it is sampled too. docs/sparse-backward.md has the
-estimator, measurements, and when not to use it.
+Sparse backward
+---------------
+backward=Sparse(seed=…) makes the gradients of hidden and weight from a random subset of the vocabulary for each block of
+rows (128 on a CPU, 1024 elsewhere). They are unbiased for every loss. On the peaked rows of a trained model they cost
+little more than the forward pass. Values are exact. The bias's gradient is exact where the loss is reduced. Where it is
+not (linear_logprobs, reduction="none") and weight or bias is trainable, it is made from the subset too.
+docs/sparse-backward.md has the estimator, measurements, and when not to use it.
 
-    grad_error   > 0, the expected relative error of the gradient by the logits, in each block of rows; by default 0.002,
-                 what rounding it to bfloat16 costs. The errors of the gradients of hidden and weight are about as large.
-    epsilon      > 0, in its place: an id is used for certain if the root of the sum over a block's rows of its squared
-                 gradients by the logits is at least this, and the more rarely the smaller that is. In the units of the
-                 loss before any mean is taken.
-    seed         int ≥ 0, required: same seed, same bits; take another one in each call. The sample depends on chunk_size,
-                 but not among multiples of a block's rows. By default a chunk has at least one block.
-
-A block of rows of which half the ids or more would be used is computed exactly: flat rows are. Metrics: kept_fraction, how
-much of tokens × vocabulary was used, and grad_error, the expected error (0 for what was computed exactly). Under
-torch.compile, a loss that is not reduced and has a trainable head is sampled in the backward pass, and has neither.
+`Sparse` has the options: seed, error or threshold. The subset depends on chunk_size, but not among multiples of a block's
+rows. By default a chunk has at least one block. A block of rows of which half the ids or more would be used is computed
+exactly: flat rows are. Metrics: kept_fraction, how much of tokens × vocabulary was used, and grad_error, the expected
+error (0 for what was computed exactly). Under torch.compile a loss that is not reduced and has a trainable head draws its
+subset in the backward pass, and has neither metric.
 
 Divergences
 -----------
@@ -98,10 +92,13 @@ from fastkl._loss.likeliest import TopK, linear_ranks, linear_top_k
 from fastkl._loss.output import LossOutput, PerToken
 from fastkl._loss.policy_gradient import linear_logprobs, policy_gradient_loss, sampled_reverse_kl_loss
 from fastkl._loss.top_k import top_k_kl_loss
+from fastkl.kernels.sparse.estimator import Backward, Sparse
 
 __all__ = [
+    "Backward",
     "LossOutput",
     "PerToken",
+    "Sparse",
     "TopK",
     "forward_kl_loss",
     "jsd_loss",

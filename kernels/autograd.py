@@ -9,10 +9,10 @@
 
 (GEMMs of one head; a teacher adds its own forward GEMM each time that logits are formed.)
 
-From a sample of a fraction k of the columns, `spec.sampling`, the GEMM of a gradient costs k. `row_losses` then samples in
-the forward pass for a weight too, and keeps the sample, so that the backward pass needs no logits. What is computed again:
-blocks of rows without a sparse sample or without room for it, and all of them in a graph of torch.compile, where the size
-of what is kept would have to be known.
+From a subset of a fraction k of the columns, `spec.sparse`, the GEMM of a gradient costs k. `row_losses` then draws it in
+the forward pass for a weight too, and keeps what it drew: the backward pass needs no logits. Computed again are blocks of
+rows that were computed exactly or that there was no room for. In a graph of torch.compile that is all of them, since the
+size of what is kept would have to be known.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 import fastkl.kernels.flops  # noqa: F401  for torch.utils.flop_counter, which asks whoever has registered
 from fastkl.kernels.operators import evaluate, evaluate_with_gradients, weight_gradients
-from fastkl.kernels.problem import Gradients, Inputs, Needs, Objective, Spec
+from fastkl.kernels.problem import Gradients, Inputs, Needs, RowLoss, Spec
 from fastkl.kernels.sparse.estimator import Estimates
 from fastkl.kernels.surrogate import Surrogate
 
@@ -34,13 +34,13 @@ class Losses(NamedTuple):
 
     losses: Tensor  # [N], or their sum
     values: Tensor  # [K, N]
-    sample: Tensor | None = None  # [2], `Sampler.statistics` of a backward pass that was sampled in the forward pass
+    statistics: Tensor | None = None  # [2], `ColumnSampler.statistics`, where the forward pass drew the columns
 
 
 def row_losses(
     spec: Spec,
     inputs: Inputs,
-    objective: Objective,
+    row_loss: RowLoss,
     active: Tensor | None,
     graded: Tensor | None,
     weight_grad: Tensor | None = None,
@@ -50,32 +50,32 @@ def row_losses(
     `active` rows (None: all) have values, and those of them that are `graded` (None: the active ones) have losses.
     """
     if not _wants_gradient(inputs):
-        return Losses(*_without_gradient(spec, inputs, objective, active, graded))
-    found = _RowLosses.apply(spec, *objective[3:], *objective[:3], active, graded, weight_grad, *inputs)
+        return Losses(*_without_gradient(spec, inputs, row_loss, active, graded))
+    found = _RowLosses.apply(spec, *row_loss[3:], *row_loss[:3], active, graded, weight_grad, *inputs)
     return Losses(*cast(tuple[Tensor, ...], found))
 
 
 def summed_loss(
     spec: Spec,
     inputs: Inputs,
-    objective: Objective,
+    row_loss: RowLoss,
     active: Tensor | None,
     graded: Tensor | None,
     weight_grad: Tensor | None = None,
 ) -> Losses:
     """As `row_losses`, but the losses' sum, 0-dim: its gradients are made in the forward pass."""
     if not _wants_gradient(inputs):
-        losses, values = _without_gradient(spec, inputs, objective, active, graded)
+        losses, values = _without_gradient(spec, inputs, row_loss, active, graded)
         return Losses(losses.sum(), values)
-    found = _SummedLoss.apply(spec, *objective[3:], *objective[:3], active, graded, weight_grad, *inputs)
+    found = _SummedLoss.apply(spec, *row_loss[3:], *row_loss[:3], active, graded, weight_grad, *inputs)
     return Losses(*cast(tuple[Tensor, ...], found))
 
 
 def _without_gradient(
-    spec: Spec, inputs: Inputs, objective: Objective, active: Tensor | None, graded: Tensor | None
+    spec: Spec, inputs: Inputs, row_loss: RowLoss, active: Tensor | None, graded: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     values = evaluate(spec, inputs, active)
-    losses, *_ = objective.losses_and_slopes(values)
+    losses, *_ = row_loss.losses_and_slopes(values)
     counted = active if graded is None else graded
     return losses if counted is None else losses.where(counted, 0.0), values
 
@@ -130,33 +130,33 @@ class _RowLosses(torch.autograd.Function):
         entropy_coef: float,
         weights: Tensor | None,
         advantages: Tensor | None,
-        sampler_logprobs: Tensor | None,
+        old_logprobs: Tensor | None,
         active: Tensor | None,
         graded: Tensor | None,
         weight_grad: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         inputs = Inputs(*tensors)
-        objective = Objective(weights, advantages, sampler_logprobs, surrogate, entropy_coef)
+        row_loss = RowLoss(weights, advantages, old_logprobs, surrogate, entropy_coef)
         ctx.needs = Needs(*ctx.needs_input_grad[_OTHERS : _OTHERS + 3])
-        ctx.estimates, sample = None, None
+        ctx.estimates, statistics = None, None
         if not (ctx.needs.weight or ctx.needs.bias):
-            values, losses, unit = evaluate_with_gradients(spec, inputs, objective, ctx.needs, active, graded)
+            values, losses, unit = evaluate_with_gradients(spec, inputs, row_loss, ctx.needs, active, graded)
             ctx.save_for_backward(unit.hidden)
-            sample = unit.sample
+            statistics = unit.statistics
         else:
             ctx.spec, ctx.surrogate, ctx.entropy_coef, ctx.weight_grad = spec, surrogate, entropy_coef, weight_grad
             unit_hidden = None
-            if spec.sampling is None or torch.compiler.is_compiling():
-                losses, values = _without_gradient(spec, inputs, objective, active, graded)
+            if spec.sparse is None or torch.compiler.is_compiling():
+                losses, values = _without_gradient(spec, inputs, row_loss, active, graded)
             else:
                 ctx.estimates = Estimates(inputs.weight)
                 own = Needs(ctx.needs.hidden, weight=False, bias=False)
-                values, losses, (unit_hidden, _, _, sample) = evaluate_with_gradients(
-                    spec, inputs, objective, own, active, graded, None, ctx.estimates
+                values, losses, (unit_hidden, _, _, statistics) = evaluate_with_gradients(
+                    spec, inputs, row_loss, own, active, graded, None, ctx.estimates
                 )
-            _save(ctx, inputs, *objective[:3], active if graded is None else graded, unit_hidden)
-        found = (losses, values) if sample is None else (losses, values, sample)
+            _save(ctx, inputs, *row_loss[:3], active if graded is None else graded, unit_hidden)
+        found = (losses, values) if statistics is None else (losses, values, statistics)
         ctx.mark_non_differentiable(*found[1:])
         return found
 
@@ -166,17 +166,17 @@ class _RowLosses(torch.autograd.Function):
         if not (ctx.needs.weight or ctx.needs.bias):
             (unit,) = ctx.saved_tensors
             return _input_gradients(_times(unit, upstream))
-        inputs, (weights, advantages, sampler_logprobs, graded, unit) = _saved(ctx)
-        objective = Objective(weights, advantages, sampler_logprobs, ctx.surrogate, ctx.entropy_coef)
+        inputs, (weights, advantages, old_logprobs, graded, unit) = _saved(ctx)
+        row_loss = RowLoss(weights, advantages, old_logprobs, ctx.surrogate, ctx.entropy_coef)
         if ctx.estimates is not None:
             gradients = weight_gradients(
-                ctx.spec, inputs, objective, upstream, ctx.needs, graded, ctx.estimates, ctx.weight_grad
+                ctx.spec, inputs, row_loss, upstream, ctx.needs, graded, ctx.estimates, ctx.weight_grad
             )
             gradients = gradients._replace(hidden=None if unit is None else _times(unit, upstream))
         else:
-            objective = objective._replace(weights=upstream if weights is None else weights * upstream)
+            row_loss = row_loss._replace(weights=upstream if weights is None else weights * upstream)
             how = ctx.needs, graded, None, ctx.weight_grad
-            gradients = evaluate_with_gradients(ctx.spec, inputs, objective, *how)[2]
+            gradients = evaluate_with_gradients(ctx.spec, inputs, row_loss, *how)[2]
         return _input_gradients(*[None if g is None else g.to(inputs.weight.dtype) for g in gradients[:3]])
 
 
@@ -189,20 +189,20 @@ class _SummedLoss(torch.autograd.Function):
         entropy_coef: float,
         weights: Tensor | None,
         advantages: Tensor | None,
-        sampler_logprobs: Tensor | None,
+        old_logprobs: Tensor | None,
         active: Tensor | None,
         graded: Tensor | None,
         weight_grad: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         inputs = Inputs(*tensors)
-        objective = Objective(weights, advantages, sampler_logprobs, surrogate, entropy_coef)
+        row_loss = RowLoss(weights, advantages, old_logprobs, surrogate, entropy_coef)
         ctx.needs, ctx.dtype = Needs(*ctx.needs_input_grad[_OTHERS : _OTHERS + 3]), inputs.weight.dtype
         ctx.spec, ctx.surrogate, ctx.entropy_coef, ctx.weight_grad = spec, surrogate, entropy_coef, weight_grad
-        _save(ctx, inputs, *objective[:3], active if graded is None else graded)
-        values, losses, ctx.gradients = evaluate_with_gradients(spec, inputs, objective, ctx.needs, active, graded)
-        sample, ctx.gradients = ctx.gradients.sample, ctx.gradients._replace(sample=None)
-        found = (losses.sum(), values) if sample is None else (losses.sum(), values, sample)
+        _save(ctx, inputs, *row_loss[:3], active if graded is None else graded)
+        values, losses, ctx.gradients = evaluate_with_gradients(spec, inputs, row_loss, ctx.needs, active, graded)
+        statistics, ctx.gradients = ctx.gradients.statistics, ctx.gradients._replace(statistics=None)
+        found = (losses.sum(), values) if statistics is None else (losses.sum(), values, statistics)
         ctx.mark_non_differentiable(*found[1:])
         return found
 
@@ -222,6 +222,6 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def _recompute(ctx: Any) -> Gradients:
-        inputs, (weights, advantages, sampler_logprobs, graded) = _saved(ctx)
-        objective = Objective(weights, advantages, sampler_logprobs, ctx.surrogate, ctx.entropy_coef)
-        return evaluate_with_gradients(ctx.spec, inputs, objective, ctx.needs, graded)[2]
+        inputs, (weights, advantages, old_logprobs, graded) = _saved(ctx)
+        row_loss = RowLoss(weights, advantages, old_logprobs, ctx.surrogate, ctx.entropy_coef)
+        return evaluate_with_gradients(ctx.spec, inputs, row_loss, ctx.needs, graded)[2]

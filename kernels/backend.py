@@ -15,8 +15,8 @@ from fastkl.kernels.problem import Backend, Inputs, Kind, Spec
 from fastkl.kernels.rows import pytorch as rows_torch
 from fastkl.kernels.rows.interface import EntropyGradient, RowFunction
 from fastkl.kernels.score import cpu as score_torch
-from fastkl.kernels.sparse.estimator import BlockSampler
-from fastkl.kernels.sparse.pytorch import Sampler
+from fastkl.kernels.sparse.estimator import ColumnSampler
+from fastkl.kernels.sparse.pytorch import PyTorchColumnSampler
 from fastkl.kernels.top_k.formula import top_k
 
 LOGPROBS: tuple[Kind, ...] = ("token_nll", "token_nll_entropy")
@@ -38,14 +38,14 @@ def entropy_gradient(spec: Spec, hidden: Tensor) -> EntropyGradient:
     return cast(EntropyGradient, _module("rows", spec, hidden).entropy_gradient)
 
 
-def block_sampler(spec: Spec, inputs: Inputs) -> BlockSampler | None:
-    """What makes the gradients from a sample of columns, with no synchronisation in Triton; None: nothing is sampled."""
-    if spec.sampling is None:
+def column_sampler(spec: Spec, inputs: Inputs) -> ColumnSampler | None:
+    """What makes the gradients from a sample of columns, with no synchronisation in Triton; None: all columns are used."""
+    if spec.sparse is None:
         return None
-    how = spec.sampling, inputs.weight, spec.student.cap is not None
+    how = spec.sparse, inputs.weight, spec.student.cap is not None
     if _is_triton(spec.backend, inputs.hidden):
-        return cast(BlockSampler, _imported("sparse", spec.backend).Sampler(*how))
-    return Sampler(*how)
+        return cast(ColumnSampler, _imported("sparse", spec.backend).TritonColumnSampler(*how))
+    return PyTorchColumnSampler(*how)
 
 
 def scorer(spec: Spec, inputs: Inputs) -> Callable[[Tensor], None] | None:

@@ -2,11 +2,11 @@
 
     for a chunk of rows:   x = alpha (h Wᵀ + b)              [n, V]   vendor GEMM into a workspace
                            values, u = row function(x)       [K, n], u = d values[0] / d x, in place where dtypes allow
-                           slopes = objective(values)        [n]      d loss / d values[0]
+                           slopes = row_loss(values)        [n]      d loss / d values[0]
                            dh = slopes · (u W)               [n, D]   vendor GEMMs; alpha and the slopes are applied on
                            dW += uᵀ (slopes · h)             [V, D]   the thin side, never over the vocabulary
 
-The last two are made from a random subset of the columns of u where `spec.sampling` says so (`sampled.py`).
+The last two are made from a random subset of the columns of u where `spec.sparse` says so (`sparse/estimator.py`).
 
 Nothing of size N × V exists: a chunk's logits live in the workspace and are gone with the next chunk. A new loss is a new
 row function (`rows_torch.py`); plans, chunking and gradients are here and only here.
@@ -20,11 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkl.kernels.backend import block_sampler, entropy_gradient, row_function, scorer
+from fastkl.kernels.backend import column_sampler, entropy_gradient, row_function, scorer
 from fastkl.kernels.gemm import add_weight_gradient, compute_dtype, even_rows, gradient_dtype, hidden_gradient, project
-from fastkl.kernels.problem import Gradients, HeadOptions, Inputs, Needs, Objective, Spec
+from fastkl.kernels.problem import Gradients, HeadOptions, Inputs, Needs, RowLoss, Spec
 from fastkl.kernels.rows.interface import Logits
-from fastkl.kernels.sparse.estimator import BlockSampler, Estimates, block_rows, blocks, device_kind
+from fastkl.kernels.sparse.estimator import ColumnSampler, Estimates, block_rows, blocks, device_kind
 from fastkl.kernels.sparse.pytorch import add_to_weight_gradient, merged
 
 # What the logits of a chunk may take. On a GPU large chunks keep the GEMMs at full speed (1024-4096 rows at V = 150k).
@@ -36,10 +36,10 @@ LEAST_ROWS = {"cpu": 256, "accelerator": 1}
 def chunk_rows(spec: Spec, inputs: Inputs, gradient: bool) -> int:
     """Rows per chunk: `spec.chunk_size`, or what the workspace budget holds, spread evenly over the chunks.
 
-    If columns are to be sampled it is whole blocks, unless `spec.chunk_size` is less than one.
+    For a sparse backward it is whole blocks, unless `spec.chunk_size` is less than one.
     """
     n, kind = inputs.hidden.shape[0], device_kind(inputs.hidden.device)
-    block = block_rows(inputs.hidden.device) if gradient and spec.sampling is not None else 1
+    block = block_rows(inputs.hidden.device) if gradient and spec.sparse is not None else 1
     limit = spec.chunk_size
     if limit is None:
         budget = WORKSPACE_BYTES[kind] // workspace_bytes_per_row(spec, inputs, gradient)
@@ -76,7 +76,7 @@ def evaluate(spec: Spec, inputs: Inputs) -> Tensor:
 def evaluate_with_gradients(
     spec: Spec,
     inputs: Inputs,
-    objective: Objective,
+    row_loss: RowLoss,
     needs: Needs,
     weight_grad: Tensor | None = None,
     estimates: Estimates | None = None,
@@ -95,7 +95,7 @@ def evaluate_with_gradients(
     )
     grad_bias = values.new_zeros(weight.shape[0]) if needs.bias else None
     sums = Gradients(grad_hidden, grad_weight, grad_bias)
-    sampler = block_sampler(spec, inputs)
+    sampler = column_sampler(spec, inputs)
     rows_of = row_function(spec, hidden)
     mixed = entropy_gradient(spec, hidden) if spec.kind == "token_nll_entropy" else None
     with _full_precision(inputs):
@@ -103,7 +103,7 @@ def evaluate_with_gradients(
             rows, logits, tokens, gradient = chunk
             own = values[:, rows]
             rows_of(logits, tokens, own, None if mixed else gradient)
-            losses[rows], slope, entropy_slope = objective.take(rows).losses_and_slopes(own)
+            losses[rows], slope, entropy_slope = row_loss.take(rows).losses_and_slopes(own)
             if mixed is not None and tokens is not None:
                 weights = slope, torch.zeros_like(slope) if entropy_slope is None else entropy_slope
                 mixed(logits, tokens, own, torch.stack(weights), gradient)
@@ -115,8 +115,8 @@ def evaluate_with_gradients(
                 fresh = weight_grad is None and rows.start == 0
                 _add_products(sums, inputs, rows, gradient, slope, overwrite=fresh)
             else:
-                _add_sampled_products(sums, inputs, chunk, slope, sampler, estimates)
-    return values, losses, sums if sampler is None else sums._replace(sample=sampler.statistics())
+                _add_sparse_products(sums, inputs, chunk, slope, sampler, estimates)
+    return values, losses, sums if sampler is None else sums._replace(statistics=sampler.statistics())
 
 
 def _add_products(
@@ -129,8 +129,8 @@ def _add_products(
         add_weight_gradient(sums.weight, gradient, inputs.hidden[rows], slope, overwrite=overwrite)
 
 
-def _add_sampled_products(
-    sums: Gradients, inputs: Inputs, chunk: _Chunk, slope: Tensor, sampler: BlockSampler, estimates: Estimates | None
+def _add_sparse_products(
+    sums: Gradients, inputs: Inputs, chunk: _Chunk, slope: Tensor, sampler: ColumnSampler, estimates: Estimates | None
 ) -> None:
     """`_add_products` of a chunk from a sample of columns for each block of its rows."""
     drawn = (
@@ -159,7 +159,7 @@ def _named_tokens(chunk: _Chunk, block: slice) -> list[Tensor]:
 def weight_gradients(
     spec: Spec,
     inputs: Inputs,
-    objective: Objective,
+    row_loss: RowLoss,
     upstream: Tensor,
     needs: Needs,
     estimates: Estimates,
@@ -179,8 +179,8 @@ def weight_gradients(
                 grad_bias.index_add_(0, ids, gradient.t().to(grad_bias.dtype) @ scale)
     if estimates.others:
         again = torch.cat([torch.arange(rows.start, rows.stop, device=upstream.device) for rows in estimates.others])
-        weights = upstream if objective.weights is None else objective.weights * upstream
-        rest = objective._replace(weights=weights).take(again)
+        weights = upstream if row_loss.weights is None else row_loss.weights * upstream
+        rest = row_loss._replace(weights=weights).take(again)
         own = evaluate_with_gradients(spec, inputs.take(again), rest, needs._replace(hidden=False), grad_weight)[2]
         grad_bias = None if grad_bias is None or own.bias is None else grad_bias.add_(own.bias)
     return Gradients(None, grad_weight, grad_bias)
@@ -198,7 +198,7 @@ def _new_values(spec: Spec, inputs: Inputs) -> Tensor:
 
 def _new_weight_gradient(spec: Spec, inputs: Inputs) -> Tensor:
     """Room for the weight's gradient, which the first chunk overwrites; zeros if not all of it is written."""
-    new = torch.empty_like if inputs.hidden.shape[0] > 0 and spec.sampling is None else torch.zeros_like
+    new = torch.empty_like if inputs.hidden.shape[0] > 0 and spec.sparse is None else torch.zeros_like
     return new(inputs.weight, dtype=compute_dtype(inputs.weight.dtype), memory_format=torch.contiguous_format)
 
 

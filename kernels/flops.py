@@ -30,7 +30,7 @@ def _evaluate_with_gradients(
     inputs: Shapes,
     active: torch.Size | None,
     graded: torch.Size | None,
-    objective: Shapes,
+    row_loss: Shapes,
     method: str,
     clips: list[float],
     entropy_coef: float,

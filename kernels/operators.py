@@ -22,10 +22,10 @@ from fastkl.kernels.problem import (
     Inputs,
     Kind,
     Needs,
-    Objective,
+    RowLoss,
     Spec,
 )
-from fastkl.kernels.sparse.estimator import Estimates, Sampling
+from fastkl.kernels.sparse.estimator import Estimates, Sparse
 from fastkl.kernels.surrogate import Method, Surrogate
 
 
@@ -39,7 +39,7 @@ def evaluate(spec: Spec, inputs: Inputs, active: Tensor | None = None) -> Tensor
 def evaluate_with_gradients(
     spec: Spec,
     inputs: Inputs,
-    objective: Objective,
+    row_loss: RowLoss,
     needs: Needs,
     active: Tensor | None = None,
     graded: Tensor | None = None,
@@ -53,27 +53,27 @@ def evaluate_with_gradients(
     for `weight_gradients`.
     """
     if weight_grad is not None or estimates is not None or callable(inputs.teacher_logits):  # nothing for an operator
-        values, losses, gradients = _on_rows(spec, inputs, objective, needs, active, graded, weight_grad, estimates)
+        values, losses, gradients = _on_rows(spec, inputs, row_loss, needs, active, graded, weight_grad, estimates)
         return values, losses, gradients if weight_grad is None else gradients._replace(weight=None)
     values, losses, *found = _evaluate_with_gradients(
         list(inputs),
         active,
         graded,
-        list(objective[:3]),
-        *_pack_surrogate(objective.surrogate),
-        objective.entropy_coef,
+        list(row_loss[:3]),
+        *_pack_surrogate(row_loss.surrogate),
+        row_loss.entropy_coef,
         list(needs),
         *_pack_spec(spec),
     )
     tensors = iter(found)
-    wanted = *needs, spec.sampling is not None
+    wanted = *needs, spec.sparse is not None
     return values, losses, Gradients(*(next(tensors) if one else None for one in wanted))
 
 
 def weight_gradients(
     spec: Spec,
     inputs: Inputs,
-    objective: Objective,
+    row_loss: RowLoss,
     upstream: Tensor,
     needs: Needs,
     graded: Tensor | None,
@@ -83,7 +83,7 @@ def weight_gradients(
     """Gradients of weight and bias, times `upstream` [N], from the estimates of a forward pass on the same rows."""
     index = _rows_of(graded)
     own = upstream if index is None else upstream[index]
-    problem = spec, inputs.take(index), objective.take(index)
+    problem = spec, inputs.take(index), row_loss.take(index)
     gradients = driver.weight_gradients(*problem, own, needs, estimates, weight_grad)
     return gradients if weight_grad is None else gradients._replace(weight=None)
 
@@ -99,10 +99,10 @@ def _evaluate(
     variant: str,
     parameter: float,
     extras: bool,
-    sampling: list[float],
+    sparse: list[float],
     seed: int,
 ) -> Tensor:
-    spec = _unpack_spec(kind, heads, backend, chunk_size, variant, parameter, extras, sampling, seed)
+    spec = _unpack_spec(kind, heads, backend, chunk_size, variant, parameter, extras, sparse, seed)
     return _values_of(spec, _unpack_inputs(inputs), active)
 
 
@@ -116,7 +116,7 @@ def _evaluate_with_gradients(
     inputs: list[Tensor | None],
     active: Tensor | None,
     graded: Tensor | None,
-    objective: list[Tensor | None],
+    row_loss: list[Tensor | None],
     method: str,
     clips: list[float],
     entropy_coef: float,
@@ -128,12 +128,12 @@ def _evaluate_with_gradients(
     variant: str,
     parameter: float,
     extras: bool,
-    sampling: list[float],
+    sparse: list[float],
     seed: int,
 ) -> list[Tensor]:
-    weights, advantages, sampler_logprobs = objective
-    terms = Objective(weights, advantages, sampler_logprobs, _unpack_surrogate(method, clips), entropy_coef)
-    spec = _unpack_spec(kind, heads, backend, chunk_size, variant, parameter, extras, sampling, seed)
+    weights, advantages, old_logprobs = row_loss
+    terms = RowLoss(weights, advantages, old_logprobs, _unpack_surrogate(method, clips), entropy_coef)
+    spec = _unpack_spec(kind, heads, backend, chunk_size, variant, parameter, extras, sparse, seed)
     values, losses, gradients = _on_rows(spec, _unpack_inputs(inputs), terms, Needs(*needs), active, graded, None)
     return [values, losses, *(g for g in gradients if g is not None)]
 
@@ -147,7 +147,7 @@ def _values_of(spec: Spec, inputs: Inputs, active: Tensor | None) -> Tensor:
 def _on_rows(
     spec: Spec,
     inputs: Inputs,
-    objective: Objective,
+    row_loss: RowLoss,
     needs: Needs,
     active: Tensor | None,
     graded: Tensor | None,
@@ -157,7 +157,7 @@ def _on_rows(
     """The driver with gradients on the graded rows, and without on the other active ones."""
     n, index = inputs.hidden.shape[0], _rows_of(active if graded is None else graded)
     values, losses, gradients = driver.evaluate_with_gradients(
-        spec, inputs.take(index), objective.take(index), needs, weight_grad, estimates
+        spec, inputs.take(index), row_loss.take(index), needs, weight_grad, estimates
     )
     values, losses = _scatter(values, index, n), _scatter(losses, index, n)
     if index is not None and active is not None and graded is not None:
@@ -174,7 +174,7 @@ def _(
     inputs: list[Tensor | None],
     active: Tensor | None,
     graded: Tensor | None,
-    objective: list[Tensor | None],
+    row_loss: list[Tensor | None],
     method: str,
     clips: list[float],
     entropy_coef: float,
@@ -191,7 +191,7 @@ def _(
         found.append(values.new_empty(problem.weight.shape))
     if wants.bias:
         found.append(values.new_empty(problem.weight.shape[0]))
-    if spec.sampling is not None:
+    if spec.sparse is not None:
         found.append(values.new_empty(2))
     return found
 
@@ -223,7 +223,7 @@ def _unpack_inputs(tensors: list[Tensor | None]) -> Inputs:
 
 def _pack_spec(spec: Spec) -> tuple[str, list[float], str, int | None, str, float, bool, list[float], int]:
     heads = [number for head in (spec.student, spec.teacher) if head is not None for number in _pack_head(head)]
-    return spec.kind, heads, *spec[3:8], *_pack_sampling(spec.sampling)
+    return spec.kind, heads, *spec[3:8], *_pack_sparse(spec.sparse)
 
 
 def _unpack_spec(
@@ -234,21 +234,21 @@ def _unpack_spec(
     variant: str,
     parameter: float,
     extras: bool,
-    sampling: list[float],
+    sparse: list[float],
     seed: int,
 ) -> Spec:
     teacher = _unpack_head(heads[3:]) if len(heads) > 3 else None
     how = cast(Backend, backend), chunk_size, variant, parameter, extras
-    return Spec(cast(Kind, kind), _unpack_head(heads[:3]), teacher, *how, _unpack_sampling(sampling, seed))
+    return Spec(cast(Kind, kind), _unpack_head(heads[:3]), teacher, *how, _unpack_sparse(sparse, seed))
 
 
-def _pack_sampling(sampling: Sampling | None) -> tuple[list[float], int]:
-    """No sampling is an empty list, no epsilon one of 0."""
-    return ([], 0) if sampling is None else ([sampling.grad_error, sampling.epsilon or 0.0], sampling.seed)
+def _pack_sparse(sparse: Sparse | None) -> tuple[list[float], int]:
+    """An exact backward is an empty list, no threshold one of 0."""
+    return ([], 0) if sparse is None else ([sparse.error, sparse.threshold or 0.0], sparse.seed)
 
 
-def _unpack_sampling(numbers: list[float], seed: int) -> Sampling | None:
-    return Sampling(numbers[0], numbers[1] or None, seed) if numbers else None
+def _unpack_sparse(numbers: list[float], seed: int) -> Sparse | None:
+    return (Sparse(seed, threshold=numbers[1]) if numbers[1] else Sparse(seed, numbers[0])) if numbers else None
 
 
 def _pack_head(head: HeadOptions) -> tuple[float, float, float]:

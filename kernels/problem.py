@@ -1,6 +1,6 @@
 """What a loss is to the kernels: plain data, so that it can pass through a torch operator.
 
-A `Spec` names the computation, `Inputs` holds its tensors, an `Objective` says how the rows' values become losses, and
+A `Spec` names the computation, `Inputs` holds its tensors, a `RowLoss` says how the rows' values become losses, and
 `Needs` which gradients are wanted.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkl.kernels.divergence.formula import ROWS, ROWS_WITH_EXTRAS
-from fastkl.kernels.sparse.estimator import Sampling
+from fastkl.kernels.sparse.estimator import Sparse
 from fastkl.kernels.surrogate import Surrogate, surrogate_terms
 
 Kind = Literal["token_nll", "token_nll_entropy", "divergence", "top_k"]
@@ -52,7 +52,7 @@ class Spec(NamedTuple):
     variant: str = ""  # of a divergence: its name; of top_k: its direction and tail
     parameter: float = 0.0  # of a divergence
     extras: bool = False  # a divergence's by-products
-    sampling: Sampling | None = None  # None: the backward pass is exact
+    sparse: Sparse | None = None  # None: the backward pass is exact
 
     @property
     def outputs(self) -> int:
@@ -94,7 +94,7 @@ class Inputs(NamedTuple):
         )
 
 
-class Objective(NamedTuple):
+class RowLoss(NamedTuple):
     """Losses of rows from their values, and their derivatives by the values: one entry per row, in the compute dtype.
 
         weights · values[0]                                                            without a surrogate
@@ -105,15 +105,15 @@ class Objective(NamedTuple):
 
     weights: Tensor | None = None  # [N]
     advantages: Tensor | None = None  # [N], of a surrogate
-    sampler_logprobs: Tensor | None = None  # [N], of a surrogate; None: those of the current policy
+    old_logprobs: Tensor | None = None  # [N], of a surrogate; None: those of the current policy
     surrogate: Surrogate | None = None
     entropy_coef: float = 0.0
 
-    def take(self, index: Tensor | slice | None) -> Objective:
+    def take(self, index: Tensor | slice | None) -> RowLoss:
         if index is None:
             return self
-        weights, advantages, sampler = (_take(t, index) for t in self[:3])
-        return Objective(weights, advantages, sampler, *self[3:])
+        weights, advantages, old = (_take(t, index) for t in self[:3])
+        return RowLoss(weights, advantages, old, *self[3:])
 
     def losses_and_slopes(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """For values [K, N] of the same rows: losses, d losses / d values[0], and by values[1] if that is not 0; [N]."""
@@ -121,7 +121,7 @@ class Objective(NamedTuple):
         if self.surrogate is None:
             return weights * values[0], weights, None
         assert self.advantages is not None
-        terms = surrogate_terms(self.surrogate, -values[0], self.sampler_logprobs, self.advantages)
+        terms = surrogate_terms(self.surrogate, -values[0], self.old_logprobs, self.advantages)
         if self.entropy_coef == 0.0:
             return weights * terms.loss, -weights * terms.slope, None
         losses = weights * (terms.loss - self.entropy_coef * values[1])
@@ -142,7 +142,7 @@ class Gradients(NamedTuple):
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
-    sample: Tensor | None = None  # [2], `Sampler.statistics` of a sampled backward
+    statistics: Tensor | None = None  # [2], `ColumnSampler.statistics` of a sparse backward
 
 
 def _rows_of(logits: Tensor | TeacherChunks, index: Tensor) -> TeacherChunks:

@@ -1,6 +1,6 @@
 """The policy-gradient objectives, token by token: loss and its derivative by the token's log-prob, in one place.
 
-With ℓ the log-prob of the token under the policy being trained, ℓₛ under the policy that sampled it, r = exp(ℓ − ℓₛ) and
+With ℓ the log-prob of the token under the policy being trained, ℓₒ under the old one, r = exp(ℓ − ℓₒ) and
 A the advantage (a constant):
 
 | method                  | loss                                    | d loss / dℓ                    |
@@ -31,7 +31,7 @@ METHODS: tuple[str, ...] = get_args(Method)
 
 @dataclasses.dataclass(frozen=True)
 class Surrogate:
-    """Which objective, and its clips. `clip_low = 1` means no lower clip."""
+    """Which surrogate, and its clips. `clip_low = 1` means no lower clip."""
 
     method: Method = "importance_sampling"
     clip_low: float = 0.2
@@ -48,42 +48,40 @@ class SurrogateTerms(NamedTuple):
     clipped: Tensor  # bool: a clip or the truncation changed this token's gradient
 
 
-def importance_ratio(logprobs: Tensor, sampler_logprobs: Tensor | None) -> Tensor:
-    """exp(ℓ − ℓₛ), untruncated; 1 where the sampler is the current policy (None)."""
-    return torch.ones_like(logprobs) if sampler_logprobs is None else torch.exp(logprobs - sampler_logprobs)
+def importance_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
+    """exp(ℓ − ℓₒ), untruncated; 1 where the old policy is the current one (None)."""
+    return torch.ones_like(logprobs) if old_logprobs is None else torch.exp(logprobs - old_logprobs)
 
 
 def surrogate_terms(
-    objective: Surrogate, logprobs: Tensor, sampler_logprobs: Tensor | None, advantages: Tensor
+    surrogate: Surrogate, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor
 ) -> SurrogateTerms:
-    """Loss and slope per token for detached ℓ, ℓₛ and A [n]; 0 where A is 0, however impossible the token or its ratio."""
-    terms = _terms(objective, logprobs, sampler_logprobs, advantages)
+    """Loss and slope per token for detached ℓ, ℓₒ and A [n]; 0 where A is 0, however impossible the token or its ratio."""
+    terms = _terms(surrogate, logprobs, old_logprobs, advantages)
     counted = advantages != 0
     return SurrogateTerms(terms.loss.where(counted, 0.0), terms.slope.where(counted, 0.0), terms.clipped)
 
 
-def _terms(
-    objective: Surrogate, logprobs: Tensor, sampler_logprobs: Tensor | None, advantages: Tensor
-) -> SurrogateTerms:
-    ratio = importance_ratio(logprobs, sampler_logprobs)
+def _terms(surrogate: Surrogate, logprobs: Tensor, old_logprobs: Tensor | None, advantages: Tensor) -> SurrogateTerms:
+    ratio = importance_ratio(logprobs, old_logprobs)
     truncated = torch.zeros_like(ratio, dtype=torch.bool)
-    if objective.truncate_ratio is not None:
-        truncated = ratio > objective.truncate_ratio
-        ratio = ratio.clamp(max=objective.truncate_ratio)
-    clip = ratio.clamp(1.0 - objective.clip_low, 1.0 + objective.clip_high)
-    if objective.method == "importance_sampling":
+    if surrogate.truncate_ratio is not None:
+        truncated = ratio > surrogate.truncate_ratio
+        ratio = ratio.clamp(max=surrogate.truncate_ratio)
+    clip = ratio.clamp(1.0 - surrogate.clip_low, 1.0 + surrogate.clip_high)
+    if surrogate.method == "importance_sampling":
         return SurrogateTerms(-ratio * advantages, -ratio * advantages, truncated)
-    if objective.method == "reinforce":
-        slope = -advantages if objective.truncate_ratio is None else -ratio * advantages
+    if surrogate.method == "reinforce":
+        slope = -advantages if surrogate.truncate_ratio is None else -ratio * advantages
         return SurrogateTerms(slope * logprobs, slope, truncated)
-    if objective.method == "cispo":
+    if surrogate.method == "cispo":
         slope = -clip * advantages
         return SurrogateTerms(slope * logprobs, slope, truncated | (clip != ratio))
     gain = ratio * advantages
     best = torch.minimum(gain, clip * advantages)
     clipped = best < gain
-    if objective.dual_clip is not None:
-        floor = objective.dual_clip * advantages
+    if surrogate.dual_clip is not None:
+        floor = surrogate.dual_clip * advantages
         floored = (advantages < 0) & (best < floor)
         best, clipped = torch.where(floored, floor, best), clipped | floored
     return SurrogateTerms(-best, torch.where(clipped, 0.0, -gain), truncated | clipped)

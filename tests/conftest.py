@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkl.kernels import driver
-from fastkl.kernels.score import cpu as score_torch
+from fastkl.kernels.score import cpu as score_cpu
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def gemms(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
             rows[name].append(args[position].shape[0])
             return original(*args, **options)
 
-        for module in (driver, score_torch):
+        for module in (driver, score_cpu):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, counted)
 

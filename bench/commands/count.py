@@ -1,7 +1,7 @@
 """GEMMs, bytes and workspace of each plan, counted: what there is to do, whatever a machine makes of it.
 
     python -m bench count                                    the shapes of four models, bf16
-    python -m bench count --kept 0.01,0.05,0.2               and the sampled backward, by the fraction of u that is kept
+    python -m bench count --kept 0.01,0.05,0.2               and the sparse backward, by the fraction of u that is kept
     python -m bench count --shape 4096,1024,65536 --json count.json
 
 Columns of the table, keys of the JSON rows:
@@ -9,7 +9,7 @@ Columns of the table, keys of the JSON rows:
     form                values: no gradient, by way of logits (16-bit heads on a GPU are scored without any);
                         frozen: gradient of hidden; trainable: of the weight too; composed: the same for any upstream
                         gradient, which forms the logits twice. "+ teacher": with a second head
-    kept                of the sampled backward in Triton, the same in each block; null: the exact one
+    kept                of the sparse backward in Triton, the same in each block; null: the exact one
     gemm_units          floating-point operations, in units of 2·N·D·V
     passes              how often the row kernels, and those that sample, read or write N·V elements (float32 read, gradient
                         in the inputs' dtype); compaction is taken to read all of them, for what it wants is scattered
@@ -40,7 +40,7 @@ from fastkl.kernels import driver
 from fastkl.kernels.flops import gemm_flops
 from fastkl.kernels.gemm import compute_dtype, gradient_dtype
 from fastkl.kernels.problem import HeadOptions, Inputs, Needs, Spec
-from fastkl.kernels.sparse.estimator import SPLIT, Sampling, blocks
+from fastkl.kernels.sparse.estimator import SPLIT, Sparse, blocks
 
 SHAPES: dict[str, Shape] = {
     "Qwen3-8B": (8192, 4096, 151936),
@@ -95,14 +95,14 @@ def count(
 ) -> Count:
     """The work of a form; the teacher's hidden size is the student's. Nothing is allocated, no device is needed.
 
-    `kept`: of the sampled backward in Triton, which keeps that fraction of the columns of each block.
+    `kept`: of the sparse backward in Triton, which keeps that fraction of the columns of each block.
     """
     n, d, vocabulary = shape
     spec = Spec("token_nll", HeadOptions(), None, "auto", chunk_size)
     if teacher:
         spec = Spec("divergence", HeadOptions(), HeadOptions(), "auto", chunk_size, "reverse_kl")
     if kept is not None:
-        spec = spec._replace(sampling=Sampling(0.0, None, 0))  # whatever error it was that kept as much
+        spec = spec._replace(sparse=Sparse(0, error=0.0))  # whatever error it was that kept as much
     with FakeTensorMode():
         hidden, weight = (torch.empty(rows, d, dtype=dtype, device=device) for rows in (n, vocabulary))
         own = Inputs(hidden, weight, None, None, *((hidden, weight) if teacher else ()))
@@ -145,7 +145,7 @@ def _call(spec: Spec, inputs: Inputs, needs: Needs | None, kept: float | None = 
 
 
 def _with_samples(forward: Count, inputs: Inputs, needs: Needs, kept: float) -> Count:
-    """A call whose gradients come from a sample of each block, drawn and multiplied as `sampled_triton` says."""
+    """A call whose gradients come from a sample of each block, drawn and multiplied as `sparse_triton` says."""
     (n, d), vocabulary = inputs.hidden.shape, inputs.weight.shape[0]
     own, full = inputs.hidden.itemsize, compute_dtype(inputs.hidden.dtype).itemsize
     low = gradient_dtype(inputs.hidden).itemsize
@@ -213,7 +213,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=checked.fractions,
         default=[],
         metavar="FRACTIONS",
-        help="and the sampled backward that keeps so much",
+        help="and the sparse backward that keeps so much",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
 

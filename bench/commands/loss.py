@@ -3,7 +3,7 @@
     python -m bench loss --op policy_gradient --shape 1536,576,49152 --dtype fp32 --head frozen --device cpu \\
         --impl fastkl,eager,compile,liger --json loss.json
     python -m bench loss --shape 1024,256,32768 --sweep N=256,512,1024 --sweep V=8192,32768 --json sweep.json
-    python -m bench loss --backward exact,sampled --data smollm2 --temperature 0.7 --head trainable
+    python -m bench loss --backward exact,sparse --data smollm2 --temperature 0.7 --head trainable
 
 Columns of the table, keys of the JSON rows:
 
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=checked.backwards,
         default=["exact"],
         metavar="A,B",
-        help="of fastkl: exact, sampled, or both side by side (docs/sparse-backward.md)",
+        help="of fastkl: exact, sparse, or both side by side (docs/sparse-backward.md)",
     )
     parser.add_argument("--head", choices=HEADS, default="frozen", help="does the weight get a gradient?")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -175,7 +175,7 @@ def _check(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> No
 
 def _names(implementations: list[str], backwards: list[str]) -> list[str]:
     """`fastkl` stands for each of the backward passes asked for."""
-    ours = {"exact": "fastkl", "sampled": "fastkl_sampled"}
+    ours = {"exact": "fastkl", "sparse": "fastkl_sparse"}
     chosen = [[ours[way] for way in backwards] if name == "fastkl" else [name] for name in implementations]
     return list(dict.fromkeys(name for names in chosen for name in names))
 

@@ -4,7 +4,7 @@
 
 One PNG for each op, head, dtype, kind of rows and machine of which the files hold a sweep: shapes that differ in one size
 alone. Of the same measurement made twice the later one is drawn. A file of `bench models` holds many reports. Reports of
-`bench sampled` become sampled.png; other files are left alone.
+`bench sparse` become sparse.png; other files are left alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.commands.plot_sparse import draw_sampled
+from bench.commands.plot_sparse import draw_sparse
 from bench.lib.arguments import AXES
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     for key, rows in figures.items():
         print(draw(key, rows, arguments.out))
     if estimates:
-        print(draw_sampled(estimates, arguments.out / "sampled.png", COLOURS, MARKERS))
+        print(draw_sparse(estimates, arguments.out / "sparse.png", COLOURS, MARKERS))
 
 
 def read(files: Iterable[Path]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Kept columns of the sampled backward against the error of its gradients, from reports of `python -m bench sampled`."""
+"""Kept columns of the sparse backward against the error of its gradients, from reports of `python -m bench sparse`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 Report = dict[str, Any]
 
 
-def draw_sampled(reports: Sequence[Report], file: Path, colours: Sequence[str], markers: Sequence[str]) -> Path:
-    """A line for each kind of rows and size of a block; the points are the settings of grad_error."""
+def draw_sparse(reports: Sequence[Report], file: Path, colours: Sequence[str], markers: Sequence[str]) -> Path:
+    """A line for each kind of rows and size of a block; the points are the settings of error."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.4, 4.2), layout="constrained", facecolor="white")
@@ -18,7 +18,8 @@ def draw_sampled(reports: Sequence[Report], file: Path, colours: Sequence[str], 
     lines = [(i, report, j, block) for i, report in enumerate(reports) for j, block in enumerate(_blocks(report))]
     for i, report, j, block in lines:
         rows = sorted(
-            (row for row in report["rows"] if row["block"] == block and row["epsilon"] is None), key=lambda r: r["kept"]
+            (row for row in report["rows"] if row["block"] == block and row["threshold"] is None),
+            key=lambda r: r["kept"],
         )
         for panel, gradient in zip(panels, ("hidden", "weight"), strict=True):
             panel.plot(

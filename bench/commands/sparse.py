@@ -1,10 +1,10 @@
-"""Kept columns and gradient error of the sampled backward, against its two knobs.
+"""Kept columns and gradient error of the sparse backward, against its two knobs.
 
-    python -m bench sampled --data smollm2 --temperature 0.7 --json sampled.json
+    python -m bench sparse --data smollm2 --temperature 0.7 --json sparse.json
 
 Columns of the table, keys of the JSON rows:
 
-    grad_error, epsilon     the one that is given (docs/sparse-backward.md)
+    error, threshold        the one that is given (docs/sparse-backward.md)
     block                   rows of a block, which share their columns
     kept                    fraction of the columns
     claimed                 the relative error that the loss expects (`metrics["grad_error"]`)
@@ -28,11 +28,11 @@ from bench.commands.loss import ENTROPY, default_shape
 from bench.lib import arguments as checked
 from bench.lib.cases import DATA, Case, make_case, mean_entropy
 from bench.lib.machine import describe_machine, describe_versions
-from fastkl.kernels.sparse import estimator as sampled
-from fastkl.loss import policy_gradient_loss
+from fastkl.kernels.sparse import estimator as sparse_estimator
+from fastkl.loss import Sparse, policy_gradient_loss
 
-GRAD_ERRORS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-EPSILONS = tuple(2.0**-power for power in range(13, 8, -1))
+ERRORS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+THRESHOLDS = tuple(2.0**-power for power in range(13, 8, -1))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     print(f"{'':>22} {'block':>6} {'kept':>7} {'claimed':>9} {'hidden':>9} {'weight':>9}")
     for row in measure(case, arguments.blocks, arguments.seeds):
         report["rows"].append(row)
-        knob = f"grad_error {row['grad_error']:.0e}" if row["epsilon"] is None else f"epsilon {row['epsilon']:.1e}"
+        knob = f"error {row['error']:.0e}" if row["threshold"] is None else f"threshold {row['threshold']:.1e}"
         errors = "".join(f" {row[name]:>9.1e}" for name in ("claimed", "hidden", "weight"))
         print(f"{knob:>22} {row['block']:>6} {row['kept']:>7.2%}{errors}", flush=True)
     if arguments.json is not None:
@@ -78,16 +78,24 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 def measure(case: Case, blocks: list[int], seeds: int) -> Iterator[dict[str, Any]]:
     """A row for each setting of each knob and each size of a block."""
     exact, _ = _gradients(case)
-    settings = [{"grad_error": e, "epsilon": None} for e in GRAD_ERRORS]
-    settings += [{"grad_error": None, "epsilon": e} for e in EPSILONS]
+    settings: list[dict[str, float]] = [*({"error": e} for e in ERRORS), *({"threshold": t} for t in THRESHOLDS)]
     for block in blocks:
         for setting in settings:
             with _block_rows(block):
-                found = [_gradients(case, backward="sampled", seed=seed, **setting) for seed in range(seeds)]
+                found = [_gradients(case, backward=Sparse(seed, **setting)) for seed in range(seeds)]
             errors = torch.tensor([[_error(g, e) for g, e in zip(own, exact, strict=True)] for own, _ in found])
             hidden, weight = errors.square().mean(0).sqrt().tolist()
             kept, claimed = found[0][1]["kept_fraction"].item(), found[0][1]["grad_error"].item()
-            yield {**setting, "block": block, "kept": kept, "claimed": claimed, "hidden": hidden, "weight": weight}
+            yield {
+                "error": None,
+                "threshold": None,
+                **setting,
+                "block": block,
+                "kept": kept,
+                "claimed": claimed,
+                "hidden": hidden,
+                "weight": weight,
+            }
 
 
 def _gradients(case: Case, **how: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -104,9 +112,9 @@ def _error(ours: Tensor, exact: Tensor) -> float:
 
 @contextmanager
 def _block_rows(rows: int) -> Iterator[None]:
-    before = sampled.BLOCK_ROWS
-    sampled.BLOCK_ROWS = {**before, "cpu": rows}
+    before = sparse_estimator.BLOCK_ROWS
+    sparse_estimator.BLOCK_ROWS = {**before, "cpu": rows}
     try:
         yield
     finally:
-        sampled.BLOCK_ROWS = before
+        sparse_estimator.BLOCK_ROWS = before

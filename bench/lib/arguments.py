@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from bench import peers
-from fastkl.kernels.sparse.estimator import BACKWARDS
 
 AXES = ("N", "D", "V")
+BACKWARDS = ("exact", "sparse")
 SMALLEST = (1, 1, 16)
 
 Shape = tuple[int, int, int]  # N, D, V

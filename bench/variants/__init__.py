@@ -10,7 +10,7 @@ from typing import Protocol
 from bench.variants.divergence import divergence_variants
 from bench.variants.rows import row_variants
 from bench.variants.score import score_variants
-from bench.variants.sparse import sampled_variants
+from bench.variants.sparse import sparse_variants
 
 
 class Variant(Protocol):
@@ -34,4 +34,4 @@ class Variant(Protocol):
         """Calls the launcher for `n` rows, on a CPU, with what there is per row `offset` entries into its buffers."""
 
 
-VARIANTS: list[Variant] = [*row_variants(), *divergence_variants(), *score_variants(), *sampled_variants()]
+VARIANTS: list[Variant] = [*row_variants(), *divergence_variants(), *score_variants(), *sparse_variants()]

@@ -20,10 +20,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fastkl.kernels.rows import launch as triton_common
+from fastkl.kernels.rows import launch as launch_module
 from fastkl.kernels.score import triton as score_triton
-from fastkl.kernels.sparse import steps as sampled_steps_triton
-from fastkl.kernels.sparse import triton as sampled_triton
+from fastkl.kernels.sparse import steps as sparse_steps
+from fastkl.kernels.sparse import triton as sparse_triton
 
 
 class Chip(NamedTuple):
@@ -37,7 +37,7 @@ CHIPS = {
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * 1024),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
-CHECKING = (triton_common, score_triton, sampled_triton, sampled_steps_triton)  # where tensors on a CPU are refused
+CHECKING = (launch_module, score_triton, sparse_triton, sparse_steps)  # where tensors on a CPU are refused
 # Tensor-core instructions by the text that gives them away in the assembly, the most telling one first.
 INSTRUCTIONS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma", "v_mfma": "mfma"}
 

@@ -12,7 +12,7 @@ import torch
 
 from fastkl.kernels.rows import triton as rows_triton
 from fastkl.kernels.rows.interface import Logits
-from fastkl.kernels.top_k import triton as tails_triton
+from fastkl.kernels.top_k import triton as top_k_triton
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 VALUES: list[tuple[torch.dtype, torch.dtype | None]] = [(FP32, None), (BF16, None)]
@@ -63,9 +63,9 @@ class RowVariant(NamedTuple):
             case "rows.entropy_gradient":
                 rows_triton.entropy_gradient(logits, tokens, out, weights, gradient)
             case "tails.tail_sums":
-                tails_triton.tail_sums(x, cap, out)
+                top_k_triton.tail_sums(x, cap, out)
             case "tails.tail_gradient":
-                tails_triton.tail_gradient(x, cap, out[0], out[1], gradient)
+                top_k_triton.tail_gradient(x, cap, out[0], out[1], gradient)
 
 
 # Of token_nll one that is common, one that is heavy, and one that is neither; of the others the heaviest.

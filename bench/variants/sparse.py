@@ -1,4 +1,4 @@
-"""What the kernels of the sampled backward (`kernels/sparse/steps.py`) are compiled for; see `variants.py`."""
+"""What the kernels of the sparse backward (`kernels/sparse/steps.py`) are compiled for; see `variants.py`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fastkl.kernels.sparse import steps
 from fastkl.kernels.sparse.steps import Selection
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-PRODUCTS = ("sampled.hidden_gradient", "sampled.weight_gradient")
+PRODUCTS = ("sparse.hidden_gradient", "sparse.weight_gradient")
 
 
-class SampledVariant(NamedTuple):
+class SparseVariant(NamedTuple):
     """A step of a block."""
 
     kernel: str  # the first of those that the step launches
@@ -48,40 +48,40 @@ class SampledVariant(NamedTuple):
         ids, count = torch.empty(self.vocabulary, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
         columns = Selection(ids, w, count, tau)
         match self.kernel:
-            case "sampled.column_squares":
+            case "sparse.column_squares":
                 steps.column_squares(u, per_row)
-            case "sampled.count_columns":
+            case "sparse.count_columns":
                 steps.select_columns(w, tau, n << 31, n)
-            case "sampled.compact":
+            case "sparse.compact":
                 steps.compact(u, columns, self.capped)
-            case "sampled.hidden_gradient":
+            case "sparse.hidden_gradient":
                 weight, centre = torch.empty(self.vocabulary, self.dim, dtype=self.dtype), torch.empty(self.dim)
                 steps.hidden_gradient(u, weight, columns, per_row, per_row, centre)
-            case "sampled.weight_gradient":
+            case "sparse.weight_gradient":
                 accumulator, hidden = torch.empty(self.vocabulary, self.dim), torch.empty(n, self.dim, dtype=self.dtype)
                 steps.add_to_weight_gradient(accumulator, u, hidden, columns)
 
 
 # Each step as it is most often, and what is heaviest.
 REPRESENTATIVE = (
-    SampledVariant("sampled.column_squares"),
-    SampledVariant("sampled.count_columns"),
-    SampledVariant("sampled.compact", capped=True),
-    SampledVariant("sampled.hidden_gradient"),
-    SampledVariant("sampled.hidden_gradient", FP16, 50257, 513),
-    SampledVariant("sampled.weight_gradient"),
-    SampledVariant("sampled.weight_gradient", FP16, 50257, 513),
+    SparseVariant("sparse.column_squares"),
+    SparseVariant("sparse.count_columns"),
+    SparseVariant("sparse.compact", capped=True),
+    SparseVariant("sparse.hidden_gradient"),
+    SparseVariant("sparse.hidden_gradient", FP16, 50257, 513),
+    SparseVariant("sparse.weight_gradient"),
+    SparseVariant("sparse.weight_gradient", FP16, 50257, 513),
 )
 
 
-def sampled_variants() -> Iterator[SampledVariant]:
+def sparse_variants() -> Iterator[SparseVariant]:
     """Without a vocabulary of one word, for which the compiler spills registers in two steps: nobody has one."""
     dtypes, vocabularies = (FP32, BF16, FP16), (151936, 50257)  # rows aligned to 16 bytes, and not
     for vocabulary in vocabularies:
-        yield SampledVariant("sampled.count_columns", vocabulary=vocabulary)
+        yield SparseVariant("sparse.count_columns", vocabulary=vocabulary)
     for dtype, vocabulary in itertools.product(dtypes, vocabularies):
-        yield SampledVariant("sampled.column_squares", dtype, vocabulary)
+        yield SparseVariant("sparse.column_squares", dtype, vocabulary)
         for capped in (False, True):
-            yield SampledVariant("sampled.compact", dtype, vocabulary, capped=capped)
+            yield SparseVariant("sparse.compact", dtype, vocabulary, capped=capped)
         for kernel, dim in itertools.product(PRODUCTS, (512, 513)):
-            yield SampledVariant(kernel, dtype, vocabulary, dim)
+            yield SparseVariant(kernel, dtype, vocabulary, dim)

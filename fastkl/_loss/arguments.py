@@ -11,9 +11,8 @@ from torch.autograd import forward_ad
 from fastkl.kernels.backend import BACKENDS
 from fastkl.kernels.gemm import compute_dtype
 from fastkl.kernels.problem import Backend, HeadOptions
-from fastkl.kernels.sparse.estimator import BACKWARDS, Backward, Sampling
+from fastkl.kernels.sparse.estimator import Backward, Sparse
 
-GRAD_ERROR = 2e-3  # of a sampled backward: what rounding its operand to bfloat16 costs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -168,30 +167,13 @@ def check_plan(backend: Backend, chunk_size: int | None, weight: Tensor, weight_
     check_device("weight_grad", weight_grad, weight, "weight")
 
 
-def sampling(backward: Backward, grad_error: float | None, epsilon: float | None, seed: int | None) -> Sampling | None:
-    """None for an exact backward pass, which takes none of the options."""
-    if backward not in BACKWARDS:
-        raise ValueError(f"backward is {backward!r}; use one of {', '.join(BACKWARDS)}")
-    if backward == "exact":
-        for name, value in (("grad_error", grad_error), ("epsilon", epsilon), ("seed", seed)):
-            if value is not None:
-                raise ValueError(f'{name} is {value!r} but backward is "exact"; it belongs to backward="sampled"')
-        return None
-    if grad_error is not None and epsilon is not None:
-        raise ValueError(
-            "grad_error and epsilon are both given; epsilon is the threshold that is solved from grad_error"
-        )
-    for name, number in (("grad_error", grad_error), ("epsilon", epsilon)):
-        if number is not None and not 0 < number < float("inf"):
-            raise ValueError(f'{name} is {number!r}; it must be > 0 (backward="exact" has no error)')
-    if seed is None:
-        raise ValueError(
-            'backward is "sampled" but seed is None; pass an int that is another one in each call, such as the number of '
-            "the micro-batch (with one seed for all the errors of successive steps would not average out)"
-        )
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed!r}; it must be an int of at least 0, below 2**63")
-    return Sampling(GRAD_ERROR if grad_error is None else float(grad_error), epsilon, seed)
+def sparse(backward: Backward) -> Sparse | None:
+    """None for an exact backward pass."""
+    if isinstance(backward, Sparse):
+        return backward
+    if backward != "exact":
+        raise ValueError(f'backward is {backward!r}; use "exact" or Sparse(seed=…), from fastkl.loss')
+    return None
 
 
 class Reduction(NamedTuple):

@@ -40,9 +40,6 @@ class DivergenceOptions(TypedDict, total=False):
     skip_zero_rows: bool
     backend: Backend
     backward: Backward
-    grad_error: float | None
-    epsilon: float | None
-    seed: int | None
     weight_grad: Tensor | None
 
 
@@ -189,9 +186,6 @@ def _divergence(
     skip_zero_rows: bool = True,
     backend: Backend = "auto",
     backward: Backward = "exact",
-    grad_error: float | None = None,
-    epsilon: float | None = None,
-    seed: int | None = None,
     weight_grad: Tensor | None = None,
 ) -> LossOutput:
     """factor · the divergence, reduced; its metrics under `name`."""
@@ -207,8 +201,8 @@ def _divergence(
     hidden, weight, bias = check.autocast(student_hidden, weight, bias)
     if teacher.hidden is not None and teacher.weight is not None:
         teacher = Teacher(*check.autocast(teacher.hidden, teacher.weight, teacher.bias), None)
-    sampling = check.sampling(backward, grad_error, epsilon, seed)
-    how = backend, chunk_size, divergence, parameter, per_token, sampling
+    sparse = check.sparse(backward)
+    how = backend, chunk_size, divergence, parameter, per_token, sparse
     spec = Spec("divergence", student_options, teacher_options, *how)
 
     rows = rows_of(mask, tokens, hidden, weight.shape[0], ignore_index)

@@ -30,9 +30,9 @@ class LossOutput(NamedTuple):
     per_token: PerToken | None = None  # of a divergence that was asked for it
 
 
-def sample_metrics(sample: Tensor | None) -> dict[str, Tensor]:
-    """What a backward pass that was sampled has to say of it (`kernels.sampled`)."""
-    return {} if sample is None else {"kept_fraction": sample[0], "grad_error": sample[1]}
+def sparse_metrics(statistics: Tensor | None) -> dict[str, Tensor]:
+    """What a sparse backward pass says of itself (`ColumnSampler.statistics`)."""
+    return {} if statistics is None else {"kept_fraction": statistics[0], "grad_error": statistics[1]}
 
 
 def masked_mean(values: Tensor, active: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ from typing_extensions import Unpack
 
 from fastkl._loss import arguments as check
 from fastkl._loss.advantages import reverse_kl_advantages
-from fastkl._loss.output import LossOutput, masked_extreme, masked_mean, sample_metrics
+from fastkl._loss.output import LossOutput, masked_extreme, masked_mean, sparse_metrics
 from fastkl._loss.rows import reduced_loss, rows_of
 from fastkl._loss.sequences import Sequences
 from fastkl.kernels.autograd import row_losses
 from fastkl.kernels.gemm import compute_dtype
 from fastkl.kernels.operators import evaluate
-from fastkl.kernels.problem import Backend, Inputs, Kind, Objective, Spec
+from fastkl.kernels.problem import Backend, Inputs, Kind, RowLoss, Spec
 from fastkl.kernels.sparse.estimator import Backward
 from fastkl.kernels.surrogate import METHODS, Method, Surrogate, importance_ratio, surrogate_terms
 
@@ -39,9 +39,6 @@ def linear_logprobs(
     skip_zero_rows: bool = True,
     backend: Backend = "auto",
     backward: Backward = "exact",
-    grad_error: float | None = None,
-    epsilon: float | None = None,
-    seed: int | None = None,
     weight_grad: Tensor | None = None,
 ) -> Tensor:
     """Log-probs of `tokens`, float32 (float64 for float64), of their shape; 0 at ignored ones.
@@ -49,9 +46,9 @@ def linear_logprobs(
     Differentiable in hidden, weight and bias. Equals
     `torch.log_softmax(z, -1).gather(-1, tokens[..., None]).squeeze(-1)`. Any loss can be built on it: the gradient honours
     each token's own upstream value. With a frozen head the backward pass is one product over [N, D]; with a trainable one
-    it forms the logits a second time, which `policy_gradient_loss` and a sampled backward avoid.
+    it forms the logits a second time, which `policy_gradient_loss` and a sparse backward avoid.
 
-    It returns a tensor and no metrics: of a sampled backward `policy_gradient_loss` has them.
+    It returns a tensor and no metrics: of a sparse backward `policy_gradient_loss` has them.
 
     Raises TypeError or ValueError for shapes, dtypes, devices or ids that do not fit, before anything is computed.
     """
@@ -60,11 +57,11 @@ def linear_logprobs(
     check.check_plan(backend, chunk_size, weight, weight_grad)
     rows = rows_of(None, tokens, hidden, weight.shape[0], ignore_index)
     hidden, weight, bias = check.autocast(hidden, weight, bias)
-    sampling = check.sampling(backward, grad_error, epsilon, seed)
-    spec = Spec("token_nll", options, None, backend, chunk_size, sampling=sampling)
+    sparse = check.sparse(backward)
+    spec = Spec("token_nll", options, None, backend, chunk_size, sparse=sparse)
     inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, rows.tokens)
     active = rows.active if skip_zero_rows else None
-    nll = row_losses(spec, inputs, Objective(), active, None, weight_grad).losses
+    nll = row_losses(spec, inputs, RowLoss(), active, None, weight_grad).losses
     return (-nll).where(rows.active, 0.0).reshape(tokens.shape)
 
 
@@ -73,7 +70,7 @@ def policy_gradient_loss(
     weight: Tensor,  # [V, D]
     tokens: Tensor,  # [...] int64
     advantages: Tensor,  # [...]
-    sampler_logprobs: Tensor | None = None,  # [...]
+    old_logprobs: Tensor | None = None,  # [...]
     *,
     mask: Tensor | None = None,
     method: Method = "importance_sampling",
@@ -95,18 +92,16 @@ def policy_gradient_loss(
     skip_zero_rows: bool = True,
     backend: Backend = "auto",
     backward: Backward = "exact",
-    grad_error: float | None = None,
-    epsilon: float | None = None,
-    seed: int | None = None,
     weight_grad: Tensor | None = None,
 ) -> LossOutput:
     """Policy-gradient loss with the advantages inside: every gradient comes out of one pass over the chunks.
 
-    With ℓ = linear_logprobs(hidden, weight, tokens), r = exp(ℓ − sampler_logprobs) and A = advantages (a constant), the
+    With ℓ = linear_logprobs(hidden, weight, tokens), r = exp(ℓ − old_logprobs) and A = advantages (a constant), the
     default equals `-(mask * r * A).sum() / mask.sum()`. `fastkl.kernels.surrogate` has the table of methods:
 
     advantages        [...], real. Rows where it is 0 cost one forward GEMM, no more.
-    sampler_logprobs  [...], log-probs under the policy that sampled, at this temperature and without top-p or top-k.
+    old_logprobs      [...], log-probs under the policy that the ratio is taken against, usually the one that sampled, at
+                      this temperature and without top-p or top-k.
                       None: the tokens come from the current policy, r = 1 (its gradient is not lost).
     mask              [...], bool or weights ≥ 0; None: every token counts.
     method            "importance_sampling", "reinforce" (r = 1), "ppo" or "cispo".
@@ -129,46 +124,47 @@ def policy_gradient_loss(
                       sequences · longest completion, is the normaliser of Dr. GRPO (Liu et al. 2025).
 
     Metrics, over the tokens that take part: ratio_mean, ratio_min, ratio_max; clip_fraction, the share of tokens whose
-    gradient a clip or truncate_ratio changed; k1 and k3, the estimates of KL(sampler ‖ policy) of Schulman, "Approximating
+    gradient a clip or truncate_ratio changed; k1 and k3, the estimates of KL(old ‖ policy) of Schulman, "Approximating
     KL divergence" (2020): mean log(1/r) and mean (r − 1 − log r); entropy if entropy_coef is not 0.
 
     Raises TypeError or ValueError for arguments that do not fit, before anything is computed.
     """
-    surrogate = _surrogate(method, clip_low, clip_high, dual_clip, truncate_ratio, sampler_logprobs)
-    _check_ratio(ratio, sampler_logprobs)
+    surrogate = _surrogate(method, clip_low, clip_high, dual_clip, truncate_ratio, old_logprobs)
+    _check_ratio(ratio, old_logprobs)
     check.check_finite("entropy_coef", entropy_coef)
     reduce = check.check_reduction(reduction, normalizer, REDUCTIONS)
     options = check.head_options(temperature, logit_scale, softcap)
     check.check_head(hidden, weight, bias)
     check.check_plan(backend, chunk_size, weight, weight_grad)
-    share, active, y = rows_of(mask, tokens, hidden, weight.shape[0], ignore_index)
-    gain = check.check_per_token("advantages", advantages, hidden).reshape(-1)
-    sampler = None if sampler_logprobs is None else check.check_per_token("sampler_logprobs", sampler_logprobs, hidden)
+    token_weights, active, y = rows_of(mask, tokens, hidden, weight.shape[0], ignore_index)
+    advantages = check.check_per_token("advantages", advantages, hidden).reshape(-1)
+    old = None if old_logprobs is None else check.check_per_token("old_logprobs", old_logprobs, hidden)
     sequences = _sequences(tokens, sequence_ids, ratio, reduction, hidden)
     hidden, weight, bias = check.autocast(hidden, weight, bias)
     kind: Kind = "token_nll" if entropy_coef == 0.0 else "token_nll_entropy"
-    sampling = check.sampling(backward, grad_error, epsilon, seed)
-    spec = Spec(kind, options, None, backend, chunk_size, sampling=sampling)
+    sparse = check.sparse(backward)
+    spec = Spec(kind, options, None, backend, chunk_size, sparse=sparse)
 
     dtype = compute_dtype(hidden.dtype)
-    gain = gain.to(dtype).where(active, 0.0)
-    sampler = None if sampler is None else sampler.reshape(-1).to(dtype).where(active, 0.0)
+    advantages = advantages.to(dtype).where(active, 0.0)
+    old = None if old is None else old.reshape(-1).to(dtype).where(active, 0.0)
     inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, y)
-    which = active if skip_zero_rows else None
-    graded = active & (gain != 0) if skip_zero_rows and entropy_coef == 0.0 else None
-    behaviour = sampler
-    if ratio == "sequence" and sampler is not None and sequences is not None:
-        logprobs = -evaluate(spec, inputs, which)[0]
-        behaviour = logprobs - sequences.mean(logprobs - sampler, active)  # exp(ℓ − this) is the sequence's ratio
+    computed = active if skip_zero_rows else None
+    graded = active & (advantages != 0) if skip_zero_rows and entropy_coef == 0.0 else None
+    ratio_to = old
+    if ratio == "sequence" and old is not None and sequences is not None:
+        logprobs = -evaluate(spec, inputs, computed)[0]
+        ratio_to = logprobs - sequences.mean(logprobs - old, active)  # exp(ℓ − this) is the sequence's ratio
     if reduction == "sequence_mean" and sequences is not None:
-        share, total_share = share / sequences.sum(share).where(active, 1.0), sequences.count(active).to(dtype)
+        count = sequences.count(active).to(dtype)
+        token_weights = token_weights / sequences.sum(token_weights).where(active, 1.0)
     else:
-        total_share = share.sum()
-    objective = Objective(share, gain, behaviour, surrogate, entropy_coef)
-    loss, values, sample = reduced_loss(reduce, total_share, spec, inputs, objective, which, graded, weight_grad)
+        count = token_weights.sum()
+    row_loss = RowLoss(token_weights, advantages, ratio_to, surrogate, entropy_coef)
+    loss, values, statistics = reduced_loss(reduce, count, spec, inputs, row_loss, computed, graded, weight_grad)
     logprobs = (-values[0]).where(active, 0.0)
-    clipped = surrogate_terms(surrogate, logprobs, behaviour, gain).clipped
-    metrics = {**_ratio_metrics(logprobs, sampler, behaviour, clipped, active), **sample_metrics(sample)}
+    clipped = surrogate_terms(surrogate, logprobs, ratio_to, advantages).clipped
+    metrics = {**_ratio_metrics(logprobs, old, ratio_to, clipped, active), **sparse_metrics(statistics)}
     if entropy_coef != 0.0:
         metrics["entropy"] = masked_mean(values[1], active)
     loss = loss.reshape(tokens.shape) if reduction == "none" else loss
@@ -198,9 +194,6 @@ class PolicyOptions(TypedDict, total=False):
     skip_zero_rows: bool
     backend: Backend
     backward: Backward
-    grad_error: float | None
-    epsilon: float | None
-    seed: int | None
     weight_grad: Tensor | None
 
 
@@ -257,7 +250,7 @@ def _surrogate(
     clip_high: float,
     dual_clip: float | None,
     truncate_ratio: float | None,
-    sampler_logprobs: Tensor | None,
+    old_logprobs: Tensor | None,
 ) -> Surrogate:
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; use one of {', '.join(METHODS)}")
@@ -272,16 +265,16 @@ def _surrogate(
         )
     if dual_clip is not None and (method != "ppo" or not dual_clip > 1):
         raise ValueError(f'dual_clip is {dual_clip} with method {method!r}; it belongs to "ppo" and must be > 1')
-    if truncate_ratio is not None and (not truncate_ratio > 0 or sampler_logprobs is None):
-        raise ValueError(f"truncate_ratio is {truncate_ratio}; it must be > 0 and needs sampler_logprobs")
+    if truncate_ratio is not None and (not truncate_ratio > 0 or old_logprobs is None):
+        raise ValueError(f"truncate_ratio is {truncate_ratio}; it must be > 0 and needs old_logprobs")
     return Surrogate(method, clip_low, clip_high, dual_clip, truncate_ratio)
 
 
-def _check_ratio(ratio: Ratio, sampler_logprobs: Tensor | None) -> None:
+def _check_ratio(ratio: Ratio, old_logprobs: Tensor | None) -> None:
     if ratio not in RATIOS:
         raise ValueError(f"ratio is {ratio!r}; use one of {', '.join(RATIOS)}")
-    if ratio == "sequence" and sampler_logprobs is None:
-        raise ValueError('ratio is "sequence", which needs sampler_logprobs: without them every ratio is 1')
+    if ratio == "sequence" and old_logprobs is None:
+        raise ValueError('ratio is "sequence", which needs old_logprobs: without them every ratio is 1')
 
 
 def _sequences(
@@ -298,11 +291,11 @@ def _sequences(
 
 
 def _ratio_metrics(
-    logprobs: Tensor, sampler_logprobs: Tensor | None, behaviour: Tensor | None, clipped: Tensor, active: Tensor
+    logprobs: Tensor, old_logprobs: Tensor | None, ratio_to: Tensor | None, clipped: Tensor, active: Tensor
 ) -> dict[str, Tensor]:
-    """`behaviour`: what the loss takes its ratio against; k1 and k3 are estimates from the sampler's own log-probs."""
-    ratio = importance_ratio(logprobs, behaviour)
-    log_ratio = torch.zeros_like(logprobs) if sampler_logprobs is None else logprobs - sampler_logprobs
+    """`ratio_to`: what the loss takes its ratio against; k1 and k3 are estimates from each token's own log-probs."""
+    ratio = importance_ratio(logprobs, ratio_to)
+    log_ratio = torch.zeros_like(logprobs) if old_logprobs is None else logprobs - old_logprobs
     return {
         "ratio_mean": masked_mean(ratio, active),
         "ratio_min": masked_extreme(ratio, active, largest=False),

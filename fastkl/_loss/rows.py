@@ -7,10 +7,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastkl._loss import arguments as check
-from fastkl._loss.output import LossOutput, masked_extreme, masked_mean, sample_metrics
+from fastkl._loss.output import LossOutput, masked_extreme, masked_mean, sparse_metrics
 from fastkl.kernels.autograd import row_losses, summed_loss
 from fastkl.kernels.gemm import compute_dtype
-from fastkl.kernels.problem import Inputs, Objective, Spec
+from fastkl.kernels.problem import Inputs, RowLoss, Spec
 
 
 class Rows(NamedTuple):
@@ -35,7 +35,7 @@ def rows_of(mask: Tensor | None, tokens: Tensor | None, hidden: Tensor, vocabula
 class Reduced(NamedTuple):
     loss: Tensor  # 0-dim, or one entry per token
     values: Tensor  # [K, N], detached
-    sample: Tensor | None  # of a sampled backward
+    statistics: Tensor | None  # of a sparse backward
 
 
 def reduced_loss(
@@ -43,16 +43,16 @@ def reduced_loss(
     count: Tensor,  # 0-dim, the divisor of a mean that has no normalizer
     spec: Spec,
     inputs: Inputs,
-    objective: Objective,
+    row_loss: RowLoss,
     active: Tensor | None,
     graded: Tensor | None,
     weight_grad: Tensor | None,
 ) -> Reduced:
     """The losses of the rows, flat, or their sum over what the reduction divides by."""
     if reduce.kind == "none":
-        return Reduced(*row_losses(spec, inputs, objective, active, graded, weight_grad))
-    total, values, sample = summed_loss(spec, inputs, objective, active, graded, weight_grad)
-    return Reduced(total * reduce.factor(count), values, sample)
+        return Reduced(*row_losses(spec, inputs, row_loss, active, graded, weight_grad))
+    total, values, statistics = summed_loss(spec, inputs, row_loss, active, graded, weight_grad)
+    return Reduced(total * reduce.factor(count), values, statistics)
 
 
 def divergence_output(
@@ -68,13 +68,15 @@ def divergence_output(
 ) -> tuple[LossOutput, Tensor]:
     """factor · values[0] of the rows, reduced, with metrics under `name`; and the values [K, *shape], 0 where masked."""
     active = rows.active if skip_zero_rows else None
-    objective = Objective(rows.weights * factor)
-    loss, values, sample = reduced_loss(reduce, rows.weights.sum(), spec, inputs, objective, active, None, weight_grad)
+    row_loss = RowLoss(rows.weights * factor)
+    loss, values, statistics = reduced_loss(
+        reduce, rows.weights.sum(), spec, inputs, row_loss, active, None, weight_grad
+    )
     values = values.where(rows.active, 0.0)
     metrics = {
         f"{name}_mean": masked_mean(values[0], rows.active),
         f"{name}_max": masked_extreme(values[0], rows.active, largest=True),
-        **sample_metrics(sample),
+        **sparse_metrics(statistics),
     }
     values = values.reshape(values.shape[0], *shape)
     logprobs = None if rows.tokens is None else -values[1]

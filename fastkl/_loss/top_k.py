@@ -37,9 +37,6 @@ def top_k_kl_loss(
     skip_zero_rows: bool = True,
     backend: Backend = "auto",
     backward: Backward = "exact",
-    grad_error: float | None = None,
-    epsilon: float | None = None,
-    seed: int | None = None,
     weight_grad: Tensor | None = None,
 ) -> LossOutput:
     """KL divergence to a teacher of which only the k likeliest tokens are known; the student's side is exact.
@@ -73,8 +70,8 @@ def top_k_kl_loss(
         bias, weight_grad = check.first_rows(bias, vocab_size), check.first_rows(weight_grad, vocab_size)
     ids, listed = _check_list(teacher_ids, teacher_logprobs, hidden, weight.shape[0])
     hidden, weight, bias = check.autocast(hidden, weight, bias)
-    sampling = check.sampling(backward, grad_error, epsilon, seed)
-    spec = Spec("top_k", options, None, backend, chunk_size, f"{direction}-{tail}", sampling=sampling)
+    sparse = check.sparse(backward)
+    spec = Spec("top_k", options, None, backend, chunk_size, f"{direction}-{tail}", sparse=sparse)
 
     rows = rows_of(mask, tokens, hidden, weight.shape[0], ignore_index)
     if ids.is_cpu and not torch.compiler.is_compiling() and bool((rows.active & (ids[:, 0] < 0)).any()):

@@ -1,4 +1,4 @@
-"""The sampled backward: unbiased gradients from a random subset of the vocabulary's columns.
+"""The sparse backward: unbiased gradients from a random subset of the vocabulary's columns.
 
 The products of a chunk are u W and uᵀ h, u [n, V] the gradient of its scores, and nearly all columns of u are tail. For
 each block of rows, with a_i the slope that multiplies row i of u,
@@ -11,25 +11,25 @@ Columns are kept independently of each other, hence
 
     E Σ_i a_i² ‖û_i − u_i‖² = Σ_v w_v² (1/π_v − 1) = Σ_{w_v < τ} w_v (τ − w_v)
 
-is known before anything is multiplied, and τ is solved from the relative error wanted (`sampled_probabilities.threshold`).
+is known before anything is multiplied, and τ is solved from the relative error wanted (`probabilities.threshold`).
 u sums to 0 over v, up to a soft-cap, and û does not: any constant c [D] times the difference has expectation 0, and taking
-it off u W lowers the error. c is the mean of rows of W. Here is what the driver sees of a sampler, `BlockSampler`, of which
-there are two: the plain one (`sampled_torch.py`) and that of accelerators (`sampled_triton.py`).
+it off u W lowers the error. c is the mean of rows of W. What the driver sees is a `ColumnSampler`.
+There are two: the plain one (`pytorch.py`) and that of accelerators (`triton.py`).
 docs/sparse-backward.md has the proof, measurements, and when not to use this.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastkl.kernels.gemm import compute_dtype
 
-Backward = Literal["exact", "sampled"]
-BACKWARDS: tuple[str, ...] = get_args(Backward)
+ERROR = 2e-3  # what rounding the gradient by the logits to bfloat16 costs
 
 # A sample belongs to a block of rows. Small blocks keep fewer columns, large ones multiply and select them at less cost.
 BLOCK_ROWS = {"cpu": 128, "accelerator": 1024}
@@ -37,15 +37,41 @@ SPLIT = 128  # rows whose squares one program of an accelerator adds up
 CENTRE_ROWS = 2**12  # at least
 
 
-class Sampling(NamedTuple):
-    """How the columns are sampled."""
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+    """A sparse backward pass: gradients from a random subset of the vocabulary, without bias.
 
-    grad_error: float  # expected relative error, from which each block's τ is solved
-    epsilon: float | None  # τ itself in its place
+    seed       int in 0 … 2⁶³ − 1. The same seed draws the same columns. Pass another one in each call, for example the
+               number of the micro-batch: with one seed for all, the errors of successive steps would not average out.
+    error      > 0, the expected relative error of the gradient by the logits, in each block of rows.
+    threshold  > 0, τ itself instead of the error it is solved from. An id is used for certain where the root of the sum
+               of its squared gradients over a block's rows is at least this, in the units of the loss before any mean.
+
+    Raises ValueError for values that do not fit, and where both an error and a threshold are given.
+    """
+
     seed: int
+    error: float = ERROR
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.seed, (int, torch.SymInt)) and not isinstance(self.seed, bool)
+        if not whole or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed!r}; it must be an int of at least 0, below 2**63")
+        if self.threshold is not None and self.error != ERROR:
+            raise ValueError(
+                f"error is {self.error!r} and threshold is {self.threshold!r}; give one of them, for the threshold is "
+                f"solved from the error"
+            )
+        for name, number in (("error", self.error), ("threshold", self.threshold)):
+            if number is not None and not 0 < number < float("inf"):
+                raise ValueError(f'{name} is {number!r}; it must be > 0 and finite (backward="exact" has no error)')
 
 
-class Sample(Protocol):
+Backward = Literal["exact"] | Sparse
+
+
+class ColumnSample(Protocol):
     """The gradients of one block of rows, from those of its columns that are kept."""
 
     def hidden_gradient(self) -> Tensor:
@@ -58,10 +84,10 @@ class Sample(Protocol):
         """What outlives the block; None: it is not worth keeping. A synchronisation on an accelerator."""
 
 
-class BlockSampler(Protocol):
+class ColumnSampler(Protocol):
     """Draws the columns of one block after the other, and keeps count."""
 
-    def sample(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> Sample:
+    def sample(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> ColumnSample:
         """Of a block: gradient [B, V] in `gradient_dtype`, which it may overwrite, slope [B]; keeps ids in `always`."""
 
     def statistics(self) -> Tensor:

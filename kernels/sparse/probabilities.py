@@ -1,4 +1,4 @@
-"""The probabilities that the columns of a block are kept with, and whether leaving any out is worth it (`sampled.py`)."""
+"""The probabilities that the columns of a block are kept with, and whether leaving any out is worth it (`estimator.py`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkl.kernels.sparse.estimator import Sampling
+from fastkl.kernels.sparse.estimator import Sparse
 
 BREAK_EVEN = 0.5  # of the columns: from here on the product of all of them is no slower than that of those kept
 SOLVED_COLUMNS = 2**13  # at least; τ is solved from every so many-th column
@@ -32,25 +32,25 @@ class Solution(NamedTuple):
     expected: Tensor  # Σ π
 
 
-def solve(sampling: Sampling, squares: Tensor, always: list[Tensor]) -> Solution:
+def solve(sparse: Sparse, squares: Tensor, always: list[Tensor]) -> Solution:
     """From w² [V], which is overwritten; ids in `always` are certain."""
     total = squares.sum()
     for ids in always:
         squares.index_fill_(0, ids, 0.0)
     w = squares.sqrt_()
-    tau = block_threshold(sampling, w, total)
+    tau = block_threshold(sparse, w, total)
     lost = torch.dot(w, (tau - w).clamp_(min=0.0))
     for ids in always:
         w.index_fill_(0, ids, torch.inf)
     return Solution(w, tau, total, lost, expected_columns(w, tau))
 
 
-def block_threshold(sampling: Sampling, w: Tensor, total: Tensor) -> Tensor:
+def block_threshold(sparse: Sparse, w: Tensor, total: Tensor) -> Tensor:
     """τ of a block, 0-dim: for w [V], 0 where a column is certain, and `total` = Σ w² over all columns."""
-    if sampling.epsilon is not None:
-        return w.new_full((), sampling.epsilon)
+    if sparse.threshold is not None:
+        return w.new_full((), sparse.threshold)
     some = w[:: max(1, w.shape[0] // SOLVED_COLUMNS)]
-    return threshold(some, sampling.grad_error**2 * total * (some.shape[0] / w.shape[0]))
+    return threshold(some, sparse.error**2 * total * (some.shape[0] / w.shape[0]))
 
 
 def threshold(w: Tensor, variance: Tensor) -> Tensor:

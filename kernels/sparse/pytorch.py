@@ -1,4 +1,4 @@
-"""The sampled backward in plain PyTorch, on any device: what `sampled.py` says."""
+"""The sparse backward in plain PyTorch, on any device: what `estimator.py` says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkl.kernels.gemm import add_weight_gradient, compute_dtype, hidden_gradient
-from fastkl.kernels.sparse.estimator import Estimate, Sample, Sampling, block_rows, centre, device_kind
+from fastkl.kernels.sparse.estimator import ColumnSample, Estimate, Sparse, block_rows, centre, device_kind
 from fastkl.kernels.sparse.probabilities import is_sparse, row_weights, solve
 
 PROBED = 8  # after a flat block, one in so many of the next one's rows is looked at first
@@ -25,13 +25,13 @@ class Columns(NamedTuple):
     expected: Tensor  # 0-dim, Σ π: the mean of K over the draws
 
 
-class Sampler:
+class PyTorchColumnSampler:
     """Draws the columns of one block after the other, and keeps count."""
 
-    def __init__(self, sampling: Sampling, weight: Tensor, capped: bool) -> None:
-        self.sampling, self.weight, self.capped = sampling, weight, capped
+    def __init__(self, sparse: Sparse, weight: Tensor, capped: bool) -> None:
+        self.sparse, self.weight, self.capped = sparse, weight, capped
         self.dtype = compute_dtype(weight.dtype)
-        self.generator = torch.Generator(weight.device).manual_seed(sampling.seed)
+        self.generator = torch.Generator(weight.device).manual_seed(sparse.seed)
         self.centre = centre(weight)
         rows = max(1, SCRATCH_BYTES[device_kind(weight.device)] // (weight.shape[0] * self.dtype.itemsize))
         self.scratch_rows = min(rows, block_rows(weight.device))
@@ -40,11 +40,11 @@ class Sampler:
         self.kept = self.seen = 0  # entries of u
         self.variance, self.square = (weight.new_zeros((), dtype=self.dtype) for _ in range(2))
 
-    def sample(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> Sample:
+    def sample(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> ColumnSample:
         columns = self.draw(gradient, slope, always)
         if columns is None:
-            return _Exact(self.weight, gradient, slope)
-        return _Sparse(self, gradient, slope, columns, self.estimate(gradient, columns))
+            return _ExactSample(self.weight, gradient, slope)
+        return _SparseSample(self, gradient, slope, columns, self.estimate(gradient, columns))
 
     def draw(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> Columns | None:
         """The columns of a block; None: all of them, which is exact. Synchronisations on an accelerator.
@@ -56,11 +56,11 @@ class Sampler:
         self.seen += gradient.numel()
         if self.flat and gradient.shape[0] > PROBED:
             probed = slope[::PROBED]
-            few = solve(self.sampling, self._column_squares(gradient[::PROBED], probed), [])
+            few = solve(self.sparse, self._column_squares(gradient[::PROBED], probed), [])
             if not is_sparse(few.expected, vocabulary):
                 self._count_exact(gradient, few.total * (slope.shape[0] / probed.shape[0]))
                 return None
-        w, tau, total, lost, expected = solve(self.sampling, self._column_squares(gradient, slope), always)
+        w, tau, total, lost, expected = solve(self.sparse, self._column_squares(gradient, slope), always)
         self.flat = not is_sparse(expected, vocabulary)
         if self.flat:
             self._count_exact(gradient, total)
@@ -111,7 +111,7 @@ class Sampler:
         return out
 
 
-class _Exact(NamedTuple):
+class _ExactSample(NamedTuple):
     """A block of which all columns are kept."""
 
     weight: Tensor
@@ -128,10 +128,10 @@ class _Exact(NamedTuple):
         return None
 
 
-class _Sparse(NamedTuple):
+class _SparseSample(NamedTuple):
     """A block of which some columns are kept."""
 
-    sampler: Sampler
+    sampler: PyTorchColumnSampler
     gradient: Tensor
     slope: Tensor
     columns: Columns
@@ -148,9 +148,11 @@ class _Sparse(NamedTuple):
         return Estimate(rows, self.columns.ids, self.kept, self.slope, float(self.columns.expected))
 
 
-def merged(drawn: Iterable[tuple[slice, Sample]], gradient: Tensor, slope: Tensor) -> Iterator[tuple[slice, Sample]]:
+def merged(
+    drawn: Iterable[tuple[slice, ColumnSample]], gradient: Tensor, slope: Tensor
+) -> Iterator[tuple[slice, ColumnSample]]:
     """Blocks of a chunk with their samples, as they are drawn; neighbours that are exact as one, for larger products."""
-    for exact, group in itertools.groupby(drawn, key=lambda found: isinstance(found[1], _Exact)):
+    for exact, group in itertools.groupby(drawn, key=lambda found: isinstance(found[1], _ExactSample)):
         if not exact:
             yield from group
             continue

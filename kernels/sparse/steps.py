@@ -1,4 +1,4 @@
-"""The steps of a block in the sampled backward (`sampled_triton.py`), each a launch or two of `sampled_kernels_triton.py`.
+"""The steps of a block in the sparse backward (`triton.py`), each a launch or two of `triton_kernels.py`.
 
 Operands of 16 bits are multiplied by tensor cores: wgmma on sm_90, tcgen05 on sm_100, mma and mfma elsewhere. The rows of
 W are gathered through pointers, 16 bytes per thread where V, D and the distances of rows are multiples of 16; tensor
@@ -70,7 +70,7 @@ def column_squares(gradient: Tensor, weights: Tensor) -> Tensor:
     check_device("chunk is", gradient)
     if gradient.dtype not in GRADIENT_DTYPES:
         raise TypeError(
-            f"the sampled backward in Triton takes gradients of float32, bfloat16 or float16, not {gradient.dtype}: pass "
+            f"the sparse backward in Triton takes gradients of float32, bfloat16 or float16, not {gradient.dtype}: pass "
             f'backend="torch"'
         )
     n, vocabulary = gradient.shape

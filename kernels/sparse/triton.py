@@ -1,10 +1,10 @@
-"""The sampled backward in Triton: what `sampled.py` says, without a synchronisation. The steps of a block
-are in `sampled_steps_triton.py`, their kernels in `sampled_kernels_triton.py`.
+"""The sparse backward in Triton: what `estimator.py` says, without a synchronisation. The steps of a block are in
+`steps.py`, their kernels in `triton_kernels.py`.
 
 A block of B rows, u [B, V], goes through
 
     w² [V]            sums over splits of SPLIT rows each, then over the splits: one pass over u
-    τ [1]             by `sampled_probabilities.solve`. Columns that are certain then have w = ∞; a block that is not worth
+    τ [1]             by `probabilities.solve`. Columns that are certain then have w = ∞; a block that is not worth
                       sampling has τ = −1, which keeps all columns as they are
     ids [K], 1 / π    columns with w > τ · rand, rand by Philox from (seed, block, column): a count per tile of columns, the
                       running sum of the counts, the list. K stays on the device
@@ -15,7 +15,7 @@ A block of B rows, u [B, V], goes through
 Same bits for the same seed, blocks and operands: no atomics, each sum has one order, each element of dW one owner, and the
 blocks come one after the other. A block's number counts the blocks of its call, so that chunk sizes that are multiples
 of a block give the same sample, up to what a vendor's GEMM makes of another number of rows in u. PyTorch's generator,
-which `sampled_torch.Sampler` has, gives another sample.
+which `pytorch.PyTorchColumnSampler` has, gives another sample.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastkl.kernels.rows.launch import check_device
-from fastkl.kernels.sparse.estimator import Estimate, Sampling, centre
+from fastkl.kernels.sparse.estimator import Estimate, Sparse, centre
 from fastkl.kernels.sparse.probabilities import is_sparse, row_weights, solve
 from fastkl.kernels.sparse.steps import (
     Selection,
@@ -38,43 +38,43 @@ from fastkl.kernels.sparse.steps import (
 )
 
 
-class Sampler:
-    """`sampled.BlockSampler` for CUDA and HIP devices. It overwrites the gradients that it is given."""
+class TritonColumnSampler:
+    """`estimator.ColumnSampler` for CUDA and HIP devices. It overwrites the gradients that it is given."""
 
-    def __init__(self, sampling: Sampling, weight: Tensor, capped: bool) -> None:
+    def __init__(self, sparse: Sparse, weight: Tensor, capped: bool) -> None:
         check_device("weight is", weight)
         if weight.stride(1) != 1 and weight.shape[1] > 1:
             raise ValueError(
                 f"the elements of a row of the weight must lie side by side; the strides are {weight.stride()}"
             )
-        self.sampling, self.weight, self.capped = sampling, weight, capped
+        self.sparse, self.weight, self.capped = sparse, weight, capped
         self.centre = centre(weight)
         self.block = self.seen = 0  # blocks, and entries of u
         self.kept = torch.zeros(1, dtype=torch.int64, device=weight.device)
         self.variance, self.square = (weight.new_zeros((), dtype=torch.float32) for _ in range(2))
 
-    def sample(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> Sample:
+    def sample(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> TritonColumnSample:
         """The sample of a block; `gradient` is û from here on."""
         squares = column_squares(gradient, row_weights(slope))
-        w, tau, total, lost, expected = solve(self.sampling, squares, always)
-        sparse = is_sparse(expected, w.shape[0])
-        columns = select_columns(w, torch.where(sparse, tau, -1.0).reshape(1), self.sampling.seed, self.block)
+        w, tau, total, lost, expected = solve(self.sparse, squares, always)
+        worth_it = is_sparse(expected, w.shape[0])
+        columns = select_columns(w, torch.where(worth_it, tau, -1.0).reshape(1), self.sparse.seed, self.block)
         self.block += 1
         self.seen += gradient.numel()
         self.kept += columns.kept * gradient.shape[0]
         self.square += total
-        self.variance += torch.where(sparse, lost, 0.0)
+        self.variance += torch.where(worth_it, lost, 0.0)
         excess = compact(gradient, columns, self.capped)
-        expected = torch.where(sparse, expected, float(w.shape[0]))
-        return Sample(self.weight, self.centre, gradient, slope, columns, excess, expected)
+        expected = torch.where(worth_it, expected, float(w.shape[0]))
+        return TritonColumnSample(self.weight, self.centre, gradient, slope, columns, excess, expected)
 
     def statistics(self) -> Tensor:
         error = (self.variance / self.square.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
         return torch.stack([self.kept[0].to(torch.float32) / max(1, self.seen), error])
 
 
-class Sample(NamedTuple):
-    """`sampled.Sample` of a block, good until the next one overwrites its gradient."""
+class TritonColumnSample(NamedTuple):
+    """`estimator.ColumnSample` of a block, good until the next one overwrites its gradient."""
 
     weight: Tensor  # [V, D]
     centre: Tensor  # [D]

@@ -1,4 +1,4 @@
-"""The kernels of the sampled backward's steps (`sampled_steps_triton.py`).
+"""The kernels of the sparse backward's steps (`steps.py`).
 
 How many columns are kept, K, is known on the device alone: kernels read it there. Of what varies from call to call
 nothing is specialised, hence nothing compiled again; V, D and the distances of rows are, on being multiples of 16: these

@@ -77,9 +77,9 @@ def test_shapes_of_sweeps():
 
 
 def test_backward_passes_side_by_side(tmp_path):
-    report = bench(tmp_path, "--impl", "fastkl,eager", "--backward", "exact,sampled", "--head", "trainable")
+    report = bench(tmp_path, "--impl", "fastkl,eager", "--backward", "exact,sparse", "--head", "trainable")
     found = [(row["impl"], row["backward"]) for row in report["rows"]]
-    assert found == [("fastkl", "exact"), ("fastkl_sampled", "sampled"), ("eager", "exact")]
+    assert found == [("fastkl", "exact"), ("fastkl_sparse", "sparse"), ("eager", "exact")]
 
 
 def test_rows_share_their_tails():
@@ -212,7 +212,7 @@ class TestCase:
         (["--entropy", "nan"], "--entropy: nan nats"),
         (["--entropy", "1.5", "--sweep", "V=70,20"], "--entropy: 1.5 nats; with V = 20 use one > 0 and <="),
         (["--entropy", "1", "--data", "flat"], "--entropy: flat rows have the entropy that they have"),
-        (["--backward", "both"], "--backward: 'both' is no choice; use some of exact, sampled"),
+        (["--backward", "both"], "--backward: 'both' is no choice; use some of exact, sparse"),
         (["--temperature", "0.7"], "--temperature: peaked rows have none; it belongs to --data smollm2, qwen"),
         (["--data", "round"], "--data: invalid choice: 'round'"),
         (["--sweep", "N"], "--sweep: 'N' is no sweep; write an axis of N, D, V and sizes, as in N=256,512,1024"),

@@ -69,17 +69,17 @@ def test_what_the_bench_writes_can_be_drawn(tmp_path):
     assert draw(key, rows, tmp_path).exists()
 
 
-def test_what_bench_sampled_writes_can_be_drawn(tmp_path, capsys):
-    file = tmp_path / "sampled.json"
+def test_what_bench_sparse_writes_can_be_drawn(tmp_path, capsys):
+    file = tmp_path / "sparse.json"
     shape = ["--shape", "32,16,400", "--blocks", "8,16", "--seeds", "1"]
-    main(["sampled", *shape, "--data", "peaked", "--json", str(file)])
+    main(["sparse", *shape, "--data", "peaked", "--json", str(file)])
     rows = json.loads(file.read_text())["rows"]
     assert {row["block"] for row in rows} == {8, 16}
     for row in rows:
         assert 0 < row["kept"] <= 1
         assert row["kept"] == 1 or row["hidden"] > 0
     main(["plot", str(file), "--out", str(tmp_path)])
-    assert (tmp_path / "sampled.png").exists()
+    assert (tmp_path / "sparse.png").exists()
     assert "columns kept" not in capsys.readouterr().err
 
 

@@ -21,7 +21,7 @@ from bench.variants.aot import CHIPS, compiler, resources
 from bench.variants.divergence import DivergenceVariant, divergence_variants
 from bench.variants.rows import RowVariant, row_variants
 from bench.variants.score import ScoreVariant, score_variants
-from bench.variants.sparse import SampledVariant, sampled_variants
+from bench.variants.sparse import SparseVariant, sparse_variants
 from fastkl.kernels.divergence.formula import Divergence
 from fastkl.kernels.rows.launch import launch_config
 
@@ -62,11 +62,11 @@ def assert_fits(kernels: list[Any], chip: str, variant: Variant) -> None:
         if CHIPS[chip].target.backend == "cuda":
             threads = 32 * kernel.metadata.num_warps
             assert variant.programs * used.registers * threads <= REGISTERS, used
-    if isinstance(variant, ScoreVariant) or (isinstance(variant, SampledVariant) and variant.multiplies):
+    if isinstance(variant, ScoreVariant) or (isinstance(variant, SparseVariant) and variant.multiplies):
         assert_multiplies(kernels[0], chip, variant)
 
 
-def assert_multiplies(kernel: Any, chip: str, variant: ScoreVariant | SampledVariant) -> None:
+def assert_multiplies(kernel: Any, chip: str, variant: ScoreVariant | SparseVariant) -> None:
     """By the chip's matrix instructions; float32 as such, which on NVIDIA's chips is without tensor cores."""
     code = kernel.asm["amdgcn" if chip == "gfx942" else "ptx"]
     families = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
@@ -86,7 +86,7 @@ def test_variant_fits(launch: Launch, chip: str, variant: Variant) -> None:
 @pytest.mark.slow
 @chips
 def test_every_variant_fits(launch: Launch, chip: str) -> None:
-    for variant in (*row_variants(), *score_variants(), *sampled_variants()):
+    for variant in (*row_variants(), *score_variants(), *sparse_variants()):
         assert_fits(launch(chip, variant), chip, variant)
 
 
@@ -188,7 +188,7 @@ def test_tiles_share_one_pipeline(launch: Launch) -> None:
 @pytest.mark.parametrize("capped", [False, True], ids=["plain", "capped"])
 def test_compaction_loads_before_it_stores(launch: Launch, capped: bool) -> None:
     """On a chip whose barriers do not wait for loads: all have arrived before a barrier, and the one store follows one."""
-    assembly = launch("gfx942", SampledVariant("sampled.compact", capped=capped))[0].asm["amdgcn"]
+    assembly = launch("gfx942", SparseVariant("sparse.compact", capped=capped))[0].asm["amdgcn"]
     store = assembly.index("buffer_store")
     assert assembly.count("buffer_store") == 1
     block = assembly[assembly.rindex(".LBB0_", 0, store) : store]

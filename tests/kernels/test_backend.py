@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fastkl.kernels.backend import BACKENDS, row_function, scorer
-from fastkl.kernels.divergence import pytorch as divergence_torch
+from fastkl.kernels.divergence import pytorch as divergence_pytorch
 from fastkl.kernels.problem import HeadOptions, Inputs, Spec
-from fastkl.kernels.rows import pytorch as rows_torch
+from fastkl.kernels.rows import pytorch as rows_pytorch
 from fastkl.loss import linear_logprobs
 
 HIDDEN, WEIGHT, TOKENS = torch.randn(3, 4), torch.randn(7, 4), torch.tensor([1, 6, 0])
@@ -22,10 +22,10 @@ NLL = Spec("token_nll", HeadOptions())
 
 def test_auto_is_pytorch_on_a_cpu() -> None:
     for backend in set(BACKENDS) - {"triton"}:
-        assert row_function(NLL._replace(backend=backend), HIDDEN) is rows_torch.token_nll
+        assert row_function(NLL._replace(backend=backend), HIDDEN) is rows_pytorch.token_nll
         divergence = row_function(Spec("divergence", HeadOptions(), HeadOptions(), backend, None, "jsd", 0.5), HIDDEN)
         assert isinstance(divergence, partial)
-        assert divergence.func is divergence_torch.divergence
+        assert divergence.func is divergence_pytorch.divergence
         assert divergence.args == ("jsd", 0.5)
     assert torch.equal(
         linear_logprobs(HIDDEN, WEIGHT, TOKENS), linear_logprobs(HIDDEN, WEIGHT, TOKENS, backend="torch")

@@ -13,8 +13,8 @@ from torch import Tensor
 from fastkl.kernels import driver, gemm
 from fastkl.kernels import operators as ops
 from fastkl.kernels.problem import HeadOptions, Inputs, Spec
-from fastkl.kernels.sparse import estimator as sampled
-from fastkl.kernels.sparse.estimator import Sampling
+from fastkl.kernels.sparse import estimator as sparse_estimator
+from fastkl.kernels.sparse.estimator import Sparse
 
 Gemms = dict[str, list[int]]
 N = 10
@@ -98,8 +98,8 @@ def test_default_chunk_size_fits_the_budget(monkeypatch: pytest.MonkeyPatch, hea
 
 
 def test_chunks_of_a_sample_are_even_and_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sampled.BLOCK_ROWS, "cpu", 4)
-    spec = Spec("token_nll", HeadOptions(), sampling=Sampling(2e-3, None, 0))
+    monkeypatch.setitem(sparse_estimator.BLOCK_ROWS, "cpu", 4)
+    spec = Spec("token_nll", HeadOptions(), sparse=Sparse(0, error=2e-3))
     inputs = Inputs(torch.zeros(30, 2), torch.zeros(10, 2))
     for limit, expected in ((30, 30), (29, 16), (16, 16), (12, 12), (7, 4), (4, 4), (3, 3)):
         assert driver.chunk_rows(spec._replace(chunk_size=limit), inputs, gradient=True) == expected

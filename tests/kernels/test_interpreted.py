@@ -22,10 +22,10 @@ from fastkl.kernels.rows import triton as rows_triton
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.score import triton as score_triton
 from fastkl.kernels.score.triton import Head
-from fastkl.kernels.sparse import steps as sampled_steps_triton
-from fastkl.kernels.sparse import triton as sampled_triton
-from fastkl.kernels.sparse.estimator import Sampling
-from fastkl.kernels.top_k import triton as tails_triton
+from fastkl.kernels.sparse import steps as sparse_steps
+from fastkl.kernels.sparse import triton as sparse_triton
+from fastkl.kernels.sparse.estimator import Sparse
+from fastkl.kernels.top_k import triton as top_k_triton
 
 TESTS = Path(__file__).parents[1]
 slow = pytest.mark.slow
@@ -76,13 +76,13 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "token_nll": lambda: rows_triton.token_nll(CHUNK, TOKENS, OUT, None),
     "token_nll_entropy": lambda: rows_triton.token_nll_entropy(CHUNK, TOKENS, OUT, None),
     "entropy_gradient": lambda: rows_triton.entropy_gradient(CHUNK, TOKENS, OUT, OUT[:2], CHUNK.student),
-    "tail_sums": lambda: tails_triton.tail_sums(CHUNK.student, None, OUT),
-    "tail_gradient": lambda: tails_triton.tail_gradient(CHUNK.student, None, OUT[0], OUT[1], CHUNK.student),
+    "tail_sums": lambda: top_k_triton.tail_sums(CHUNK.student, None, OUT),
+    "tail_gradient": lambda: top_k_triton.tail_gradient(CHUNK.student, None, OUT[0], OUT[1], CHUNK.student),
     "divergence": lambda: divergence("jsd", 0.5, PAIR, None, OUT[:2], None),
     "score.token_nll": lambda: score_triton.token_nll(HEAD, TOKENS, OUT),
     "score.reverse_kl": lambda: score_triton.reverse_kl(HEAD, HEAD, TOKENS, OUT),
-    "sampled.Sampler": lambda: sampled_triton.Sampler(Sampling(0.1, None, 0), HEAD.weight, False),
-    "sampled.column_squares": lambda: sampled_steps_triton.column_squares(CHUNK.student, OUT[0]),
+    "sparse.TritonColumnSampler": lambda: sparse_triton.TritonColumnSampler(Sparse(0, error=0.1), HEAD.weight, False),
+    "sparse.column_squares": lambda: sparse_steps.column_squares(CHUNK.student, OUT[0]),
 }
 
 

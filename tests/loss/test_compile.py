@@ -10,7 +10,7 @@ from loss_cases import LOSSES, NEEDS, Problem, fused, make_problem
 from torch import Tensor
 
 from fastkl.kernels import operators as ops
-from fastkl.kernels.problem import HeadOptions, Inputs, Needs, Objective, Spec
+from fastkl.kernels.problem import HeadOptions, Inputs, Needs, RowLoss, Spec
 from fastkl.kernels.surrogate import Surrogate
 from fastkl.loss import policy_gradient_loss
 
@@ -132,10 +132,10 @@ def test_gradients_of_an_objective_without_a_surrogate() -> None:
     p, weights = make_problem((6,)), torch.rand(6).double()
     spec = Spec("token_nll", HeadOptions())
     needs = Needs(True, False, True)
-    values, losses, gradients = ops.evaluate_with_gradients(spec, inputs(p, False), Objective(weights), needs)
+    values, losses, gradients = ops.evaluate_with_gradients(spec, inputs(p, False), RowLoss(weights), needs)
     torch.testing.assert_close(losses, weights * values[0])
     assert gradients.weight is None
-    _, _, unit = ops.evaluate_with_gradients(spec, inputs(p, False), Objective(), needs)
+    _, _, unit = ops.evaluate_with_gradients(spec, inputs(p, False), RowLoss(), needs)
     assert gradients.hidden is not None
     assert unit.hidden is not None
     torch.testing.assert_close(gradients.hidden, weights[:, None] * unit.hidden)

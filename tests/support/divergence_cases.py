@@ -14,7 +14,7 @@ from row_contract import WIDTH, RowContract, undefined
 from torch import Tensor
 
 from fastkl import reference
-from fastkl.kernels.divergence import pytorch as divergence_torch
+from fastkl.kernels.divergence import pytorch as divergence_pytorch
 from fastkl.kernels.divergence.formula import ROWS, ROWS_WITH_EXTRAS, Divergence, Extras, Outputs
 
 
@@ -53,7 +53,7 @@ all_kinds = pytest.mark.parametrize("kind", [*KINDS, *EXTREME], ids=str)
 
 def under_test(divergence: Callable[..., None], kind: Kind, extras: bool = False, device: str = "cpu") -> UnderTest:
     """The divergence of a backend."""
-    functions = partial(divergence, *kind), partial(divergence_torch.divergence, *kind)
+    functions = partial(divergence, *kind), partial(divergence_pytorch.divergence, *kind)
     outputs, steps = ROWS_WITH_EXTRAS if extras else ROWS, kind.name == "total_variation"
     return UnderTest(*functions, kind.values, outputs, device, 3.0, steps)
 

@@ -1,4 +1,4 @@
-"""Problems of the sampled backward, and how far a gradient is off."""
+"""Problems of the sparse backward, and how far a gradient is off."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 from loss_cases import Problem, generator, make_problem
 from torch import Tensor
 
-from fastkl.kernels.sparse import estimator as sampled
+from fastkl.kernels.sparse import estimator as sparse_estimator
+from fastkl.loss import Sparse
 
-SAMPLED: dict[str, Any] = {"backward": "sampled", "seed": 3}
+SEED = 3
+SPARSE: dict[str, Any] = {"backward": Sparse(SEED)}
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear_logprobs": ("linear_logprobs", {}),
     "policy_gradient": ("policy_gradient", {}),
@@ -23,7 +25,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def use_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampled, "BLOCK_ROWS", {"cpu": 16, "accelerator": 16})
+    monkeypatch.setattr(sparse_estimator, "BLOCK_ROWS", {"cpu": 16, "accelerator": 16})
 
 
 def peaked_problem(n: int = 64, dtype: torch.dtype = torch.float64, vocabulary: int = 4000) -> Problem:

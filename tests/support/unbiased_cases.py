@@ -11,6 +11,7 @@ from sparse_cases import peaked_problem
 from torch import Tensor
 
 from fastkl import loss
+from fastkl.loss import Sparse
 
 SEEDS = 250
 Loss = Callable[..., Tensor]
@@ -76,10 +77,7 @@ def bias_over_noise(
     """‖ḡ − g‖² S / mean ‖g_s − g‖² for each gradient that is sampled, about 1 without a bias."""
     p = peaked_problem(32, vocabulary=500) if problem is None else problem
     exact = gradients(evaluate, p, needs, **options)
-    draws = [
-        gradients(evaluate, p, needs, backward="sampled", seed=seed, grad_error=0.15, **options)
-        for seed in range(seeds)
-    ]
+    draws = [gradients(evaluate, p, needs, backward=Sparse(seed, error=0.15), **options) for seed in range(seeds)]
     found = []
     for field, true, *samples in zip(needs, exact, *draws, strict=True):
         errors = torch.stack(samples) - true

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fastkl import loss as losses
-from fastkl.loss import LossOutput
+from fastkl.loss import LossOutput, Sparse
 from fastkl.trainer.config.loss import SKEWED, LossConfig, ObjectiveName
 from fastkl.trainer.data.batching import Batch
 from fastkl.trainer.data.samples import UNKNOWN, Sample
@@ -41,7 +41,7 @@ class Objective(Protocol):
 
         Args:
             model: Calls a function with hidden states and head, as `FusedCausalLM` does.
-            seed: That of a sampled backward.
+            seed: That of a sparse backward.
         """
         ...
 
@@ -179,4 +179,4 @@ def objective(config: LossConfig, temperature: float, teachers: RoutedTeacher[An
 def backward_options(config: LossConfig, seed: int) -> dict[str, Any]:
     if config.backward == "exact":
         return {}
-    return {"backward": "sampled", "grad_error": config.sparse_error, "seed": seed}
+    return {"backward": Sparse(seed) if config.sparse_error is None else Sparse(seed, config.sparse_error)}

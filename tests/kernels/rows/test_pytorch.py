@@ -8,14 +8,14 @@ from row_cases import UnderTest, edges, random_rows
 from row_contract import RowContract
 
 from fastkl import reference
-from fastkl.kernels.rows import pytorch as rows_torch
+from fastkl.kernels.rows import pytorch as rows_pytorch
 
 EDGES = edges(64, 61)
 
 
 @pytest.fixture
 def tested() -> UnderTest:
-    function = rows_torch.token_nll
+    function = rows_pytorch.token_nll
     return UnderTest(function, function, lambda z, _, y: -reference.logprobs(z, y)[None])
 
 

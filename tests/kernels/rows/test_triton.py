@@ -16,7 +16,7 @@ from row_contract import TritonContract, assert_far_apart_rows_are_right, outsid
 from torch import Tensor
 
 from fastkl import reference
-from fastkl.kernels.rows import pytorch as rows_torch
+from fastkl.kernels.rows import pytorch as rows_pytorch
 from fastkl.kernels.rows import triton as rows_triton
 from fastkl.kernels.rows.interface import Logits, RowFunction
 from fastkl.kernels.rows.launch import launch_config
@@ -32,7 +32,7 @@ EDGES = edges(WIDE, BLOCK)
 
 @pytest.fixture
 def tested() -> UnderTest:
-    functions = rows_triton.token_nll, rows_torch.token_nll
+    functions = rows_triton.token_nll, rows_pytorch.token_nll
     return UnderTest(*functions, lambda z, _, y: -reference.logprobs(z, y)[None], device=DEVICE)
 
 
@@ -89,7 +89,7 @@ def run_entropy(rows: Rows, apart: torch.dtype | None = None) -> Outcome:
 @pytest.mark.parametrize("apart", [None, torch.bfloat16, torch.float16], ids=str)
 def test_entropy(vocabulary: int, cap: float | None, apart: torch.dtype | None) -> None:
     rows = hard_rows(vocabulary, cap)
-    plain = [run(entropy(rows_torch), rows, dtype, 4) for dtype in (torch.float32, torch.float64)]
+    plain = [run(entropy(rows_pytorch), rows, dtype, 4) for dtype in (torch.float32, torch.float64)]
     assert_terms_accurate(run_entropy(rows, apart), *plain, 0.0 if apart is None else torch.finfo(apart).eps)
 
 

@@ -14,7 +14,7 @@ from fastkl.kernels import gemm
 from fastkl.kernels.driver import evaluate
 from fastkl.kernels.gemm import TILE_COLUMNS, even_rows, project
 from fastkl.kernels.problem import HeadOptions, Inputs, Spec
-from fastkl.kernels.score import cpu as score_torch
+from fastkl.kernels.score import cpu as score_cpu
 
 NLL = Spec("token_nll", HeadOptions())
 ENTROPY = NLL._replace(kind="token_nll_entropy")
@@ -55,7 +55,7 @@ def test_any_tile_and_chunk_gives_the_same(n: int, vocabulary: int, chunk: int, 
     inputs = problem(n, vocabulary, torch.float64, scale, seed)
     nll, entropy = expected(inputs, ENTROPY.student)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (gemm, score_torch):
+        for module in (gemm, score_cpu):
             patch.setattr(module, "TILE_COLUMNS", 1 + vocabulary // 3)
         values = evaluate(ENTROPY._replace(chunk_size=chunk), inputs)
     torch.testing.assert_close(values[0], nll, rtol=1e-12, atol=1e-12 * scale)

@@ -1,4 +1,4 @@
-"""The sampled backward: what is drawn, what it claims of itself, and where it must equal the exact one."""
+"""The sparse backward: what is drawn, what it claims of itself, and where it must equal the exact one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from loss_cases import NEEDS, Result, fused, fused_output, generator, make_problem, with_gradients
-from sparse_cases import FORMS, SAMPLED, peaked_problem, relative_error, use_small_blocks, with_flat_rows
+from sparse_cases import FORMS, SEED, SPARSE, peaked_problem, relative_error, use_small_blocks, with_flat_rows
 from torch import Tensor
 
-from fastkl.kernels.sparse import estimator as sampled
-from fastkl.kernels.sparse import probabilities as sampled_probabilities
-from fastkl.kernels.sparse import pytorch as sampled_torch
+from fastkl.kernels.sparse import estimator as sparse_estimator
+from fastkl.kernels.sparse import probabilities as sparse_probabilities
+from fastkl.kernels.sparse import pytorch as sparse_pytorch
+from fastkl.loss import Sparse
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def assert_equal(a: Result, b: Result) -> None:
 def test_same_seed_same_bits(form: tuple[str, dict[str, Any]], needs: tuple[str, ...]) -> None:
     name, options = form
     p = peaked_problem()
-    options = {**options, **SAMPLED, "grad_error": 0.1}
+    options = {**options, "backward": Sparse(SEED, error=0.1)}
     first = with_gradients(fused, name, p, needs, **options)
     assert_equal(first, with_gradients(fused, name, p, needs, **options))
     other = with_gradients(fused, name, p, needs, **{**options, "seed": 4})
@@ -49,13 +50,13 @@ def test_error_is_the_one_asked_for(name: str, error: float, dtype: torch.dtype)
     exact = with_gradients(fused, name, peaked_problem())
     found: dict[str, list[float]] = {"hidden": [], "weight": []}
     for seed in range(6):
-        ours = with_gradients(fused, name, p, backward="sampled", seed=seed, grad_error=error)
+        ours = with_gradients(fused, name, p, backward=Sparse(seed, error=error))
         for field, errors in found.items():
             errors.append(relative_error(ours.gradients[field], exact.gradients[field]))
-    metrics = fused_output(name, p.leaves(), backward="sampled", seed=0, grad_error=error).metrics
+    metrics = fused_output(name, p.leaves(), backward=Sparse(0, error=error)).metrics
     claimed, kept = float(metrics["grad_error"]), float(metrics["kept_fraction"])
     assert error / 1.2 < claimed < 1.2 * error
-    assert 0 < kept < sampled_probabilities.BREAK_EVEN
+    assert 0 < kept < sparse_probabilities.BREAK_EVEN
     rounding = relative_error(with_gradients(fused, name, p).gradients["hidden"], exact.gradients["hidden"])
     mean = (sum(e**2 for e in found["hidden"]) / len(found["hidden"])) ** 0.5
     assert claimed / 1.5 < mean < 1.5 * (claimed + rounding)
@@ -65,29 +66,29 @@ def test_error_is_the_one_asked_for(name: str, error: float, dtype: torch.dtype)
 def test_threshold_solves_for_the_variance() -> None:
     w = torch.rand(5000, generator=generator(0), dtype=torch.float64) ** 8
     for variance in (1e-9, 1e-4, 1.0, 1e6):
-        tau = sampled_probabilities.threshold(w, torch.tensor(variance).double())
+        tau = sparse_probabilities.threshold(w, torch.tensor(variance).double())
         found = (w * (tau - w).clamp(min=0)).sum()
         torch.testing.assert_close(found, torch.tensor(variance).double())
-    assert sampled_probabilities.threshold(torch.zeros(7), torch.tensor(0.0)) == 0
+    assert sparse_probabilities.threshold(torch.zeros(7), torch.tensor(0.0)) == 0
 
 
 @pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_small_epsilon_is_exact(
+def test_small_threshold_is_exact(
     monkeypatch: pytest.MonkeyPatch, form: tuple[str, dict[str, Any]], needs: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(sampled_probabilities, "BREAK_EVEN", 2.0)  # so that it is not exact for another reason
+    monkeypatch.setattr(sparse_probabilities, "BREAK_EVEN", 2.0)  # so that it is not exact for another reason
     name, options = form
     p = peaked_problem(40)
-    ours = with_gradients(fused, name, p, needs, **SAMPLED, epsilon=1e-300, **options)
+    ours = with_gradients(fused, name, p, needs, backward=Sparse(SEED, threshold=1e-300), **options)
     exact = with_gradients(fused, name, p, needs, **options)
     for field, gradient in ours.gradients.items():
         torch.testing.assert_close(gradient, exact.gradients[field], rtol=1e-9, atol=1e-12)
 
 
-def sampler(weight: Tensor, seed: int) -> sampled_torch.Sampler:
+def sampler(weight: Tensor, seed: int) -> sparse_pytorch.PyTorchColumnSampler:
     """With τ = 1: columns of one row are kept with probability |u|."""
-    return sampled_torch.Sampler(sampled.Sampling(0.1, 1.0, seed), weight, capped=False)
+    return sparse_pytorch.PyTorchColumnSampler(Sparse(seed, threshold=1.0), weight, capped=False)
 
 
 def test_a_sample_of_all_columns_is_weighted_like_any_other() -> None:
@@ -111,7 +112,7 @@ def test_whether_there_is_room_does_not_depend_on_the_draw() -> None:
     drawn: list[int] = []
     for room, kept in ((0.99 * mean, 0), (1.01 * mean, 1), (2.01 * mean, 2)):
         for seed in range(8):
-            own, estimates = sampler(weight, seed), sampled.Estimates(weight)
+            own, estimates = sampler(weight, seed), sparse_estimator.Estimates(weight)
             estimates.room = room
             for start in (0, n, 2 * n):
                 rows = slice(start, start + n)
@@ -129,12 +130,12 @@ def test_whether_there_is_room_does_not_depend_on_the_draw() -> None:
 def test_flat_rows_are_exact(form: tuple[str, dict[str, Any]], needs: tuple[str, ...]) -> None:
     name, options = form
     p = make_problem((40,), vocabulary=300, dim=8, spread=0.1)
-    ours = with_gradients(fused, name, p, needs, **SAMPLED, **options)
+    ours = with_gradients(fused, name, p, needs, **SPARSE, **options)
     exact = with_gradients(fused, name, p, needs, **options)
     for field, gradient in ours.gradients.items():
         torch.testing.assert_close(gradient, exact.gradients[field], rtol=1e-9, atol=1e-12)
     if name != "linear_logprobs":
-        metrics = fused_output(name, p.leaves(needs), **SAMPLED, **options).metrics
+        metrics = fused_output(name, p.leaves(needs), **SPARSE, **options).metrics
         assert (float(metrics["kept_fraction"]), float(metrics["grad_error"])) == (1.0, 0.0)
 
 
@@ -142,9 +143,9 @@ def test_flat_blocks_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one is looked at in full, of the next ones a few rows; neighbours share a product."""
     looked_at: list[int] = []
     products: list[int] = []
-    original, product = sampled_torch.Sampler._column_squares, sampled_torch.add_weight_gradient
+    original, product = sparse_pytorch.PyTorchColumnSampler._column_squares, sparse_pytorch.add_weight_gradient
 
-    def counted(self: sampled_torch.Sampler, gradient: Tensor, slope: Tensor) -> Tensor:
+    def counted(self: sparse_pytorch.PyTorchColumnSampler, gradient: Tensor, slope: Tensor) -> Tensor:
         looked_at.append(gradient.shape[0])
         return original(self, gradient, slope)
 
@@ -152,10 +153,10 @@ def test_flat_blocks_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
         products.append(gradient.shape[0])
         product(accumulator, gradient, *others, **options)
 
-    monkeypatch.setattr(sampled_torch.Sampler, "_column_squares", counted)
-    monkeypatch.setattr(sampled_torch, "add_weight_gradient", multiplied)
+    monkeypatch.setattr(sparse_pytorch.PyTorchColumnSampler, "_column_squares", counted)
+    monkeypatch.setattr(sparse_pytorch, "add_weight_gradient", multiplied)
     p = with_flat_rows(peaked_problem(96), slice(16, 64))
-    with_gradients(fused, "policy_gradient", p, **SAMPLED)
+    with_gradients(fused, "policy_gradient", p, **SPARSE)
     assert looked_at == [16, 16, 2, 2, 2, 16, 16]
     assert products == [16, 48, 16, 16]
 
@@ -163,7 +164,7 @@ def test_flat_blocks_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_chunks_of_whole_blocks_draw_the_same_sample(form: tuple[str, dict[str, Any]]) -> None:
     name, options = form
-    p, options = peaked_problem(80), {**form[1], **SAMPLED, "grad_error": 0.1}
+    p, options = peaked_problem(80), {**form[1], "backward": Sparse(SEED, error=0.1)}
     whole = with_gradients(fused, name, p, **options)
     for chunk_size in (16, 48):
         other = with_gradients(fused, name, p, chunk_size=chunk_size, **options)
@@ -183,7 +184,7 @@ def test_edges(case: str, form: tuple[str, dict[str, Any]], needs: tuple[str, ..
     p = make_problem((n,), vocabulary)
     if case == "all-masked":
         p = p._replace(tokens=torch.full_like(p.tokens, -100))
-    ours = with_gradients(fused, name, p, needs, **SAMPLED, **options)
+    ours = with_gradients(fused, name, p, needs, **SPARSE, **options)
     exact = with_gradients(fused, name, p, needs, **options)
     torch.testing.assert_close(ours.value, exact.value)
     for field, gradient in ours.gradients.items():
@@ -195,7 +196,7 @@ def test_edges(case: str, form: tuple[str, dict[str, Any]], needs: tuple[str, ..
 def test_nan_is_not_hidden() -> None:
     p = peaked_problem()
     p.hidden[5] = torch.nan
-    gradients = with_gradients(fused, "policy_gradient", p, **SAMPLED).gradients
+    gradients = with_gradients(fused, "policy_gradient", p, **SPARSE).gradients
     assert gradients["hidden"][5].isnan().all()
     assert gradients["weight"].isnan().any()
 
@@ -206,7 +207,7 @@ def test_rows_of_zero_weight_stay_bounded() -> None:
     mask = torch.ones(64)
     mask[::2] = 0.0
     p = p._replace(mask=mask)
-    gradients = with_gradients(fused, "policy_gradient", p, **SAMPLED, skip_zero_rows=False).gradients
+    gradients = with_gradients(fused, "policy_gradient", p, **SPARSE, skip_zero_rows=False).gradients
     assert all(g.isfinite().all() for g in gradients.values())
     assert (gradients["hidden"][::2] == 0).all()
 
@@ -215,6 +216,8 @@ def test_rows_of_zero_weight_stay_bounded() -> None:
 def test_without_a_softcap_and_with_one(needs: tuple[str, ...]) -> None:
     p = peaked_problem()
     exact = with_gradients(fused, "policy_gradient", p, needs, softcap=9.0, temperature=0.8)
-    ours = with_gradients(fused, "policy_gradient", p, needs, softcap=9.0, temperature=0.8, **SAMPLED, grad_error=0.01)
+    ours = with_gradients(
+        fused, "policy_gradient", p, needs, softcap=9.0, temperature=0.8, backward=Sparse(SEED, error=0.01)
+    )
     for field, gradient in ours.gradients.items():
         assert relative_error(gradient, exact.gradients[field]) < 0.03

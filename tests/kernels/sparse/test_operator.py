@@ -1,4 +1,4 @@
-"""The sampled backward within the losses: what is computed when, buffers, dtypes, graphs, arguments."""
+"""The sparse backward within the losses: what is computed when, buffers, dtypes, graphs, arguments."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import pytest
 import torch
 from largest_tensor import LargestTensor
 from loss_cases import NEEDS, fused, fused_output, make_problem, with_gradients
-from sparse_cases import FORMS, SAMPLED, peaked_problem, relative_error, use_small_blocks
+from sparse_cases import FORMS, SEED, SPARSE, peaked_problem, relative_error, use_small_blocks
 from torch import Tensor
 
 from fastkl import loss
-from fastkl.kernels import operators as ops
+from fastkl.kernels import operators
 from fastkl.kernels.problem import HeadOptions, Inputs, Spec
-from fastkl.kernels.sparse import estimator as sampled
+from fastkl.kernels.sparse import estimator as sparse_estimator
+from fastkl.loss import Sparse
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def test_backward_of_a_trainable_head_makes_no_logits(gemms: dict[str, list[int]
     """The forward pass keeps the sample; without room for it, and for flat blocks, rows are computed again."""
     name, options = FORMS[form]
     p = peaked_problem().leaves()
-    value = fused(name, p, **SAMPLED, grad_error=0.1, **options)
+    value = fused(name, p, backward=Sparse(SEED, error=0.1), **options)
     heads = 2 if name == "reverse_kl" else 1
     assert sum(gemms["project"]) == 64 * heads
     value.sum().backward(retain_graph=True)
@@ -39,17 +40,17 @@ def test_backward_of_a_trainable_head_makes_no_logits(gemms: dict[str, list[int]
 
 
 def test_no_room_for_the_sample(monkeypatch: pytest.MonkeyPatch, gemms: dict[str, list[int]]) -> None:
-    original = sampled.Estimates.__init__
+    original = sparse_estimator.Estimates.__init__
 
-    def little(self: sampled.Estimates, weight: Tensor) -> None:
+    def little(self: sparse_estimator.Estimates, weight: Tensor) -> None:
         original(self, weight)
         self.room = 3000
 
     p = peaked_problem()
-    expected = with_gradients(fused, "linear_logprobs", p, **SAMPLED, grad_error=0.01)
-    monkeypatch.setattr(sampled.Estimates, "__init__", little)
+    expected = with_gradients(fused, "linear_logprobs", p, backward=Sparse(SEED, error=0.01))
+    monkeypatch.setattr(sparse_estimator.Estimates, "__init__", little)
     gemms["project"].clear()
-    ours = with_gradients(fused, "linear_logprobs", p, **SAMPLED, grad_error=0.01)
+    ours = with_gradients(fused, "linear_logprobs", p, backward=Sparse(SEED, error=0.01))
     assert 64 < sum(gemms["project"]) <= 128
     torch.testing.assert_close(ours.gradients["hidden"], expected.gradients["hidden"])
     for field in ("weight", "bias"):
@@ -60,7 +61,7 @@ def test_no_room_for_the_sample(monkeypatch: pytest.MonkeyPatch, gemms: dict[str
 def test_gradient_into_a_buffer(form: tuple[str, dict[str, Any]]) -> None:
     name, options = form
     p = peaked_problem()
-    options = {**options, **SAMPLED, "grad_error": 0.1}
+    options = {**options, "backward": Sparse(SEED, error=0.1)}
     expected = with_gradients(fused, name, p, **options).gradients
     buffer, own = torch.ones_like(p.weight), p.leaves()
     value = fused(name, own, weight_grad=buffer, **options)
@@ -76,7 +77,7 @@ def test_gradient_into_a_buffer(form: tuple[str, dict[str, Any]]) -> None:
 def test_dtypes(form: tuple[str, dict[str, Any]], dtype: torch.dtype) -> None:
     name, options = form
     exact = with_gradients(fused, name, peaked_problem(), **options)
-    ours = with_gradients(fused, name, peaked_problem(dtype=dtype), **SAMPLED, **options)
+    ours = with_gradients(fused, name, peaked_problem(dtype=dtype), **SPARSE, **options)
     for field, gradient in ours.gradients.items():
         assert gradient.dtype == dtype
         assert relative_error(gradient, exact.gradients[field]) < (0.03 if dtype == torch.bfloat16 else 0.01)
@@ -88,11 +89,11 @@ def test_no_tensor_of_tokens_by_vocabulary(
     monkeypatch: pytest.MonkeyPatch, form: tuple[str, dict[str, Any]], needs: tuple[str, ...]
 ) -> None:
     for operator in ("_evaluate", "_evaluate_with_gradients"):  # a dispatch mode does not see into an operator
-        monkeypatch.setattr(ops, operator, getattr(ops, operator)._init_fn)
+        monkeypatch.setattr(operators, operator, getattr(operators, operator)._init_fn)
     name, options = form
     p = peaked_problem(600, torch.float32).leaves(needs)
     with LargestTensor() as seen:
-        fused(name, p, chunk_size=32, **SAMPLED, **options).sum().backward()
+        fused(name, p, chunk_size=32, **SPARSE, **options).sum().backward()
     assert seen.numel <= 32 * 4000
 
 
@@ -101,12 +102,11 @@ def test_no_tensor_of_tokens_by_vocabulary(
 def test_one_graph(form: tuple[str, dict[str, Any]], needs: tuple[str, ...]) -> None:
     torch._dynamo.reset()
     name, options = form
-    options = {**options, **SAMPLED, "grad_error": 0.05}
     p = peaked_problem().leaves(needs)
     tensors = [getattr(p, field) for field in needs]
 
     def step(seed: int) -> Tensor:
-        return fused(name, p, **{**options, "seed": seed}).sum()
+        return fused(name, p, backward=Sparse(seed, error=0.05), **options).sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     exact = torch.autograd.grad(fused(name, p, **form[1]).sum(), tensors)
@@ -115,54 +115,58 @@ def test_one_graph(form: tuple[str, dict[str, Any]], needs: tuple[str, ...]) -> 
         expected = torch.autograd.grad(step(seed), tensors)
         composed = name == "linear_logprobs" or options.get("reduction") == "none"
         for ours, eager, true in zip(gradients, expected, exact, strict=True):
-            if composed and needs != ("hidden",):  # sampled in the backward pass, with the upstream gradient known
+            if composed and needs != ("hidden",):  # drawn in the backward pass, with the upstream gradient known
                 assert relative_error(ours, true) < 0.2
             else:
                 torch.testing.assert_close(ours, eager)
 
 
-def test_nothing_is_sampled_without_a_gradient() -> None:
-    output = fused_output("policy_gradient", peaked_problem(), **SAMPLED)
+def test_nothing_is_drawn_without_a_gradient() -> None:
+    output = fused_output("policy_gradient", peaked_problem(), **SPARSE)
     assert "kept_fraction" not in output.metrics
+
+
+@pytest.mark.parametrize("backward", ["random", "sparse", None])
+@pytest.mark.parametrize("name", ["linear_logprobs", "policy_gradient", "sampled_reverse_kl", "reverse_kl", "top_k"])
+def test_what_is_no_backward(name: str, backward: Any) -> None:
+    p, ids = make_problem(), torch.zeros(6, 1, dtype=torch.int64)
+    evaluate = {
+        "top_k": lambda: loss.top_k_kl_loss(p.hidden, p.weight, ids, -torch.ones(6, 1), backward=backward),
+    }.get(name, lambda: fused(name, p, backward=backward))
+    with pytest.raises(ValueError, match=f'backward is {backward!r}; use "exact" or Sparse'):
+        evaluate()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backward": "random", "seed": 1}, "backward is 'random'"),
-        ({"seed": 1}, "seed is 1 but backward is"),
-        ({"grad_error": 0.1}, "grad_error is 0.1 but backward is"),
-        ({"epsilon": 0.1}, "epsilon is 0.1 but backward is"),
-        ({"backward": "sampled"}, "seed is None"),
-        ({"backward": "sampled", "seed": -1}, "seed is -1"),
-        ({"backward": "sampled", "seed": 1.5}, "seed is 1.5"),
-        ({"backward": "sampled", "seed": True}, "seed is True"),
-        ({"backward": "sampled", "seed": 1, "grad_error": 0.0}, "grad_error is 0.0"),
-        ({"backward": "sampled", "seed": 1, "epsilon": float("inf")}, "epsilon is inf"),
-        ({"backward": "sampled", "seed": 1, "epsilon": 0.1, "grad_error": 0.1}, "both given"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**63}, "seed is 9223372036854775808"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"seed": True}, "seed is True"),
+        ({"seed": None}, "seed is None"),
+        ({"seed": 1, "error": 0.0}, "error is 0.0"),
+        ({"seed": 1, "error": float("nan")}, "error is nan"),
+        ({"seed": 1, "threshold": float("inf")}, "threshold is inf"),
+        ({"seed": 1, "threshold": 0.1, "error": 0.1}, "error is 0.1 and threshold is 0.1; give one of them"),
     ],
 )
-@pytest.mark.parametrize("name", ["linear_logprobs", "policy_gradient", "sampled_reverse_kl", "reverse_kl", "top_k"])
-def test_arguments(name: str, options: dict[str, Any], message: str) -> None:
-    p, ids = make_problem(), torch.zeros(6, 1, dtype=torch.int64)
-    evaluate = {
-        "top_k": lambda: loss.top_k_kl_loss(p.hidden, p.weight, ids, -torch.ones(6, 1), **options),
-    }.get(name, lambda: fused(name, p, **options))
+def test_what_is_no_sparse_backward(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        evaluate()
+        Sparse(**options)
 
 
-@pytest.mark.parametrize("sampling", [None, sampled.Sampling(0.1, None, 3), sampled.Sampling(0.1, 0.01, 2**62)])
-def test_what_is_packed_comes_out_again(sampling: sampled.Sampling | None) -> None:
-    spec = Spec("token_nll", HeadOptions(0.5), None, "torch", 7, sampling=sampling)
-    assert ops._unpack_spec(*ops._pack_spec(spec)) == spec
+@pytest.mark.parametrize("sparse", [None, Sparse(3, error=0.1), Sparse(2**62, threshold=0.01)])
+def test_what_is_packed_comes_out_again(sparse: Sparse | None) -> None:
+    spec = Spec("token_nll", HeadOptions(0.5), None, "torch", 7, sparse=sparse)
+    assert operators._unpack_spec(*operators._pack_spec(spec)) == spec
 
 
 @pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, True, False]])
 def test_opcheck(needs: list[bool]) -> None:
     """Schema, fake tensors and ahead-of-time dispatch of the operator with a sample, by torch's own check."""
     p = peaked_problem(20, vocabulary=50)
-    packed = ops._pack_spec(Spec("token_nll", HeadOptions(), sampling=sampled.Sampling(0.1, None, 3)))
+    packed = operators._pack_spec(Spec("token_nll", HeadOptions(), sparse=Sparse(3, error=0.1)))
     tensors = list(Inputs(p.hidden, p.weight, p.bias, p.tokens))
     arguments = (tensors, None, None, [p.advantages, None, None], "", [], 0.0, needs, *packed)
     torch.library.opcheck(torch.ops.fastkl.evaluate_with_gradients.default, arguments)

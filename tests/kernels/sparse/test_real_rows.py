@@ -1,4 +1,4 @@
-"""The sampled backward on hidden states of a real model: the error is the one asked for."""
+"""The sparse backward on hidden states of a real model: the error is the one asked for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from sparse_cases import relative_error
 from torch import Tensor
 
 from fastkl import loss
-from fastkl.kernels.sparse import estimator as sampled
+from fastkl.kernels.sparse import estimator as sparse_estimator
+from fastkl.loss import Sparse
 
 ROLLOUT_TOKENS, ROLLOUTS = 32, 16
 
@@ -51,7 +52,7 @@ def smollm2() -> dict[str, Tensor]:
 @pytest.mark.parametrize("error", [1e-3, 2e-3, 8e-3])
 def test_error_on_real_rollouts(monkeypatch: pytest.MonkeyPatch, smollm2: dict[str, Tensor], error: float) -> None:
     """The error is proportional to the one asked for, for hidden and weight, and less is kept the larger it is."""
-    monkeypatch.setattr(sampled, "BLOCK_ROWS", {"cpu": 128, "accelerator": 1024})
+    monkeypatch.setattr(sparse_estimator, "BLOCK_ROWS", {"cpu": 128, "accelerator": 1024})
 
     def gradients(**options: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
         own = {name: smollm2[name].clone().requires_grad_() for name in ("hidden", "weight")}
@@ -59,7 +60,7 @@ def test_error_on_real_rollouts(monkeypatch: pytest.MonkeyPatch, smollm2: dict[s
         return list(torch.autograd.grad(output.loss, list(own.values()))), output.metrics
 
     exact, _ = gradients()
-    ours, metrics = gradients(backward="sampled", seed=0, grad_error=error)
+    ours, metrics = gradients(backward=Sparse(0, error=error))
     assert error / 1.2 < float(metrics["grad_error"]) < 1.2 * error
     assert float(metrics["kept_fraction"]) < {1e-3: 0.3, 2e-3: 0.2, 8e-3: 0.06}[error]
     for one, true in zip(ours, exact, strict=True):

@@ -1,4 +1,4 @@
-"""The steps of the sampled backward in Triton against the plain ones given the same selection, and its sample by itself.
+"""The steps of the sparse backward in Triton against the plain ones given the same selection, and its sample by itself.
 
 They run on a GPU where there is one, and else in Triton's interpreter (test_interpreted.py).
 """
@@ -19,11 +19,12 @@ from unbiased_cases import LOSSES, bias_over_noise
 
 from bench.commands.count import count
 from fastkl.kernels import driver
-from fastkl.kernels.sparse import estimator as sampled
-from fastkl.kernels.sparse import probabilities as sampled_probabilities
-from fastkl.kernels.sparse import pytorch as sampled_torch
+from fastkl.kernels.sparse import estimator as sparse_estimator
+from fastkl.kernels.sparse import probabilities as sparse_probabilities
+from fastkl.kernels.sparse import pytorch as sparse_pytorch
 from fastkl.kernels.sparse import steps
 from fastkl.kernels.sparse.steps import Selection
+from fastkl.loss import Sparse
 
 DEVICE = triton_device()
 # The interpreter multiplies bf16 wrongly.
@@ -71,7 +72,7 @@ def test_widths(shape: tuple[int, int, int, int], dtype: torch.dtype, capped: bo
     own = kept.sum(1) - (before if capped else 0.0)
     torch.testing.assert_close(excess.double(), own, rtol=1e-4, atol=1e-2 if capped else 1e-3)
 
-    centre = sampled.centre(weight)
+    centre = sparse_estimator.centre(weight)
     found = steps.hidden_gradient(u, weight, columns, slope, excess, centre)
     exact = slope.double()[:, None] * (kept @ weight[ids].double() - excess.double()[:, None] * centre.double())
     near = 4 * torch.finfo(dtype).eps if dtype != torch.float32 else 2e-5
@@ -167,9 +168,12 @@ def test_losses(form: tuple[str, dict[str, Any]], needs: tuple[str, ...]) -> Non
     """The same seed gives the same bits, another one another sample; the error is the one asked for."""
     name, options = form
     p = peaked_problem(32, torch.float32, 2000).to(DEVICE)
-    how = {**options, "backward": "sampled", "grad_error": 0.02, "backend": "triton"}
+
+    def how(seed: int) -> dict[str, Any]:
+        return {**options, "backward": Sparse(seed, error=0.02), "backend": "triton"}
+
     exact = with_gradients(fused, name, p, needs, backend="triton", **options)
-    first, again, other = (with_gradients(fused, name, p, needs, seed=seed, **how) for seed in (3, 3, 4))
+    first, again, other = (with_gradients(fused, name, p, needs, **how(seed)) for seed in (3, 3, 4))
     assert torch.equal(first.value, again.value)
     for field, gradient in first.gradients.items():
         assert torch.equal(gradient, again.gradients[field])
@@ -178,8 +182,8 @@ def test_losses(form: tuple[str, dict[str, Any]], needs: tuple[str, ...]) -> Non
     if name != "linear_logprobs":
         if "bias" in needs:
             torch.testing.assert_close(first.gradients["bias"], exact.gradients["bias"])
-        metrics = fused_output(name, p.leaves(needs), seed=3, **how).metrics
-        assert 0 < float(metrics["kept_fraction"]) < sampled_probabilities.BREAK_EVEN
+        metrics = fused_output(name, p.leaves(needs), **how(3)).metrics
+        assert 0 < float(metrics["kept_fraction"]) < sparse_probabilities.BREAK_EVEN
         assert 0.02 / 1.2 < float(metrics["grad_error"]) < 1.2 * 0.02
 
 
@@ -187,7 +191,7 @@ def test_flat_rows_are_exact() -> None:
     p = peaked_problem(20, torch.float32, 300)
     p = p._replace(hidden=0.01 * p.hidden, bias=None).to(DEVICE)
     exact = with_gradients(fused, "policy_gradient", p, ("hidden", "weight"), backend="triton")
-    how = {"backward": "sampled", "seed": 1, "backend": "triton"}
+    how = {"backward": Sparse(1), "backend": "triton"}
     ours = with_gradients(fused, "policy_gradient", p, ("hidden", "weight"), **how)
     for field, gradient in ours.gradients.items():
         torch.testing.assert_close(gradient, exact.gradients[field], rtol=1e-4, atol=1e-6)
@@ -196,8 +200,8 @@ def test_flat_rows_are_exact() -> None:
 
 
 def test_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As test_sampled_unbiased.py has it, with what Philox draws and the kernels multiply."""
-    monkeypatch.setattr(sampled_probabilities, "BREAK_EVEN", 2.0)
+    """As test_unbiased.py has it, with what Philox draws and the kernels multiply."""
+    monkeypatch.setattr(sparse_probabilities, "BREAK_EVEN", 2.0)
     p = peaked_problem(16, torch.float32, 200).to(DEVICE)
     ratios = bias_over_noise(LOSSES["policy_gradient"], TRAINABLE, p, seeds=24, backend="triton")
     assert len(ratios) == 2
@@ -220,7 +224,7 @@ class Work:
         ):
             self.spy_kernel(name)
         self.spy_product(driver, "project")
-        self.spy_product(sampled_torch, "add_weight_gradient")
+        self.spy_product(sparse_pytorch, "add_weight_gradient")
 
     def spy_kernel(self, name: str) -> None:
         kernel, seen = getattr(steps, name + "_kernel"), getattr(self, name)
@@ -285,9 +289,9 @@ def test_counted_work_is_what_is_done(monkeypatch: pytest.MonkeyPatch, form: str
     needs = ("hidden",) if form == "frozen" else ("hidden", "weight")
     name = "linear_logprobs" if form == "composed" else "policy_gradient"
     work = Work(monkeypatch)
-    with_gradients(fused, name, p, needs, backward="sampled", seed=1, grad_error=0.2, backend="triton")
+    with_gradients(fused, name, p, needs, backward=Sparse(1, error=0.2), backend="triton")
     kept = work.entries / (n * vocabulary)
-    assert 0 < kept < sampled_probabilities.BREAK_EVEN
+    assert 0 < kept < sparse_probabilities.BREAK_EVEN
     counted = count(form, shape, torch.float32, device=DEVICE, kept=kept)
     assert counted.flops == pytest.approx(work.flops, abs=2)
     assert counted.gemm_bytes == pytest.approx(work.gemm_bytes + 4 * vocabulary * d * (form != "frozen"), abs=4)
@@ -298,6 +302,6 @@ def test_counted_work_is_what_is_done(monkeypatch: pytest.MonkeyPatch, form: str
 def test_nan_is_not_hidden() -> None:
     p = peaked_problem(32, torch.float32, 500).to(DEVICE)
     p.hidden[5] = torch.nan
-    gradients = with_gradients(fused, "policy_gradient", p, backward="sampled", seed=1, backend="triton").gradients
+    gradients = with_gradients(fused, "policy_gradient", p, backward=Sparse(1), backend="triton").gradients
     assert gradients["hidden"][5].isnan().all()
     assert gradients["weight"].isnan().any()

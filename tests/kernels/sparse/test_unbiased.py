@@ -14,8 +14,8 @@ from sparse_cases import peaked_problem, use_small_blocks, with_flat_rows
 from torch import Tensor
 from unbiased_cases import LOSSES, Loss, bias_over_noise
 
-from fastkl.kernels.sparse import probabilities as sampled_probabilities
-from fastkl.kernels.sparse import pytorch as sampled_torch
+from fastkl.kernels.sparse import probabilities as sparse_probabilities
+from fastkl.kernels.sparse import pytorch as sparse_pytorch
 
 SOFTCAP: dict[str, Any] = {"softcap": 9.0, "temperature": 0.8}
 
@@ -23,7 +23,7 @@ SOFTCAP: dict[str, Any] = {"softcap": 9.0, "temperature": 0.8}
 @pytest.fixture(autouse=True)
 def always_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     use_small_blocks(monkeypatch)
-    monkeypatch.setattr(sampled_probabilities, "BREAK_EVEN", 2.0)
+    monkeypatch.setattr(sparse_probabilities, "BREAK_EVEN", 2.0)
 
 
 @pytest.mark.parametrize("needs", [("hidden",), TRAINABLE], ids=["frozen-head", "all"])
@@ -46,7 +46,7 @@ def test_unbiased_under_a_softcap(name: str, needs: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("name", ["linear_logprobs", "policy_gradient"])
 def test_unbiased_among_flat_blocks(monkeypatch: pytest.MonkeyPatch, name: str, needs: tuple[str, ...]) -> None:
     """Which blocks are exact does not depend on what is drawn in others."""
-    monkeypatch.setattr(sampled_probabilities, "BREAK_EVEN", 0.5)
+    monkeypatch.setattr(sparse_probabilities, "BREAK_EVEN", 0.5)
     p = with_flat_rows(peaked_problem(80, vocabulary=500), slice(16, 48))
     assert max(bias_over_noise(LOSSES[name], needs, p)) < 2.5
 
@@ -55,8 +55,10 @@ def test_unbiased_among_flat_blocks(monkeypatch: pytest.MonkeyPatch, name: str, 
 def test_the_test_finds_a_bias(monkeypatch: pytest.MonkeyPatch, evaluate: Loss) -> None:
     """Columns kept at random without the weights 1 / π: the tail is lost, as under a filter."""
 
-    def unweighted(self: sampled_torch.Sampler, gradient: Tensor, columns: sampled_torch.Columns) -> Tensor:
+    def unweighted(
+        self: sparse_pytorch.PyTorchColumnSampler, gradient: Tensor, columns: sparse_pytorch.Columns
+    ) -> Tensor:
         return gradient.index_select(1, columns.ids)
 
-    monkeypatch.setattr(sampled_torch.Sampler, "estimate", unweighted)
+    monkeypatch.setattr(sparse_pytorch.PyTorchColumnSampler, "estimate", unweighted)
     assert min(bias_over_noise(evaluate, TRAINABLE, seeds=60)) > 5

@@ -14,10 +14,10 @@ from loss_cases import generator
 from row_cases import Outcome, Rows, assert_terms_accurate, hard_rows, random_rows, run
 from torch import Tensor
 
-from fastkl.kernels.rows import pytorch as rows_torch
+from fastkl.kernels.rows import pytorch as rows_pytorch
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.rows.launch import launch_config
-from fastkl.kernels.top_k import triton as tails_triton
+from fastkl.kernels.top_k import triton as top_k_triton
 from fastkl.kernels.top_k.formula import DIRECTIONS, TAILS, top_k
 
 DEVICE = triton_device()
@@ -32,12 +32,12 @@ def run_on(
         logits = logits._replace(top_ids=ids.to(out.device), top_logprobs=q.to(out.device, dtype))
         top_k(variant, module, logits, y, out, gradient)
 
-    return run(function, rows, dtype, 2, DEVICE if module is tails_triton else "cpu", apart=dtype)
+    return run(function, rows, dtype, 2, DEVICE if module is top_k_triton else "cpu", apart=dtype)
 
 
 def assert_right(variant: str, rows: Rows, ids: Tensor, q: Tensor) -> None:
-    ours, peer = (run_on(module, variant, rows, ids, q) for module in (tails_triton, rows_torch))
-    assert_terms_accurate(ours, peer, run_on(rows_torch, variant, rows, ids, q, torch.float64))
+    ours, peer = (run_on(module, variant, rows, ids, q) for module in (top_k_triton, rows_pytorch))
+    assert_terms_accurate(ours, peer, run_on(rows_pytorch, variant, rows, ids, q, torch.float64))
 
 
 @caps
@@ -60,5 +60,5 @@ def test_a_list_of_everything_leaves_no_tail(cap: float | None) -> None:
 
 def test_no_rows() -> None:
     nothing = torch.empty(0, 2, dtype=torch.int64)
-    found = run_on(tails_triton, "reverse-bucket", random_rows(0, 9), nothing, nothing.float())
+    found = run_on(top_k_triton, "reverse-bucket", random_rows(0, 9), nothing, nothing.float())
     assert [t.numel() for t in found] == [0, 0]
