@@ -102,7 +102,7 @@ def count(
     if teacher:
         spec = Spec("divergence", HeadOptions(), HeadOptions(), "auto", chunk_size, "reverse_kl")
     if kept is not None:
-        spec = spec._replace(sparse=Sparse(0, error=0.0))  # whatever error it was that kept as much
+        spec = spec._replace(sparse=Sparse(0))  # whatever error it was that kept as much
     with FakeTensorMode():
         hidden, weight = (torch.empty(rows, d, dtype=dtype, device=device) for rows in (n, vocabulary))
         own = Inputs(hidden, weight, None, None, *((hidden, weight) if teacher else ()))

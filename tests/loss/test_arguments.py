@@ -24,7 +24,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
             "weight": P.weight,
             "tokens": TOKENS,
             "advantages": P.advantages,
-            "sampler_logprobs": P.sampler_logprobs,
+            "old_logprobs": P.sampler_logprobs,
         },
     ),
     "sampled_reverse_kl": (
@@ -142,7 +142,13 @@ CASES: dict[str, Case] = {
     "mask-device": (REDUCED, {"mask": torch.ones(2, 3, device=META)}, ValueError, ("mask is on meta", "cpu")),
     "advantages": (POLICY[:1], {"advantages": torch.ones(2, 1)}, ValueError, ("advantages is [2, 1]", "[2, 3]")),
     "advantages-type": (POLICY[:1], {"advantages": 1.0}, TypeError, ("advantages", "float")),
-    "sampler": (POLICY, {"sampler_logprobs": torch.ones(3)}, ValueError, ("sampler_logprobs is [3]", "[2, 3]")),
+    "old": (("policy_gradient",), {"old_logprobs": torch.ones(3)}, ValueError, ("old_logprobs is [3]", "[2, 3]")),
+    "sampler": (
+        ("sampled_reverse_kl",),
+        {"sampler_logprobs": torch.ones(3)},
+        ValueError,
+        ("sampler_logprobs is [3]", "[2, 3]"),
+    ),
     "teacher": (POLICY[1:], {"teacher_logprobs": torch.ones(3)}, ValueError, ("teacher_logprobs is [3]", "[2, 3]")),
     "env_advantages": (POLICY[1:], {"env_advantages": torch.ones(2)}, ValueError, ("env_advantages is [2]", "[2, 3]")),
     "discount": (POLICY[1:], {"discount": 2.0}, ValueError, ("discount is 2.0", "[0, 1]")),
@@ -162,9 +168,9 @@ CASES: dict[str, Case] = {
     "truncate_ratio": (POLICY, {"truncate_ratio": 0.0}, ValueError, ("truncate_ratio is 0.0", "> 0")),
     "truncate_ratio-no-sampler": (
         POLICY[:1],
-        {"truncate_ratio": 2.0, "sampler_logprobs": None},
+        {"truncate_ratio": 2.0, "old_logprobs": None},
         ValueError,
-        ("truncate_ratio is 2.0", "sampler_logprobs"),
+        ("truncate_ratio is 2.0", "old_logprobs"),
     ),
     "reduction": (REDUCED, {"reduction": "batchmean"}, ValueError, ("reduction is 'batchmean'", "mean, sum")),
     "normalizer-sum": (

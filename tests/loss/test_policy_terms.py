@@ -209,7 +209,7 @@ def test_refused(change: dict[str, Any], message: str) -> None:
 
 def test_a_sequence_ratio_wants_the_samplers_logprobs() -> None:
     p = make_problem((2, 6))
-    with pytest.raises(ValueError, match='ratio is "sequence", which needs sampler_logprobs'):
+    with pytest.raises(ValueError, match='ratio is "sequence", which needs old_logprobs'):
         loss.policy_gradient_loss(p.hidden, p.weight, p.tokens, p.advantages, ratio="sequence")
 
 
