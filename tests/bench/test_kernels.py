@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import REPOSITORY
+from launches import REPOSITORY
 
 from bench.__main__ import main
 from bench.commands import kernels

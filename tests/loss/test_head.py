@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import causal_lm, run_python
+from launches import run_python
+from tiny_models import causal_lm
 from torch import Tensor, nn
 
 from fastkl.head import FusedCausalLM, LogitTransform, measure_logit_transform

@@ -13,7 +13,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
-from tiny import REPOSITORY, run_python
+from launches import REPOSITORY, run_python
 
 import fastkl
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import REPOSITORY, causal_lm
+from launches import REPOSITORY
+from tiny_models import causal_lm
 
 README = REPOSITORY / "README.md"
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("recipes/**/*.md")])

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 import yaml
-from tiny import read_jsonl
+from tiny_data import read_jsonl
 
 from fastkl.trainer.commands.command_line import COMMANDS, parse
 

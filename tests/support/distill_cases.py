@@ -6,7 +6,9 @@ import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tiny import config, distillation, read_jsonl, save_model, sums, tokenizer, write_jsonl
+from run_settings import config, distillation
+from tiny_data import read_jsonl, sums, write_jsonl
+from tiny_models import save_model, tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tiny import write_jsonl
+from tiny_data import write_jsonl
 
 from fastkl.trainer.runs.report.page import write_report
 

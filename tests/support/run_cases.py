@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from run_settings import arguments
 from safetensors.torch import load_file
-from tiny import arguments, read_jsonl
+from tiny_data import read_jsonl
 from torch import Tensor
 
 from fastkl import cli

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 import torch
-from tiny import causal_lm
+from tiny_models import causal_lm
 from torch import Tensor
 from transformers import PreTrainedModel
 

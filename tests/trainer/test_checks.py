@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import CHARACTERS, CHAT_TEMPLATE, config, distillation, llama, save_model, sums, tokenizer, write_jsonl
+from run_settings import config, distillation
+from tiny_data import sums, write_jsonl
+from tiny_models import CHARACTERS, CHAT_TEMPLATE, llama, save_model, tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from fastkl.trainer.config.data import DataConfig

@@ -9,7 +9,7 @@ import pytest
 import torch
 from distill_cases import Pair, Run, make_pair, run, weights
 from run_cases import first_moments, fresh_accelerate, untimed
-from tiny import config, distillation
+from run_settings import config, distillation
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

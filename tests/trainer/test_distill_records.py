@@ -10,8 +10,9 @@ import accelerate.tracking
 import pytest
 from accelerate.utils import LoggerType
 from distill_cases import WORDS, Pair, counted, make_pair, run
+from launches import run_python
 from run_cases import fresh_accelerate
-from tiny import run_python, sums
+from tiny_data import sums
 from transformers import AutoTokenizer
 
 from fastkl.trainer.data.prompts import batch_indices

@@ -6,8 +6,10 @@ import json
 from typing import Any
 
 import pytest
+from launches import REPOSITORY
 from run_cases import fresh_accelerate
-from tiny import REPOSITORY, config, pair_and_sums, pair_distillation, read_jsonl, training
+from run_settings import config, pair_distillation, training
+from tiny_data import pair_and_sums, read_jsonl
 
 from fastkl.trainer.distill import distill
 from fastkl.trainer.metrics import GROUPS, METRICS, PLACEHOLDERS, PROGRESS, figures, find, page

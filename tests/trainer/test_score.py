@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import arguments, model_and_sums, read_jsonl, sums, tokenizer, write_jsonl
+from run_settings import arguments
+from tiny_data import model_and_sums, read_jsonl, sums, write_jsonl
+from tiny_models import tokenizer
 from transformers import AutoModelForCausalLM
 
 from fastkl import cli

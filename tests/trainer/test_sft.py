@@ -8,18 +8,9 @@ from typing import Any
 import pytest
 import torch
 from run_cases import first_moments
-from tiny import (
-    arguments,
-    config,
-    distillation,
-    model_and_sums,
-    read_jsonl,
-    save_model,
-    sums,
-    tokenizer,
-    training,
-    write_jsonl,
-)
+from run_settings import arguments, config, distillation, training
+from tiny_data import model_and_sums, read_jsonl, sums, write_jsonl
+from tiny_models import save_model, tokenizer
 from transformers import AutoModelForCausalLM
 
 from fastkl import cli

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from config_cases import MINIMAL
-from tiny import arguments, config, run_python, save_model, sums, tokenizer, write_jsonl
+from launches import run_python
+from run_settings import MINIMAL, arguments, config
+from tiny_data import sums, write_jsonl
+from tiny_models import save_model, tokenizer
 
 from fastkl import cli
 from fastkl.trainer.commands.command_line import COMMANDS

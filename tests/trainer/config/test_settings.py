@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from config_cases import MINIMAL
-from tiny import arguments, config
+from run_settings import MINIMAL, arguments, config
 
 from fastkl import cli
 from fastkl.trainer.config.settings import RENAMED, Renamed, flat

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import causal_lm, llama
+from tiny_models import causal_lm, llama
 from torch import Tensor
 
 from fastkl.head import FusedCausalLM

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import causal_lm, config, distillation, model_and_sums, read_jsonl, save_model, training
+from run_settings import config, distillation, training
+from tiny_data import model_and_sums, read_jsonl
+from tiny_models import causal_lm, save_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from distill_cases import WORDS, Pair, make_pair
 from run_cases import check_equal, first_moments, interrupt
+from run_settings import config, distillation
 from stub_server import serving
-from tiny import config, distillation, llama, read_jsonl, save_model, sums, write_jsonl
+from tiny_data import read_jsonl, sums, write_jsonl
+from tiny_models import llama, save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

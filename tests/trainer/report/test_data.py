@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from report_cases import SETTINGS, make_run, only_run, page_of, row, sample
-from tiny import tokenizer
+from tiny_models import tokenizer
 
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.runs.report.data import run_names, spread, thin

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from report_cases import Page, make_run
 from run_cases import fresh_accelerate
-from tiny import config, distillation, model_and_sums, save_model, training
+from run_settings import config, distillation, training
+from tiny_data import model_and_sums
+from tiny_models import save_model
 
 from fastkl import cli
 from fastkl.trainer.distill import distill

@@ -11,7 +11,8 @@ import torch
 from distill_cases import Pair, make_pair, run
 from peft import LoraConfig, get_peft_model
 from run_cases import check_equal, interrupt
-from tiny import arguments, causal_lm, distillation
+from run_settings import arguments, distillation
+from tiny_models import causal_lm
 from transformers import AutoModelForCausalLM
 
 from fastkl import cli

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from run_settings import config, pair_distillation
 from sampler_cases import check, make_model, make_prompts
-from tiny import config, pair_distillation, read_jsonl, sums, tokenizer, write_jsonl
+from tiny_data import read_jsonl, sums, write_jsonl
+from tiny_models import tokenizer
 from transformers import PreTrainedModel
 
 from fastkl.trainer.config.optim import BatchConfig

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from property_settings import PROPERTY
-from tiny import tokenizer, write_jsonl
+from tiny_data import write_jsonl
+from tiny_models import tokenizer
 
 from fastkl.trainer.config.data import DataConfig
 from fastkl.trainer.config.reward import RewardConfig

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from run_cases import check_equal, first_moments, fresh_accelerate, interrupt
-from tiny import config, pair_and_sums, pair_distillation, read_jsonl, sums, tokenizer, write_jsonl
+from run_settings import config, pair_distillation
+from tiny_data import pair_and_sums, read_jsonl, sums, write_jsonl
+from tiny_models import tokenizer
 from transformers import AutoModelForCausalLM
 
 from fastkl.trainer.data.samples import Completion

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from property_settings import PROPERTY
-from tiny import tokenizer
+from tiny_models import tokenizer
 
 from fastkl.trainer.config.environment import EnvironmentConfig
 from fastkl.trainer.config.sampling import SamplingConfig

@@ -17,16 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launches import REPOSITORY, give_samples, together
 from run_cases import PEERS, check_equal, check_same, log
-from tiny import (
-    REPOSITORY,
-    arguments,
-    give_samples,
-    pair_and_sums,
-    pair_distillation,
-    save_model,
-    together,
-)
+from run_settings import arguments, pair_distillation
+from tiny_data import pair_and_sums
+from tiny_models import save_model
 
 from fastkl.trainer.commands import command_line as commands
 from fastkl.trainer.distill import OnPolicy

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from launches import killed
 from run_cases import check_equal, interrupt, log
+from run_settings import arguments, config, pair_distillation
 from safetensors.torch import load_file
-from tiny import arguments, config, killed, pair_and_sums, pair_distillation, read_jsonl, save_model
+from tiny_data import pair_and_sums, read_jsonl
+from tiny_models import save_model
 
 from fastkl import cli
 from fastkl.trainer.distill import OnPolicy, distill

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from run_cases import check_same_weights, fresh_accelerate, log
-from tiny import arguments, config, pair_and_sums, pair_distillation
+from run_settings import arguments, config, pair_distillation
+from tiny_data import pair_and_sums
 
 from fastkl import cli
 from fastkl.trainer.distill import OnPolicy, distill

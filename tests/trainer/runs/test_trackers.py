@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import yaml
 from run_cases import fresh_accelerate
-from tiny import config, model_and_sums, read_jsonl, save_model, training
+from run_settings import config, training
+from tiny_data import model_and_sums, read_jsonl
+from tiny_models import save_model
 
 from fastkl.trainer.runs.folder import flat_settings
 from fastkl.trainer.sft import sft

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from launches import together
 from run_cases import PEERS, check_same, log
+from run_settings import arguments, pair_distillation
 from stub_server import serving
 from stub_vllm import StubVllm
-from tiny import arguments, pair_and_sums, pair_distillation, together
+from tiny_data import pair_and_sums
 
 slow = pytest.mark.slow
 STEPS = 3

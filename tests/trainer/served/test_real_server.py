@@ -10,7 +10,8 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny import arguments, read_jsonl, write_jsonl
+from run_settings import arguments
+from tiny_data import read_jsonl, write_jsonl
 
 from fastkl import cli
 

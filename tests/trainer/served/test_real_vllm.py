@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 import requests
 import torch
-from tiny import arguments, read_jsonl
+from run_settings import arguments
+from tiny_data import read_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastkl import cli

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from run_cases import check_equal, log
+from run_settings import arguments, config, pair_distillation
 from stub_server import StubServer, serving
-from tiny import arguments, config, pair_and_sums, pair_distillation, read_jsonl
+from tiny_data import pair_and_sums, read_jsonl
 
 from fastkl import cli
 from fastkl.trainer.distill import OnPolicy, distill
@@ -138,7 +139,7 @@ def test_a_tokenizer_that_is_named_is_compared(
     tmp_path: Path, folder: Path, stub: StubServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its folder needs no model; a chat template in it counts as the teacher's."""
-    from tiny import CHAT_TEMPLATE, tokenizer
+    from tiny_models import CHAT_TEMPLATE, tokenizer
 
     words = tokenizer()
     words.chat_template = CHAT_TEMPLATE.replace("<a>", "<a> ")

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from run_cases import check_same_weights, log
+from run_settings import arguments, config, pair_distillation
 from stub_server import serving
 from stub_vllm import StubVllm
-from tiny import arguments, config, pair_and_sums, pair_distillation, read_jsonl, tokenizer
+from tiny_data import pair_and_sums, read_jsonl
+from tiny_models import tokenizer
 
 from fastkl import cli
 from fastkl.trainer.config.training import DistillConfig

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from stub_server import StubServer, Trouble, serving
-from tiny import CHARACTERS, llama, save_model, tokenizer
+from tiny_models import CHARACTERS, llama, save_model, tokenizer
 
 from fastkl.head import FusedCausalLM
 from fastkl.trainer.config.optim import BatchConfig

@@ -8,8 +8,10 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from run_settings import config, distillation
 from stub_server import serving
-from tiny import causal_lm, config, distillation, read_jsonl, save_model, sums, tokenizer, write_jsonl
+from tiny_data import read_jsonl, sums, write_jsonl
+from tiny_models import causal_lm, save_model, tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 

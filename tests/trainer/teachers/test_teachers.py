@@ -12,20 +12,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from launches import REPOSITORY
 from peft import LoraConfig, get_peft_model
 from run_cases import log
+from run_settings import arguments, config, distillation
 from stub_server import serving
-from tiny import (
-    REPOSITORY,
-    arguments,
-    config,
-    distillation,
-    llama,
-    model_and_sums,
-    read_jsonl,
-    save_model,
-    write_jsonl,
-)
+from tiny_data import model_and_sums, read_jsonl, write_jsonl
+from tiny_models import llama, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastkl import cli

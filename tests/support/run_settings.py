@@ -1,0 +1,55 @@
+"""Command lines and configs of short runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastkl.trainer.commands import command_line as commands
+
+# The least that each command with settings must be given.
+MINIMAL: dict[str, dict[str, object]] = {
+    "distill": {"run": "runs/a", "student.path": "s", "teacher.path": "t", "data.path": "d.jsonl"},
+    "sft": {"run": "runs/a", "student.path": "s", "data.path": "d.jsonl"},
+    "eval": {"model.path": "m", "eval.data.path": "d.jsonl"},
+    "score": {"output": "o.jsonl", "model.path": "m", "data.path": "d.jsonl"},
+}
+
+
+def arguments(command: str, settings: Mapping[str, object]) -> list[str]:
+    """A command line: `{"optim.lr": 0.1}` becomes `--optim.lr=0.1`."""
+    return [command, *(f"--{name}={json.dumps(v) if isinstance(v, list) else v}" for name, v in settings.items())]
+
+
+def config(command: str, settings: Mapping[str, object]) -> Any:
+    """The config that a command line stands for; the same door as a user's."""
+    return commands.parse(arguments(command, settings))[1]
+
+
+def training(run: Path, student: Path, data: Path, **overrides: object) -> dict[str, object]:
+    """Settings of a short run; `optim__lr=1` sets optim.lr."""
+    settings: dict[str, object] = {
+        "run": run,
+        "student.path": student,
+        "data.path": data,
+        "optim.lr": 0.01,
+        "optim.steps": 3,
+        "log_samples": 1000,
+    }
+    return settings | _dotted(overrides)
+
+
+def distillation(run: Path, student: Path, teacher: Path, data: Path, **overrides: object) -> dict[str, object]:
+    small = {"teacher.path": teacher, "sampling.prompts_per_step": 6, "sampling.max_new_tokens": 8}
+    return training(run, student, data, **overrides) | small | _dotted(overrides)
+
+
+def pair_distillation(folder: Path, run: Path, **overrides: object) -> dict[str, object]:
+    """Settings of a run with what `pair_and_sums` made."""
+    return distillation(run, folder / "student", folder / "teacher", folder / "sums.jsonl", **overrides)
+
+
+def _dotted(overrides: Mapping[str, object]) -> dict[str, object]:
+    return {name.replace("__", "."): value for name, value in overrides.items()}
