@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from bench.commands import count, gpu, kernels, loss, models, plot, sparse, train
+from bench.commands import count, gpu, kernels, loss, models, plot, sparse, table, train
 
 BENCHES = {
     "loss": loss,
     "sparse": sparse,
     "plot": plot,
+    "table": table,
     "kernels": kernels,
     "count": count,
     "models": models,

@@ -1,6 +1,6 @@
 """Time and memory against N, D and V, drawn from the JSON files of `python -m bench loss`.
 
-    python -m bench plot bench/results/*.json --out docs/bench
+    python -m bench plot bench/results/*.json --out FOLDER
 
 One PNG for each op, head, dtype, kind of rows and machine of which the files hold a sweep: shapes that differ in one size
 alone. Of the same measurement made twice the later one is drawn. A file of `bench models` holds many reports. Reports of
@@ -19,8 +19,8 @@ from typing import Any
 
 from bench.commands.plot_sparse import draw_sparse
 from bench.lib.arguments import AXES
+from bench.lib.report import RESULTS, counted
 
-RESULTS = Path(__file__).parents[1] / "results"
 PANELS = {"forward_backward_ms": "forward + backward, ms", "peak_extra_mb": "extra memory, MB"}
 # Colours of Okabe and Ito, told apart with any colour vision; markers for print.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -66,7 +66,7 @@ def measured(reports: Iterable[dict[str, Any]]) -> dict[Key, list[Row]]:
     latest: dict[Key, dict[tuple[str, ...], Row]] = defaultdict(dict)
     for report in reports:
         machine = report["machine"]
-        where = machine.get("gpu") or f"{machine['cpu']}, {_counted(machine['threads'], 'thread')}"
+        where = machine.get("gpu") or f"{machine['cpu']}, {counted(machine['threads'], 'thread')}"
         for row in (row for row in report["rows"] if "op" in row):
             key = row["op"], row["head"], row["dtype"], report["conditions"].get("data", "peaked"), where
             latest[key][row["impl"], str(row["shape"])] = row
@@ -137,10 +137,6 @@ def _draw_panel(panel: Any, rows: Sequence[Row], axis: str, value: str, names: S
 
 def _sizes(rows: Iterable[Row], axis: str) -> list[int]:
     return sorted({row["shape"][AXES.index(axis)] for row in rows})
-
-
-def _counted(number: int, thing: str) -> str:
-    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def _fixed(row: Row, axis: str) -> str:

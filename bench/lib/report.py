@@ -1,0 +1,37 @@
+"""What a report of any bench holds beside its figures, and where it is written."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.lib.machine import describe_machine, describe_versions
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def circumstances(device: str, *packages: str) -> dict[str, Any]:
+    """Machine, versions (of `packages` too) and date: what the figures were measured on, with and when."""
+    return {
+        "machine": describe_machine(device),
+        "versions": describe_versions(*packages),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def write_report(file: Path | None, report: dict[str, Any]) -> None:
+    """Writes the report as JSON, unless no file was asked for."""
+    if file is not None:
+        file.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def read_result(name: str) -> dict[str, Any]:
+    """The report bench/results/`name`.json."""
+    report: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return report
+
+
+def counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
