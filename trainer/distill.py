@@ -24,14 +24,14 @@ from fastkl.trainer.objectives.objectives import objective
 from fastkl.trainer.rollouts.environments import Environment, make_environment
 from fastkl.trainer.rollouts.evaluation import load_eval_prompts
 from fastkl.trainer.rollouts.judge import make_judge
-from fastkl.trainer.rollouts.lengths import kept
+from fastkl.trainer.rollouts.lengths import filter_by_length
 from fastkl.trainer.rollouts.multi_turn import MultiTurn, stop_ids
 from fastkl.trainer.rollouts.rollout import Rollouts
 from fastkl.trainer.rollouts.samplers.copied import CopySampler
 from fastkl.trainer.rollouts.samplers.local import local_sampler
 from fastkl.trainer.rollouts.samplers.sampler import Sampler
 from fastkl.trainer.rollouts.samplers.served import SamplingServer, ServedSampler, connect_sampling
-from fastkl.trainer.rollouts.single_turn import SingleTurn, Writer
+from fastkl.trainer.rollouts.single_turn import Responder, SingleTurn
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.start import start_run
@@ -57,21 +57,21 @@ class OnPolicy:
         self._config, self._student, self._teacher = config, student, teacher
         self._sampler, self._rollouts, self._data_sets, self._vocab_size = sampler, rollouts, data_sets, vocab_size
         self._names = [data_set.name for data_set in data_sets for _ in data_set.prompts]
-        student.keep("rollouts", rollouts)
+        student.also_checkpoint("rollouts", rollouts)
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
         if self._config.sampling.server.url:
-            with clock("push_weights"), self._student.whole():
+            with clock("push_weights"), self._student.gathered():
                 processes.on_main(self._sampler.refresh)
-        with clock("sample"), self._student.whole():
+        with clock("sample"), self._student.gathered():
             written = self._rollout(step)
             metrics = set_reward_advantages(written, self._config.reward)
-            samples = kept(written, self._config.sampling)
+            samples = filter_by_length(written, self._config.sampling)
             metrics["flops/sampling"] = sampling_flops(self._student.cost, [s for s in written if not s.given])
-        loss, teacher, mine = self._config.loss, self._teacher, processes.share(samples)
+        loss, teacher, mine = self._config.loss, self._teacher, processes.my_share(samples)
         if teacher is not None and loss.objective in ("policy_gradient", "top_k"):  # others ask it in the update
             with clock("teacher"), self._student.with_teacher():
-                processes.agree(lambda: teacher.score(mine))
+                processes.raise_together(lambda: teacher.score(mine))
         if loss.objective == "policy_gradient":
             with clock("old_logprobs"):
                 self._set_old_logprobs(mine)
@@ -83,7 +83,7 @@ class OnPolicy:
             )
         with clock("ranks"):
             self._set_ranks(samples[: self._config.log_samples])
-        self._rollouts.keep(samples)  # nothing can fail any more: a checkpoint holds the state between two steps
+        self._rollouts.carry_over(samples)  # nothing can fail any more: a checkpoint holds the state between two steps
         if self._config.sampling.filters:
             metrics["completions/dropped_fraction"] = 1 - len(samples) / len(written)
         return samples, rollout_metrics(samples) | metrics
@@ -99,11 +99,11 @@ class OnPolicy:
 
     def _set_ranks(self, samples: list[Sample]) -> None:
         """Where the tokens stand with the student that sampled them and with the teacher, on every process."""
-        teacher, mine = self._teacher, processes.share(samples)
+        teacher, mine = self._teacher, processes.my_share(samples)
         self._student.rank(mine, self._vocab_size)
         if teacher is not None:
             with self._student.with_teacher():
-                processes.agree(lambda: teacher.rank(mine, self._vocab_size))
+                processes.raise_together(lambda: teacher.rank(mine, self._vocab_size))
         found = processes.gather([(sample.student_ranks, sample.teacher_ranks) for sample in mine])
         for sample, ranks in zip(samples, found, strict=True):
             sample.student_ranks, sample.teacher_ranks = ranks
@@ -144,22 +144,22 @@ def distill(config: DistillConfig) -> RunFolder:
     student.objective = objective(config.loss, config.sampling.temperature, teachers)
     ends = end_of_sequence(student.model, tokenizer)
     sampler = _sampler(config, student, [*ends, *stop_ids(environment, tokenizer)], sampling_server)
-    writer = _writer(config, student, tokenizer, sampler, environment)
-    rollouts = Rollouts(config.sampling, writer, prompts, given, judge)
+    responder = _responder(config, student, tokenizer, sampler, environment)
+    rollouts = Rollouts(config.sampling, responder, prompts, given, judge)
     teacher, vocab_size = teachers if config.has_teacher else None, vocabulary(tokenizer)
     source = OnPolicy(config, student, teacher, sampler, rollouts, data_sets, vocab_size)
     with RunFolder(config) as folder:
-        fit(student, source, writer, tokenizer, eval_prompts, folder)
+        fit(student, source, responder, tokenizer, eval_prompts, folder)
     return folder
 
 
-def _writer(
+def _responder(
     config: DistillConfig,
     student: Student,
     tokenizer: PreTrainedTokenizerBase,
     sampler: Sampler,
     environment: Environment | None,
-) -> Writer:
+) -> Responder:
     ends, context = end_of_sequence(student.model, tokenizer), context_length(student.model)
     if environment is None:
         return SingleTurn(sampler, context)

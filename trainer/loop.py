@@ -15,7 +15,7 @@ from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import ServerError
 from fastkl.trainer.models.loading import save_student
 from fastkl.trainer.rollouts.evaluation import evaluate
-from fastkl.trainer.rollouts.single_turn import Writer
+from fastkl.trainer.rollouts.single_turn import Responder
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder, flat_settings
 from fastkl.trainer.runs.progress import ProgressBar
@@ -51,7 +51,7 @@ class Source(Protocol):
 def fit(
     student: Student,
     source: Source,
-    writer: Writer,
+    responder: Responder,
     tokenizer: PreTrainedTokenizerBase,
     eval_prompts: list[EncodedPrompt],
     folder: RunFolder,
@@ -67,8 +67,8 @@ def fit(
 
     def grade(metrics: dict[str, float]) -> None:
         if eval_prompts:
-            with student.whole():
-                metrics |= evaluate(writer, tokenizer, eval_prompts, config.eval, config.seed)[0]
+            with student.gathered():
+                metrics |= evaluate(responder, tokenizer, eval_prompts, config.eval, config.seed)[0]
 
     with ProgressBar(config.optim.steps, start) as progress:
         if processes.count() > 1:
@@ -100,7 +100,7 @@ def fit(
             progress.step(done, metrics)
             if done == config.optim.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
                 folder.save_checkpoint(student.save, done)
-        with folder.room_for("student"), student.whole():
+        with folder.room_for("student"), student.gathered():
             processes.on_main(lambda: save_student(student.model, tokenizer, folder.student))
         progress.note(f"student saved in {folder.student}")
         if start < config.optim.steps:  # a finished run is left as it is

@@ -50,7 +50,7 @@ def sft(config: SftConfig) -> RunFolder:
     checks.check_eval_room(eval_prompts, config.eval, "student", student.model)
     sampler = local_sampler(student.model, eos_token_ids=end_of_sequence(student.model, tokenizer))
     source = Examples(examples, config.examples_per_step, config.seed)
-    writer = SingleTurn(sampler, context_length(student.model))
+    responder = SingleTurn(sampler, context_length(student.model))
     with RunFolder(config) as folder:
-        fit(student, source, writer, tokenizer, eval_prompts, folder)
+        fit(student, source, responder, tokenizer, eval_prompts, folder)
     return folder

@@ -26,7 +26,7 @@ from fastkl.trainer.errors import RunError
 from fastkl.trainer.models.flops import cost_of, scoring_flops, training_flops
 from fastkl.trainer.models.loading import batch_layout, fuse, load_student
 from fastkl.trainer.models.scoring import batch_logprobs, batch_ranks
-from fastkl.trainer.models.sharding import Whole
+from fastkl.trainer.models.sharding import GatheredCopy
 from fastkl.trainer.objectives.objectives import Objective, PolicyGradient
 from fastkl.trainer.runs import checkpoint, processes
 from fastkl.trainer.step_metrics import add_policy_metrics, merge_metrics, mismatch_metrics
@@ -35,7 +35,7 @@ from fastkl.trainer.step_metrics import add_policy_metrics, merge_metrics, misma
 class Student:
     """The model being trained, with its optimizer and schedule, under accelerate.
 
-    `model` is the plain Transformers (or peft) model; where FSDP shards it, it has weights only inside `whole()`.
+    `model` is the plain Transformers (or peft) model; where FSDP shards it, it has weights only inside `gathered()`.
     """
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, loss: LossConfig, temperature: float) -> None:
@@ -46,7 +46,7 @@ class Student:
         self.model = load_student(config.student)
         self.version = 0  # of the weights: another one after every change
         self.layout, self.cost = batch_layout(config.batch, self.model), cost_of(self.model)
-        self._copy = Whole(self.model, self.device) if accelerator.is_fsdp2 else None
+        self._gathered_copy = GatheredCopy(self.model, self.device) if accelerator.is_fsdp2 else None
         trainable = [parameter for parameter in self.model.to(self.device).parameters() if parameter.requires_grad]
         fused = fuse(self.model, "student")
         optimizer = torch.optim.AdamW(
@@ -58,12 +58,12 @@ class Student:
         )
         self.scheduler = _scheduler(config.optim, optimizer)
         self.fused, self.optimizer = self.accelerator.prepare(fused, optimizer)
-        if self._copy is not None:
-            self.model = self._copy.model
-        # Open while a teacher scores: `whole` where the sharded student's own base is the teacher.
+        if self._gathered_copy is not None:
+            self.model = self._gathered_copy.model
+        # Open while a teacher scores: `gathered` where the sharded student's own base is the teacher.
         self.with_teacher: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self._skipped = 0  # optimizer steps in a row
-        self._kept: dict[str, Any] = {}
+        self._also_checkpointed: dict[str, Any] = {}
         self._recomputes = loss.old_logprobs == "recompute"
         set_seed(config.seed, device_specific=True)  # weights start equal; dropout differs between the processes
 
@@ -72,9 +72,9 @@ class Student:
         return self.accelerator.device
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[None]:
+    def gathered(self) -> Iterator[None]:
         """While open, `model` has its current weights; entered and left by all processes together."""
-        whole = self._copy
+        whole = self._gathered_copy
         with contextlib.nullcontext() if whole is None else whole.gathered(self.plain.model):
             yield
 
@@ -95,14 +95,14 @@ class Student:
         checkpoint.load(folder, self.plain, self.optimizer, self._others)
         self.version += 1
 
-    def keep(self, name: str, state: Any) -> None:
+    def also_checkpoint(self, name: str, state: Any) -> None:
         """Has checkpoints hold what the `state_dict` of an object gives."""
-        self._kept[name] = state
+        self._also_checkpointed[name] = state
 
     @property
     def _others(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
-        return {"scheduler": self.scheduler, **self._kept} | ({} if scaler is None else {"scaler": scaler})
+        return {"scheduler": self.scheduler, **self._also_checkpointed} | ({} if scaler is None else {"scaler": scaler})
 
     def score(self, samples: list[Sample], field: str) -> None:
         """Writes the log-probs of this process's samples into their list `field`, as the coming update sees them."""
@@ -180,7 +180,7 @@ class Student:
         counts, fillers = zip(*processes.gather([(len(found), shortest)]), strict=True)
         filler = min(itertools.chain(*fillers), key=lambda sample: len(sample.ids), default=None)
         for index in range(max(counts)):
-            last = index == max(counts) - 1 or self._copy is not None
+            last = index == max(counts) - 1 or self._gathered_copy is not None
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.fused):
                 if index < len(found):
                     yield found[index], True

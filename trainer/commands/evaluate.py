@@ -24,8 +24,8 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, float]:
     checks.check_vocabulary(tokenizer, {"model": model})
     checks.check_eval_room(prompts, config.eval, "model", model)
     sampler = local_sampler(model, eos_token_ids=end_of_sequence(model, tokenizer))
-    writer = SingleTurn(sampler, context_length(model))
-    metrics, answers = evaluate(writer, tokenizer, prompts, config.eval, config.seed)
+    responder = SingleTurn(sampler, context_length(model))
+    metrics, answers = evaluate(responder, tokenizer, prompts, config.eval, config.seed)
     if output is not None:
         rows = ({**vars(answer.prompt.row), "completion": answer.text, "score": answer.score} for answer in answers)
         write_jsonl(output, rows)

@@ -55,7 +55,7 @@ def read_data_sets(config: DistillConfig, tokenizer: PreTrainedTokenizerBase) ->
 def step_prompts(data_sets: Sequence[DataSet], per_step: int, step: int, seed: int) -> list[tuple[DataSet, int]]:
     """Data set and row of a step's prompts. Each data set goes through its own rows as `batch_indices` does."""
     weights = [data_set.config.weight for data_set in data_sets]
-    places = shares(weights, step * per_step, per_step)
+    places = apportion(weights, step * per_step, per_step)
     rows = []
     for index, data_set in enumerate(data_sets):
         own = [place for who, place in places if who == index]
@@ -64,7 +64,7 @@ def step_prompts(data_sets: Sequence[DataSet], per_step: int, step: int, seed: i
     return [(data_sets[index], next(rows[index])) for index, _ in places]
 
 
-def shares(weights: Sequence[float], first: int, count: int) -> list[tuple[int, int]]:
+def apportion(weights: Sequence[float], first: int, count: int) -> list[tuple[int, int]]:
     """Places first … first + count − 1 of an endless sequence shared out by weight: (who, how many it had before).
 
     Sainte-Laguë's method: the next place goes to the greatest weight / (2 had + 1), the first of equals. After any number

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 
-class Whole:
+class GatheredCopy:
     """A plain copy of a model that FSDP shards, with weights only while it is used.
 
     Sampling runs as many forward passes as it likes, at each process's own pace: none of them may wait for another

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from fastkl.trainer.config.data import EvalConfig
 from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, load_prompts
 from fastkl.trainer.rollouts.grading.named import NamedGrader, named_grader
-from fastkl.trainer.rollouts.single_turn import Writer
+from fastkl.trainer.rollouts.single_turn import Responder
 from fastkl.trainer.runs import processes
 
 
@@ -38,16 +38,16 @@ def eval_grader(config: EvalConfig) -> NamedGrader:
 
 
 def evaluate(
-    writer: Writer,
+    responder: Responder,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[EncodedPrompt],
     config: EvalConfig,
     seed: int,
 ) -> tuple[dict[str, float], list[Answer]]:
     """Metrics `eval/*` and the graded answers; several processes share the prompts, and all have all answers."""
-    mine = writer.share(prompts)
-    own = processes.agree(
-        lambda: writer.write(
+    mine = responder.my_share(prompts)
+    own = processes.raise_together(
+        lambda: responder.respond(
             mine,
             max_new_tokens=[config.max_new_tokens] * len(mine),
             temperature=config.temperature,

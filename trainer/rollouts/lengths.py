@@ -16,7 +16,7 @@ def length_limit(config: SamplingConfig, step: int) -> int:
     return config.initial_new_tokens + grown
 
 
-def kept(samples: Sequence[Sample], config: SamplingConfig) -> list[Sample]:
+def filter_by_length(samples: Sequence[Sample], config: SamplingConfig) -> list[Sample]:
     """The samples that the loss sees: all but those that the length filters drop. Given completions pass."""
     return [sample for sample in samples if sample.given or sample.unfinished or _passes(sample, config)]
 

@@ -18,7 +18,7 @@ from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Completion
 from fastkl.trainer.rollouts.environments import Environment, Message
 from fastkl.trainer.rollouts.samplers.sampler import Sampler
-from fastkl.trainer.rollouts.single_turn import Trajectory, round_seed, sample_within, share_of
+from fastkl.trainer.rollouts.single_turn import Trajectory, round_seed, sample_within, sampling_share
 from fastkl.trainer.rollouts.turn_markers import TurnMarkers, turn_markers
 
 T = TypeVar("T")
@@ -70,13 +70,13 @@ class MultiTurn:
         self._config, self._ends, self._context = config, set(ends), context
         self._markers: TurnMarkers | None = None if config.role is None else turn_markers(tokenizer, config.role)
 
-    def share(self, items: Sequence[T]) -> list[T]:
-        return share_of(self._sampler, items)
+    def my_share(self, items: Sequence[T]) -> list[T]:
+        return sampling_share(self._sampler, items)
 
-    def write(
+    def respond(
         self, prompts: Sequence[EncodedPrompt], *, max_new_tokens: Sequence[int], temperature: float, seed: int
     ) -> list[Trajectory]:
-        """See `Writer`. The environment's tokens count towards `max_new_tokens`; its rewards are added up."""
+        """See `Responder`. The environment's tokens count towards `max_new_tokens`; its rewards are added up."""
         conversations = [
             _Conversation(prompt, budget, _messages(prompt))
             for prompt, budget in zip(prompts, max_new_tokens, strict=True)

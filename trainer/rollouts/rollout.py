@@ -11,7 +11,7 @@ from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.rollouts.lengths import length_limit
-from fastkl.trainer.rollouts.single_turn import Trajectory, Writer
+from fastkl.trainer.rollouts.single_turn import Responder, Trajectory
 from fastkl.trainer.runs import processes
 
 ROUNDING = 1e-9  # of a product that should be whole
@@ -23,7 +23,7 @@ class Rollouts:
     """Samples of a step. What it goes on with from step to step is its state, which a checkpoint holds.
 
     Args:
-        writer: Answers prompts.
+        responder: Answers prompts.
         given: A sample of each prompt's given completion; empty where the student writes all.
         judge: The reward of a finished trajectory; None for no reward.
     """
@@ -31,12 +31,12 @@ class Rollouts:
     def __init__(
         self,
         config: SamplingConfig,
-        writer: Writer,
+        responder: Responder,
         prompts: Sequence[EncodedPrompt],
         given: Sequence[Sample],
         judge: Judge | None,
     ) -> None:
-        self._config, self._writer, self._prompts = config, writer, prompts
+        self._config, self._responder, self._prompts = config, responder, prompts
         self._given, self._judge = given, judge
         self._unfinished: list[dict[str, Any]] = []
 
@@ -49,11 +49,11 @@ class Rollouts:
         starts = [(index, list[int]()) for index in chosen[:own] for _ in range(self._config.samples_per_prompt)]
         starts += [(start["prompt_index"], start["completion"]) for start in self._unfinished]
         given = [dataclasses.replace(self._given[index], given=True) for index in chosen[own:]]
-        mine = self._writer.share(starts)
-        written = processes.agree(lambda: self._write(mine, step, processes.seed(seed)))
+        mine = self._responder.my_share(starts)
+        written = processes.raise_together(lambda: self._write(mine, step, processes.seed(seed)))
         return processes.gather(written) + given
 
-    def keep(self, samples: Sequence[Sample]) -> None:
+    def carry_over(self, samples: Sequence[Sample]) -> None:
         """Ends a step: its unfinished samples go on in the next one."""
         self._unfinished = [
             {"prompt_index": sample.prompt_index, "completion": sample.ids[-sample.completion_length :]}
@@ -70,7 +70,7 @@ class Rollouts:
     def _write(self, starts: list[tuple[int, list[int]]], step: int, seed: int) -> list[Sample]:
         limit = length_limit(self._config, step)
         portion = self._config.tokens_per_step or limit
-        trajectories = self._writer.write(
+        trajectories = self._responder.respond(
             [EncodedPrompt(self._prompts[index].row, self._prompts[index].ids + before) for index, before in starts],
             max_new_tokens=[min(portion, limit - len(before)) for _, before in starts],
             temperature=self._config.temperature,

@@ -1,4 +1,4 @@
-"""What answers prompts: one completion, or a conversation of several turns (`conversations.py`)."""
+"""What answers prompts: one completion, or a conversation of several turns (`multi_turn.py`)."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Trajectory(NamedTuple):
     reward: float | None = None  # the environment's
 
 
-class Writer(Protocol):
+class Responder(Protocol):
     """One trajectory per prompt, in order; the same ones for the same weights and seed. Temperature 0 is greedy."""
 
-    def share(self, items: Sequence[T]) -> list[T]:
+    def my_share(self, items: Sequence[T]) -> list[T]:
         """Those of all processes' prompts that this process has to write."""
         ...
 
-    def write(
+    def respond(
         self, prompts: Sequence[EncodedPrompt], *, max_new_tokens: Sequence[int], temperature: float, seed: int
     ) -> list[Trajectory]:
         """`max_new_tokens[i]` bounds all that follows prompt i."""
@@ -51,10 +51,10 @@ class SingleTurn:
     def __init__(self, sampler: Sampler, context: int | None) -> None:
         self._sampler, self._context = sampler, context
 
-    def share(self, items: Sequence[T]) -> list[T]:
-        return share_of(self._sampler, items)
+    def my_share(self, items: Sequence[T]) -> list[T]:
+        return sampling_share(self._sampler, items)
 
-    def write(
+    def respond(
         self, prompts: Sequence[EncodedPrompt], *, max_new_tokens: Sequence[int], temperature: float, seed: int
     ) -> list[Trajectory]:
         completions = sample_within(
@@ -71,9 +71,9 @@ class SingleTurn:
         ]
 
 
-def share_of(sampler: Sampler, items: Sequence[T]) -> list[T]:
+def sampling_share(sampler: Sampler, items: Sequence[T]) -> list[T]:
     """This process's part of what all processes have to sample."""
-    return processes.share(items) if sampler.shared else processes.first_alone(items)
+    return processes.my_share(items) if sampler.shared else processes.first_alone(items)
 
 
 def sample_within(

@@ -45,7 +45,7 @@ class RunFolder:
         self._keep = config.checkpoint.keep
         self._lock = FileLock(self.path / ".lock")
         processes.on_main(lambda: self._open(config))
-        processes.agree(self._check_shared)
+        processes.raise_together(self._check_shared)
 
     def _open(self, config: RunConfig) -> None:
         check_run_folder(config)

@@ -79,7 +79,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def share(items: Sequence[T]) -> list[T]:
+def my_share(items: Sequence[T]) -> list[T]:
     """This process's part of what all share: a piece, in order, as long as the others' to within one."""
     return list(items[len(items) * rank() // count() : len(items) * (rank() + 1) // count()])
 
@@ -105,11 +105,11 @@ def gather(items: list[T]) -> list[T]:
 
 def on_main(function: Callable[[], T]) -> T:
     """What it returns on the first process, where alone it runs; what it raises there, all raise."""
-    mine = agree(lambda: [function()] if rank() == 0 else [])
+    mine = raise_together(lambda: [function()] if rank() == 0 else [])
     return gather(mine)[0]
 
 
-def agree(function: Callable[[], T]) -> T:
+def raise_together(function: Callable[[], T]) -> T:
     """What it returns here; but what it raises on any process, all raise. It must not wait for the others."""
     global _failed_first
     if count() == 1:

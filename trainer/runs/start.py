@@ -15,7 +15,7 @@ def start_run(config: RunConfig, samples: int, name: str) -> Accelerator:
     """Joins the processes, if there are several, for steps of so many samples, which the setting called `name` decides."""
     check_trackers(config.trackers)
     accelerator = processes.start(config)
-    check_share(samples, name)
+    check_sample_count(samples, name)
     processes.on_main(lambda: check_run_folder(config))
     return accelerator
 
@@ -31,7 +31,7 @@ def check_trackers(names: list[str]) -> None:
             )
 
 
-def check_share(samples: int, name: str) -> None:
+def check_sample_count(samples: int, name: str) -> None:
     """Every process has a sample in each step."""
     if samples < processes.count():
         raise ConfigError(

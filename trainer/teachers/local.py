@@ -37,7 +37,7 @@ class LocalTeacher:
         device: Where the model is.
         top_k: Find so many of the likeliest tokens too; null for none.
         vocab_size: The ids that it shares with the student, where heads are padded to different sizes.
-        alone: A context in which the model is the teacher: with the adapter off, where it is the student's base.
+        as_teacher: A context in which the model is the teacher: with the adapter off, where it is the student's base.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class LocalTeacher:
         *,
         top_k: int | None = None,
         vocab_size: int | None = None,
-        alone: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        as_teacher: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.model, self.vocab_size = fused.model, vocab_size
-        self._fused, self._device, self._top_k, self._alone = fused, device, top_k, alone
+        self._fused, self._device, self._top_k, self._as_teacher = fused, device, top_k, as_teacher
         self._max_tokens, self._temperature = batch.max_tokens, temperature
         self._layout, cost = batch_layout(batch, self.model), cost_of(self.model)
         self._cost = dataclasses.replace(cost, blocks=cost.blocks - cost.trained_blocks)  # an adapter is off
@@ -107,6 +107,6 @@ class LocalTeacher:
         """In eval mode and as the teacher, then as it was."""
         training = self._fused.training
         self._fused.eval()
-        with self._alone():
+        with self._as_teacher():
             yield
         self._fused.train(training)

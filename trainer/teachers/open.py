@@ -91,7 +91,7 @@ def _load(
 ) -> LocalTeacher:
     if teacher.base_of_student:
         fused, device = _base_of(student), student.device
-        options: dict[str, Any] = {"alone": partial(_without_adapter, student)}
+        options: dict[str, Any] = {"as_teacher": partial(_without_adapter, student)}
     else:
         options, device = {}, teacher_device(teacher, student.device)
         fused = fuse(load_teacher(teacher, device), "teacher")
@@ -106,8 +106,8 @@ def _base_of(student: Student) -> FusedCausalLM:
     if not student.sharded:
         plain: FusedCausalLM = student.plain
         return plain
-    student.with_teacher = student.whole
-    with student.whole():
+    student.with_teacher = student.gathered
+    with student.gathered():
         return fuse(student.model, "teacher")
 
 

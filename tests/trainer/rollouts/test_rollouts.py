@@ -19,7 +19,7 @@ from fastkl.trainer.data.samples import Completion, Sample, make_sample
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.rollouts.calculator import calculate
 from fastkl.trainer.rollouts.environments import Calculator, Message, Reply, make_environment
-from fastkl.trainer.rollouts.lengths import kept, length_limit
+from fastkl.trainer.rollouts.lengths import filter_by_length, length_limit
 from fastkl.trainer.rollouts.multi_turn import MultiTurn, stop_ids
 from fastkl.trainer.rollouts.rollout import Rollouts, on_policy_count
 from fastkl.trainer.rollouts.single_turn import SingleTurn, Trajectory, sample_within
@@ -61,9 +61,9 @@ def multi_turn(script: Callable[[str], str], environment: Any = None, **settings
     return MultiTurn(sampler, WORDS, environment or Calculator(), config, [END], 200), sampler
 
 
-def write(writer: Any, count: int = 1, limit: int = 60, **options: Any) -> list[Trajectory]:
+def write(responder: Any, count: int = 1, limit: int = 60, **options: Any) -> list[Trajectory]:
     arguments = {"temperature": 1.0, "seed": 7, **options}
-    return writer.write([encoded()] * count, max_new_tokens=[limit] * count, **arguments)
+    return responder.respond([encoded()] * count, max_new_tokens=[limit] * count, **arguments)
 
 
 def calculating(text: str) -> str:
@@ -71,8 +71,8 @@ def calculating(text: str) -> str:
 
 
 def test_the_environments_tokens_are_context() -> None:
-    writer, sampler = multi_turn(calculating)
-    (trajectory,) = write(writer)
+    responder, sampler = multi_turn(calculating)
+    (trajectory,) = write(responder)
     assert WORDS.decode(trajectory.token_ids) == "<calc>12*7</calc> = 84so 84<eos>"
     asked, told, rest = len(ids("<calc>12*7</calc>")), len(ids(" = 84")), len(ids("so 84<eos>"))
     assert trajectory.counted == [True] * asked + [False] * told + [True] * rest
@@ -86,15 +86,15 @@ def test_the_environments_tokens_are_context() -> None:
 
 
 def test_many_samples_advance_together() -> None:
-    writer, sampler = multi_turn(lambda text: calculating(text) if len(sampler.calls) < 3 else "no<eos>")
-    write(writer, count=5)
+    responder, sampler = multi_turn(lambda text: calculating(text) if len(sampler.calls) < 3 else "no<eos>")
+    write(responder, count=5)
     assert [len(call["prompts"]) for call in sampler.calls] == [5, 5]
 
 
 @pytest.mark.parametrize(("max_turns", "texts"), [(1, 1), (2, 2), (3, 3)])
 def test_max_turns(max_turns: int, texts: int) -> None:
-    writer, sampler = multi_turn(lambda text: "<calc>1+1</calc>" + "x" * 100, max_turns=max_turns)
-    (trajectory,) = write(writer, limit=100)
+    responder, sampler = multi_turn(lambda text: "<calc>1+1</calc>" + "x" * 100, max_turns=max_turns)
+    (trajectory,) = write(responder, limit=100)
     assert len(sampler.calls) == texts
     assert WORDS.decode(trajectory.token_ids) == " = 2".join(["<calc>1+1</calc>"] * texts)
     assert trajectory.truncated  # the student had not ended
@@ -102,8 +102,8 @@ def test_max_turns(max_turns: int, texts: int) -> None:
 
 @pytest.mark.parametrize("limit", range(1, 40))
 def test_no_conversation_is_longer_than_its_limit(limit: int) -> None:
-    writer, _ = multi_turn(lambda text: "<calc>1+1</calc>" + "x" * 100)
-    (trajectory,) = write(writer, limit=limit)
+    responder, _ = multi_turn(lambda text: "<calc>1+1</calc>" + "x" * 100)
+    (trajectory,) = write(responder, limit=limit)
     assert len(trajectory.token_ids) <= limit
     assert len(trajectory.token_ids) == len(trajectory.counted) == len(trajectory.logprobs)
     assert trajectory.counted[-1]  # no reply that nothing follows
@@ -122,8 +122,8 @@ def test_a_role_has_turns_of_its_own() -> None:
             return Reply("and", 0.5) if len(conversation) < 4 else Reply(reward=2.0)
 
     script = {"<u>q<a>": "one<eos>", "<u>q<a>one<eos><u>and<a>": "two<eos>"}
-    writer, _ = multi_turn(script.__getitem__, Echo(), role="user")
-    (trajectory,) = write(writer)
+    responder, _ = multi_turn(script.__getitem__, Echo(), role="user")
+    (trajectory,) = write(responder)
     assert WORDS.decode(trajectory.token_ids) == "one<eos><u>and<a>two<eos>"
     assert trajectory.counted == [True] * 4 + [False] * 5 + [True] * 4
     assert trajectory.reward == 2.5
@@ -139,9 +139,9 @@ def test_a_reply_inside_a_message_that_has_ended_is_an_error() -> None:
         def reply(self, conversation: Sequence[Message], row: Prompt) -> Reply:
             return Reply("more")
 
-    writer, _ = multi_turn(lambda text: "one<eos>", Late())
+    responder, _ = multi_turn(lambda text: "one<eos>", Late())
     with pytest.raises(ValueError, match=r"inside a message that the student had ended.*environment\.role"):
-        write(writer)
+        write(responder)
 
 
 def with_template(template: str) -> Any:
@@ -273,7 +273,7 @@ def test_filters() -> None:
 
     def lengths(**settings: Any) -> list[int]:
         config = SamplingConfig(max_new_tokens=5, **settings)
-        return [sample.completion_length for sample in kept(samples, config)]
+        return [sample.completion_length for sample in filter_by_length(samples, config)]
 
     assert lengths() == [1, 2, 3, 4, 5, 9]
     assert lengths(drop_truncated=True) == [1, 2, 3, 4, 9]
@@ -300,20 +300,20 @@ def test_unfinished_samples_go_on_with_their_new_tokens_in_the_loss() -> None:
     rollouts, _ = partial(alphabet, judge)
     (first,) = rollouts.samples([0], 0, 0)
     assert (first.unfinished, first.truncated, first.reward) == (True, False, None)
-    rollouts.keep([first])
+    rollouts.carry_over([first])
     new, old = rollouts.samples([1], 1, 1)
     assert WORDS.decode(old.ids) == "qabcdef"
     assert old.loss_mask == [False] * 5 + [True] * 2
     assert (old.unfinished, old.truncated, old.reward, old.completion_length) == (False, True, 1.0, 6)
     assert judged == ["abcdef"]
     assert new.unfinished
-    rollouts.keep([new, old])
+    rollouts.carry_over([new, old])
     assert rollouts.state_dict() == {"unfinished": [{"prompt_index": 1, "completion": ids("abcd")}]}
 
 
 def test_the_state_is_all_there_is_to_resume_from() -> None:
     whole, _ = partial(alphabet)
-    whole.keep(whole.samples([0, 1], 0, 0))
+    whole.carry_over(whole.samples([0, 1], 0, 0))
     resumed, _ = partial(alphabet)
     resumed.load_state_dict(whole.state_dict())
     assert [vars(s) for s in resumed.samples([1], 1, 5)] == [vars(s) for s in whole.samples([1], 1, 5)]

@@ -26,7 +26,7 @@ from fastkl.head import FusedCausalLM
 from fastkl.trainer.commands import command_line as commands
 from fastkl.trainer.config.optim import BatchConfig
 from fastkl.trainer.config.teacher import TeacherConfig
-from fastkl.trainer.data.mixture import shares
+from fastkl.trainer.data.mixture import apportion
 from fastkl.trainer.data.samples import make_sample
 from fastkl.trainer.distill import distill
 from fastkl.trainer.errors import ConfigError
@@ -84,7 +84,7 @@ def two(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("weights", [[1.0], [2.0, 1.0], [0.1, 0.7, 0.2], [5.0, 5.0, 5.0], [1000.0, 1.0, 0.5]])
 def test_shares_follow_the_weights(weights: list[float]) -> None:
-    whole = shares(weights, 0, 700)
+    whole = apportion(weights, 0, 700)
     counts: Counter[int] = Counter()
     for places, (who, before) in enumerate(whole, start=1):
         assert before == counts[who]
@@ -93,7 +93,7 @@ def test_shares_follow_the_weights(weights: list[float]) -> None:
             share = Fraction(weight) / sum(map(Fraction, weights))
             assert abs(counts[index] - places * share) <= (1 + share * len(weights)) / 2
     for first, count in ((0, 1), (13, 50), (350, 7), (693, 7)):  # wherever one begins
-        assert shares(weights, first, count) == whole[first : first + count]
+        assert apportion(weights, first, count) == whole[first : first + count]
 
 
 @pytest.mark.parametrize("objective", ["policy_gradient", "reverse_kl", "top_k"])
@@ -264,7 +264,7 @@ def test_the_base_under_a_head_that_is_trained_in_full() -> None:
             if "modules_to_save" in name or "lora_B" in name:
                 parameter.add_(torch.randn_like(parameter))
     fused = FusedCausalLM(model)
-    teacher = LocalTeacher(fused, BatchConfig(), 1.0, CPU, alone=model.disable_adapter)
+    teacher = LocalTeacher(fused, BatchConfig(), 1.0, CPU, as_teacher=model.disable_adapter)
     teacher.score(samples)
     assert samples[0].teacher_logprobs == pytest.approx(wanted, abs=1e-5)
     assert (
