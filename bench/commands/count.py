@@ -27,8 +27,6 @@ is sampled. All rows take part.
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.lib import arguments as checked
 from bench.lib.arguments import Shape
+from bench.lib.report import write_report
 from fastkl.kernels import driver
 from fastkl.kernels.flops import gemm_flops
 from fastkl.kernels.gemm import compute_dtype, gradient_dtype
@@ -145,7 +144,7 @@ def _call(spec: Spec, inputs: Inputs, needs: Needs | None, kept: float | None = 
 
 
 def _with_samples(forward: Count, inputs: Inputs, needs: Needs, kept: float) -> Count:
-    """A call whose gradients come from a sample of each block, drawn and multiplied as `sparse_triton` says."""
+    """A call whose gradients come from a sample of each block, drawn and multiplied as `kernels/sparse/triton.py` says."""
     (n, d), vocabulary = inputs.hidden.shape, inputs.weight.shape[0]
     own, full = inputs.hidden.itemsize, compute_dtype(inputs.hidden.dtype).itemsize
     low = gradient_dtype(inputs.hidden).itemsize
@@ -206,16 +205,18 @@ def units(work: Count, shape: Shape) -> tuple[float, float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", type=checked.shape, metavar="N,D,V", help="one shape in place of the four models'")
-    parser.add_argument("--chunk-size", type=checked.positive, metavar="ROWS", help="rows per chunk")
+    parser.add_argument(
+        "--shape", type=checked.shape, metavar="N,D,V", help="count one shape instead of the four models'"
+    )
+    parser.add_argument("--chunk-size", type=checked.positive, metavar="ROWS", help="set the rows per chunk")
     parser.add_argument(
         "--kept",
         type=checked.fractions,
         default=[],
         metavar="FRACTIONS",
-        help="and the sparse backward that keeps so much",
+        help="count the sparse backward too, with these fractions of the columns kept",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    checked.add_json(parser)
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -225,8 +226,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         own = _rows(name, shape, arguments.chunk_size, arguments.kept)
         _print(own)
         rows += own
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"rows": rows, "rates": RATES, "counted": True}, indent=2) + "\n")
+    write_report(arguments.json, {"rows": rows, "rates": RATES, "counted": True})
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

@@ -16,8 +16,6 @@ next; the exit status says at the end whether one did.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import shutil
 import sys
@@ -26,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from bench.lib.machine import describe_machine, describe_versions
-from bench.lib.stages import Outcome, Stage, run_stages, table
+from bench.lib.report import circumstances, write_report
+from bench.lib.stages import Stage, run_stages, table
 
 ROOT = Path(__file__).parents[2]
 TESTS = ("gpu/test_*.py", "**/test_*triton.py")
@@ -35,10 +33,12 @@ SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for logs and JSON; made if missing")
-    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="wheels of packages that are missing here")
-    parser.add_argument("--pair", type=Path, metavar="FOLDER", help="models for `bench train`")
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU, small shapes")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="put logs and JSON there; made if missing"
+    )
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="install these wheels for the other stages")
+    parser.add_argument("--pair", type=Path, metavar="FOLDER", help="give this pair to `bench train`")
+    parser.add_argument("--dry-run", action="store_true", help="run on a CPU, with small shapes")
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,9 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as site:
         outcomes = run_stages(_stages(arguments, out, site), out)
-    _write_summary(out / "summary.json", outcomes, "cpu" if arguments.dry_run else "cuda")
+    device = "cpu" if arguments.dry_run else "cuda"
+    stages = [outcome._asdict() for outcome in outcomes]
+    write_report(out / "summary.json", {"stages": stages, **circumstances(device, "transformers", "accelerate")})
     print(f"\n{'dry run on a CPU; ' if arguments.dry_run else ''}logs and JSON in {out}\n{table(outcomes)}")
     if any(outcome.status not in ("ok", "skipped") for outcome in outcomes):
         sys.exit(1)
@@ -90,7 +92,7 @@ def _files(*patterns: str) -> list[str]:
 
 def _memcheck(shared: dict[str, str], dry: bool) -> Stage:
     """Widths that end within a block, and results in a wider buffer. Every tensor is an allocation of its own."""
-    tool = next((found for name in SANITIZER if (found := shutil.which(name))), None)
+    tool = next(filter(None, map(shutil.which, SANITIZER)), None)
     reason = "a dry run has no device" if dry else "no compute-sanitizer here" if tool is None else ""
     chosen = ["-k", "(test_widths and (1009 or 521)) or test_strides", *_files(TESTS[1])]
     return Stage(
@@ -101,13 +103,3 @@ def _memcheck(shared: dict[str, str], dry: bool) -> Stage:
         skip=reason,
         refusal="Device not supported",
     )
-
-
-def _write_summary(file: Path, outcomes: list[Outcome], device: str) -> None:
-    summary = {
-        "stages": [outcome._asdict() for outcome in outcomes],
-        "machine": describe_machine(device),
-        "versions": describe_versions("transformers", "accelerate"),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-    file.write_text(json.dumps(summary, indent=2) + "\n")

@@ -18,21 +18,27 @@ Nothing is run and nothing is timed.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from bench.lib import arguments as checked
 from bench.lib.machine import describe_versions
+from bench.lib.report import write_report
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", type=_targets, default=list(TARGETS), metavar="A,B", help=", ".join(TARGETS))
-    parser.add_argument("--kernel", type=_names, metavar="A,B", help="what these launch only, such as rows.token_nll")
-    parser.add_argument("--all", action="store_true", help="every variant, not the representative ones; many minutes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument(
+        "--target",
+        type=checked.names("target", TARGETS),
+        default=list(TARGETS),
+        metavar="A,B",
+        help=f"compile for these: {', '.join(TARGETS)}",
+    )
+    parser.add_argument("--kernel", metavar="A,B", help="compile what these launch only, such as rows.token_nll")
+    parser.add_argument("--all", action="store_true", help="compile every variant; takes many minutes")
+    checked.add_json(parser)
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -40,12 +46,12 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         from bench.variants import VARIANTS  # imported here: Triton exists on Linux only
     except ImportError as error:
         parser.error(f"compiling kernels needs triton >= 3.6, and it cannot be imported ({error}): install it")
-    variants = [v for v in VARIANTS if arguments.all or v.representative]
     known = sorted({v.kernel for v in VARIANTS})
-    for name in arguments.kernel or ():
-        if name not in known:
-            parser.error(f"argument --kernel: unknown kernel {name!r}; use some of {', '.join(known)}")
-    chosen = [v for v in variants if arguments.kernel is None or v.kernel in arguments.kernel]
+    try:
+        kernels = known if arguments.kernel is None else checked.names("kernel", known)(arguments.kernel)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --kernel: {error}")
+    chosen = [v for v in VARIANTS if (arguments.all or v.representative) and v.kernel in kernels]
     print(f"{'kernel':23} {'target':7} {'reg':>4} {'spill':>6} {'shared':>7} {'tensor':>7} {'code':>7}  config")
     rows = []
     for row in _rows(chosen, arguments.target):
@@ -55,8 +61,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             flush=True,
         )
         rows.append(row)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"rows": rows, "versions": describe_versions()}, indent=2) + "\n")
+    write_report(arguments.json, {"rows": rows, "versions": describe_versions()})
 
 
 def _rows(variants: list[Any], targets: list[str]) -> Iterator[dict[str, Any]]:
@@ -68,18 +73,3 @@ def _rows(variants: list[Any], targets: list[str]) -> Iterator[dict[str, Any]]:
                 for name, kernel in compile_launch(target, variant.launch):
                     described = {"kernel": name, "config": variant.config, "target": target}
                     yield described | resources(kernel)._asdict()
-
-
-def _targets(text: str) -> list[str]:
-    names = _names(text)
-    for name in names:
-        if name not in TARGETS:
-            raise argparse.ArgumentTypeError(f"unknown target {name!r}; use some of {', '.join(TARGETS)}")
-    return names
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError("names nothing")
-    return names

@@ -21,77 +21,59 @@ Implementations are the files of bench/peers/. One that cannot run is listed wit
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from bench import peers
 from bench.lib import arguments as checked
-from bench.lib.cases import DATA, DTYPES, HEADS, OPS, make_case, max_entropy
+from bench.lib.cases import DTYPES, ENTROPY, HEADS, OPS, make_case, max_entropy
 from bench.lib.compare import Comparison, compare
-from bench.lib.machine import describe_machine, describe_versions
-from bench.lib.real_rows import MODELS, real_rows
+from bench.lib.report import circumstances, write_report
+from bench.lib.rows_arguments import add_rows_arguments, shapes_and_temperature
 
-ENTROPY = 0.57  # nats: what Qwen2.5-Coder-1.5B-Instruct's own samples have at temperature 1
-SHAPE = (1536, 576, 49152)
+BACKWARDS = {"exact": "fastkl", "sparse": "fastkl_sparse"}  # the implementation of each
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--op", choices=OPS, default="policy_gradient")
-    parser.add_argument(
-        "--shape",
-        type=checked.shape,
-        metavar="N,D,V",
-        help="tokens, hidden, ids; 1536,576,49152 by default, or what --data has",
-    )
+    parser.add_argument("--op", choices=OPS, default="policy_gradient", help="choose the loss")
+    add_rows_arguments(parser)
     parser.add_argument(
         "--sweep",
         type=checked.sweep,
         action="append",
         default=[],
         metavar="AXIS=A,B",
-        help="measure the shape with its N, D or V replaced by each of these, in one report; can be repeated",
+        help="replace N, D or V of the shape by each of these, in one report; can be repeated",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="set the dtype of hidden states and weight")
     parser.add_argument(
         "--impl",
-        type=checked.implementations,
+        type=checked.names("implementation", peers.names()),
         default=["fastkl", "eager", "compile"],
         metavar="A,B",
-        help=", ".join(peers.names()),
+        help=f"measure these: {', '.join(peers.names())}",
     )
     parser.add_argument(
         "--backward",
-        type=checked.backwards,
+        type=checked.names("backward", tuple(BACKWARDS)),
         default=["exact"],
         metavar="A,B",
-        help="of fastkl: exact, sparse, or both side by side (docs/sparse-backward.md)",
+        help="measure fastkl with these: exact, sparse, or both side by side (docs/sparse-backward.md)",
     )
-    parser.add_argument("--head", choices=HEADS, default="frozen", help="does the weight get a gradient?")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--repeats", type=checked.positive, default=7, help="rounds; the numbers are medians over them")
+    parser.add_argument("--head", choices=HEADS, default="frozen", help="give the weight a gradient or none")
+    parser.add_argument("--device", type=checked.device, default="cpu", metavar="{cpu,cuda}", help="run there")
+    parser.add_argument("--repeats", type=checked.positive, default=7, help="take medians over this many rounds")
     parser.add_argument(
-        "--data",
-        choices=DATA,
-        default="peaked",
-        help="rows like a trained model's, the same with a tail of its own in each, a new model's, or a real model's own",
+        "--entropy", type=float, help=f"set the mean entropy of peaked rows, nats; {ENTROPY} by default"
     )
-    parser.add_argument("--entropy", type=float, help=f"mean entropy of peaked rows, nats; {ENTROPY} by default")
-    parser.add_argument("--temperature", type=float, help="at which a real model sampled; 1 by default")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, anew after each shape")
+    parser.add_argument("--seed", type=int, default=0, help="seed the rows")
+    checked.add_json(parser, ", anew after each shape")
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    shapes = _shapes(arguments, parser)
+    shapes, temperature = shapes_and_temperature(arguments, parser, arguments.sweep)
     entropy = _entropy(arguments, shapes, parser)
-    temperature = _temperature(arguments, parser)
-    _check(arguments, parser)
     names = _names(arguments.impl, arguments.backward)
-    report = _empty_report(arguments, names)
+    report = _empty_report(arguments, temperature, names)
     print(" | ".join(f"{key} {value}" for key, value in (report["machine"] | report["versions"]).items()))
     for shape in shapes:
         case = make_case(
@@ -110,12 +92,11 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         report["rows"] += result.rows
         report["skipped"] += result.skipped
         _print_table(arguments, result)
-        if arguments.json is not None:
-            arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(arguments.json, report)
     _print_notes(report["rows"])
 
 
-def _empty_report(arguments: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+def _empty_report(arguments: argparse.Namespace, temperature: float, names: list[str]) -> dict[str, Any]:
     packages = dict.fromkeys(package for name in names for package in peers.load(name).packages)
     return {
         "rows": [],
@@ -125,11 +106,9 @@ def _empty_report(arguments: argparse.Namespace, names: list[str]) -> dict[str, 
             "repeats": arguments.repeats,
             "seed": arguments.seed,
             "data": arguments.data,
-            "temperature": arguments.temperature or 1.0,
+            "temperature": temperature,
         },
-        "machine": describe_machine(arguments.device),
-        "versions": describe_versions(*packages),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **circumstances(arguments.device, *packages),
     }
 
 
@@ -165,52 +144,10 @@ def _print_notes(rows: list[dict[str, Any]]) -> None:
             print(f"{row['impl']}: {row['note']}")
 
 
-def _check(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuse what would fail minutes later."""
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: torch sees no CUDA device here; use --device cpu")
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        parser.error(f"argument --json: the folder {arguments.json.absolute().parent} does not exist; create it first")
-
-
 def _names(implementations: list[str], backwards: list[str]) -> list[str]:
     """`fastkl` stands for each of the backward passes asked for."""
-    ours = {"exact": "fastkl", "sparse": "fastkl_sparse"}
-    chosen = [[ours[way] for way in backwards] if name == "fastkl" else [name] for name in implementations]
+    chosen = [[BACKWARDS[b] for b in backwards] if name == "fastkl" else [name] for name in implementations]
     return list(dict.fromkeys(name for names in chosen for name in names))
-
-
-def _shapes(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> list[checked.Shape]:
-    """Those that are asked for; of real rows as many as there are or fewer, with the model's D and V."""
-    try:
-        own = default_shape(arguments.data, _temperature(arguments, parser))
-    except FileNotFoundError as error:
-        parser.error(f"argument --data {arguments.data}: {error}")
-    shapes = checked.swept(arguments.shape or own, arguments.sweep)
-    for shape in shapes if arguments.data in MODELS else ():
-        if shape[0] > own[0] or shape[1:] != own[1:]:
-            parser.error(f"argument --shape: {shape} with --data {arguments.data}, which has {own} and fewer rows")
-    return shapes
-
-
-def default_shape(data: str, temperature: float) -> checked.Shape:
-    if data not in MODELS:
-        return SHAPE
-    rows = real_rows(data, temperature)
-    vocabulary, d = rows.weight.shape
-    return min(rows.hidden.shape[0], MODELS[data].rows), d, vocabulary
-
-
-def _temperature(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> float:
-    if arguments.temperature is None:
-        return 1.0
-    if arguments.data not in MODELS:
-        parser.error(
-            f"argument --temperature: {arguments.data} rows have none; it belongs to --data {', '.join(MODELS)}"
-        )
-    if not arguments.temperature > 0:
-        parser.error(f"argument --temperature: {arguments.temperature}; it must be > 0")
-    return float(arguments.temperature)
 
 
 def _entropy(
@@ -220,7 +157,7 @@ def _entropy(
     if arguments.data not in ("peaked", "unshared"):
         if arguments.entropy is not None:
             parser.error(
-                f"argument --entropy: {arguments.data} rows have the entropy that they have; leave it away with --data "
+                f"argument --entropy: {arguments.data} rows have an entropy of their own; leave it out with --data "
                 f"{arguments.data}"
             )
         return None

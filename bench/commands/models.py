@@ -28,6 +28,7 @@ from bench.commands.count import SHAPES
 from bench.lib import arguments as checked
 from bench.lib.arguments import Shape
 from bench.lib.cases import DTYPES, HEADS
+from bench.lib.report import write_report
 
 SMALL = {"small": (64, 32, 1000)}
 FIRST = ["fastkl", "fastkl_composed", "eager"]
@@ -49,13 +50,14 @@ class Job(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--impl", type=checked.implementations, metavar="A,B", help="these alone, in one go")
-    parser.add_argument("--small", action="store_true", help="one small shape in place of the four models'")
-    parser.add_argument("--repeats", type=checked.positive, default=7, help="rounds of each case")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="no case is started after so many")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the reports there, anew after each case")
+    parser.add_argument("--device", type=checked.device, default="cuda", metavar="{cpu,cuda}", help="run there")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="set the dtype of hidden states and weight")
+    implementations = checked.names("implementation", peers.names())
+    parser.add_argument("--impl", type=implementations, metavar="A,B", help="measure these alone, in one go")
+    parser.add_argument("--small", action="store_true", help="measure one small shape instead of the four models'")
+    parser.add_argument("--repeats", type=checked.positive, default=7, help="take medians over this many rounds")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after this many seconds")
+    checked.add_json(parser, ", anew after each case")
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -72,8 +74,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         except (Exception, SystemExit) as error:
             missing.append({"case": str(job), "reason": f"{type(error).__name__}: {error}"})
             print(f"{job}: {missing[-1]['reason']}", file=sys.stderr)
-        if arguments.json is not None:
-            arguments.json.write_text(json.dumps({"reports": reports, "missing": missing}, indent=2) + "\n")
+        write_report(arguments.json, {"reports": reports, "missing": missing})
         _release(arguments.device)
     print(_table(reports))
     failed = sum(entry["reason"] != OUT_OF_TIME for entry in missing)

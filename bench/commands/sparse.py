@@ -14,55 +14,48 @@ Columns of the table, keys of the JSON rows:
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.commands.loss import ENTROPY, default_shape
 from bench.lib import arguments as checked
-from bench.lib.cases import DATA, Case, make_case, mean_entropy
-from bench.lib.machine import describe_machine, describe_versions
+from bench.lib.cases import ENTROPY, Case, make_case, mean_entropy
+from bench.lib.report import circumstances, write_report
+from bench.lib.rows_arguments import add_rows_arguments, shapes_and_temperature
 from fastkl.kernels.sparse import estimator as sparse_estimator
-from fastkl.loss import Sparse, policy_gradient_loss
+from fastkl.loss import Backward, Sparse, policy_gradient_loss
 
 ERRORS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 THRESHOLDS = tuple(2.0**-power for power in range(13, 8, -1))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", choices=DATA, default="peaked", help="as in `bench loss`")
-    parser.add_argument("--temperature", type=float, default=1.0, help="at which a real model sampled")
-    parser.add_argument("--shape", type=checked.shape, metavar="N,D,V", help="as in `bench loss`")
-    parser.add_argument("--blocks", type=checked.sizes, default=[128, 256], metavar="A,B", help="rows of a block")
-    parser.add_argument("--seeds", type=checked.positive, default=2, help="samples of each setting")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    add_rows_arguments(parser)
+    parser.add_argument(
+        "--blocks", type=checked.sizes, default=[128, 256], metavar="A,B", help="make blocks of this many rows"
+    )
+    parser.add_argument("--seeds", type=checked.positive, default=2, help="draw this many samples for each setting")
+    checked.add_json(parser)
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    try:
-        shape = arguments.shape or default_shape(arguments.data, arguments.temperature)
-    except FileNotFoundError as error:
-        parser.error(f"argument --data {arguments.data}: {error}")
-    how = "trainable", "cpu", arguments.data, ENTROPY, 0, arguments.temperature
-    case = make_case("policy_gradient", shape, torch.float32, *how)
+    (shape,), temperature = shapes_and_temperature(arguments, parser, [])
+    case = make_case(
+        "policy_gradient", shape, torch.float32, "trainable", "cpu", arguments.data, ENTROPY, 0, temperature
+    )
     report: dict[str, Any] = {
         "rows": [],
         "conditions": {
             "data": arguments.data,
-            "temperature": arguments.temperature,
+            "temperature": temperature,
             "shape": list(shape),
             "mean_entropy": mean_entropy(case),
             "seeds": arguments.seeds,
         },
-        "machine": describe_machine("cpu"),
-        "versions": describe_versions(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **circumstances("cpu"),
     }
     print(f"{arguments.data}, N,D,V = {shape}, {report['conditions']['mean_entropy']:.2f} nats")
     print(f"{'':>22} {'block':>6} {'kept':>7} {'claimed':>9} {'hidden':>9} {'weight':>9}")
@@ -71,8 +64,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         knob = f"error {row['error']:.0e}" if row["threshold"] is None else f"threshold {row['threshold']:.1e}"
         errors = "".join(f" {row[name]:>9.1e}" for name in ("claimed", "hidden", "weight"))
         print(f"{knob:>22} {row['block']:>6} {row['kept']:>7.2%}{errors}", flush=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments.json, report)
 
 
 def measure(case: Case, blocks: list[int], seeds: int) -> Iterator[dict[str, Any]]:
@@ -82,10 +74,10 @@ def measure(case: Case, blocks: list[int], seeds: int) -> Iterator[dict[str, Any
     for block in blocks:
         for setting in settings:
             with _block_rows(block):
-                found = [_gradients(case, backward=Sparse(seed, **setting)) for seed in range(seeds)]
-            errors = torch.tensor([[_error(g, e) for g, e in zip(own, exact, strict=True)] for own, _ in found])
+                gradients, metrics = zip(*(_gradients(case, Sparse(s, **setting)) for s in range(seeds)), strict=True)
+            errors = torch.tensor([list(map(_error, sparse, exact)) for sparse in gradients])
             hidden, weight = errors.square().mean(0).sqrt().tolist()
-            kept, claimed = found[0][1]["kept_fraction"].item(), found[0][1]["grad_error"].item()
+            kept, claimed = metrics[0]["kept_fraction"].item(), metrics[0]["grad_error"].item()
             yield {
                 "error": None,
                 "threshold": None,
@@ -98,16 +90,16 @@ def measure(case: Case, blocks: list[int], seeds: int) -> Iterator[dict[str, Any
             }
 
 
-def _gradients(case: Case, **how: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+def _gradients(case: Case, backward: Backward = "exact") -> tuple[list[Tensor], dict[str, Tensor]]:
     case.clear_gradients()
     terms = case.tokens, case.advantages, case.sampler_logprobs
-    output = policy_gradient_loss(case.hidden, case.weight, *terms, **how)
+    output = policy_gradient_loss(case.hidden, case.weight, *terms, backward=backward)
     output.loss.backward()
     return case.gradients(), output.metrics
 
 
-def _error(ours: Tensor, exact: Tensor) -> float:
-    return float((ours - exact).norm() / exact.norm())
+def _error(estimate: Tensor, exact: Tensor) -> float:
+    return float((estimate - exact).norm() / exact.norm())
 
 
 @contextmanager

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
-import random
 import shutil
 import statistics
 import subprocess
@@ -24,93 +22,94 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from bench import trainers
-from bench.lib.machine import describe_machine, describe_versions
+from bench.lib import arguments as checked
+from bench.lib.pair import Size, make_pair
+from bench.lib.report import circumstances, write_report
 from bench.trainers import PHASES, Job
 
 
-class Size(NamedTuple):
-    """The generated pair and the run on it."""
+class Work(NamedTuple):
+    """How much there is to do."""
 
-    vocabulary: int
-    hidden: int
-    layers: int
     prompts: int  # per step
     new_tokens: int
     steps: int
 
 
-SIZES = {"full": Size(151936, 1024, 12, 64, 128, 6), "small": Size(300, 64, 2, 8, 12, 3)}
-SPREAD = 6.0  # scale of the last norm: next-token distributions of a few nats
-NOISE = 0.2  # between student and teacher, relative to the weights
+class Preset(NamedTuple):
+    """A pair to generate and the work on it."""
+
+    pair: Size
+    work: Work
+
+
+FULL = Preset(Size(151936, 1024, 12), Work(64, 128, 6))
+SMALL = Preset(Size(300, 64, 2), Work(8, 12, 3))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="what the figures are said to be of")
     parser.add_argument(
-        "--impl", default="fastkl", help=f"trainers, with commas between: {', '.join(trainers.names())}"
+        "--device", type=checked.device, default="cuda", metavar="{cpu,cuda}", help="say what the figures are of"
     )
-    parser.add_argument("--pair", type=Path, metavar="FOLDER", help="teacher/, student/ and prompts.jsonl")
-    parser.add_argument("--small", action="store_true", help="a tiny pair and a short run, for a dry run")
-    parser.add_argument("--prompts", type=int, help="prompts of a step, the same ones in each (default: by size)")
-    parser.add_argument("--new-tokens", type=int, help="tokens of each completion (default: by size)")
-    parser.add_argument("--steps", type=int, help="steps, the first of which warms up (default: by size)")
+    parser.add_argument(
+        "--impl",
+        type=checked.names("trainer", trainers.names()),
+        default=["fastkl"],
+        metavar="A,B",
+        help=f"measure these: {', '.join(trainers.names())}",
+    )
+    parser.add_argument(
+        "--pair", type=Path, metavar="FOLDER", help="use the teacher/, student/ and prompts.jsonl there"
+    )
+    parser.add_argument("--small", action="store_true", help="make a tiny pair and a short run, for a dry run")
+    parser.add_argument("--prompts", type=checked.positive, help="set the prompts of a step, the same ones in each")
+    parser.add_argument("--new-tokens", type=checked.positive, help="set the tokens of each completion")
+    parser.add_argument("--steps", type=checked.positive, help="set the steps; the first one warms up")
     parser.add_argument(
         "--clock",
         choices=tuple(trainers.CLOCKS),
         default="wall",
-        help="seconds of the wall's, or of the processor's, for a machine that others use too (default: wall)",
+        help="measure wall seconds, or processor seconds on a machine that others use too (default: wall)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    checked.add_json(parser)
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: torch sees no CUDA device here; use --device cpu")
     if arguments.device == "cuda" and arguments.clock == "cpu":
         parser.error("argument --clock: cpu says nothing of a GPU; leave it at wall with --device cuda")
-    names = arguments.impl.split(",")
-    for name in names:
-        if name not in trainers.names():
-            parser.error(f"argument --impl: {name!r} is no trainer; known are {', '.join(trainers.names())}")
-    size = SIZES["small" if arguments.small else "full"]
-    asked = {name: getattr(arguments, name) for name in ("prompts", "new_tokens", "steps")}
-    for name, value in asked.items():
-        if value is not None and value < (2 if name == "steps" else 1):
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is too few")
-    size = size._replace(**{name: value for name, value in asked.items() if value is not None})
+    if arguments.steps == 1:
+        parser.error("argument --steps: 1 is too few, for the first step only warms up; use at least 2")
+    preset = SMALL if arguments.small else FULL
+    options = {name: value for name in Work._fields if (value := getattr(arguments, name)) is not None}
+    work = preset.work._replace(**options)
     with tempfile.TemporaryDirectory() as folder:
-        pair = _prepare(Path(folder), arguments.pair, size)
-        job = Job(str(pair), folder, arguments.device, size.prompts, size.new_tokens, size.steps, arguments.clock)
-        results = {name: _measure(name, job) for name in dict.fromkeys(names)}
+        pair = _prepare(Path(folder), arguments.pair, preset.pair, work.prompts)
+        job = Job(str(pair), folder, arguments.device, *work, arguments.clock)
+        results = {name: _measure(name, job) for name in arguments.impl}
     report = {
         "trainers": results,
         "job": {name: value for name, value in vars(job).items() if name not in ("pair", "folder")},
         "pair": "generated" if arguments.pair is None else str(arguments.pair),
-        "machine": describe_machine(arguments.device),
-        "versions": describe_versions("transformers", "accelerate"),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **circumstances(arguments.device, "transformers", "accelerate"),
     }
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(arguments.json, report)
     _show(results)
     if all("skipped" in result for result in results.values()):
         sys.exit(1)
 
 
-def _prepare(folder: Path, given: Path | None, size: Size) -> Path:
-    """A folder with the pair and exactly the prompts of one step."""
+def _prepare(folder: Path, source: Path | None, size: Size, prompts: int) -> Path:
+    """A folder with the pair, generated unless there is a source, and exactly the prompts of one step."""
     pair = folder / "pair"
-    if given is None:
-        _make_pair(pair, size)
-        given = pair
+    if source is None:
+        make_pair(pair, size)
+        source = pair
     else:
         pair.mkdir()
         for name in ("teacher", "student"):
-            (pair / name).symlink_to((given / name).resolve())
-    lines = (given / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[: size.prompts]
+            (pair / name).symlink_to((source / name).resolve())
+    lines = (source / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:prompts]
     (pair / "prompts.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return pair
 
@@ -147,55 +146,3 @@ def _show(results: dict[str, dict[str, Any]]) -> None:
             f"{name}: {seconds['total']:.2f} s per step ({phases}), {seconds['total'] / base:.2f} times the first, "
             f"{result['sampled_tokens_per_second']:,.0f} sampled tokens/s, peak {result['peak_memory_mb']:,.0f} MB"
         )
-
-
-def _make_pair(folder: Path, size: Size) -> None:
-    tokenizer = _tokenizer(size.vocabulary)
-    torch.manual_seed(0)
-    model = _llama(size)
-    for name in ("teacher", "student"):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=NOISE * float(parameter.std(correction=0)))
-    rng = random.Random(0)
-    texts = (" ".join(f"w{rng.randrange(size.vocabulary - 2)}" for _ in range(rng.randint(8, 32))) for _ in range(1000))
-    lines = (json.dumps({"prompt": text}) + "\n" for text in texts)
-    (folder / "prompts.jsonl").write_text("".join(lines))
-
-
-def _llama(size: Size) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    heads = size.hidden // 64
-    config = LlamaConfig(
-        vocab_size=size.vocabulary,
-        hidden_size=size.hidden,
-        intermediate_size=3 * size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.model.norm.weight.fill_(SPREAD)
-    return model
-
-
-def _tokenizer(vocabulary: int) -> Any:
-    """One token a word: w0, w1, …"""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<end>", "<unk>", *(f"w{index}" for index in range(vocabulary - 2))]
-    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", unk_token="<unk>", pad_token="<end>")
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-    return tokenizer

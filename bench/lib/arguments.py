@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from bench import peers
+import torch
 
 AXES = ("N", "D", "V")
-BACKWARDS = ("exact", "sparse")
 SMALLEST = (1, 1, 16)
 
 Shape = tuple[int, int, int]  # N, D, V
@@ -38,50 +39,67 @@ def sweep(text: str) -> tuple[str, list[int]]:
 
 
 def swept(base: Shape, sweeps: list[tuple[str, list[int]]]) -> list[Shape]:
-    """The shapes to measure: `base`, or in its place `base` with one size replaced by each of its axis's sweeps."""
+    """The shapes to measure: `base`, or instead of it `base` with one size replaced by each of its axis's sweeps."""
     shapes = [base] if not sweeps else []
     for axis, sizes in sweeps:
         for size in sizes:
-            n, d, v = (size if name == axis else own for name, own in zip(AXES, base, strict=True))
+            n, d, v = (size if name == axis else unchanged for name, unchanged in zip(AXES, base, strict=True))
             shapes.append((n, d, v))
     return list(dict.fromkeys(shapes))
 
 
-def implementations(text: str) -> list[str]:
-    known = peers.names()
-    chosen = [name.strip() for name in text.split(",") if name.strip()]
-    for name in chosen:
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"unknown implementation {name!r}; use some of {', '.join(known)}")
-    if not chosen:
-        raise argparse.ArgumentTypeError(f"names no implementation; use some of {', '.join(known)}")
+def names(thing: str, known: Sequence[str]) -> Callable[[str], list[str]]:
+    """The type of an argument that names some of what is `known`, with commas between."""
+
+    def chosen(text: str) -> list[str]:
+        listed = [name.strip() for name in text.split(",") if name.strip()]
+        for name in listed:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"unknown {thing} {name!r}; use some of {', '.join(known)}")
+        if not listed:
+            raise argparse.ArgumentTypeError(f"names no {thing}; use some of {', '.join(known)}")
+        return list(dict.fromkeys(listed))
+
     return chosen
 
 
-def backwards(text: str) -> list[str]:
-    chosen = [name.strip() for name in text.split(",") if name.strip()]
-    if not chosen or not set(chosen) <= set(BACKWARDS):
-        raise argparse.ArgumentTypeError(f"{text!r} is no choice; use some of {', '.join(BACKWARDS)}")
-    return list(dict.fromkeys(chosen))
+def device(text: str) -> str:
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; use cpu or cuda")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no CUDA device here; use --device cpu")
+    return text
+
+
+def new_file(text: str) -> Path:
+    """A file in a folder that exists: refused before anything is measured, not after."""
+    folder = Path(text).absolute().parent
+    if not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"the folder {folder} does not exist; create it first")
+    return Path(text)
+
+
+def add_json(parser: argparse.ArgumentParser, when: str = "") -> None:
+    parser.add_argument("--json", type=new_file, metavar="FILE", help=f"write the report to FILE{when}")
 
 
 def sizes(text: str) -> list[int]:
-    found = _integers(text)
-    if not found or min(found) < 1:
+    listed = _integers(text)
+    if not listed or min(listed) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of sizes; write whole numbers >= 1, as in 128,256")
-    return found
+    return listed
 
 
 def fractions(text: str) -> list[float]:
     try:
-        found = [float(part) for part in text.split(",")]
+        listed = [float(part) for part in text.split(",")]
     except ValueError:
-        found = [0.0]
-    if not all(0 < fraction <= 1 for fraction in found):
+        listed = [0.0]
+    if not all(0 < fraction <= 1 for fraction in listed):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no list of fractions; write numbers > 0 and <= 1, as in 0.01,0.1"
         )
-    return found
+    return listed
 
 
 def positive(text: str) -> int:

@@ -28,6 +28,7 @@ HEADS = ("frozen", "trainable")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 DATA = ("peaked", "unshared", "flat", *MODELS)
+ENTROPY = 0.57  # nats: what Qwen2.5-Coder-1.5B-Instruct's own samples have at temperature 1
 TAIL_SHARE = 0.45  # the tail's entropy as a share of log V: about 4.9 nats at V = 49152
 SHARED = 0.95  # see docs/sparse-backward.md: more columns are kept than of Qwen's rows, fewer than of SmolLM2's
 MARGIN_STD = 3.0  # nats; from rows that are certain to rows that are flat

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from bench.lib.cases import BETAS, ENTROPY_COEF, Case
-from bench.peers import Loss, Peer, fastkl_composed
-from fastkl.loss import jsd_loss, policy_gradient_loss, top_k_kl_loss
+from bench.peers import Loss, Peer
+from fastkl.loss import Backward, jsd_loss, linear_logprobs, policy_gradient_loss, top_k_kl_loss
 
 
 def build(case: Case) -> Loss:
-    if case.op == "logprobs":
-        return fastkl_composed.build(case)
+    return lambda: loss(case)
+
+
+def loss(case: Case, backward: Backward = "exact") -> Tensor:
+    """The scalar loss of a case."""
     head = case.hidden, case.weight
+    if case.op == "logprobs":
+        return case.objective(linear_logprobs(*head, case.tokens, backward=backward))
     if case.op == "top_k":
-        return lambda: top_k_kl_loss(*head, *case.teacher_list).loss
+        return top_k_kl_loss(*head, *case.teacher_list, backward=backward).loss
     if case.op in BETAS:
-        return lambda: jsd_loss(*head, *case.teacher, beta=BETAS[case.op]).loss
+        return jsd_loss(*head, *case.teacher, beta=BETAS[case.op], backward=backward).loss
     terms = case.tokens, case.advantages, case.sampler_logprobs
     coef = ENTROPY_COEF if case.op == "entropy" else 0.0
-    return lambda: policy_gradient_loss(*head, *terms, entropy_coef=coef).loss
+    return policy_gradient_loss(*head, *terms, entropy_coef=coef, backward=backward).loss
 
 
 PEER = Peer(build)

@@ -116,7 +116,7 @@ def test_wheels_go_where_the_other_stages_look(tmp_path: Path) -> None:
         (["train"], "--device: torch sees no CUDA device here; use --device cpu"),
         (
             ["train", "--device", "cpu", "--impl", "none"],
-            "--impl: 'none' is no trainer; known are fastkl, fastkl_bf16_sampling, fastkl_continuous_batching, fastkl_",
+            "--impl: unknown trainer 'none'; use some of fastkl, fastkl_bf16_sampling, fastkl_continuous_batching, fastkl_",
         ),
         (["train", "--device", "cpu", "--steps", "1"], "--steps: 1 is too few"),
     ],

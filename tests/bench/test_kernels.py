@@ -41,7 +41,7 @@ def test_bench_lists_what_the_compiler_made(tmp_path: Path, capsys: pytest.Captu
     [
         (["--target", "sm_75"], "--target: unknown target 'sm_75'; use some of sm_80, sm_90, sm_100, gfx942"),
         (["--kernel", "rows.softmax"], "--kernel: unknown kernel 'rows.softmax'; use some of "),
-        (["--kernel", ","], "--kernel: names nothing"),
+        (["--kernel", ","], "--kernel: names no kernel"),
     ],
 )
 def test_bad_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
