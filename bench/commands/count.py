@@ -9,19 +9,20 @@ Columns of the table, keys of the JSON rows:
     form                values: no gradient, by way of logits (16-bit heads on a GPU are scored without any);
                         frozen: gradient of hidden; trainable: of the weight too; composed: the same for any upstream
                         gradient, which forms the logits twice. "+ teacher": with a second head
-    kept                of the sparse backward in Triton, the same in each block; null: the exact one
+    kept                fraction of the columns that the sparse backward in Triton keeps of each block; null: exact
     gemm_units          floating-point operations, in units of 2·N·D·V
-    passes              how often the row kernels, and those that sample, read or write N·V elements (float32 read, gradient
-                        in the inputs' dtype); compaction is taken to read all of them, for what it wants is scattered
+    passes              how often the row kernels, and those that draw columns, read or write N·V elements (float32 read,
+                        gradient in the inputs' dtype); compaction counts as one whole read, because it reads in scattered
+                        places
     row_gb, gemm_gb     bytes that the row kernels and the GEMMs move at least (1e9), chunk by chunk
     chunk_rows          rows per chunk
-    workspace_mb        logits and gradient of a chunk (1e6 bytes), without the samples that "composed" keeps
-    units_low, _high    the time in units at the two rates in RATES, if every GEMM hides its own traffic and if none does.
-                        An estimate to compare a measurement with, and no measurement; products of a sample are Triton's,
-                        of gathered rows, and hardly reach the rate of a vendor's
+    workspace_mb        logits and gradient of a chunk (1e6 bytes), without the columns that "composed" keeps
+    units_low, _high    the time in units at the two rates in RATES, if every GEMM hides its traffic and if none does.
+                        An estimate to compare a measurement with. Products of drawn columns gather rows in Triton and
+                        hardly reach the vendor's rate
 
-Left out: launches, products over [N, D], what a GEMM reads twice, PyTorch's operations over [V] for each block of rows that
-is sampled. All rows take part.
+Left out: launches, products over [N, D], what a GEMM reads twice, and PyTorch's operations over [V] for each block of the
+sparse backward. All rows take part.
 """
 
 from __future__ import annotations
@@ -94,21 +95,21 @@ def count(
 ) -> Count:
     """The work of a form; the teacher's hidden size is the student's. Nothing is allocated, no device is needed.
 
-    `kept`: of the sparse backward in Triton, which keeps that fraction of the columns of each block.
+    `kept`: the sparse backward in Triton keeps this fraction of each block's columns; None: the exact backward.
     """
     n, d, vocabulary = shape
     spec = Spec("token_nll", HeadOptions(), None, "auto", chunk_size)
     if teacher:
         spec = Spec("divergence", HeadOptions(), HeadOptions(), "auto", chunk_size, "reverse_kl")
     if kept is not None:
-        spec = spec._replace(sparse=Sparse(0))  # whatever error it was that kept as much
+        spec = spec._replace(sparse=Sparse(0))  # with whatever error keeps this many
     with FakeTensorMode():
         hidden, weight = (torch.empty(rows, d, dtype=dtype, device=device) for rows in (n, vocabulary))
-        own = Inputs(hidden, weight, None, None, *((hidden, weight) if teacher else ()))
+        inputs = Inputs(hidden, weight, None, None, *((hidden, weight) if teacher else ()))
         if form == "composed" and kept is not None:
-            counts = _composed_from_samples(spec, own, kept)
+            counts = _sparse_composed(spec, inputs, kept)
         else:
-            counts = [_call(spec, own, needs, kept) for needs in FORMS[form]]
+            counts = [_call(spec, inputs, needs, kept) for needs in FORMS[form]]
     return Count(
         [gemm for part in counts for gemm in part.gemms],
         Work(0, sum(part.rows.bytes for part in counts)),
@@ -125,29 +126,27 @@ def _call(spec: Spec, inputs: Inputs, needs: Needs | None, kept: float | None = 
     step = driver.chunk_rows(spec, inputs, needs is not None)
     workspace = step * driver.workspace_bytes_per_row(spec, inputs, needs is not None)
     chunks = -(-n // step)
-    own, full = inputs.hidden.itemsize, compute_dtype(inputs.hidden.dtype).itemsize
-    low = gradient_dtype(inputs.hidden).itemsize
+    operand, full, low = _item_sizes(inputs.hidden)
     once, hidden, weight = n * vocabulary, n * d, vocabulary * d
     flops = gemm_flops(n, vocabulary, d)
-    gemms = [Work(flops, hidden * own + chunks * weight * own + once * full)] * heads
+    gemms = [Work(flops, hidden * operand + chunks * weight * operand + once * full)] * heads
     if needs is None:
         return Count(gemms, Work(0, heads * once * full), heads, step, workspace)
     # A row kernel reads the logits twice, for the values and for the gradient, and writes the gradient.
     forward = Count(gemms, Work(0, 2 * heads * once * full + once * low), 2 * heads + 1, step, workspace)
     if kept is not None:
-        return _with_samples(forward, inputs, needs, kept)
+        return _sparse_call(forward, inputs, needs, kept)
     if needs.hidden:
-        gemms.append(Work(flops, once * low + chunks * weight * own + hidden * full))
+        gemms.append(Work(flops, once * low + chunks * weight * operand + hidden * full))
     if needs.weight:  # the first chunk writes the accumulator, the others read and write it
-        gemms.append(Work(flops, once * low + hidden * own + (2 * chunks - 1) * weight * full))
+        gemms.append(Work(flops, once * low + hidden * operand + (2 * chunks - 1) * weight * full))
     return forward
 
 
-def _with_samples(forward: Count, inputs: Inputs, needs: Needs, kept: float) -> Count:
-    """A call whose gradients come from a sample of each block, drawn and multiplied as `kernels/sparse/triton.py` says."""
+def _sparse_call(forward: Count, inputs: Inputs, needs: Needs, kept: float) -> Count:
+    """A call whose gradients come from drawn columns of each block, as `kernels/sparse/triton.py` makes them."""
     (n, d), vocabulary = inputs.hidden.shape, inputs.weight.shape[0]
-    own, full = inputs.hidden.itemsize, compute_dtype(inputs.hidden.dtype).itemsize
-    low = gradient_dtype(inputs.hidden).itemsize
+    operand, full, low = _item_sizes(inputs.hidden)
     sizes = _blocks(n, forward.chunk_rows, inputs.hidden.device)
     once, columns = n * vocabulary, len(sizes) * vocabulary
     entries, kept_rows = kept * once * low, kept * columns * d
@@ -157,27 +156,27 @@ def _with_samples(forward: Count, inputs: Inputs, needs: Needs, kept: float) -> 
     compaction = once * low + entries
     gemms, flops = list(forward.gemms), round(kept * gemm_flops(n, vocabulary, d))
     if needs.hidden:
-        gemms.append(Work(flops, round(entries + kept_rows * own + n * d * own)))
-    if needs.weight:  # an accumulator of zeros, of which the kept rows are read and written
+        gemms.append(Work(flops, round(entries + kept_rows * operand + n * d * operand)))
+    if needs.weight:  # an accumulator of zeros; its kept rows are read and written
         gemms.append(Work(flops, round(entries + n * d * low + 2 * kept_rows * full) + vocabulary * d * full))
     rows = Work(0, forward.rows.bytes + round(squares + selection + compaction))
     return forward._replace(gemms=gemms, rows=rows, passes=forward.passes + 2 + kept)
 
 
-def _composed_from_samples(spec: Spec, inputs: Inputs, kept: float) -> list[Count]:
-    """The forward pass; the weight's gradient from the samples that it had room for; the other rows again."""
+def _sparse_composed(spec: Spec, inputs: Inputs, kept: float) -> list[Count]:
+    """The forward pass; the weight's gradient from the blocks that it had room to keep; the other rows again."""
     (n, d), vocabulary = inputs.hidden.shape, inputs.weight.shape[0]
-    own, full = inputs.hidden.itemsize, compute_dtype(inputs.hidden.dtype).itemsize
+    operand, full, low = _item_sizes(inputs.hidden)
     first = _call(spec, inputs, Needs(True, False, False), kept)
-    room, held = float(vocabulary * d), []
+    room, with_room = float(vocabulary * d), []
     for size in _blocks(n, first.chunk_rows, inputs.hidden.device):
         if size * kept * vocabulary <= room:
             room -= size * kept * vocabulary
-            held.append(size)
-    rows = sum(held)
-    entries = kept * rows * vocabulary * gradient_dtype(inputs.hidden).itemsize
+            with_room.append(size)
+    rows = sum(with_room)
+    entries = kept * rows * vocabulary * low
     # The product is written by itself; it and the accumulator's rows are read, and those are written.
-    moved = entries + rows * d * own + 4 * kept * len(held) * vocabulary * d * full
+    moved = entries + rows * d * operand + 4 * kept * len(with_room) * vocabulary * d * full
     zeros = vocabulary * d * full if rows == n else 0
     product = Work(round(kept * gemm_flops(rows, vocabulary, d)), round(moved) + zeros)
     parts = [first, Count([product], Work(0, round(2 * entries)), 2 * kept * rows / n, first.chunk_rows, 0)]
@@ -187,6 +186,11 @@ def _composed_from_samples(spec: Spec, inputs: Inputs, kept: float) -> list[Coun
         again = _call(spec, rest, Needs(False, True, False), kept)
         parts.append(again._replace(chunk_rows=first.chunk_rows, passes=again.passes * (n - rows) / n))
     return parts
+
+
+def _item_sizes(hidden: torch.Tensor) -> tuple[int, int, int]:
+    """Bytes of a number of the operands, of logits and accumulators, and of u."""
+    return hidden.itemsize, compute_dtype(hidden.dtype).itemsize, gradient_dtype(hidden).itemsize
 
 
 def _blocks(n: int, chunk_rows: int, device: torch.device) -> list[int]:
@@ -223,9 +227,9 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     shapes = SHAPES if arguments.shape is None else {",".join(map(str, arguments.shape)): arguments.shape}
     rows: list[dict[str, Any]] = []
     for name, shape in shapes.items():
-        own = _rows(name, shape, arguments.chunk_size, arguments.kept)
-        _print(own)
-        rows += own
+        of_model = _rows(name, shape, arguments.chunk_size, arguments.kept)
+        _print(of_model)
+        rows += of_model
     write_report(arguments.json, {"rows": rows, "rates": RATES, "counted": True})
 
 

@@ -2,9 +2,9 @@
 
     python -m bench plot bench/results/*.json --out FOLDER
 
-One PNG for each op, head, dtype, kind of rows and machine of which the files hold a sweep: shapes that differ in one size
-alone. Of the same measurement made twice the later one is drawn. A file of `bench models` holds many reports. Reports of
-`bench sparse` become sparse.png; other files are left alone.
+A sweep is a series of shapes that differ in one size alone. There is one PNG for each op, head, dtype, kind of rows and
+machine that the files have a sweep for. If a measurement was made twice, the later one is drawn. Reports of `bench models`
+are read too. Reports of `bench sparse` become sparse.png. Other files are ignored.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ Key = tuple[str, ...]  # op, head, dtype, data, machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="bench/results/*.json by default")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the PNGs; made if missing")
+    parser.add_argument(
+        "files", type=Path, nargs="*", metavar="FILE", help="read these; bench/results/*.json by default"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="put the PNGs there; made if missing")
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -56,8 +58,8 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 def read(files: Iterable[Path]) -> list[dict[str, Any]]:
     """The reports of all files that have rows, the oldest first."""
-    held = (json.loads(file.read_text()) for file in files)
-    reports = [report for one in held for report in one.get("reports", [one]) if report.get("rows")]
+    contents = (json.loads(file.read_text()) for file in files)
+    reports = [report for content in contents for report in content.get("reports", [content]) if report.get("rows")]
     return sorted(reports, key=lambda report: str(report["date"]))
 
 
@@ -66,19 +68,19 @@ def measured(reports: Iterable[dict[str, Any]]) -> dict[Key, list[Row]]:
     latest: dict[Key, dict[tuple[str, ...], Row]] = defaultdict(dict)
     for report in reports:
         machine = report["machine"]
-        where = machine.get("gpu") or f"{machine['cpu']}, {counted(machine['threads'], 'thread')}"
+        device = machine.get("gpu") or f"{machine['cpu']}, {counted(machine['threads'], 'thread')}"
         for row in (row for row in report["rows"] if "op" in row):
-            key = row["op"], row["head"], row["dtype"], report["conditions"].get("data", "peaked"), where
+            key = row["op"], row["head"], row["dtype"], report["conditions"].get("data", "peaked"), device
             latest[key][row["impl"], str(row["shape"])] = row
     return {key: list(rows.values()) for key, rows in latest.items()}
 
 
 def sweep(rows: Sequence[Row], axis: str) -> list[Row]:
     """The rows of the longest series of shapes that differ along `axis` alone; none if there is no such series."""
-    place = AXES.index(axis)
+    swept = AXES.index(axis)
     series: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        series[str([size for i, size in enumerate(row["shape"]) if i != place])].append(row)
+        series[str([size for i, size in enumerate(row["shape"]) if i != swept])].append(row)
     longest = max(series.values(), key=lambda s: len(_sizes(s, axis)), default=[])
     return longest if len(_sizes(longest, axis)) > 1 else []
 
@@ -87,19 +89,19 @@ def draw(key: Key, rows: Sequence[Row], folder: Path) -> Path:
     """One figure: a column for each axis that was swept, a row for time and one for memory."""
     from matplotlib.figure import Figure
 
-    sweeps = {axis: found for axis in AXES if (found := sweep(rows, axis))}
+    sweeps = {axis: series for axis in AXES if (series := sweep(rows, axis))}
     op, head, dtype, data, machine = key
     figure = Figure(figsize=(4.6 * len(sweeps) + 0.4, 7.2), layout="constrained", facecolor="white")
     figure.suptitle(f"{op}, {head} head, {dtype}, {data} rows\n{machine}", fontsize=11)
     panels = figure.subplots(len(PANELS), len(sweeps), squeeze=False, sharey="row")
     names = list(dict.fromkeys(row["impl"] for row in rows))
-    for column, (axis, found) in enumerate(sweeps.items()):
+    for column, (axis, series) in enumerate(sweeps.items()):
         for line, (value, label) in enumerate(PANELS.items()):
             panel = panels[line][column]
-            _draw_panel(panel, found, axis, value, names)
+            _draw_panel(panel, series, axis, value, names)
             if column == 0:
                 panel.set_ylabel(label)
-        panels[0][column].set_title(_fixed(found[0], axis), fontsize=10)
+        panels[0][column].set_title(_fixed(series[0], axis), fontsize=10)
         panels[-1][column].set_xlabel(axis)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
@@ -112,9 +114,9 @@ def _draw_panel(panel: Any, rows: Sequence[Row], axis: str, value: str, names: S
     """A line for each implementation, both scales logarithmic, ticks at the sizes that were measured."""
     from matplotlib.ticker import LogLocator
 
-    place = AXES.index(axis)
+    swept = AXES.index(axis)
     for i, name in enumerate(names):
-        points = sorted((row["shape"][place], row[value]) for row in rows if row["impl"] == name)
+        points = sorted((row["shape"][swept], row[value]) for row in rows if row["impl"] == name)
         panel.plot(
             [size for size, _ in points],
             [y for _, y in points],

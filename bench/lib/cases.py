@@ -1,13 +1,17 @@
 """What is measured: the tensors of one problem, shaped like a language model's, and the loss built on them.
 
-Of the kinds of rows (`DATA`), *peaked* ones are a language model's: a row of hidden states points at one token by a margin
-m_i and is otherwise noise, so that the row's probabilities are a peak of sigmoid(m_i) and a long tail. The margins are
-normal; their mean is solved for the mean entropy that is asked for. Rows share their tails: the noise has one direction in
-common, the logits of which play the unigram frequencies, and SHARED of its variance. *unshared* is the same with a tail of
-its own in each row, which no language model has. *flat* rows are those of a model at its initialisation: logits are normal
-of deviation 1, the entropy is about log V − 1/2. Tokens are sampled from the model. *smollm2* and *qwen* are real
-(`real_rows.py`). The sampler's log-probs are the model's plus a little noise (another kernel, an older step), advantages
-are normal, the teacher is a perturbed copy of the student.
+The kinds of rows (`DATA`):
+
+    peaked          like a language model's. A row of hidden states points at one token by a margin m_i and is otherwise
+                    noise: a peak of probability sigmoid(m_i) and a long tail. Margins are normal; their mean is solved
+                    for the mean entropy that is asked for. Rows share their tails: SHARED of the noise's variance is in
+                    one common direction, whose logits act as unigram frequencies
+    unshared        the same, but each row has a tail of its own. No language model is like that
+    flat            a model at its initialisation: normal logits of deviation 1, entropy about log V − 1/2
+    smollm2, qwen   real (`real_rows.py`)
+
+Tokens are sampled from the model. The sampler's log-probs are the model's plus a little noise (another kernel, an older
+step), advantages are normal, the teacher is a perturbed copy of the student.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DATA = ("peaked", "unshared", "flat", *MODELS)
 ENTROPY = 0.57  # nats: what Qwen2.5-Coder-1.5B-Instruct's own samples have at temperature 1
 TAIL_SHARE = 0.45  # the tail's entropy as a share of log V: about 4.9 nats at V = 49152
-SHARED = 0.95  # see docs/sparse-backward.md: more columns are kept than of Qwen's rows, fewer than of SmolLM2's
+SHARED = 0.95  # more columns are kept than with Qwen's rows, fewer than with SmolLM2's (docs/sparse-backward.md)
 MARGIN_STD = 3.0  # nats; from rows that are certain to rows that are flat
 TOP_K = 64  # tokens that op top_k knows of the teacher
 ENTROPY_COEF = 0.01  # of op entropy, the policy gradient with an entropy term
@@ -187,10 +191,10 @@ def _synthetic(
     spread = MARGIN_STD * normal(n, 1)
     weight = torch.nn.functional.normalize(normal(vocabulary, d), dim=-1)
     peak = torch.randint(vocabulary, (n,), generator=generator, device=generator.device)
-    own = normal(n, d)
+    direction = normal(n, d)
     if shared:
-        own = math.sqrt(SHARED) * normal(1, d) + math.sqrt(1 - SHARED) * own
-    hidden = noise * own
+        direction = math.sqrt(SHARED) * normal(1, d) + math.sqrt(1 - SHARED) * direction
+    hidden = noise * direction
     if entropy is not None:
         peaks = weight[peak]
         by_chance = (hidden * peaks).sum(-1, keepdim=True)
@@ -214,19 +218,19 @@ def mean_entropy(case: Case) -> float:
 def _mean_margin(entropy: float, tail: float) -> float:
     """The mean of normal margins m for which E[binary entropy of p + (1 − p) tail] = entropy, p = sigmoid(m)."""
     spread = MARGIN_STD * torch.linspace(-3, 3, 121, dtype=torch.float64)
-    share = torch.exp(-((spread / MARGIN_STD) ** 2) / 2)
+    density = torch.exp(-((spread / MARGIN_STD) ** 2) / 2)
     low, high = -40.0, 40.0
     for _ in range(60):
         middle = (low + high) / 2
         p = torch.sigmoid(middle + spread)
         rows = torch.special.entr(p) + torch.special.entr(1 - p) + (1 - p) * tail
-        low, high = (middle, high) if (rows * share).sum() / share.sum() > entropy else (low, middle)
+        low, high = (middle, high) if (rows * density).sum() / density.sum() > entropy else (low, middle)
     return low
 
 
 @torch.no_grad()
 def _with_list(case: Case) -> Case:
-    """The same with the teacher's likeliest tokens in place of the teacher."""
+    """The same with the teacher's likeliest tokens instead of the teacher."""
     hidden, weight = case.teacher
     k = min(TOP_K, weight.shape[0])
     parts = [

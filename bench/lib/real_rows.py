@@ -80,11 +80,11 @@ def real_rows(name: str, temperature: float) -> Rows:
     Raises:
         FileNotFoundError: When the model's package is not installed; the message has the command.
     """
-    kept = CACHE / f"{name}-T{temperature:g}.pt"
-    if not kept.is_file():
+    file = CACHE / f"{name}-T{temperature:g}.pt"
+    if not file.is_file():
         CACHE.mkdir(parents=True, exist_ok=True)
-        torch.save(_make(MODELS[name], temperature), kept)
-    return Rows(*torch.load(kept))
+        torch.save(_make(MODELS[name], temperature), file)
+    return Rows(*torch.load(file))
 
 
 def _make(source: Model, temperature: float) -> tuple[Tensor, ...]:

@@ -66,7 +66,7 @@ def _call(stage: Stage, log: Path) -> Status:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **stage.environment},
-                start_new_session=True,  # so that its own children end with it
+                start_new_session=True,  # its children end with it
             )
         except OSError as error:
             output.write(f"{error}\n")

@@ -4,8 +4,8 @@ A file `<name>.py` in this folder is what `--impl <name>` measures; nothing else
 
     PEER = Peer(build, ops=..., devices=..., ...)
 
-What PEER declares is checked before `build` is called. `build` imports the packages it needs, so that one that is not
-installed is a reason to be skipped, and raises `Unsupported` for whatever else it cannot do.
+What PEER declares is checked before `build` is called. `build` imports the packages it needs: one that is not installed is
+a reason to be skipped. It raises `Unsupported` for whatever else it cannot do.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def main(name: str, job_file: str, result_file: str) -> None:
     clock = Clock(job.clock)
     trainer.train(job, clock)
     if len(clock.steps) != job.steps:
-        raise RuntimeError(f"{name} did {len(clock.steps)} steps in place of {job.steps}")
+        raise RuntimeError(f"{name} did {len(clock.steps)} steps instead of {job.steps}")
     on_gpu = job.device == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     versions = describe_versions("transformers", "accelerate", *trainer.PACKAGES)
