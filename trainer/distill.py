@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.mixture import DataSet, read_data_sets, step_prompts
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.loop import Clock, fit
+from fastkl.trainer.loop import fit
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.flops import sampling_flops
 from fastkl.trainer.models.loading import context_length, end_of_sequence, load_tokenizer
@@ -34,6 +34,7 @@ from fastkl.trainer.rollouts.samplers.served import SamplingServer, ServedSample
 from fastkl.trainer.rollouts.single_turn import Responder, SingleTurn
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder
+from fastkl.trainer.runs.listener import SILENT, Clock, Listener
 from fastkl.trainer.runs.start import start_run
 from fastkl.trainer.step_metrics import rollout_metrics
 from fastkl.trainer.student import Student
@@ -124,8 +125,16 @@ class OnPolicy:
                 sample.old_logprobs = sample.sampler_logprobs
 
 
-def distill(config: DistillConfig) -> RunFolder:
-    """Runs (or resumes) a distillation; raises ConfigError before anything expensive if it cannot work."""
+def distill(config: DistillConfig, *, listener: Listener = SILENT) -> RunFolder:
+    """Runs (or resumes) a distillation.
+
+    Args:
+        config: All settings of the run.
+        listener: Callbacks: see `Listener`.
+
+    Raises:
+        ConfigError: If the run cannot work; before anything expensive.
+    """
     accelerator = start_run(config, config.sampling.samples_per_step, "sampling.prompts_per_step")
     tokenizer = load_tokenizer(config.student)
     environment = make_environment(config.environment)
@@ -149,7 +158,7 @@ def distill(config: DistillConfig) -> RunFolder:
     teacher, vocab_size = teachers if config.has_teacher else None, vocabulary(tokenizer)
     source = OnPolicy(config, student, teacher, sampler, rollouts, data_sets, vocab_size)
     with RunFolder(config) as folder:
-        fit(student, source, responder, tokenizer, eval_prompts, folder)
+        fit(student, source, responder, tokenizer, eval_prompts, folder, listener)
     return folder
 
 

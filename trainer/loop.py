@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -18,23 +14,12 @@ from fastkl.trainer.rollouts.evaluation import evaluate
 from fastkl.trainer.rollouts.single_turn import Responder
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder, flat_settings
+from fastkl.trainer.runs.listener import Clock, Listener
 from fastkl.trainer.runs.progress import ProgressBar
 from fastkl.trainer.runs.report.page import report_of
+from fastkl.trainer.runs.samples_log import NAME, sample_records
 from fastkl.trainer.step_metrics import teacher_kl
 from fastkl.trainer.student import Student
-
-
-class Clock:
-    """Seconds by phase, for the metrics `time/*`."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[f"time/{phase}"] += time.perf_counter() - start
 
 
 class Source(Protocol):
@@ -55,6 +40,7 @@ def fit(
     tokenizer: PreTrainedTokenizerBase,
     eval_prompts: list[EncodedPrompt],
     folder: RunFolder,
+    listener: Listener,
 ) -> None:
     """Runs the steps that are left: samples, update, log, evaluate, checkpoint; at the end, the student and a report."""
     config, start = student.config, 0
@@ -70,6 +56,7 @@ def fit(
             with student.gathered():
                 metrics |= evaluate(responder, tokenizer, eval_prompts, config.eval, config.seed)[0]
 
+    listener.on_start(start, config.optim.steps)
     with ProgressBar(config.optim.steps, start) as progress:
         if processes.count() > 1:
             progress.note(f"{processes.count()} processes, {'FSDP 2' if student.sharded else 'DDP'}")
@@ -79,10 +66,11 @@ def fit(
             if metrics:
                 _log(student, folder, 0, metrics)
                 progress.step(0, metrics)
+                listener.on_step(0, metrics, [])
         else:
             progress.note(f"resumed {config.run} after step {start}")
         for step in range(start, config.optim.steps):
-            clock, done = Clock(), step + 1
+            clock, done = Clock(listener), step + 1
             try:
                 samples, metrics = source.samples(step, clock)
             except ServerError:
@@ -96,8 +84,9 @@ def fit(
             if done == config.optim.steps or (config.eval.every and done % config.eval.every == 0):
                 grade(metrics)
             _log(student, folder, done, metrics)
-            folder.log("samples.jsonl", _sample_records(samples[: config.log_samples], tokenizer, done))
+            folder.log(NAME, sample_records(samples[: config.log_samples], tokenizer, done))
             progress.step(done, metrics)
+            listener.on_step(done, metrics, samples)
             if done == config.optim.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
                 folder.save_checkpoint(student.save, done)
         with folder.room_for("student"), student.gathered():
@@ -105,21 +94,10 @@ def fit(
         progress.note(f"student saved in {folder.student}")
         if start < config.optim.steps:  # a finished run is left as it is
             progress.note(processes.on_main(lambda: report_of(folder.path)))
+    listener.on_end(folder)
     student.accelerator.end_training()
 
 
 def _log(student: Student, folder: RunFolder, step: int, metrics: dict[str, float]) -> None:
     folder.log("metrics.jsonl", [{"step": step, **metrics}])
     student.accelerator.log(metrics, step=step)
-
-
-def _sample_records(
-    samples: list[Sample], tokenizer: PreTrainedTokenizerBase, step: int
-) -> Iterator[dict[str, object]]:
-    for sample in samples:
-        yield {
-            "step": step,
-            "text": tokenizer.decode(sample.ids),
-            "tokens": [tokenizer.decode([token]) for token in sample.ids],
-            **sample.record(),
-        }

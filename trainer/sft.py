@@ -9,13 +9,14 @@ from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.training import SftConfig
 from fastkl.trainer.data.prompts import batch_indices, encode_prompts, given_samples, load_prompts
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.loop import Clock, fit
+from fastkl.trainer.loop import fit
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.loading import context_length, end_of_sequence, load_tokenizer
 from fastkl.trainer.rollouts.evaluation import load_eval_prompts
 from fastkl.trainer.rollouts.samplers.local import local_sampler
 from fastkl.trainer.rollouts.single_turn import SingleTurn
 from fastkl.trainer.runs.folder import RunFolder
+from fastkl.trainer.runs.listener import SILENT, Clock, Listener
 from fastkl.trainer.runs.start import start_run
 from fastkl.trainer.student import Student
 
@@ -32,8 +33,16 @@ class Examples:
         return samples, {"completions/mean_length": sum(sample.loss_tokens for sample in samples) / len(samples)}
 
 
-def sft(config: SftConfig) -> RunFolder:
-    """Runs (or resumes) a supervised stage; raises ConfigError before anything expensive if it cannot work."""
+def sft(config: SftConfig, *, listener: Listener = SILENT) -> RunFolder:
+    """Runs (or resumes) a supervised stage.
+
+    Args:
+        config: All settings of the run.
+        listener: Callbacks: see `Listener`.
+
+    Raises:
+        ConfigError: If the run cannot work; before anything expensive.
+    """
     accelerator = start_run(config, config.examples_per_step, "examples_per_step")
     tokenizer = load_tokenizer(config.student)
     prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
@@ -52,5 +61,5 @@ def sft(config: SftConfig) -> RunFolder:
     source = Examples(examples, config.examples_per_step, config.seed)
     responder = SingleTurn(sampler, context_length(student.model))
     with RunFolder(config) as folder:
-        fit(student, source, responder, tokenizer, eval_prompts, folder)
+        fit(student, source, responder, tokenizer, eval_prompts, folder, listener)
     return folder

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
 from bench.trainers import PHASES, Clock, Job
+from fastkl.trainer import distill
+from fastkl.trainer.commands.command_line import parse
+from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.runs.listener import Listener
 
 PACKAGES = ("peft",)
 
 
+class Timing(Listener):
+    """Tells the bench's clock when a phase begins and ends, and when a step is done."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def on_phase(self, phase: str) -> AbstractContextManager[None]:
+        return self._clock(phase) if phase in PHASES[:2] else nullcontext()
+
+    def on_step(self, step: int, metrics: dict[str, float], samples: Sequence[Sample]) -> None:
+        self._clock.end_step()
+
+
 def train(job: Job, clock: Clock, **options: str) -> None:
     """`options`: further settings of the run, such as loss__objective."""
-    from fastkl import cli
-    from fastkl.trainer import distill, loop
-
     settings: dict[str, Any] = {
         "run": f"{job.folder}/run",
         "student.path": f"{job.pair}/student",
@@ -32,20 +45,6 @@ def train(job: Job, clock: Clock, **options: str) -> None:
         "log_samples": 0,  # their ranks are no part of the others' work
         **{name.replace("__", "."): value for name, value in options.items()},
     }
-
-    class StepClock(loop.Clock):
-        """The run's own, and the bench's beside it."""
-
-        @contextmanager
-        def __call__(self, phase: str) -> Iterator[None]:
-            with super().__call__(phase), clock(phase) if phase in PHASES[:2] else nullcontext():
-                yield
-
-    with (
-        mock.patch.object(distill, "end_of_sequence", return_value=[]),
-        mock.patch.object(loop, "Clock", StepClock),
-        mock.patch.object(loop.ProgressBar, "step", lambda *_: clock.end_step()),  # noqa: PT008
-    ):
-        status = cli.main(["distill", *(f"--{name}={value}" for name, value in settings.items())])
-    if status:
-        sys.exit(status)
+    _, config = parse(["distill", *(f"--{name}={value}" for name, value in settings.items())])
+    with mock.patch.object(distill, "end_of_sequence", return_value=[]):  # no token ends a completion
+        distill.distill(config, listener=Timing(clock))

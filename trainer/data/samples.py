@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fastkl.loss import TopK
 
@@ -46,10 +46,6 @@ class Sample:
     unfinished: bool = False  # goes on in the next step
     completion_length: int = 0  # tokens after the prompt, of earlier steps and of the environment too
     teacher_top_k: TopK | None = None  # of the counted tokens, [n, k] on the CPU; an id of −1 pads
-
-    def record(self) -> dict[str, Any]:
-        """What samples.jsonl holds of it."""
-        return {name: value for name, value in vars(self).items() if name != "teacher_top_k"}
 
     @property
     def loss_tokens(self) -> int:

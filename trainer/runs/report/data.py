@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import lru_cache
 from itertools import accumulate, compress
@@ -18,15 +17,14 @@ import yaml
 from fastkl.trainer.config.settings import flat
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.runs.files import read_jsonl
+from fastkl.trainer.runs.samples_log import NAME, find_records, read_records
 
 POINTS = 1000  # of a curve
 STEPS = 40  # whose samples are shown
 SAMPLES = 8  # of a step
 FLOPS = ("flops/sampling", "flops/teacher", "flops/student")  # of a step, as time/* are
-RECORD = re.compile(rb'\{"step": (\d+),')  # how the loop begins a line of samples.jsonl
 
 Json = dict[str, Any]
-Place = tuple[int, int]  # where a line begins in its file, and its length
 
 
 def run_data(path: Path, name: str, sample_bytes: int) -> Json:
@@ -170,10 +168,10 @@ def _seconds(rows: Iterable[Json]) -> dict[str, float]:
 
 def _samples(path: Path, limit: int) -> Json:
     """Samples of steps spread over the run, while they fit, and how many there are in all."""
-    places = _places(path / "samples.jsonl")
+    places = find_records(path / NAME)
     steps, shown = sorted(places), list[Json]()
     for step in [steps[index] for index in spread(len(steps), STEPS)]:
-        for number, record in enumerate(_records(path / "samples.jsonl", places[step][:SAMPLES])):
+        for number, record in enumerate(read_records(path / NAME, places[step][:SAMPLES])):
             sample = _sample(record, number, path / "student")
             size = len(json.dumps(sample, ensure_ascii=False).encode("utf-8", errors="replace"))
             if size <= limit:
@@ -181,28 +179,6 @@ def _samples(path: Path, limit: int) -> Json:
                 shown.append(sample)
     shown.sort(key=lambda sample: (sample["step"], sample["number"]))
     return {"shown": shown, "steps": len(steps), "count": sum(map(len, places.values()))}
-
-
-def _places(file: Path) -> dict[int, list[Place]]:
-    """Where the samples of each step are; the file may be much larger than memory."""
-    places: dict[int, list[Place]] = defaultdict(list)
-    if not file.is_file():
-        return places
-    position = 0
-    with open(file, "rb") as lines:
-        for line in lines:
-            begins = RECORD.match(line)
-            if begins and line.endswith(b"}\n"):  # a line that a crash cut short has no end
-                places[int(begins[1])].append((position, len(line)))
-            position += len(line)
-    return places
-
-
-def _records(file: Path, places: Iterable[Place]) -> Iterator[Json]:
-    with open(file, "rb") as lines:
-        for position, length in places:
-            lines.seek(position)
-            yield json.loads(lines.read(length).decode("utf-8", errors="replace"))
 
 
 def spread(count: int, limit: int) -> list[int]:

@@ -1,0 +1,75 @@
+"""Callbacks of a run: which come, in which order, and with what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_settings import config, pair_distillation, training
+from tiny_data import pair_and_sums, read_jsonl
+
+from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.distill import distill
+from fastkl.trainer.runs.folder import RunFolder
+from fastkl.trainer.runs.listener import Listener
+from fastkl.trainer.sft import sft
+
+
+class Diary(Listener):
+    def __init__(self) -> None:
+        self.entries: list[Any] = []
+        self.rows: list[dict[str, Any]] = []
+
+    def on_start(self, steps_done: int, steps: int) -> None:
+        self.entries.append((steps_done, steps))
+
+    @contextmanager
+    def on_phase(self, phase: str) -> Iterator[None]:
+        self.entries.append(f"{phase} begins")
+        yield
+        self.entries.append(f"{phase} ends")
+
+    def on_step(self, step: int, metrics: dict[str, float], samples: Sequence[Sample]) -> None:
+        self.entries.append((step, len(samples)))
+        self.rows.append({"step": step, **metrics})
+
+    def on_end(self, folder: RunFolder) -> None:
+        self.entries.append(folder.student.name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pair_and_sums(tmp_path_factory.mktemp("models"))
+
+
+def test_a_listener_hears_phases_steps_and_the_end(folder: Path, tmp_path: Path) -> None:
+    diary = Diary()
+    run = pair_distillation(
+        folder, tmp_path / "run", optim__steps=1, eval__data__path=folder / "sums.jsonl", eval__max_new_tokens=8
+    )
+    path = distill(config("distill", run), listener=diary).path
+    phases = [
+        f"{phase} {what}" for phase in ("sample", "teacher", "old_logprobs", "ranks") for what in ("begins", "ends")
+    ]
+    assert diary.entries == [(0, 1), (0, 0), *phases, "train begins", "train ends", (1, 6), "student"]
+    assert diary.rows == read_jsonl(path / "metrics.jsonl")
+
+
+def test_a_resumed_run_says_where_it_goes_on(folder: Path, tmp_path: Path) -> None:
+    run = training(tmp_path / "run", folder / "student", folder / "sums.jsonl", optim__steps=1)
+    sft(config("sft", run))
+    diary = Diary()
+    sft(config("sft", run), listener=diary)
+    assert diary.entries == [(1, 1), "student"]
+
+
+def test_what_a_listener_raises_ends_the_run(folder: Path, tmp_path: Path) -> None:
+    class Stops(Listener):
+        def on_step(self, step: int, metrics: dict[str, float], samples: Sequence[Sample]) -> None:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        distill(config("distill", pair_distillation(folder, tmp_path / "run")), listener=Stops())

@@ -1,0 +1,54 @@
+"""samples.jsonl: how its lines are written, and how they are found again in a file that may be larger than memory."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from fastkl.trainer.data.samples import Sample
+
+NAME = "samples.jsonl"
+LINE = re.compile(rb'\{"step": (\d+),')  # how a line begins
+
+Place = tuple[int, int]  # where a line begins in its file, and its length
+
+
+def sample_records(
+    samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, step: int
+) -> Iterator[dict[str, object]]:
+    """What the log holds of a step's samples: the step (first: see LINE), texts, and all fields but the top k."""
+    for sample in samples:
+        yield {
+            "step": step,
+            "text": tokenizer.decode(sample.ids),
+            "tokens": [tokenizer.decode([token]) for token in sample.ids],
+            **{name: value for name, value in vars(sample).items() if name != "teacher_top_k"},
+        }
+
+
+def find_records(file: Path) -> dict[int, list[Place]]:
+    """Where the samples of each step are; nothing where there is no file."""
+    places: dict[int, list[Place]] = defaultdict(list)
+    if not file.is_file():
+        return places
+    position = 0
+    with open(file, "rb") as lines:
+        for line in lines:
+            begins = LINE.match(line)
+            if begins and line.endswith(b"}\n"):  # a line that a crash cut short has no end
+                places[int(begins[1])].append((position, len(line)))
+            position += len(line)
+    return places
+
+
+def read_records(file: Path, places: Iterable[Place]) -> Iterator[dict[str, Any]]:
+    with open(file, "rb") as lines:
+        for position, length in places:
+            lines.seek(position)
+            yield json.loads(lines.read(length).decode("utf-8", errors="replace"))
