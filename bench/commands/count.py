@@ -245,28 +245,28 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 
 def _rows(model: str, shape: Shape, chunk_size: int | None, fractions: list[float]) -> list[dict[str, Any]]:
-    plans: list[tuple[str, bool, float | None]] = [(form, teacher, None) for teacher in (False, True) for form in FORMS]
-    plans += [
-        (form, teacher, kept) for teacher in (False, True) for kept in fractions for form in FORMS if form != "values"
-    ]
-    rows = []
-    for form, teacher, kept in plans:
-        work = count(form, shape, teacher=teacher, chunk_size=chunk_size, kept=kept)
-        low, high = units(work, shape)
-        rows.append(
-            {
-                "model": model,
-                "shape": list(shape),
-                "form": form + " + teacher" * teacher + ("" if kept is None else f", {100 * kept:g} % kept"),
-                "kept": kept,
-                "gemm_units": work.flops / gemm_flops(shape[0], shape[2], shape[1]),
-                "passes": work.passes,
-                "row_gb": work.rows.bytes / 1e9,
-                "gemm_gb": work.gemm_bytes / 1e9,
-                "chunk_rows": work.chunk_rows,
-                "workspace_mb": work.workspace / 1e6,
-                "units_low": low,
-                "units_high": high,
-            }
-        )
-    return rows
+    teachers = False, True
+    plans: list[tuple[str, bool, float | None]] = [(form, teacher, None) for teacher in teachers for form in FORMS]
+    plans += [(form, teacher, kept) for teacher in teachers for kept in fractions for form in FORMS if form != "values"]
+    return [_row(model, shape, chunk_size, *plan) for plan in plans]
+
+
+def _row(
+    model: str, shape: Shape, chunk_size: int | None, form: str, teacher: bool, kept: float | None
+) -> dict[str, Any]:
+    work = count(form, shape, teacher=teacher, chunk_size=chunk_size, kept=kept)
+    low, high = units(work, shape)
+    return {
+        "model": model,
+        "shape": list(shape),
+        "form": form + " + teacher" * teacher + ("" if kept is None else f", {100 * kept:g} % kept"),
+        "kept": kept,
+        "gemm_units": work.flops / gemm_flops(shape[0], shape[2], shape[1]),
+        "passes": work.passes,
+        "row_gb": work.rows.bytes / 1e9,
+        "gemm_gb": work.gemm_bytes / 1e9,
+        "chunk_rows": work.chunk_rows,
+        "workspace_mb": work.workspace / 1e6,
+        "units_low": low,
+        "units_high": high,
+    }

@@ -1,4 +1,4 @@
-"""Time, memory and gradient error of the losses, ours and others', on one shape or several.
+"""Time, memory and gradient error of the losses, fastkl's and others', on one shape or several.
 
     python -m bench loss --op policy_gradient --shape 1536,576,49152 --dtype fp32 --head frozen --device cpu \\
         --impl fastkl,eager,compile,liger --json loss.json
@@ -69,24 +69,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     checked.add_json(parser, ", anew after each shape")
 
 
-def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Returns the report."""
     shapes, temperature = shapes_and_temperature(arguments, parser, arguments.sweep)
     entropy = _entropy(arguments, shapes, parser)
     names = _names(arguments.impl, arguments.backward)
     report = _empty_report(arguments, temperature, names)
     print(" | ".join(f"{key} {value}" for key, value in (report["machine"] | report["versions"]).items()))
     for shape in shapes:
-        case = make_case(
-            arguments.op,
-            shape,
-            DTYPES[arguments.dtype],
-            arguments.head,
-            arguments.device,
-            arguments.data,
-            entropy,
-            arguments.seed,
-            temperature,
-        )
+        tensors = DTYPES[arguments.dtype], arguments.head, arguments.device
+        case = make_case(arguments.op, shape, *tensors, arguments.data, entropy, arguments.seed, temperature)
         result = compare(case, names, arguments.repeats)
         report["problems"].append(result.problem)
         report["rows"] += result.rows
@@ -94,6 +86,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         _print_table(arguments, result)
         write_report(arguments.json, report)
     _print_notes(report["rows"])
+    return report
 
 
 def _empty_report(arguments: argparse.Namespace, temperature: float, names: list[str]) -> dict[str, Any]:
@@ -154,11 +147,11 @@ def _entropy(
     arguments: argparse.Namespace, shapes: list[checked.Shape], parser: argparse.ArgumentParser
 ) -> float | None:
     """Nats of rows whose entropy can be chosen, None for others."""
-    if arguments.data not in ("peaked", "unshared"):
+    data = arguments.data
+    if data not in ("peaked", "unshared"):
         if arguments.entropy is not None:
             parser.error(
-                f"argument --entropy: {arguments.data} rows have an entropy of their own; leave it out with --data "
-                f"{arguments.data}"
+                f"argument --entropy: {data} rows have an entropy of their own; leave it out with --data {data}"
             )
         return None
     entropy = ENTROPY if arguments.entropy is None else float(arguments.entropy)

@@ -2,9 +2,9 @@
 
     python -m bench models --device cuda --dtype bf16 --seconds 150 --json models.json
 
-Ours and eager PyTorch come first, on everything, then the other peers beside ours, for those may take long to warm up. A
-case that fails is reported and does not stop the next; none is started when the time is up. The JSON file has the reports
-of `bench loss` under "reports", and under "missing" what there is no report of, with the reason.
+fastkl and eager PyTorch come first, on everything; then the other peers beside fastkl, because they may take long to warm
+up. A case that fails is reported and does not stop the next. No case is started when the time is up. The JSON file has the
+reports of `bench loss` under "reports"; cases without a report, with the reason, are under "missing".
 """
 
 from __future__ import annotations
@@ -12,12 +12,9 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -97,21 +94,17 @@ def _report(job: Job, arguments: argparse.Namespace) -> dict[str, Any]:
     """What `bench loss` writes of one case."""
     parser = argparse.ArgumentParser()
     loss.add_arguments(parser)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "loss.json"
-        options = {
-            "--impl": ",".join(job.impl),
-            "--op": job.op,
-            "--head": job.head,
-            "--shape": ",".join(map(str, job.shape)),
-            "--dtype": arguments.dtype,
-            "--device": arguments.device,
-            "--repeats": str(arguments.repeats),
-            "--json": str(file),
-        }
-        loss.run(parser.parse_args([text for pair in options.items() for text in pair]), parser)
-        report: dict[str, Any] = json.loads(file.read_text())
-    return {"model": job.model, **report}
+    options = {
+        "impl": ",".join(job.impl),
+        "op": job.op,
+        "head": job.head,
+        "shape": ",".join(map(str, job.shape)),
+        "dtype": arguments.dtype,
+        "device": arguments.device,
+        "repeats": arguments.repeats,
+    }
+    of_loss = parser.parse_args([f"--{name}={value}" for name, value in options.items()])
+    return {"model": job.model, **loss.run(of_loss, parser)}
 
 
 def _release(device: str) -> None:

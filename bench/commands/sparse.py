@@ -78,16 +78,8 @@ def measure(case: Case, blocks: list[int], seeds: int) -> Iterator[dict[str, Any
             errors = torch.tensor([list(map(_error, sparse, exact)) for sparse in gradients])
             hidden, weight = errors.square().mean(0).sqrt().tolist()
             kept, claimed = metrics[0]["kept_fraction"].item(), metrics[0]["grad_error"].item()
-            yield {
-                "error": None,
-                "threshold": None,
-                **setting,
-                "block": block,
-                "kept": kept,
-                "claimed": claimed,
-                "hidden": hidden,
-                "weight": weight,
-            }
+            columns = {"block": block, "kept": kept, "claimed": claimed}
+            yield {"error": None, "threshold": None, **setting, **columns, "hidden": hidden, "weight": weight}
 
 
 def _gradients(case: Case, backward: Backward = "exact") -> tuple[list[Tensor], dict[str, Tensor]]:

@@ -163,10 +163,10 @@ class TestModels:
     def test_what_fails_is_named_and_the_rest_goes_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         original = loss.run
 
-        def run(arguments: Any, parser: Any) -> None:
+        def run(arguments: Any, parser: Any) -> dict[str, Any]:
             if arguments.op == "reverse_kl":
                 raise RuntimeError("no kernel image")
-            original(arguments, parser)
+            return original(arguments, parser)
 
         monkeypatch.setattr(loss, "run", run)
         with pytest.raises(SystemExit):
