@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fastkl.trainer.config.rules import at_least
 from fastkl.trainer.errors import require
 
 
@@ -14,12 +15,12 @@ class DataConfig:
     Each row has `prompt` (text) or `messages` (a chat), and optionally `answer`, `completion` and `metadata` (an object).
 
     Args:
-        path: JSONL file.
-        dataset: Name of a data set for `datasets.load_dataset`, in place of `path`.
-        split: Its split.
+        path: Read prompts from this JSONL file.
+        dataset: Load this data set with `datasets.load_dataset` instead of `path`.
+        split: Use this split of the data set.
         chat_template: Wrap a text `prompt` as a user's turn in the tokenizer's chat template.
-        max_prompt_tokens: Leave out prompts longer than this; null keeps all.
-        limit: Use the first rows only; null uses all.
+        max_prompt_tokens: Leave out longer prompts. null: keep all.
+        limit: Use only the first rows, this many. null: use all.
     """
 
     path: str | None = None
@@ -30,22 +31,20 @@ class DataConfig:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_prompt_tokens", "limit"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"data.{name} is {value}; it must be at least 1, or null")
+        at_least(1, self, "data.", "max_prompt_tokens", "limit")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Sampled answers to held-out prompts, scored by a named function.
+    """Answers to held-out prompts, scored by a named function.
 
     Args:
-        data: Prompts with an `answer` each; without path or dataset there is no evaluation.
-        grader: Scores a completion; the names are those of reward.grader, `environment` excepted.
-        every: Evaluate each so many steps, and before the first and after the last one; 0: only those two.
-        max_new_tokens: Length limit of an answer.
-        temperature: 0 is greedy.
-        trust_grader: Import and run the Python function that `grader` names. Off unless you say so.
+        data: Read prompts with an `answer` each. Without path or dataset there is no evaluation.
+        grader: Score completions with this function. Valid names are those of reward.grader, except environment.
+        every: Evaluate every N steps, and always before the first and after the last step. 0: only those two.
+        max_new_tokens: Limit the length of an answer.
+        temperature: Sample answers at this temperature. 0: greedy.
+        trust_grader: Allow the Python function that `grader` names to be imported and run.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -56,9 +55,8 @@ class EvalConfig:
     trust_grader: bool = False
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, f"eval.every is {self.every}; it must be >= 0")
-        require(self.max_new_tokens >= 1, f"eval.max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        require(self.temperature >= 0, f"eval.temperature is {self.temperature}; it must be >= 0 (0: greedy)")
+        at_least(0, self, "eval.", "every", "temperature")
+        at_least(1, self, "eval.", "max_new_tokens")
 
 
 def check_source(name: str, data: DataConfig) -> None:

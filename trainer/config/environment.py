@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastkl.trainer.config.rules import at_least, unchanged
 from fastkl.trainer.errors import require
 
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
-    """What answers the student between its turns; its tokens are context and carry no loss (docs/rollouts.md).
+    """What answers the student between its turns. Its tokens are context and carry no loss (docs/rollouts.md).
 
     Args:
-        name: calculator, or class:MODULE.NAME (an `Environment` of your own); null: one turn, no environment.
-        role: Role of its messages in the chat template, for example user or tool; null: its text goes on inside the
-            student's own message.
-        max_turns: Turns of the student, at most.
-        trust: Import and run the Python class that `name` names. Off unless you say so.
+        name: Use this environment: calculator, or class:MODULE.NAME (your own `Environment`). null: one turn only.
+        role: Give its messages this role in the chat template, for example user or tool. null: its text is written into
+            the student's own message.
+        max_turns: Limit the number of turns of the student.
+        trust: Allow the Python class that `name` names to be imported and run.
     """
 
     name: str | None = None
@@ -25,15 +26,11 @@ class EnvironmentConfig:
     trust: bool = False
 
     def __post_init__(self) -> None:
-        require(self.max_turns >= 1, f"environment.max_turns is {self.max_turns}; it must be at least 1")
+        at_least(1, self, "environment.", "max_turns")
         if self.name is None:
-            for name, value in vars(self).items():
-                changed = value != getattr(EnvironmentConfig, name)
-                require(
-                    not changed, f"environment.{name} is {value!r} but environment.name is null; name an environment"
-                )
-            return
-        require(
-            self.trust == self.name.startswith("class:") or not self.trust,
-            f"environment.trust is true but environment.name is {self.name!r}, which is no class of yours; unset it",
-        )
+            unchanged(self, "environment.", "environment.name is null; name an environment")
+        else:
+            require(
+                not self.trust or self.name.startswith("class:"),
+                f"environment.trust is true, but environment.name is {self.name!r}, which is no class of yours; unset it",
+            )

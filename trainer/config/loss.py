@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
 from fastkl.kernels.divergence.formula import Divergence
+from fastkl.kernels.sparse.estimator import Backward, Sparse
 from fastkl.kernels.surrogate import Method, Surrogate
 from fastkl.kernels.top_k.formula import Direction, Tail
+from fastkl.trainer.config.rules import at_least, fraction, named, positive, unchanged
 from fastkl.trainer.errors import require
 
 ObjectiveName = Literal["policy_gradient", "top_k", Divergence]
+SERVED: tuple[ObjectiveName, ...] = ("policy_gradient", "top_k")  # they take a teacher that a server holds
 SKEWED: tuple[ObjectiveName, ...] = ("skewed_reverse_kl", "skewed_forward_kl")
 SURROGATE = tuple(field.name for field in fields(Surrogate))
-# The objectives that an option belongs to; the others refuse another value than its default.
+# The objectives that an option belongs to. The others refuse another value than its default.
 OPTION_OF: dict[str, tuple[ObjectiveName, ...]] = {
     **dict.fromkeys((*SURROGATE, "kl_coef", "discount", "old_logprobs"), ("policy_gradient",)),
     "jsd_beta": ("jsd",),
@@ -24,30 +27,30 @@ OPTION_OF: dict[str, tuple[ObjectiveName, ...]] = {
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What the student minimises on its own samples, a mean over their tokens (`fastkl.loss`).
+    """What the student minimises on its own samples: a mean over their tokens (`fastkl.loss`).
 
     Args:
-        objective: policy_gradient: a policy-gradient step on the reverse KL at the sampled tokens (policy_gradient_loss).
-            top_k: the KL divergence to the teacher's k likeliest tokens (top_k_kl_loss). Any other: that divergence between
-            the distributions over the whole vocabulary, at every token; the teacher must be a model here.
-        method: importance_sampling, reinforce, ppo or cispo.
-        kl_coef: Weight of the reverse KL in the advantage; 0, with a reward, is plain reinforcement learning.
-        discount: Discount of future tokens' KL; 0 lets each token answer for itself.
-        old_logprobs: What the ratio is taken against: the sampler's log-probs, those of a forward of the trainer before
-            the update (recompute), or the policy itself (current: ratio 1).
-        clip_low: Lower clip of ppo and cispo.
-        clip_high: Upper clip of ppo and cispo.
-        dual_clip: Dual clip of ppo; null for none.
-        truncate_ratio: Cap of the importance ratio; null for none.
-        backward: exact, or sparse: gradients from a random subset of the vocabulary's columns, unbiased
-            (docs/sparse-backward.md).
-        sparse_error: Expected relative error of the sparse gradient; null for the loss's own default.
-        jsd_beta: β of jsd: 0 is the forward KL, 1 the reverse KL.
-        skew_alpha: α of skewed_reverse_kl and skewed_forward_kl, the share of the one distribution that is mixed into the
-            other.
-        top_k: How many of the teacher's likeliest tokens top_k has. A server may limit it (vLLM: 20, max-logprobs).
-        top_k_direction: reverse or forward KL.
-        top_k_tail: What becomes of all other tokens: bucket (one outcome), renormalise or drop.
+        objective: Choose the loss. policy_gradient: a policy-gradient step on the reverse KL at the sampled tokens. top_k:
+            the KL divergence to the teacher's k likeliest tokens. Any other: that divergence over the whole vocabulary, at
+            every token; it needs the teacher's model here.
+        method: Choose the formula of policy_gradient: importance_sampling, reinforce, ppo or cispo.
+        kl_coef: Weigh the reverse KL in the advantage by this. 0, with a reward, is plain reinforcement learning.
+        discount: Discount the KL of later tokens by this. 0: each token answers for itself alone.
+        old_logprobs: Take the importance ratio against the log-probs of the sampler (sampler), or against those of a
+            forward pass before the update (recompute). current: the ratio is 1.
+        clip_low: Clip the ratio of ppo and cispo at 1 − clip_low.
+        clip_high: Clip the ratio of ppo and cispo at 1 + clip_high.
+        dual_clip: Limit the loss of ppo where the advantage is negative, to this times its size. null: no limit.
+        truncate_ratio: Cap the importance ratio at this. null: no cap.
+        backward: Compute all of the gradient (exact), or estimate it from a random subset of the vocabulary, without bias
+            (sparse; docs/sparse-backward.md).
+        sparse_error: Allow the sparse gradient this relative error. null: the loss's default, 0.002.
+        jsd_beta: Set β of jsd. 0 is the forward KL, 1 the reverse KL.
+        skew_alpha: Mix this share of the one distribution into the other, for skewed_reverse_kl and skewed_forward_kl.
+        top_k: Compare this many of the teacher's likeliest tokens. A vLLM server has a limit, 20 by default.
+        top_k_direction: Choose the reverse or the forward KL of top_k.
+        top_k_tail: Treat all other tokens as one outcome (bucket), or leave them out with a renormalisation (renormalise)
+            or without (drop).
     """
 
     objective: ObjectiveName = "policy_gradient"
@@ -69,37 +72,22 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         for name, objectives in OPTION_OF.items():
-            value: Any = getattr(self, name)
-            require(
-                self.objective in objectives or value == getattr(LossConfig, name),
-                f"loss.{name} is {value} but loss.objective is {self.objective}: it belongs to {' and '.join(objectives)}; "
-                f"unset it, or change the objective",
-            )
-        require(0 <= self.jsd_beta <= 1, f"loss.jsd_beta is {self.jsd_beta}; it must be between 0 and 1")
+            if self.objective not in objectives:
+                reason = (
+                    f"loss.objective is {self.objective}: it belongs to {' and '.join(objectives)}; unset one of them"
+                )
+                unchanged(self, "loss.", reason, [name])
+        if self.backward == "exact":
+            unchanged(self, "loss.", "loss.backward is exact; set loss.backward to sparse", ["sparse_error"])
+        with named({name: f"loss.{name}" for name in SURROGATE}):
+            self.surrogate()
+        with named({"error": "loss.sparse_error"}):
+            self.backward_pass(seed=0)
+        at_least(0, self, "loss.", "kl_coef")
+        positive(self, "loss.", "truncate_ratio")
+        fraction(self, "loss.", "discount", "clip_low", "jsd_beta")
+        at_least(0, self, "loss.", "clip_high")
         require(0 <= self.skew_alpha < 1, f"loss.skew_alpha is {self.skew_alpha}; it must be at least 0 and below 1")
-        require(self.top_k >= 1, f"loss.top_k is {self.top_k}; it must be at least 1")
-        require(
-            self.sparse_error is None or self.sparse_error > 0,
-            f"loss.sparse_error is {self.sparse_error}; it must be > 0, or null",
-        )
-        require(
-            self.backward == "sparse" or self.sparse_error is None,
-            f"loss.sparse_error is {self.sparse_error} but loss.backward is exact; set loss.backward to sparse",
-        )
-        require(
-            self.truncate_ratio is None or self.old_logprobs != "current",
-            f"loss.truncate_ratio is {self.truncate_ratio} but loss.old_logprobs is current, where the ratio is 1; "
-            f"unset one of them",
-        )
-        require(
-            self.truncate_ratio is None or self.truncate_ratio > 0,
-            f"loss.truncate_ratio is {self.truncate_ratio}; it must be > 0, or null for no cap",
-        )
-        require(
-            0 <= self.clip_low <= 1 and self.clip_high >= 0,
-            f"loss.clip_low is {self.clip_low} and loss.clip_high is {self.clip_high}; clip_low must be between 0 and 1 "
-            f"and clip_high >= 0",
-        )
         require(
             self.dual_clip is None or (self.method == "ppo" and self.dual_clip > 1),
             f"loss.dual_clip is {self.dual_clip} with loss.method {self.method}; it must be > 1 and belongs to ppo",
@@ -109,12 +97,20 @@ class LossConfig:
             f"loss.clip_low is {self.clip_low} and loss.clip_high is {self.clip_high}, but loss.method is {self.method}, "
             f"which clips nothing; they belong to ppo and cispo",
         )
+        at_least(1, self, "loss.", "top_k")
+        clips = self.method in ("ppo", "cispo") or self.truncate_ratio is not None
         require(
-            self.method not in ("ppo", "cispo") or self.old_logprobs != "current",
-            f"loss.method is {self.method} but loss.old_logprobs is current, where the ratio is 1 and nothing is ever "
-            f"clipped; use sampler or recompute",
+            not clips or self.old_logprobs != "current",
+            f"loss.method is {self.method} and loss.truncate_ratio is {self.truncate_ratio}, but loss.old_logprobs is "
+            f"current: the ratio is 1, and nothing is clipped; set loss.old_logprobs to sampler or recompute",
         )
-        require(
-            self.kl_coef >= 0, f"loss.kl_coef is {self.kl_coef}; it must be >= 0: below, the student flees the teacher"
-        )
-        require(0 <= self.discount <= 1, f"loss.discount is {self.discount}; it must be between 0 and 1")
+
+    def surrogate(self) -> Surrogate:
+        """The options of policy_gradient, as the loss takes them."""
+        return Surrogate(**{name: getattr(self, name) for name in SURROGATE})
+
+    def backward_pass(self, seed: int) -> Backward:
+        """`backward`, as the losses take it."""
+        if self.backward == "exact":
+            return "exact"
+        return Sparse(seed) if self.sparse_error is None else Sparse(seed, self.sparse_error)

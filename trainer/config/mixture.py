@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from fastkl.trainer.config.data import DataConfig, check_source
+from fastkl.trainer.config.rules import positive, unchanged
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.errors import require
 
@@ -15,9 +16,9 @@ class MixtureConfig:
     """One data set of several.
 
     Args:
-        data: Where its prompts come from.
-        teacher: The teacher of its samples; null: the run's. Equal ones are loaded once.
-        weight: Its share of the prompts, relative to the others'. Shares are kept exactly over the steps.
+        data: Read its prompts from here.
+        teacher: Let this teacher score its samples. null: the run's teacher. Equal teachers are loaded once.
+        weight: Set its share of the prompts, relative to the other weights. Over the steps the shares are exact.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -26,23 +27,17 @@ class MixtureConfig:
 
 
 def check_mixture(mixture: dict[str, MixtureConfig], data: DataConfig, teacher: TeacherConfig) -> None:
-    """Every data set has a source, a teacher and a share; nothing beside the mixture would be ignored."""
-    require(
-        data == DataConfig(),
-        f"data.path is {data.path!r} and data.dataset is {data.dataset!r}, but mixture has the data sets "
-        f"{', '.join(mixture)}; leave data out, or make it one of them",
-    )
+    """Every data set has a source, a teacher and a share, and nothing beside the mixture would be ignored."""
+    names = ", ".join(mixture)
+    unchanged(data, "data.", f"mixture has the data sets {names}; leave data out, or make it one of them")
     require(
         teacher == TeacherConfig() or any(entry.teacher is None for entry in mixture.values()),
-        f"teacher is set, but each data set of mixture ({', '.join(mixture)}) has a teacher of its own; unset one",
+        f"teacher is set, but each data set of mixture ({names}) has a teacher of its own; unset one",
     )
     for name, entry in mixture.items():
         require(
             re.fullmatch(r"[\w-]+", name) is not None,
-            f"mixture has a data set {name!r}; use letters, digits, _ and - (its name becomes that of a metric)",
+            f"mixture has a data set {name!r}, and its name becomes that of a metric; use only letters, digits, _ and -",
         )
         check_source(f"mixture.{name}.data", entry.data)
-        require(
-            0 < entry.weight < float("inf"),
-            f"mixture.{name}.weight is {entry.weight}; it must be > 0 and finite: leave out a data set that is not wanted",
-        )
+        positive(entry, f"mixture.{name}.", "weight")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastkl.trainer.errors import require
+from fastkl.trainer.config.rules import at_least, unchanged
 
 
 @dataclass(frozen=True)
@@ -13,9 +13,9 @@ class LoraConfig:
     """A LoRA adapter (peft) on a frozen base model.
 
     Args:
-        rank: Rank of the adapter; 0 trains all weights instead.
-        alpha: Scale of the adapter; it counts alpha / rank.
-        target_modules: Names of the layers that get one, or "all-linear" (the LM head excepted).
+        rank: Set the rank of the adapter. 0: train all weights, without an adapter.
+        alpha: Scale the adapter by alpha / rank.
+        target_modules: Adapt the layers of these names, or "all-linear" (all but the LM head).
     """
 
     rank: int = 0
@@ -23,12 +23,9 @@ class LoraConfig:
     target_modules: str | list[str] = "all-linear"
 
     def __post_init__(self) -> None:
-        require(self.rank >= 0, f"lora.rank is {self.rank}; it must be >= 0 (0: no LoRA)")
-        require(
-            self.rank > 0 or (self.alpha, self.target_modules) == (32.0, "all-linear"),
-            f"lora.alpha is {self.alpha} and lora.target_modules is {self.target_modules!r}, but lora.rank is 0, which "
-            f"trains all weights; set lora.rank",
-        )
+        at_least(0, self, "lora.", "rank")
+        if self.rank == 0:
+            unchanged(self, "lora.", "lora.rank is 0, which trains all weights; set lora.rank")
 
 
 @dataclass(frozen=True)
@@ -36,11 +33,11 @@ class ModelConfig:
     """A Transformers causal LM.
 
     Args:
-        path: Folder or Hub id.
-        dtype: Dtype the weights are held in.
-        attn_implementation: Transformers' name of the attention; null for its default.
-        trust_remote_code: Run Python code that comes with the model. Off unless you say so.
-        liger: Liger kernels for the blocks (CUDA only, package liger-kernel).
+        path: Load the model from this folder or Hub id.
+        dtype: Hold the weights in this dtype.
+        attn_implementation: Use this attention of Transformers. null: its default.
+        trust_remote_code: Allow Python code that comes with the model to run.
+        liger: Use Liger kernels for the blocks (CUDA only, package liger-kernel).
     """
 
     path: str = ""
@@ -55,8 +52,8 @@ class StudentConfig(ModelConfig):
     """The model that is trained.
 
     Args:
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
-        lora: LoRA instead of training all weights.
+        gradient_checkpointing: Recompute activations in the backward pass. It takes less memory and more time.
+        lora: Train a LoRA adapter instead of all weights.
     """
 
     gradient_checkpointing: bool = False

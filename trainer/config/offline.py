@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fastkl.trainer.config.data import DataConfig, EvalConfig, check_source
 from fastkl.trainer.config.models import ModelConfig
 from fastkl.trainer.config.optim import BatchConfig
+from fastkl.trainer.config.rules import positive
 from fastkl.trainer.config.teacher import TeacherConfig, check_teacher
 from fastkl.trainer.errors import require
 
@@ -16,10 +17,10 @@ class EvaluateConfig:
     """Grading a model's answers.
 
     Args:
-        model: The model that answers.
-        eval: Prompts with answers, and the grader.
-        output: JSONL file for the graded answers; it must not exist. null: only the summary is printed.
-        seed: Seed of sampling, where eval.temperature is above 0.
+        model: Let this model answer.
+        eval: Choose the prompts, which have answers, and the grader.
+        output: Write the graded answers to this JSONL file, which must not exist. null: print only the summary.
+        seed: Seed the sampling, if eval.temperature is above 0.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -37,11 +38,11 @@ class ScoreConfig:
     """Log-probs of given completions, each with its end-of-sequence token.
 
     Args:
-        model: The model that scores; a served one needs `tokenizer`.
-        data: Rows with `prompt` or `messages`, and `completion`.
-        output: JSONL file to write; it must not exist.
-        temperature: The log-probs are those at this temperature.
-        batch: Layout of a forward pass.
+        model: Let this model score. One behind a server needs `tokenizer`.
+        data: Read rows with `prompt` or `messages`, and `completion`.
+        output: Write this JSONL file, which must not exist.
+        temperature: Give the log-probs at this temperature.
+        batch: Lay out a forward pass like this.
     """
 
     output: str
@@ -58,11 +59,11 @@ class ScoreConfig:
         check_teacher("model", self.model)
         require(
             bool(self.model.path or self.model.tokenizer),
-            f"model.tokenizer is {self.model.tokenizer!r} and model.server.url is {self.model.server.url!r}; give the "
-            f"tokenizer's folder or Hub id: the completions are encoded here",
+            f"model.tokenizer is {self.model.tokenizer!r} and model.server.url is {self.model.server.url!r}, but the "
+            f"completions are encoded here; give the tokenizer's folder or Hub id",
         )
         require(bool(self.output), "output is empty; name the JSONL file to write")
-        require(self.temperature > 0, f"temperature is {self.temperature}; it must be > 0")
+        positive(self, "", "temperature")
         check_source("data", self.data)
 
 
@@ -71,8 +72,8 @@ class ReportConfig:
     """A page about one run, or about several on the same axes.
 
     Args:
-        runs: Run folders.
-        output: HTML file to write, in place of an older report if need be; null: report.html in the one run's folder.
+        runs: Show the runs in these folders.
+        output: Write this HTML file; an older report is replaced. null: report.html in the folder of the one run.
     """
 
     runs: list[str]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastkl.trainer.config.rules import at_least, positive
 from fastkl.trainer.errors import require
 
 
@@ -13,15 +14,17 @@ class OptimConfig:
     """AdamW and its schedule.
 
     Args:
-        lr: Peak learning rate.
-        steps: Steps of the run.
-        warmup_steps: Steps of linear warm-up, within `steps`; the first one already has lr / warmup_steps.
-        schedule: Learning rate after the warm-up.
-        weight_decay: Decoupled weight decay.
-        betas: Adam's betas.
-        max_grad_norm: Gradients are clipped to this norm; null for no clipping.
-        substeps: Optimizer steps per step: the samples of a step are split into so many minibatches.
-        max_skipped: Optimizer steps are skipped where the gradient is not finite; so many in a row end the run.
+        lr: Set the peak learning rate.
+        steps: Run this many steps.
+        warmup_steps: Raise the learning rate linearly over the first of the `steps`. The first one already has
+            lr / warmup_steps.
+        schedule: Change the learning rate like this after the warm-up.
+        weight_decay: Set AdamW's weight decay.
+        betas: Set AdamW's betas.
+        max_grad_norm: Clip gradients to this norm. null: no clipping.
+        substeps: Split the samples of a step into this many minibatches, with one optimizer step each.
+        max_skipped: End the run after this many optimizer steps in a row whose gradient was not finite. Such a step is
+            skipped.
     """
 
     lr: float = 1e-4
@@ -35,18 +38,12 @@ class OptimConfig:
     max_skipped: int = 10
 
     def __post_init__(self) -> None:
-        require(self.lr >= 0, f"optim.lr is {self.lr}; it must be >= 0")
-        require(self.steps >= 1, f"optim.steps is {self.steps}; it must be at least 1")
-        require(self.substeps >= 1, f"optim.substeps is {self.substeps}; it must be at least 1")
-        require(self.max_skipped >= 1, f"optim.max_skipped is {self.max_skipped}; it must be at least 1")
+        at_least(0, self, "optim.", "lr", "weight_decay")
+        at_least(1, self, "optim.", "steps", "substeps", "max_skipped")
+        positive(self, "optim.", "max_grad_norm")
         require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             f"optim.betas is {self.betas}; it must be two numbers, each at least 0 and below 1",
-        )
-        require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it must be >= 0")
-        require(
-            self.max_grad_norm is None or self.max_grad_norm > 0,
-            f"optim.max_grad_norm is {self.max_grad_norm}; it must be > 0, or null for no clipping",
         )
         require(
             0 <= self.warmup_steps <= self.steps,
@@ -59,17 +56,17 @@ class BatchConfig:
     """How samples are laid out for a forward pass.
 
     Args:
-        max_tokens: Tokens per forward (padding counted); larger minibatches are accumulated.
-        layout: packed (sequences end to end in one row), padded (rows of similar length), or auto: packed where the
-            attention implementation computes packed rows without waste (flash attention), else padded, which models
-            with other layers than attention always need.
+        max_tokens: Limit a forward pass to this many tokens, padding included. Larger minibatches are accumulated.
+        layout: Lay sequences end to end in one row (packed), or in rows of similar length (padded). auto: packed with flash
+            attention, which computes it without waste, else padded. Models with other layers than attention are always
+            padded.
     """
 
     max_tokens: int = 16384
     layout: Literal["auto", "packed", "padded"] = "auto"
 
     def __post_init__(self) -> None:
-        require(self.max_tokens >= 1, f"batch.max_tokens is {self.max_tokens}; it must be at least 1")
+        at_least(1, self, "batch.", "max_tokens")
 
 
 @dataclass(frozen=True)
@@ -77,13 +74,13 @@ class CheckpointConfig:
     """Checkpoints to resume from.
 
     Args:
-        every: Write one each so many steps, and after the last one; 0: only after the last one.
-        keep: Keep the newest so many.
+        every: Write a checkpoint every N steps, and always after the last one. 0: only then.
+        keep: Keep this many of the newest.
     """
 
     every: int = 50
     keep: int = 1
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, f"checkpoint.every is {self.every}; it must be >= 0")
-        require(self.keep >= 1, f"checkpoint.keep is {self.keep}; it must be at least 1")
+        at_least(0, self, "checkpoint.", "every")
+        at_least(1, self, "checkpoint.", "keep")

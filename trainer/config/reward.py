@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
+from fastkl.trainer.config.rules import positive, unchanged
 from fastkl.trainer.errors import require
 
 
@@ -14,12 +14,12 @@ class RewardConfig:
     """A score of each whole sample, added to the advantages of its tokens (docs/rollouts.md).
 
     Args:
-        grader: Scores a completion: last_number, boxed, math_verify, regex:PATTERN, reasoning_gym[:DATASET],
-            function:MODULE.NAME, or environment (what the environment gave); null: no reward.
-        coef: Weight of the reward in the advantage.
-        baseline: What is taken off a reward: the mean of the samples of one prompt (group), or none.
-        normalize: Divide by the group's standard deviation too.
-        trust_grader: Import and run the Python function that `grader` names. Off unless you say so.
+        grader: Score completions with this: last_number, boxed, math_verify, regex:PATTERN, reasoning_gym[:DATASET],
+            function:MODULE.NAME, or environment (the environment's own reward). null: no reward.
+        coef: Weigh the reward in the advantage by this.
+        baseline: Subtract from a reward the mean of the samples of its prompt (group), or nothing (none).
+        normalize: Divide by the standard deviation of the group as well.
+        trust_grader: Allow the Python function that `grader` names to be imported and run.
     """
 
     grader: str | None = None
@@ -29,15 +29,10 @@ class RewardConfig:
     trust_grader: bool = False
 
     def __post_init__(self) -> None:
-        require(
-            math.isfinite(self.coef) and self.coef > 0,
-            f"reward.coef is {self.coef}; it must be > 0 and finite; leave reward.grader null for no reward",
-        )
+        positive(self, "reward.", "coef")
         if self.grader is None:
-            for name, value in vars(self).items():
-                changed = value != getattr(RewardConfig, name)
-                require(not changed, f"reward.{name} is {value!r} but reward.grader is null; name a grader")
+            unchanged(self, "reward.", "reward.grader is null; name a grader")
         require(
             not self.normalize or self.baseline == "group",
-            f"reward.normalize is true but reward.baseline is {self.baseline}; there is no group to normalise in",
+            f"reward.normalize is true, but reward.baseline is {self.baseline}: there is no group; unset one of them",
         )

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastkl.trainer.config.rules import at_least, fraction, positive, unchanged
 from fastkl.trainer.config.server import ServerConfig
 from fastkl.trainer.errors import require
 
 
 @dataclass(frozen=True)
 class SamplingServerConfig(ServerConfig):
-    """A vLLM server that samples in place of this process, with the student's weights after every update.
+    """A vLLM server that samples, with the student's weights after every update.
 
     Args:
-        model: Name under which the server serves the student, or what a LoRA student is an adapter on.
-        concurrency: Completions in flight at once.
-        weights: Folder through which the weights go: this process writes, the server reads it under the same path.
-            null: `weights` in the run folder.
+        model: Sample from the student that the server serves under this name. For LoRA: the base of the adapter.
+        concurrency: Keep this many completions in flight.
+        weights: Hand over the weights through this folder. This process writes it, and the server reads it under the same
+            path. null: `weights` in the run folder.
     """
 
     concurrency: int = 64
@@ -30,31 +30,33 @@ class SamplingConfig:
     """Rollouts of the student.
 
     Args:
-        prompts_per_step: Prompts per step.
-        samples_per_prompt: Completions of each prompt.
-        max_new_tokens: Length limit of a completion; of all that follows the prompt, where there is an environment.
-        initial_new_tokens: Length limit in the first step, from which it grows to max_new_tokens; null: it does not grow.
-        growth_steps: Steps until it has grown, linearly.
-        tokens_per_step: New tokens of a completion in one step; an unfinished one goes on in the next step, in addition to
-            that step's own prompts, and only its new tokens carry a loss. null: completions are not divided.
-        on_policy_fraction: Share of a step's prompts that the student completes; the others come with the completion that
-            the data give.
-        given_coef: Weight of −log p of a given completion's tokens.
-        drop_truncated: Leave completions that ran out of tokens out of the loss.
+        prompts_per_step: Take this many prompts in a step.
+        samples_per_prompt: Complete each prompt this many times.
+        max_new_tokens: Limit the length of a completion. In an environment: of all that follows the prompt.
+        initial_new_tokens: Start with this limit, and raise it to max_new_tokens. null: the limit does not grow.
+        growth_steps: Raise the limit linearly over this many steps.
+        tokens_per_step: Write at most this many tokens of a completion in one step. An unfinished completion goes on in the
+            next step, in addition to that step's prompts, and only its new tokens carry a loss. null: completions are
+            written whole.
+        on_policy_fraction: Let the student complete this share of a step's prompts. The others come with the completion in
+            the data.
+        given_coef: Weigh −log p of the tokens of given completions by this.
+        drop_truncated: Leave out of the loss what reached the length limit.
         min_completion_tokens: Leave shorter completions out of the loss.
-        max_completion_tokens: Leave longer completions out of the loss; null: none.
-        temperature: Sampling temperature, of student and teacher alike.
-        top_p: Must stay 1: anything else samples from another distribution than the loss assumes.
-        top_k: Must stay 0, for the same reason.
-        engine: Transformers' continuous_batching, where an ended completion makes room for another; its generate, which
-            samples whole batches, from more kinds of models; or auto: generate on a CPU (docs/speed.md) and for
-            models that the other cannot sample from.
-        max_batch_tokens: Tokens in one forward pass of continuous batching, which auto then takes on a CPU too.
-        max_requests: Completions in progress at once; null: 64, or for continuous batching on a CPU as many as do not get
-            in each other's way (docs/speed.md).
-        dtype: Dtype of a copy of the student that samples in its place, evaluation included, for a student in float32; its
-            log-probs are those of the samples. null: the student itself samples.
-        server: A server that samples; without one, this process does.
+        max_completion_tokens: Leave longer completions out of the loss. null: none is too long.
+        temperature: Sample at this temperature. It is also that of the loss, for student and teacher.
+        top_p: Leave this at 1. The loss would not know the distribution that is sampled from.
+        top_k: Leave this at 0, for the same reason.
+        engine: Sample with Transformers' continuous_batching, where a new completion takes the place of an ended one, or
+            with its generate, which samples whole batches and knows more kinds of models. auto: generate on a CPU
+            (docs/speed.md) and for models that the other does not know.
+        max_batch_tokens: Limit a forward pass of continuous batching to this many tokens. If set, auto takes continuous
+            batching on a CPU too.
+        max_requests: Keep at most this many completions in progress. null: 64; on a CPU, continuous batching picks a
+            smaller number (docs/speed.md).
+        dtype: Sample from a copy of the student in this dtype, in evaluation too. The samples have its log-probs. null:
+            sample from the student itself.
+        server: Sample on this server. Without one, this process samples.
     """
 
     prompts_per_step: int = 64
@@ -81,52 +83,34 @@ class SamplingConfig:
     def samples_per_step(self) -> int:
         return self.prompts_per_step * self.samples_per_prompt
 
-    def __post_init__(self) -> None:
-        for name in ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "max_batch_tokens"):
-            require(getattr(self, name) >= 1, f"sampling.{name} is {getattr(self, name)}; it must be at least 1")
-        require(
-            self.max_requests is None or self.max_requests >= 1,
-            f"sampling.max_requests is {self.max_requests}; it must be at least 1, or null",
-        )
-        require(self.temperature > 0, f"sampling.temperature is {self.temperature}; on-policy sampling needs > 0")
-        require(
-            self.top_p == 1.0 and self.top_k == 0,
-            f"sampling.top_p is {self.top_p} and sampling.top_k is {self.top_k}: with either, samples come from a cut-off "
-            f"distribution whose log-probs are not the student's, and the importance ratio would be wrong. Leave top_p = 1 "
-            f"and top_k = 0; lower sampling.temperature for less random samples",
-        )
-        for name in ("engine", "max_batch_tokens", "max_requests", "dtype"):
-            value = getattr(self, name)
-            require(
-                not self.server.url or value == getattr(SamplingConfig, name),
-                f"sampling.{name} is {value} but sampling.server.url is {self.server.url!r}: the server decides about that "
-                f"(--max-num-batched-tokens, --max-num-seqs, --dtype); unset it",
-            )
-        require(
-            self.engine != "generate" or self.max_batch_tokens == SamplingConfig.max_batch_tokens,
-            f"sampling.max_batch_tokens is {self.max_batch_tokens} but sampling.engine is 'generate', which takes whole "
-            f"prompts; unset it, or set sampling.max_requests",
-        )
-        self._check_lengths()
-        require(
-            0 <= self.on_policy_fraction <= 1,
-            f"sampling.on_policy_fraction is {self.on_policy_fraction}; it must be between 0 and 1",
-        )
-        require(
-            math.isfinite(self.given_coef) and self.given_coef > 0,
-            f"sampling.given_coef is {self.given_coef}; it must be > 0 and finite; for no given completions set "
-            f"sampling.on_policy_fraction to 1",
-        )
-        require(
-            self.on_policy_fraction < 1 or self.given_coef == 1.0,
-            f"sampling.given_coef is {self.given_coef} but sampling.on_policy_fraction is 1: no completion is given; "
-            f"lower the fraction or leave given_coef at 1",
-        )
-
     @property
     def filters(self) -> bool:
         """Whether completions may be left out of the loss."""
         return self.drop_truncated or self.min_completion_tokens > 0 or self.max_completion_tokens is not None
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "sampling.", "prompts_per_step", "samples_per_prompt", "max_new_tokens")
+        at_least(1, self, "sampling.", "max_batch_tokens", "max_requests", "initial_new_tokens", "tokens_per_step")
+        positive(self, "sampling.", "temperature", "given_coef")
+        fraction(self, "sampling.", "on_policy_fraction")
+        if self.on_policy_fraction == 1:
+            reason = "sampling.on_policy_fraction is 1: no completion is given; unset one of them"
+            unchanged(self, "sampling.", reason, ["given_coef"])
+        require(
+            self.top_p == 1.0 and self.top_k == 0,
+            f"sampling.top_p is {self.top_p} and sampling.top_k is {self.top_k}: either cuts off the distribution, its "
+            f"log-probs are no longer the student's, and the importance ratio would be wrong. Leave top_p = 1 and "
+            f"top_k = 0; lower sampling.temperature for less random samples",
+        )
+        if self.engine == "generate":
+            reason = "sampling.engine is generate, which takes whole prompts; unset it, or set sampling.max_requests"
+            unchanged(self, "sampling.", reason, ["max_batch_tokens"])
+        if self.server.url:
+            reason = f"sampling.server.url is {self.server.url!r}: the server decides about that"
+            flags = "--max-num-batched-tokens, --max-num-seqs, --dtype"
+            names = ("engine", "max_batch_tokens", "max_requests", "dtype")
+            unchanged(self, "sampling.", f"{reason} ({flags}); unset it", names)
+        self._check_lengths()
 
     def _check_lengths(self) -> None:
         most = self.max_new_tokens
@@ -138,8 +122,8 @@ class SamplingConfig:
         for name in ("initial_new_tokens", "tokens_per_step"):
             value = getattr(self, name)
             require(
-                value is None or 1 <= value < most,
-                f"sampling.{name} is {value}; it must be at least 1 and below sampling.max_new_tokens ({most}), or null",
+                value is None or value < most,
+                f"sampling.{name} is {value}; it must be below sampling.max_new_tokens ({most}), or null",
             )
         highest = most if self.max_completion_tokens is None else self.max_completion_tokens
         require(

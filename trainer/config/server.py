@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from fastkl.trainer.config.rules import at_least, positive, unchanged
 from fastkl.trainer.errors import require
 
 
@@ -14,14 +15,14 @@ class ServerConfig:
     """An OpenAI-compatible completions server.
 
     Args:
-        url: Base address as OpenAI's clients take it, for example http://127.0.0.1:8000/v1.
-        model: Name under which the server serves the model.
-        concurrency: Requests in flight at once.
-        timeout: Seconds without an answer after which a request is sent again.
-        retries: How often it is sent again (after a lost connection, no answer in time, status 408, 425, 429 or 5xx),
-            with pauses of 1, 2, 4, … up to 30 seconds.
-        api_key_env: Name of the environment variable that holds the API key; null sends none. The key itself is never
-            written anywhere.
+        url: Ask the server at this base address, for example http://127.0.0.1:8000/v1.
+        model: Ask for the model that the server serves under this name.
+        concurrency: Keep this many requests in flight.
+        timeout: Wait this many seconds for an answer. Then the request is sent again.
+        retries: Send a request again up to this many times: after a lost connection, after the timeout, and after status
+            408, 425, 429 or 5xx. The pauses are 1, 2, 4, … up to 30 seconds.
+        api_key_env: Read the API key from the environment variable of this name. The key itself is never written
+            anywhere. null: send none.
     """
 
     url: str = ""
@@ -32,18 +33,19 @@ class ServerConfig:
     api_key_env: str | None = None
 
     def __post_init__(self) -> None:
-        require(self.concurrency >= 1, f"server.concurrency is {self.concurrency}; it must be at least 1")
-        require(self.timeout > 0, f"server.timeout is {self.timeout}; it must be > 0 seconds")
-        require(self.retries >= 0, f"server.retries is {self.retries}; it must be >= 0 (0: no second attempt)")
+        at_least(1, self, "server.", "concurrency")
+        positive(self, "server.", "timeout")
+        at_least(0, self, "server.", "retries")
         require(
             self.api_key_env is None or re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env, re.ASCII) is not None,
             "server.api_key_env is not the name of an environment variable; put the key into one and give its name here",
         )
-        if not self.url:
-            for name, value in vars(self).items():
-                changed = value != getattr(type(self), name)
-                require(not changed, f"server.{name} is {value!r} but server.url is empty; give the server's url")
-            return
+        if self.url:
+            self._check_address()
+        else:
+            unchanged(self, "server.", "server.url is empty; give the server's url")
+
+    def _check_address(self) -> None:
         parts = urlsplit(self.url)
         require(
             "@" not in parts.netloc and not parts.query,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastkl.trainer.config.loss import ObjectiveName
+from fastkl.trainer.config.loss import SERVED, ObjectiveName
 from fastkl.trainer.config.models import ModelConfig
+from fastkl.trainer.config.rules import at_least, unchanged
 from fastkl.trainer.config.server import ServerConfig
 from fastkl.trainer.errors import require
 
@@ -16,8 +18,8 @@ class TeacherServerConfig(ServerConfig):
     """A teacher behind HTTP: a completions server that gives log-probs of the prompt (vLLM).
 
     Args:
-        api: How it is asked: prompt_logprobs (vLLM), echo (with logprobs), or auto: the first of them that it answers.
-        sequences_per_request: Samples in one request.
+        api: Ask in this way: prompt_logprobs (vLLM), echo (with logprobs), or auto, the first of them that works.
+        sequences_per_request: Send this many samples in one request.
     """
 
     api: Literal["auto", "prompt_logprobs", "echo"] = "auto"
@@ -25,22 +27,21 @@ class TeacherServerConfig(ServerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        size = self.sequences_per_request
-        require(size >= 1, f"server.sequences_per_request is {size}; it must be at least 1")
+        at_least(1, self, "server.", "sequences_per_request")
 
 
 @dataclass(frozen=True)
 class TeacherConfig(ModelConfig):
-    """A model that only scores: loaded here, from `path`, served elsewhere, by `server`, or the student's own base.
+    """A model that only scores: loaded here (`path`), served elsewhere (`server`), or the student's own base.
 
     Args:
-        server: The server in place of `path`; it decides about dtype and attention.
-        tokenizer: Folder or Hub id of the served model's tokenizer; null: the server is asked.
-        base_of_student: The model under the student's LoRA adapter, in place of `path`: the student with its adapter off.
-            No second copy.
-        device: Where the model is loaded: cpu, cuda:1, …; null: where the student is.
-        quantization: Load the blocks in 8 or 4 bits (package bitsandbytes), the head as it is; null: as the folder holds
-            them, which may be quantised already.
+        server: Ask this server instead of loading `path`. The server decides about dtype and attention.
+        tokenizer: Load the served model's tokenizer from this folder or Hub id. null: ask the server.
+        base_of_student: Use the model under the student's LoRA adapter instead of `path`. It is the student with its
+            adapter off, not a second copy.
+        device: Load the model on this device: cpu, cuda:1, … null: the student's.
+        quantization: Load the blocks in 8 or 4 bits (package bitsandbytes), but not the head. null: as they are in the
+            folder, which may be quantised already.
     """
 
     server: TeacherServerConfig = field(default_factory=TeacherServerConfig)
@@ -54,12 +55,10 @@ def check_teacher(name: str, config: TeacherConfig) -> None:
     """Exactly one of folder, server and student's base, and nothing that would be ignored."""
     url = config.server.url
     if config.base_of_student:
-        for setting, value in vars(config).items():
-            require(
-                setting == "base_of_student" or value == vars(TeacherConfig())[setting],
-                f"{name}.base_of_student is true but {name}.{setting} is {value!r}: the student's own model is the "
-                f"teacher, as it was loaded; unset one of them",
-            )
+        reason = (
+            f"{name}.base_of_student is true: the teacher is the student's model as it was loaded; unset one of them"
+        )
+        unchanged(dataclasses.replace(config, base_of_student=False), f"{name}.", reason)
         return
     require(
         bool(config.path or url),
@@ -69,22 +68,17 @@ def check_teacher(name: str, config: TeacherConfig) -> None:
         not (config.path and url),
         f"{name}.path is {config.path!r} and {name}.server.url is {url!r}; give exactly one of them",
     )
-    require(
-        bool(url) or config.tokenizer is None,
-        f"{name}.tokenizer is {config.tokenizer!r} but {name}.path is {config.path!r}, which has its own; unset it",
-    )
-    for setting in ("dtype", "attn_implementation", "liger", "device", "quantization"):
-        value = getattr(config, setting)
-        require(
-            not url or value == getattr(TeacherConfig, setting),
-            f"{name}.{setting} is {value!r} but {name}.server.url is {url!r}: the server decides about that; unset it",
-        )
+    if url:
+        decided = ("dtype", "attn_implementation", "liger", "device", "quantization")
+        unchanged(config, f"{name}.", f"{name}.server.url is {url!r}: the server decides about that; unset it", decided)
+    else:
+        unchanged(config, f"{name}.", f"{name}.path is {config.path!r}, which has its own; unset it", ["tokenizer"])
 
 
 def check_objective(name: str, config: TeacherConfig, objective: ObjectiveName) -> None:
-    """A server tells log-probs of some tokens; what compares whole distributions needs the model here."""
+    """A server tells log-probs of some tokens. What compares whole distributions needs the model here."""
     require(
-        not config.server.url or objective in ("policy_gradient", "top_k"),
-        f"loss.objective is {objective} but {name}.server.url is {config.server.url!r}: a server gives no distribution "
-        f"over the whole vocabulary; set loss.objective to policy_gradient or top_k, or {name}.path",
+        not config.server.url or objective in SERVED,
+        f"loss.objective is {objective}, but {name}.server.url is {config.server.url!r}: a server gives no distribution "
+        f"over the whole vocabulary; set loss.objective to {' or '.join(SERVED)}, or load the teacher from {name}.path",
     )

@@ -14,6 +14,7 @@ from fastkl.trainer.config.mixture import MixtureConfig, check_mixture
 from fastkl.trainer.config.models import StudentConfig
 from fastkl.trainer.config.optim import BatchConfig, CheckpointConfig, OptimConfig
 from fastkl.trainer.config.reward import RewardConfig
+from fastkl.trainer.config.rules import at_least
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.config.teacher import TeacherConfig, check_objective, check_teacher
 from fastkl.trainer.errors import require
@@ -24,17 +25,17 @@ class RunConfig:
     """What every training run has.
 
     Args:
-        run: Run folder. The same config resumes in it; another one is refused.
-        seed: Seed of prompts' order, sampling and initialisation.
-        student: The model that is trained.
-        data: Where its prompts come from.
-        optim: Optimizer and schedule.
-        batch: Layout of a forward pass.
-        eval: Evaluation on held-out prompts.
-        checkpoint: Checkpoints.
-        mixed_precision: Autocast of the forward pass (accelerate's option).
-        trackers: accelerate's trackers beside metrics.jsonl, for example [tensorboard, wandb].
-        log_samples: Samples of each step that are written to samples.jsonl, in distillation with the ranks of their tokens.
+        run: Keep the run in this folder. The same config resumes in it; another one is refused.
+        seed: Seed the order of the prompts, the sampling and the initialisation.
+        student: Train this model.
+        data: Read the prompts from here.
+        optim: Set the optimizer and its schedule.
+        batch: Lay out a forward pass like this.
+        eval: Evaluate on held-out prompts.
+        checkpoint: Write checkpoints.
+        mixed_precision: Run the forward pass under autocast (accelerate's option).
+        trackers: Log to these trackers of accelerate, besides metrics.jsonl. For example [tensorboard, wandb].
+        log_samples: Write this many samples of each step to samples.jsonl. Distillation adds the ranks of their tokens.
     """
 
     run: str
@@ -52,7 +53,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(bool(self.run), "run is empty; name the run folder, for example runs/first")
         require(bool(self.student.path), "student.path is empty; give a model folder or a Hub id")
-        require(self.log_samples >= 0, f"log_samples is {self.log_samples}; it must be >= 0")
+        at_least(0, self, "", "log_samples")
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,12 @@ class DistillConfig(RunConfig):
     """On-policy distillation: the student samples, the teacher scores, the student learns from the reverse KL.
 
     Args:
-        teacher: The model that scores the student's tokens; it is never trained.
-        mixture: Several data sets by name, each with its prompts, weight and teacher, in place of `data`.
-        sampling: Rollouts of the student.
-        loss: What the student minimises.
-        reward: A score of whole samples beside the KL; with loss.kl_coef 0 it is all there is, and no teacher is needed.
-        environment: What answers the student between its turns.
+        teacher: Let this model score the student's tokens. It is never trained.
+        mixture: Train on several data sets instead of `data`: by name, each with its prompts, weight and teacher.
+        sampling: Let the student sample like this.
+        loss: Choose what the student minimises.
+        reward: Add a score of whole samples to the KL. With loss.kl_coef 0 there is no KL, and no teacher is needed.
+        environment: Let this answer the student between its turns.
     """
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -90,7 +91,7 @@ class DistillConfig(RunConfig):
             self._check_teachers()
         require(
             self.environment.role is None or all(entry.data.chat_template for entry in self.data_sets().values()),
-            f"environment.role is {self.environment.role!r} but data.chat_template is false: a text has no turns. Set "
+            f"environment.role is {self.environment.role!r}, but data.chat_template is false: a text has no turns. Set "
             f"environment.role to null or data.chat_template to true",
         )
         require(
@@ -111,8 +112,8 @@ class DistillConfig(RunConfig):
             check_objective(name, teacher, self.loss.objective)
             require(
                 not teacher.base_of_student or self.student.lora.rank > 0,
-                f"{name}.base_of_student is true but student.lora.rank is 0: all weights are trained and nothing keeps the "
-                f"base; set student.lora.rank, or {name}.path to the base",
+                f"{name}.base_of_student is true, but student.lora.rank is 0: the base itself is trained; "
+                f"set student.lora.rank, or {name}.path to the base",
             )
 
     def data_sets(self) -> dict[str, MixtureConfig]:
@@ -126,9 +127,10 @@ class DistillConfig(RunConfig):
 
     def teachers(self) -> dict[str, TeacherConfig]:
         """The teachers by the name of their settings: `teacher`, `mixture.math.teacher`."""
-        own = {f"mixture.{name}.teacher": entry.teacher for name, entry in sorted(self.mixture.items())}
-        found = {name: teacher for name, teacher in own.items() if teacher is not None}
-        return found if self.mixture and len(found) == len(own) else {"teacher": self.teacher, **found}
+        entries = {f"mixture.{name}.teacher": entry.teacher for name, entry in sorted(self.mixture.items())}
+        teachers = {name: teacher for name, teacher in entries.items() if teacher is not None}
+        needs_common = not self.mixture or len(teachers) < len(entries)
+        return {"teacher": self.teacher, **teachers} if needs_common else teachers
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class SftConfig(RunConfig):
     """Supervised fine-tuning on given completions: the off-policy stage before distillation.
 
     Args:
-        examples_per_step: Examples per step.
+        examples_per_step: Take this many examples in a step.
     """
 
     examples_per_step: int = 64
@@ -146,7 +148,8 @@ class SftConfig(RunConfig):
         check_source("data", self.data)
         require(
             self.examples_per_step >= self.optim.substeps,
-            f"examples_per_step is {self.examples_per_step}, less than optim.substeps ({self.optim.substeps})",
+            f"examples_per_step is {self.examples_per_step}, less than optim.substeps ({self.optim.substeps}); raise it or "
+            f"lower optim.substeps",
         )
 
 

@@ -187,18 +187,18 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "reward-without-grader": ({"reward__coef": 2}, r"reward\.coef is 2.*reward\.grader is null"),
     "normalize": (
         {"reward__grader": "boxed", "reward__baseline": "none", "reward__normalize": "true"},
-        "no group to normalise",
+        "there is no group",
     ),
     "turns-of-text": (
         {"environment__name": "calculator", "environment__role": "user", "data__chat_template": "false"},
-        r"environment\.role is 'user' but data\.chat_template is false",
+        r"environment\.role is 'user', but data\.chat_template is false",
     ),
     "trust": ({"environment__name": "calculator", "environment__trust": "true"}, r"environment\.trust is true"),
     "half-a-schedule": ({"sampling__growth_steps": 3}, "set both"),
     "portion": ({"sampling__tokens_per_step": 8}, r"below sampling\.max_new_tokens \(8\)"),
     "portion-of-a-conversation": (
         {"sampling__tokens_per_step": 4, "environment__name": "calculator"},
-        "held within one step",
+        "a conversation ends in its step",
     ),
     "portion-of-a-group": (
         {"sampling__tokens_per_step": 4, "reward__grader": "boxed", "sampling__samples_per_prompt": 2},
