@@ -1,29 +1,19 @@
-"""The entry point. A bench is a module with `add_arguments(parser)` and `run(arguments, parser)`."""
+"""The entry point. A command is a file of bench/commands/ with `add_arguments(parser)` and `run(arguments, parser)`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Sequence
 
-from bench.commands import count, gpu, kernels, loss, models, plot, sparse, table, train
-
-BENCHES = {
-    "loss": loss,
-    "sparse": sparse,
-    "plot": plot,
-    "table": table,
-    "kernels": kernels,
-    "count": count,
-    "models": models,
-    "train": train,
-    "gpu": gpu,
-}
+COMMANDS = ("loss", "models", "sparse", "train", "plot", "table", "kernels", "count", "gpu")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benches of fastkl.")
-    commands = parser.add_subparsers(dest="bench", required=True, metavar="{" + ",".join(BENCHES) + "}")
-    for name, module in BENCHES.items():
+    commands = parser.add_subparsers(dest="bench", required=True, metavar="{" + ",".join(COMMANDS) + "}")
+    for name in COMMANDS:
+        module = importlib.import_module(f"bench.commands.{name}")
         summary = (module.__doc__ or "").splitlines()[0]
         command = commands.add_parser(
             name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -17,9 +17,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.commands.plot_sparse import draw_sparse
 from bench.lib.arguments import AXES
 from bench.lib.report import RESULTS, counted
+from bench.lib.sparse_figure import draw_sparse, tidy
 
 PANELS = {"forward_backward_ms": "forward + backward, ms", "peak_extra_mb": "extra memory, MB"}
 # Colours of Okabe and Ito, told apart with any colour vision; markers for print.
@@ -117,14 +117,8 @@ def _draw_panel(panel: Any, rows: Sequence[Row], axis: str, value: str, names: S
     swept = AXES.index(axis)
     for i, name in enumerate(names):
         points = sorted((row["shape"][swept], row[value]) for row in rows if row["impl"] == name)
-        panel.plot(
-            [size for size, _ in points],
-            [y for _, y in points],
-            label=name,
-            color=COLOURS[i % len(COLOURS)],
-            marker=MARKERS[i % len(MARKERS)],
-            markersize=5,
-        )
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+        panel.plot([size for size, _ in points], [y for _, y in points], label=name, **style)
     sizes = _sizes(rows, axis)
     panel.set_xscale("log")
     panel.set_yscale("log")
@@ -133,8 +127,7 @@ def _draw_panel(panel: Any, rows: Sequence[Row], axis: str, value: str, names: S
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_minor_formatter("")
-    panel.grid(color="0.9")
-    panel.spines[["top", "right"]].set_visible(False)
+    tidy(panel)
 
 
 def _sizes(rows: Iterable[Row], axis: str) -> list[int]:

@@ -22,25 +22,24 @@ def draw_sparse(reports: Sequence[Report], file: Path, colours: Sequence[str], m
             key=lambda r: r["kept"],
         )
         for panel, gradient in zip(panels, ("hidden", "weight"), strict=True):
-            panel.plot(
-                [100 * row["kept"] for row in rows],
-                [row[gradient] for row in rows],
-                label=f"{_label(report)}, blocks of {block}",
-                color=colours[i % len(colours)],
-                linestyle=("-", "--", ":")[j % 3],
-                marker=markers[i % len(markers)],
-                markersize=4,
-            )
+            style = {"color": colours[i % len(colours)], "marker": markers[i % len(markers)], "markersize": 4}
+            kept, errors = [100 * row["kept"] for row in rows], [row[gradient] for row in rows]
+            label = f"{_label(report)}, blocks of {block}"
+            panel.plot(kept, errors, label=label, linestyle=("-", "--", ":")[j % 3], **style)
     for panel, gradient in zip(panels, ("hidden states", "weight"), strict=True):
         panel.set(xscale="log", yscale="log", xlabel="columns kept, %", title=f"gradient of the {gradient}")
         panel.xaxis.set_major_formatter("{x:g}")
-        panel.grid(color="0.9")
-        panel.spines[["top", "right"]].set_visible(False)
+        tidy(panel)
     panels[0].set_ylabel("relative error against the exact backward")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(file, dpi=150)
     return file
+
+
+def tidy(panel: Any) -> None:
+    panel.grid(color="0.9")
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def _label(report: Report) -> str:
