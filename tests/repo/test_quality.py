@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 from launches import REPOSITORY
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import causal_lm
+from transformers import PreTrainedModel
 
 README = REPOSITORY / "README.md"
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("recipes/**/*.md")])
@@ -68,17 +70,33 @@ def test_links_in_documents_lead_somewhere(document: Path) -> None:
     assert [target for target in local if not (document.parent / target).exists()] == []
 
 
-@pytest.mark.skipif(not README.exists(), reason="there is no README yet")
-def test_the_two_halves_of_the_readmes_first_example_agree() -> None:
-    """ "Where your code says … write …": with the same model and samples, the same loss and the same gradients."""
+def some_model(kind: str) -> PreTrainedModel | PeftModel:
+    """Gemma 2 transforms its logits; under peft the model's parts have other names."""
+    model = causal_lm("gemma2" if kind == "gemma2" else "llama", "eager", initializer_range=0.1)
+    if kind != "peft":
+        return model
+    lora = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:  # 0 at first: nothing of A would have a gradient
+            torch.nn.init.normal_(parameter, std=0.1)
+    return lora
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "peft"])
+def test_the_two_halves_of_the_readmes_first_example_agree(kind: str, padding: str) -> None:
+    """The code before and after: with the same model and samples, the same loss and the same gradients."""
     before, after = blocks(README)[:2]
-    model = causal_lm(initializer_range=0.1)
-    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+    model = some_model(kind)
+    torch.manual_seed(0)
+    ids = torch.randint(3, 64, (2, 9))
+    attention_mask = torch.ones_like(ids)
+    attention_mask[1, {"none": slice(0), "left": slice(3), "right": slice(-3, None)}[padding]] = 0
     given = {
         "model": model,
-        "ids": ids,
-        "tokens": ids[:, 1:],
-        "mask": torch.arange(8).expand(2, 8) > 2,
+        "ids": ids.where(attention_mask == 1, 0),
+        "attention_mask": attention_mask,
+        "mask": (torch.arange(8) > 2) & (attention_mask[:, 1:] == 1),
         "temperature": 0.7,
         "teacher_logprobs": -torch.rand(2, 8) * 5,
         "sampler_logprobs": -torch.rand(2, 8) * 5,
@@ -89,7 +107,12 @@ def test_the_two_halves_of_the_readmes_first_example_agree() -> None:
         names: dict[str, Any] = dict(given)
         exec(compile(code, "README.md", "exec"), names)
         names["loss"].backward()
-        results.append((names["loss"].item(), [parameter.grad.clone() for parameter in model.parameters()]))
+        results.append((names["loss"].item(), [p.grad.clone() for p in model.parameters() if p.requires_grad]))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
     for plain, fused in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(fused, plain, atol=1e-4 * float(plain.abs().max()), rtol=1e-3)
+
+
+def test_the_readmes_quick_start_is_the_recipe() -> None:
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    assert shown == (REPOSITORY / "recipes/quickstart/distill.yaml").read_text(encoding="utf-8")
