@@ -1,7 +1,7 @@
 """What a server must show before a run relies on its log-probs.
 
-Most servers answer anything: they ignore an option they do not know, count one place off, or serve a model with another
-tokenizer, and a run would learn from noise. The probes are a text with several last tokens. In a sound answer
+Most servers answer anything: they ignore an option they do not know, are off by one token, or serve a model with another
+tokenizer, and a run would learn from noise. The probes are one text, each with another last token. In a sound answer
 
 - the text before is scored alike in all of them,
 - the last token's own log-prob depends on which one it is,
@@ -9,6 +9,8 @@ tokenizer, and a run would learn from noise. The probes are a text with several 
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,8 +22,10 @@ from fastkl.trainer.servers.connection import Refused
 
 PROBES, PROBE_TOKENS = 4, 24
 TOLERANCE = 0.1  # nats: above what 16-bit arithmetic and batching do, below what a defect does
-UNWILLING = (400, 422, 501)  # how servers refuse an option
-SERVE = "Serve the teacher with vLLM, or load it here with a path"
+REJECTS_OPTION = (400, 422, 501)  # how servers refuse an option
+USE_VLLM = "Serve the teacher with vLLM, or load it here with a path"
+NAME_TOKENIZER = "give teacher.tokenizer, the folder or Hub id of the served model's tokenizer"
+SAME_FAMILY = "it could not score the student's tokens. Serve a teacher of the student's family"
 
 
 def check_server(
@@ -39,36 +43,47 @@ def check_server(
 
     Args:
         tokenizer: The one whose ids will be sent.
-        trusted: It is the server's own tokenizer, by the user's word; asked about where the server tells all the same.
+        trusted: The user says that it is the server's own tokenizer. It is compared all the same where the server can.
         temperature: That of the log-probs.
         longest: A sequence as long as they get.
         remedy: What to do if it is too long.
         top_k: How many of the likeliest tokens will be asked for.
     """
-    told = _check_tokenization(server, tokenizer)
-    probes = _probes(tokenizer)
-    api, scores = _choose(server, config, probes, top_k)
-    if not (told or trusted):
+    compared = _check_tokenization(server, tokenizer)
+    ids = tokenizer(SAMPLE_TEXT, add_special_tokens=False)["input_ids"][:PROBE_TOKENS]
+    probes = [[*ids, last] for last in list(dict.fromkeys(ids))[:PROBES]]
+    api, scores = _choose_api(server, config, probes, top_k)
+    if not (compared or trusted):
         _check_texts(server, tokenizer, probes[0], scores[0])
     _check_alignment(server, scores)
     if temperature != 1:
         _check_temperature(server, api, probes, scores, temperature)
-    highest = vocabulary(tokenizer) - 1
-    for ids, what, way_out in (
-        (
-            [*probes[0], highest],
-            f"id {highest}, the tokenizer's highest",
-            "Use a teacher with the student's vocabulary",
-        ),
-        (longest, f"{len(longest)} tokens, the most to come", f"{remedy}, or serve the teacher with a longer context"),
-    ):
-        try:
-            server.score([ids], api, temperature, top_k)
-        except (BadAnswer, Refused) as error:
-            raise ConfigError(
-                f"the teacher's server at {server.url} cannot score {what}: {error}. {way_out}"
-            ) from error
+    check_limits(
+        lambda sequence: server.score([sequence], api, temperature, top_k),
+        f"the teacher's server at {server.url} cannot score",
+        ([*probes[0], vocabulary(tokenizer) - 1], "Use a teacher with the student's vocabulary"),
+        (longest, f"{remedy}, or serve the teacher with a longer context"),
+    )
     return api
+
+
+def check_limits(
+    ask: Callable[[list[int]], object], refusal: str, highest: tuple[list[int], str], longest: tuple[list[int], str]
+) -> None:
+    """Asks about a sequence that ends with the highest id, and about the longest; each comes with its remedy."""
+    cases = (
+        (f"id {highest[0][-1]}, the tokenizer's highest", *highest),
+        (f"{len(longest[0])} tokens, the most", *longest),
+    )
+    for what, sequence, remedy in cases:
+        try:
+            ask(sequence)
+        except (BadAnswer, Refused) as error:
+            raise ConfigError(f"{refusal} {what}: {error}. {remedy}") from error
+
+
+def _unfit(server: CompletionsServer, reason: str) -> ConfigError:
+    return ConfigError(f"the teacher's server at {server.url} {reason}")
 
 
 def _check_tokenization(server: CompletionsServer, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -76,21 +91,15 @@ def _check_tokenization(server: CompletionsServer, tokenizer: PreTrainedTokenize
     text = SAMPLE_TEXT + (tokenizer.eos_token or "")
     ours, theirs = tokenizer(text, add_special_tokens=False)["input_ids"], server.tokenize(text)
     if theirs is not None and ours != theirs:
-        raise ConfigError(
-            f"the teacher's server at {server.url} tokenizes differently (the same text gives {len(ours)} tokens here "
-            f"and {len(theirs)} there, {ours[:8]}… and {theirs[:8]}…): it could not score the student's tokens. Serve a "
-            f"teacher of the student's family"
+        raise _unfit(
+            server,
+            f"tokenizes differently (the same text gives {len(ours)} tokens here and {len(theirs)} there, {ours[:8]}… and "
+            f"{theirs[:8]}…): {SAME_FAMILY}",
         )
     return theirs is not None
 
 
-def _probes(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The beginning of the sample text, then one of several tokens of it."""
-    ids = tokenizer(SAMPLE_TEXT, add_special_tokens=False)["input_ids"][:PROBE_TOKENS]
-    return [[*ids, last] for last in list(dict.fromkeys(ids))[:PROBES]]
-
-
-def _choose(
+def _choose_api(
     server: CompletionsServer, config: TeacherServerConfig, probes: list[list[int]], top_k: int | None
 ) -> tuple[Api, list[Scores]]:
     """The first way of asking that gets log-probs of the prompt, and those of the probes."""
@@ -98,19 +107,17 @@ def _choose(
     for api in APIS if config.api == "auto" else (config.api,):
         try:
             return api, server.score(probes, api, 1.0, top_k)
-        except Unscored as error:
-            failures.append(f"{api}: {error}")
-        except Refused as error:
-            if error.status not in UNWILLING:
+        except (Unscored, Refused) as error:
+            if isinstance(error, Refused) and error.status not in REJECTS_OPTION:
                 raise
             failures.append(f"{api}: {error}")
         except BadAnswer as error:
-            raise ConfigError(f"the teacher's server at {server.url} cannot be used: {error}. {SERVE}") from error
-    what = "log-probs" if top_k is None else f"log-probs and {top_k} likeliest tokens (loss.top_k)"
-    way_out = SERVE if top_k is None else f"{SERVE}; vLLM lists --max-logprobs tokens, 20 by default"
-    raise ConfigError(
-        f"the teacher's server at {server.url} gives no {what} of given tokens ({'; '.join(failures)}). {way_out}"
-    )
+            raise _unfit(server, f"cannot be used: {error}. {USE_VLLM}") from error
+    missing, remedy = "log-probs", USE_VLLM
+    if top_k is not None:
+        missing += f" and {top_k} likeliest tokens (loss.top_k)"
+        remedy += "; vLLM lists --max-logprobs tokens, 20 by default"
+    raise _unfit(server, f"gives no {missing} of given tokens ({'; '.join(failures)}). {remedy}")
 
 
 def _check_texts(server: CompletionsServer, tokenizer: PreTrainedTokenizerBase, ids: list[int], scores: Scores) -> None:
@@ -122,43 +129,43 @@ def _check_texts(server: CompletionsServer, tokenizer: PreTrainedTokenizerBase, 
         if b is not None and a.strip() and a.isascii()
     ]
     if not pairs:
-        raise ConfigError(
-            f"the teacher's server at {server.url} tells nothing about its tokenizer; give teacher.tokenizer, the folder "
-            f"or Hub id of the served model's tokenizer"
-        )
+        raise _unfit(server, f"tells nothing about its tokenizer; {NAME_TOKENIZER}")
     for token, a, b in pairs:
         if b not in (a, f"token_id:{token}"):
             raise ConfigError(
-                f"id {token} is {a!r} in the student's tokenizer and {b!r} for the teacher's server at {server.url}: it "
-                f"could not score the student's tokens. Serve a teacher of the student's family; if it only writes its "
-                f"tokens in another way, give teacher.tokenizer, the folder or Hub id of the served model's tokenizer"
+                f"id {token} is {a!r} in the student's tokenizer and {b!r} for the teacher's server at {server.url}: "
+                f"{SAME_FAMILY}; if it only writes its tokens in another way, {NAME_TOKENIZER}"
             )
 
 
 def _check_alignment(server: CompletionsServer, scores: list[Scores]) -> None:
     before = max(_spread(values) for values in zip(*(probe.logprobs[:-1] for probe in scores), strict=True))
     if before > TOLERANCE:
-        raise ConfigError(
-            f"the teacher's server at {server.url} scores a text differently, by up to {before:.2f}, when only the token "
-            f"after it changes: its log-probs are shifted or not reproducible. {SERVE}"
+        raise _unfit(
+            server,
+            f"scores a text differently, by up to {before:.2f}, when only the token after it changes: its log-probs are "
+            f"shifted or not reproducible. {USE_VLLM}",
         )
-    own = _spread([probe.logprobs[-1] for probe in scores])
-    if own < TOLERANCE:
-        raise ConfigError(
-            f"the teacher's server at {server.url} gives the last token the same log-prob whichever it is (within "
-            f"{own:.2g}): its log-probs are shifted. {SERVE}"
+    last = _spread([probe.logprobs[-1] for probe in scores])
+    if last < TOLERANCE:
+        raise _unfit(
+            server,
+            f"gives the last token the same log-prob whichever it is (within {last:.2g}): its log-probs are shifted. "
+            f"{USE_VLLM}",
         )
     best = [value for probe in scores if (value := probe.best[-1]) is not None]
     if len(best) < 2:
-        raise ConfigError(
-            f"the teacher's server at {server.url} does not say which token it finds likeliest (top_logprobs): whether its "
-            f"log-probs are shifted could not be found out. {SERVE}"
+        raise _unfit(
+            server,
+            f"does not say which token it finds likeliest (top_logprobs), so nobody knows whether its log-probs are "
+            f"shifted. {USE_VLLM}",
         )
     if _spread(best) > TOLERANCE:
-        raise ConfigError(
-            f"the teacher's server at {server.url} finds another token likeliest in a place once the token there changes "
-            f"(log-probs {', '.join(f'{value:.2f}' for value in best)}): its log-probs are shifted by one, to what comes "
-            f"after each token. {SERVE}"
+        raise _unfit(
+            server,
+            f"finds another token likeliest in a place once the token there changes (log-probs "
+            f"{', '.join(f'{value:.2f}' for value in best)}): its log-probs are shifted by one, to what comes after each "
+            f"token. {USE_VLLM}",
         )
 
 
@@ -167,14 +174,13 @@ def _check_temperature(
 ) -> None:
     """At temperature T, differences of log-probs in one place are those at 1, divided by T."""
     scaled = server.score(probes, api, temperature)
-    before, after = (_differences(scores) for scores in (plain, scaled))
-    wrong = max(abs(now - then / temperature) for now, then in zip(after, before, strict=True))
-    ignored = max(abs(now - then) for now, then in zip(after, before, strict=True))
+    pairs = list(zip(_differences(plain), _differences(scaled), strict=True))
+    wrong = max(abs(after - before / temperature) for before, after in pairs)
+    ignored = max(abs(after - before) for before, after in pairs)
     if wrong > TOLERANCE or wrong >= ignored:
         raise ConfigError(
             f"the temperature is {temperature}, but the teacher's server at {server.url} gives log-probs at temperature 1 "
-            f"whatever a request asks for, as most do, and one token's log-prob cannot be converted. Set it to 1, or load "
-            f"the teacher here with a path"
+            f"whatever a request asks for, as most do. Set it to 1, or load the teacher here with a path"
         )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.servers.check import check_limits
 from fastkl.trainer.servers.completions import BadAnswer
-from fastkl.trainer.servers.connection import Refused
 from fastkl.trainer.servers.generation import GenerationServer
 
 SEED, PROBE_NEW_TOKENS = 7, 8
@@ -48,18 +48,16 @@ def check_sampling(
     if first.token_ids != second.token_ids:
         raise ConfigError(
             f"the sampling server at {server.url} ignores seeds: the same request gave {first.token_ids} and "
-            f"{second.token_ids}, so that no run could be repeated. Serve the student with vLLM"
+            f"{second.token_ids}. No run could be repeated. Serve the student with vLLM"
         )
     if temperature != 1:
         _check_temperature(server, model, probe, temperature)
-    for ids, what, way_out in (
-        ([*probe, highest], f"id {highest}, the tokenizer's highest", "Serve the student's own model"),
-        (longest[:-1], f"{len(longest)} tokens, the most to come", f"{remedy}, or serve with a longer --max-model-len"),
-    ):
-        try:
-            server.likeliest(model, ids, temperature)  # and the one token that is generated
-        except (BadAnswer, Refused) as error:
-            raise ConfigError(f"the sampling server at {server.url} cannot take {what}: {error}. {way_out}") from error
+    check_limits(
+        lambda sequence: server.likeliest(model, sequence[:-1], temperature),  # and one token that is generated
+        f"the sampling server at {server.url} cannot take",
+        ([*probe, highest, highest], "Serve the student's own model"),
+        (longest, f"{remedy}, or serve with a longer --max-model-len"),
+    )
 
 
 def _check_temperature(server: GenerationServer, model: str, probe: list[int], temperature: float) -> None:
@@ -69,7 +67,7 @@ def _check_temperature(server: GenerationServer, model: str, probe: list[int], t
     before, after = (values[common[-1]] - values[common[0]] for values in (plain, scaled))
     if abs(after - before / temperature) >= abs(after - before):
         raise ConfigError(
-            f"sampling.temperature is {temperature}, but the sampling server at {server.url} gives the log-probs at "
-            f"temperature 1, before its sampler scales the logits: the importance ratio would be wrong. Start it with "
+            f"sampling.temperature is {temperature}, but the sampling server at {server.url} gives log-probs at "
+            f"temperature 1, from before the logits are scaled. The importance ratio would be wrong. Start it with "
             f"--logprobs-mode processed_logprobs, or set the temperature to 1"
         )

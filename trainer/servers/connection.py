@@ -13,8 +13,8 @@ import requests
 from fastkl.trainer.config.server import ServerConfig
 from fastkl.trainer.errors import ConfigError, ServerError
 
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds
-PASSING = (408, 425, 429)  # and 5xx
+RETRY_PAUSE, RETRY_LONGEST_PAUSE = 1.0, 30.0  # seconds: the first pause, which doubles, and the longest
+RETRY_STATUS = (408, 425, 429)  # and 5xx
 QUOTED = 300  # characters of an answer that a message repeats
 HINTS = {
     401: "; server.api_key_env names the environment variable with the key",
@@ -34,8 +34,8 @@ class Refused(ServerError):
         self.status = status
 
 
-class Passing(Exception):
-    """Something that may be over at the next attempt."""
+class Transient(Exception):
+    """What may be over at the next attempt."""
 
     def __init__(self, reason: str, pause: float = 0.0) -> None:
         super().__init__(reason)
@@ -76,16 +76,16 @@ class Connection:
         while True:
             try:
                 answer = read(self._once(url, body, final))
-            except Passing as error:
+            except Transient as error:
                 self.failures += 1
                 if attempt == self._attempts:
                     raise ServerError(
                         f"{self.whose} gave no answer at {url} in {attempt} attempts and "
-                        f"{time.monotonic() - start:.0f} s: {error}. Bring it back and give the same command again: a "
+                        f"{time.monotonic() - start:.0f} s: {error}. Bring it back, and give the same command again: a "
                         f"training run goes on where it stopped"
                     ) from error
                 self._announce(f"{self.whose}: {error}; trying again, {self._attempts} attempts in all")
-                time.sleep(min(LONGEST_PAUSE, max(error.pause, FIRST_PAUSE * 2 ** (attempt - 1))))
+                time.sleep(min(RETRY_LONGEST_PAUSE, max(error.pause, RETRY_PAUSE * 2 ** (attempt - 1))))
                 attempt += 1
             else:
                 self._announced = False
@@ -95,11 +95,11 @@ class Connection:
         try:
             response = requests.post(url, json=body, timeout=self._timeout, auth=self._authorize, allow_redirects=False)
         except requests.RequestException as error:
-            raise Passing(self._quote(f"{type(error).__name__}: {_innermost(error)}")) from error
+            raise Transient(self._quote(f"{type(error).__name__}: {_innermost(error)}")) from error
         status = response.status_code
-        if status in PASSING or (status >= 500 and status not in final):
+        if status in RETRY_STATUS or (status >= 500 and status not in final):
             asked = response.headers.get("Retry-After", "")
-            raise Passing(f"HTTP {status}: {self._quote(response.text)}", float(asked) if asked.isdecimal() else 0.0)
+            raise Transient(f"HTTP {status}: {self._quote(response.text)}", float(asked) if asked.isdecimal() else 0.0)
         if status != 200:
             raise Refused(f"HTTP {status} from {url}: {self._quote(response.text)}{HINTS.get(status, '')}", status)
         return response
@@ -108,9 +108,9 @@ class Connection:
         try:
             answer = response.json()
         except ValueError as error:
-            raise Passing(f"no JSON in the answer: {self._quote(response.text)}") from error
+            raise Transient(f"no JSON in the answer: {self._quote(response.text)}") from error
         if not isinstance(answer, dict):
-            raise Passing(f"no JSON object in the answer: {self._quote(response.text)}")
+            raise Transient(f"no JSON object in the answer: {self._quote(response.text)}")
         return answer
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:

@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubVllm]:
-    monkeypatch.setattr(connection, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(connection, "RETRY_PAUSE", 0.01)
     with serving(folder / "student", kind=StubVllm) as server:
         yield server
 
