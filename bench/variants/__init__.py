@@ -1,37 +1,18 @@
 """What the Triton kernels are compiled for: every way in which a launch may differ and need a kernel of its own.
 
-A family of kernels adds its variants to `VARIANTS`; `bench kernels` and the tests take them from there.
+A family of kernels lists its launchers in a file of this folder. `bench kernels` and the tests take the variants from here.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from bench.variants import divergence, rows, score, sparse
+from bench.variants.launcher import Launcher, Variant
 
-from bench.variants.divergence import divergence_variants
-from bench.variants.rows import row_variants
-from bench.variants.score import score_variants
-from bench.variants.sparse import sparse_variants
-
-
-class Variant(Protocol):
-    @property
-    def kernel(self) -> str:
-        """The launcher, as family.function."""
-
-    @property
-    def config(self) -> str:
-        """What is special about this variant."""
-
-    @property
-    def representative(self) -> bool:
-        """Is it compiled on every test run?"""
-
-    @property
-    def programs(self) -> int:
-        """How many must fit a multiprocessor at a time, by their registers."""
-
-    def launch(self, n: int = 2, offset: int = 0) -> None:
-        """Calls the launcher for `n` rows, on a CPU, with what there is per row `offset` entries into its buffers."""
+LAUNCHERS: list[Launcher] = [*rows.LAUNCHERS, *divergence.LAUNCHERS, *score.LAUNCHERS, *sparse.LAUNCHERS]
+VARIANTS: list[Variant] = [Variant(launcher, options) for launcher in LAUNCHERS for options in launcher.variants]
 
 
-VARIANTS: list[Variant] = [*row_variants(), *divergence_variants(), *score_variants(), *sparse_variants()]
+def variant(kernel: str, **options: object) -> Variant:
+    """A representative variant of a kernel, or another one by its differences."""
+    launcher = next(launcher for launcher in LAUNCHERS if launcher.kernel == kernel)
+    return Variant(launcher, launcher.representative[0]).but(**options)

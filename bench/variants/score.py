@@ -1,81 +1,78 @@
-"""What the scoring kernels (`kernels/score/triton.py`) are compiled for; see `variants.py`."""
+"""What the scoring kernels are compiled for (`kernels/score/triton.py`): one that multiplies and one that merges."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
+from bench.variants.launcher import BF16, BOTH, FP16, FP32, Launcher, Options, grid
 from fastkl.kernels.problem import HeadOptions
-from fastkl.kernels.score import triton as score_triton
-from fastkl.kernels.score.triton import Head
+from fastkl.kernels.score.triton import Head, reverse_kl, token_nll
+
+# dtype and D: at 512 the steps of D come out even; at 528 they do not; 520 has no vectors, but descriptors; 513 neither.
+OPERANDS = [(BF16, 512), (BF16, 528), (BF16, 513), (FP32, 512), (FP32, 513), (FP16, 520)]
 
 
-class ScoreVariant(NamedTuple):
-    """A scoring function on heads of one kind: a kernel that multiplies and one that merges."""
-
-    name: str
-    dtype: torch.dtype = torch.bfloat16
-    dim: int = 512  # 512: steps of D come out even; 528: they do not; 520: no vectors, but descriptors; 513: neither
-    entropy: bool = False
-    capped: bool = False
-    capped_teacher: bool = False
-    bias: bool = False
-    tokens: bool = True
-    vocabulary: int = 4096
-
-    @property
-    def kernel(self) -> str:
-        return f"score.{self.name}"
-
-    @property
-    def config(self) -> str:
-        flags = [f for f in ("entropy", "capped", "capped_teacher", "bias", "tokens") if getattr(self, f)]
-        return "-".join([str(self.dtype).removeprefix("torch."), *flags, str(self.dim), str(self.vocabulary)])
-
-    @property
-    def representative(self) -> bool:
-        return self in REPRESENTATIVE
-
-    @property
-    def programs(self) -> int:
-        return 1
-
-    def launch(self, n: int = 2, offset: int = 0) -> None:
-        """On `n` rows, with tokens and values `offset` entries into their buffers."""
-        tokens = torch.zeros(n + offset, dtype=torch.int64)[offset:]
-        out = torch.empty(2, n + offset)[:, offset:]
-        if self.name == "token_nll":
-            score_triton.token_nll(self._head(n, self.capped), tokens, out, self.entropy)
-        else:
-            heads = self._head(n, self.capped), self._head(n, self.capped_teacher)
-            score_triton.reverse_kl(*heads, tokens if self.tokens else None, out)
-
-    def _head(self, n: int, capped: bool) -> Head:
-        hidden, weight = (torch.empty(rows, self.dim, dtype=self.dtype) for rows in (n, self.vocabulary))
-        bias = torch.empty(self.vocabulary, dtype=self.dtype) if self.bias else None
-        return Head(hidden, weight, bias, HeadOptions(temperature=0.5 + n, softcap=0.5 + n if capped else None))
+def _head(n: int, operands: tuple[torch.dtype, int], capped: bool, bias: bool, vocabulary: int) -> Head:
+    dtype, dim = operands
+    hidden, weight = (torch.empty(rows, dim, dtype=dtype) for rows in (n, vocabulary))
+    options = HeadOptions(temperature=0.5 + n, softcap=0.5 + n if capped else None)
+    return Head(hidden, weight, torch.empty(vocabulary, dtype=dtype) if bias else None, options)
 
 
-# A common one of each function, and one of each that lacks what makes that one fast.
-REPRESENTATIVE = (
-    ScoreVariant("token_nll"),
-    ScoreVariant("token_nll", torch.bfloat16, 528, entropy=True, bias=True),
-    ScoreVariant("reverse_kl", capped_teacher=True),
-    ScoreVariant("reverse_kl", torch.float16, 520, capped=True, bias=True),
-)
+def _token_nll(n: int, offset: int, entropy: bool, **head: Any) -> None:
+    token_nll(_head(n, **head), *_rows(n, offset), entropy)
 
 
-def score_variants() -> Iterator[ScoreVariant]:
-    both = (False, True)
-    operands = [*itertools.product([torch.bfloat16], [512, 528, 513]), *itertools.product([torch.float32], [512, 513])]
-    operands += [(torch.float16, 520)]
-    for (dtype, dim), capped, bias in itertools.product(operands, both, both):
-        for entropy in both:
-            yield ScoreVariant("token_nll", dtype, dim, entropy, capped, bias=bias)
-        for capped_teacher in both:
-            yield ScoreVariant("reverse_kl", dtype, dim, False, capped, capped_teacher, bias)
-    yield ScoreVariant("reverse_kl", tokens=False, vocabulary=4097)
-    yield ScoreVariant("token_nll", vocabulary=4097)
+def _reverse_kl(n: int, offset: int, capped: bool, capped_teacher: bool, tokens: bool, **head: Any) -> None:
+    student, teacher = _head(n, capped=capped, **head), _head(n, capped=capped_teacher, **head)
+    ids, out = _rows(n, offset)
+    reverse_kl(student, teacher, ids if tokens else None, out)
+
+
+def _rows(n: int, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and values."""
+    return torch.zeros(n + offset, dtype=torch.int64)[offset:], torch.empty(2, n + offset)[:, offset:]
+
+
+TOKEN_NLL: Options = {
+    "operands": (BF16, 512),
+    "capped": False,
+    "bias": False,
+    "entropy": False,
+    "vocabulary": 4096,
+}
+REVERSE_KL: Options = {
+    "operands": (BF16, 512),
+    "capped": False,
+    "capped_teacher": True,
+    "bias": False,
+    "tokens": True,
+    "vocabulary": 4096,
+}
+# Representative: a common one of each function, and one of each that lacks what makes that one fast.
+LAUNCHERS = [
+    Launcher(
+        "score.token_nll",
+        _token_nll,
+        [
+            *grid(operands=OPERANDS, capped=BOTH, bias=BOTH, entropy=BOTH, vocabulary=[4096]),
+            TOKEN_NLL | {"vocabulary": 4097},
+        ],
+        [TOKEN_NLL, TOKEN_NLL | {"operands": (BF16, 528), "bias": True, "entropy": True}],
+        programs=1,
+        multiplies=True,
+    ),
+    Launcher(
+        "score.reverse_kl",
+        _reverse_kl,
+        [
+            *grid(operands=OPERANDS, capped=BOTH, capped_teacher=BOTH, bias=BOTH, tokens=[True], vocabulary=[4096]),
+            REVERSE_KL | {"capped_teacher": False, "tokens": False, "vocabulary": 4097},
+        ],
+        [REVERSE_KL, REVERSE_KL | {"operands": (FP16, 520), "capped": True, "capped_teacher": False, "bias": True}],
+        programs=1,
+        multiplies=True,
+    ),
+]

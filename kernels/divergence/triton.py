@@ -1,8 +1,8 @@
-"""Divergences (`divergence.py`) in Triton, one program per row, for CUDA and HIP devices.
+"""Divergences (`formula.py`) in Triton, one program per row, for CUDA and HIP devices.
 
 A program walks its row once for the sums that normalise it, once more for those that need p and q themselves, where the
 kind has any, and once more, if a gradient is wanted, to write it, over the row or elsewhere. The first walk is as in
-`triton_common.py`, here for either side: with a = z − max z, l = Σ e^a, subscript t for the teacher, δ = a − a_t and
+`rows/walk.py`, here for either side: with a = z − max z, l = Σ e^a, subscript t for the teacher, δ = a − a_t and
 c = log(l / l_t),
 
     log p − log q = δ − c                    reverse_kl = Σ e^a δ / l − c            u = p (δ − Σ e^a δ / l)
@@ -10,7 +10,7 @@ c = log(l / l_t),
 
 Equal logits give δ = 0 and l = l_t exactly. δ moves by (m − m') − (m_t − m_t') when maxima are raised.
 
-The second walk sums φ and p s of the table in `divergence.py`. With r = log(p/q) and t = e^−|r| ≤ 1, nothing there
+The second walk sums φ and p s of the table in `formula.py`. With r = log(p/q) and t = e^−|r| ≤ 1, nothing there
 overflows or cancels: where w and w_t are the weights of p and q in m, λ is that of the larger one of p and q and μ that
 of the smaller one,
 
@@ -20,7 +20,7 @@ of the smaller one,
 Equal logits have r = 0, t = 1 and x = 1 exactly, and hence a value and a gradient of exactly 0. The compiler is not to fuse
 multiplications with additions: p − q would be off by the rounding of one of them.
 
-Otherwise the rules are those of `triton_common.py`; a token id outside the vocabulary makes the log-probs NaN and nothing
+Otherwise the rules are those of `rows/walk.py`; a token id outside the vocabulary makes the log-probs NaN and nothing
 else, and the bits are the same whether extras are wanted or not.
 """
 
@@ -31,20 +31,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkl.kernels.divergence.formula import Divergence, Extras, Outputs, mixture, without_skew
+from fastkl.kernels.launch import token_ids
 from fastkl.kernels.rows.interface import Logits
-from fastkl.kernels.rows.launch import (
-    check_chunk,
-    finite_or_zero,
-    launch_config,
-    launch_on,
-    load_block,
-    load_one,
-    raise_max,
-    register_limit,
-    store_gradient,
-)
-
-NO_EXTRAS = (None,) * len(Extras._fields)
+from fastkl.kernels.rows.launch import chunk, launch_rows, row_kernel, written_to
+from fastkl.kernels.rows.walk import carry, finite_or_zero, load_block, load_one, raise_max, store_gradient
 
 
 def divergence(
@@ -55,63 +45,30 @@ def divergence(
     The teacher's chunk is left as it is, and the student's where the gradient has a place of its own.
     """
     assert logits.teacher is not None
-    x, x_t = logits.student, logits.teacher
-    check_chunk(x, gradient)
-    check_chunk(x_t)
-    n, vocabulary = x.shape
-    if n == 0:
-        return
-    block, num_warps = launch_config(chunks=2)
     value, token_nll, extras = Outputs.of(out)
     m = mixture(kind, parameter)
-    with launch_on(x):
-        _divergence_kernel[(n,)](
-            # data
-            x,
-            x_t,
-            tokens,
-            value,
-            token_nll,
-            *(NO_EXTRAS if extras is None else extras),
-            gradient,
-            1.0 if logits.student_cap is None else logits.student_cap,
-            1.0 if logits.teacher_cap is None else logits.teacher_cap,
-            m.student,
-            m.teacher,
-            # shapes
-            vocabulary,
-            # strides
-            x.stride(0),
-            x_t.stride(0),
-            0 if tokens is None else tokens.stride(0),
-            out.stride(1),
-            0 if gradient is None else gradient.stride(0),
-            # constants
-            KIND=without_skew(kind, parameter),
-            EXTRAS=extras is not None,
-            CAPPED=logits.student_cap is not None,
-            CAPPED_T=logits.teacher_cap is not None,
-            BLOCK=block,
-            num_warps=num_warps,
-            enable_fp_fusion=False,
-            **register_limit(num_warps, programs=2 if extras is None else 1),  # extras need too many for two
-        )
+    launch_rows(
+        _divergence_kernel,
+        logits.student,
+        logits.student_cap,
+        chunks=2,
+        programs=2 if extras is None else 1,  # extras need too many registers for two
+        **chunk(logits.teacher, logits.teacher_cap, "_t"),
+        **token_ids(tokens),
+        **written_to(gradient),
+        **{f"{name}_ptr": None if extras is None else getattr(extras, name) for name in Extras._fields},
+        value_ptr=value,
+        token_nll_ptr=token_nll,
+        out_stride_row=out.stride(1),
+        weight=m.student,
+        weight_t=m.teacher,
+        KIND=without_skew(kind, parameter),
+        EXTRAS=extras is not None,
+        enable_fp_fusion=False,
+    )
 
 
-@triton.jit(
-    do_not_specialize=["tokens_stride", "out_stride_row"],
-    do_not_specialize_on_alignment=[
-        "tokens_ptr",
-        "value_ptr",
-        "token_nll_ptr",
-        "teacher_nll_ptr",
-        "entropy_ptr",
-        "teacher_entropy_ptr",
-        "reverse_kl_ptr",
-        "forward_kl_ptr",
-        "agreement_ptr",
-    ],
-)
+@row_kernel
 def _divergence_kernel(
     # data
     x_ptr: tl.tensor,  # [n, V]
@@ -143,7 +100,7 @@ def _divergence_kernel(
     EXTRAS: tl.constexpr,
     CAPPED: tl.constexpr,
     CAPPED_T: tl.constexpr,
-    BLOCK: tl.constexpr,  # logits of each chunk held at a time
+    BLOCK_N: tl.constexpr,  # logits of each chunk held at a time
 ) -> None:
     REVERSE: tl.constexpr = EXTRAS or KIND == "reverse_kl"
     FORWARD: tl.constexpr = EXTRAS or KIND == "forward_kl"
@@ -164,21 +121,23 @@ def _divergence_kernel(
     m_t = float("-inf")
     top = 0  # where m is found first
     top_t = 0
-    l_lanes = tl.zeros([BLOCK], tl.float32)
-    l_t_lanes = tl.zeros([BLOCK], tl.float32)
-    reverse_lanes = tl.zeros([BLOCK], tl.float32)  # Σ e^a δ
-    forward_lanes = tl.zeros([BLOCK], tl.float32)  # −Σ e^a_t δ
-    entropy_lanes = tl.zeros([BLOCK], tl.float32)  # Σ e^a a
-    entropy_t_lanes = tl.zeros([BLOCK], tl.float32)  # Σ e^a_t a_t
-    lost_lanes = tl.full([BLOCK], float("-inf"), tl.float32)  # the largest z among tokens that the teacher cannot emit
-    lost_t_lanes = tl.full([BLOCK], float("-inf"), tl.float32)  # the largest z_t among those that the student cannot
-    for start in range(0, vocabulary, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
+    l_lanes = tl.zeros([BLOCK_N], tl.float32)
+    l_t_lanes = tl.zeros([BLOCK_N], tl.float32)
+    reverse_lanes = tl.zeros([BLOCK_N], tl.float32)  # Σ e^a δ
+    forward_lanes = tl.zeros([BLOCK_N], tl.float32)  # −Σ e^a_t δ
+    entropy_lanes = tl.zeros([BLOCK_N], tl.float32)  # Σ e^a a
+    entropy_t_lanes = tl.zeros([BLOCK_N], tl.float32)  # Σ e^a_t a_t
+    lost_lanes = tl.full(
+        [BLOCK_N], float("-inf"), tl.float32
+    )  # the largest z among tokens that the teacher cannot emit
+    lost_t_lanes = tl.full([BLOCK_N], float("-inf"), tl.float32)  # the largest z_t among those that the student cannot
+    for start in range(0, vocabulary, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
         z = load_block(x_ptr, columns, vocabulary, cap, CAPPED)
         z_t = load_block(x_t_ptr, columns, vocabulary, cap_t, CAPPED_T)
         m_before, m_t_before = m, m_t
-        m, base, step = raise_max(m, z)
-        m_t, base_t, step_t = raise_max(m_t, z_t)
+        m, base, step = raise_max(m, z, 1.0, 0)
+        m_t, base_t, step_t = raise_max(m_t, z_t, 1.0, 0)
         a = z - base
         a_t = z_t - base_t
         e = tl.exp(a)
@@ -186,14 +145,14 @@ def _divergence_kernel(
         factor = tl.exp(step)
         factor_t = tl.exp(step_t)
         if REVERSE:
-            reverse_lanes = _carry(reverse_lanes, l_lanes, step - step_t, factor) + e * _difference(a, a_t)
+            reverse_lanes = carry(reverse_lanes, l_lanes, step - step_t, factor) + e * _difference(a, a_t)
             lost_lanes = tl.maximum(lost_lanes, tl.where(z_t == float("-inf"), z, float("-inf")))
         if FORWARD:
-            forward_lanes = _carry(forward_lanes, l_t_lanes, step_t - step, factor_t) + e_t * _difference(a_t, a)
+            forward_lanes = carry(forward_lanes, l_t_lanes, step_t - step, factor_t) + e_t * _difference(a_t, a)
             lost_t_lanes = tl.maximum(lost_t_lanes, tl.where(z == float("-inf"), z_t, float("-inf")))
         if EXTRAS:
-            entropy_lanes = _carry(entropy_lanes, l_lanes, step, factor) + e * tl.where(e > 0.0, a, 0.0)
-            entropy_t_lanes = _carry(entropy_t_lanes, l_t_lanes, step_t, factor_t) + e_t * tl.where(e_t > 0.0, a_t, 0.0)
+            entropy_lanes = carry(entropy_lanes, l_lanes, step, factor) + e * tl.where(e > 0.0, a, 0.0)
+            entropy_t_lanes = carry(entropy_t_lanes, l_t_lanes, step_t, factor_t) + e_t * tl.where(e_t > 0.0, a_t, 0.0)
             if m > m_before:
                 top = start + tl.argmax(z, 0)
             if m_t > m_t_before:
@@ -235,12 +194,12 @@ def _divergence_kernel(
         tl.store(teacher_entropy_ptr + place, tl.log(total_t) - tl.div_rn(tl.sum(entropy_t_lanes, 0), total_t))
         tl.store(agreement_ptr + place, tl.where(top == top_t, 1.0, 0.0) + undefined)
 
-    last = (vocabulary - 1) // BLOCK * BLOCK
+    last = (vocabulary - 1) // BLOCK_N * BLOCK_N
     if TWO_WALKS:
-        value_lanes = tl.zeros([BLOCK], tl.float32)
-        mean_lanes = tl.zeros([BLOCK], tl.float32)
-        for done in range(0, vocabulary, BLOCK):  # from the end: what was read last is still in the L2 cache
-            columns = last - done + tl.arange(0, BLOCK)
+        value_lanes = tl.zeros([BLOCK_N], tl.float32)
+        mean_lanes = tl.zeros([BLOCK_N], tl.float32)
+        for done in range(0, vocabulary, BLOCK_N):  # from the end: what was read last is still in the L2 cache
+            columns = last - done + tl.arange(0, BLOCK_N)
             z = load_block(x_ptr, columns, vocabulary, cap, CAPPED)
             z_t = load_block(x_t_ptr, columns, vocabulary, cap_t, CAPPED_T)
             p = tl.exp(z - base) * scale
@@ -253,9 +212,9 @@ def _divergence_kernel(
         tl.store(value_ptr + place, tl.sum(value_lanes, 0) + undefined)
 
     if u_ptr is not None:
-        for done in range(0, vocabulary, BLOCK):  # from where the walk before it ended
+        for done in range(0, vocabulary, BLOCK_N):  # from where the walk before it ended
             start = done if TWO_WALKS else last - done
-            columns = start + tl.arange(0, BLOCK)
+            columns = start + tl.arange(0, BLOCK_N)
             z = load_block(x_ptr, columns, vocabulary, cap, CAPPED)
             z_t = load_block(x_t_ptr, columns, vocabulary, cap_t, CAPPED_T)
             p = tl.exp(z - base) * scale
@@ -269,12 +228,6 @@ def _divergence_kernel(
                 phi, s = _terms(p, q, r, weight, weight_t, KIND)
                 u = p * (s - mean)
             store_gradient(u_ptr, columns, vocabulary, u, z, cap, CAPPED)
-
-
-@triton.jit
-def _carry(sum_lanes: tl.tensor, l_lanes: tl.tensor, shift: tl.tensor, factor: tl.tensor) -> tl.tensor:
-    """Σ e^a f after the maximum was raised by −log(factor), which moved every f by `shift`."""
-    return tl.where(factor > 0.0, (sum_lanes + l_lanes * shift) * factor, 0.0)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Log-probs of tokens and entropies in Triton: the interface of `rows_torch.py`, in the way of `triton_common.py`.
+"""Log-probs of tokens and entropies in Triton: the interface of `pytorch.py`, in the way of `walk.py`.
 
 With a = z − m, m = max z, l = Σ e^a and p = e^a / l:
 
@@ -10,125 +10,63 @@ With a = z − m, m = max z, l = Σ e^a and p = e^a / l:
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastkl.kernels.launch import token_ids
 from fastkl.kernels.rows.interface import Logits
-from fastkl.kernels.rows.launch import (
-    check_chunk,
-    finite_or_zero,
-    launch_config,
-    launch_on,
-    load_block,
-    load_one,
-    raise_max,
-    register_limit,
-    store_gradient,
-)
+from fastkl.kernels.rows.launch import launch_rows, row_kernel, written_to
+from fastkl.kernels.rows.walk import carry, finite_or_zero, load_block, load_one, raise_max, store_gradient
 
 
 def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> None:
     """out[0] = lse(z) − z[y]; gradient p − 1[y]."""
     assert tokens is not None
-    x = logits.student
-    check_chunk(x, gradient)
-    n, vocabulary = x.shape
-    if n == 0:
-        return
-    block, num_warps = launch_config(chunks=1)
-    with launch_on(x):
-        _token_nll_kernel[(n,)](
-            # data
-            x,
-            tokens,
-            out,
-            gradient,
-            1.0 if logits.student_cap is None else logits.student_cap,
-            # shapes
-            vocabulary,
-            # strides
-            x.stride(0),
-            tokens.stride(0),
-            out.stride(1),
-            0 if gradient is None else gradient.stride(0),
-            # constants
-            CAPPED=logits.student_cap is not None,
-            BLOCK=block,
-            num_warps=num_warps,
-        )
+    launch_rows(
+        _token_nll_kernel,
+        logits.student,
+        logits.student_cap,
+        **token_ids(tokens),
+        **written_to(gradient),
+        out_ptr=out,
+        out_stride_row=out.stride(1),
+    )
 
 
 def token_nll_entropy(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> None:
     """out[0] = −log p[y], out[1] = H = −Σ p log p, out[2] = m = max z, out[3] = lse(z) − m. The chunk stays."""
     assert tokens is not None
     assert gradient is None, "entropy_gradient makes it, once the weights are known"
-    x = logits.student
-    check_chunk(x)
-    n, vocabulary = x.shape
-    if n == 0:
-        return
-    block, num_warps = launch_config(chunks=1)
-    with launch_on(x):
-        _token_nll_entropy_kernel[(n,)](
-            # data
-            x,
-            tokens,
-            out,
-            1.0 if logits.student_cap is None else logits.student_cap,
-            # shapes
-            vocabulary,
-            # strides
-            x.stride(0),
-            tokens.stride(0),
-            out.stride(0),
-            out.stride(1),
-            # constants
-            CAPPED=logits.student_cap is not None,
-            BLOCK=block,
-            num_warps=num_warps,
-            **register_limit(num_warps, programs=2),
-        )
+    launch_rows(
+        _token_nll_entropy_kernel,
+        logits.student,
+        logits.student_cap,
+        programs=2,
+        **token_ids(tokens),
+        out_ptr=out,
+        out_stride_value=out.stride(0),
+        out_stride_row=out.stride(1),
+    )
 
 
 def entropy_gradient(logits: Logits, tokens: Tensor, out: Tensor, weights: Tensor, gradient: Tensor) -> None:
     """w₀ (p − 1[y]) − w₁ p (log p + H), the gradient of w₀ out[0] + w₁ out[1]; weights [2, n]."""
-    x = logits.student
-    check_chunk(x, gradient)
-    n, vocabulary = x.shape
-    if n == 0:
-        return
-    block, num_warps = launch_config(chunks=1)
     weights = weights.contiguous()
-    with launch_on(x):
-        _entropy_gradient_kernel[(n,)](
-            # data
-            x,
-            tokens,
-            out,
-            weights,
-            gradient,
-            1.0 if logits.student_cap is None else logits.student_cap,
-            # shapes
-            vocabulary,
-            # strides
-            x.stride(0),
-            tokens.stride(0),
-            out.stride(0),
-            out.stride(1),
-            weights.stride(0),
-            gradient.stride(0),
-            # constants
-            CAPPED=logits.student_cap is not None,
-            BLOCK=block,
-            num_warps=num_warps,
-        )
+    launch_rows(
+        _entropy_gradient_kernel,
+        logits.student,
+        logits.student_cap,
+        **token_ids(tokens),
+        **written_to(gradient),
+        out_ptr=out,
+        out_stride_value=out.stride(0),
+        out_stride_row=out.stride(1),
+        weights_ptr=weights,
+        weights_stride_value=weights.stride(0),
+    )
 
 
-@triton.jit(
-    do_not_specialize=["tokens_stride", "out_stride_row"],
-    do_not_specialize_on_alignment=["tokens_ptr", "out_ptr"],
-)
+@row_kernel
 def _token_nll_kernel(
     # data
     x_ptr: tl.tensor,  # [n, V]
@@ -145,7 +83,7 @@ def _token_nll_kernel(
     u_stride_row: tl.tensor,
     # constants
     CAPPED: tl.constexpr,
-    BLOCK: tl.constexpr,  # logits held at a time
+    BLOCK_N: tl.constexpr,  # logits held at a time
 ) -> None:
     row = tl.program_id(0).to(tl.int64)  # n · V exceeds int32
     x_ptr += row * x_stride_row
@@ -155,10 +93,10 @@ def _token_nll_kernel(
     target = load_one(x_ptr, y, vocabulary, cap, CAPPED)
 
     m = float("-inf")
-    l_lanes = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocabulary, BLOCK):
-        z = load_block(x_ptr, start + tl.arange(0, BLOCK), vocabulary, cap, CAPPED)
-        m, base, step = raise_max(m, z)
+    l_lanes = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, vocabulary, BLOCK_N):
+        z = load_block(x_ptr, start + tl.arange(0, BLOCK_N), vocabulary, cap, CAPPED)
+        m, base, step = raise_max(m, z, 1.0, 0)
         l_lanes = tl.fma(l_lanes, tl.exp(step), tl.exp(z - base))
     base = finite_or_zero(m)
     total = tl.sum(l_lanes, 0)
@@ -166,18 +104,15 @@ def _token_nll_kernel(
 
     if u_ptr is not None:
         scale = tl.where(target == target, tl.div_rn(1.0, total), target)  # NaN if there is no such token
-        last = (vocabulary - 1) // BLOCK * BLOCK
-        for done in range(0, vocabulary, BLOCK):  # from the end: what was read last is still in the L2 cache
-            columns = last - done + tl.arange(0, BLOCK)
+        last = (vocabulary - 1) // BLOCK_N * BLOCK_N
+        for done in range(0, vocabulary, BLOCK_N):  # from the end: what was read last is still in the L2 cache
+            columns = last - done + tl.arange(0, BLOCK_N)
             z = load_block(x_ptr, columns, vocabulary, cap, CAPPED)
             u = tl.exp(z - base) * scale - tl.where(columns == y.to(tl.int32), 1.0, 0.0)
             store_gradient(u_ptr, columns, vocabulary, u, z, cap, CAPPED)
 
 
-@triton.jit(
-    do_not_specialize=["tokens_stride", "out_stride_value", "out_stride_row"],
-    do_not_specialize_on_alignment=["tokens_ptr", "out_ptr"],
-)
+@row_kernel
 def _token_nll_entropy_kernel(
     # data
     x_ptr: tl.tensor,  # [n, V]
@@ -193,7 +128,7 @@ def _token_nll_entropy_kernel(
     out_stride_row: tl.tensor,
     # constants
     CAPPED: tl.constexpr,
-    BLOCK: tl.constexpr,  # logits held at a time
+    BLOCK_N: tl.constexpr,  # logits held at a time
 ) -> None:
     row = tl.program_id(0).to(tl.int64)  # n · V exceeds int32
     x_ptr += row * x_stride_row
@@ -201,15 +136,14 @@ def _token_nll_entropy_kernel(
     target = load_one(x_ptr, tl.load(tokens_ptr + row * tokens_stride), vocabulary, cap, CAPPED)
 
     m = float("-inf")
-    l_lanes = tl.zeros([BLOCK], tl.float32)
-    weighted_lanes = tl.zeros([BLOCK], tl.float32)  # Σ e^a a
-    for start in range(0, vocabulary, BLOCK):
-        z = load_block(x_ptr, start + tl.arange(0, BLOCK), vocabulary, cap, CAPPED)
-        m, base, step = raise_max(m, z)
+    l_lanes = tl.zeros([BLOCK_N], tl.float32)
+    weighted_lanes = tl.zeros([BLOCK_N], tl.float32)  # Σ e^a a
+    for start in range(0, vocabulary, BLOCK_N):
+        z = load_block(x_ptr, start + tl.arange(0, BLOCK_N), vocabulary, cap, CAPPED)
+        m, base, step = raise_max(m, z, 1.0, 0)
         a = z - base
         e, factor = tl.exp(a), tl.exp(step)
-        carried = tl.where(factor > 0.0, (weighted_lanes + l_lanes * step) * factor, 0.0)
-        weighted_lanes = carried + e * tl.where(a == float("-inf"), 0.0, a)
+        weighted_lanes = carry(weighted_lanes, l_lanes, step, factor) + e * tl.where(a == float("-inf"), 0.0, a)
         l_lanes = tl.fma(l_lanes, factor, e)
     base = finite_or_zero(m)
     total = tl.sum(l_lanes, 0)
@@ -220,10 +154,7 @@ def _token_nll_entropy_kernel(
     tl.store(out_ptr + 3 * out_stride_value, log_total)
 
 
-@triton.jit(
-    do_not_specialize=["tokens_stride", "out_stride_value", "out_stride_row", "weights_stride_value"],
-    do_not_specialize_on_alignment=["tokens_ptr", "out_ptr", "weights_ptr"],
-)
+@row_kernel
 def _entropy_gradient_kernel(
     # data
     x_ptr: tl.tensor,  # [n, V]
@@ -243,7 +174,7 @@ def _entropy_gradient_kernel(
     u_stride_row: tl.tensor,
     # constants
     CAPPED: tl.constexpr,
-    BLOCK: tl.constexpr,  # logits held at a time
+    BLOCK_N: tl.constexpr,  # logits held at a time
 ) -> None:
     row = tl.program_id(0).to(tl.int64)  # n · V exceeds int32
     x_ptr += row * x_stride_row
@@ -256,8 +187,8 @@ def _entropy_gradient_kernel(
     log_total = tl.load(out_ptr + 3 * out_stride_value)
     w_nll = tl.where(nll == nll, tl.load(weights_ptr + row), nll)  # NaN if there is no such token
     w_entropy = tl.load(weights_ptr + weights_stride_value + row)
-    for start in range(0, vocabulary, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
+    for start in range(0, vocabulary, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
         z = load_block(x_ptr, columns, vocabulary, cap, CAPPED)
         log_p = (z - base) - log_total  # in this order: large logits cancel before anything is rounded
         p = tl.exp(log_p)

@@ -1,21 +1,19 @@
 """The steps of a block in the sparse backward (`triton.py`), each a launch or two of `triton_kernels.py`.
 
-Operands of 16 bits are multiplied by tensor cores: wgmma on sm_90, tcgen05 on sm_100, mma and mfma elsewhere. The rows of
-W are gathered through pointers, 16 bytes per thread where V, D and the distances of rows are multiples of 16; tensor
-descriptors cannot gather on sm_90. float32 is multiplied as float32, without tensor cores on NVIDIA's chips, slower than by
-a vendor's GEMM. Nothing here was measured.
+The rows of W are gathered through pointers, 16 bytes per thread where V, D and the distances of rows are multiples of 16;
+tensor descriptors cannot gather on sm_90. Nothing here was measured.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 
-from fastkl.kernels.rows.launch import GRADIENT_DTYPES, check_device, current_target, launch_on
+from fastkl.kernels.launch import LaunchConfig, check_device, current_target, launch, product_config, suits_vectors
+from fastkl.kernels.rows.launch import GRADIENT_DTYPES
 from fastkl.kernels.sparse.estimator import SPLIT
 from fastkl.kernels.sparse.triton_kernels import (
     column_squares_kernel,
@@ -26,34 +24,10 @@ from fastkl.kernels.sparse.triton_kernels import (
     weight_gradient_kernel,
 )
 
-SQUARES = 8, 1024  # rows and columns that it holds at a time
-TILE = 1024  # columns of a program that draws
-COMPACTED = 2048  # columns of a row that move at a time
+SQUARES = LaunchConfig(8, 1024)
+DRAW = LaunchConfig(block_n=1024)
+COMPACT = LaunchConfig(block_n=2048, num_warps=8)
 PROGRAMS = 2  # per multiprocessor, that take the tiles of dW
-
-
-class LaunchConfig(NamedTuple):
-    block_m: int  # of a tile of the result
-    block_n: int
-    block_k: int  # of the inner length, per step
-    num_warps: int
-    num_stages: int  # steps whose operands are on their way or in use
-
-
-def launch_config(target: GPUTarget, dtype: torch.dtype, vectors: bool) -> LaunchConfig:
-    """The shape of a program that multiplies operands of `dtype`: a rule, not an autotuner, and blind to B and K.
-
-    The order of sums, and with it the bits of a gradient, must not depend on a timing, nor on what was drawn.
-    """
-    if dtype == torch.float32:
-        return LaunchConfig(64, 64, 16, 8, 2)
-    if not vectors:
-        return LaunchConfig(64, 64, 32, 8, 1)
-    if target.backend == "hip":
-        return LaunchConfig(128, 128, 64, 8, 2)
-    if target.arch // 10 in (9, 10):
-        return LaunchConfig(128, 128, 64, 8, 4)
-    return LaunchConfig(128, 128, 32, 8, 4)
 
 
 class Selection(NamedTuple):
@@ -74,25 +48,20 @@ def column_squares(gradient: Tensor, weights: Tensor) -> Tensor:
             f'backend="torch"'
         )
     n, vocabulary = gradient.shape
-    rows, columns = SQUARES
     partials = weights.new_empty(triton.cdiv(n, SPLIT), vocabulary)
-    with launch_on(gradient):
-        column_squares_kernel[(triton.cdiv(vocabulary, columns), partials.shape[0])](
-            # data
-            gradient,
-            weights,
-            partials,
-            # shapes
-            n,
-            vocabulary,
-            # strides
-            gradient.stride(0),
-            # constants
-            SPLIT=SPLIT,
-            BLOCK_M=rows,
-            BLOCK_N=columns,
-            num_warps=4,
-        )
+    launch(
+        column_squares_kernel,
+        (triton.cdiv(vocabulary, SQUARES.block_n), partials.shape[0]),
+        SQUARES,
+        gradient.device,
+        u_ptr=gradient,
+        u_stride_row=gradient.stride(0),
+        weights_ptr=weights,
+        partials_ptr=partials,
+        n=n,
+        vocabulary=vocabulary,
+        SPLIT=SPLIT,
+    )
     return partials.sum(0)
 
 
@@ -104,35 +73,21 @@ def select_columns(w: Tensor, tau: Tensor, seed: int, block: int) -> Selection:
     vocabulary = w.shape[0]
     ids = torch.empty(vocabulary, dtype=torch.int32, device=w.device)
     inverse = torch.empty_like(w)
-    counts = ids.new_empty(triton.cdiv(vocabulary, TILE))
-    drawn = *_halves(seed), block
-    with launch_on(w):
-        count_columns_kernel[counts.shape](
-            # data
-            w,
-            tau,
-            counts,
-            *drawn,
-            # shapes
-            vocabulary,
-            # constants
-            BLOCK=TILE,
-        )
-        ends = counts.cumsum(0, dtype=torch.int32)
-        list_columns_kernel[counts.shape](
-            # data
-            w,
-            tau,
-            counts,
-            ends,
-            ids,
-            inverse,
-            *drawn,
-            # shapes
-            vocabulary,
-            # constants
-            BLOCK=TILE,
-        )
+    counts = ids.new_empty(triton.cdiv(vocabulary, DRAW.block_n))
+    low, high = _halves(seed)
+    draw = {
+        "w_ptr": w,
+        "tau_ptr": tau,
+        "counts_ptr": counts,
+        "seed_low": low,
+        "seed_high": high,
+        "block": block,
+        "vocabulary": vocabulary,
+    }
+    launch(count_columns_kernel, (len(counts),), DRAW, w.device, **draw)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    listed = {"ends_ptr": ends, "ids_ptr": ids, "inverse_ptr": inverse}
+    launch(list_columns_kernel, (len(counts),), DRAW, w.device, **draw, **listed)
     return Selection(ids, inverse, ends[-1:], tau)
 
 
@@ -140,21 +95,21 @@ def compact(gradient: Tensor, columns: Selection, capped: bool) -> Tensor:
     """Moves gradient[:, ids] / π to the first K columns. Each row's Σ û − Σ u, [B], where Σ u is 0 if not `capped`."""
     n, vocabulary = gradient.shape
     excess = torch.empty(n, dtype=torch.float32, device=gradient.device)
-    with launch_on(gradient):
-        compact_kernel[(n,)](
-            # data
-            gradient,
-            *columns,
-            excess,
-            # shapes
-            vocabulary,
-            # strides
-            gradient.stride(0),
-            # constants
-            CAPPED=capped,
-            BLOCK=COMPACTED,
-            num_warps=8,
-        )
+    launch(
+        compact_kernel,
+        (n,),
+        COMPACT,
+        gradient.device,
+        u_ptr=gradient,
+        u_stride_row=gradient.stride(0),
+        ids_ptr=columns.ids,
+        inverse_ptr=columns.inverse,
+        count_ptr=columns.kept,
+        tau_ptr=columns.tau,
+        excess_ptr=excess,
+        vocabulary=vocabulary,
+        CAPPED=capped,
+    )
     return excess
 
 
@@ -162,70 +117,58 @@ def hidden_gradient(
     gradient: Tensor, weight: Tensor, columns: Selection, slope: Tensor, excess: Tensor, centre: Tensor
 ) -> Tensor:
     """slope · (û weight[ids] − excess · centre) [B, D] in the weight's dtype; û in the first columns of `gradient`."""
-    n, vocabulary = gradient.shape
-    dim = weight.shape[1]
+    n, dim = gradient.shape[0], weight.shape[1]
     out = weight.new_empty(n, dim)
-    config = _config(gradient, weight)
-    with launch_on(gradient):
-        hidden_gradient_kernel[(triton.cdiv(n, config.block_m) * triton.cdiv(dim, config.block_n),)](
-            # data
-            gradient,
-            weight,
-            columns.ids,
-            columns.kept,
-            slope.contiguous(),
-            excess,
-            centre,
-            out,
-            # shapes
-            n,
-            vocabulary,
-            dim,
-            # strides
-            gradient.stride(0),
-            weight.stride(0),
-            # constants
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    config = _product_config(gradient, weight)
+    launch(
+        hidden_gradient_kernel,
+        (triton.cdiv(n, config.block_m) * triton.cdiv(dim, config.block_n),),
+        config,
+        gradient.device,
+        **_estimate_arguments(gradient, columns),
+        w_ptr=weight,
+        w_stride_row=weight.stride(0),
+        dim=dim,
+        slope_ptr=slope.contiguous(),
+        excess_ptr=excess,
+        centre_ptr=centre,
+        out_ptr=out,
+    )
     return out
 
 
 def add_to_weight_gradient(accumulator: Tensor, gradient: Tensor, hidden: Tensor, columns: Selection) -> None:
     """accumulator[ids] += ûᵀ hidden; accumulator [V, D] float32, û and hidden [B, D] of one dtype."""
-    n, vocabulary = gradient.shape
-    config = _config(gradient, hidden)
-    with launch_on(gradient):
-        weight_gradient_kernel[(_programs(gradient.device),)](
-            # data
-            gradient,
-            hidden,
-            columns.ids,
-            columns.kept,
-            accumulator,
-            # shapes
-            n,
-            vocabulary,
-            hidden.shape[1],
-            # strides
-            gradient.stride(0),
-            hidden.stride(0),
-            *accumulator.stride(),
-            # constants
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    launch(
+        weight_gradient_kernel,
+        (_programs(gradient.device),),
+        _product_config(gradient, hidden),
+        gradient.device,
+        **_estimate_arguments(gradient, columns),
+        h_ptr=hidden,
+        h_stride_row=hidden.stride(0),
+        dim=hidden.shape[1],
+        accumulator_ptr=accumulator,
+        accumulator_stride_row=accumulator.stride(0),
+        accumulator_stride_column=accumulator.stride(1),
+    )
 
 
-def _config(gradient: Tensor, other: Tensor) -> LaunchConfig:
-    vectors = all(t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0 for t in (gradient, other))
-    return launch_config(current_target(), gradient.dtype, vectors)
+def _estimate_arguments(gradient: Tensor, columns: Selection) -> dict[str, Any]:
+    """û as arguments of a product."""
+    return {
+        "u_ptr": gradient,
+        "u_stride_row": gradient.stride(0),
+        "n": gradient.shape[0],
+        "vocabulary": gradient.shape[1],
+        "ids_ptr": columns.ids,
+        "count_ptr": columns.kept,
+    }
+
+
+def _product_config(gradient: Tensor, other: Tensor) -> LaunchConfig:
+    """Blind to what was drawn, too."""
+    return product_config(current_target(), gradient.dtype, suits_vectors(gradient) and suits_vectors(other))
 
 
 def _programs(device: torch.device) -> int:

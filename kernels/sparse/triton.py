@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkl.kernels.rows.launch import check_device
+from fastkl.kernels.launch import check_device, check_rows
 from fastkl.kernels.sparse.estimator import Estimate, Sparse, centre
 from fastkl.kernels.sparse.probabilities import is_sparse, row_weights, solve
 from fastkl.kernels.sparse.steps import (
@@ -43,10 +43,7 @@ class TritonColumnSampler:
 
     def __init__(self, sparse: Sparse, weight: Tensor, capped: bool) -> None:
         check_device("weight is", weight)
-        if weight.stride(1) != 1 and weight.shape[1] > 1:
-            raise ValueError(
-                f"the elements of a row of the weight must lie side by side; the strides are {weight.stride()}"
-            )
+        check_rows("weight", weight)
         self.sparse, self.weight, self.capped = sparse, weight, capped
         self.centre = centre(weight)
         self.block = self.seen = 0  # blocks, and entries of u

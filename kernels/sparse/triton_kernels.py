@@ -59,10 +59,10 @@ def count_columns_kernel(
     # shapes
     vocabulary: tl.tensor,
     # constants
-    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ) -> None:
     """How many columns of each tile are kept."""
-    _, _, _, kept = _draw(w_ptr, tau_ptr, seed_low, seed_high, block, vocabulary, BLOCK)
+    _, _, _, kept = _draw(w_ptr, tau_ptr, seed_low, seed_high, block, vocabulary, BLOCK_N)
     tl.store(counts_ptr + tl.program_id(0), tl.sum(kept, 0))
 
 
@@ -84,11 +84,11 @@ def list_columns_kernel(
     # shapes
     vocabulary: tl.tensor,
     # constants
-    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ) -> None:
     """The columns that are kept, in ascending order, and 1 / π of each."""
     tile = tl.program_id(0)
-    columns, w, tau, kept = _draw(w_ptr, tau_ptr, seed_low, seed_high, block, vocabulary, BLOCK)
+    columns, w, tau, kept = _draw(w_ptr, tau_ptr, seed_low, seed_high, block, vocabulary, BLOCK_N)
     first = tl.load(ends_ptr + tile) - tl.load(counts_ptr + tile)
     places = first + tl.cumsum(kept, 0) - kept
     tl.store(ids_ptr + places, columns, mask=kept > 0)
@@ -104,13 +104,13 @@ def _draw(
     seed_high: tl.tensor,
     block: tl.tensor,
     vocabulary: tl.tensor,
-    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """The columns of the program's tile, w, τ, and 1 where a column is kept, else 0.
 
     It is kept with probability w / τ; always if τ < 0, and where w is NaN. Independent for each (seed, block, column).
     """
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     w = tl.load(w_ptr + columns, mask=columns < vocabulary, other=0.0)
     tau = tl.load(tau_ptr)
     seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
@@ -136,17 +136,17 @@ def compact_kernel(
     u_stride_row: tl.tensor,
     # constants
     CAPPED: tl.constexpr,  # Σ u is not 0
-    BLOCK: tl.constexpr,  # a multiple of PAD
+    BLOCK_N: tl.constexpr,  # a multiple of PAD
 ) -> None:
     """u[:, ids[k]] / π moves to u[:, k], within the row that this program owns.
 
-    Why nothing is read after it was overwritten. ids ascend without repetition, so that ids[k] ≥ k. Say a tile stands at
-    [s, s + BLOCK). It stores there alone. Later tiles load from ids[k] ≥ k ≥ s + BLOCK, which it has not touched; earlier
-    tiles loaded before it stored, for each tile has a barrier between its loads and its stores. That barrier also parts
-    the loads of a tile from its own stores: another thread's k may be this thread's ids[k]. The loads of Σ u come before
-    the first barrier. A barrier orders the memory accesses of all warps of the program, and no other program has the row.
-    A wave of an AMD chip may pass a barrier while its loads are under way: the sum over all warps in front of it needs
-    what was loaded, and has a barrier after every warp has put its part into shared memory.
+    Why nothing is read after it was overwritten. ids ascend without repetition, hence ids[k] ≥ k. Say a tile stands at
+    [s, s + BLOCK_N). It stores there alone. Later tiles load from ids[k] ≥ k ≥ s + BLOCK_N, which it has not touched.
+    Earlier tiles loaded before it stored, for each tile has a barrier between its loads and its stores. That barrier also
+    parts the loads of a tile from its own stores: another thread's k may be this thread's ids[k]. The loads of Σ u come
+    before the first barrier. A barrier orders the memory accesses of all warps of the program, and no other program has
+    the row. A wave of an AMD chip may pass a barrier while its loads are under way: the sum over all warps in front of it
+    needs what was loaded, and has a barrier after every warp has put its part into shared memory.
     The zeros behind û lie in the last tile, after all loads.
     """
     row = tl.program_id(0).to(tl.int64)  # n · V exceeds int32
@@ -155,14 +155,14 @@ def compact_kernel(
     excess = 0.0
     if tl.load(tau_ptr) >= 0.0:  # else all columns are kept as they are
         if CAPPED:
-            lanes = tl.zeros([BLOCK], tl.float32)
-            for start in range(0, vocabulary, BLOCK):
-                columns = start + tl.arange(0, BLOCK)
+            lanes = tl.zeros([BLOCK_N], tl.float32)
+            for start in range(0, vocabulary, BLOCK_N):
+                columns = start + tl.arange(0, BLOCK_N)
                 lanes -= tl.load(u_ptr + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
             excess += tl.sum(lanes, 0)
         end = min(tl.cdiv(count, PAD) * PAD, vocabulary)
-        for start in range(0, end, BLOCK):
-            places = start + tl.arange(0, BLOCK)
+        for start in range(0, end, BLOCK_N):
+            places = start + tl.arange(0, BLOCK_N)
             kept = places < count
             ids = tl.load(ids_ptr + places, mask=kept, other=0)
             u = tl.load(u_ptr + ids, mask=kept, other=0.0).to(tl.float32)

@@ -1,6 +1,6 @@
-"""What is dense in `top_k.py`, its `TailFunctions`, in Triton and in the way of `triton_common.py`.
+"""What is dense in `formula.py`, its `TailFunctions`, in Triton and in the way of `rows/walk.py`.
 
-Entries of −inf are left out: `top_k` has put them where the listed tokens were.
+Entries of −inf are left out: `formula.top_k` has put them where the listed tokens were.
 """
 
 from __future__ import annotations
@@ -9,70 +9,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkl.kernels.rows.launch import (
-    check_chunk,
-    finite_or_zero,
-    launch_config,
-    launch_on,
-    raise_max,
-    store_gradient,
-    tanh,
-)
+from fastkl.kernels.rows.launch import launch_rows, row_kernel, written_to
+from fastkl.kernels.rows.walk import finite_or_zero, raise_max, store_gradient, tanh
 
 
 def tail_sums(x: Tensor, cap: float | None, out: Tensor) -> None:
-    """out[0] = m = max z, out[1] = Σ exp(z − m) (`top_k.TailFunctions`)."""
-    check_chunk(x)
-    n, vocabulary = x.shape
-    if n == 0:
-        return
-    block, num_warps = launch_config(chunks=1)
-    with launch_on(x):
-        _tail_sums_kernel[(n,)](
-            # data
-            x,
-            out,
-            1.0 if cap is None else cap,
-            # shapes
-            vocabulary,
-            # strides
-            x.stride(0),
-            out.stride(0),
-            # constants
-            CAPPED=cap is not None,
-            BLOCK=block,
-            num_warps=num_warps,
-        )
+    """out[0] = m = max z, out[1] = Σ exp(z − m) (`formula.TailFunctions`)."""
+    launch_rows(_tail_sums_kernel, x, cap, out_ptr=out, out_stride_value=out.stride(0))
 
 
 def tail_gradient(x: Tensor, cap: float | None, m: Tensor, scale: Tensor, gradient: Tensor) -> None:
-    """gradient = scale exp(z − m) dz/dx (`top_k.TailFunctions`)."""
-    check_chunk(x, gradient)
-    n, vocabulary = x.shape
-    if n == 0:
-        return
-    block, num_warps = launch_config(chunks=1)
-    with launch_on(x):
-        _tail_gradient_kernel[(n,)](
-            # data
-            x,
-            m.contiguous(),
-            scale.contiguous(),
-            gradient,
-            1.0 if cap is None else cap,
-            # shapes
-            vocabulary,
-            # strides
-            x.stride(0),
-            gradient.stride(0),
-            # constants
-            CAPPED=cap is not None,
-            BLOCK=block,
-            num_warps=num_warps,
-        )
+    """gradient = scale exp(z − m) dz/dx (`formula.TailFunctions`)."""
+    m, scale = m.contiguous(), scale.contiguous()
+    launch_rows(_tail_gradient_kernel, x, cap, **written_to(gradient), m_ptr=m, scale_ptr=scale)
 
 
-@triton.jit(do_not_specialize=["out_stride_value"], do_not_specialize_on_alignment=["out_ptr"])
+@row_kernel
 def _tail_sums_kernel(
     # data
     x_ptr: tl.tensor,  # [n, V]; what is −inf is left out
@@ -85,21 +37,21 @@ def _tail_sums_kernel(
     out_stride_value: tl.tensor,
     # constants
     CAPPED: tl.constexpr,
-    BLOCK: tl.constexpr,  # logits held at a time
+    BLOCK_N: tl.constexpr,  # logits held at a time
 ) -> None:
     row = tl.program_id(0).to(tl.int64)  # n · V exceeds int32
     x_ptr += row * x_stride_row
     m = float("-inf")
-    l_lanes = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocabulary, BLOCK):
-        z = _load_entries(x_ptr, start + tl.arange(0, BLOCK), vocabulary, cap, CAPPED)
-        m, base, step = raise_max(m, z)
+    l_lanes = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, vocabulary, BLOCK_N):
+        z = _load_entries(x_ptr, start + tl.arange(0, BLOCK_N), vocabulary, cap, CAPPED)
+        m, base, step = raise_max(m, z, 1.0, 0)
         l_lanes = tl.fma(l_lanes, tl.exp(step), tl.exp(z - base))
     tl.store(out_ptr + row, m)
     tl.store(out_ptr + out_stride_value + row, tl.sum(l_lanes, 0))
 
 
-@triton.jit(do_not_specialize_on_alignment=["m_ptr", "scale_ptr"])
+@row_kernel
 def _tail_gradient_kernel(
     # data
     x_ptr: tl.tensor,  # [n, V]; what is −inf is left out
@@ -114,14 +66,14 @@ def _tail_gradient_kernel(
     u_stride_row: tl.tensor,
     # constants
     CAPPED: tl.constexpr,
-    BLOCK: tl.constexpr,  # logits held at a time
+    BLOCK_N: tl.constexpr,  # logits held at a time
 ) -> None:
     row = tl.program_id(0).to(tl.int64)  # n · V exceeds int32
     x_ptr += row * x_stride_row
     u_ptr += row * u_stride_row
     base, scale = finite_or_zero(tl.load(m_ptr + row)), tl.load(scale_ptr + row)
-    for start in range(0, vocabulary, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
+    for start in range(0, vocabulary, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
         z = _load_entries(x_ptr, columns, vocabulary, cap, CAPPED)
         u = scale * tl.exp(z - base)
         store_gradient(u_ptr, columns, vocabulary, u, tl.where(z == float("-inf"), 0.0, z), cap, CAPPED)

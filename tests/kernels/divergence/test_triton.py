@@ -27,7 +27,7 @@ from row_contract import WIDTH, TritonContract, assert_far_apart_rows_are_right,
 
 from fastkl.kernels.divergence.formula import Extras
 from fastkl.kernels.divergence.triton import _divergence_kernel, divergence
-from fastkl.kernels.rows.launch import launch_config
+from fastkl.kernels.rows.launch import row_config
 
 DEVICE = triton_device()
 # A chunk of bf16 is stored as such: rounded to 8 bits on a GPU, cut off after them by the interpreter.
@@ -37,7 +37,7 @@ CAPS: dict[str, Caps] = {
     "student-capped": (30.0, None),
     "teacher-capped": (None, 4.0),
 }
-BLOCK = launch_config(2).block
+BLOCK = row_config(2).block_n
 WIDE = BLOCK + 3
 EDGES = edges(WIDE, BLOCK)
 slow = pytest.mark.slow

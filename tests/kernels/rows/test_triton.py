@@ -19,13 +19,13 @@ from fastkl import reference
 from fastkl.kernels.rows import pytorch as rows_pytorch
 from fastkl.kernels.rows import triton as rows_triton
 from fastkl.kernels.rows.interface import Logits, RowFunction
-from fastkl.kernels.rows.launch import launch_config
+from fastkl.kernels.rows.launch import row_config
 
 DEVICE = triton_device()
 # A chunk of bf16 is stored as such: rounded to 8 bits on a GPU, cut off after them by the interpreter.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-BLOCK = launch_config(1).block
+BLOCK = row_config(1).block_n
 WIDE = BLOCK + 3  # two blocks
 EDGES = edges(WIDE, BLOCK)
 

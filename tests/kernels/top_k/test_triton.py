@@ -16,12 +16,12 @@ from torch import Tensor
 
 from fastkl.kernels.rows import pytorch as rows_pytorch
 from fastkl.kernels.rows.interface import Logits
-from fastkl.kernels.rows.launch import launch_config
+from fastkl.kernels.rows.launch import row_config
 from fastkl.kernels.top_k import triton as top_k_triton
 from fastkl.kernels.top_k.formula import DIRECTIONS, TAILS, top_k
 
 DEVICE = triton_device()
-BLOCK = launch_config(1).block
+BLOCK = row_config(1).block_n
 caps = pytest.mark.parametrize("cap", [None, 3.0])
 
 

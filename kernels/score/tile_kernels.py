@@ -1,25 +1,25 @@
-"""The kernels of `score_triton.py`, where the formulas and the schedule are.
-
-A kernel multiplies and reduces one split of the vocabulary for one tile of rows; another merges the splits of a row. Of
-what varies from call to call nothing is specialised, hence nothing compiled again; V, D and the distances of rows are, on
-being multiples of 16: these are properties of a model.
-"""
+"""The kernels that score: each multiplies and reduces one split of the vocabulary for one tile of rows (`triton.py`)."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import triton
 import triton.language as tl
 
-from fastkl.kernels.rows.launch import finite_or_zero
+from fastkl.kernels.rows.walk import raise_max
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
-
-@triton.jit(
-    do_not_specialize=["n", "splits", "width", "group", "tokens_stride"],
-    do_not_specialize_on_alignment=["tokens_ptr", "partials_ptr", "targets_ptr"],
+# Declares a kernel of this room. These are the parameters that vary from call to call.
+score_kernel: Callable[[Any], Any] = triton.jit(
+    do_not_specialize=["n", "splits", "width", "group", "tokens_stride", "out_stride_value", "out_stride_row"],
+    do_not_specialize_on_alignment=["tokens_ptr", "partials_ptr", "targets_ptr", "out_ptr"],
 )
+
+
+@score_kernel
 def token_nll_kernel(
     # data
     h: tl.tensor,  # [n, D]
@@ -52,7 +52,7 @@ def token_nll_kernel(
 ) -> None:
     first_row, split = _work_item(n, splits, group, BLOCK_M)
     rows = first_row + tl.arange(0, BLOCK_M)
-    y = _load_tokens(tokens_ptr, rows, n, vocabulary, tokens_stride)
+    y = load_tokens(tokens_ptr, rows, n, vocabulary, tokens_stride)
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -63,12 +63,12 @@ def token_nll_kernel(
             CAPPED, EVEN_K, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         _store_targets(targets_ptr, s, y, rows, start, BLOCK_N)
-        m, base, step = _raise_max(m, s, scale)
+        m, base, step = raise_max(m, s, scale * LOG2_E, 1)
         a = (s - base[:, None]) * (scale * LOG2_E)
         e = tl.exp2(a)
         factor = tl.exp2(step)
         if ENTROPY:
-            carried = _carried(weighted, total, factor, step)
+            carried = carry_base2(weighted, total, step, factor)
             weighted = carried + tl.sum(tl.where(a == float("-inf"), 0.0, e * a), 1)
         total = tl.fma(total, factor, tl.sum(e, 1))
     partials_ptr += split.to(tl.int64) * n + rows
@@ -80,10 +80,7 @@ def token_nll_kernel(
         tl.store(partials_ptr + 2 * value_stride, weighted, mask=inside)
 
 
-@triton.jit(
-    do_not_specialize=["n", "splits", "width", "group", "tokens_stride"],
-    do_not_specialize_on_alignment=["tokens_ptr", "partials_ptr", "targets_ptr"],
-)
+@score_kernel
 def reverse_kl_kernel(
     # data
     h: tl.tensor,  # [n, D]
@@ -126,7 +123,7 @@ def reverse_kl_kernel(
     first_row, split = _work_item(n, splits, group, BLOCK_M)
     rows = first_row + tl.arange(0, BLOCK_M)
     if tokens_ptr is not None:
-        y = _load_tokens(tokens_ptr, rows, n, vocabulary, tokens_stride)
+        y = load_tokens(tokens_ptr, rows, n, vocabulary, tokens_stride)
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     m_t = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -145,14 +142,14 @@ def reverse_kl_kernel(
         )  # fmt: skip
         if tokens_ptr is not None:
             _store_targets(targets_ptr, s, y, rows, start, BLOCK_N)
-        m, base, step = _raise_max(m, s, scale)
-        m_t, base_t, step_t = _raise_max(m_t, s_t, scale_t)
+        m, base, step = raise_max(m, s, scale * LOG2_E, 1)
+        m_t, base_t, step_t = raise_max(m_t, s_t, scale_t * LOG2_E, 1)
         a = (s - base[:, None]) * (scale * LOG2_E)
         a_t = (s_t - base_t[:, None]) * (scale_t * LOG2_E)
         e = tl.exp2(a)
         factor = tl.exp2(step)
         one_sided = (a == float("-inf")) | (a_t == float("-inf"))
-        carried = _carried(weighted, total, factor, step - step_t)
+        carried = carry_base2(weighted, total, step - step_t, factor)
         weighted = carried + tl.sum(e * tl.where(one_sided, 0.0, a - a_t), 1)
         lost = tl.maximum(lost, tl.max(tl.where(a_t == float("-inf"), s, float("-inf")), 1))
         total = tl.fma(total, factor, tl.sum(e, 1))
@@ -166,91 +163,6 @@ def reverse_kl_kernel(
     tl.store(partials_ptr + 3 * value_stride, total_t, mask=inside)
     tl.store(partials_ptr + 4 * value_stride, weighted, mask=inside)
     tl.store(partials_ptr + 5 * value_stride, lost, mask=inside)
-
-
-@triton.jit(
-    do_not_specialize=["n", "splits", "tokens_stride", "out_stride_value", "out_stride_row"],
-    do_not_specialize_on_alignment=["partials_ptr", "targets_ptr", "tokens_ptr", "out_ptr"],
-)
-def merge_token_nll_kernel(
-    # data
-    partials_ptr: tl.tensor,  # [2 or 3, splits, n]
-    targets_ptr: tl.tensor,  # [n]
-    tokens_ptr: tl.tensor,  # [n]
-    out_ptr: tl.tensor,  # [1 or 2, n]
-    scale: tl.tensor,
-    # shapes
-    n: tl.tensor,
-    vocabulary: tl.tensor,
-    splits: tl.tensor,
-    # strides
-    tokens_stride: tl.tensor,
-    out_stride_value: tl.tensor,
-    out_stride_row: tl.tensor,
-    # constants
-    ENTROPY: tl.constexpr,
-    SPLITS: tl.constexpr,  # a power of two
-    BLOCK_M: tl.constexpr,
-) -> None:
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = rows < n
-    value_stride = splits.to(tl.int64) * n
-    base, step, factor = _merged_max(partials_ptr, rows, n, splits, scale, SPLITS)
-    totals = _load_splits(partials_ptr + value_stride, rows, n, splits, 0.0, SPLITS)
-    total = tl.sum(totals * factor, 0)
-    log_total = tl.log(total)
-    target = _load_targets(targets_ptr, tokens_ptr, rows, n, vocabulary, tokens_stride)
-    out_ptr += rows * out_stride_row
-    tl.store(out_ptr, (base - target) * scale + log_total, mask=inside)
-    if ENTROPY:
-        weighted = _load_splits(partials_ptr + 2 * value_stride, rows, n, splits, 0.0, SPLITS)
-        mean = tl.div_rn(tl.sum(_carried(weighted, totals, factor, step), 0), total)
-        tl.store(out_ptr + out_stride_value, log_total - mean * LN_2, mask=inside)
-
-
-@triton.jit(
-    do_not_specialize=["n", "splits", "tokens_stride", "out_stride_value", "out_stride_row"],
-    do_not_specialize_on_alignment=["partials_ptr", "targets_ptr", "tokens_ptr", "out_ptr"],
-)
-def merge_reverse_kl_kernel(
-    # data
-    partials_ptr: tl.tensor,  # [6, splits, n]
-    targets_ptr: tl.tensor,  # [n], or None without tokens
-    tokens_ptr: tl.tensor,  # [n] or None
-    out_ptr: tl.tensor,  # [2, n]
-    scale: tl.tensor,
-    scale_t: tl.tensor,
-    # shapes
-    n: tl.tensor,
-    vocabulary: tl.tensor,
-    splits: tl.tensor,
-    # strides
-    tokens_stride: tl.tensor,
-    out_stride_value: tl.tensor,
-    out_stride_row: tl.tensor,
-    # constants
-    SPLITS: tl.constexpr,  # a power of two
-    BLOCK_M: tl.constexpr,
-) -> None:
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = rows < n
-    value_stride = splits.to(tl.int64) * n
-    base, step, factor = _merged_max(partials_ptr, rows, n, splits, scale, SPLITS)
-    _, step_t, factor_t = _merged_max(partials_ptr + 2 * value_stride, rows, n, splits, scale_t, SPLITS)
-    totals = _load_splits(partials_ptr + value_stride, rows, n, splits, 0.0, SPLITS)
-    totals_t = _load_splits(partials_ptr + 3 * value_stride, rows, n, splits, 0.0, SPLITS)
-    weighted = _load_splits(partials_ptr + 4 * value_stride, rows, n, splits, 0.0, SPLITS)
-    lost = _load_splits(partials_ptr + 5 * value_stride, rows, n, splits, float("-inf"), SPLITS)
-    total = tl.sum(totals * factor, 0)
-    mean = tl.div_rn(tl.sum(_carried(weighted, totals, factor, step - step_t), 0), total)
-    mean += tl.where(tl.exp2((tl.max(lost, 0) - base) * (scale * LOG2_E)) > 0.0, float("inf"), 0.0)
-    out_ptr += rows * out_stride_row
-    tl.store(out_ptr, mean * LN_2 - tl.log(tl.div_rn(total, tl.sum(totals_t * factor_t, 0))), mask=inside)
-    nll = tl.zeros([BLOCK_M], tl.float32)
-    if tokens_ptr is not None:
-        target = _load_targets(targets_ptr, tokens_ptr, rows, n, vocabulary, tokens_stride)
-        nll = (base - target) * scale + tl.log(total)
-    tl.store(out_ptr + out_stride_value, nll, mask=inside)
 
 
 @triton.jit
@@ -305,12 +217,12 @@ def _scores(
     if bias_ptr is not None:
         s += tl.load(bias_ptr + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)[None, :]
     if CAPPED:
-        s = _tanh(s * alpha)
+        s = tanh_base2(s * alpha)
     return tl.where((columns < vocabulary)[None, :], s, float("-inf"))
 
 
 @triton.jit
-def _load_tokens(
+def load_tokens(
     tokens_ptr: tl.tensor, rows: tl.tensor, n: tl.tensor, vocabulary: tl.tensor, tokens_stride: tl.tensor
 ) -> tl.tensor:
     """The tokens of `rows`; −1 where there is no such token."""
@@ -331,61 +243,13 @@ def _store_targets(
 
 
 @triton.jit
-def _load_targets(
-    targets_ptr: tl.tensor,
-    tokens_ptr: tl.tensor,
-    rows: tl.tensor,
-    n: tl.tensor,
-    vocabulary: tl.tensor,
-    tokens_stride: tl.tensor,
-) -> tl.tensor:
-    """s[y]; NaN where there is no such token."""
-    y = _load_tokens(tokens_ptr, rows, n, vocabulary, tokens_stride)
-    return tl.load(targets_ptr + rows, mask=y >= 0, other=float("nan"))
-
-
-@triton.jit
-def _load_splits(
-    partials_ptr: tl.tensor, rows: tl.tensor, n: tl.tensor, splits: tl.tensor, other: float, SPLITS: tl.constexpr
-) -> tl.tensor:
-    """One partial value of `rows` [SPLITS, rows]; `other` beyond the last split."""
-    split = tl.arange(0, SPLITS)[:, None]
-    inside = (split < splits) & (rows < n)[None, :]
-    return tl.load(partials_ptr + split.to(tl.int64) * n + rows[None, :], mask=inside, other=other)
-
-
-@triton.jit
-def _merged_max(
-    partials_ptr: tl.tensor,
-    rows: tl.tensor,
-    n: tl.tensor,
-    splits: tl.tensor,
-    scale: tl.tensor,
-    SPLITS: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """m' over all splits, or 0; d = c (m − m') of each split; 2^d."""
-    m = _load_splits(partials_ptr, rows, n, splits, float("-inf"), SPLITS)
-    base = finite_or_zero(tl.max(m, 0))
-    step = tl.where(m == float("-inf"), 0.0, (m - base[None, :]) * (scale * LOG2_E))
-    return base, step, tl.exp2(step)
-
-
-@triton.jit
-def _raise_max(m: tl.tensor, s: tl.tensor, scale: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """m' = max(m, max s); what to subtract from scores for it, m'; and d. The last two are 0 while nothing was possible."""
-    raised = tl.maximum(m, tl.max(s, 1))
-    base = finite_or_zero(raised)
-    return raised, base, tl.where(m == float("-inf"), 0.0, (m - base) * (scale * LOG2_E))
-
-
-@triton.jit
-def _carried(weighted: tl.tensor, total: tl.tensor, factor: tl.tensor, step: tl.tensor) -> tl.tensor:
+def carry_base2(weighted: tl.tensor, total: tl.tensor, shift: tl.tensor, factor: tl.tensor) -> tl.tensor:
     """2^d (Σ 2^a x + l d_x); 0 where nothing of l remains, for d may be infinite there."""
-    return tl.where(total * factor > 0.0, factor * tl.fma(total, step, weighted), 0.0)
+    return tl.where(total * factor > 0.0, factor * tl.fma(total, shift, weighted), 0.0)
 
 
 @triton.jit
-def _tanh(x: tl.tensor) -> tl.tensor:
+def tanh_base2(x: tl.tensor) -> tl.tensor:
     """Within a few ulp everywhere: a Taylor polynomial where 1 − e^(−2|x|) would cancel."""
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
     far = (1.0 - e) / (1.0 + e)

@@ -1,0 +1,92 @@
+"""What the programs of row kernels do block by block.
+
+A program walks its row in blocks of BLOCK_N logits: once to gather everything the values need, and once more, if a gradient
+is wanted, to write it, over the row or elsewhere. With m the largest logit, everything is made of a = z − m, so that
+e^a ≤ 1, and of l = Σ e^a: written this way logits of any common size cancel before anything is rounded. m is not known
+beforehand. When a block raises it from m to m', what was summed is carried over; a term x that moves by d (which is
+m − m' for a itself) makes that
+
+    l ← e^(m − m') l                  Σ e^a x ← e^(m − m') (Σ e^a x + d l)
+
+A soft-cap, z = cap · tanh(x), is applied after each load, and dz/dx = (cap − z)(cap + z) / cap before the store.
+
+The rules of `pytorch.py` at the edges: a token with z = −inf or p = 0 adds nothing; NaN, +inf and rows of nothing but
+−inf end in NaN. Where `pytorch.py` hits a device-side assertion, for a token id outside the vocabulary, the row becomes
+NaN here.
+
+Sums are taken per lane and then in a tree, without atomics: the same row gives the same bits, whatever rows surround it.
+`score/tile_kernels.py` has `carry` and `tanh` of its own: in powers of 2, which have other bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_block(
+    x_ptr: tl.tensor, columns: tl.tensor, vocabulary: tl.tensor, cap: tl.tensor, CAPPED: tl.constexpr
+) -> tl.tensor:
+    """The logits z at `columns`; −inf beyond the vocabulary."""
+    inside = columns < vocabulary
+    z = tl.load(x_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    if CAPPED:
+        z = tl.where(inside, cap * tanh(z), float("-inf"))
+    return z
+
+
+@triton.jit
+def load_one(x_ptr: tl.tensor, y: tl.tensor, vocabulary: tl.tensor, cap: tl.tensor, CAPPED: tl.constexpr) -> tl.tensor:
+    """The logit of token y; NaN if there is no such token."""
+    z = tl.load(x_ptr + y, mask=(y >= 0) & (y < vocabulary), other=float("nan")).to(tl.float32)
+    if CAPPED:
+        z = cap * tanh(z)
+    return z
+
+
+@triton.jit
+def store_gradient(
+    u_ptr: tl.tensor,
+    columns: tl.tensor,
+    vocabulary: tl.tensor,
+    u: tl.tensor,
+    z: tl.tensor,
+    cap: tl.tensor,
+    CAPPED: tl.constexpr,
+) -> None:
+    """Stores u · dz/dx at `columns`."""
+    if CAPPED:
+        u *= (cap - z) * (cap + z) * (1.0 / cap)
+    tl.store(u_ptr + columns, u, mask=columns < vocabulary)
+
+
+@triton.jit
+def raise_max(
+    m: tl.tensor, z: tl.tensor, unit: tl.tensor, AXIS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """m' = max(m, max z); what to subtract for it, m'; and (m − m') · unit. The last two are 0 while all z were −inf."""
+    raised = tl.maximum(m, tl.max(z, AXIS))
+    base = finite_or_zero(raised)
+    return raised, base, tl.where(m == float("-inf"), 0.0, (m - base) * unit)
+
+
+@triton.jit
+def finite_or_zero(m: tl.tensor) -> tl.tensor:
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def carry(weighted: tl.tensor, total: tl.tensor, shift: tl.tensor, factor: tl.tensor) -> tl.tensor:
+    """Σ e^a x, with `total` l, after the maximum was raised by −log(factor), which moved every x by `shift`."""
+    return tl.where(factor > 0.0, (weighted + total * shift) * factor, 0.0)
+
+
+@triton.jit
+def tanh(x: tl.tensor) -> tl.tensor:
+    """Within a few ulp everywhere: a Taylor polynomial where 1 − e^(−2|x|) would cancel."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = tl.where(x < 0.0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
+    s = x * x
+    near = x * (1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0)))))
+    return tl.where(tl.abs(x) < 0.25, near, far)
