@@ -98,7 +98,8 @@ def test_representatives_are_variants() -> None:
 
 def like(kernel: str, **options: object) -> Variant:
     """The first representative of a kernel, but for some options."""
-    return next(variant for variant in VARIANTS if variant.representative and variant.kernel == kernel).but(**options)
+    launcher = next(launcher for launcher in LAUNCHERS if launcher.kernel == kernel)
+    return Variant(launcher, {**launcher.representative[0], **options})
 
 
 def plain(kernel: str, gradient: bool, **options: object) -> Variant:
