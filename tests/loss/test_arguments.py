@@ -7,273 +7,262 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import make_problem
+from loss_cases import LOSSES, fused, make_problem, teacher_list
+from torch import inf, nan, ones, zeros
 
 from fastkl import loss
 
 P = make_problem((2, 3), vocabulary=11, dim=5, dtype=torch.float32)
-TOKENS = P.tokens.clamp(min=0)
+P = P._replace(tokens=P.tokens.clamp(min=0), mask=None, bias=None, teacher_bias=None)
 LEAF = P.weight.clone().requires_grad_()
-
-CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "linear_logprobs": (loss.linear_logprobs, {"hidden": P.hidden, "weight": P.weight, "tokens": TOKENS}),
-    "policy_gradient": (
-        loss.policy_gradient_loss,
-        {
-            "hidden": P.hidden,
-            "weight": P.weight,
-            "tokens": TOKENS,
-            "advantages": P.advantages,
-            "old_logprobs": P.sampler_logprobs,
-        },
-    ),
-    "sampled_reverse_kl": (
-        loss.sampled_reverse_kl_loss,
-        {
-            "hidden": P.hidden,
-            "weight": P.weight,
-            "tokens": TOKENS,
-            "teacher_logprobs": P.teacher_logprobs,
-            "sampler_logprobs": P.sampler_logprobs,
-        },
-    ),
-    "reverse_kl": (
-        loss.reverse_kl_loss,
-        {
-            "student_hidden": P.hidden,
-            "student_weight": P.weight,
-            "teacher_hidden": P.teacher_hidden,
-            "teacher_weight": P.teacher_weight,
-        },
-    ),
-}
-HEAD_LOSSES = ("linear_logprobs", "policy_gradient", "sampled_reverse_kl")
-REDUCED = ("policy_gradient", "sampled_reverse_kl", "reverse_kl")
-POLICY = ("policy_gradient", "sampled_reverse_kl")
-
-# (losses, changed arguments, error, parts of the message)
-Case = tuple[tuple[str, ...], dict[str, Any], type[Exception], tuple[str, ...]]
 META = "meta"  # a second device that every machine has
-CASES: dict[str, Case] = {
+Z = zeros(2, 3, 11)
+IDS, LOGPROBS = teacher_list(P, 4)
+
+HEAD = ("linear_logprobs", "policy_gradient", "sampled_reverse_kl")
+ALL = (*HEAD, "reverse_kl", "top_k")
+REDUCED, POLICY, SAMPLED = ALL[1:], HEAD[1:], HEAD[2:]
+KL, JSD, TOP_K = ("reverse_kl",), ("jsd",), ("top_k",)
+OWN_LOGITS = {"teacher_hidden": None, "teacher_weight": None, "teacher_bias": None}
+# (losses, what is changed, the error: parts of its message)
+CASES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     # The head.
-    "weight-width": (HEAD_LOSSES, {"weight": torch.zeros(11, 4)}, ValueError, ("hidden [2, 3, 5]", "weight [11, 4]")),
-    "weight-transposed": (HEAD_LOSSES, {"weight": P.weight.t()}, ValueError, ("weight [5, 11]", "[V, D]")),
-    "weight-1d": (HEAD_LOSSES, {"weight": torch.zeros(5)}, ValueError, ("weight [5]", "[V, D]")),
-    "weight-empty": (HEAD_LOSSES, {"weight": torch.zeros(0, 5)}, ValueError, ("weight [0, 5]", "empty vocabulary")),
-    "weight-type": (HEAD_LOSSES, {"weight": [[0.0]]}, TypeError, ("weight", "list")),
-    "weight-device": (
-        HEAD_LOSSES,
-        {"weight": P.weight.to(META)},
-        ValueError,
-        ("weight is on meta", "hidden is on cpu"),
+    (HEAD, {"weight": zeros(11, 4)}, "ValueError: hidden [2, 3, 5] / weight [11, 4]"),
+    (HEAD, {"weight": P.weight.t()}, "ValueError: weight [5, 11] / [V, D]"),
+    (HEAD, {"weight": zeros(5)}, "ValueError: weight [5] / [V, D]"),
+    (HEAD, {"weight": zeros(0, 5)}, "ValueError: weight [0, 5] / empty vocabulary"),
+    (HEAD, {"weight": [[0.0]]}, "TypeError: weight / list"),
+    (HEAD, {"weight": P.weight.to(META)}, "ValueError: weight is on meta / hidden is on cpu"),
+    (HEAD, {"weight": P.weight.half()}, "TypeError: hidden is torch.float32 / weight is torch.float16 / autocast"),
+    (HEAD, {"hidden": torch.tensor(1.0)}, "ValueError: hidden [] / [..., D]"),
+    (HEAD, {"hidden": None}, "TypeError: hidden / NoneType"),
+    (HEAD, {"hidden": zeros(2, 3, 5).long()}, "TypeError: hidden is torch.int64 / float32"),
+    (HEAD, {"bias": zeros(5)}, "ValueError: bias [5] / weight [11, 5] / [V]"),
+    (HEAD, {"bias": torch.tensor(0.0)}, "ValueError: bias [] / [V]"),
+    (HEAD, {"bias": zeros(11).half()}, "TypeError: torch.float32 / bias is torch.float16"),
+    (HEAD, {"bias": 0.5}, "TypeError: bias / float"),
+    (ALL, {"temperature": 0.0}, "ValueError: temperature is 0.0 / > 0 / greedy"),
+    (ALL, {"temperature": nan}, "ValueError: temperature is nan"),
+    (ALL, {"logit_scale": -2.0}, "ValueError: logit_scale is -2.0 / > 0"),
+    (ALL, {"softcap": 0.0}, "ValueError: softcap is 0.0 / None"),
+    (HEAD, {"softcap": inf}, "ValueError: softcap is inf"),
+    (ALL, {"chunk_size": 0}, "ValueError: chunk_size is 0 / at least 1"),
+    (ALL, {"chunk_size": 4.0}, "ValueError: chunk_size is 4.0 / whole number"),
+    (ALL, {"backend": "cuda"}, "ValueError: backend is 'cuda' / auto, triton, torch"),
+    (ALL, {"weight_grad": zeros(11, 5)}, "ValueError: weight_grad is given / does not require a gradient"),
+    (
+        HEAD,
+        {"weight": LEAF, "weight_grad": zeros(5, 11)},
+        "ValueError: weight_grad is [5, 11] of torch.float32 / expected [11, 5] of torch.float32",
     ),
-    "weight-dtype": (
-        HEAD_LOSSES,
-        {"weight": P.weight.bfloat16()},
-        TypeError,
-        ("hidden is torch.float32", "weight is torch.bfloat16", "autocast"),
-    ),
-    "hidden-0d": (HEAD_LOSSES[:2], {"hidden": torch.tensor(1.0)}, ValueError, ("hidden []", "[..., D]")),
-    "hidden-type": (HEAD_LOSSES[:2], {"hidden": None}, TypeError, ("hidden", "NoneType")),
-    "hidden-int": (
-        HEAD_LOSSES,
-        {"hidden": torch.zeros(2, 3, 5).long()},
-        TypeError,
-        ("hidden is torch.int64", "float32"),
-    ),
-    "bias-shape": (HEAD_LOSSES, {"bias": torch.zeros(5)}, ValueError, ("bias [5]", "weight [11, 5]", "[V]")),
-    "bias-scalar": (HEAD_LOSSES, {"bias": torch.tensor(0.0)}, ValueError, ("bias []", "[V]")),
-    "bias-dtype": (
-        HEAD_LOSSES,
-        {"bias": torch.zeros(11).half()},
-        TypeError,
-        ("torch.float32", "bias is torch.float16"),
-    ),
-    "bias-type": (HEAD_LOSSES, {"bias": 0.5}, TypeError, ("bias", "float")),
-    "temperature-zero": (tuple(CALLS), {"temperature": 0.0}, ValueError, ("temperature is 0.0", "> 0", "greedy")),
-    "temperature-nan": (tuple(CALLS), {"temperature": torch.nan}, ValueError, ("temperature is nan",)),
-    "logit_scale": (tuple(CALLS), {"logit_scale": -2.0}, ValueError, ("logit_scale is -2.0", "> 0")),
-    "softcap": (tuple(CALLS), {"softcap": 0.0}, ValueError, ("softcap is 0.0", "None")),
-    "chunk_size": (tuple(CALLS), {"chunk_size": 0}, ValueError, ("chunk_size is 0", "at least 1")),
-    "chunk_size-float": (tuple(CALLS), {"chunk_size": 4.0}, ValueError, ("chunk_size is 4.0", "whole number")),
-    "backend": (tuple(CALLS), {"backend": "cuda"}, ValueError, ("backend is 'cuda'", "auto, triton, torch")),
-    "weight_grad-frozen": (
-        tuple(CALLS),
-        {"weight_grad": torch.zeros(11, 5)},
-        ValueError,
-        ("weight_grad is given", "does not require a gradient"),
-    ),
-    "weight_grad-shape": (
-        HEAD_LOSSES,
-        {"weight": LEAF, "weight_grad": torch.zeros(5, 11)},
-        ValueError,
-        ("weight_grad is [5, 11] of torch.float32", "expected [11, 5] of torch.float32"),
-    ),
-    "weight_grad-dtype": (
-        HEAD_LOSSES,
-        {"weight": LEAF, "weight_grad": torch.zeros(11, 5).bfloat16()},
-        ValueError,
-        ("weight_grad is [11, 5] of torch.bfloat16", "summed in"),
+    (
+        HEAD,
+        {"weight": LEAF, "weight_grad": zeros(11, 5).bfloat16()},
+        "ValueError: weight_grad is [11, 5] of torch.bfloat16 / summed in",
     ),
     # The tokens.
-    "tokens-shape": (
-        HEAD_LOSSES,
-        {"tokens": TOKENS[0]},
-        ValueError,
-        ("tokens is [3]", "hidden is [2, 3, 5]", "[2, 3]"),
-    ),
-    "tokens-float": (HEAD_LOSSES, {"tokens": TOKENS.float()}, TypeError, ("tokens is torch.float32", "int64")),
-    "tokens-type": (HEAD_LOSSES, {"tokens": [1, 2]}, TypeError, ("tokens", "list")),
-    "tokens-high": (HEAD_LOSSES, {"tokens": TOKENS + 11}, ValueError, ("tokens holds the id", "0 … 10", "-100")),
-    "tokens-negative": (HEAD_LOSSES, {"tokens": TOKENS - 50}, ValueError, ("tokens holds the id -", "ignore_index")),
-    "tokens-device": (HEAD_LOSSES[:2], {"tokens": TOKENS.to(META)}, ValueError, ("tokens is on meta", "cpu")),
-    "tokens-high-kl": (("reverse_kl",), {"tokens": TOKENS + 11}, ValueError, ("tokens holds the id", "0 … 10")),
-    "tokens-shape-kl": (("reverse_kl",), {"tokens": TOKENS[0]}, ValueError, ("tokens is [3]", "[2, 3]")),
+    (HEAD, {"tokens": P.tokens[0]}, "ValueError: tokens is [3] / hidden is [2, 3, 5] / [2, 3]"),
+    (HEAD, {"tokens": P.tokens.float()}, "TypeError: tokens is torch.float32 / int64"),
+    (HEAD, {"tokens": [1, 2]}, "TypeError: tokens / list"),
+    (HEAD, {"tokens": P.tokens + 11}, "ValueError: tokens holds the id / 0 … 10 / -100"),
+    (HEAD, {"tokens": P.tokens - 50}, "ValueError: tokens holds the id - / ignore_index"),
+    (HEAD, {"tokens": P.tokens.to(META)}, "ValueError: tokens is on meta / cpu"),
+    (KL, {"tokens": P.tokens + 11}, "ValueError: tokens holds the id / 0 … 10"),
+    (KL, {"tokens": P.tokens[0]}, "ValueError: tokens is [3] / [2, 3]"),
     # Per-token tensors: [3] would broadcast in silence.
-    "mask-broadcasts": (REDUCED, {"mask": torch.ones(3)}, ValueError, ("mask is [3]", "hidden is [2, 3, ")),
-    "mask-shape": (REDUCED, {"mask": torch.ones(2, 4)}, ValueError, ("mask is [2, 4]", "[2, 3]")),
-    "mask-negative": (REDUCED, {"mask": -torch.ones(2, 3)}, ValueError, ("mask holds a weight", "negative")),
-    "mask-complex": (REDUCED, {"mask": torch.ones(2, 3) * 1j}, TypeError, ("mask is torch.complex64", "real")),
-    "entropy_coef": (POLICY, {"entropy_coef": torch.nan}, ValueError, ("entropy_coef is nan", "finite")),
-    "sequence_ids": (POLICY, {"sequence_ids": torch.zeros(2, 3)}, TypeError, ("sequence_ids is torch.float32",)),
-    "coef": (POLICY[1:], {"coef": torch.nan}, ValueError, ("coef is nan", "finite")),
-    "softcap-inf": (HEAD_LOSSES, {"softcap": torch.inf}, ValueError, ("softcap is inf",)),
-    "mask-type": (REDUCED, {"mask": [[1.0] * 3] * 2}, TypeError, ("mask", "list")),
-    "mask-device": (REDUCED, {"mask": torch.ones(2, 3, device=META)}, ValueError, ("mask is on meta", "cpu")),
-    "advantages": (POLICY[:1], {"advantages": torch.ones(2, 1)}, ValueError, ("advantages is [2, 1]", "[2, 3]")),
-    "advantages-type": (POLICY[:1], {"advantages": 1.0}, TypeError, ("advantages", "float")),
-    "old": (("policy_gradient",), {"old_logprobs": torch.ones(3)}, ValueError, ("old_logprobs is [3]", "[2, 3]")),
-    "sampler": (
-        ("sampled_reverse_kl",),
-        {"sampler_logprobs": torch.ones(3)},
-        ValueError,
-        ("sampler_logprobs is [3]", "[2, 3]"),
-    ),
-    "teacher": (POLICY[1:], {"teacher_logprobs": torch.ones(3)}, ValueError, ("teacher_logprobs is [3]", "[2, 3]")),
-    "env_advantages": (POLICY[1:], {"env_advantages": torch.ones(2)}, ValueError, ("env_advantages is [2]", "[2, 3]")),
-    "discount": (POLICY[1:], {"discount": 2.0}, ValueError, ("discount is 2.0", "[0, 1]")),
+    (REDUCED, {"mask": ones(3)}, "ValueError: mask is [3] / hidden is [2, 3, "),
+    (REDUCED, {"mask": ones(2, 4)}, "ValueError: mask is [2, 4] / [2, 3]"),
+    (REDUCED, {"mask": -ones(2, 3)}, "ValueError: mask holds a weight / negative"),
+    (REDUCED, {"mask": ones(2, 3) * 1j}, "TypeError: mask is torch.complex64 / real"),
+    (REDUCED, {"mask": [[1.0] * 3] * 2}, "TypeError: mask / list"),
+    (REDUCED, {"mask": ones(2, 3, device=META)}, "ValueError: mask is on meta / cpu"),
+    (POLICY[:1], {"advantages": ones(2, 1)}, "ValueError: advantages is [2, 1] / [2, 3]"),
+    (POLICY[:1], {"advantages": 1.0}, "TypeError: advantages / float"),
+    (POLICY[:1], {"old_logprobs": ones(3)}, "ValueError: old_logprobs is [3] / [2, 3]"),
+    (SAMPLED, {"sampler_logprobs": ones(3)}, "ValueError: sampler_logprobs is [3] / [2, 3]"),
+    (SAMPLED, {"teacher_logprobs": ones(3)}, "ValueError: teacher_logprobs is [3] / [2, 3]"),
+    (SAMPLED, {"env_advantages": ones(2)}, "ValueError: env_advantages is [2] / [2, 3]"),
+    (SAMPLED, {"baseline": ones(2)}, "ValueError: baseline is [2] / [2, 3]"),
     # The objective.
-    "method": (POLICY, {"method": "gspo"}, ValueError, ("method is 'gspo'", "importance_sampling", "cispo")),
-    "clip_low-high": (POLICY, {"clip_low": 1.5}, ValueError, ("clip_low is 1.5", "clip_low <= 1")),
-    "clip-of-no-use": (
-        POLICY,
-        {"method": "reinforce", "clip_low": 0.1},
-        ValueError,
-        ("clip_low is 0.1", "'reinforce'", "cispo"),
-    ),
-    "clip_low-negative": (POLICY, {"clip_low": -0.1}, ValueError, ("clip_low is -0.1",)),
-    "clip_high": (POLICY, {"clip_high": -0.1}, ValueError, ("clip_high is -0.1", "clip_high >= 0")),
-    "dual_clip-method": (POLICY, {"dual_clip": 3.0}, ValueError, ("dual_clip is 3.0", "importance_sampling", "ppo")),
-    "dual_clip-low": (POLICY, {"dual_clip": 1.0, "method": "ppo"}, ValueError, ("dual_clip is 1.0", "> 1")),
-    "truncate_ratio": (POLICY, {"truncate_ratio": 0.0}, ValueError, ("truncate_ratio is 0.0", "> 0")),
-    "truncate_ratio-no-sampler": (
+    (POLICY, {"entropy_coef": nan}, "ValueError: entropy_coef is nan / finite"),
+    (POLICY, {"sequence_ids": zeros(2, 3)}, "TypeError: sequence_ids is torch.float32"),
+    (POLICY[:1], {"sequence_ids": zeros(3)}, "ValueError: sequence_ids is [3] but hidden is [2, 3, 5]"),
+    (SAMPLED, {"coef": nan}, "ValueError: coef is nan / finite"),
+    (SAMPLED, {"discount": 2.0}, "ValueError: discount is 2.0 / [0, 1]"),
+    (POLICY, {"method": "gspo"}, "ValueError: method is 'gspo' / importance_sampling / cispo"),
+    (POLICY, {"clip_low": 1.5}, "ValueError: clip_low is 1.5 / clip_low <= 1"),
+    (POLICY, {"method": "reinforce", "clip_low": 0.1}, "ValueError: clip_low is 0.1 / 'reinforce' / cispo"),
+    (POLICY, {"clip_low": -0.1}, "ValueError: clip_low is -0.1"),
+    (POLICY, {"clip_high": -0.1}, "ValueError: clip_high is -0.1 / clip_high >= 0"),
+    (POLICY, {"dual_clip": 3.0}, "ValueError: dual_clip is 3.0 / importance_sampling / ppo"),
+    (POLICY, {"dual_clip": 1.0, "method": "ppo"}, "ValueError: dual_clip is 1.0 / > 1"),
+    (POLICY, {"truncate_ratio": 0.0}, "ValueError: truncate_ratio is 0.0 / > 0"),
+    (
         POLICY[:1],
         {"truncate_ratio": 2.0, "old_logprobs": None},
-        ValueError,
-        ("truncate_ratio is 2.0", "old_logprobs"),
+        "ValueError: truncate_ratio is 2.0 / old_logprobs",
     ),
-    "reduction": (REDUCED, {"reduction": "batchmean"}, ValueError, ("reduction is 'batchmean'", "mean, sum")),
-    "normalizer-sum": (
+    (POLICY, {"ratio": "batch"}, "ValueError: ratio is 'batch'; use one of token, sequence"),
+    (
+        POLICY[:1],
+        {"ratio": "sequence", "old_logprobs": None},
+        'ValueError: ratio is "sequence", which needs old_logprobs',
+    ),
+    (
+        POLICY,
+        {"reduction": "batchmean"},
+        "ValueError: reduction is 'batchmean'; use one of mean, sum, sequence_mean, none",
+    ),
+    (REDUCED, {"reduction": "batchmean"}, "ValueError: reduction is 'batchmean' / mean, sum"),
+    (
         REDUCED,
         {"reduction": "sum", "normalizer": 3.0},
-        ValueError,
-        ("normalizer is given", "reduction is 'sum'", '"mean"'),
+        "ValueError: normalizer is given / reduction is 'sum' / \"mean\"",
     ),
-    "normalizer-none": (REDUCED, {"reduction": "none", "normalizer": 3.0}, ValueError, ("reduction is 'none'",)),
-    "normalizer-zero": (REDUCED, {"normalizer": 0}, ValueError, ("normalizer is 0", "> 0")),
-    "normalizer-shape": (REDUCED, {"normalizer": torch.ones(2)}, ValueError, ("normalizer is [2]", "0-dim")),
-    # The teacher.
-    "teacher-tokens": (
-        ("reverse_kl",),
-        {"teacher_hidden": torch.zeros(2, 4, 7)},
-        ValueError,
-        ("teacher_hidden is [2, 4, 7]", "student_hidden is [2, 3, 5]", "same tokens"),
+    (REDUCED, {"reduction": "none", "normalizer": 3.0}, "ValueError: reduction is 'none'"),
+    (REDUCED, {"normalizer": 0}, "ValueError: normalizer is 0 / > 0"),
+    (POLICY, {"reduction": "sequence_mean", "normalizer": -1.0}, "ValueError: normalizer is -1.0"),
+    (REDUCED, {"normalizer": ones(2)}, "ValueError: normalizer is [2] / 0-dim"),
+    # The teacher's head.
+    (
+        KL,
+        {"teacher_hidden": zeros(2, 4, 7)},
+        "ValueError: teacher_hidden is [2, 4, 7] / student_hidden is [2, 3, 5] / same tokens",
     ),
-    "teacher-vocabulary": (
-        ("reverse_kl",),
-        {"teacher_weight": torch.zeros(12, 7)},
-        ValueError,
-        ("teacher_weight has a vocabulary of 12", "student_weight one of 11", "never pad with zeros"),
+    (
+        KL,
+        {"teacher_weight": zeros(12, 7)},
+        "ValueError: teacher_weight has a vocabulary of 12 / student_weight one of 11 / never pad with zeros",
     ),
-    "teacher-width": (
-        ("reverse_kl",),
-        {"teacher_weight": torch.zeros(11, 5)},
-        ValueError,
-        ("teacher_hidden [2, 3, 7]", "teacher_weight [11, 5]"),
-    ),
-    "teacher-bias": (
-        ("reverse_kl",),
-        {"teacher_bias": torch.zeros(3)},
-        ValueError,
-        ("teacher_bias [3]", "teacher_weight [11, 7]"),
-    ),
-    "student-width": (
-        ("reverse_kl",),
-        {"student_weight": torch.zeros(11, 4)},
-        ValueError,
-        ("student_hidden [2, 3, 5]", "student_weight [11, 4]"),
-    ),
-    "teacher-float64": (
-        ("reverse_kl",),
+    (KL, {"teacher_weight": zeros(11, 5)}, "ValueError: teacher_hidden [2, 3, 7] / teacher_weight [11, 5]"),
+    (KL, {"teacher_bias": zeros(3)}, "ValueError: teacher_bias [3] / teacher_weight [11, 7]"),
+    (KL, {"weight": zeros(11, 4)}, "ValueError: student_hidden [2, 3, 5] / student_weight [11, 4]"),
+    (
+        KL,
         {"teacher_hidden": P.teacher_hidden.double(), "teacher_weight": P.teacher_weight.double()},
-        TypeError,
-        ("teacher_hidden is torch.float64", "student_hidden is torch.float32"),
+        "TypeError: teacher_hidden is torch.float64 / student_hidden is torch.float32",
     ),
-    "teacher-device": (
-        ("reverse_kl",),
+    (
+        KL,
         {"teacher_hidden": P.teacher_hidden.to(META), "teacher_weight": P.teacher_weight.to(META)},
-        ValueError,
-        ("teacher_hidden is on meta", "student_hidden is on cpu"),
+        "ValueError: teacher_hidden is on meta / student_hidden is on cpu",
     ),
-    "teacher-logit_scale": (("reverse_kl",), {"teacher_logit_scale": 0}, ValueError, ("teacher_logit_scale is 0",)),
-    "teacher-softcap": (("reverse_kl",), {"teacher_softcap": -1.0}, ValueError, ("teacher_softcap is -1.0",)),
-}
-EACH = [pytest.param(name, *case[1:], id=f"{name}-{key}") for key, case in CASES.items() for name in case[0]]
+    (KL, {"teacher_logit_scale": 0}, "ValueError: teacher_logit_scale is 0"),
+    (KL, {"teacher_softcap": -1.0}, "ValueError: teacher_softcap is -1.0"),
+    (JSD, {"teacher_temperature": 0.0}, "ValueError: teacher_temperature is 0.0"),
+    (
+        JSD,
+        {"vocab_size": 12},
+        "ValueError: vocab_size is 12; / (student_weight 11, teacher_weight 11)",
+    ),
+    (JSD, {"vocab_size": 0}, "ValueError: vocab_size is 0"),
+    (JSD, {"vocab_size": 3, "tokens": torch.full((2, 3), 5)}, "ValueError: tokens holds the id 5, outside"),
+    # Other forms of a teacher.
+    (JSD, {"teacher_logits": Z, "teacher_hidden": P.teacher_hidden}, "ValueError: give teacher_hidden and"),
+    (JSD, {"teacher_logits": Z, "teacher_bias": zeros(11)}, "ValueError: teacher_logits alone"),
+    (
+        JSD,
+        {"teacher_weight": None, "teacher_bias": zeros(11)},
+        "ValueError: the teacher is given as teacher_hidden, teacher_bias; give",
+    ),
+    (JSD, OWN_LOGITS, "ValueError: the teacher is given as nothing"),
+    (JSD, {"teacher_logits": [[0.0]]}, "TypeError: teacher_logits must be a tensor / or a function / list"),
+    (JSD, {"teacher_logits": Z[0]}, "ValueError: teacher_logits is [3, 11] but student_hidden is [2, 3, 5]"),
+    (JSD, {"teacher_logits": Z.long()}, "TypeError: teacher_logits is torch.int64"),
+    (JSD, {"teacher_logits": Z.double()}, "TypeError: teacher_logits is torch.float64 but student_hidden is"),
+    (JSD, {"teacher_logits": Z.clone().requires_grad_()}, "ValueError: the teacher requires a gradient"),
+    (JSD, {"teacher_logits": zeros(2, 3, 12)}, "ValueError: a vocabulary of 12 / vocab_size=len"),
+    # The divergences' own options.
+    (JSD, {"beta": 1.5}, "ValueError: beta is 1.5; it must be in [0, 1]"),
+    (JSD, {"alpha": 0.5}, "TypeError: unexpected keyword argument 'alpha'"),
+    (("skewed_forward_kl",), {"alpha": 1.0}, "ValueError: alpha is 1.0; it must be in [0, 1)"),
+    (("skewed_reverse_kl",), {"alpha": -0.1}, "ValueError: alpha is -0.1"),
+    # A list.
+    (TOP_K, {"direction": "both"}, "ValueError: direction is 'both'; use one of reverse, forward"),
+    (TOP_K, {"tail": "cut"}, "ValueError: tail is 'cut'; use one of bucket, renormalise, drop"),
+    (TOP_K, {"vocab_size": 12}, "ValueError: vocab_size is 12; it must be in 1 … / (weight 11)"),
+    (TOP_K, {"teacher_ids": IDS[0]}, "ValueError: teacher_ids is [3, 4] but hidden is [2, 3, 5]"),
+    (TOP_K, {"teacher_logprobs": LOGPROBS[..., :2]}, "ValueError: teacher_ids is / 4] but teacher_logprobs is / 2]"),
+    (TOP_K, {"teacher_ids": LOGPROBS}, "TypeError: teacher_ids is torch.float32; expected integers"),
+    (TOP_K, {"teacher_ids": IDS.index_fill(2, torch.tensor([0, 1]), 5)}, "ValueError: lists 5 twice in a row"),
+    (TOP_K, {"teacher_logprobs": LOGPROBS + 3.0}, "ValueError: sum to a probability of / not logits"),
+    (TOP_K, {"teacher_ids": [[1]]}, "TypeError: teacher_ids must be a tensor, not list"),
+    (TOP_K, {"teacher_ids": IDS + 11}, "ValueError: teacher_ids holds / , outside the vocabulary / 0 … 10"),
+    (TOP_K, {"teacher_ids": torch.full_like(IDS, -1)}, "ValueError: a row without any id"),
+    (TOP_K, {"teacher_logprobs": LOGPROBS.clone().requires_grad_()}, "ValueError: requires a gradient"),
+]
+EACH = [
+    pytest.param(name, change, message, id=f"{name}-{'-'.join(change)}")
+    for names, change, message in CASES
+    for name in names
+]
 
 
-@pytest.mark.parametrize(("name", "change", "error", "parts"), EACH)
-def test_refused(
-    gemms: dict[str, list[int]], name: str, change: dict[str, Any], error: type[Exception], parts: tuple[str, ...]
-) -> None:
-    function, arguments = CALLS[name]
-    with pytest.raises(error) as caught:
-        function(**{**arguments, **change})
-    message = str(caught.value)
-    for part in parts:
-        assert part in message, f"{part!r} is not in {message!r}"
+def pattern(message: str) -> str:
+    return ".*".join(map(re.escape, message.split(" / ")))
+
+
+@pytest.mark.parametrize(("name", "change", "message"), EACH)
+def test_refused(gemms: dict[str, list[int]], name: str, change: dict[str, Any], message: str) -> None:
+    own = {field: change[field] for field in ("hidden", "weight") if field in change}
+    rest = {field: value for field, value in change.items() if field not in own}
+    with pytest.raises((TypeError, ValueError)) as caught:
+        fused(name, P._replace(**own), **rest)
+    error, _, message = message.partition(": ")
+    assert type(caught.value).__name__ == error
+    for part in message.split(" / "):
+        assert part in str(caught.value)
     assert not any(gemms.values()), "something was computed before the error"
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", LOSSES)
 def test_accepted(name: str) -> None:
     """The calls that the cases above change are right themselves."""
-    function, arguments = CALLS[name]
-    assert torch.as_tensor(function(**arguments)[0]).isfinite().all()
+    assert fused(name, P).isfinite().all()
 
 
 @pytest.mark.parametrize("field", ["teacher_hidden", "teacher_weight", "teacher_bias"])
 def test_teacher_that_requires_a_gradient(field: str) -> None:
-    function, arguments = CALLS["reverse_kl"]
-    arguments = {**arguments, "teacher_bias": P.teacher_bias}
-    arguments = {**arguments, field: arguments[field].clone().requires_grad_()}
+    p = P._replace(teacher_bias=zeros(11))
+    p = p._replace(**{field: getattr(p, field).clone().requires_grad_()})
     with pytest.raises(ValueError, match=r"the teacher requires a gradient.*no_grad.*detach"):
-        function(**arguments)
+        fused("reverse_kl", p)
     with torch.no_grad():  # an evaluation with the trained model as its own teacher
-        expected = function(**arguments).loss
-    arguments[field] = arguments[field].detach()
-    assert torch.equal(function(**arguments).loss, expected)
+        expected = fused("reverse_kl", p)
+    assert torch.equal(fused("reverse_kl", p._replace(**{field: getattr(p, field).detach()})), expected)
+
+
+ADVANTAGES: list[tuple[dict[str, Any], str]] = [
+    ({"teacher_logprobs": zeros(2, 4)}, "teacher_logprobs is [2, 4] / [2, 3]"),
+    (
+        {"mask": ones(3)},
+        "mask is [3] but sampler_logprobs is [2, 3]",
+    ),  # it would broadcast, silently, to every sequence
+    ({"sequence_ids": ones(2, 1)}, "sequence_ids is [2, 1] / [2, 3]"),
+    ({"baseline": zeros(3)}, "baseline is [3] but sampler_logprobs is [2, 3]"),
+    ({"discount": 1.5}, "discount is 1.5; it must be in [0, 1]"),
+    ({"discount": -0.5}, "discount is -0.5"),
+    ({"discount": nan}, "discount is nan"),
+    ({"mask": ones(2, 3, device=META)}, "mask is on meta / is on cpu"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), ADVANTAGES)
+def test_advantages_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=pattern(message)):
+        loss.reverse_kl_advantages(**{"sampler_logprobs": zeros(2, 3), "teacher_logprobs": zeros(2, 3), **change})
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
 def test_token_dtypes(dtype: torch.dtype) -> None:
-    expected = loss.linear_logprobs(P.hidden, P.weight, TOKENS)
-    assert torch.equal(loss.linear_logprobs(P.hidden, P.weight, TOKENS.to(dtype)), expected)
+    expected = fused("linear_logprobs", P)
+    assert torch.equal(fused("linear_logprobs", P, tokens=P.tokens.to(dtype)), expected)
 
 
 def test_ignore_index_is_an_argument() -> None:
     """0 pads in some tokenizers; −100 is then an id like any other that does not exist."""
     tokens = torch.tensor([[0, 1, 2], [3, 0, 4]])
-    logprobs = loss.linear_logprobs(P.hidden, P.weight, tokens, ignore_index=0)
+    logprobs = fused("linear_logprobs", P, tokens=tokens, ignore_index=0)
     assert ((logprobs == 0) == (tokens == 0)).all()
-    with pytest.raises(ValueError, match=re.escape("the id -100, outside the vocabulary")):
-        loss.linear_logprobs(P.hidden, P.weight, tokens - 100, ignore_index=0)
+    with pytest.raises(ValueError, match="the id -100, outside the vocabulary"):
+        fused("linear_logprobs", P, tokens=tokens - 100, ignore_index=0)

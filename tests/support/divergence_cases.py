@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import pytest
 import torch
+from loss_cases import DIVERGENCES, PARAMETERS
 from row_cases import INF, Outcome, Rows, UnderTest, poisoned, random_rows
 from row_contract import WIDTH, RowContract, undefined
 from torch import Tensor
@@ -37,12 +37,9 @@ class Kind(NamedTuple):
         return torch.stack([self.of(z, z_t), nll])
 
 
-NAMES: tuple[Divergence, ...] = get_args(Divergence)
-# What its reference takes beside the logits: β or α.
-PARAMETERS = {
-    name: own[2] for name in NAMES if len(own := list(inspect.signature(getattr(reference, name)).parameters)) > 2
-}
-KINDS = [Kind(name, {"beta": 0.5, "alpha": 0.1}[PARAMETERS[name]] if name in PARAMETERS else 0.0) for name in NAMES]
+KINDS = [
+    Kind(name, {"beta": 0.5, "alpha": 0.1}[PARAMETERS[name]] if name in PARAMETERS else 0.0) for name in DIVERGENCES
+]
 # Where one of the weights of m is small, digits of it are easily lost.
 EXTREME = [Kind(name, parameter) for name in PARAMETERS for parameter in (1e-4, 0.999)]
 UNBOUNDED = ("reverse_kl", "forward_kl")  # infinite where one side forbids what the other may emit

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from inspect import signature
+from typing import Any, NamedTuple, get_args
 
+import pytest
 import torch
 from torch import Tensor
 
 from fastkl import loss, reference
+from fastkl.kernels.divergence.formula import Divergence
 
 HEAD_OPTIONS = ("temperature", "logit_scale", "softcap")
 TRAINABLE = ("hidden", "weight", "bias")
@@ -34,9 +37,9 @@ POLICIES: dict[str, dict[str, Any]] = {
     "cispo": {"method": "cispo", "clip_low": 1.0, "clip_high": 0.2},
     "cispo-truncated": {"method": "cispo", "truncate_ratio": 1.1},
 }
-# "entropy" is the policy gradient with an entropy term; the other divergences are in test_divergences.py.
-LOSSES = ("linear_logprobs", "policy_gradient", "entropy", "sampled_reverse_kl", "top_k", "reverse_kl", "jsd")
-ENTROPY_COEF = 0.3
+each_need = pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
+frozen_or_all = pytest.mark.parametrize("needs", [NEEDS["frozen-head"], NEEDS["all"]], ids=["frozen-head", "all"])
+each_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 
 
 class Problem(NamedTuple):
@@ -54,8 +57,11 @@ class Problem(NamedTuple):
     teacher_weight: Tensor  # [V, D_t]
     teacher_bias: Tensor | None  # [V]
 
+    def to_dtype(self, dtype: torch.dtype) -> Problem:
+        return Problem(*[t.to(dtype) if t is not None and t.is_floating_point() else t for t in self])
+
     def double(self) -> Problem:
-        return Problem(*[t.double() if t is not None and t.is_floating_point() else t for t in self])
+        return self.to_dtype(torch.float64)
 
     def to(self, device: str) -> Problem:
         return Problem(*[None if t is None else t.to(device) for t in self])
@@ -107,71 +113,183 @@ def make_problem(
     return Problem(*heads, tokens, *rest, *[t.to(dtype) for t in (*teacher, normal(vocabulary))])
 
 
+class Plain(NamedTuple):
+    """What a definition is made of."""
+
+    p: Problem
+    z: Tensor  # [..., V], the student's logits
+    z_teacher: Tensor
+    mask: Tensor  # [...], 0 where a token is ignored
+    sequences: list[tuple[int, Tensor]]  # a row, and which of its tokens [T] are the counted ones of a sequence
+
+
+class Loss(NamedTuple):
+    """A function of `fastkl.loss`, what it takes of a problem beside a head and a mask, and its value per token."""
+
+    function: Callable[..., Any]
+    arguments: Callable[[Problem, dict[str, Any]], dict[str, Any]]
+    definition: Callable[..., Tensor]  # of a `Plain`, with the loss's own options
+    options: Mapping[str, Any] = {}
+
+
+def _policy_arguments(p: Problem, options: dict[str, Any]) -> dict[str, Any]:
+    return {"tokens": p.tokens, "advantages": p.advantages, "old_logprobs": p.sampler_logprobs}
+
+
+def _sampled_arguments(p: Problem, options: dict[str, Any]) -> dict[str, Any]:
+    return {"tokens": p.tokens, "teacher_logprobs": p.teacher_logprobs, "sampler_logprobs": p.sampler_logprobs}
+
+
+def _head_arguments(p: Problem, options: dict[str, Any]) -> dict[str, Any]:
+    fields = () if "teacher_logits" in options else ("teacher_hidden", "teacher_weight", "teacher_bias")
+    return {"tokens": p.tokens, **{field: getattr(p, field) for field in fields}}
+
+
+def _list_arguments(p: Problem, options: dict[str, Any]) -> dict[str, Any]:
+    ids, logprobs = teacher_list(p, options.pop("k", 4), options.pop("padded", 0))
+    return {"tokens": p.tokens, "teacher_ids": ids, "teacher_logprobs": logprobs}
+
+
+def _policy_gradient(
+    of: Plain, entropy_coef: float = 0.0, ratio: str = "token", sequence_ids: Tensor | None = None, **options: Any
+) -> Tensor:
+    logprobs, old = reference.logprobs(of.z, of.p.tokens), of.p.sampler_logprobs
+    if ratio == "sequence":
+        own, old = logprobs.detach(), old.clone()
+        for row, where in of.sequences:
+            old[row, where] = own[row, where] - (own - of.p.sampler_logprobs)[row, where].mean()
+    per_token = reference.policy_gradient(logprobs, of.p.advantages, old, **options)
+    return per_token - entropy_coef * reference.entropy(of.z) if entropy_coef else per_token
+
+
+def _sampled_reverse_kl(
+    of: Plain, coef: float = 1.0, discount: float = 0.0, env_advantages: Tensor | float = 0.0, **options: Any
+) -> Tensor:
+    active = (of.mask != 0).to(of.mask.dtype)  # a weight counts once, in the loss
+    logprobs, ids = (of.p.sampler_logprobs, of.p.teacher_logprobs), options.get("sequence_ids")
+    advantages = packed_advantages(*logprobs, active, ids, coef=coef, discount=discount) + env_advantages
+    return _policy_gradient(of._replace(p=of.p._replace(advantages=advantages)), **options)
+
+
+def _top_k(of: Plain, k: int = 4, padded: int = 0, **options: Any) -> Tensor:
+    return reference.top_k_kl(of.z, *teacher_list(of.p, k, padded), **options)
+
+
+def _divergence(name: str) -> Loss:
+    definition, option = getattr(reference, name), PARAMETERS.get(name)
+
+    def value(of: Plain, **options: Any) -> Tensor:
+        z, z_teacher = of.z, of.z_teacher
+        if option is not None and z.dtype == torch.float16:  # a mixture of probabilities underflows in float16
+            z, z_teacher = z.float(), z_teacher.float()
+        return definition(z, z_teacher, **options)
+
+    own = {} if option is None else {option: {"beta": 0.3, "alpha": 0.2}[option]}
+    return Loss(getattr(loss, f"{name}_loss"), _head_arguments, value, own)
+
+
+DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
+# What a divergence takes beside the logits: β or α.
+PARAMETERS = {
+    name: own[2] for name in DIVERGENCES if len(own := list(signature(getattr(reference, name)).parameters)) > 2
+}
+_POLICY = Loss(loss.policy_gradient_loss, _policy_arguments, _policy_gradient)
+LOSSES = {
+    "linear_logprobs": Loss(
+        loss.linear_logprobs, lambda p, _: {"tokens": p.tokens}, lambda of: reference.logprobs(of.z, of.p.tokens)
+    ),
+    "policy_gradient": _POLICY,
+    "entropy": _POLICY._replace(options={"entropy_coef": 0.3}),
+    "sampled_reverse_kl": Loss(loss.sampled_reverse_kl_loss, _sampled_arguments, _sampled_reverse_kl),
+    "top_k": Loss(loss.top_k_kl_loss, _list_arguments, _top_k),
+    **{name: _divergence(name) for name in DIVERGENCES},
+}
+REDUCED = tuple(name for name in LOSSES if name != "linear_logprobs")
+# One for each way through the code. Which divergence it is the row function alone knows (tests/kernels/divergence), but for
+# the reverse KL, which is scored without logits where no gradient is wanted.
+WAYS = ("linear_logprobs", "policy_gradient", "entropy", "sampled_reverse_kl", "top_k", "reverse_kl", "jsd")
+each_way = pytest.mark.parametrize("name", WAYS)
+each_loss = pytest.mark.parametrize("name", LOSSES)
+Forms = dict[str, tuple[str, dict[str, Any]]]
+# Composed forms take any upstream gradient, the others have computed their gradients when the forward pass is over.
+FORMS: Forms = {
+    **{name: (name, {}) for name in WAYS},
+    "policy_gradient-none": ("policy_gradient", {"reduction": "none"}),
+    "reverse_kl-none": ("reverse_kl", {"reduction": "none"}),
+}
+
+
+def each_of(forms: Forms) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("name", "options"), forms.values(), ids=forms)
+
+
+def unreduced(name: str) -> dict[str, Any]:
+    """The options that make a loss give one value per token."""
+    return {} if name == "linear_logprobs" else {"reduction": "none"}
+
+
 def fused(name: str, p: Problem, **options: Any) -> Tensor:
     """The loss of `fastkl.loss` called `name`: its differentiable tensor."""
-    if name == "linear_logprobs":
-        return loss.linear_logprobs(p.hidden, p.weight, p.tokens, bias=p.bias, **options)
     return fused_output(name, p, **options).loss
 
 
 def fused_output(name: str, p: Problem, **options: Any) -> loss.LossOutput:
-    options = {"mask": p.mask, "bias": p.bias, **options}
-    if name in ("policy_gradient", "entropy"):
-        options = {"entropy_coef": ENTROPY_COEF, **options} if name == "entropy" else options
-        return loss.policy_gradient_loss(p.hidden, p.weight, p.tokens, p.advantages, p.sampler_logprobs, **options)
-    if name == "sampled_reverse_kl":
-        return loss.sampled_reverse_kl_loss(
-            p.hidden, p.weight, p.tokens, p.teacher_logprobs, p.sampler_logprobs, **options
-        )
-    options = {"tokens": p.tokens, **options}
-    if name == "top_k":
-        return loss.top_k_kl_loss(p.hidden, p.weight, *teacher_list(p), **options)
-    divergence = {"reverse_kl": loss.reverse_kl_loss, "jsd": loss.jsd_loss}[name]
-    return divergence(p.hidden, p.weight, p.teacher_hidden, p.teacher_weight, teacher_bias=p.teacher_bias, **options)
+    """What it gives. `teacher_logits` take the place of a teacher's head; `k` and `padded` are of the list of top_k."""
+    one = LOSSES[name]
+    masked = {} if name == "linear_logprobs" else {"mask": p.mask}
+    arguments = {"bias": p.bias, **masked, **one.arguments(p, options), **one.options, **options}
+    found = one.function(p.hidden, p.weight, **arguments)
+    return found if isinstance(found, loss.LossOutput) else loss.LossOutput(found, found.detach(), {})
 
 
-def teacher_list(p: Problem, k: int = 4) -> tuple[Tensor, Tensor]:
-    """Ids and log-probs of the k likeliest tokens of the plain teacher, found in float64."""
+def teacher_list(p: Problem, k: int = 4, padded: int = 0) -> tuple[Tensor, Tensor]:
+    """Ids and log-probs of the k likeliest tokens of the plain teacher, found in float64.
+
+    The last `padded` entries of every other row are padding.
+    """
     bias = None if p.teacher_bias is None else p.teacher_bias.detach().double()
     z = reference.logits(p.teacher_hidden.detach().double(), p.teacher_weight.detach().double(), bias)
     logprobs, ids = torch.log_softmax(z, -1).topk(min(k, z.shape[-1]))
+    if padded:
+        ids[..., ::2, -padded:] = -1
     return ids, logprobs.to(p.teacher_logprobs.dtype)
 
 
+def reference_logits(p: Problem, **options: Any) -> tuple[Tensor, Tensor]:
+    """z of student and teacher, with the options that a divergence takes."""
+    head = {k: options[k] for k in HEAD_OPTIONS if k in options}
+    theirs = {k: options[f"teacher_{k}"] for k in HEAD_OPTIONS if f"teacher_{k}" in options}
+    theirs = {"temperature": head.get("temperature", 1.0), **theirs}
+    z_teacher = reference.logits(p.teacher_hidden, p.teacher_weight, p.teacher_bias, **theirs)
+    return reference.logits(p.hidden, p.weight, p.bias, **head), z_teacher
+
+
 def eager(name: str, p: Problem, **options: Any) -> Tensor:
-    """The same loss, with the same options, from `fastkl.reference`."""
-    options = {k: v for k, v in options.items() if k not in ("chunk_size", "skip_zero_rows")}
-    head = {k: options.pop(k) for k in HEAD_OPTIONS if k in options}
-    reduction = {k: options.pop(k) for k in ("reduction", "normalizer") if k in options}
-    z = reference.logits(p.hidden, p.weight, p.bias, **head)
-    counted = p.tokens != -100
+    """The same loss, with the same options, from `fastkl.reference`; sequences by a loop over rows and ids."""
+    one, counted = LOSSES[name], p.tokens != -100
     mask = counted.to(p.advantages.dtype) if p.mask is None else p.mask * counted
+    heads = (*HEAD_OPTIONS, *(f"teacher_{k}" for k in HEAD_OPTIONS))
+    elsewhere = (*heads, "reduction", "normalizer", "chunk_size", "skip_zero_rows")
+    own = {k: v for k, v in {**one.options, **options}.items() if k not in elsewhere}
+    ids = own.get("sequence_ids")
+    z, z_teacher = reference_logits(p, **options)
+    of = Plain(p, z, z_teacher, mask, _sequences(mask, ids))
+    per_token = one.definition(of, **own)
     if name == "linear_logprobs":
-        return reference.logprobs(z, p.tokens)
-    if name == "top_k":
-        return reference.reduce(reference.top_k_kl(z, *teacher_list(p)), mask, **reduction)
-    if name in ("reverse_kl", "jsd"):
-        teacher = {k: options.pop(f"teacher_{k}") for k in ("logit_scale", "softcap") if f"teacher_{k}" in options}
-        teacher["temperature"] = head.get("temperature", 1.0)
-        z_teacher = reference.logits(p.teacher_hidden, p.teacher_weight, p.teacher_bias, **teacher)
-        if name == "jsd" and z.dtype == torch.float16:  # a mixture of probabilities underflows in float16
-            z, z_teacher = z.float(), z_teacher.float()
-        return reference.reduce(getattr(reference, name)(z, z_teacher), mask, **reduction)
-    advantages = p.advantages
-    if name == "sampled_reverse_kl":
-        advantages = _eager_advantages(p, (mask != 0).to(mask.dtype), options)  # a weight counts once, in the loss
-    per_token = reference.policy_gradient(reference.logprobs(z, p.tokens), advantages, p.sampler_logprobs, **options)
-    if name == "entropy":
-        per_token = per_token - ENTROPY_COEF * reference.entropy(z)
-    return reference.reduce(per_token, mask, **reduction)
+        return per_token
+    reduction, normalizer = options.get("reduction", "mean"), options.get("normalizer")
+    if reduction == "sequence_mean":
+        means = [(per_token * mask)[row, where].sum() / mask[row, where].sum() for row, where in of.sequences]
+        return torch.stack(means).sum() / (len(means) if normalizer is None else normalizer)
+    return reference.reduce(per_token, mask, reduction, normalizer)
 
 
-def _eager_advantages(p: Problem, mask: Tensor, options: dict[str, Any]) -> Tensor:
-    """reference.reverse_kl_advantages, one sequence at a time; takes its options out of `options`."""
-    assert p.sampler_logprobs is not None
-    own = {k: options.pop(k) for k in ("coef", "discount") if k in options}
-    ids, environment = options.pop("sequence_ids", None), options.pop("env_advantages", 0.0)
-    return packed_advantages(p.sampler_logprobs, p.teacher_logprobs, mask, ids, **own) + environment
+def _sequences(mask: Tensor, ids: Tensor | None) -> list[tuple[int, Tensor]]:
+    if mask.dim() != 2:
+        return []
+    ids = torch.zeros_like(mask) if ids is None else ids
+    pairs = [(row, (ids[row] == one) & (mask[row] != 0)) for row in range(len(ids)) for one in ids[row].unique()]
+    return [(row, where) for row, where in pairs if where.any()]
 
 
 def packed_advantages(sampler: Tensor, teacher: Tensor, mask: Tensor, ids: Tensor | None, **options: Any) -> Tensor:

@@ -9,9 +9,7 @@ import torch
 from divergence_cases import (
     EXTREME,
     KINDS,
-    NAMES,
     ONCE,
-    PARAMETERS,
     UNBOUNDED,
     DivergenceContract,
     Kind,
@@ -24,7 +22,7 @@ from divergence_cases import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import assert_as_accurate, largest
+from loss_cases import DIVERGENCES, PARAMETERS, assert_as_accurate, largest
 from property_settings import PROPERTY
 from row_cases import INF, Caps, Outcome, Rows, UnderTest, assert_accurate, close_rows, edges, random_rows
 
@@ -169,7 +167,7 @@ def hypothetical(seed: int, spread: float, distance: float) -> Rows:
 
 SEEDS = st.integers(0, 2**31)
 SPREADS = st.sampled_from([0.01, 1.0, 30.0])
-ANY_KIND = st.builds(Kind, st.sampled_from(NAMES), st.floats(1e-3, 0.999))
+ANY_KIND = st.builds(Kind, st.sampled_from(DIVERGENCES), st.floats(1e-3, 0.999))
 
 
 @PROPERTY
