@@ -7,11 +7,16 @@ from typing import Any
 import pytest
 import torch
 from loss_cases import (
-    LOSSES,
+    DIVERGENCES,
+    REDUCED,
+    WAYS,
     Problem,
     assert_results_as_accurate,
     assert_same,
+    each_loss,
+    each_way,
     eager,
+    frozen_or_all,
     fused,
     fused_output,
     make_problem,
@@ -20,7 +25,7 @@ from loss_cases import (
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SAME_TEACHER = {f"teacher_{f}": f for f in ("hidden", "weight", "bias")}
+each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
 def logits_problem(z: Tensor, dtype: torch.dtype) -> Problem:
@@ -52,9 +57,9 @@ LOGITS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@each_dtype
 @pytest.mark.parametrize("z", LOGITS.values(), ids=LOGITS)
-@pytest.mark.parametrize("name", LOSSES)
+@each_way
 def test_extreme_logits(name: str, z: Tensor, dtype: torch.dtype) -> None:
     p = logits_problem(z, dtype)
     results = [with_gradients(f, name, q) for f, q in ((fused, p), (eager, p), (eager, p.double()))]
@@ -72,34 +77,35 @@ def test_large_common_shift_costs_no_digits(shift: float) -> None:
     torch.testing.assert_close(fused("linear_logprobs", p).double(), exact, rtol=3e-7, atol=0)
 
 
-# 127 and 1009 are primes; 50257 is GPT-2's and odd; 2 the smallest with a choice. One token, and a few.
-@pytest.mark.parametrize("n", [1, 3], ids=["N=1", "N=3"])
-@pytest.mark.parametrize("vocabulary", [2, 127, 1009, 50257])
-@pytest.mark.parametrize("name", LOSSES)
+# 127 and 1009 are primes; 50257 is GPT-2's and odd; 2 the smallest with a choice. Neither knows of the number of rows.
+@pytest.mark.parametrize(("vocabulary", "n"), [(2, 1), (2, 3), (127, 3), (1009, 1), (50257, 3)])
+@each_way
 def test_odd_vocabularies(name: str, vocabulary: int, n: int) -> None:
-    p = make_problem((n,), vocabulary, dim=3)._replace(tokens=torch.tensor([vocabulary - 1, 0, vocabulary // 2])[:n])
-    p = p._replace(mask=None)
+    p = make_problem((n,), vocabulary, dim=3)._replace(mask=None)
+    p = p._replace(tokens=torch.tensor([vocabulary - 1, 0, vocabulary // 2])[:n])
     assert_same(with_gradients(fused, name, p), with_gradients(eager, name, p))
 
 
-EMPTY = {"N=0": (0,), "B=2,T=0": (2, 0), "B=0,T=3": (0, 3)}
 NOTHING: dict[str, dict[str, Any]] = {
     "sum": {"reduction": "sum"},
     "mean": {},
     "mean-of-others": {"normalizer": 12.0},
     "none": {"reduction": "none"},
 }
+# linear_logprobs has no reduction. Of the others each one with each: it is the reduction that divides by nothing.
+EMPTY_CALLS = [
+    pytest.param(name, options, id=f"{name}-{key}")
+    for name in WAYS
+    for key, options in NOTHING.items()
+    if name in REDUCED or not options
+]
 
 
 def assert_nothing(name: str, p: Problem, needs: tuple[str, ...], **options: Any) -> None:
     """Loss 0, connected to the graph; gradients 0; metrics and log-probs finite."""
-    if name != "linear_logprobs":
-        output = fused_output(name, p, **options)
-        assert all(m.dim() == 0 and m.isfinite() for m in output.metrics.values())
-        assert output.logprobs is not None
-        assert (output.logprobs == 0).all()
-    else:
-        options = {k: v for k, v in options.items() if k == "skip_zero_rows"}
+    output = fused_output(name, p, **options)
+    assert all(m.dim() == 0 and m.isfinite() for m in output.metrics.values())
+    assert (output.logprobs == 0).all()
     result = with_gradients(fused, name, p, needs, **options)
     assert (result.value == 0).all()
     assert result.gradients.keys() == set(needs)
@@ -107,25 +113,31 @@ def assert_nothing(name: str, p: Problem, needs: tuple[str, ...], **options: Any
         assert (gradient == 0).all()
 
 
-@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen-head", "all"])
-@pytest.mark.parametrize("reduction", NOTHING.values(), ids=NOTHING)
-@pytest.mark.parametrize("lead", EMPTY.values(), ids=EMPTY)
-@pytest.mark.parametrize("name", LOSSES)
-def test_no_tokens(name: str, lead: tuple[int, ...], reduction: dict[str, Any], needs: tuple[str, ...]) -> None:
-    assert_nothing(name, make_problem(lead, dtype=torch.float32), needs, **reduction)
+@frozen_or_all
+@pytest.mark.parametrize(("name", "reduction"), EMPTY_CALLS)
+def test_no_tokens(name: str, reduction: dict[str, Any], needs: tuple[str, ...]) -> None:
+    for lead in ((0,), (2, 0), (0, 3)):
+        assert_nothing(name, make_problem(lead, dtype=torch.float32), needs, **reduction)
 
 
-@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen-head", "all"])
-@pytest.mark.parametrize("reduction", NOTHING.values(), ids=NOTHING)
-@pytest.mark.parametrize("how", ["bool-mask", "weight-mask", "ignored", "no-skip"])
-@pytest.mark.parametrize("name", LOSSES)
-def test_all_masked(name: str, how: str, reduction: dict[str, Any], needs: tuple[str, ...]) -> None:
+# What leaves rows out has done so before anything is reduced: the forms of a mask go with one reduction.
+EMPTY_MASKS = [
+    pytest.param(*call.values, why, id=f"{call.id}-{why}")
+    for call in EMPTY_CALLS
+    for why in ("bool-mask", "weight-mask", "ignored", "no-skip")
+    if why in ("ignored", "no-skip") or not call.values[1]
+]
+
+
+@frozen_or_all
+@pytest.mark.parametrize(("name", "reduction", "why"), EMPTY_MASKS)
+def test_all_masked(name: str, reduction: dict[str, Any], why: str, needs: tuple[str, ...]) -> None:
     p, options = make_problem(dtype=torch.float32), dict(reduction)
-    if name == "linear_logprobs" or how in ("ignored", "no-skip"):  # linear_logprobs has no mask
+    if name == "linear_logprobs" or why in ("ignored", "no-skip"):  # linear_logprobs has no mask
         p = p._replace(tokens=torch.full_like(p.tokens, -100))
     else:
-        p = p._replace(mask=torch.zeros(p.tokens.shape, dtype=torch.bool if how == "bool-mask" else torch.float32))
-    if how == "no-skip":
+        p = p._replace(mask=torch.zeros(p.tokens.shape, dtype=torch.bool if why == "bool-mask" else torch.float32))
+    if why == "no-skip":
         options["skip_zero_rows"] = False
     else:  # rows that take no part may hold anything
         p = p._replace(hidden=torch.full_like(p.hidden, torch.nan), advantages=torch.full_like(p.advantages, torch.nan))
@@ -133,7 +145,7 @@ def test_all_masked(name: str, how: str, reduction: dict[str, Any], needs: tuple
 
 
 @pytest.mark.parametrize("skip", [True, False], ids=["skip", "no-skip"])
-@pytest.mark.parametrize("name", LOSSES)
+@each_way
 def test_garbage_in_masked_rows_stays_there(name: str, skip: bool) -> None:
     """Padding holds whatever the model made of it: NaN there must not reach a value, a gradient or a metric.
 
@@ -149,24 +161,21 @@ def test_garbage_in_masked_rows_stays_there(name: str, skip: bool) -> None:
         dirty = dirty._replace(**hidden)
     ours, clean = (with_gradients(fused, name, q, skip_zero_rows=skip) for q in (dirty, p))
     assert_same(ours, clean)
-    if name != "linear_logprobs":
-        outputs = [fused_output(name, q, skip_zero_rows=skip) for q in (dirty, p)]
-        assert outputs[0].metrics == outputs[1].metrics
+    outputs = [fused_output(name, q, skip_zero_rows=skip) for q in (dirty, p)]
+    assert outputs[0].metrics == outputs[1].metrics
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@each_way
 def test_duplicate_tokens(name: str) -> None:
     p = make_problem((8,))
     p = p._replace(tokens=torch.full_like(p.tokens, 4))
     assert_same(with_gradients(fused, name, p), with_gradients(eager, name, p))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@each_loss
 def test_minus_inf_bias_equals_smaller_vocabulary(name: str) -> None:
     """Forbidden ids: the same as a head without them, and no gradient for their rows."""
     p, allowed = make_problem(vocabulary=11), torch.tensor([0, 1, 2, 4, 5, 7, 8, 9, 10])
-    assert p.bias is not None
-    assert p.teacher_bias is not None
     forbid = torch.zeros(11, dtype=torch.float64).index_fill(0, torch.tensor([3, 6]), -torch.inf)
     p = p._replace(tokens=allowed[p.tokens % 9].where(p.tokens != -100, -100))
     small = p._replace(
@@ -184,27 +193,22 @@ def test_minus_inf_bias_equals_smaller_vocabulary(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_sampled_token_of_probability_zero(dtype: torch.dtype, reduction: str) -> None:
     """ℓ = −inf: the ratio is 0, and so are the loss and the gradient of that token, not NaN."""
-    p = make_problem(dtype=dtype)._replace(mask=None)
-    assert p.bias is not None
-    forbidden = p._replace(
-        tokens=torch.tensor([3, 1, 3, 0, 2, 1]), bias=p.bias.index_fill(0, torch.tensor(3), -torch.inf)
+    p = make_problem(dtype=dtype)._replace(mask=None, tokens=torch.tensor([3, 1, 3, 0, 2, 1]))
+    p = p._replace(bias=p.bias.index_fill(0, torch.tensor(3), -torch.inf))
+    ours, *others = (
+        with_gradients(f, "policy_gradient", q, reduction=reduction)
+        for f, q in ((fused, p), (eager, p), (eager, p.double()))
     )
-    ours = with_gradients(fused, "policy_gradient", forbidden, reduction=reduction)
-    assert_results_as_accurate(
-        ours,
-        *(with_gradients(eager, "policy_gradient", q, reduction=reduction) for q in (forbidden, forbidden.double())),
-        forbidden,
-    )
+    assert_results_as_accurate(ours, *others, p)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.6}, {"chunk_size": 2}], ids=["plain", "temperature", "chunks"]
-)
-def test_identical_student_and_teacher(options: dict[str, Any], dtype: torch.dtype) -> None:
+@each_dtype
+@pytest.mark.parametrize("options", [{"temperature": 0.6}, {"chunk_size": 2}], ids=["temperature", "chunks"])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_identical_student_and_teacher(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     p = make_problem((7,), 37, dtype=dtype)._replace(mask=None)
-    p = p._replace(**{own: getattr(p, other) for own, other in SAME_TEACHER.items()})
-    result = with_gradients(fused, "reverse_kl", p, reduction="none", **options)
+    p = p._replace(**{f"teacher_{f}": getattr(p, f) for f in ("hidden", "weight", "bias")})
+    result = with_gradients(fused, name, p, reduction="none", **options)
     assert (result.value == 0).all()
     for gradient in result.gradients.values():
         assert (gradient == 0).all()
@@ -225,7 +229,7 @@ def expanded(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("layout", [stored_transposed, sliced, expanded])
 @pytest.mark.parametrize("field", ["hidden", "weight"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ["linear_logprobs", "policy_gradient", "entropy", "top_k", "reverse_kl"])
 def test_non_contiguous(name: str, dtype: torch.dtype, field: str, layout: Any) -> None:
     """Views as inputs: read through their strides, and gradients in the shape of the view."""
     p = make_problem(dtype=dtype)

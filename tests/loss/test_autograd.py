@@ -6,18 +6,29 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import LOSSES, NEEDS, TRAINABLE, Problem, eager, fused, make_problem, with_gradients
+from loss_cases import (
+    FORMS,
+    TRAINABLE,
+    Problem,
+    each_need,
+    each_of,
+    each_way,
+    eager,
+    frozen_or_all,
+    fused,
+    make_problem,
+    with_gradients,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Composed forms take any upstream gradient, the others have computed their gradients when the forward pass is over.
-FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in LOSSES},
-    "policy_gradient-none": ("policy_gradient", {"reduction": "none"}),
-    "reverse_kl-none": ("reverse_kl", {"reduction": "none"}),
-}
-COMPOSED = [name for name in FORMS if name.endswith(("none", "logprobs"))]
-forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+COMPOSED = {name: form for name, form in FORMS.items() if name.endswith(("none", "logprobs"))}
+forms = each_of(FORMS)
+HEAD_FIELDS = ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias")
+
+
+def summed(name: str, p: Problem, **options: Any) -> Tensor:
+    return fused(name, p, **options).sum()
 
 
 def gradients(p: Problem, fields: tuple[str, ...] = TRAINABLE) -> dict[str, Tensor]:
@@ -28,21 +39,19 @@ def in_dtype(p: Problem, dtype: torch.dtype, *fields: str) -> Problem:
     return p._replace(**{f: getattr(p, f).to(dtype) for f in fields})
 
 
-HEAD_FIELDS = ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias")
-
-
 @forms
-@pytest.mark.parametrize("backward_inside", [True, False], ids=["backward-inside", "backward-outside"])
-@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16], ids=["fp32-hidden", "bf16-hidden"])
-def test_autocast_equals_casting(form: tuple[str, Any], backward_inside: bool, hidden_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("inside", [True, False], ids=["backward-inside", "backward-outside"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32-hidden", "bf16-hidden"])
+def test_autocast_equals_casting(
+    name: str, options: dict[str, Any], inside: bool, dtype: torch.dtype
+) -> None:
     """As in a mixed-precision step: float32 parameters, hidden states in whichever dtype the last layer gave."""
-    name, options = form
-    p = in_dtype(make_problem((2, 5), dtype=torch.float32), hidden_dtype, "hidden", "teacher_hidden").leaves()
+    p = in_dtype(make_problem((2, 5), dtype=torch.float32), dtype, "hidden", "teacher_hidden").leaves()
     with torch.autocast("cpu", torch.bfloat16):
         value = fused(name, p, chunk_size=3, **options)
-        if backward_inside:
+        if inside:
             value.sum().backward()
-    if not backward_inside:
+    if not inside:
         value.sum().backward()
     heads = HEAD_FIELDS[:3] if name == "top_k" else HEAD_FIELDS  # its teacher is a list, made before
     cast = in_dtype(p.leaves(()), torch.bfloat16, *heads).leaves()
@@ -62,12 +71,11 @@ def test_autocast_leaves_float64_alone() -> None:
 
 
 @forms
-@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
+@each_need
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-def test_checkpoint(form: tuple[str, Any], use_reentrant: bool, needs: tuple[str, ...]) -> None:
-    name, options = form
+def test_checkpoint(name: str, options: dict[str, Any], use_reentrant: bool, needs: tuple[str, ...]) -> None:
     p = make_problem((2, 5))
-    plain = with_gradients(lambda n, q, **o: fused(n, q, **o).sum(), name, p, needs, **options)
+    plain = with_gradients(summed, name, p, needs, **options)
 
     def checkpointed(name: str, p: Problem, **options: Any) -> Tensor:
         def head(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -81,8 +89,7 @@ def test_checkpoint(form: tuple[str, Any], use_reentrant: bool, needs: tuple[str
 
 @forms
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_without_grad_mode(form: tuple[str, Any], context: Any) -> None:
-    name, options = form
+def test_without_grad_mode(name: str, options: dict[str, Any], context: Any) -> None:
     p = make_problem((2, 5))
     with context():
         value = fused(name, p.leaves(), **options)
@@ -92,11 +99,10 @@ def test_without_grad_mode(form: tuple[str, Any], context: Any) -> None:
 
 
 @forms
-@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
-def test_second_backward_with_retain_graph(form: tuple[str, Any], needs: tuple[str, ...]) -> None:
-    name, options = form
+@each_need
+def test_second_backward_with_retain_graph(name: str, options: dict[str, Any], needs: tuple[str, ...]) -> None:
     p = make_problem((2, 5)).leaves(needs)
-    total = fused(name, p, **options).sum()
+    total = summed(name, p, **options)
     tensors = [getattr(p, f) for f in needs]
     first = torch.autograd.grad(total, tensors, retain_graph=True)
     kept = [g.clone() for g in first]
@@ -107,43 +113,40 @@ def test_second_backward_with_retain_graph(form: tuple[str, Any], needs: tuple[s
 
 
 @forms
-@pytest.mark.parametrize("needs", [("hidden",), TRAINABLE], ids=["frozen-head", "all"])
-def test_gradient_of_a_gradient_is_refused(form: tuple[str, Any], needs: tuple[str, ...]) -> None:
+@frozen_or_all
+def test_gradient_of_a_gradient_is_refused(name: str, options: dict[str, Any], needs: tuple[str, ...]) -> None:
     """Even where the upstream gradient is a constant: what came back would lack this operator's second order."""
-    name, options = form
     p = make_problem((2, 5)).leaves(needs)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        torch.autograd.grad(fused(name, p, **options).sum(), p.hidden, create_graph=True)
+        torch.autograd.grad(summed(name, p, **options), p.hidden, create_graph=True)
 
 
-@pytest.mark.parametrize("name", COMPOSED)
-def test_weight_changed_before_backward(name: str) -> None:
+@each_of(COMPOSED)
+def test_weight_changed_before_backward(name: str, options: dict[str, Any]) -> None:
     """The composed form reads the weight again: an optimizer step in between must not pass in silence."""
-    loss_name, options = FORMS[name]
     p = make_problem().leaves()
-    total = fused(loss_name, p, **options).sum()
+    total = summed(name, p, **options)
     with torch.no_grad():
         p.weight.mul_(2.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@each_way
 def test_frozen_weight_may_change_before_backward(name: str) -> None:
     """The gradient of the frozen form is made already, with the weight of the forward pass."""
     p = make_problem()
-    expected = with_gradients(lambda n, q: fused(n, q).sum(), name, p, ("hidden",)).gradients["hidden"]
+    expected = with_gradients(summed, name, p, ("hidden",)).gradients["hidden"]
     q = p.leaves(("hidden",))
-    total = fused(name, q).sum()
+    total = summed(name, q)
     q.weight.mul_(2.0)
     total.backward()
     torch.testing.assert_close(q.hidden.grad, expected)
 
 
 @forms
-def test_weight_tied_to_the_embedding(form: tuple[str, Any]) -> None:
+def test_weight_tied_to_the_embedding(name: str, options: dict[str, Any]) -> None:
     """One Parameter, two uses: both gradients arrive."""
-    name, options = form
     p, ids = make_problem((2, 5)), torch.arange(10).reshape(2, 5)
     found = []
     for function in (fused, eager):
@@ -155,9 +158,8 @@ def test_weight_tied_to_the_embedding(form: tuple[str, Any]) -> None:
 
 
 @forms
-def test_hidden_from_a_graph(form: tuple[str, Any]) -> None:
+def test_hidden_from_a_graph(name: str, options: dict[str, Any]) -> None:
     """A LoRA step: gradients go through the hidden states into a model, none into the frozen head."""
-    name, options = form
     p = make_problem((2, 5))
     found = []
     for function in (fused, eager):
@@ -182,11 +184,10 @@ def test_unused_outputs_of_linear_logprobs() -> None:
 
 @forms
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_weight_grad_takes_the_gradient_of_the_weight(form: tuple[str, Any], dtype: torch.dtype) -> None:
+def test_weight_grad_takes_the_gradient_of_the_weight(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     """Added to what is there, in the dtype of the accumulator: a sum over micro-batches that is rounded nowhere."""
-    name, options = form
     p = make_problem((2, 5), dtype=dtype)
-    expected = with_gradients(lambda n, q, **o: fused(n, q, **o).sum(), name, p, **options).gradients
+    expected = with_gradients(summed, name, p, **options).gradients
     q = p.leaves()
     start = torch.ones_like(q.weight, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     buffer = start.clone()
@@ -208,9 +209,8 @@ def test_weight_grad_may_be_the_gradient_itself() -> None:
 
 
 @forms
-def test_forward_mode_is_refused(form: tuple[str, Any]) -> None:
+def test_forward_mode_is_refused(name: str, options: dict[str, Any]) -> None:
     """It would have lost its tangent in silence."""
-    name, options = form
     p = make_problem((4,))
     with pytest.raises(RuntimeError, match=r"no forward-mode derivative .*jvp"):
         torch.func.jvp(lambda h: fused(name, p._replace(hidden=h), **options).sum(), (p.hidden,), (p.hidden,))

@@ -6,7 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import LOSSES, Problem, eager, fused, fused_output, generator, make_problem, with_gradients
+from loss_cases import (
+    REDUCED,
+    WAYS,
+    Problem,
+    assert_same,
+    each_way,
+    eager,
+    frozen_or_all,
+    fused,
+    fused_output,
+    generator,
+    make_problem,
+    unreduced,
+    with_gradients,
+)
 from torch import Tensor
 
 from fastkl import loss, reference
@@ -136,27 +150,22 @@ def test_phantom_mass_in_the_vocabulary_tail(vocabulary: int, level: float) -> N
     torch.testing.assert_close(logprobs.exp().sum(), torch.tensor(1.0), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen-head", "all"])
-@pytest.mark.parametrize("upstream", ["own", "expanded", "zeros"])
-@pytest.mark.parametrize("name", LOSSES)
+@frozen_or_all
+@pytest.mark.parametrize("upstream", ["expanded", "zeros"])
+@each_way
 def test_upstream_read_as_its_first_element(name: str, upstream: str, needs: tuple[str, ...]) -> None:
+    """With a value for each token: test_accuracy.py. Here the gradient of .sum(), whose stride is 0, and zeros."""
     p = make_problem((4, 3))
-    # expand: the gradient of .sum(), one element of stride 0.
-    values = {
-        "own": torch.linspace(-2, 3, 12, dtype=torch.float64).reshape(4, 3),
-        "expanded": torch.tensor(1.5, dtype=torch.float64).expand(4, 3),
-        "zeros": torch.zeros(4, 3, dtype=torch.float64),
-    }
-    options = {} if name == "linear_logprobs" else {"reduction": "none"}
+    value = torch.tensor(1.5 if upstream == "expanded" else 0.0, dtype=torch.float64).expand(4, 3)
     gradients = []
     for function in (fused, eager):
         q = p.leaves(needs)
-        function(name, q, **options).backward(values[upstream])
+        function(name, q, **unreduced(name)).backward(value)
         gradients.append([getattr(q, f).grad for f in needs])
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@each_way
 def test_low_precision_accumulation_of_weight_gradients(name: str) -> None:
     """512 chunks of one row: a bf16 accumulator would lose most of them, a float32 one rounds once at the end."""
     # All rows pull the same way, so that the sum grows far above its terms.
@@ -207,20 +216,17 @@ MASK_DTYPES = (torch.bool, torch.uint8, torch.int64, torch.float16, torch.float6
 
 
 @pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)
-@pytest.mark.parametrize("name", LOSSES[1:])
+@pytest.mark.parametrize("name", [name for name in WAYS if name in REDUCED])
 def test_mask_dtypes(name: str, dtype: torch.dtype) -> None:
     """attention_mask comes as int64, a comparison as bool: both mean the same, and ~ is never applied to an int."""
     p = make_problem((8,))
     keep = torch.tensor([1, 0, 1, 1, 0, 0, 1, 1])
     expected = with_gradients(fused, name, p._replace(mask=keep.double()))
-    ours = with_gradients(fused, name, p._replace(mask=keep.to(dtype)))
-    torch.testing.assert_close(tuple(ours.value[None]), tuple(expected.value[None]))
-    torch.testing.assert_close(ours.gradients, expected.gradients)
+    assert_same(with_gradients(fused, name, p._replace(mask=keep.to(dtype))), expected)
 
 
 def test_mean_divides_by_the_weights_not_the_tokens() -> None:
     p = make_problem((8,))
-    assert p.mask is not None
     total = fused("reverse_kl", p, reduction="sum")
     weights = p.mask[p.tokens != -100].sum()
     torch.testing.assert_close(fused("reverse_kl", p), total / weights)
@@ -233,8 +239,6 @@ def test_ignored_tokens_equal_their_absence() -> None:
     some = p._replace(tokens=torch.tensor([2, -100, 5, -100]))
     two = p._replace(tokens=torch.tensor([2, 5]), **{f: getattr(p, f)[::2] for f in ("hidden", "teacher_hidden")})
     two = two._replace(**{f: getattr(p, f)[::2] for f in ("advantages", "sampler_logprobs", "teacher_logprobs")})
-    for name in LOSSES[1:]:
+    for name in REDUCED:
         torch.testing.assert_close(fused(name, some), fused(name, two))
-        logprobs = fused_output(name, some).logprobs
-        assert logprobs is not None
-        assert (logprobs[1::2] == 0).all()
+        assert (fused_output(name, some).logprobs[1::2] == 0).all()
