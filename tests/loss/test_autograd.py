@@ -42,9 +42,7 @@ def in_dtype(p: Problem, dtype: torch.dtype, *fields: str) -> Problem:
 @forms
 @pytest.mark.parametrize("inside", [True, False], ids=["backward-inside", "backward-outside"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32-hidden", "bf16-hidden"])
-def test_autocast_equals_casting(
-    name: str, options: dict[str, Any], inside: bool, dtype: torch.dtype
-) -> None:
+def test_autocast_equals_casting(name: str, options: dict[str, Any], inside: bool, dtype: torch.dtype) -> None:
     """As in a mixed-precision step: float32 parameters, hidden states in whichever dtype the last layer gave."""
     p = in_dtype(make_problem((2, 5), dtype=torch.float32), dtype, "hidden", "teacher_hidden").leaves()
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,6 +1,6 @@
-"""Drop-in replacement of the divergences of Liger-Kernel and TRL, where they are right; where they are not is stated.
+"""Code written by others as the oracle: torch.nn.functional, Liger-Kernel and TRL, where they are right.
 
-TRL is not among the packages of the tests: with `trl` and `datasets` installed its tests run too.
+Where they are not is stated. TRL is not among the packages of the tests: with `trl` and `datasets` installed its tests run.
 """
 
 from __future__ import annotations
@@ -11,51 +11,91 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import Problem, make_problem
+import torch.nn.functional as F
+from loss_cases import HEADS, TRAINABLE, Problem, fused, fused_output, generator, make_problem, reference_logits
 from torch import Tensor
 
 from fastkl import reference
-from fastkl.loss import jsd_loss
 
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
-FIELDS = ("hidden", "weight", "bias")
 
 
-def ours(p: Problem, **options: Any) -> Tensor:
-    teacher = {"teacher_hidden": p.teacher_hidden, "teacher_weight": p.teacher_weight, "teacher_bias": p.teacher_bias}
-    return jsd_loss(p.hidden, p.weight, tokens=p.tokens, bias=p.bias, **teacher, **options).loss
+def assert_close(ours: Tensor, theirs: Tensor, p: Problem, **near: float) -> None:
+    """Value and gradients; of Liger and TRL to the rounding of the float32 that they compute in."""
+    tensors = [getattr(p, field) for field in TRAINABLE]
+    found = [[t.to(ours.dtype) for t in (v, *torch.autograd.grad(v, tensors))] for v in (ours, theirs)]
+    torch.testing.assert_close(found[0], found[1], **near)
 
 
-def liger(p: Problem, beta: float, temperature: float = 1.0) -> Tensor:
-    losses = pytest.importorskip("liger_kernel.chunked_loss")
-    module = losses.LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, temperature=temperature, compiled=False
-    )
+FLOAT32 = {"rtol": 1e-4, "atol": 1e-6}
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_cross_entropy(temperature: float, reduction: str) -> None:
+    p = make_problem((2, 9)).leaves()
+    weights = torch.linspace(0.5, 2, 18, dtype=torch.float64).reshape(2, 9)
+    nll = -fused("linear_logprobs", p, temperature=temperature)
+    z = F.linear(p.hidden, p.weight, p.bias) / temperature
+    oracle = F.cross_entropy(z.flatten(0, 1), p.tokens.flatten(), reduction=reduction, ignore_index=-100)
+    if reduction == "mean":
+        ours = nll.sum() / (p.tokens != -100).sum()
+    else:
+        ours, oracle = (nll * weights).sum(), (oracle.reshape(2, 9) * weights).sum()
+    assert_close(ours, oracle, p)
+
+
+def test_reinforce_of_advantage_one_is_cross_entropy() -> None:
+    p = make_problem((18,))._replace(mask=None, sampler_logprobs=None, advantages=torch.ones(18)).leaves()
+    oracle = F.cross_entropy(F.linear(p.hidden, p.weight, p.bias), p.tokens)
+    assert_close(fused("policy_gradient", p, method="reinforce"), oracle, p)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_kl_div(temperature: float) -> None:
+    """F.kl_div(log q, log p) is KL(p ‖ q): the student is its target."""
+    p = make_problem((2, 9))
+    p = p._replace(mask=None, tokens=p.tokens.clamp(min=0)).leaves()
+    log_p = (F.linear(p.hidden, p.weight, p.bias) / temperature).log_softmax(-1)
+    log_q = (F.linear(p.teacher_hidden, p.teacher_weight, p.teacher_bias) / temperature).log_softmax(-1)
+    oracle = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / 18
+    assert_close(fused("reverse_kl", p, temperature=temperature), oracle, p)
+
+
+@pytest.mark.parametrize("method", ["ppo", "cispo"])
+def test_liger_grpo(method: str) -> None:
+    """Liger's "dapo" is PPO's clip averaged over all tokens; its CISPO takes the upper bound itself and has no lower."""
+    liger = pytest.importorskip("liger_kernel.chunked_loss")
+    p = make_problem((3, 8))
+    p = p._replace(tokens=p.tokens.clamp(min=0), mask=(torch.rand(3, 8, generator=generator(1)) < 0.8).double())
+    per_sequence = torch.tensor([1.3, -0.7, 0.4], dtype=torch.float64)
+    p = p._replace(advantages=per_sequence[:, None].expand(3, 8)).leaves()
+    low, loss_type, high = (0.1, "dapo", 0.3) if method == "ppo" else (1.0, "cispo", 1.3)
+    ours = fused("policy_gradient", p, method=method, temperature=0.9, clip_low=low, clip_high=0.3)
+    options = {"beta": 0.0, "compiled": False, "use_ref_model": False, "temperature": 0.9}
+    module = liger.LigerFusedLinearGRPOLoss(epsilon_low=0.1, epsilon_high=high, loss_type=loss_type, **options)
+    inputs = p.hidden, p.weight, p.tokens, p.mask, per_sequence, p.bias
+    assert_close(ours, module(*inputs, old_per_token_logps=p.sampler_logprobs)[0], p, **FLOAT32)
+
+
+def liger_jsd(p: Problem, beta: float, temperature: float = 1.0) -> Tensor:
+    liger, options = pytest.importorskip("liger_kernel.chunked_loss"), {"beta": beta, "temperature": temperature}
+    module = liger.LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=False, **options)
     heads = p.hidden, p.weight, p.teacher_hidden, p.teacher_weight
     value: Tensor = module(*heads, p.tokens, student_bias=p.bias, teacher_bias=p.teacher_bias)
     return value
 
 
-def trl() -> ModuleType:
-    pytest.importorskip("trl")
-    pytest.importorskip("datasets")
-    trainer: ModuleType = pytest.importorskip("trl.trainer.distillation_trainer")
-    return trainer
-
-
-def assert_same(mine: Tensor, theirs: Tensor, p: Problem) -> None:
-    tensors = [getattr(p, field) for field in FIELDS]
-    found = [(value, *torch.autograd.grad(value, tensors)) for value in (mine, theirs)]
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
 @pytest.mark.parametrize("beta", BETAS)
-def test_liger(beta: float, temperature: float) -> None:
+def test_liger_jsd(beta: float, temperature: float) -> None:
     """The same β, rows with an ignored token left out of sum and count, temperature on both sides and no T²."""
-    p = make_problem((18,), dtype=torch.float32).leaves()
+    p = make_problem((18,), dtype=torch.float32)._replace(mask=None).leaves()
     assert (p.tokens == -100).any()
-    assert_same(ours(p, beta=beta, temperature=temperature), liger(p, beta, temperature), p)
+    oracle = liger_jsd(p, beta, temperature)
+    assert_close(fused("jsd", p, beta=beta, temperature=temperature), oracle, p, **FLOAT32)
+    if beta == 1.0:
+        assert_close(fused("reverse_kl", p, temperature=temperature), liger_jsd(p, beta, temperature), p, **FLOAT32)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -65,67 +105,56 @@ def test_liger_gives_the_student_tokens_that_it_has_not(beta: float) -> None:
     vocab_size leaves the padding out on both sides, which is the divergence on the ids that exist.
     """
     p, wide = make_problem((18,), dtype=torch.float32), make_problem((18,), vocabulary=13, dtype=torch.float32)
-    p = p._replace(teacher_weight=wide.teacher_weight, teacher_bias=wide.teacher_bias)
-    name = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd")
-    z = reference.logits(p.hidden, p.weight, p.bias)
-    z_teacher = reference.logits(p.teacher_hidden, p.teacher_weight, p.teacher_bias)
-    options = {"beta": beta} if name == "jsd" else {}
-    counted = (p.tokens != -100).float()
-    divergence = getattr(reference, name)
-    exact = reference.reduce(divergence(z, z_teacher[..., :11], **options), counted)
-    torch.testing.assert_close(ours(p, beta=beta, vocab_size=11), exact, rtol=1e-5, atol=1e-6)
-    phantom = torch.nn.functional.pad(z, (0, 2))
-    filled = reference.reduce(divergence(phantom, z_teacher, **options), counted)
-    torch.testing.assert_close(liger(p, beta), filled, rtol=1e-4, atol=1e-6)
+    p = p._replace(mask=None, teacher_weight=wide.teacher_weight, teacher_bias=wide.teacher_bias)
+    z, z_teacher = reference_logits(p)
+
+    def mean(z: Tensor, z_teacher: Tensor) -> Tensor:
+        ends = {0.0: reference.forward_kl, 1.0: reference.reverse_kl}
+        value = ends[beta](z, z_teacher) if beta in ends else reference.jsd(z, z_teacher, beta)
+        return reference.reduce(value, (p.tokens != -100).float())
+
+    exact, filled = mean(z, z_teacher[..., :11]), mean(F.pad(z, (0, 2)), z_teacher)
+    torch.testing.assert_close(fused("jsd", p, beta=beta, vocab_size=11), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(liger_jsd(p, beta), filled, **FLOAT32)
     assert abs(float(filled - exact)) > 0.02 * float(exact)
 
 
 def test_a_token_that_neither_can_emit() -> None:
-    """A bias of −inf on both sides: the limit is a term of 0, where Liger has −inf − (−inf), NaN."""
-    p = make_problem((6,), dtype=torch.float32)
-    forbid = torch.tensor([2, 7])
-    p = p._replace(
-        bias=p.bias.index_fill(0, forbid, -math.inf),
-        teacher_bias=p.teacher_bias.index_fill(0, forbid, -math.inf),
-        tokens=torch.tensor([0, 1, 3, 4, 5, 6]),
-    ).leaves()
-    kept = [i for i in range(11) if i not in forbid]
-    cut = p._replace(**{f: getattr(p, f)[kept] for f in ("weight", "bias", "teacher_weight", "teacher_bias")})
-    value = ours(p, beta=0.5)
-    torch.testing.assert_close(value, ours(cut._replace(tokens=torch.zeros(6, dtype=torch.int64)), beta=0.5))
-    value.backward()
-    assert p.hidden.grad.isfinite().all()
-    assert p.weight.grad.isfinite().all()
-    assert liger(p, 0.5).isnan()
+    """A bias of −inf on both sides: the limit is a term of 0, where Liger has −inf − (−inf), NaN.
+
+    That it is as though the token were not there: test_adversarial.py.
+    """
+    p, forbid = make_problem((6,), dtype=torch.float32)._replace(mask=None), torch.tensor([2, 7])
+    biases = {f: getattr(p, f).index_fill(0, forbid, -math.inf) for f in ("bias", "teacher_bias")}
+    p = p._replace(**biases, tokens=torch.tensor([0, 1, 3, 4, 5, 6]))
+    assert fused("jsd", p, beta=0.5).isfinite()
+    assert liger_jsd(p, 0.5).isnan()
 
 
-@pytest.mark.parametrize("head", [{}, {"temperature": 0.7, "logit_scale": 1.6, "softcap": 2.5}], ids=["plain", "all"])
+def trl() -> ModuleType:
+    pytest.importorskip("trl")
+    pytest.importorskip("datasets")
+    trainer: ModuleType = pytest.importorskip("trl.trainer.distillation_trainer")
+    return trainer
+
+
+@pytest.mark.parametrize("head", [HEADS["plain"], HEADS["all-chunked"]], ids=["plain", "all"])
 @pytest.mark.parametrize("beta", BETAS)
-def test_trl(beta: float, head: dict[str, float]) -> None:
+def test_trl(beta: float, head: dict[str, Any]) -> None:
     """The loss of its DistillationTrainer: the same β, scale, soft-cap and temperature, mean over the mask."""
     trainer = trl()
-    p = make_problem((2, 9), dtype=torch.float32)._replace(tokens=torch.zeros(2, 9, dtype=torch.int64)).leaves()
-    mask = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 1, 1], [1, 0, 0, 0, 1, 1, 1, 1, 1]])
+    p = make_problem((2, 9), dtype=torch.float32)._replace(tokens=torch.zeros(2, 9, dtype=torch.int64))
+    p = p._replace(mask=torch.tensor([[1, 1, 0, 1, 1, 1, 0, 1, 1], [1, 0, 0, 0, 1, 1, 1, 1, 1]])).leaves()
     theirs = {
         "temperature": head.get("temperature", 1.0),
         "student_logit_scale": head.get("logit_scale", 1.0),
         "student_final_logit_softcapping": head.get("softcap"),
     }
-    value, entropy, count = trainer._chunked_divergence_loss(
-        p.hidden,
-        p.teacher_hidden,
-        p.weight,
-        p.teacher_weight,
-        mask,
-        beta,
-        student_lm_head_bias=p.bias,
-        teacher_lm_head_bias=p.teacher_bias,
-        **theirs,
-    )
-    assert_same(ours(p, beta=beta, mask=mask, **head), value, p)
-    teacher = {"teacher_hidden": p.teacher_hidden, "teacher_weight": p.teacher_weight, "teacher_bias": p.teacher_bias}
-    with torch.no_grad():
-        found = jsd_loss(p.hidden, p.weight, bias=p.bias, mask=mask, per_token=True, **teacher, **head).per_token
+    inputs = p.hidden, p.teacher_hidden, p.weight, p.teacher_weight, p.mask, beta
+    biases = {"student_lm_head_bias": p.bias, "teacher_lm_head_bias": p.teacher_bias}
+    value, entropy, count = trainer._chunked_divergence_loss(*inputs, **biases, **theirs)
+    assert_close(fused("jsd", p, beta=beta, **head), value, p, **FLOAT32)
+    found = fused_output("jsd", p, per_token=True, **head).per_token
     assert found is not None
     torch.testing.assert_close(found.student_entropy.sum(), entropy, rtol=1e-4, atol=1e-5)
-    assert int(count) == int(mask.sum())
+    assert int(count) == int(p.mask.sum())

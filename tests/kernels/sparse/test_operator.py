@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastkl import loss
 from fastkl.kernels import operators
-from fastkl.kernels.problem import HeadOptions, Inputs, Spec
 from fastkl.kernels.sparse import estimator as sparse_estimator
 from fastkl.loss import Sparse
 
@@ -154,19 +153,3 @@ def test_what_is_no_backward(name: str, backward: Any) -> None:
 def test_what_is_no_sparse_backward(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sparse(**options)
-
-
-@pytest.mark.parametrize("sparse", [None, Sparse(3, error=0.1), Sparse(2**62, threshold=0.01)])
-def test_what_is_packed_comes_out_again(sparse: Sparse | None) -> None:
-    spec = Spec("token_nll", HeadOptions(0.5), None, "torch", 7, sparse=sparse)
-    assert operators._unpack_spec(*operators._pack_spec(spec)) == spec
-
-
-@pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, True, False]])
-def test_opcheck(needs: list[bool]) -> None:
-    """Schema, fake tensors and ahead-of-time dispatch of the operator with a sample, by torch's own check."""
-    p = peaked_problem(20, vocabulary=50)
-    packed = operators._pack_spec(Spec("token_nll", HeadOptions(), sparse=Sparse(3, error=0.1)))
-    tensors = list(Inputs(p.hidden, p.weight, p.bias, p.tokens))
-    arguments = (tensors, None, None, [p.advantages, None, None], "", [], 0.0, needs, *packed)
-    torch.library.opcheck(torch.ops.fastkl.evaluate_with_gradients.default, arguments)
