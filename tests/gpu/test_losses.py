@@ -3,7 +3,7 @@
 What is bitwise there and what is not: the same call gives the same bits. Another chunk size, or other rows around a row,
 gives other bits, because the vendor's GEMM picks its kernel by the number of rows; the difference is float32 rounding in
 the values and the rounding of the inputs' dtype in the gradients. The row kernels themselves do not depend on it
-(test_rows_triton.py).
+(tests/kernels/rows/test_triton.py).
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import pytest
 import torch
 from devices import DEVICE, DRY_RUN, gpu, needs_device
 from loss_cases import (
+    FORMS,
     HEADS,
-    LOSSES,
     NEEDS,
     TRAINABLE,
     Problem,
     Result,
     assert_results_as_accurate,
+    assert_same,
+    each_of,
     eager,
     fused,
     fused_output,
@@ -34,12 +36,7 @@ from torch import Tensor
 pytestmark = gpu
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in LOSSES},
-    "policy_gradient-none": ("policy_gradient", {"reduction": "none"}),
-    "reverse_kl-none": ("reverse_kl", {"reduction": "none"}),
-}
-forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+forms = each_of(FORMS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
@@ -51,42 +48,47 @@ def problem(
     return make_problem(lead, vocabulary, dim, dtype).sampled_under(**options).to(DEVICE)
 
 
-def assert_accurate(form: tuple[str, dict[str, Any]], p: Problem, needs: tuple[str, ...], **options: Any) -> None:
+def assert_accurate(name: str, p: Problem, needs: tuple[str, ...], **options: Any) -> None:
     """An error no larger than that of eager PyTorch on the same device and in the same dtype."""
-    name, own = form
     ours, peer, exact = (
-        with_gradients(function, name, given, needs, **own, **options)
+        with_gradients(function, name, given, needs, **options)
         for function, given in ((fused, p), (eager, p), (eager, p.double()))
     )
     assert_results_as_accurate(ours, peer, exact, p, **options)
 
 
+# The dtype chooses the GEMMs and where a gradient is stored, the needs choose the plan, the head changes what row functions
+# read: each head and each need with each dtype, and the head that has everything with each need.
+PAIRS = [
+    *[(head, "all") for head in HEADS],
+    ("plain", "frozen-head"),
+    ("plain", "bias-only"),
+    ("all-chunked", "frozen-head"),
+    ("all-chunked", "bias-only"),
+]
+
+
 @forms
 @dtypes
-@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
-@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize(("head", "needs"), PAIRS)
 def test_error_no_larger_than_eager(
-    form: tuple[str, dict[str, Any]], dtype: torch.dtype, needs: tuple[str, ...], head: dict[str, Any]
+    name: str, options: dict[str, Any], dtype: torch.dtype, needs: str, head: str
 ) -> None:
-    assert_accurate(form, problem(dtype, **head), needs, **head)
+    assert_accurate(name, problem(dtype, **HEADS[head]), NEEDS[needs], **options, **HEADS[head])
 
 
 @forms
 @dtypes
 @pytest.mark.parametrize("vocabulary", [50257, 262144])  # GPT-2: odd; Gemma 3: the largest in use
-def test_real_vocabularies(form: tuple[str, dict[str, Any]], dtype: torch.dtype, vocabulary: int) -> None:
-    assert_accurate(form, problem(dtype, vocabulary, (50,)), TRAINABLE, chunk_size=32)
+def test_real_vocabularies(name: str, options: dict[str, Any], dtype: torch.dtype, vocabulary: int) -> None:
+    assert_accurate(name, problem(dtype, vocabulary, (50,)), TRAINABLE, chunk_size=32, **options)
 
 
 @forms
-def test_float64_is_exact(form: tuple[str, dict[str, Any]]) -> None:
+def test_float64_is_exact(name: str, options: dict[str, Any]) -> None:
     """What the accuracy of the others is measured against has no trouble of its own on the device."""
-    name, options = form
     p = problem(torch.float64)
-    ours, exact = (with_gradients(function, name, p, **options) for function in (fused, eager))
-    torch.testing.assert_close(ours.value, exact.value, rtol=1e-10, atol=1e-10)
-    for field, gradient in ours.gradients.items():
-        torch.testing.assert_close(gradient, exact.gradients[field], rtol=1e-10, atol=1e-10)
+    assert_same(*(with_gradients(function, name, p, **options) for function in (fused, eager)))
 
 
 def assert_close(ours: Result, other: Result, p: Problem) -> None:
@@ -101,8 +103,7 @@ def assert_close(ours: Result, other: Result, p: Problem) -> None:
 
 @forms
 @dtypes
-def test_same_call_same_bits(form: tuple[str, dict[str, Any]], dtype: torch.dtype) -> None:
-    name, options = form
+def test_same_call_same_bits(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     p = problem(dtype, 50257, (4, 300))
     first, again = (with_gradients(fused, name, p, chunk_size=500, **options) for _ in range(2))
     assert torch.equal(first.value, again.value)
@@ -113,8 +114,7 @@ def test_same_call_same_bits(form: tuple[str, dict[str, Any]], dtype: torch.dtyp
 @forms
 @dtypes
 @pytest.mark.parametrize("chunk_size", [1, 17, 64])
-def test_chunk_size_is_rounding(form: tuple[str, dict[str, Any]], dtype: torch.dtype, chunk_size: int) -> None:
-    name, options = form
+def test_chunk_size_is_rounding(name: str, options: dict[str, Any], dtype: torch.dtype, chunk_size: int) -> None:
     p = problem(dtype)
     whole, parts = (with_gradients(fused, name, p, chunk_size=size, **options) for size in (None, chunk_size))
     assert_close(parts, whole, p)
@@ -122,8 +122,7 @@ def test_chunk_size_is_rounding(form: tuple[str, dict[str, Any]], dtype: torch.d
 
 @forms
 @dtypes
-def test_rows_left_out_or_computed(form: tuple[str, dict[str, Any]], dtype: torch.dtype) -> None:
-    name, options = form
+def test_rows_left_out_or_computed(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     p = problem(dtype)
     left_out, computed = (with_gradients(fused, name, p, skip_zero_rows=skip, **options) for skip in (True, False))
     assert_close(computed, left_out, p)
@@ -132,8 +131,7 @@ def test_rows_left_out_or_computed(form: tuple[str, dict[str, Any]], dtype: torc
 @needs_device
 @forms
 @dtypes
-def test_backends_agree(form: tuple[str, dict[str, Any]], dtype: torch.dtype) -> None:
-    name, options = form
+def test_backends_agree(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     p = problem(dtype, 50257, softcap=5.0)
     triton, torch_ = (
         with_gradients(fused, name, p, backend=backend, softcap=5.0, **options) for backend in ("triton", "torch")
@@ -143,9 +141,8 @@ def test_backends_agree(form: tuple[str, dict[str, Any]], dtype: torch.dtype) ->
 
 @forms
 @dtypes
-def test_weight_grad(form: tuple[str, dict[str, Any]], dtype: torch.dtype) -> None:
+def test_weight_grad(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     """Two micro-batches add up in float32 what the optimizer would have been given in the weight's dtype."""
-    name, options = form
     p = problem(dtype)
     expected = with_gradients(fused, name, p, **options).gradients["weight"].float()
     total = torch.zeros_like(expected)
@@ -157,8 +154,7 @@ def test_weight_grad(form: tuple[str, dict[str, Any]], dtype: torch.dtype) -> No
 
 @forms
 @dtypes
-def test_all_masked(form: tuple[str, dict[str, Any]], dtype: torch.dtype) -> None:
-    name, options = form
+def test_all_masked(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     p = problem(dtype)
     p = p._replace(mask=torch.zeros_like(p.mask), tokens=torch.full_like(p.tokens, -100))
     result = with_gradients(fused, name, p, **options)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from devices import DEVICE, gpu, refused_synchronisation
-from loss_cases import NEEDS, Problem, fused, fused_output, with_gradients
+from loss_cases import Problem, frozen_or_all, fused, fused_output, with_gradients
 from sparse_cases import peaked_problem, relative_error
 
 from bench import peers
@@ -42,7 +42,7 @@ def test_error_is_the_one_asked_for(name: str, dtype: torch.dtype, vocabulary: i
 
 
 @names
-@pytest.mark.parametrize("needs", [NEEDS["frozen-head"], NEEDS["all"]], ids=["frozen", "trainable"])
+@frozen_or_all
 def test_no_synchronisation(name: str, needs: tuple[str, ...]) -> None:
     p = problem(torch.bfloat16).leaves(needs)
 

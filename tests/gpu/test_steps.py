@@ -7,19 +7,13 @@ from typing import Any
 import pytest
 import torch
 from devices import DEVICE, DRY_RUN, gpu, needs_device, refused_synchronisation
-from loss_cases import LOSSES, NEEDS, Problem, fused, make_problem
+from loss_cases import FORMS, Problem, each_of, frozen_or_all, fused, make_problem
 from torch import Tensor
 
 pytestmark = gpu
 
-FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in LOSSES},
-    "policy_gradient-ppo": ("policy_gradient", {"method": "ppo", "dual_clip": 3.0, "softcap": 5.0}),
-    "policy_gradient-none": ("policy_gradient", {"reduction": "none"}),
-    "reverse_kl-none": ("reverse_kl", {"reduction": "none"}),
-}
-forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-heads = pytest.mark.parametrize("needs", [NEEDS["frozen-head"], NEEDS["all"]], ids=["frozen", "trainable"])
+CAPPED = ("policy_gradient", {"method": "ppo", "dual_clip": 3.0, "softcap": 5.0})
+forms = each_of({**FORMS, "policy_gradient-ppo": CAPPED})
 
 
 def problem(needs: tuple[str, ...], seed: int = 0) -> Problem:
@@ -27,9 +21,8 @@ def problem(needs: tuple[str, ...], seed: int = 0) -> Problem:
     return make_problem((4, 30), 5003, 64, torch.bfloat16, seed).to(DEVICE).leaves(needs)
 
 
-def step(form: tuple[str, dict[str, Any]], p: Problem, needs: tuple[str, ...]) -> list[Tensor]:
+def step(name: str, p: Problem, needs: tuple[str, ...], **options: Any) -> list[Tensor]:
     """The loss and its gradients, with nothing that the host has to know."""
-    name, options = form
     value = fused(name, p, skip_zero_rows=False, chunk_size=40, **options).sum()
     return [value.detach(), *torch.autograd.grad(value, [getattr(p, field) for field in needs])]
 
@@ -41,18 +34,18 @@ def assert_close(ours: list[Tensor], expected: list[Tensor]) -> None:
 
 @needs_device
 @forms
-@heads
-def test_cuda_graph(form: tuple[str, dict[str, Any]], needs: tuple[str, ...]) -> None:
+@frozen_or_all
+def test_cuda_graph(name: str, options: dict[str, Any], needs: tuple[str, ...]) -> None:
     """Captured once; replayed on other numbers in the same places."""
     p = problem(needs)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step(form, p, needs)  # compiles and allocates
+        step(name, p, needs, **options)  # compiles and allocates
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(form, p, needs)
+        captured = step(name, p, needs, **options)
     for seed in (0, 1):
         fresh = problem(needs, seed)
         with torch.no_grad():
@@ -60,16 +53,16 @@ def test_cuda_graph(form: tuple[str, dict[str, Any]], needs: tuple[str, ...]) ->
                 if mine is not None:
                     mine.copy_(new)
         graph.replay()
-        assert_close(captured, step(form, fresh, needs))
+        assert_close(captured, step(name, fresh, needs, **options))
 
 
 @forms
-@heads
-def test_no_synchronisation(form: tuple[str, dict[str, Any]], needs: tuple[str, ...]) -> None:
+@frozen_or_all
+def test_no_synchronisation(name: str, options: dict[str, Any], needs: tuple[str, ...]) -> None:
     p = problem(needs)
-    expected = step(form, p, needs)  # compiles; loading a kernel may synchronise
+    expected = step(name, p, needs, **options)  # compiles; loading a kernel may synchronise
     with refused_synchronisation():
-        found = step(form, p, needs)
+        found = step(name, p, needs, **options)
     assert_close(found, expected)
 
 
@@ -80,7 +73,7 @@ def test_a_synchronisation_would_be_noticed() -> None:
         total.item()
 
 
-@heads
+@frozen_or_all
 @pytest.mark.parametrize("name", ["policy_gradient", "reverse_kl"])
 def test_compiled_in_one_graph(name: str, needs: tuple[str, ...]) -> None:
     torch._dynamo.reset()

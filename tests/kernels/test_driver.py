@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from largest_tensor import LargestTensor
-from loss_cases import NEEDS, Problem, fused, fused_output, generator, make_problem
+from loss_cases import Problem, each_need, frozen_or_all, fused, fused_output, generator, make_problem
 from torch import Tensor
 
 from fastkl.kernels import driver, gemm
@@ -46,7 +46,7 @@ FORMS: dict[str, tuple[str, dict[str, Any], bool, int]] = {
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
-@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
+@each_need
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_plan(
     gemms: Gemms, form: tuple[str, dict[str, Any], bool, int], needs: tuple[str, ...], chunk_size: int | None
@@ -152,7 +152,7 @@ def test_rows_of_no_weight_take_no_part(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen-head", "all"])
+@frozen_or_all
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_no_tensor_of_tokens_by_vocabulary(
     monkeypatch: pytest.MonkeyPatch,

@@ -13,6 +13,7 @@ from devices import triton_device
 from loss_cases import (
     HEADS,
     TRAINABLE,
+    Forms,
     Problem,
     fused,
     fused_output,
@@ -27,7 +28,7 @@ from fastkl.kernels.score import triton as score_triton
 
 DEVICE = triton_device()
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+FORMS: Forms = {
     "linear_logprobs": ("linear_logprobs", {}),
     "policy_gradient": ("policy_gradient", {}),
     "entropy": ("entropy", {}),
@@ -112,9 +113,6 @@ def record_scoring(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @torch.no_grad()
 def outputs(name: str, p: Problem, **options: Any) -> dict[str, Tensor]:
     """Everything that a loss returns, by name."""
-    if name == "linear_logprobs":
-        return {"logprobs": fused(name, p, **options)}
     loss, logprobs, metrics, per_token = fused_output(name, p, **options)
-    assert logprobs is not None
     by_products = {} if per_token is None else per_token._asdict()
     return {"loss": loss, "logprobs": logprobs, **metrics, **by_products}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import Problem, generator, make_problem
+from loss_cases import Forms, Problem, each_of, fused, generator, make_problem, with_gradients
 from torch import Tensor
 
 from fastkl.kernels.sparse import estimator as sparse_estimator
@@ -14,14 +14,15 @@ from fastkl.loss import Sparse
 
 SEED = 3
 SPARSE: dict[str, Any] = {"backward": Sparse(SEED)}
-FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+FORMS: Forms = {
     "linear_logprobs": ("linear_logprobs", {}),
     "policy_gradient": ("policy_gradient", {}),
     "policy_gradient-none": ("policy_gradient", {"reduction": "none"}),
-    "policy_gradient-entropy": ("policy_gradient", {"entropy_coef": 0.1}),
+    "policy_gradient-entropy": ("entropy", {"entropy_coef": 0.1}),
     "reverse_kl": ("reverse_kl", {}),
     "reverse_kl-none": ("reverse_kl", {"reduction": "none"}),
 }
+each_form = each_of(FORMS)
 
 
 def use_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,3 +66,23 @@ def with_flat_rows(p: Problem, flat: slice) -> Problem:
     weight = torch.cat([p.weight, p.bias[:, None]], 1)
     tokens = torch.where(switch[:, 0] == 0, torch.arange(n), p.tokens)
     return p._replace(hidden=hidden, weight=weight, bias=torch.zeros_like(p.bias), tokens=tokens, sampler_logprobs=None)
+
+
+def bias_over_noise(
+    name: str, needs: tuple[str, ...], problem: Problem | None = None, seeds: int = 250, **options: Any
+) -> list[float]:
+    """‖ḡ − g‖² S / mean ‖g_s − g‖² for each gradient that is drawn, about 1 without a bias."""
+    p = peaked_problem(32, vocabulary=500) if problem is None else problem
+    exact = with_gradients(fused, name, p, needs, **options).gradients
+    draws = [
+        with_gradients(fused, name, p, needs, backward=Sparse(seed, error=0.15), **options).gradients
+        for seed in range(seeds)
+    ]
+    found = []
+    for field, true in exact.items():
+        errors = torch.stack([gradients[field] for gradients in draws]) - true
+        noise = errors.square().sum() / seeds
+        if field == "bias" and noise < 1e-20 * true.square().sum():
+            continue  # exact where the loss is reduced
+        found.append(float(errors.mean(0).square().sum() * seeds / noise))
+    return found

@@ -6,8 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import NEEDS, Result, fused, fused_output, generator, make_problem, with_gradients
-from sparse_cases import FORMS, SEED, SPARSE, peaked_problem, relative_error, use_small_blocks, with_flat_rows
+from loss_cases import Result, each_need, fused, fused_output, generator, make_problem, with_gradients
+from sparse_cases import (
+    SEED,
+    SPARSE,
+    each_form,
+    peaked_problem,
+    relative_error,
+    use_small_blocks,
+    with_flat_rows,
+)
 from torch import Tensor
 
 from fastkl.kernels.sparse import estimator as sparse_estimator
@@ -27,10 +35,9 @@ def assert_equal(a: Result, b: Result) -> None:
         torch.testing.assert_close(gradient, b.gradients[field], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_same_seed_same_bits(form: tuple[str, dict[str, Any]], needs: tuple[str, ...]) -> None:
-    name, options = form
+@each_need
+@each_form
+def test_same_seed_same_bits(name: str, options: dict[str, Any], needs: tuple[str, ...]) -> None:
     p = peaked_problem()
     options = {**options, "backward": Sparse(SEED, error=0.1)}
     first = with_gradients(fused, name, p, needs, **options)
@@ -72,13 +79,12 @@ def test_threshold_solves_for_the_variance() -> None:
     assert sparse_probabilities.threshold(torch.zeros(7), torch.tensor(0.0)) == 0
 
 
-@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@each_need
+@each_form
 def test_small_threshold_is_exact(
-    monkeypatch: pytest.MonkeyPatch, form: tuple[str, dict[str, Any]], needs: tuple[str, ...]
+    monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any], needs: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(sparse_probabilities, "BREAK_EVEN", 2.0)  # so that it is not exact for another reason
-    name, options = form
     p = peaked_problem(40)
     ours = with_gradients(fused, name, p, needs, backward=Sparse(SEED, threshold=1e-300), **options)
     exact = with_gradients(fused, name, p, needs, **options)
@@ -125,10 +131,9 @@ def test_whether_there_is_room_does_not_depend_on_the_draw() -> None:
     assert max(drawn) > 1.1 * mean
 
 
-@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_flat_rows_are_exact(form: tuple[str, dict[str, Any]], needs: tuple[str, ...]) -> None:
-    name, options = form
+@each_need
+@each_form
+def test_flat_rows_are_exact(name: str, options: dict[str, Any], needs: tuple[str, ...]) -> None:
     p = make_problem((40,), vocabulary=300, dim=8, spread=0.1)
     ours = with_gradients(fused, name, p, needs, **SPARSE, **options)
     exact = with_gradients(fused, name, p, needs, **options)
@@ -161,10 +166,9 @@ def test_flat_blocks_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
     assert products == [16, 48, 16, 16]
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_chunks_of_whole_blocks_draw_the_same_sample(form: tuple[str, dict[str, Any]]) -> None:
-    name, options = form
-    p, options = peaked_problem(80), {**form[1], "backward": Sparse(SEED, error=0.1)}
+@each_form
+def test_chunks_of_whole_blocks_draw_the_same_sample(name: str, options: dict[str, Any]) -> None:
+    p, options = peaked_problem(80), {**options, "backward": Sparse(SEED, error=0.1)}
     whole = with_gradients(fused, name, p, **options)
     for chunk_size in (16, 48):
         other = with_gradients(fused, name, p, chunk_size=chunk_size, **options)
@@ -174,11 +178,10 @@ def test_chunks_of_whole_blocks_draw_the_same_sample(form: tuple[str, dict[str, 
     assert not torch.equal(odd.gradients["hidden"], whole.gradients["hidden"])
 
 
-@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@each_need
+@each_form
 @pytest.mark.parametrize("case", ["no-rows", "all-masked", "one-token-vocabulary", "one-row"])
-def test_edges(case: str, form: tuple[str, dict[str, Any]], needs: tuple[str, ...]) -> None:
-    name, options = form
+def test_edges(case: str, name: str, options: dict[str, Any], needs: tuple[str, ...]) -> None:
     sizes = {"no-rows": (0, 11), "all-masked": (6, 11), "one-token-vocabulary": (6, 1), "one-row": (1, 50)}
     n, vocabulary = sizes[case]
     p = make_problem((n,), vocabulary)
@@ -212,7 +215,7 @@ def test_rows_of_zero_weight_stay_bounded() -> None:
     assert (gradients["hidden"][::2] == 0).all()
 
 
-@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
+@each_need
 def test_without_a_softcap_and_with_one(needs: tuple[str, ...]) -> None:
     p = peaked_problem()
     exact = with_gradients(fused, "policy_gradient", p, needs, softcap=9.0, temperature=0.8)

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 from largest_tensor import LargestTensor
-from loss_cases import NEEDS, fused, fused_output, make_problem, with_gradients
-from sparse_cases import FORMS, SEED, SPARSE, peaked_problem, relative_error, use_small_blocks
+from loss_cases import NEEDS, each_loss, frozen_or_all, fused, fused_output, make_problem, with_gradients
+from sparse_cases import FORMS, SEED, SPARSE, each_form, peaked_problem, relative_error, use_small_blocks
 from torch import Tensor
 
-from fastkl import loss
 from fastkl.kernels import operators
 from fastkl.kernels.sparse import estimator as sparse_estimator
 from fastkl.loss import Sparse
@@ -56,9 +55,8 @@ def test_no_room_for_the_sample(monkeypatch: pytest.MonkeyPatch, gemms: dict[str
         assert relative_error(ours.gradients[field], expected.gradients[field]) < 0.1
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_gradient_into_a_buffer(form: tuple[str, dict[str, Any]]) -> None:
-    name, options = form
+@each_form
+def test_gradient_into_a_buffer(name: str, options: dict[str, Any]) -> None:
     p = peaked_problem()
     options = {**options, "backward": Sparse(SEED, error=0.1)}
     expected = with_gradients(fused, name, p, **options).gradients
@@ -72,9 +70,8 @@ def test_gradient_into_a_buffer(form: tuple[str, dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_dtypes(form: tuple[str, dict[str, Any]], dtype: torch.dtype) -> None:
-    name, options = form
+@each_form
+def test_dtypes(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     exact = with_gradients(fused, name, peaked_problem(), **options)
     ours = with_gradients(fused, name, peaked_problem(dtype=dtype), **SPARSE, **options)
     for field, gradient in ours.gradients.items():
@@ -82,25 +79,31 @@ def test_dtypes(form: tuple[str, dict[str, Any]], dtype: torch.dtype) -> None:
         assert relative_error(gradient, exact.gradients[field]) < (0.03 if dtype == torch.bfloat16 else 0.01)
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("needs", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen-head", "all"])
+@each_form
+@frozen_or_all
 def test_no_tensor_of_tokens_by_vocabulary(
-    monkeypatch: pytest.MonkeyPatch, form: tuple[str, dict[str, Any]], needs: tuple[str, ...]
+    monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any], needs: tuple[str, ...]
 ) -> None:
     for operator in ("_evaluate", "_evaluate_with_gradients"):  # a dispatch mode does not see into an operator
         monkeypatch.setattr(operators, operator, getattr(operators, operator)._init_fn)
-    name, options = form
     p = peaked_problem(600, torch.float32).leaves(needs)
     with LargestTensor() as seen:
         fused(name, p, chunk_size=32, **SPARSE, **options).sum().backward()
     assert seen.numel <= 32 * 4000
 
 
-@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_one_graph(form: tuple[str, dict[str, Any]], needs: tuple[str, ...]) -> None:
+# As in tests/loss/test_compile.py: who needs a gradient is a matter of the autograd functions, not of the loss.
+PLANS = [
+    (*form, own)
+    for key, form in FORMS.items()
+    for need, own in NEEDS.items()
+    if need == "all" or key in ("linear_logprobs", "policy_gradient", "reverse_kl-none")
+]
+
+
+@pytest.mark.parametrize(("name", "options", "needs"), PLANS)
+def test_one_graph(name: str, options: dict[str, Any], needs: tuple[str, ...]) -> None:
     torch._dynamo.reset()
-    name, options = form
     p = peaked_problem().leaves(needs)
     tensors = [getattr(p, field) for field in needs]
 
@@ -108,7 +111,7 @@ def test_one_graph(form: tuple[str, dict[str, Any]], needs: tuple[str, ...]) -> 
         return fused(name, p, backward=Sparse(seed, error=0.05), **options).sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    exact = torch.autograd.grad(fused(name, p, **form[1]).sum(), tensors)
+    exact = torch.autograd.grad(fused(name, p, **options).sum(), tensors)
     for seed in (3, 4, 5):
         gradients = torch.autograd.grad(compiled(seed), tensors)
         expected = torch.autograd.grad(step(seed), tensors)
@@ -126,14 +129,10 @@ def test_nothing_is_drawn_without_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("backward", ["random", "sparse", None])
-@pytest.mark.parametrize("name", ["linear_logprobs", "policy_gradient", "sampled_reverse_kl", "reverse_kl", "top_k"])
+@each_loss
 def test_what_is_no_backward(name: str, backward: Any) -> None:
-    p, ids = make_problem(), torch.zeros(6, 1, dtype=torch.int64)
-    evaluate = {
-        "top_k": lambda: loss.top_k_kl_loss(p.hidden, p.weight, ids, -torch.ones(6, 1), backward=backward),
-    }.get(name, lambda: fused(name, p, backward=backward))
     with pytest.raises(ValueError, match=f'backward is {backward!r}; use "exact" or Sparse'):
-        evaluate()
+        fused(name, make_problem(), backward=backward)
 
 
 @pytest.mark.parametrize(

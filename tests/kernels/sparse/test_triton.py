@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 from devices import INTERPRETED, triton_device
-from loss_cases import NEEDS, TRAINABLE, fused, fused_output, generator, with_gradients
-from sparse_cases import peaked_problem, relative_error, use_small_blocks
+from loss_cases import TRAINABLE, frozen_or_all, fused, fused_output, generator, with_gradients
+from sparse_cases import bias_over_noise, peaked_problem, relative_error, use_small_blocks
 from torch import Tensor
-from unbiased_cases import LOSSES, bias_over_noise
 
 from bench.commands.count import count
 from fastkl.kernels import driver
@@ -150,29 +149,21 @@ def test_certain_and_impossible_columns() -> None:
         assert select(w, seed).tolist() == [1, 2, 5]
 
 
-FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "policy_gradient": ("policy_gradient", {}),
-    "linear_logprobs": ("linear_logprobs", {}),
-    "reverse_kl": ("reverse_kl", {}),
-}
-
-
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     use_small_blocks(monkeypatch)
 
 
-@pytest.mark.parametrize("needs", [NEEDS["frozen-head"], NEEDS["all"]], ids=["frozen", "trainable"])
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_losses(form: tuple[str, dict[str, Any]], needs: tuple[str, ...]) -> None:
+@frozen_or_all
+@pytest.mark.parametrize("name", ["policy_gradient", "linear_logprobs", "reverse_kl"])
+def test_losses(name: str, needs: tuple[str, ...]) -> None:
     """The same seed gives the same bits, another one another sample; the error is the one asked for."""
-    name, options = form
     p = peaked_problem(32, torch.float32, 2000).to(DEVICE)
 
     def how(seed: int) -> dict[str, Any]:
-        return {**options, "backward": Sparse(seed, error=0.02), "backend": "triton"}
+        return {"backward": Sparse(seed, error=0.02), "backend": "triton"}
 
-    exact = with_gradients(fused, name, p, needs, backend="triton", **options)
+    exact = with_gradients(fused, name, p, needs, backend="triton")
     first, again, other = (with_gradients(fused, name, p, needs, **how(seed)) for seed in (3, 3, 4))
     assert torch.equal(first.value, again.value)
     for field, gradient in first.gradients.items():
@@ -203,7 +194,7 @@ def test_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
     """As test_unbiased.py has it, with what Philox draws and the kernels multiply."""
     monkeypatch.setattr(sparse_probabilities, "BREAK_EVEN", 2.0)
     p = peaked_problem(16, torch.float32, 200).to(DEVICE)
-    ratios = bias_over_noise(LOSSES["policy_gradient"], TRAINABLE, p, seeds=24, backend="triton")
+    ratios = bias_over_noise("policy_gradient", TRAINABLE, p, seeds=24, backend="triton")
     assert len(ratios) == 2
     assert max(ratios) < 2.0, ratios
 
