@@ -9,7 +9,7 @@ from fastkl.kernels.divergence.formula import Divergence
 from fastkl.kernels.sparse.estimator import Backward, Sparse
 from fastkl.kernels.surrogate import Method, Surrogate
 from fastkl.kernels.top_k.formula import Direction, Tail
-from fastkl.trainer.config.rules import at_least, fraction, named, positive, unchanged
+from fastkl.trainer.config.rules import at_least, fraction, named, unchanged
 from fastkl.trainer.errors import require
 
 ObjectiveName = Literal["policy_gradient", "top_k", Divergence]
@@ -84,19 +84,8 @@ class LossConfig:
         with named({"error": "loss.sparse_error"}):
             self.backward_pass(seed=0)
         at_least(0, self, "loss.", "kl_coef")
-        positive(self, "loss.", "truncate_ratio")
-        fraction(self, "loss.", "discount", "clip_low", "jsd_beta")
-        at_least(0, self, "loss.", "clip_high")
+        fraction(self, "loss.", "discount", "jsd_beta")
         require(0 <= self.skew_alpha < 1, f"loss.skew_alpha is {self.skew_alpha}; it must be at least 0 and below 1")
-        require(
-            self.dual_clip is None or (self.method == "ppo" and self.dual_clip > 1),
-            f"loss.dual_clip is {self.dual_clip} with loss.method {self.method}; it must be > 1 and belongs to ppo",
-        )
-        require(
-            self.method in ("ppo", "cispo") or (self.clip_low, self.clip_high) == (0.2, 0.2),
-            f"loss.clip_low is {self.clip_low} and loss.clip_high is {self.clip_high}, but loss.method is {self.method}, "
-            f"which clips nothing; they belong to ppo and cispo",
-        )
         at_least(1, self, "loss.", "top_k")
         clips = self.method in ("ppo", "cispo") or self.truncate_ratio is not None
         require(

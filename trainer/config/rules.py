@@ -52,8 +52,8 @@ def named(settings: Mapping[str, str]) -> Iterator[None]:
         yield
     except ValueError as error:
         arguments = "|".join(settings)
-        text = re.sub(rf"\b({arguments})\b(?= is )", lambda match: settings[match[0]], str(error))
-        raise ConfigError(text) from error
+        text = re.sub(rf"\b({arguments})(?= is | ')", lambda match: settings[match[0]], str(error))
+        raise ConfigError(text.replace("None", "null")) from error
 
 
 def _field(config: Any, name: str) -> Any:

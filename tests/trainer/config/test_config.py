@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from launches import run_python
@@ -15,7 +16,10 @@ from tiny_data import sums, write_jsonl
 from tiny_models import save_model, tokenizer
 
 from fastkl import cli
+from fastkl.kernels.sparse.estimator import Sparse
+from fastkl.kernels.surrogate import Surrogate
 from fastkl.trainer.commands.command_line import COMMANDS
+from fastkl.trainer.config.loss import OPTION_OF, LossConfig, ObjectiveName
 from fastkl.trainer.config.training import DistillConfig, SftConfig
 from fastkl.trainer.errors import ConfigError
 
@@ -87,13 +91,13 @@ REFUSED: list[tuple[str, dict[str, object], list[str]]] = [
     ("distill", {"sampling.top_p": 0.9}, ["sampling.top_p is 0.9", "importance ratio", "Leave top_p = 1"]),
     ("distill", {"sampling.top_k": 50}, ["sampling.top_k is 50", "importance ratio", "top_k = 0"]),
     ("distill", {"loss.discount": 1.5}, ["loss.discount is 1.5", "between 0 and 1"]),
-    ("distill", {"loss.clip_high": 0.3}, ["loss.clip_high is 0.3", "importance_sampling", "ppo and cispo"]),
+    ("distill", {"loss.clip_high": 0.3}, ["loss.clip_high is 0.3", "loss.method 'importance_sampling'", "cispo"]),
     ("distill", {"loss.method": "ppo", "loss.old_logprobs": "current"}, ["loss.method is ppo", "sampler or recompute"]),
     ("distill", {"loss.kl_coef": -1.0}, ["loss.kl_coef is -1.0", "at least 0"]),
     ("distill", {"student.lora.alpha": 16.0}, ["lora.alpha is 16.0", "set lora.rank"]),
-    ("distill", {"loss.clip_low": 1.5}, ["loss.clip_low is 1.5", "between 0 and 1"]),
-    ("distill", {"loss.clip_high": -0.1}, ["loss.clip_high is -0.1", "at least 0"]),
-    ("distill", {"loss.dual_clip": 3}, ["loss.dual_clip is 3", "loss.method importance_sampling", "ppo"]),
+    ("distill", {"loss.clip_low": 1.5}, ["loss.clip_low is 1.5", "<= 1"]),
+    ("distill", {"loss.clip_high": -0.1}, ["loss.clip_high is -0.1", ">= 0"]),
+    ("distill", {"loss.dual_clip": 3}, ["loss.dual_clip is 3", "loss.method 'importance_sampling'", "ppo"]),
     ("distill", {"loss.dual_clip": 1, "loss.method": "ppo"}, ["loss.dual_clip is 1", "> 1"]),
     ("distill", {"loss.truncate_ratio": 0}, ["loss.truncate_ratio is 0", "> 0", "null"]),
     (
@@ -396,3 +400,13 @@ def test_all_configs_are_covered_here() -> None:
     assert isinstance(config("sft", MINIMAL["sft"]), SftConfig)
     with pytest.raises(ConfigError):
         config("sft", MINIMAL["sft"] | {"optim.steps": 0})
+
+
+def test_options_of_a_loss_are_its_own() -> None:
+    """Their names and defaults are those of the losses' records, and each belongs to objectives that exist."""
+    assert LossConfig().surrogate() == Surrogate()
+    assert LossConfig(backward="sparse").backward_pass(seed=3) == Sparse(seed=3)
+    assert LossConfig().backward_pass(seed=3) == "exact"
+    names = {field.name for field in dataclasses.fields(LossConfig)}
+    assert OPTION_OF.keys() <= names
+    assert {objective for objectives in OPTION_OF.values() for objective in objectives} <= {*get_args(ObjectiveName)}
