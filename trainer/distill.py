@@ -19,8 +19,9 @@ from fastkl.trainer.models import checks
 from fastkl.trainer.models.flops import sampling_flops
 from fastkl.trainer.models.loading import context_length, end_of_sequence, load_tokenizer
 from fastkl.trainer.models.tokenizers import vocabulary
-from fastkl.trainer.objectives.advantages import set_advantages, set_reward_advantages
-from fastkl.trainer.objectives.objectives import objective
+from fastkl.trainer.objectives.advantages import set_reward_advantages
+from fastkl.trainer.objectives.base import Objective
+from fastkl.trainer.objectives.registry import make_objective, teacher_top_k
 from fastkl.trainer.rollouts.environments import Environment, make_environment
 from fastkl.trainer.rollouts.evaluation import load_eval_prompts
 from fastkl.trainer.rollouts.judge import make_judge
@@ -43,21 +44,21 @@ from fastkl.trainer.teachers.several import RoutedTeacher
 
 
 class OnPolicy:
-    """Samples of a step, with what the objective takes of the teacher and the rewards: advantages, or lists."""
+    """The student's samples of a step, made ready by the objective."""
 
     def __init__(
         self,
         config: DistillConfig,
         student: Student,
-        teacher: RoutedTeacher[Any] | None,
+        objective: Objective,
+        teachers: RoutedTeacher[Any] | None,
         sampler: Sampler,
         rollouts: Rollouts,
         data_sets: list[DataSet],
         vocab_size: int,
     ) -> None:
-        self._config, self._student, self._teacher = config, student, teacher
+        self._config, self._student, self._objective, self._teachers = config, student, objective, teachers
         self._sampler, self._rollouts, self._data_sets, self._vocab_size = sampler, rollouts, data_sets, vocab_size
-        self._names = [data_set.name for data_set in data_sets for _ in data_set.prompts]
         student.also_checkpoint("rollouts", rollouts)
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
@@ -69,19 +70,10 @@ class OnPolicy:
             metrics = set_reward_advantages(written, self._config.reward)
             samples = filter_by_length(written, self._config.sampling)
             metrics["flops/sampling"] = sampling_flops(self._student.cost, [s for s in written if not s.given])
-        loss, teacher, mine = self._config.loss, self._teacher, processes.my_share(samples)
-        if teacher is not None and loss.objective in ("policy_gradient", "top_k"):  # others ask it in the update
-            with clock("teacher"), self._student.with_teacher():
-                processes.raise_together(lambda: teacher.score(mine))
-        if loss.objective == "policy_gradient":
-            with clock("old_logprobs"):
-                self._set_old_logprobs(mine)
+        mine = processes.my_share(samples)
+        self._objective.prepare(mine, self._student, clock)
         samples = processes.gather(mine)
-        metrics |= {} if teacher is None else teacher.flops(samples)
-        if loss.objective == "policy_gradient":
-            set_advantages(
-                samples, coef=loss.kl_coef, discount=loss.discount, given_coef=self._config.sampling.given_coef
-            )
+        metrics |= {} if self._teachers is None else self._teachers.flops(samples)
         with clock("ranks"):
             self._set_ranks(samples[: self._config.log_samples])
         self._rollouts.carry_over(samples)  # nothing can fail any more: a checkpoint holds the state between two steps
@@ -91,38 +83,19 @@ class OnPolicy:
 
     def _rollout(self, step: int) -> list[Sample]:
         seed = self._config.seed
-        chosen = step_prompts(self._data_sets, self._config.sampling.prompts_per_step, step, seed)
-        places = [data_set.first + row for data_set, row in chosen]
-        samples = self._rollouts.samples(places, step, seed * 1_000_003 + step)
-        for sample in samples:
-            sample.dataset = self._names[sample.prompt_index]
-        return samples
+        prompts = step_prompts(self._data_sets, self._config.sampling.prompts_per_step, step, seed)
+        return self._rollouts.samples(prompts, step, seed * 1_000_003 + step)
 
     def _set_ranks(self, samples: list[Sample]) -> None:
         """Where the tokens stand with the student that sampled them and with the teacher, on every process."""
-        teacher, mine = self._teacher, processes.my_share(samples)
+        teachers, mine = self._teachers, processes.my_share(samples)
         self._student.rank(mine, self._vocab_size)
-        if teacher is not None:
-            with self._student.with_teacher():
-                processes.raise_together(lambda: teacher.rank(mine, self._vocab_size))
-        found = processes.gather([(sample.student_ranks, sample.teacher_ranks) for sample in mine])
-        for sample, ranks in zip(samples, found, strict=True):
-            sample.student_ranks, sample.teacher_ranks = ranks
-
-    def _set_old_logprobs(self, samples: list[Sample]) -> None:
-        """What the importance ratio is taken against: see `LossConfig.old_logprobs`.
-
-        No sampler wrote the given completions: their ratio is taken against the policy as it is before the update.
-        """
-        method = self._config.loss.old_logprobs
-        scored = samples if method == "recompute" else [s for s in samples if s.given and method == "sampler"]
-        if method == "recompute" or self._config.sampling.on_policy_fraction < 1:
-            self._student.score(scored, "old_logprobs")
-        for sample in samples:
-            if sample.given:
-                sample.sampler_logprobs = sample.old_logprobs or [0.0] * len(sample.ids)
-            elif method == "sampler":
-                sample.old_logprobs = sample.sampler_logprobs
+        if teachers is not None:
+            with teachers.ready():
+                processes.raise_together(lambda: teachers.rank(mine, self._vocab_size))
+        ranks = processes.gather([(sample.student_ranks, sample.teacher_ranks) for sample in mine])
+        for sample, (student_ranks, teacher_ranks) in zip(samples, ranks, strict=True):
+            sample.student_ranks, sample.teacher_ranks = student_ranks, teacher_ranks
 
 
 def distill(config: DistillConfig, *, listener: Listener = SILENT) -> RunFolder:
@@ -140,25 +113,25 @@ def distill(config: DistillConfig, *, listener: Listener = SILENT) -> RunFolder:
     environment = make_environment(config.environment)
     data_sets = read_data_sets(config, tokenizer)
     prompts = [prompt for data_set in data_sets for prompt in data_set.prompts]
-    given = [sample for data_set in data_sets for sample in data_set.given]
+    top_k = teacher_top_k(config.loss)
     judge = make_judge(config.reward, tokenizer, environment, prompts)
     eval_prompts = load_eval_prompts(config.eval, tokenizer)
-    check_teachers(config, tokenizer, data_sets)
-    served = connect_servers(config, tokenizer, data_sets)
+    check_teachers(config, tokenizer, data_sets, top_k)
+    served = connect_servers(config, tokenizer, data_sets, top_k)
     sampling_server = connect_sampling(config, tokenizer, prompts, eval_prompts) if config.sampling.server.url else None
 
-    student = Student(config, accelerator, config.loss, config.sampling.temperature)
-    teachers = open_teachers(config, tokenizer, data_sets, student, served)
+    student = Student(config, accelerator)
+    teachers = open_teachers(config, tokenizer, data_sets, student, served, top_k)
     checks.check_eval_room(eval_prompts, config.eval, "student", student.model)
-    student.objective = objective(config.loss, config.sampling.temperature, teachers)
+    objective = make_objective(config.loss, config.sampling, teachers)
     ends = end_of_sequence(student.model, tokenizer)
     sampler = _sampler(config, student, [*ends, *stop_ids(environment, tokenizer)], sampling_server)
     responder = _responder(config, student, tokenizer, sampler, environment)
+    given = [sample for data_set in data_sets for sample in data_set.given]
     rollouts = Rollouts(config.sampling, responder, prompts, given, judge)
-    teacher, vocab_size = teachers if config.has_teacher else None, vocabulary(tokenizer)
-    source = OnPolicy(config, student, teacher, sampler, rollouts, data_sets, vocab_size)
+    source = OnPolicy(config, student, objective, teachers, sampler, rollouts, data_sets, vocabulary(tokenizer))
     with RunFolder(config) as folder:
-        fit(student, source, responder, tokenizer, eval_prompts, folder, listener)
+        fit(student, objective, source, responder, tokenizer, eval_prompts, folder, listener)
     return folder
 
 

@@ -10,6 +10,7 @@ from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import ServerError
 from fastkl.trainer.models.loading import save_student
+from fastkl.trainer.objectives.base import Objective
 from fastkl.trainer.rollouts.evaluation import evaluate
 from fastkl.trainer.rollouts.single_turn import Responder
 from fastkl.trainer.runs import processes
@@ -26,7 +27,7 @@ class Source(Protocol):
     """Where the samples of a step come from."""
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
-        """All samples of a step, with advantages, and metrics, on every process.
+        """All samples of a step, ready for the objective, and metrics, on every process.
 
         The same for the same step and the same student, always.
         """
@@ -35,6 +36,7 @@ class Source(Protocol):
 
 def fit(
     student: Student,
+    objective: Objective,
     source: Source,
     responder: Responder,
     tokenizer: PreTrainedTokenizerBase,
@@ -76,8 +78,8 @@ def fit(
             except ServerError:
                 folder.save_checkpoint(student.save, step)
                 raise
-            with clock("train"):
-                metrics |= student.update(samples, step)
+            with clock("train"), objective.updating():
+                metrics |= student.update(samples, objective, step)
             metrics |= teacher_kl(samples)
             tokens = sum(len(sample.ids) for sample in samples)
             metrics |= {**clock.seconds, "tokens_per_second": tokens / sum(clock.seconds.values())}

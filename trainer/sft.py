@@ -6,12 +6,14 @@ Cross-entropy is the policy gradient of tokens that all have the advantage 1: âˆ
 from __future__ import annotations
 
 from fastkl.trainer.config.loss import LossConfig
+from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.config.training import SftConfig
 from fastkl.trainer.data.prompts import batch_indices, encode_prompts, given_samples, load_prompts
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.loop import fit
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.loading import context_length, end_of_sequence, load_tokenizer
+from fastkl.trainer.objectives.policy_gradient import PolicyGradient
 from fastkl.trainer.rollouts.evaluation import load_eval_prompts
 from fastkl.trainer.rollouts.samplers.local import local_sampler
 from fastkl.trainer.rollouts.single_turn import SingleTurn
@@ -51,7 +53,7 @@ def sft(config: SftConfig, *, listener: Listener = SILENT) -> RunFolder:
         example.advantages = [float(counted) for counted in example.loss_mask]
     eval_prompts = load_eval_prompts(config.eval, tokenizer)
 
-    student = Student(config, accelerator, LossConfig(method="reinforce", old_logprobs="current"), temperature=1.0)
+    student = Student(config, accelerator)
     checks.check_vocabulary(tokenizer, {"student": student.model})
     checks.check_room(
         prompts, [example.loss_tokens for example in examples], {"student": student.model}, checks.SHORTER_ROW
@@ -60,6 +62,7 @@ def sft(config: SftConfig, *, listener: Listener = SILENT) -> RunFolder:
     sampler = local_sampler(student.model, eos_token_ids=end_of_sequence(student.model, tokenizer))
     source = Examples(examples, config.examples_per_step, config.seed)
     responder = SingleTurn(sampler, context_length(student.model))
+    objective = PolicyGradient(LossConfig(method="reinforce", old_logprobs="current"), SamplingConfig())
     with RunFolder(config) as folder:
-        fit(student, source, responder, tokenizer, eval_prompts, folder, listener)
+        fit(student, objective, source, responder, tokenizer, eval_prompts, folder, listener)
     return folder

@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -17,19 +17,20 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastkl.trainer.config.loss import LossConfig
-from fastkl.trainer.config.optim import OptimConfig
 from fastkl.trainer.config.training import RunConfig
 from fastkl.trainer.data.batching import Batch, batches
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import RunError
-from fastkl.trainer.models.flops import cost_of, scoring_flops, training_flops
+from fastkl.trainer.models.flops import cost_of, training_flops
 from fastkl.trainer.models.loading import batch_layout, fuse, load_student
-from fastkl.trainer.models.scoring import batch_logprobs, batch_ranks
+from fastkl.trainer.models.optimizer import learning_rate_schedule, make_optimizer
+from fastkl.trainer.models.scoring import batch_logprobs, batch_ranks, scatter_values
 from fastkl.trainer.models.sharding import GatheredCopy
-from fastkl.trainer.objectives.objectives import Objective, PolicyGradient
 from fastkl.trainer.runs import checkpoint, processes
 from fastkl.trainer.step_metrics import add_policy_metrics, merge_metrics, mismatch_metrics
+
+if TYPE_CHECKING:
+    from fastkl.trainer.objectives.base import Objective
 
 
 class Student:
@@ -38,33 +39,23 @@ class Student:
     `model` is the plain Transformers (or peft) model; where FSDP shards it, it has weights only inside `gathered()`.
     """
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, loss: LossConfig, temperature: float) -> None:
+    def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         set_seed(config.seed)
-        self.config, self.temperature = config, temperature
-        self.objective: Objective = PolicyGradient(loss, temperature)  # until a divergence has its teacher
+        self.config = config
         self.model = load_student(config.student)
         self.version = 0  # of the weights: another one after every change
         self.layout, self.cost = batch_layout(config.batch, self.model), cost_of(self.model)
         self._gathered_copy = GatheredCopy(self.model, self.device) if accelerator.is_fsdp2 else None
-        trainable = [parameter for parameter in self.model.to(self.device).parameters() if parameter.requires_grad]
+        self.model.to(self.device)
         fused = fuse(self.model, "student")
-        optimizer = torch.optim.AdamW(
-            trainable,
-            lr=config.optim.lr,
-            betas=(config.optim.betas[0], config.optim.betas[1]),
-            weight_decay=config.optim.weight_decay,
-            fused=True,  # one pass over the weights: a ninth of the time on a CPU
-        )
-        self.scheduler = _scheduler(config.optim, optimizer)
+        optimizer = make_optimizer(config.optim, self.model)
+        self.scheduler = learning_rate_schedule(config.optim, optimizer)
         self.fused, self.optimizer = self.accelerator.prepare(fused, optimizer)
         if self._gathered_copy is not None:
             self.model = self._gathered_copy.model
-        # Open while a teacher scores: `gathered` where the sharded student's own base is the teacher.
-        self.with_teacher: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self._skipped = 0  # optimizer steps in a row
         self._also_checkpointed: dict[str, Any] = {}
-        self._recomputes = loss.old_logprobs == "recompute"
         set_seed(config.seed, device_specific=True)  # weights start equal; dropout differs between the processes
 
     @property
@@ -74,8 +65,8 @@ class Student:
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """While open, `model` has its current weights; entered and left by all processes together."""
-        whole = self._gathered_copy
-        with contextlib.nullcontext() if whole is None else whole.gathered(self.plain.model):
+        copied = self._gathered_copy
+        with contextlib.nullcontext() if copied is None else copied.gathered(self.plain.model):
             yield
 
     @property
@@ -96,7 +87,7 @@ class Student:
         self.version += 1
 
     def also_checkpoint(self, name: str, state: Any) -> None:
-        """Has checkpoints hold what the `state_dict` of an object gives."""
+        """Saves and restores `state.state_dict()` with every checkpoint."""
         self._also_checkpointed[name] = state
 
     @property
@@ -104,36 +95,25 @@ class Student:
         scaler = self.accelerator.scaler
         return {"scheduler": self.scheduler, **self._also_checkpointed} | ({} if scaler is None else {"scaler": scaler})
 
-    def score(self, samples: list[Sample], field: str) -> None:
+    def score(self, samples: list[Sample], field: str, temperature: float) -> None:
         """Writes the log-probs of this process's samples into their list `field`, as the coming update sees them."""
-        self._write(samples, field, lambda batch: batch_logprobs(self.fused, batch, self.temperature))
+        self._scatter(samples, field, lambda batch: batch_logprobs(self.fused, batch, temperature))
 
     def rank(self, samples: list[Sample], vocab_size: int) -> None:
         """Writes `student_ranks` of this process's samples, as the coming update sees them: see `batch_ranks`."""
-        self._write(samples, "student_ranks", lambda batch: batch_ranks(self.fused, batch, vocab_size))
+        self._scatter(samples, "student_ranks", lambda batch: batch_ranks(self.fused, batch, vocab_size))
 
-    @torch.no_grad()
-    def _write(self, samples: list[Sample], field: str, values: Callable[[Batch], Tensor]) -> None:
-        """What a forward pass says of each token; all processes run as many."""
-        self.fused.eval()
-        for batch, counts in self._in_step([samples]):
-            found = values(batch)
-            if counts:
-                batch.scatter(found, field)
-        self.fused.train()
+    def _scatter(self, samples: list[Sample], field: str, values: Callable[[Batch], Tensor]) -> None:
+        scatter_values(self.fused, (batch for batch, _ in self._in_step([samples])), field, values)
 
-    def update(self, samples: list[Sample], step: int) -> dict[str, float]:
+    def update(self, samples: list[Sample], objective: Objective, step: int) -> dict[str, float]:
         """One step: `substeps` optimizer steps, each on the mean over its tokens, accumulated batch by batch.
 
-        Every process is given all samples and takes its part.
+        Every process is given all samples and takes its part. Gradients are averaged over the processes, hence the factor.
         """
-        with self.with_teacher() if self.objective.asks_teacher else contextlib.nullcontext():
-            return self._update(samples, step)
-
-    def _update(self, samples: list[Sample], step: int) -> dict[str, float]:
-        """Gradients are averaged over the processes, hence the factor."""
         optim, totals, norms = self.config.optim, defaultdict[str, float](float), []
         mismatch: list[Tensor] = []
+        scattered: dict[int, set[str]] = {}  # by a sample's identity: its fields that the objective wrote
         # A new one for each batch of a run.
         seeds = itertools.count(((self.config.seed * 1_000_003 + step) << 20) + processes.rank(), processes.count())
         self.fused.train()
@@ -141,15 +121,15 @@ class Student:
             minibatch = sorted(samples[first :: optim.substeps], key=lambda sample: len(sample.ids))
             tokens = max(1, sum(sample.loss_tokens for sample in minibatch))
             own = minibatch[processes.rank() :: processes.count()]
-            for batch, counts in self._in_step(self.objective.groups(own)):
-                output = self.objective(self.fused, batch, tokens, next(seeds))
+            for batch, counts in self._in_step(objective.groups(own)):
+                output = objective(self.fused, batch, tokens, next(seeds))
                 self.accelerator.backward(output.loss * processes.count() * counts)
                 if not counts:
                     continue
+                scattered |= {id(sample): batch.scattered for sample in batch.samples}
                 totals["loss"] += output.loss.item() / optim.substeps
-                share = len(batch.tokens) / tokens / optim.substeps
                 if len(batch.tokens):
-                    add_policy_metrics(totals, output.metrics, share)
+                    add_policy_metrics(totals, output.metrics, len(batch.tokens) / tokens / optim.substeps)
                 if first == 0 and batch.samples[0].sampler_logprobs and output.logprobs is not None:
                     difference = output.logprobs - batch.per_token("sampler_logprobs")
                     mismatch.append(difference[~batch.given].cpu())
@@ -163,10 +143,10 @@ class Student:
             "optim/lr": float(self.scheduler.get_last_lr()[0]),
             "optim/grad_norm": sum(finite) / len(finite) if finite else math.nan,
             "optim/skipped": len(norms) - len(finite),
-            "flops/student": self._flops(samples),
+            "flops/student": training_flops(self.cost, samples) + objective.preparing_flops(self.cost, samples),
         }
         self.scheduler.step()
-        _exchange_scores(samples)
+        _exchange(samples, scattered)
         return {**metrics, **mismatch_metrics([part for _, parts in parts for part in parts])}
 
     def _in_step(self, groups: list[list[Sample]]) -> Iterator[tuple[Batch, bool]]:
@@ -175,15 +155,15 @@ class Student:
         Forward and backward passes of DDP and FSDP meet those of the other processes. DDP's gradients meet in the last.
         """
         layout, device, limit = self.layout, self.device, self.config.batch.max_tokens
-        found = [batch for group in groups for batch in batches(group, limit, layout, device)]
-        shortest = [min((s for group in groups for s in group), key=lambda s: len(s.ids))] if found else []
-        counts, fillers = zip(*processes.gather([(len(found), shortest)]), strict=True)
+        own = [batch for group in groups for batch in batches(group, limit, layout, device)]
+        shortest = [min((s for group in groups for s in group), key=lambda s: len(s.ids))] if own else []
+        counts, fillers = zip(*processes.gather([(len(own), shortest)]), strict=True)
         filler = min(itertools.chain(*fillers), key=lambda sample: len(sample.ids), default=None)
         for index in range(max(counts)):
             last = index == max(counts) - 1 or self._gathered_copy is not None
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.fused):
-                if index < len(found):
-                    yield found[index], True
+                if index < len(own):
+                    yield own[index], True
                 elif filler is not None:
                     yield next(batches([copy.copy(filler)], limit, layout, device)), False
 
@@ -201,37 +181,18 @@ class Student:
                 f"in the last rows of metrics.jsonl"
             )
 
-    def _flops(self, samples: list[Sample]) -> float:
-        recomputed = scoring_flops(self.cost, samples) if self._recomputes else 0.0
-        return training_flops(self.cost, samples) + recomputed
-
     def _clip(self) -> float:
         limit = self.config.optim.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(self.fused.parameters(), float("inf") if limit is None else limit)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def _exchange_scores(samples: list[Sample]) -> None:
-    """What a teacher said in the update of one process's samples, to all."""
-    if processes.count() > 1:
-        for index, logprobs in processes.gather([(i, s.teacher_logprobs) for i, s in enumerate(samples)]):
-            samples[index].teacher_logprobs = logprobs or samples[index].teacher_logprobs
-
-
-def _scheduler(config: OptimConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up that reaches the peak with step `warmup_steps`, then the schedule down to 0 after the last step.
-
-    The first step already learns: a rollout is too dear for a step at rate 0.
-    """
-    decay = {
-        "constant": lambda x: 1.0,
-        "linear": lambda x: 1.0 - x,
-        "cosine": lambda x: (1.0 + math.cos(math.pi * x)) / 2,
-    }
-
-    def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        return decay[config.schedule]((step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+def _exchange(samples: list[Sample], scattered: dict[int, set[str]]) -> None:
+    """Gives all processes what the objective wrote into one process's samples in the update."""
+    written = [
+        (index, {field: getattr(sample, field) for field in sorted(scattered[id(sample)])})
+        for index, sample in enumerate(samples)
+        if id(sample) in scattered
+    ]
+    for index, values in processes.gather(written):
+        vars(samples[index]).update(values)

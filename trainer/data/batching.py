@@ -24,6 +24,7 @@ class Batch:
     inputs: dict[str, Tensor]  # input_ids, position_ids [B, T], and attention_mask [B, T] where padded
     rows: Tensor  # [n] which hidden state, of [B · T], predicts each counted token
     tokens: Tensor  # [n]
+    scattered: set[str] = dataclasses.field(default_factory=set)  # the samples' fields that were written from it
 
     def per_token(self, field: str) -> Tensor:
         """A list of the samples (`advantages`, `sampler_logprobs`, …) as a float32 tensor [n]."""
@@ -51,12 +52,14 @@ class Batch:
         parts = zip(*(tensor.cpu().split([s.loss_tokens for s in self.samples]) for tensor in found), strict=True)
         for sample, part in zip(self.samples, parts, strict=True):
             sample.teacher_top_k = TopK(*part)
+        self.scattered.add("teacher_top_k")
 
     def scatter(self, values: Tensor, field: str) -> None:
         """Writes a tensor [n] back into the samples' lists; 0 where a token does not count."""
         remaining, nothing = iter(values.tolist()), values.new_zeros(()).item()
         for sample in self.samples:
             setattr(sample, field, [next(remaining) if counted else nothing for counted in sample.loss_mask])
+        self.scattered.add(field)
 
 
 def batches(samples: Sequence[Sample], max_tokens: int, layout: Layout, device: torch.device) -> Iterator[Batch]:

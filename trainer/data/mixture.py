@@ -24,7 +24,6 @@ class DataSet:
     name: str
     config: MixtureConfig
     prompts: list[EncodedPrompt]
-    first: int = 0  # the place of its first prompt among those of all data sets, end to end
     given: list[Sample] = field(default_factory=list)  # its own completions, where a step has some of them
 
     @property
@@ -40,20 +39,18 @@ class DataSet:
 
 def read_data_sets(config: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> list[DataSet]:
     """The data sets of a run, with their completions if a step is to have some of them."""
-    found: list[DataSet] = []
+    data_sets: list[DataSet] = []
     first = 0
     for name, entry in config.data_sets().items():
-        prompts = encode_prompts(load_prompts(entry.data), tokenizer, entry.data)
+        prompts = encode_prompts(load_prompts(entry.data), tokenizer, entry.data, dataset=name, first=first)
         given = given_samples(prompts, tokenizer) if config.sampling.on_policy_fraction < 1 else []
-        for place, sample in enumerate(given, start=first):
-            sample.prompt_index, sample.dataset = place, name
-        found.append(DataSet(name, entry, prompts, first, given))
+        data_sets.append(DataSet(name, entry, prompts, given))
         first += len(prompts)
-    return found
+    return data_sets
 
 
-def step_prompts(data_sets: Sequence[DataSet], per_step: int, step: int, seed: int) -> list[tuple[DataSet, int]]:
-    """Data set and row of a step's prompts. Each data set goes through its own rows as `batch_indices` does."""
+def step_prompts(data_sets: Sequence[DataSet], per_step: int, step: int, seed: int) -> list[EncodedPrompt]:
+    """The prompts of a step. Each data set goes through its own as `batch_indices` does."""
     weights = [data_set.config.weight for data_set in data_sets]
     places = apportion(weights, step * per_step, per_step)
     rows = []
@@ -61,7 +58,7 @@ def step_prompts(data_sets: Sequence[DataSet], per_step: int, step: int, seed: i
         own = [place for who, place in places if who == index]
         own_seed = seed + zlib.crc32(data_set.name.encode())
         rows.append(iter(rows_at(len(data_set.prompts), range(own[0], own[-1] + 1), own_seed) if own else []))
-    return [(data_sets[index], next(rows[index])) for index, _ in places]
+    return [data_sets[index].prompts[next(rows[index])] for index, _ in places]
 
 
 def apportion(weights: Sequence[float], first: int, count: int) -> list[tuple[int, int]]:

@@ -29,8 +29,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
+    """A row of a data set as token ids, ready for the completion."""
+
     row: Prompt
     ids: list[int]
+    index: int = 0  # among the rows of the run's data; of several data sets, all of them end to end
+    dataset: str = ""  # which data set of a mixture
 
 
 def load_prompts(config: DataConfig) -> list[Prompt]:
@@ -47,19 +51,18 @@ def load_prompts(config: DataConfig) -> list[Prompt]:
 
 
 def encode_prompts(
-    prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+    prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, dataset: str = "", first: int = 0
 ) -> list[EncodedPrompt]:
-    """Prompts as token ids, ready for the completion; those longer than `max_prompt_tokens` are left out."""
-    ids = prompt_ids(prompts, tokenizer, config.chat_template)
-    encoded = [EncodedPrompt(*pair) for pair in zip(prompts, ids, strict=True)]
+    """Prompts as token ids, without those longer than `max_prompt_tokens`; `first` is the index of the first one."""
+    encoded = list(zip(prompts, prompt_ids(prompts, tokenizer, config.chat_template), strict=True))
     if config.max_prompt_tokens is not None:
-        encoded = [prompt for prompt in encoded if len(prompt.ids) <= config.max_prompt_tokens]
+        encoded = [(row, ids) for row, ids in encoded if len(ids) <= config.max_prompt_tokens]
         if not encoded:
             raise ConfigError(
                 f"data.max_prompt_tokens is {config.max_prompt_tokens}, and none of the {len(prompts)} prompts of "
                 f"{config.path or config.dataset} is as short as that"
             )
-    return encoded
+    return [EncodedPrompt(row, ids, index, dataset) for index, (row, ids) in enumerate(encoded, start=first)]
 
 
 def encode_completions(prompts: Sequence[EncodedPrompt], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -106,7 +109,7 @@ def render_chat(row: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
 def given_samples(prompts: list[EncodedPrompt], tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
     """The data's own completions as samples, in the order of the rows."""
     pairs = zip(prompts, encode_completions(prompts, tokenizer), strict=True)
-    return [make_sample(prompt.ids, completion, index) for index, (prompt, completion) in enumerate(pairs)]
+    return [make_sample(prompt.ids, ids, prompt.index, dataset=prompt.dataset) for prompt, ids in pairs]
 
 
 def batch_indices(rows: int, per_step: int, step: int, seed: int) -> list[int]:

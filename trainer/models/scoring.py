@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastkl.head import FusedCausalLM
 from fastkl.loss import TopK, linear_logprobs, linear_ranks, linear_top_k
-from fastkl.trainer.data.batching import PAD_ID, Batch, Layout, batches
-from fastkl.trainer.data.samples import UNKNOWN, Sample
+from fastkl.trainer.data.batching import PAD_ID, Batch
+from fastkl.trainer.data.samples import UNKNOWN
+
+T = TypeVar("T")
 
 
-@torch.no_grad()
-def score(
-    model: FusedCausalLM,
-    samples: Sequence[Sample],
-    field: str,
-    *,
-    temperature: float,
-    max_tokens: int,
-    layout: Layout,
-    device: torch.device,
-) -> None:
-    """Writes the model's log-probs at `temperature` of every counted token into the samples' list `field`."""
+def scatter_values(model: nn.Module, batches: Iterable[Batch], field: str, values: Callable[[Batch], Tensor]) -> None:
+    """Writes a value [n] of each counted token into the samples' list `field`, batch by batch."""
+    with scoring(model):
+        for batch in batches:
+            batch.scatter(values(batch), field)
+
+
+@contextmanager
+def scoring(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without gradients, then as it was."""
     training = model.training
     model.eval()
-    for batch in batches(samples, max_tokens, layout, device):
-        batch.scatter(batch_logprobs(model, batch, temperature), field)
+    with torch.no_grad():
+        yield
     model.train(training)
 
 
@@ -39,47 +39,58 @@ def batch_logprobs(model: nn.Module, batch: Batch, temperature: float) -> Tensor
     Such an id has no embedding either: what comes after it is scored as if it were PAD_ID.
     """
 
-    def logprobs(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:
-        return _token_logprobs(hidden.flatten(0, 1)[batch.rows], weight, batch.tokens, temperature, head)
+    def logprobs(rows: Tensor, weight: Tensor, **head: Any) -> Tensor:
+        return _token_logprobs(rows, weight, batch.tokens, temperature, head)
 
-    values: Tensor = model(logprobs, **readable(model, batch))
-    return values
+    return call_with_rows(model, batch, logprobs, readable(model, batch))
 
 
 def batch_top_k(
-    model: FusedCausalLM, batch: Batch, temperature: float, k: int, vocab_size: int | None
+    model: nn.Module, batch: Batch, temperature: float, k: int, vocab_size: int | None
 ) -> tuple[Tensor, TopK]:
     """`batch_logprobs` and the k likeliest tokens [n, k] among the ids below `vocab_size`, in one forward."""
 
-    def both(hidden: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor, TopK]:
-        rows = hidden.flatten(0, 1)[batch.rows]
+    def both(rows: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor, TopK]:
         likeliest = linear_top_k(rows, weight, k, vocab_size=vocab_size, temperature=temperature, **head)
         return _token_logprobs(rows, weight, batch.tokens, temperature, head), likeliest
 
-    found: tuple[Tensor, TopK] = model(both, **readable(model, batch))
-    return found
+    return call_with_rows(model, batch, both, readable(model, batch))
 
 
 def batch_ranks(model: nn.Module, batch: Batch, vocab_size: int) -> Tensor:
     """Ranks [n] int64 of the counted tokens of a batch among the ids below `vocab_size`; 0 for ids from there on."""
     tokens = batch.tokens.where(batch.tokens < vocab_size, -1)
 
-    def ranks(hidden: Tensor, weight: Tensor, *, bias: Tensor | None, **_: Any) -> Tensor:
-        rows = hidden.flatten(0, 1)[batch.rows]
+    def ranks(rows: Tensor, weight: Tensor, *, bias: Tensor | None, **_: Any) -> Tensor:
         return linear_ranks(rows, weight, tokens, vocab_size=vocab_size, bias=bias, ignore_index=-1)
 
-    found: Tensor = model(ranks, **readable(model, batch))
-    return found
+    return call_with_rows(model, batch, ranks, readable(model, batch))
+
+
+def call_with_rows(
+    model: Callable[..., T], batch: Batch, function: Callable[..., T], inputs: dict[str, Tensor] | None = None
+) -> T:
+    """What `function(rows [n, D], weight [V, D], **head)` says, with the hidden states that predict the counted tokens.
+
+    Args:
+        model: A FusedCausalLM, or what DDP or FSDP made of it.
+        inputs: The model's, if not the batch's own.
+    """
+
+    def on_rows(hidden: Tensor, weight: Tensor, **head: Any) -> T:
+        return function(hidden.flatten(0, 1)[batch.rows], weight, **head)
+
+    return model(on_rows, **(batch.inputs if inputs is None else inputs))
+
+
+def readable(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """A batch's inputs, with PAD_ID instead of ids that the model has no embedding for."""
+    fused: Any = getattr(model, "module", model)  # under DDP
+    config = fused.model.config
+    ids = batch.inputs["input_ids"]
+    return {**batch.inputs, "input_ids": ids.where(ids < config.get_text_config().vocab_size, PAD_ID)}
 
 
 def _token_logprobs(rows: Tensor, weight: Tensor, tokens: Tensor, temperature: float, head: dict[str, Any]) -> Tensor:
     known = tokens < weight.shape[0]
     return linear_logprobs(rows, weight, tokens.where(known, 0), temperature=temperature, **head).where(known, UNKNOWN)
-
-
-def readable(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """A batch's inputs without ids that the model has no embedding for: PAD_ID in their place."""
-    fused: Any = getattr(model, "module", model)  # under DDP
-    config = fused.model.config
-    ids = batch.inputs["input_ids"]
-    return {**batch.inputs, "input_ids": ids.where(ids < config.get_text_config().vocab_size, PAD_ID)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,12 +12,14 @@ from fastkl.loss import reverse_kl_advantages
 from fastkl.trainer.config.reward import RewardConfig
 from fastkl.trainer.data.samples import Sample
 
+Estimator = Callable[[Tensor, Tensor], Tensor]  # rewards [n], group numbers [n] -> advantages [n]
+
 
 def set_advantages(samples: list[Sample], *, coef: float, discount: float, given_coef: float = 1.0) -> None:
     """Writes A = A_env − coef Σ γᵏ d of every counted token: the samples' `reward_advantage` and the reverse KL's.
 
     All samples stand end to end in one row; no sum crosses a sample's end. Without a teacher's log-probs there is no KL. A
-    token of a given completion has the advantage `given_coef` in place of both: −log p, weighted.
+    token of a given completion has the advantage `given_coef` instead of both: −log p, weighted.
     """
     if not samples:
         return
@@ -44,9 +47,9 @@ def set_reward_advantages(samples: list[Sample], config: RewardConfig) -> dict[s
         return {}
     rewards = torch.tensor([sample.reward for sample in graded], dtype=torch.float64)
     _, groups = torch.tensor([sample.prompt_index for sample in graded]).unique(return_inverse=True)
-    advantages = rewards
-    if config.baseline == "group":
-        advantages = group_advantages(rewards, groups, normalize=config.normalize)
+    advantages = ESTIMATORS[config.baseline](rewards, groups)
+    if config.normalize:
+        advantages = over_group_std(advantages, rewards, groups)
     for sample, advantage in zip(graded, (config.coef * advantages).tolist(), strict=True):
         sample.reward_advantage = advantage
     spread = [rewards[groups == group].max() > rewards[groups == group].min() for group in range(int(groups.max()) + 1)]
@@ -57,16 +60,32 @@ def set_reward_advantages(samples: list[Sample], config: RewardConfig) -> dict[s
     }
 
 
-def group_advantages(rewards: Tensor, groups: Tensor, *, normalize: bool = False) -> Tensor:
-    """(r − mean of its group), over the group's standard deviation if asked: [n] of rewards [n] and group numbers [n].
+def without_baseline(rewards: Tensor, groups: Tensor) -> Tensor:
+    """r: [n] of rewards [n]. REINFORCE (Williams, "Simple statistical gradient-following algorithms", 1992)."""
+    return rewards
 
-    GRPO's baseline (Shao et al., "DeepSeekMath", 2024). The standard deviation is the population's; a group of equal
-    rewards gets 0.
+
+def group_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
+    """r − mean of its group: [n] of rewards [n] and group numbers [n]. GRPO's baseline (Shao et al., "DeepSeekMath", 2024).
+
+    Exactly 0 in a group of equal rewards.
     """
-    result = torch.zeros_like(rewards)
+    return _by_group(rewards, groups, lambda own: own - own.mean())
+
+
+ESTIMATORS: dict[str, Estimator] = {"none": without_baseline, "group": group_advantages}
+
+
+def over_group_std(advantages: Tensor, rewards: Tensor, groups: Tensor) -> Tensor:
+    """A / σ of the rewards of its group, of the population: [n]; GRPO's normalisation. A itself where all are equal."""
+    return advantages / _by_group(rewards, groups, lambda own: own.std(correction=0).expand(len(own)), otherwise=1.0)
+
+
+def _by_group(rewards: Tensor, groups: Tensor, function: Callable[[Tensor], Tensor], otherwise: float = 0.0) -> Tensor:
+    """A function of each group's rewards; a constant where all of them are equal."""
+    result = torch.full_like(rewards, otherwise)
     for group in groups.unique():
         own = groups == group
-        centred = rewards[own] - rewards[own].mean()
         if rewards[own].max() > rewards[own].min():
-            result[own] = centred / rewards[own].std(correction=0) if normalize else centred
+            result[own] = function(rewards[own])
     return result

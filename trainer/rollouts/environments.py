@@ -9,7 +9,7 @@ from fastkl.trainer.config.environment import EnvironmentConfig
 from fastkl.trainer.data.prompts import Prompt
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.rollouts.calculator import calculate
-from fastkl.trainer.rollouts.trusted import imported
+from fastkl.trainer.rollouts.grading.trusted import imported
 
 
 class Message(NamedTuple):

@@ -24,6 +24,7 @@ class Rollouts:
 
     Args:
         responder: Answers prompts.
+        prompts: All prompts of the run, by their `index`.
         given: A sample of each prompt's given completion; empty where the student writes all.
         judge: The reward of a finished trajectory; None for no reward.
     """
@@ -40,15 +41,15 @@ class Rollouts:
         self._given, self._judge = given, judge
         self._unfinished: list[dict[str, Any]] = []
 
-    def samples(self, chosen: Sequence[int], step: int, seed: int) -> list[Sample]:
-        """Of the prompts with these indices; the first of them are the student's, the rest given.
+    def samples(self, prompts: Sequence[EncodedPrompt], step: int, seed: int) -> list[Sample]:
+        """Of these prompts; the first of them are the student's, the rest given.
 
         Several processes share the writing, and all have all samples.
         """
-        own = on_policy_count(len(chosen), self._config.on_policy_fraction, step)
-        starts = [(index, list[int]()) for index in chosen[:own] for _ in range(self._config.samples_per_prompt)]
-        starts += [(start["prompt_index"], start["completion"]) for start in self._unfinished]
-        given = [dataclasses.replace(self._given[index], given=True) for index in chosen[own:]]
+        own = on_policy_count(len(prompts), self._config.on_policy_fraction, step)
+        starts = [(prompt, list[int]()) for prompt in prompts[:own] for _ in range(self._config.samples_per_prompt)]
+        starts += [(self._prompts[start["prompt_index"]], start["completion"]) for start in self._unfinished]
+        given = [dataclasses.replace(self._given[prompt.index], given=True) for prompt in prompts[own:]]
         mine = self._responder.my_share(starts)
         written = processes.raise_together(lambda: self._write(mine, step, processes.seed(seed)))
         return processes.gather(written) + given
@@ -67,25 +68,25 @@ class Rollouts:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._unfinished = state["unfinished"]
 
-    def _write(self, starts: list[tuple[int, list[int]]], step: int, seed: int) -> list[Sample]:
+    def _write(self, starts: list[tuple[EncodedPrompt, list[int]]], step: int, seed: int) -> list[Sample]:
         limit = length_limit(self._config, step)
         portion = self._config.tokens_per_step or limit
         trajectories = self._responder.respond(
-            [EncodedPrompt(self._prompts[index].row, self._prompts[index].ids + before) for index, before in starts],
+            [dataclasses.replace(prompt, ids=prompt.ids + before) for prompt, before in starts],
             max_new_tokens=[min(portion, limit - len(before)) for _, before in starts],
             temperature=self._config.temperature,
             seed=seed,
         )
         return [self._sample(*start, t, limit) for start, t in zip(starts, trajectories, strict=True)]
 
-    def _sample(self, index: int, before: list[int], trajectory: Trajectory, limit: int) -> Sample:
+    def _sample(self, prompt: EncodedPrompt, before: list[int], trajectory: Trajectory, limit: int) -> Sample:
         """`before` was sampled by older weights: it is context, like the prompt."""
-        prompt, length = self._prompts[index], len(before) + len(trajectory.token_ids)
-        context = prompt.ids + before
+        length, context = len(before) + len(trajectory.token_ids), prompt.ids + before
         sample = Sample(
             ids=context + trajectory.token_ids,
             loss_mask=[False] * len(context) + trajectory.counted,
-            prompt_index=index,
+            prompt_index=prompt.index,
+            dataset=prompt.dataset,
             sampler_logprobs=[0.0] * len(context) + trajectory.logprobs,
             completion_length=length,
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +13,19 @@ from torch import Tensor
 
 from fastkl.head import FusedCausalLM
 from fastkl.trainer.config.optim import BatchConfig
-from fastkl.trainer.data.batching import batches, collate
+from fastkl.trainer.data.batching import Batch, batches, collate
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.models.flops import cost_of, scoring_flops
 from fastkl.trainer.models.loading import batch_layout
-from fastkl.trainer.models.scoring import batch_logprobs, batch_ranks, batch_top_k, readable
+from fastkl.trainer.models.scoring import (
+    batch_logprobs,
+    batch_ranks,
+    batch_top_k,
+    call_with_rows,
+    readable,
+    scatter_values,
+    scoring,
+)
 
 
 class TeacherHead(NamedTuple):
@@ -58,55 +67,47 @@ class LocalTeacher:
         self._cost = dataclasses.replace(cost, blocks=cost.blocks - cost.trained_blocks)  # an adapter is off
         self._copies: dict[Tensor, Tensor] = {}  # of the head, on the student's device where that is another
 
-    @torch.no_grad()
     def score(self, samples: Sequence[Sample]) -> None:
-        with self._scoring():
-            for batch in batches(samples, self._max_tokens, self._layout, self._device):
-                if self._top_k is None:
-                    logprobs = batch_logprobs(self._fused, batch, self._temperature)
-                else:
-                    options = self._temperature, self._top_k, self.vocab_size
-                    logprobs, likeliest = batch_top_k(self._fused, batch, *options)
-                    batch.scatter_top_k(likeliest)
-                batch.scatter(logprobs, "teacher_logprobs")
+        if self._top_k is None:
+            self._scatter(
+                samples, "teacher_logprobs", lambda batch: batch_logprobs(self._fused, batch, self._temperature)
+            )
+        else:
+            self._scatter(samples, "teacher_logprobs", partial(self._with_top_k, k=self._top_k))
 
-    @torch.no_grad()
     def rank(self, samples: Sequence[Sample], vocab_size: int) -> None:
-        with self._scoring():
-            for batch in batches(samples, self._max_tokens, self._layout, self._device):
-                batch.scatter(batch_ranks(self._fused, batch, vocab_size), "teacher_ranks")
+        self._scatter(samples, "teacher_ranks", lambda batch: batch_ranks(self._fused, batch, vocab_size))
+
+    def _scatter(self, samples: Sequence[Sample], field: str, values: Callable[[Batch], Tensor]) -> None:
+        with self._as_teacher():
+            scatter_values(self._fused, batches(samples, self._max_tokens, self._layout, self._device), field, values)
+
+    def _with_top_k(self, batch: Batch, k: int) -> Tensor:
+        """The log-probs; the likeliest tokens go into the samples."""
+        logprobs, likeliest = batch_top_k(self._fused, batch, self._temperature, k, self.vocab_size)
+        batch.scatter_top_k(likeliest)
+        return logprobs
 
     def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
         return {"flops/teacher": scoring_flops(self._cost, samples)}
 
-    @torch.no_grad()
     def head(self, samples: list[Sample], device: torch.device) -> TeacherHead:
         """Hidden states of one forward pass of the samples, in the order of `collate`, on a device."""
         batch = collate(samples, self._layout, self._device)
-        kept: list[TeacherHead] = []  # past what accelerate does to results: it casts them up, the weight too
+        heads: list[TeacherHead] = []  # past what accelerate does to results: it casts them up, the weight too
 
-        def keep(hidden: Tensor, weight: Tensor, *, bias: Tensor | None, **options: Any) -> None:
-            bias = None if bias is None else self._here(bias, device)
-            rows = hidden.flatten(0, 1)[batch.rows].to(device)
-            kept.append(TeacherHead(rows, self._here(weight, device), {"bias": bias, **options}))
+        def keep(rows: Tensor, weight: Tensor, *, bias: Tensor | None, **options: Any) -> None:
+            bias = None if bias is None else self._on_device(bias, device)
+            heads.append(TeacherHead(rows.to(device), self._on_device(weight, device), {"bias": bias, **options}))
 
-        with self._scoring():
-            self._fused(keep, **readable(self._fused, batch))
-        return kept[0]
+        with self._as_teacher(), scoring(self._fused):
+            call_with_rows(self._fused, batch, keep, readable(self._fused, batch))
+        return heads[0]
 
-    def _here(self, parameter: Tensor, device: torch.device) -> Tensor:
+    def _on_device(self, parameter: Tensor, device: torch.device) -> Tensor:
         """A frozen parameter on a device; a copy is made once."""
         if parameter.device == device:
             return parameter.detach()
         if parameter not in self._copies:
             self._copies[parameter] = parameter.detach().to(device)
         return self._copies[parameter]
-
-    @contextmanager
-    def _scoring(self) -> Iterator[None]:
-        """In eval mode and as the teacher, then as it was."""
-        training = self._fused.training
-        self._fused.eval()
-        with self._as_teacher():
-            yield
-        self._fused.train(training)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,10 +25,12 @@ from fastkl.trainer.teachers.several import RoutedTeacher
 from fastkl.trainer.teachers.teacher import Teacher
 
 
-def check_teachers(config: DistillConfig, tokenizer: PreTrainedTokenizerBase, data_sets: Sequence[DataSet]) -> None:
+def check_teachers(
+    config: DistillConfig, tokenizer: PreTrainedTokenizerBase, data_sets: Sequence[DataSet], top_k: int | None
+) -> None:
     """Tokenizers, chat templates and devices, before any model is loaded."""
-    if config.loss.objective == "top_k":
-        checks.check_top_k(config.loss.top_k, tokenizer)
+    if top_k is not None:
+        checks.check_top_k(top_k, tokenizer)
     for data_set in data_sets if config.has_teacher else ():
         teacher_device(data_set.teacher, torch.device("cpu"))
         theirs = load_teacher_tokenizer(data_set.teacher)
@@ -38,7 +40,7 @@ def check_teachers(config: DistillConfig, tokenizer: PreTrainedTokenizerBase, da
 
 
 def connect_servers(
-    config: DistillConfig, tokenizer: PreTrainedTokenizerBase, data_sets: Sequence[DataSet]
+    config: DistillConfig, tokenizer: PreTrainedTokenizerBase, data_sets: Sequence[DataSet], top_k: int | None
 ) -> dict[TeacherConfig, ServedTeacher]:
     """The teachers behind HTTP; a server has been checked by asking it."""
     served = {}
@@ -55,7 +57,7 @@ def connect_servers(
                 temperature=config.sampling.temperature,
                 longest=longest,
                 remedy=checks.SHORTER.format("sampling", where.setting),
-                top_k=_top_k(config),
+                top_k=top_k,
             )
     return served
 
@@ -66,12 +68,16 @@ def open_teachers(
     data_sets: Sequence[DataSet],
     student: Student,
     served: dict[TeacherConfig, ServedTeacher],
-) -> RoutedTeacher[Any]:
-    """Those behind HTTP and those that are loaded here; models are checked against the student and the data."""
+    top_k: int | None,
+) -> RoutedTeacher[Any] | None:
+    """Those behind HTTP and those that are loaded here; models are checked against the student and the data.
+
+    None where the run has no teacher. `top_k` is how many of its likeliest tokens each finds; None: none.
+    """
     teachers: dict[TeacherConfig, Teacher] = {**served}
     for data_set in data_sets:
         if config.has_teacher and data_set.teacher not in teachers:
-            teachers[data_set.teacher] = _load(config, data_set.teacher, tokenizer, student)
+            teachers[data_set.teacher] = _load(config, data_set.teacher, tokenizer, student, top_k)
         teacher = teachers.get(data_set.teacher)
         local = teacher.model if isinstance(teacher, LocalTeacher) else None
         whose = f"teacher of {data_set.name}" if data_set.name else "teacher"
@@ -83,11 +89,19 @@ def open_teachers(
         if data_set.given:
             lengths = [sample.loss_tokens for sample in data_set.given]
             checks.check_room(data_set.prompts, lengths, models, checks.SHORTER_ROW)
-    return RoutedTeacher({s.name: teachers[s.teacher] for s in data_sets if s.teacher in teachers})
+    if not teachers:
+        return None
+    sharded_base = student.sharded and any(teacher.base_of_student for teacher in teachers)
+    by_data_set = {data_set.name: teachers[data_set.teacher] for data_set in data_sets}
+    return RoutedTeacher(by_data_set, student.gathered if sharded_base else nullcontext)
 
 
 def _load(
-    config: DistillConfig, teacher: TeacherConfig, tokenizer: PreTrainedTokenizerBase, student: Student
+    config: DistillConfig,
+    teacher: TeacherConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    student: Student,
+    top_k: int | None,
 ) -> LocalTeacher:
     if teacher.base_of_student:
         fused, device = _base_of(student), student.device
@@ -98,15 +112,14 @@ def _load(
         models: list[Any] = [student.model, fused.model]
         ours, theirs = (model.get_output_embeddings().weight.shape[0] for model in models)
         options["vocab_size"] = None if ours == theirs else vocabulary(tokenizer)
-    return LocalTeacher(fused, config.batch, config.sampling.temperature, device, top_k=_top_k(config), **options)
+    return LocalTeacher(fused, config.batch, config.sampling.temperature, device, top_k=top_k, **options)
 
 
 def _base_of(student: Student) -> FusedCausalLM:
-    """The student itself; where it is sharded, its whole copy, which from now on has weights while a teacher is needed."""
+    """The student itself; where it is sharded, its gathered copy."""
     if not student.sharded:
         plain: FusedCausalLM = student.plain
         return plain
-    student.with_teacher = student.gathered
     with student.gathered():
         return fuse(student.model, "teacher")
 
@@ -116,7 +129,3 @@ def _without_adapter(student: Student) -> Iterator[None]:
     model: Any = student.model
     with student.accelerator.autocast(), model.disable_adapter():
         yield
-
-
-def _top_k(config: DistillConfig) -> int | None:
-    return config.loss.top_k if config.loss.objective == "top_k" else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, TypeVar
 
 from fastkl.trainer.data.samples import Sample
@@ -12,10 +13,16 @@ T = TypeVar("T", bound=Teacher, covariant=True)
 
 
 class RoutedTeacher(Generic[T]):
-    """Teachers by the name of a data set; some may be one and the same object (see `Teacher`)."""
+    """Teachers by the name of a data set; some may be one and the same object (see `Teacher`).
 
-    def __init__(self, teachers: Mapping[str, T]) -> None:
-        self.by_data_set = teachers
+    Args:
+        ready: A context in which they can be used; entered and left by all processes together.
+    """
+
+    def __init__(
+        self, teachers: Mapping[str, T], ready: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self.by_data_set, self.ready = teachers, ready
 
     def score(self, samples: Sequence[Sample]) -> None:
         for group in self.groups(samples):

@@ -18,7 +18,7 @@ from fastkl.trainer.config.optim import BatchConfig
 from fastkl.trainer.data.batching import Batch, Layout, batches
 from fastkl.trainer.data.samples import UNKNOWN, Sample, make_sample
 from fastkl.trainer.models.loading import batch_layout
-from fastkl.trainer.models.scoring import score
+from fastkl.trainer.teachers.local import LocalTeacher
 
 LAYOUTS: list[Layout] = list(get_args(Layout))
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def alone(model: torch.nn.Module, sample: Sample, temperature: float = 1.0) -> T
 
 
 def scored(samples: list[Sample], layout: Layout, max_tokens: int, kind: str = "llama") -> list[list[float]]:
-    score(FUSED[kind], samples, "teacher_logprobs", temperature=0.8, max_tokens=max_tokens, layout=layout, device=CPU)
+    LocalTeacher(FUSED[kind], BatchConfig(max_tokens=max_tokens, layout=layout), 0.8, CPU).score(samples)
     return [sample.teacher_logprobs for sample in samples]
 
 

@@ -19,7 +19,7 @@ from fastkl.trainer.config.reward import RewardConfig
 from fastkl.trainer.data.prompts import Prompt, encode_prompts, load_prompts
 from fastkl.trainer.data.samples import Sample, make_sample
 from fastkl.trainer.errors import ConfigError
-from fastkl.trainer.objectives.advantages import group_advantages, set_advantages, set_reward_advantages
+from fastkl.trainer.objectives.advantages import group_advantages, over_group_std, set_advantages, set_reward_advantages
 from fastkl.trainer.rollouts.grading.named import named_grader
 
 ROW = Prompt("rows.jsonl:1", "1+1=", answer="2", metadata={"kind": "sum"})
@@ -132,7 +132,9 @@ rewards_of_groups = st.lists(st.tuples(st.integers(0, 3), st.floats(-5, 5)), min
 @given(pairs=rewards_of_groups, normalize=st.booleans())
 def test_advantages_of_a_group_sum_to_zero(pairs: list[tuple[int, float]], normalize: bool) -> None:
     groups, rewards = torch.tensor([g for g, _ in pairs]), torch.tensor([r for _, r in pairs], dtype=torch.float64)
-    advantages = group_advantages(rewards, groups, normalize=normalize)
+    advantages = group_advantages(rewards, groups)
+    if normalize:
+        advantages = over_group_std(advantages, rewards, groups)
     for group in groups.unique():
         own = advantages[groups == group]
         assert abs(own.sum().item()) < 1e-6

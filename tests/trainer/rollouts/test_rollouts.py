@@ -33,8 +33,8 @@ def ids(text: str) -> list[int]:
     return list(WORDS(text, add_special_tokens=False)["input_ids"])
 
 
-def encoded(text: str = "<u>q<a>") -> EncodedPrompt:
-    return EncodedPrompt(Prompt("rows:1", "q", answer="84"), ids(text))
+def encoded(text: str = "<u>q<a>", index: int = 0) -> EncodedPrompt:
+    return EncodedPrompt(Prompt("rows:1", "q", answer="84"), ids(text), index)
 
 
 class Scripted:
@@ -280,10 +280,13 @@ def test_filters() -> None:
     assert lengths(min_completion_tokens=2, max_completion_tokens=3) == [2, 3, 9]
 
 
+TWO = [encoded("q"), encoded("qq", 1)]
+
+
 def partial(script: Callable[[str], str], judge: Any = None, **settings: Any) -> tuple[Rollouts, Scripted]:
     sampler = Scripted(script)
     config = SamplingConfig(max_new_tokens=6, tokens_per_step=4, **settings)
-    return Rollouts(config, SingleTurn(sampler, 100), [encoded("q"), encoded("qq")], [], judge), sampler
+    return Rollouts(config, SingleTurn(sampler, 100), TWO, [], judge), sampler
 
 
 def alphabet(text: str) -> str:
@@ -298,10 +301,10 @@ def test_unfinished_samples_go_on_with_their_new_tokens_in_the_loss() -> None:
         return 1.0
 
     rollouts, _ = partial(alphabet, judge)
-    (first,) = rollouts.samples([0], 0, 0)
+    (first,) = rollouts.samples(TWO[:1], 0, 0)
     assert (first.unfinished, first.truncated, first.reward) == (True, False, None)
     rollouts.carry_over([first])
-    new, old = rollouts.samples([1], 1, 1)
+    new, old = rollouts.samples(TWO[1:], 1, 1)
     assert WORDS.decode(old.ids) == "qabcdef"
     assert old.loss_mask == [False] * 5 + [True] * 2
     assert (old.unfinished, old.truncated, old.reward, old.completion_length) == (False, True, 1.0, 6)
@@ -313,20 +316,21 @@ def test_unfinished_samples_go_on_with_their_new_tokens_in_the_loss() -> None:
 
 def test_the_state_is_all_there_is_to_resume_from() -> None:
     whole, _ = partial(alphabet)
-    whole.carry_over(whole.samples([0, 1], 0, 0))
+    whole.carry_over(whole.samples(TWO, 0, 0))
     resumed, _ = partial(alphabet)
     resumed.load_state_dict(whole.state_dict())
-    assert [vars(s) for s in resumed.samples([1], 1, 5)] == [vars(s) for s in whole.samples([1], 1, 5)]
+    assert [vars(s) for s in resumed.samples(TWO[1:], 1, 5)] == [vars(s) for s in whole.samples(TWO[1:], 1, 5)]
     # A step that is taken again, because its teacher was away, is the same.
-    assert [vars(s) for s in whole.samples([1], 1, 5)] == [vars(s) for s in whole.samples([1], 1, 5)]
+    assert [vars(s) for s in whole.samples(TWO[1:], 1, 5)] == [vars(s) for s in whole.samples(TWO[1:], 1, 5)]
 
 
 def test_given_completions_fill_the_rest() -> None:
     sampler = Scripted(lambda text: "a<eos>")
     given: list[Sample] = [dataclasses.replace(make_sample(ids("q"), ids("xyz"), i), given=True) for i in range(4)]
     config = SamplingConfig(max_new_tokens=6, on_policy_fraction=0.5, samples_per_prompt=2)
-    rollouts = Rollouts(config, SingleTurn(sampler, 100), [encoded("q")] * 4, given, None)
-    samples = rollouts.samples([2, 3, 0, 1], 0, 0)
+    prompts = [encoded("q", index) for index in range(4)]
+    rollouts = Rollouts(config, SingleTurn(sampler, 100), prompts, given, None)
+    samples = rollouts.samples([prompts[index] for index in (2, 3, 0, 1)], 0, 0)
     assert [(s.prompt_index, s.given) for s in samples] == [
         *((i, False) for i in (2, 2, 3, 3)),
         *((i, True) for i in (0, 1)),

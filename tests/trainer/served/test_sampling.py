@@ -62,7 +62,7 @@ def made(
 ) -> tuple[DistillConfig, Student, ServedSampler]:
     """A config, and its sampler around its student."""
     made_config: DistillConfig = config("distill", settings(folder, run, stub) | extra)
-    student = Student(made_config, start(made_config), made_config.loss, made_config.sampling.temperature)
+    student = Student(made_config, start(made_config))
     prompts = encode_prompts(load_prompts(made_config.data), WORDS, made_config.data)
     server = connect_sampling(made_config, WORDS, prompts, [])
     return made_config, student, ServedSampler(server, student, [0])

@@ -11,7 +11,7 @@ from typing import Any
 from fastkl.trainer.data.prompts import EncodedPrompt, Prompt
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.rollouts.grading.graders import GRADERS, Grader
-from fastkl.trainer.rollouts.trusted import imported
+from fastkl.trainer.rollouts.grading.trusted import imported
 
 RowGrader = Callable[[str, Prompt], float]
 PATTERNS = ("math_verify", "regex:PATTERN", "reasoning_gym[:DATASET]", "function:MODULE.NAME")

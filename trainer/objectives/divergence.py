@@ -1,0 +1,88 @@
+"""Divergences between the whole distributions of student and teacher. The teacher is a model here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fastkl import loss as losses
+from fastkl.loss import LossOutput
+from fastkl.trainer.config.loss import LossConfig, ObjectiveName
+from fastkl.trainer.config.sampling import SamplingConfig
+from fastkl.trainer.data.batching import Batch
+from fastkl.trainer.data.samples import UNKNOWN, Sample
+from fastkl.trainer.models.scoring import call_with_rows
+from fastkl.trainer.objectives.base import Objective, backward
+from fastkl.trainer.teachers.local import LocalTeacher
+from fastkl.trainer.teachers.several import RoutedTeacher
+
+
+class Divergence(NamedTuple):
+    """A loss, and its own options: the name of each, and the setting that holds its value."""
+
+    loss: Callable[..., LossOutput]
+    options: dict[str, str]
+
+
+DIVERGENCES: dict[ObjectiveName, Divergence] = {
+    "reverse_kl": Divergence(losses.reverse_kl_loss, {}),
+    "forward_kl": Divergence(losses.forward_kl_loss, {}),
+    "jsd": Divergence(losses.jsd_loss, {"beta": "jsd_beta"}),
+    "skewed_reverse_kl": Divergence(losses.skewed_reverse_kl_loss, {"alpha": "skew_alpha"}),
+    "skewed_forward_kl": Divergence(losses.skewed_forward_kl_loss, {"alpha": "skew_alpha"}),
+    "total_variation": Divergence(losses.total_variation_loss, {}),
+}
+
+
+class FullDivergence(Objective):
+    """A divergence of whole distributions. The teacher's are hidden states and a head: no logits beyond a chunk's.
+
+    Its forward pass is that of scoring, only later: batch by batch in the update, with its log-probs of the tokens as a
+    by-product. To keep a step's hidden states from an earlier pass would take D_t numbers per token of the step and
+    save nothing, since every sample is in one batch of a step.
+    """
+
+    def __init__(self, loss: LossConfig, sampling: SamplingConfig, teachers: RoutedTeacher[LocalTeacher]) -> None:
+        self._config, self._temperature, self._teachers = loss, sampling.temperature, teachers
+        self._loss, settings = DIVERGENCES[loss.objective]
+        self._options = {option: getattr(loss, setting) for option, setting in settings.items()}
+
+    def groups(self, samples: list[Sample]) -> list[list[Sample]]:
+        return self._teachers.groups(samples)
+
+    def updating(self) -> AbstractContextManager[None]:
+        return self._teachers.ready()
+
+    def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: int, seed: int) -> LossOutput:
+        local = self._teachers.of(batch.samples)
+        teacher, cut = local.head(batch.samples, batch.tokens.device), local.vocab_size
+        known = batch.tokens < (len(teacher.weight) if cut is None else cut)
+
+        def loss(rows: Tensor, weight: Tensor, **head: Any) -> LossOutput:
+            return self._loss(
+                rows,
+                weight,
+                teacher.hidden,
+                teacher.weight,
+                tokens=batch.tokens.where(known, 0),
+                vocab_size=cut,
+                per_token=True,
+                normalizer=normalizer,
+                temperature=self._temperature,
+                backward=backward(self._config, seed),
+                **self._options,
+                **head,
+                **{f"teacher_{name}": value for name, value in teacher.options.items()},
+            )
+
+        output = call_with_rows(model, batch, loss)
+        tokens = output.per_token
+        assert tokens is not None
+        assert tokens.teacher_logprobs is not None
+        batch.scatter(tokens.teacher_logprobs.where(known, UNKNOWN), "teacher_logprobs")
+        means = {"top1_agreement": tokens.top1_agreement.mean(), "teacher_entropy": tokens.teacher_entropy.mean()}
+        # Over the common ids alone, the student's log-probs are not those it sampled with.
+        return output._replace(logprobs=output.logprobs if cut is None else None, metrics=output.metrics | means)

@@ -1,0 +1,31 @@
+"""The objectives by the name that `loss.objective` gives them. A new one is a file of its own and an entry here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastkl.trainer.config.loss import LossConfig, ObjectiveName
+from fastkl.trainer.config.sampling import SamplingConfig
+from fastkl.trainer.objectives.base import Objective
+from fastkl.trainer.objectives.divergence import DIVERGENCES, FullDivergence
+from fastkl.trainer.objectives.policy_gradient import PolicyGradient
+from fastkl.trainer.objectives.top_k import TopKDivergence
+from fastkl.trainer.teachers.several import RoutedTeacher
+
+OBJECTIVES: dict[ObjectiveName, type[Any]] = {
+    "policy_gradient": PolicyGradient,
+    "top_k": TopKDivergence,
+    **dict.fromkeys(DIVERGENCES, FullDivergence),
+}
+
+
+def make_objective(loss: LossConfig, sampling: SamplingConfig, teachers: RoutedTeacher[Any] | None) -> Objective:
+    """The objective that a config names."""
+    objective: Objective = OBJECTIVES[loss.objective](loss, sampling, teachers)
+    return objective
+
+
+def teacher_top_k(loss: LossConfig) -> int | None:
+    """How many of its likeliest tokens the config's objective asks the teacher for; None: for none."""
+    count: int | None = OBJECTIVES[loss.objective].teacher_top_k(loss)
+    return count

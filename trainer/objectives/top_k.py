@@ -1,0 +1,58 @@
+"""Divergence from the teacher's k likeliest tokens, which a server can tell as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from fastkl.loss import LossOutput, top_k_kl_loss
+from fastkl.trainer.config.loss import LossConfig
+from fastkl.trainer.config.sampling import SamplingConfig
+from fastkl.trainer.data.batching import Batch
+from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.models.scoring import call_with_rows
+from fastkl.trainer.objectives.base import Objective, backward, score_by_teacher
+from fastkl.trainer.runs.listener import Clock
+from fastkl.trainer.student import Student
+from fastkl.trainer.teachers.several import RoutedTeacher
+from fastkl.trainer.teachers.teacher import Teacher
+
+
+class TopKDivergence(Objective):
+    """The KL divergence to the teacher's likeliest tokens, which scoring leaves in the samples (`top_k_kl_loss`)."""
+
+    def __init__(self, loss: LossConfig, sampling: SamplingConfig, teachers: RoutedTeacher[Teacher]) -> None:
+        self._loss, self._temperature, self._teachers = loss, sampling.temperature, teachers
+
+    @staticmethod
+    def teacher_top_k(config: LossConfig) -> int | None:
+        return config.top_k
+
+    def prepare(self, samples: list[Sample], student: Student, clock: Clock) -> None:
+        score_by_teacher(self._teachers, samples, clock)
+
+    def groups(self, samples: list[Sample]) -> list[list[Sample]]:
+        return self._teachers.groups(samples)
+
+    def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: int, seed: int) -> LossOutput:
+        vocabulary, likeliest = self._teachers.of(batch.samples).vocab_size, batch.top_k()
+
+        def loss(rows: Tensor, weight: Tensor, **head: Any) -> LossOutput:
+            cut = vocabulary if vocabulary != weight.shape[0] else None
+            return top_k_kl_loss(
+                rows,
+                weight,
+                *likeliest,
+                direction=self._loss.top_k_direction,
+                tail=self._loss.top_k_tail,
+                tokens=batch.tokens if cut is None else None,
+                vocab_size=cut,
+                normalizer=normalizer,
+                temperature=self._temperature,
+                backward=backward(self._loss, seed),
+                **head,
+            )
+
+        return call_with_rows(model, batch, loss)
