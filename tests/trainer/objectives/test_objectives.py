@@ -1,0 +1,59 @@
+"""What every objective may count on: its name finds it, and what it writes in the update reaches all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from launches import give_samples, together
+from run_cases import log
+from run_settings import arguments, pair_distillation
+from tiny_data import pair_and_sums, read_jsonl
+
+from fastkl.loss import LossOutput
+from fastkl.trainer.config.loss import ObjectiveName
+from fastkl.trainer.data.batching import Batch
+from fastkl.trainer.objectives.policy_gradient import PolicyGradient
+from fastkl.trainer.objectives.registry import OBJECTIVES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pair_and_sums(tmp_path_factory.mktemp("models"))
+
+
+class Notes(PolicyGradient):
+    """Leaves a field of its own in the samples."""
+
+    def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: int, seed: int) -> LossOutput:
+        batch.scatter(100 + batch.tokens, "notes")
+        return super().__call__(model, batch, normalizer, seed)
+
+
+def take_notes() -> None:
+    give_samples()
+    OBJECTIVES["policy_gradient"] = Notes
+
+
+def run(folder: Path, path: Path, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    command = arguments("distill", pair_distillation(folder, path, optim__steps=1, sampling__prompts_per_step=5))
+    codes, said = together(command, path.with_suffix(".said"), count=count, before=dict.fromkeys((0, 1), take_notes))
+    assert codes == [0] * count, "\n".join(said)
+    return log(path), read_jsonl(path / "samples.jsonl")
+
+
+def test_every_name_has_an_objective() -> None:
+    named = {name for names in get_args(ObjectiveName) for name in (get_args(names) or [names])}
+    assert {*OBJECTIVES} == named
+
+
+def test_what_is_scattered_in_the_update_reaches_all_processes(folder: Path, tmp_path: Path) -> None:
+    _, samples = run(folder, tmp_path / "run", 2)
+    assert len(samples) == 5
+    for sample in samples:
+        told = [
+            100 + token if counted else 0 for token, counted in zip(sample["ids"], sample["loss_mask"], strict=True)
+        ]
+        assert sample["notes"] == told
