@@ -10,18 +10,22 @@ from typing import cast
 
 from torch import Tensor
 
-from fastkl.kernels.divergence import pytorch as divergence_torch
+from fastkl.kernels.divergence import pytorch as pytorch_divergence
 from fastkl.kernels.problem import Backend, Inputs, Kind, Spec
-from fastkl.kernels.rows import pytorch as rows_torch
+from fastkl.kernels.rows import pytorch as pytorch_rows
 from fastkl.kernels.rows.interface import EntropyGradient, RowFunction
-from fastkl.kernels.score import cpu as score_torch
+from fastkl.kernels.score import cpu as cpu_score
 from fastkl.kernels.sparse.estimator import ColumnSampler
 from fastkl.kernels.sparse.pytorch import PyTorchColumnSampler
 from fastkl.kernels.top_k.formula import top_k
 
 LOGPROBS: tuple[Kind, ...] = ("token_nll", "token_nll_entropy")
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
-_TORCH = {"rows": rows_torch, "top_k": rows_torch, "divergence": divergence_torch}  # in Triton each has a module
+_PYTORCH = {
+    "rows": pytorch_rows,
+    "top_k": pytorch_rows,
+    "divergence": pytorch_divergence,
+}  # in Triton each has a module
 
 
 def row_function(spec: Spec, hidden: Tensor) -> RowFunction:
@@ -42,10 +46,10 @@ def column_sampler(spec: Spec, inputs: Inputs) -> ColumnSampler | None:
     """What makes the gradients from a sample of columns, with no synchronisation in Triton; None: all columns are used."""
     if spec.sparse is None:
         return None
-    how = spec.sparse, inputs.weight, spec.student.cap is not None
+    arguments = spec.sparse, inputs.weight, spec.student.cap is not None
     if _is_triton(spec.backend, inputs.hidden):
-        return cast(ColumnSampler, _imported("sparse", spec.backend).TritonColumnSampler(*how))
-    return PyTorchColumnSampler(*how)
+        return cast(ColumnSampler, _imported("sparse", spec.backend).TritonColumnSampler(*arguments))
+    return PyTorchColumnSampler(*arguments)
 
 
 def scorer(spec: Spec, inputs: Inputs) -> Callable[[Tensor], None] | None:
@@ -55,7 +59,7 @@ def scorer(spec: Spec, inputs: Inputs) -> Callable[[Tensor], None] | None:
     are not far faster, and for the reverse KL of two heads alone too.
     """
     if not _is_triton(spec.backend, inputs.hidden) and inputs.hidden.is_cpu:
-        return partial(score_torch.token_nll, spec, inputs) if spec.kind in LOGPROBS else None
+        return partial(cpu_score.token_nll, spec, inputs) if spec.kind in LOGPROBS else None
     if not _is_triton(spec.backend, inputs.hidden) or inputs.hidden.element_size() != 2:
         return None
     score = _imported("score", spec.backend)
@@ -72,7 +76,7 @@ def scorer(spec: Spec, inputs: Inputs) -> Callable[[Tensor], None] | None:
 def _module(family: str, spec: Spec, hidden: Tensor) -> ModuleType:
     if _is_triton(spec.backend, hidden):
         return _imported(family, spec.backend)
-    return _TORCH[family]
+    return _PYTORCH[family]
 
 
 def _is_triton(backend: Backend, hidden: Tensor) -> bool:

@@ -9,7 +9,7 @@
 The last two are made from a random subset of the columns of u where `spec.sparse` says so (`sparse/estimator.py`).
 
 Nothing of size N × V exists: a chunk's logits live in the workspace and are gone with the next chunk. A new loss is a new
-row function (`rows_torch.py`); plans, chunking and gradients are here and only here.
+row function (`rows/interface.py`); plans, chunking and gradients are here and only here.
 """
 
 from __future__ import annotations

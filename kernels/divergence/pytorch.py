@@ -1,4 +1,4 @@
-"""Divergences (`divergence.py`) in plain PyTorch, for every device: in place, a block of rows at a time.
+"""Divergences (`formula.py`) in plain PyTorch, for every device: in place, a block of rows at a time.
 
 A formula is given the log-probs of a block. It returns the value of each row and, if a gradient is wanted, leaves the
 gradient by z in the place of log p. On a CPU passes over a block are what costs, next to them exponentials: mixtures are

@@ -110,7 +110,7 @@ def _divergence_kernel(
     x_t_ptr += row * x_t_stride_row
     if u_ptr is not None:
         u_ptr += row * u_stride_row
-    place = row * out_stride_row
+    out_place = row * out_stride_row
     if tokens_ptr is not None:
         y = tl.load(tokens_ptr + row * tokens_stride)
         target = load_one(x_ptr, y, vocabulary, cap, CAPPED)
@@ -169,30 +169,30 @@ def _divergence_kernel(
     undefined = 0.0 * scale + 0.0 * scale_t  # 0, or NaN where a side is no distribution
 
     if tokens_ptr is not None:
-        tl.store(token_nll_ptr + place, (base - target) + tl.log(total))
+        tl.store(token_nll_ptr + out_place, (base - target) + tl.log(total))
         if EXTRAS:
-            tl.store(teacher_nll_ptr + place, (base_t - target_t) + tl.log(total_t))
+            tl.store(teacher_nll_ptr + out_place, (base_t - target_t) + tl.log(total_t))
     else:
-        tl.store(token_nll_ptr + place, 0.0)
+        tl.store(token_nll_ptr + out_place, 0.0)
         if EXTRAS:
-            tl.store(teacher_nll_ptr + place, 0.0)
+            tl.store(teacher_nll_ptr + out_place, 0.0)
     if REVERSE:
         mean = _mean(reverse_lanes, total, lost_lanes, base) + undefined
         reverse = mean - log_total_ratio
         if KIND == "reverse_kl":
-            tl.store(value_ptr + place, reverse)
+            tl.store(value_ptr + out_place, reverse)
         if EXTRAS:
-            tl.store(reverse_kl_ptr + place, reverse)
+            tl.store(reverse_kl_ptr + out_place, reverse)
     if FORWARD:
         forward = _mean(forward_lanes, total_t, lost_t_lanes, base_t) + undefined + log_total_ratio
         if KIND == "forward_kl":
-            tl.store(value_ptr + place, forward)
+            tl.store(value_ptr + out_place, forward)
         if EXTRAS:
-            tl.store(forward_kl_ptr + place, forward)
+            tl.store(forward_kl_ptr + out_place, forward)
     if EXTRAS:
-        tl.store(entropy_ptr + place, tl.log(total) - tl.div_rn(tl.sum(entropy_lanes, 0), total))
-        tl.store(teacher_entropy_ptr + place, tl.log(total_t) - tl.div_rn(tl.sum(entropy_t_lanes, 0), total_t))
-        tl.store(agreement_ptr + place, tl.where(top == top_t, 1.0, 0.0) + undefined)
+        tl.store(entropy_ptr + out_place, tl.log(total) - tl.div_rn(tl.sum(entropy_lanes, 0), total))
+        tl.store(teacher_entropy_ptr + out_place, tl.log(total_t) - tl.div_rn(tl.sum(entropy_t_lanes, 0), total_t))
+        tl.store(agreement_ptr + out_place, tl.where(top == top_t, 1.0, 0.0) + undefined)
 
     last = (vocabulary - 1) // BLOCK_N * BLOCK_N
     if TWO_WALKS:
@@ -209,7 +209,7 @@ def _divergence_kernel(
             value_lanes += phi
             mean_lanes += p * s
         mean = tl.sum(mean_lanes, 0) + undefined
-        tl.store(value_ptr + place, tl.sum(value_lanes, 0) + undefined)
+        tl.store(value_ptr + out_place, tl.sum(value_lanes, 0) + undefined)
 
     if u_ptr is not None:
         for done in range(0, vocabulary, BLOCK_N):  # from where the walk before it ended

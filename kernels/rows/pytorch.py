@@ -1,4 +1,4 @@
-"""Row functions (`rows.py`) in plain PyTorch, for every device.
+"""Row functions (`interface.py`) in plain PyTorch, for every device.
 
 They work in place, a block of rows at a time, so that what they need beside the chunk (a copy under a soft-cap, a mask, a
 product) stays small.
@@ -61,7 +61,7 @@ def entropy_gradient(logits: Logits, tokens: Tensor, out: Tensor, weights: Tenso
 
 
 def tail_sums(x: Tensor, cap: float | None, out: Tensor) -> None:
-    """out[0] = m = max z, out[1] = Σ exp(z − m) (`top_k.TailFunctions`)."""
+    """out[0] = m = max z, out[1] = Σ exp(z − m) (`top_k/formula.TailFunctions`)."""
     for rows in row_blocks(x):
         z = _capped_entries(x[rows], cap)
         out[0, rows] = z.amax(-1)
@@ -69,7 +69,7 @@ def tail_sums(x: Tensor, cap: float | None, out: Tensor) -> None:
 
 
 def tail_gradient(x: Tensor, cap: float | None, m: Tensor, scale: Tensor, gradient: Tensor) -> None:
-    """gradient = scale exp(z − m) dz/dx (`top_k.TailFunctions`)."""
+    """gradient = scale exp(z − m) dz/dx (`top_k/formula.TailFunctions`)."""
     for rows in row_blocks(x):
         z = _capped_entries(x[rows], cap)
         e = _exponentials(z, m[rows]).mul_(scale[rows, None])

@@ -6,7 +6,7 @@ vocabulary. With m the largest score of a row so far and e = exp(z − m),
     l = Σ e                         out[0] = m − z[y] + log l
     s = Σ e (z − m)                 out[1] = log l − s / l          the entropy, if it is asked for
 
-and a tile that raises m to m' carries over l ← f l, s ← f (s + l (m − m')), f = exp(m − m').
+A tile that raises m carries l and s over as `rows/walk.py` says.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def token_nll(spec: Spec, inputs: Inputs, out: Tensor) -> None:
     """out[0] = −log p[y]; of kind "token_nll_entropy" also out[1] = H, out[2] = m, out[3] = log l; out [K, N]."""
     n = inputs.hidden.shape[0]
     step = even_rows(n, spec.chunk_size or ROWS)
-    place = out.new_empty(min(n, step) * min(TILE_COLUMNS, inputs.weight.shape[0]))
+    buffer = out.new_empty(min(n, step) * min(TILE_COLUMNS, inputs.weight.shape[0]))
     assert inputs.tokens is not None
     for start in range(0, n, step):
         rows = slice(start, start + step)
-        own = inputs._replace(hidden=inputs.hidden[rows].to(out.dtype), tokens=inputs.tokens[rows])
-        _score(spec, own, place, out[:, rows])
+        part = inputs._replace(hidden=inputs.hidden[rows].to(out.dtype), tokens=inputs.tokens[rows])
+        _score(spec, part, buffer, out[:, rows])
 
 
-def _score(spec: Spec, inputs: Inputs, place: Tensor, out: Tensor) -> None:
+def _score(spec: Spec, inputs: Inputs, buffer: Tensor, out: Tensor) -> None:
     n, vocabulary = inputs.hidden.shape[0], inputs.weight.shape[0]
     y, entropy, lowest = inputs.tokens, spec.kind == "token_nll_entropy", torch.finfo(out.dtype).min
     assert y is not None
@@ -42,12 +42,12 @@ def _score(spec: Spec, inputs: Inputs, place: Tensor, out: Tensor) -> None:
     for start in range(0, vocabulary, TILE_COLUMNS):
         columns = slice(start, min(start + TILE_COLUMNS, vocabulary))
         width = columns.stop - start
-        z = place[: n * width].view(n, width)
+        z = buffer[: n * width].view(n, width)
         bias = None if inputs.bias is None else inputs.bias[columns]
         project(inputs.hidden, inputs.weight[columns], bias, spec.student.alpha, z)
         apply_cap(z, spec.student.cap, keep=False)
-        here = (y >= start) & (y < columns.stop)
-        target = torch.where(here, z.gather(1, (y - start).clamp(0, width - 1)[:, None]).squeeze(1), target)
+        in_tile = (y >= start) & (y < columns.stop)
+        target = torch.where(in_tile, z.gather(1, (y - start).clamp(0, width - 1)[:, None]).squeeze(1), target)
         old, m = m, torch.maximum(m, z.amax(-1))
         finite = m.clamp(min=lowest)  # for a row that has had no entry but −inf
         shift = (old - finite).clamp_(min=lowest)

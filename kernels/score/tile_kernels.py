@@ -235,11 +235,11 @@ def _store_targets(
     targets_ptr: tl.tensor, s: tl.tensor, y: tl.tensor, rows: tl.tensor, start: tl.tensor, BLOCK_N: tl.constexpr
 ) -> None:
     """Stores s[y] for the rows whose token is in this tile. Most tiles have none and skip the search."""
-    found = (y >= start) & (y < start + BLOCK_N)
-    if tl.max(found.to(tl.int32), 0) > 0:
+    in_tile = (y >= start) & (y < start + BLOCK_N)
+    if tl.max(in_tile.to(tl.int32), 0) > 0:
         columns = start + tl.arange(0, BLOCK_N)
         target = tl.sum(tl.where(columns[None, :] == y[:, None], s, 0.0), 1)
-        tl.store(targets_ptr + rows, target, mask=found)
+        tl.store(targets_ptr + rows, target, mask=in_tile)
 
 
 @triton.jit

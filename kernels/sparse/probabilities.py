@@ -11,9 +11,7 @@ from fastkl.kernels.sparse.estimator import Sparse
 
 BREAK_EVEN = 0.5  # of the columns: from here on the product of all of them is no slower than that of those kept
 SOLVED_COLUMNS = 2**13  # at least; τ is solved from every so many-th column
-LEAST_SLOPE = (
-    1e-3  # of the block's root mean square: bounds û in rows that hardly count, which share the others' columns
-)
+LEAST_SLOPE = 1e-3  # of the block's root mean square: bounds û in rows that hardly count and share the others' columns
 
 
 def row_weights(slope: Tensor) -> Tensor:
@@ -60,8 +58,8 @@ def threshold(w: Tensor, variance: Tensor) -> Tensor:
     """
     w = w.sort().values
     first, second = w.cumsum(0), w.square().cumsum(0)
-    place = torch.searchsorted(w * first - second, variance[None]).clamp_(1, w.shape[0]) - 1
-    return ((variance + second[place]) / first[place].clamp(min=torch.finfo(w.dtype).tiny)).squeeze(0)
+    index = torch.searchsorted(w * first - second, variance[None]).clamp_(1, w.shape[0]) - 1
+    return ((variance + second[index]) / first[index].clamp(min=torch.finfo(w.dtype).tiny)).squeeze(0)
 
 
 def expected_columns(w: Tensor, tau: Tensor) -> Tensor:

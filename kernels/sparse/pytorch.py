@@ -152,13 +152,13 @@ def merged(
     drawn: Iterable[tuple[slice, ColumnSample]], gradient: Tensor, slope: Tensor
 ) -> Iterator[tuple[slice, ColumnSample]]:
     """Blocks of a chunk with their samples, as they are drawn; neighbours that are exact as one, for larger products."""
-    for exact, group in itertools.groupby(drawn, key=lambda found: isinstance(found[1], _ExactSample)):
+    for exact, group in itertools.groupby(drawn, key=lambda block: isinstance(block[1], _ExactSample)):
         if not exact:
             yield from group
             continue
-        found = list(group)
-        rows = slice(found[0][0].start, found[-1][0].stop)
-        yield rows, found[0][1]._replace(gradient=gradient[rows], slope=slope[rows])  # type: ignore[attr-defined]
+        blocks = list(group)
+        rows = slice(blocks[0][0].start, blocks[-1][0].stop)
+        yield rows, blocks[0][1]._replace(gradient=gradient[rows], slope=slope[rows])  # type: ignore[attr-defined]
 
 
 def add_to_weight_gradient(accumulator: Tensor, ids: Tensor, estimate: Tensor, hidden: Tensor, scale: Tensor) -> None:

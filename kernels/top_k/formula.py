@@ -115,10 +115,10 @@ def _forward_bucket(s: _Listed) -> _Terms:
 def _reverse_renormalised(s: _Listed) -> _Terms:
     log_inside, p = torch.logsumexp(s.log_p, 1), s.log_p.exp()
     log_p, log_q = s.log_p - log_inside[:, None], torch.log_softmax(s.log_q, 1)
-    own = log_p.exp()
-    ratio = _finite(log_p - log_q, own)
-    kl = (own * ratio).sum(1)
-    return _Terms(kl - log_inside, own * (ratio - kl[:, None]) + p - own, s.log_p_tail.exp())
+    p_inside = log_p.exp()
+    ratio = _finite(log_p - log_q, p_inside)
+    kl = (p_inside * ratio).sum(1)
+    return _Terms(kl - log_inside, p_inside * (ratio - kl[:, None]) + p - p_inside, s.log_p_tail.exp())
 
 
 def _forward_renormalised(s: _Listed) -> _Terms:

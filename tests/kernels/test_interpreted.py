@@ -1,6 +1,6 @@
 """The tests of the Triton kernels in Triton's interpreter, in a process of their own: it is chosen when Triton is imported.
 
-On a machine with a GPU the same files run on the device. What the interpreter cannot do is in test_kernels_compile.py.
+On a machine with a GPU the same files run on the device. What the interpreter cannot do is in test_ahead_of_time.py.
 """
 
 from __future__ import annotations
