@@ -47,24 +47,16 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "distill": Command(
-        DistillConfig, "distill:distill", "distil a teacher into a student, on the student's own samples"
-    ),
+    "distill": Command(DistillConfig, "distill:distill", "distil a teacher into a student, on the student's samples"),
     "sft": Command(SftConfig, "sft:sft", "fine-tune a student on given completions (the stage before distillation)"),
-    "eval": Command(
-        EvaluateConfig, "commands.evaluate:evaluate_model", "answer prompts with a model and grade the answers"
-    ),
-    "score": Command(
-        ScoreConfig,
-        "commands.score:score_completions",
-        "write a model's log-probs of given completions to a JSONL file",
-    ),
+    "eval": Command(EvaluateConfig, "commands.evaluate:evaluate_model", "let a model answer prompts, and grade it"),
+    "score": Command(ScoreConfig, "commands.score:score_completions", "write log-probs of given completions to a file"),
     "report": Command(
         ReportConfig,
         "runs.report.page:report",
         "draw a run, or several on the same axes, as one HTML page",
-        "RUN [RUN ...] [--output FILE]",
-        _add_runs,
+        usage="RUN [RUN ...] [--output FILE]",
+        add_arguments=_add_runs,
     ),
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,7 +20,7 @@ from tiny_models import save_model, tokenizer
 from fastkl import cli
 from fastkl.kernels.sparse.estimator import Sparse
 from fastkl.kernels.surrogate import Surrogate
-from fastkl.trainer.commands.command_line import COMMANDS
+from fastkl.trainer.commands.command_line import COMMANDS, Command
 from fastkl.trainer.config.loss import OPTION_OF, LossConfig, ObjectiveName
 from fastkl.trainer.config.training import DistillConfig, SftConfig
 from fastkl.trainer.errors import ConfigError
@@ -410,3 +412,11 @@ def test_options_of_a_loss_are_its_own() -> None:
     names = {field.name for field in dataclasses.fields(LossConfig)}
     assert OPTION_OF.keys() <= names
     assert {objective for objectives in OPTION_OF.values() for objective in objectives} <= {*get_args(ObjectiveName)}
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_commands_run_a_function_of_their_config(command: Command) -> None:
+    module, name = command.function.split(":")
+    function = getattr(importlib.import_module(f"fastkl.trainer.{module}"), name)
+    first = next(iter(inspect.signature(function, eval_str=True).parameters.values()))
+    assert first.annotation is command.config

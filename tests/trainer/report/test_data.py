@@ -11,8 +11,10 @@ from report_cases import SETTINGS, make_run, only_run, page_of, row, sample
 from tiny_models import tokenizer
 
 from fastkl.trainer.errors import ConfigError
-from fastkl.trainer.runs.report.data import run_names, spread, thin
+from fastkl.trainer.runs.report.curves import thin
+from fastkl.trainer.runs.report.data import run_names
 from fastkl.trainer.runs.report.page import SAMPLE_BYTES
+from fastkl.trainer.runs.report.samples import spread
 
 
 def test_several_runs_and_their_differences(tmp_path: Path) -> None:

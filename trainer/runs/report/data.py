@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
-from functools import lru_cache
-from itertools import accumulate, compress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,10 @@ import yaml
 from fastkl.trainer.config.settings import flat
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.runs.files import read_jsonl
-from fastkl.trainer.runs.samples_log import NAME, find_records, read_records
+from fastkl.trainer.runs.report.curves import Json, series
+from fastkl.trainer.runs.report.samples import page_samples
 
-POINTS = 1000  # of a curve
-STEPS = 40  # whose samples are shown
-SAMPLES = 8  # of a step
 FLOPS = ("flops/sampling", "flops/teacher", "flops/student")  # of a step, as time/* are
-
-Json = dict[str, Any]
 
 
 def run_data(path: Path, name: str, sample_bytes: int) -> Json:
@@ -32,7 +27,7 @@ def run_data(path: Path, name: str, sample_bytes: int) -> Json:
     settings = _settings(path)
     rows = _metrics(path)
     axes = {"step": [row["step"] for row in rows], "tokens": _tokens(rows, settings), "flops": _flops(rows, settings)}
-    series, kept = _series(rows)
+    curves, kept = series(rows)
     return {
         "name": name,
         "path": str(path),
@@ -42,9 +37,9 @@ def run_data(path: Path, name: str, sample_bytes: int) -> Json:
         "logged": _last_change(path / "metrics.jsonl"),
         "settings": {name: _text(value) for name, value in flat(settings)},
         "x": {axis: [values[row] for row in kept] for axis, values in axes.items() if values is not None},
-        "series": series,
+        "series": curves,
         "seconds": _seconds(rows),
-        "samples": _samples(path, sample_bytes),
+        "samples": page_samples(path, sample_bytes),
     }
 
 
@@ -114,48 +109,6 @@ def _flops(rows: Sequence[Json], settings: Json) -> list[float] | None:
     return total if total[-1] else None
 
 
-def _series(rows: Sequence[Json]) -> tuple[dict[str, Json], list[int]]:
-    """Each metric's points, thinned out, and the rows that any of them is in; `at` counts those rows."""
-    points: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for number, row in enumerate(rows):
-        for name, value in row.items():
-            if name != "step" and isinstance(value, (int, float)):
-                points[name].append((number, value))
-    thinned = {name: thin(values, POINTS) for name, values in points.items()}
-    kept = sorted({row for values in thinned.values() for row, _ in values})
-    position = {row: at for at, row in enumerate(kept)}
-    series = {
-        name: {"at": [position[row] for row, _ in values], "values": [_plain(value) for _, value in values]}
-        for name, values in thinned.items()
-    }
-    return series, kept
-
-
-def thin(points: list[tuple[int, float]], limit: int) -> list[tuple[int, float]]:
-    """About `limit` of the points: the ends, and of each stretch its lowest, its highest, and one that is not finite."""
-    if len(points) <= limit:
-        return points
-    width = math.ceil(3 * len(points) / limit)
-    kept = {points[0][0]: points[0], points[-1][0]: points[-1]}
-    for start in range(0, len(points), width):
-        stretch = points[start : start + width]
-        finite = [point for point in stretch if math.isfinite(point[1])]
-        wild = [point for point in stretch if not math.isfinite(point[1])]
-        for pick in (min(finite, key=_value), max(finite, key=_value)) if finite else ():
-            kept[pick[0]] = pick
-        kept |= {point[0]: point for point in wild[:1]}
-    return [kept[row] for row in sorted(kept)]
-
-
-def _value(point: tuple[int, float]) -> float:
-    return point[1]
-
-
-def _plain(value: float) -> float | str:
-    """Six significant digits; NaN and infinities, which JSON has no number for, by their names."""
-    return float(f"{value:.6g}") if math.isfinite(value) else str(value)
-
-
 def _seconds(rows: Iterable[Json]) -> dict[str, float]:
     """Seconds of each phase, all steps together."""
     total: dict[str, float] = defaultdict(float)
@@ -164,74 +117,3 @@ def _seconds(rows: Iterable[Json]) -> dict[str, float]:
             if name.startswith("time/"):
                 total[name.removeprefix("time/")] += value
     return {name: round(value, 3) for name, value in total.items()}
-
-
-def _samples(path: Path, limit: int) -> Json:
-    """Samples of steps spread over the run, while they fit, and how many there are in all."""
-    places = find_records(path / NAME)
-    steps, shown = sorted(places), list[Json]()
-    for step in [steps[index] for index in spread(len(steps), STEPS)]:
-        for number, record in enumerate(read_records(path / NAME, places[step][:SAMPLES])):
-            sample = _sample(record, number, path / "student")
-            size = len(json.dumps(sample, ensure_ascii=False).encode("utf-8", errors="replace"))
-            if size <= limit:
-                limit -= size
-                shown.append(sample)
-    shown.sort(key=lambda sample: (sample["step"], sample["number"]))
-    return {"shown": shown, "steps": len(steps), "count": sum(map(len, places.values()))}
-
-
-def spread(count: int, limit: int) -> list[int]:
-    """`limit` of the numbers below `count`: both ends, then the middles of the widest gaps."""
-    if count <= limit:
-        return list(range(count))
-    picked, gaps = [0, count - 1], deque([(0, count - 1)])
-    while len(picked) < limit:
-        low, high = gaps.popleft()
-        middle = (low + high) // 2
-        if middle != low:
-            picked.append(middle)
-            gaps += [(low, middle), (middle, high)]
-    return picked
-
-
-def _sample(record: Json, number: int, student: Path) -> Json:
-    """A sample as the page has it: log-probs and ranks of the counted tokens alone, the mask as a word of 0s and 1s."""
-    ids, mask = record["ids"], record["loss_mask"]
-    return {
-        "step": record["step"],
-        "number": number,
-        "truncated": record.get("truncated", False),
-        "dataset": record.get("dataset") or "",
-        "reward": None if record.get("reward") is None else _plain(record["reward"]),
-        "ids": ids,
-        "tokens": record.get("tokens") or _texts(student, ids),
-        "mask": "".join("01"[bool(counted)] for counted in mask),
-        "sampler": _counted(record.get("sampler_logprobs"), mask),
-        "teacher": _counted(record.get("teacher_logprobs"), mask),
-        "student_ranks": list(compress(record.get("student_ranks") or [], mask)),
-        "teacher_ranks": list(compress(record.get("teacher_ranks") or [], mask)),
-    }
-
-
-def _counted(logprobs: Sequence[float] | None, mask: Sequence[bool]) -> list[float | str]:
-    return [_plain(round(value, 4)) for value in compress(logprobs or [], mask)]
-
-
-def _texts(folder: Path, ids: Sequence[int]) -> list[str]:
-    """The texts of a record that has none, by the run's own tokenizer; the ids where there is no such tokenizer."""
-    tokenizer = _tokenizer(folder / "tokenizer.json")
-    if tokenizer is None:
-        return [f"⟨{token}⟩" for token in ids]
-    return [tokenizer.decode([token], skip_special_tokens=False) for token in ids]
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(file: Path) -> Any:
-    """tokenizer.json is data: loading it runs no code, whatever else the folder holds."""
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception:  # all that the library raises, for no file as for a bad one
-        return None
