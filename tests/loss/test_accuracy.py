@@ -47,6 +47,7 @@ HEAD = st.fixed_dictionaries(
         "skip_zero_rows": st.booleans(),
     },
 )
+IDS = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2]).expand(4, 8)
 ENVIRONMENT = torch.linspace(-1, 1, 32, dtype=torch.float64).reshape(4, 8)
 REDUCTION = st.sampled_from([{}, {"reduction": "sum"}, {"reduction": "none"}, {"normalizer": 4.5}])
 
@@ -112,7 +113,10 @@ EVERY_FORM: Forms = {
     "linear_logprobs": ("linear_logprobs", {}),
     **{policy: ("policy_gradient", options) for policy, options in POLICIES.items()},
     **{f"entropy-{method}": ("entropy", {"method": method}) for method in ("importance_sampling", "ppo", "reinforce")},
-    "sampled_reverse_kl": ("sampled_reverse_kl", {"discount": 0.6, "coef": 1.4, "env_advantages": ENVIRONMENT}),
+    "sampled_reverse_kl": (
+        "sampled_reverse_kl",
+        {"discount": 0.6, "coef": 1.4, "env_advantages": ENVIRONMENT, "sequence_ids": IDS},
+    ),
     **{name: (name, EVERYWHERE) for name in DIVERGENCES},
     **{f"{d}-{t}": ("top_k", {"direction": d, "tail": t, "padded": 2}) for d in DIRECTIONS for t in TAILS},
 }

@@ -165,13 +165,6 @@ def test_garbage_in_masked_rows_stays_there(name: str, skip: bool) -> None:
     assert outputs[0].metrics == outputs[1].metrics
 
 
-@each_way
-def test_duplicate_tokens(name: str) -> None:
-    p = make_problem((8,))
-    p = p._replace(tokens=torch.full_like(p.tokens, 4))
-    assert_same(with_gradients(fused, name, p), with_gradients(eager, name, p))
-
-
 @each_loss
 def test_minus_inf_bias_equals_smaller_vocabulary(name: str) -> None:
     """Forbidden ids: the same as a head without them, and no gradient for their rows."""

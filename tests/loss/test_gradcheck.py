@@ -85,27 +85,6 @@ def test_policies(policy: str, reduction: str) -> None:
     check("policy_gradient", p, NEEDS["all"], reduction=reduction, **POLICIES[policy])
 
 
-def test_reinforce_without_sampler() -> None:
-    """With r = 1 by definition only REINFORCE keeps a value that follows its gradient."""
-    p = make_problem(vocabulary=7, dim=3)._replace(sampler_logprobs=None)
-    check("policy_gradient", p, NEEDS["all"], method="reinforce")
-
-
-def test_truncation_that_cuts_nothing() -> None:
-    check("policy_gradient", make_problem(vocabulary=7, dim=3), NEEDS["all"], truncate_ratio=1e3)
-
-
-def test_sampled_reverse_kl_options() -> None:
-    p = make_problem((2, 5), vocabulary=5, dim=2)
-    options = {
-        "discount": 0.6,
-        "coef": 1.4,
-        "env_advantages": torch.linspace(-1, 1, 10, dtype=torch.float64).reshape(2, 5),
-        "sequence_ids": torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 1]]),
-    }
-    check("sampled_reverse_kl", p, NEEDS["all"], **options)
-
-
 @each_need
 @pytest.mark.parametrize("changes", [{}, {"tokens": None}, {"teacher_bias": None}], ids=["", "no-tokens", "no-bias"])
 def test_teacher_options(changes: dict[str, None], needs: tuple[str, ...]) -> None:

@@ -187,22 +187,16 @@ def test_signs_sums_and_bounds(seed: int, kind: Kind, spread: float, distance: f
 
 
 @PROPERTY
-@given(SEEDS, st.sampled_from([Kind("jsd", 0.5), Kind("total_variation")]), SPREADS, SPREADS)
-def test_symmetry(seed: int, kind: Kind, spread: float, distance: float) -> None:
+@given(SEEDS, st.floats(1e-3, 0.999), SPREADS, SPREADS)
+def test_mirror_images(seed: int, parameter: float, spread: float, distance: float) -> None:
+    """The reverse kind is the forward kind with the sides exchanged; so is jsd with 1 − β. Two are their own image."""
     rows = hypothetical(seed, spread, distance)
-    there, back = run_ours(kind, rows), run_ours(kind, rows.swapped())
-    torch.testing.assert_close(there.values[0], back.values[0], rtol=1e-10, atol=1e-14)
-
-
-@PROPERTY
-@given(SEEDS, st.floats(1e-3, 0.999), SPREADS)
-def test_mirror_images(seed: int, parameter: float, spread: float) -> None:
-    """The reverse kind is the forward kind with the sides exchanged; so is jsd with 1 − β."""
-    rows = hypothetical(seed, spread, 1.0)
     mirrored = [
         (Kind("reverse_kl"), Kind("forward_kl")),
         (Kind("skewed_reverse_kl", parameter), Kind("skewed_forward_kl", parameter)),
         (Kind("jsd", parameter), Kind("jsd", 1.0 - parameter)),
+        (Kind("jsd", 0.5), Kind("jsd", 0.5)),
+        (Kind("total_variation"), Kind("total_variation")),
     ]
     for one, other in mirrored:
         there, back = run_ours(one, rows), run_ours(other, rows.swapped())
@@ -216,15 +210,6 @@ def test_a_shift_of_all_logits_is_not_seen(seed: int, kind: Kind, up: float, up_
     here, there = run_ours(kind, rows), run_ours(kind, rows._replace(x=rows.x + up, x_t=rows.x_t + up_t))
     torch.testing.assert_close(there.values[0], here.values[0], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(there.gradient, here.gradient, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize(("end", "limit"), [(0.0, Kind("forward_kl")), (1.0, Kind("reverse_kl"))], ids=str)
-def test_jsd_near_its_ends(end: float, limit: Kind) -> None:
-    """value / β → KL(q‖p) as β → 0, value / (1 − β) → KL(p‖q) as β → 1, and gradients alike."""
-    rows, small = random_rows(4, 31, spread=1.0), 1e-7
-    near, at = run_ours(Kind("jsd", abs(end - small)), rows), run_ours(limit, rows)
-    torch.testing.assert_close(near.values[0] / small, at.values[0], rtol=1e-5, atol=1e-8)
-    torch.testing.assert_close(near.gradient / small, at.gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [Kind(name, 0.0) for name in PARAMETERS if name.startswith("skewed")], ids=str)
