@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from largest_tensor import LargestTensor
-from loss_cases import Problem, each_need, frozen_or_all, fused, fused_output, generator, make_problem
+from loss_cases import Problem, each_need, frozen_or_all, fused, fused_output, make_problem
 from torch import Tensor
 
 from fastkl.kernels import driver, gemm
@@ -187,26 +187,3 @@ def test_accumulators_are_in_the_compute_dtype(monkeypatch: pytest.MonkeyPatch, 
     value.backward()
     assert seen == {torch.float64 if dtype == torch.float64 else torch.float32} == {value.dtype}
     assert {getattr(p, f).grad.dtype for f in ("hidden", "weight", "bias")} == {dtype}
-
-
-@pytest.mark.parametrize("alpha", [1.0, 0.3])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("block", [1, 3, 100])  # rows of the weight cast up at a time: one, a remainder of 2, all
-def test_products_in_blocks_of_the_vocabulary(
-    monkeypatch: pytest.MonkeyPatch, block: int, bias: bool, alpha: float
-) -> None:
-    n, vocabulary, dim, g = 4, 11, 5, generator(0)
-    monkeypatch.setattr(gemm, "UPCAST_BLOCK_BYTES", block * dim * 4)
-    h, w, b = (torch.randn(shape, generator=g).bfloat16() for shape in ((n, dim), (vocabulary, dim), (vocabulary,)))
-    u, scale = torch.randn(n, vocabulary, generator=g), torch.randn(n, generator=g)
-    out = torch.full((n, vocabulary), torch.nan)
-    gemm.project(h, w, b if bias else None, alpha, out)
-    torch.testing.assert_close(out, alpha * (h.float() @ w.float().t() + (b.float() if bias else 0)))
-    torch.testing.assert_close(gemm.hidden_gradient(u, w), u @ w.float())
-    accumulator = torch.ones(vocabulary, dim)
-    gemm.add_weight_gradient(accumulator, u, h, scale)
-    expected = u.t() @ (scale[:, None] * h.float())
-    torch.testing.assert_close(accumulator, 1 + expected)
-    accumulator.fill_(torch.nan)
-    gemm.add_weight_gradient(accumulator, u, h, scale, overwrite=True)
-    torch.testing.assert_close(accumulator, expected)

@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.lib.measure import peak_allocated
 from fastkl.kernels import gemm
 from fastkl.kernels.driver import evaluate
-from fastkl.kernels.gemm import TILE_COLUMNS, even_rows, project
+from fastkl.kernels.gemm import TILE_COLUMNS
 from fastkl.kernels.problem import HeadOptions, Inputs, Spec
 from fastkl.kernels.score import cpu as score_cpu
 
@@ -115,24 +115,3 @@ def test_memory_is_a_tile() -> None:
     inputs = problem(300, 40_000)
     peak = peak_allocated(lambda: evaluate(NLL._replace(chunk_size=100), inputs), torch.device("cpu"))
     assert peak < 4 * 100 * TILE_COLUMNS + 4 * 300 * 40  # in place of 4 · 300 · 40000 bytes of logits
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("alpha", [1.0, 0.6])
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_logits_of_several_tiles(dtype: torch.dtype, alpha: float, has_bias: bool) -> None:
-    inputs = problem(5, 2 * TILE_COLUMNS + 3, dtype)
-    bias = inputs.bias if has_bias else None
-    out = torch.full((5, 2 * TILE_COLUMNS + 3), torch.nan)
-    project(inputs.hidden, inputs.weight, bias, alpha, out)
-    plain = inputs.hidden.double() @ inputs.weight.double().t() + (0.0 if bias is None else bias.double())
-    torch.testing.assert_close(out.double(), alpha * plain, rtol=1e-5, atol=1e-5)
-
-
-@given(st.integers(0, 3000), st.integers(1, 700))
-def test_rows_are_spread_evenly(n: int, limit: int) -> None:
-    step = even_rows(n, limit)
-    assert 1 <= step <= limit
-    parts = [min(step, n - start) for start in range(0, n, step)]
-    assert sum(parts) == n
-    assert len(parts) == -(-n // limit)
