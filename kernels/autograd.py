@@ -24,9 +24,9 @@ from torch import Tensor
 
 import fastkl.kernels.flops  # noqa: F401  for torch.utils.flop_counter, which asks whoever has registered
 from fastkl.kernels.operators import evaluate, evaluate_with_gradients, weight_gradients
-from fastkl.kernels.problem import Gradients, Inputs, Needs, RowLoss, Spec
+from fastkl.kernels.problem import Gradients, Inputs, Needs, Problem, Rows
+from fastkl.kernels.records import pack, unpack
 from fastkl.kernels.sparse.estimator import Estimates
-from fastkl.kernels.surrogate import Surrogate
 
 
 class Losses(NamedTuple):
@@ -34,54 +34,39 @@ class Losses(NamedTuple):
 
     losses: Tensor  # [N], or their sum
     values: Tensor  # [K, N]
-    statistics: Tensor | None = None  # [2], `ColumnSampler.statistics`, where the forward pass drew the columns
+    statistics: Tensor | None = None  # [2], `ColumnSampler.statistics`, of a sparse backward drawn in the forward pass
 
 
-def row_losses(
-    spec: Spec,
-    inputs: Inputs,
-    row_loss: RowLoss,
-    active: Tensor | None,
-    graded: Tensor | None,
-    weight_grad: Tensor | None = None,
-) -> Losses:
-    """Losses [N], differentiable for any upstream gradient.
-
-    `active` rows (None: all) have values, and those of them that are `graded` (None: the active ones) have losses.
-    """
-    if not _wants_gradient(inputs):
-        return Losses(*_without_gradient(spec, inputs, row_loss, active, graded))
-    found = _RowLosses.apply(spec, *row_loss[3:], *row_loss[:3], active, graded, weight_grad, *inputs)
-    return Losses(*cast(tuple[Tensor, ...], found))
+def row_losses(problem: Problem, weight_grad: Tensor | None = None) -> Losses:
+    """Losses [N], differentiable for any upstream gradient."""
+    if not _wants_gradient(problem.inputs):
+        return Losses(*_without_gradient(problem))
+    return _apply(_RowLosses, problem, weight_grad)
 
 
-def summed_loss(
-    spec: Spec,
-    inputs: Inputs,
-    row_loss: RowLoss,
-    active: Tensor | None,
-    graded: Tensor | None,
-    weight_grad: Tensor | None = None,
-) -> Losses:
+def summed_loss(problem: Problem, weight_grad: Tensor | None = None) -> Losses:
     """As `row_losses`, but the losses' sum, 0-dim: its gradients are made in the forward pass."""
-    if not _wants_gradient(inputs):
-        losses, values = _without_gradient(spec, inputs, row_loss, active, graded)
+    if not _wants_gradient(problem.inputs):
+        losses, values = _without_gradient(problem)
         return Losses(losses.sum(), values)
-    found = _SummedLoss.apply(spec, *row_loss[3:], *row_loss[:3], active, graded, weight_grad, *inputs)
-    return Losses(*cast(tuple[Tensor, ...], found))
+    return _apply(_SummedLoss, problem, weight_grad)
 
 
-def _without_gradient(
-    spec: Spec, inputs: Inputs, row_loss: RowLoss, active: Tensor | None, graded: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    values = evaluate(spec, inputs, active)
-    losses, *_ = row_loss.losses_and_slopes(values)
-    counted = active if graded is None else graded
+def _without_gradient(problem: Problem) -> tuple[Tensor, Tensor]:
+    values = evaluate(problem)
+    losses, *_ = problem.row_loss.losses_and_slopes(values)
+    counted = problem.rows.counted
     return losses if counted is None else losses.where(counted, 0.0), values
 
 
 def _wants_gradient(inputs: Inputs) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:3])
+
+
+def _apply(function: Any, problem: Problem, weight_grad: Tensor | None) -> Losses:
+    """Autograd sees each tensor of the problem as an argument: hidden, weight and bias come first."""
+    tensors, *others = pack(problem)
+    return Losses(*function.apply(others, weight_grad, *tensors))
 
 
 def _refuse_double_backward() -> None:
@@ -93,24 +78,34 @@ def _refuse_double_backward() -> None:
         )
 
 
-def _input_gradients(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+def _begin(ctx: Any, others: list[Any], tensors: tuple[Any, ...]) -> Problem:
+    """The problem that `_apply` packed, and which gradients of it are wanted."""
+    ctx.others = others
+    ctx.needs = Needs(*ctx.needs_input_grad[2:5])  # after others and weight_grad
+    return cast(Problem, unpack((Problem,), tensors, *others)[0])
+
+
+def _save(ctx: Any, tensors: tuple[Any, ...], *results: Tensor | None) -> None:
+    """Saves the tensors of a problem, one of which may be a function, and results for the backward pass."""
+    ctx.functions = {i: tensor for i, tensor in enumerate(tensors) if callable(tensor)}
+    ctx.count = len(tensors)
+    ctx.save_for_backward(*(None if callable(tensor) else tensor for tensor in tensors), *results)
+
+
+def _saved(ctx: Any) -> tuple[Problem, tuple[Tensor | None, ...]]:
+    tensors = [ctx.functions.get(i, tensor) for i, tensor in enumerate(ctx.saved_tensors)]
+    return unpack((Problem,), tensors[: ctx.count], *ctx.others)[0], tuple(tensors[ctx.count :])
+
+
+def _results(ctx: Any, losses: Tensor, values: Tensor, statistics: Tensor | None) -> tuple[Tensor, ...]:
+    results = (losses, values) if statistics is None else (losses, values, statistics)
+    ctx.mark_non_differentiable(*results[1:])
+    return results
+
+
+def _input_gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of hidden, weight and bias as those of all arguments; the others never have one."""
-    return *[None] * _OTHERS, *gradients, *[None] * (len(Inputs._fields) - len(gradients))
-
-
-def _save(ctx: Any, inputs: Inputs, *others: Tensor | None) -> None:
-    """Saves the inputs, among which a function is no tensor, and others for the backward pass."""
-    ctx.teacher_chunks = inputs.teacher_logits if callable(inputs.teacher_logits) else None
-    tensors = inputs if ctx.teacher_chunks is None else inputs._replace(teacher_logits=None)
-    ctx.save_for_backward(*tensors, *others)
-
-
-def _saved(ctx: Any) -> tuple[Inputs, tuple[Tensor | None, ...]]:
-    count, tensors = len(Inputs._fields), ctx.saved_tensors
-    inputs = Inputs(*tensors[:count])
-    if ctx.teacher_chunks is not None:
-        inputs = inputs._replace(teacher_logits=ctx.teacher_chunks)
-    return inputs, tensors[count:]
+    return None, None, *gradients, *[None] * (len(ctx.needs_input_grad) - 2 - len(gradients))
 
 
 def _times(unit: Tensor, upstream: Tensor) -> Tensor:
@@ -118,93 +113,53 @@ def _times(unit: Tensor, upstream: Tensor) -> Tensor:
     return (unit * upstream[:, None]).to(unit.dtype)
 
 
-_OTHERS = 9  # arguments of the functions below that come before the inputs
-
-
 class _RowLosses(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        spec: Spec,
-        surrogate: Surrogate | None,
-        entropy_coef: float,
-        weights: Tensor | None,
-        advantages: Tensor | None,
-        old_logprobs: Tensor | None,
-        active: Tensor | None,
-        graded: Tensor | None,
-        weight_grad: Tensor | None,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
-        inputs = Inputs(*tensors)
-        row_loss = RowLoss(weights, advantages, old_logprobs, surrogate, entropy_coef)
-        ctx.needs = Needs(*ctx.needs_input_grad[_OTHERS : _OTHERS + 3])
-        ctx.estimates, statistics = None, None
+    def forward(ctx: Any, others: list[Any], weight_grad: Tensor | None, *tensors: Any) -> tuple[Tensor, ...]:
+        problem = _begin(ctx, others, tensors)
+        ctx.weight_grad, ctx.estimates = weight_grad, None
         if not (ctx.needs.weight or ctx.needs.bias):
-            values, losses, unit = evaluate_with_gradients(spec, inputs, row_loss, ctx.needs, active, graded)
+            values, losses, unit = evaluate_with_gradients(problem, ctx.needs)
             ctx.save_for_backward(unit.hidden)
-            statistics = unit.statistics
+            return _results(ctx, losses, values, unit.statistics)
+        unit_hidden, statistics = None, None
+        if problem.spec.sparse is None or torch.compiler.is_compiling():
+            losses, values = _without_gradient(problem)
         else:
-            ctx.spec, ctx.surrogate, ctx.entropy_coef, ctx.weight_grad = spec, surrogate, entropy_coef, weight_grad
-            unit_hidden = None
-            if spec.sparse is None or torch.compiler.is_compiling():
-                losses, values = _without_gradient(spec, inputs, row_loss, active, graded)
-            else:
-                ctx.estimates = Estimates(inputs.weight)
-                own = Needs(ctx.needs.hidden, weight=False, bias=False)
-                values, losses, (unit_hidden, _, _, statistics) = evaluate_with_gradients(
-                    spec, inputs, row_loss, own, active, graded, None, ctx.estimates
-                )
-            _save(ctx, inputs, *row_loss[:3], active if graded is None else graded, unit_hidden)
-        found = (losses, values) if statistics is None else (losses, values, statistics)
-        ctx.mark_non_differentiable(*found[1:])
-        return found
+            ctx.estimates = Estimates(problem.inputs.weight)
+            now = Needs(ctx.needs.hidden, weight=False, bias=False)
+            values, losses, unit = evaluate_with_gradients(problem, now, estimates=ctx.estimates)
+            unit_hidden, statistics = unit.hidden, unit.statistics
+        _save(ctx, tensors, unit_hidden)
+        return _results(ctx, losses, values, statistics)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
         if not (ctx.needs.weight or ctx.needs.bias):
             (unit,) = ctx.saved_tensors
-            return _input_gradients(_times(unit, upstream))
-        inputs, (weights, advantages, old_logprobs, graded, unit) = _saved(ctx)
-        row_loss = RowLoss(weights, advantages, old_logprobs, ctx.surrogate, ctx.entropy_coef)
+            return _input_gradients(ctx, _times(unit, upstream))
+        problem, (unit_hidden,) = _saved(ctx)
         if ctx.estimates is not None:
-            gradients = weight_gradients(
-                ctx.spec, inputs, row_loss, upstream, ctx.needs, graded, ctx.estimates, ctx.weight_grad
-            )
-            gradients = gradients._replace(hidden=None if unit is None else _times(unit, upstream))
+            gradients = weight_gradients(problem, upstream, ctx.needs, ctx.estimates, ctx.weight_grad)
+            gradients = gradients._replace(hidden=None if unit_hidden is None else _times(unit_hidden, upstream))
         else:
-            row_loss = row_loss._replace(weights=upstream if weights is None else weights * upstream)
-            how = ctx.needs, graded, None, ctx.weight_grad
-            gradients = evaluate_with_gradients(ctx.spec, inputs, row_loss, *how)[2]
-        return _input_gradients(*[None if g is None else g.to(inputs.weight.dtype) for g in gradients[:3]])
+            row_loss = problem.row_loss.times(upstream)
+            problem = problem._replace(row_loss=row_loss, rows=Rows(problem.rows.counted))
+            gradients = evaluate_with_gradients(problem, ctx.needs, ctx.weight_grad)[2]
+        dtype = problem.inputs.weight.dtype
+        return _input_gradients(ctx, *[None if g is None else g.to(dtype) for g in gradients[:3]])
 
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        spec: Spec,
-        surrogate: Surrogate | None,
-        entropy_coef: float,
-        weights: Tensor | None,
-        advantages: Tensor | None,
-        old_logprobs: Tensor | None,
-        active: Tensor | None,
-        graded: Tensor | None,
-        weight_grad: Tensor | None,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
-        inputs = Inputs(*tensors)
-        row_loss = RowLoss(weights, advantages, old_logprobs, surrogate, entropy_coef)
-        ctx.needs, ctx.dtype = Needs(*ctx.needs_input_grad[_OTHERS : _OTHERS + 3]), inputs.weight.dtype
-        ctx.spec, ctx.surrogate, ctx.entropy_coef, ctx.weight_grad = spec, surrogate, entropy_coef, weight_grad
-        _save(ctx, inputs, *row_loss[:3], active if graded is None else graded)
-        values, losses, ctx.gradients = evaluate_with_gradients(spec, inputs, row_loss, ctx.needs, active, graded)
+    def forward(ctx: Any, others: list[Any], weight_grad: Tensor | None, *tensors: Any) -> tuple[Tensor, ...]:
+        problem = _begin(ctx, others, tensors)
+        ctx.weight_grad, ctx.dtype = weight_grad, problem.inputs.weight.dtype
+        _save(ctx, tensors)
+        values, losses, ctx.gradients = evaluate_with_gradients(problem, ctx.needs)
         statistics, ctx.gradients = ctx.gradients.statistics, ctx.gradients._replace(statistics=None)
-        found = (losses.sum(), values) if statistics is None else (losses.sum(), values, statistics)
-        ctx.mark_non_differentiable(*found[1:])
-        return found
+        return _results(ctx, losses.sum(), values, statistics)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -218,10 +173,10 @@ class _SummedLoss(torch.autograd.Function):
         if ctx.weight_grad is not None and gradients.weight is not None:
             ctx.weight_grad.addcmul_(gradients.weight, upstream)
             gradients = gradients._replace(weight=None)
-        return _input_gradients(*[None if g is None else g.mul_(upstream).to(ctx.dtype) for g in gradients[:3]])
+        return _input_gradients(ctx, *[None if g is None else g.mul_(upstream).to(ctx.dtype) for g in gradients[:3]])
 
     @staticmethod
     def _recompute(ctx: Any) -> Gradients:
-        inputs, (weights, advantages, old_logprobs, graded) = _saved(ctx)
-        row_loss = RowLoss(weights, advantages, old_logprobs, ctx.surrogate, ctx.entropy_coef)
-        return evaluate_with_gradients(ctx.spec, inputs, row_loss, ctx.needs, graded)[2]
+        problem, _ = _saved(ctx)
+        problem = problem._replace(rows=Rows(problem.rows.counted))
+        return evaluate_with_gradients(problem, ctx.needs)[2]

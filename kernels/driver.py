@@ -179,8 +179,7 @@ def weight_gradients(
                 grad_bias.index_add_(0, ids, gradient.t().to(grad_bias.dtype) @ scale)
     if estimates.others:
         again = torch.cat([torch.arange(rows.start, rows.stop, device=upstream.device) for rows in estimates.others])
-        weights = upstream if row_loss.weights is None else row_loss.weights * upstream
-        rest = row_loss._replace(weights=weights).take(again)
+        rest = row_loss.times(upstream).take(again)
         own = evaluate_with_gradients(spec, inputs.take(again), rest, needs._replace(hidden=False), grad_weight)[2]
         grad_bias = None if grad_bias is None or own.bias is None else grad_bias.add_(own.bias)
     return Gradients(None, grad_weight, grad_bias)

@@ -11,8 +11,8 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 import fastkl.kernels.operators  # noqa: F401  the operators must exist
-
-Shapes = list[torch.Size | None]
+from fastkl.kernels.problem import Inputs, Needs, Problem
+from fastkl.kernels.records import unpack
 
 
 def gemm_flops(rows: int, vocabulary: int, hidden: int, teacher_hidden: int = 0, gradients: int = 0) -> int:
@@ -21,29 +21,20 @@ def gemm_flops(rows: int, vocabulary: int, hidden: int, teacher_hidden: int = 0,
 
 
 @register_flop_formula(torch.ops.fastkl.evaluate)
-def _evaluate(inputs: Shapes, *_: Any, **__: Any) -> int:
-    return gemm_flops(*_sizes(inputs))
+def _evaluate(*packed: Any, **_: Any) -> int:
+    (problem,) = unpack((Problem,), *packed)
+    return gemm_flops(*_sizes(problem.inputs))
 
 
 @register_flop_formula(torch.ops.fastkl.evaluate_with_gradients)
-def _evaluate_with_gradients(
-    inputs: Shapes,
-    active: torch.Size | None,
-    graded: torch.Size | None,
-    row_loss: Shapes,
-    method: str,
-    clips: list[float],
-    entropy_coef: float,
-    needs: list[bool],
-    *_: Any,
-    **__: Any,
-) -> int:
-    return gemm_flops(*_sizes(inputs), gradients=sum(needs[:2]))
+def _evaluate_with_gradients(*packed: Any, **_: Any) -> int:
+    problem, needs = unpack((Problem, Needs), *packed)
+    return gemm_flops(*_sizes(problem.inputs), gradients=needs.hidden + needs.weight)
 
 
-def _sizes(inputs: Shapes) -> tuple[int, int, int, int]:
-    """Rows, vocabulary, and hidden sizes, of shapes in the order of `problem.Inputs`."""
-    hidden, weight, _, _, teacher_hidden, *_ = inputs
-    assert hidden is not None
-    assert weight is not None
+def _sizes(shapes: Inputs) -> tuple[int, int, int, int]:
+    """Rows, vocabulary, and hidden sizes; the tensors of the inputs are their shapes here."""
+    hidden: Any = shapes.hidden
+    weight: Any = shapes.weight
+    teacher_hidden: Any = shapes.teacher_hidden
     return hidden[0], weight[0], hidden[1], 0 if teacher_hidden is None else teacher_hidden[1]

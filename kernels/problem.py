@@ -1,7 +1,7 @@
 """What a loss is to the kernels: plain data, so that it can pass through a torch operator.
 
-A `Spec` names the computation, `Inputs` holds its tensors, a `RowLoss` says how the rows' values become losses, and
-`Needs` which gradients are wanted.
+A `Problem` has four parts. `Inputs` are its tensors. `Spec` names the computation. `RowLoss` says how the values of a row
+become its loss, and `Rows` which rows take part. `Needs` says which gradients are wanted.
 """
 
 from __future__ import annotations
@@ -29,6 +29,16 @@ class HeadOptions:
     temperature: float = 1.0
     logit_scale: float = 1.0
     softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature is {self.temperature}; it must be > 0 and finite (greedy decoding has no log-probs)"
+            )
+        if not 0 < self.logit_scale < float("inf"):
+            raise ValueError(f"logit_scale is {self.logit_scale}; it must be > 0 and finite")
+        if self.softcap is not None and not 0 < self.softcap < float("inf"):
+            raise ValueError(f"softcap is {self.softcap}; it must be > 0 and finite, or None for a head without one")
 
     @property
     def alpha(self) -> float:
@@ -88,7 +98,7 @@ class Inputs(NamedTuple):
             hidden=self.hidden[index],
             tokens=_take(self.tokens, index),
             teacher_hidden=_take(self.teacher_hidden, index),
-            teacher_logits=None if logits is None else _rows_of(logits, index),
+            teacher_logits=None if logits is None else _lazy_rows(logits, index),
             top_ids=_take(self.top_ids, index),
             top_logprobs=_take(self.top_logprobs, index),
         )
@@ -115,6 +125,10 @@ class RowLoss(NamedTuple):
         weights, advantages, old = (_take(t, index) for t in self[:3])
         return RowLoss(weights, advantages, old, *self[3:])
 
+    def times(self, upstream: Tensor) -> RowLoss:
+        """The losses multiplied by `upstream` [N]."""
+        return self._replace(weights=upstream if self.weights is None else self.weights * upstream)
+
     def losses_and_slopes(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """For values [K, N] of the same rows: losses, d losses / d values[0], and by values[1] if that is not 0; [N]."""
         weights = torch.ones_like(values[0]) if self.weights is None else self.weights
@@ -126,6 +140,26 @@ class RowLoss(NamedTuple):
             return weights * terms.loss, -weights * terms.slope, None
         losses = weights * (terms.loss - self.entropy_coef * values[1])
         return losses, -weights * terms.slope, -self.entropy_coef * weights
+
+
+class Rows(NamedTuple):
+    """Which rows take part, bool [N] each."""
+
+    active: Tensor | None = None  # rows that have values; None: all
+    graded: Tensor | None = None  # those of them that have losses and gradients; None: the active ones
+
+    @property
+    def counted(self) -> Tensor | None:
+        return self.active if self.graded is None else self.graded
+
+
+class Problem(NamedTuple):
+    """All that the values, losses and gradients of N rows depend on."""
+
+    inputs: Inputs
+    spec: Spec
+    row_loss: RowLoss = RowLoss()
+    rows: Rows = Rows()
 
 
 class Needs(NamedTuple):
@@ -145,7 +179,7 @@ class Gradients(NamedTuple):
     statistics: Tensor | None = None  # [2], `ColumnSampler.statistics` of a sparse backward
 
 
-def _rows_of(logits: Tensor | TeacherChunks, index: Tensor) -> TeacherChunks:
+def _lazy_rows(logits: Tensor | TeacherChunks, index: Tensor) -> TeacherChunks:
     """The logits of the rows in `index`, taken chunk by chunk: they are of size N × V."""
     return (lambda rows: logits(index[rows])) if callable(logits) else (lambda rows: logits[index[rows]])
 

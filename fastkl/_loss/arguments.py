@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from fastkl.kernels.backend import BACKENDS
 from fastkl.kernels.gemm import compute_dtype
-from fastkl.kernels.problem import Backend, HeadOptions
+from fastkl.kernels.problem import Backend
 from fastkl.kernels.sparse.estimator import Backward, Sparse
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -115,18 +115,6 @@ def check_tokens(tokens: Tensor, hidden: Tensor, vocabulary: int, ignore_index: 
                 f"and not ignore_index ({ignore_index}); are the tokenizer and the model of one family?"
             )
     return tokens
-
-
-def head_options(temperature: float, logit_scale: float, softcap: float | None, who: str = "") -> HeadOptions:
-    if not 0 < temperature < float("inf"):
-        raise ValueError(
-            f"{who}temperature is {temperature}; it must be > 0 and finite (greedy decoding has no log-probs)"
-        )
-    if not 0 < logit_scale < float("inf"):
-        raise ValueError(f"{who}logit_scale is {logit_scale}; it must be > 0 and finite")
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"{who}softcap is {softcap}; it must be > 0 and finite, or None for a head without one")
-    return HeadOptions(float(temperature), float(logit_scale), None if softcap is None else float(softcap))
 
 
 def check_vocab_size(vocab_size: int, sizes: dict[str, int]) -> None:

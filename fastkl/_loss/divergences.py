@@ -2,47 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
-
 from torch import Tensor
 from typing_extensions import Unpack
 
 from fastkl._loss import arguments as check
+from fastkl._loss.options import DivergenceOptions, record, takes
 from fastkl._loss.output import LossOutput, PerToken
-from fastkl._loss.rows import divergence_output, rows_of
-from fastkl._loss.teacher import Teacher, check_teacher, common_ids
+from fastkl._loss.rows import divergence_output, flat_call
+from fastkl._loss.teacher import Teacher, check_teacher
 from fastkl.kernels.divergence.formula import Divergence, Outputs
-from fastkl.kernels.problem import Backend, Inputs, Spec, TeacherChunks
-from fastkl.kernels.sparse.estimator import Backward
+from fastkl.kernels.problem import HeadOptions
 
 
-class DivergenceOptions(TypedDict, total=False):
-    """Keyword arguments of every divergence; see `fastkl.loss`."""
-
-    teacher_logits: Tensor | TeacherChunks | None
-    tokens: Tensor | None
-    mask: Tensor | None
-    vocab_size: int | None
-    temperature: float
-    teacher_temperature: float | None
-    squared_temperature: bool
-    per_token: bool
-    reduction: str
-    normalizer: Tensor | float | None
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-    teacher_bias: Tensor | None
-    teacher_logit_scale: float
-    teacher_softcap: float | None
-    ignore_index: int
-    chunk_size: int | None
-    skip_zero_rows: bool
-    backend: Backend
-    backward: Backward
-    weight_grad: Tensor | None
-
-
+@takes(DivergenceOptions)
 def reverse_kl_loss(
     student_hidden: Tensor,  # [..., D]
     student_weight: Tensor,  # [V, D]
@@ -55,10 +27,11 @@ def reverse_kl_loss(
     A token that the student can emit and the teacher cannot (q = 0 < p) makes it infinite. Equals
     `(p * (log_softmax(z) - log_softmax(z_teacher))).sum(-1)` per token. Options: `fastkl.loss`, "Divergences".
     """
-    teacher = teacher_hidden, teacher_weight
-    return _divergence("reverse_kl", "reverse_kl", 0.0, 1.0, student_hidden, student_weight, *teacher, **options)
+    heads = student_hidden, student_weight, teacher_hidden, teacher_weight
+    return _divergence("reverse_kl", "reverse_kl", 0.0, 1.0, *heads, options)
 
 
+@takes(DivergenceOptions)
 def forward_kl_loss(
     student_hidden: Tensor,  # [..., D]
     student_weight: Tensor,  # [V, D]
@@ -70,10 +43,11 @@ def forward_kl_loss(
 
     Equals `(q * (log_softmax(z_teacher) - log_softmax(z))).sum(-1)` per token. Options: `fastkl.loss`, "Divergences".
     """
-    teacher = teacher_hidden, teacher_weight
-    return _divergence("forward_kl", "forward_kl", 0.0, 1.0, student_hidden, student_weight, *teacher, **options)
+    heads = student_hidden, student_weight, teacher_hidden, teacher_weight
+    return _divergence("forward_kl", "forward_kl", 0.0, 1.0, *heads, options)
 
 
+@takes(DivergenceOptions)
 def jsd_loss(
     student_hidden: Tensor,  # [..., D]
     student_weight: Tensor,  # [V, D]
@@ -95,14 +69,15 @@ def jsd_loss(
     """
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta is {beta}; it must be in [0, 1] (0: forward KL, 1: reverse KL)")
-    teacher = teacher_hidden, teacher_weight
+    heads = student_hidden, student_weight, teacher_hidden, teacher_weight
     if beta in (0.0, 1.0):
         end: Divergence = "forward_kl" if beta == 0.0 else "reverse_kl"
-        return _divergence("jsd", end, 0.0, 1.0, student_hidden, student_weight, *teacher, **options)
+        return _divergence("jsd", end, 0.0, 1.0, *heads, options)
     factor = 1.0 / (beta * (1.0 - beta)) if normalized else 1.0
-    return _divergence("jsd", "jsd", beta, factor, student_hidden, student_weight, *teacher, **options)
+    return _divergence("jsd", "jsd", beta, factor, *heads, options)
 
 
+@takes(DivergenceOptions)
 def skewed_forward_kl_loss(
     student_hidden: Tensor,  # [..., D]
     student_weight: Tensor,  # [V, D]
@@ -117,11 +92,12 @@ def skewed_forward_kl_loss(
     At most log(1/α). Options: `fastkl.loss`, "Divergences".
     """
     _check_alpha(alpha)
-    teacher = teacher_hidden, teacher_weight
+    heads = student_hidden, student_weight, teacher_hidden, teacher_weight
     kind: Divergence = "skewed_forward_kl" if alpha > 0.0 else "forward_kl"
-    return _divergence("skewed_forward_kl", kind, alpha, 1.0, student_hidden, student_weight, *teacher, **options)
+    return _divergence("skewed_forward_kl", kind, alpha, 1.0, *heads, options)
 
 
+@takes(DivergenceOptions)
 def skewed_reverse_kl_loss(
     student_hidden: Tensor,  # [..., D]
     student_weight: Tensor,  # [V, D]
@@ -136,11 +112,12 @@ def skewed_reverse_kl_loss(
     At most log(1/α). Options: `fastkl.loss`, "Divergences".
     """
     _check_alpha(alpha)
-    teacher = teacher_hidden, teacher_weight
+    heads = student_hidden, student_weight, teacher_hidden, teacher_weight
     kind: Divergence = "skewed_reverse_kl" if alpha > 0.0 else "reverse_kl"
-    return _divergence("skewed_reverse_kl", kind, alpha, 1.0, student_hidden, student_weight, *teacher, **options)
+    return _divergence("skewed_reverse_kl", kind, alpha, 1.0, *heads, options)
 
 
+@takes(DivergenceOptions)
 def total_variation_loss(
     student_hidden: Tensor,  # [..., D]
     student_weight: Tensor,  # [V, D]
@@ -149,10 +126,8 @@ def total_variation_loss(
     **options: Unpack[DivergenceOptions],
 ) -> LossOutput:
     """½ Σ |p − q|, in [0, 1]; where p = q its subgradient is 0. Options: `fastkl.loss`, "Divergences"."""
-    teacher = teacher_hidden, teacher_weight
-    return _divergence(
-        "total_variation", "total_variation", 0.0, 1.0, student_hidden, student_weight, *teacher, **options
-    )
+    heads = student_hidden, student_weight, teacher_hidden, teacher_weight
+    return _divergence("total_variation", "total_variation", 0.0, 1.0, *heads, options)
 
 
 def _divergence(
@@ -164,60 +139,28 @@ def _divergence(
     student_weight: Tensor,
     teacher_hidden: Tensor | None,
     teacher_weight: Tensor | None,
-    *,
-    teacher_logits: Tensor | TeacherChunks | None = None,
-    tokens: Tensor | None = None,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    squared_temperature: bool = False,
-    per_token: bool = False,
-    reduction: str = "mean",
-    normalizer: Tensor | float | None = None,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    teacher_bias: Tensor | None = None,
-    teacher_logit_scale: float = 1.0,
-    teacher_softcap: float | None = None,
-    ignore_index: int = -100,
-    chunk_size: int | None = None,
-    skip_zero_rows: bool = True,
-    backend: Backend = "auto",
-    backward: Backward = "exact",
-    weight_grad: Tensor | None = None,
+    options: DivergenceOptions,
 ) -> LossOutput:
     """factor · the divergence, reduced; its metrics under `name`."""
-    reduce = check.check_reduction(reduction, normalizer)
-    student_options = check.head_options(temperature, logit_scale, softcap)
-    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    teacher_options = check.head_options(teacher_temperature, teacher_logit_scale, teacher_softcap, "teacher_")
-    check.check_head(student_hidden, student_weight, bias, "student_")
-    check.check_plan(backend, chunk_size, student_weight, weight_grad)
-    teacher = Teacher(teacher_hidden, teacher_weight, teacher_bias, teacher_logits)
+    vocab_size, temperature = options["vocab_size"], options["temperature"]
+    check.check_head(student_hidden, student_weight, options["bias"], "student_")
+    teacher = Teacher(teacher_hidden, teacher_weight, options["teacher_bias"], options["teacher_logits"])
     check_teacher(teacher, student_hidden, student_weight, vocab_size)
-    teacher, weight, bias, weight_grad = common_ids(teacher, student_weight, bias, weight_grad, vocab_size)
-    hidden, weight, bias = check.autocast(student_hidden, weight, bias)
-    if teacher.hidden is not None and teacher.weight is not None:
-        teacher = Teacher(*check.autocast(teacher.hidden, teacher.weight, teacher.bias), None)
-    sparse = check.sparse(backward)
-    how = backend, chunk_size, divergence, parameter, per_token, sparse
-    spec = Spec("divergence", student_options, teacher_options, *how)
-
-    rows = rows_of(mask, tokens, hidden, weight.shape[0], ignore_index)
-    inputs = Inputs(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        rows.tokens,
-        *teacher.flat(weight.shape[0], exactly=vocab_size is None),
+    call = flat_call(student_hidden, student_weight, options["tokens"], options, "divergence", "student_")
+    if options["teacher_temperature"] is None:
+        options = {**options, "teacher_temperature": temperature}
+    call = call._replace(
+        inputs=teacher.join(call.inputs, exactly=vocab_size is None),
+        spec=call.spec._replace(
+            teacher=record(HeadOptions, options, "teacher_"),
+            variant=divergence,
+            parameter=parameter,
+            extras=options["per_token"],
+        ),
     )
-    factor = factor * temperature**2 if squared_temperature else factor
-    output, values = divergence_output(
-        name, factor, reduce, spec, inputs, rows, skip_zero_rows, hidden.shape[:-1], weight_grad
-    )
-    return output._replace(per_token=_per_token(values, tokens is not None))
+    factor = factor * temperature**2 if options["squared_temperature"] else factor
+    output, values = divergence_output(call, name, factor)
+    return output._replace(per_token=_per_token(values, options["tokens"] is not None))
 
 
 def _check_alpha(alpha: float) -> None:

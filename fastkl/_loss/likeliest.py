@@ -41,7 +41,7 @@ def linear_top_k(
 
     Raises ValueError where k is not between 1 and the vocabulary; TypeError or ValueError for what does not fit.
     """
-    options = check.head_options(temperature, logit_scale, softcap)
+    options = HeadOptions(temperature, logit_scale, softcap)
     inputs = _inputs(hidden, weight, bias, vocab_size, chunk_size)
     if not 1 <= k <= inputs.weight.shape[0]:
         raise ValueError(f"k is {k}; it must be between 1 and the vocabulary, {inputs.weight.shape[0]}")

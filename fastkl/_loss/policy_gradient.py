@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
-
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from fastkl._loss import arguments as check
 from fastkl._loss.advantages import reverse_kl_advantages
+from fastkl._loss.options import LogprobOptions, PolicyOptions, Ratio, record, takes
 from fastkl._loss.output import LossOutput, masked_extreme, masked_mean, sparse_metrics
-from fastkl._loss.rows import reduced_loss, rows_of
+from fastkl._loss.rows import flat_call, reduced_loss
 from fastkl._loss.sequences import Sequences
 from fastkl.kernels.autograd import row_losses
-from fastkl.kernels.gemm import compute_dtype
 from fastkl.kernels.operators import evaluate
-from fastkl.kernels.problem import Backend, Inputs, Kind, RowLoss, Spec
-from fastkl.kernels.sparse.estimator import Backward
-from fastkl.kernels.surrogate import METHODS, Method, Surrogate, importance_ratio, surrogate_terms
+from fastkl.kernels.problem import Kind, Problem, RowLoss
+from fastkl.kernels.surrogate import Surrogate, importance_ratio, surrogate_terms
 
-Ratio = Literal["token", "sequence"]
 RATIOS: tuple[Ratio, ...] = ("token", "sequence")
 REDUCTIONS = ("mean", "sum", "sequence_mean", "none")
 
 
+@takes(LogprobOptions)
 def linear_logprobs(
     hidden: Tensor,  # [..., D]
     weight: Tensor,  # [V, D]
     tokens: Tensor,  # [...] int64
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    chunk_size: int | None = None,
-    skip_zero_rows: bool = True,
-    backend: Backend = "auto",
-    backward: Backward = "exact",
-    weight_grad: Tensor | None = None,
+    **options: Unpack[LogprobOptions],
 ) -> Tensor:
     """Log-probs of `tokens`, float32 (float64 for float64), of their shape; 0 at ignored ones.
 
@@ -52,47 +39,19 @@ def linear_logprobs(
 
     Raises TypeError or ValueError for shapes, dtypes, devices or ids that do not fit, before anything is computed.
     """
-    options = check.head_options(temperature, logit_scale, softcap)
-    check.check_head(hidden, weight, bias)
-    check.check_plan(backend, chunk_size, weight, weight_grad)
-    rows = rows_of(None, tokens, hidden, weight.shape[0], ignore_index)
-    hidden, weight, bias = check.autocast(hidden, weight, bias)
-    sparse = check.sparse(backward)
-    spec = Spec("token_nll", options, None, backend, chunk_size, sparse=sparse)
-    inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, rows.tokens)
-    active = rows.active if skip_zero_rows else None
-    nll = row_losses(spec, inputs, RowLoss(), active, None, weight_grad).losses
-    return (-nll).where(rows.active, 0.0).reshape(tokens.shape)
+    call = flat_call(hidden, weight, tokens, options, "token_nll")
+    nll = row_losses(Problem(call.inputs, call.spec, rows=call.rows()), call.weight_grad).losses
+    return (-nll).where(call.active, 0.0).reshape(call.shape)
 
 
+@takes(PolicyOptions)
 def policy_gradient_loss(
     hidden: Tensor,  # [..., D]
     weight: Tensor,  # [V, D]
     tokens: Tensor,  # [...] int64
     advantages: Tensor,  # [...]
     old_logprobs: Tensor | None = None,  # [...]
-    *,
-    mask: Tensor | None = None,
-    method: Method = "importance_sampling",
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    truncate_ratio: float | None = None,
-    ratio: Ratio = "token",
-    entropy_coef: float = 0.0,
-    sequence_ids: Tensor | None = None,
-    reduction: str = "mean",
-    normalizer: Tensor | float | None = None,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    chunk_size: int | None = None,
-    skip_zero_rows: bool = True,
-    backend: Backend = "auto",
-    backward: Backward = "exact",
-    weight_grad: Tensor | None = None,
+    **options: Unpack[PolicyOptions],
 ) -> LossOutput:
     """Policy-gradient loss with the advantages inside: every gradient comes out of one pass over the chunks.
 
@@ -129,74 +88,38 @@ def policy_gradient_loss(
 
     Raises TypeError or ValueError for arguments that do not fit, before anything is computed.
     """
-    surrogate = _surrogate(method, clip_low, clip_high, dual_clip, truncate_ratio, old_logprobs)
-    _check_ratio(ratio, old_logprobs)
+    surrogate, ratio, entropy_coef = record(Surrogate, options), options["ratio"], options["entropy_coef"]
+    _check_old_logprobs(old_logprobs, ratio, surrogate)
     check.check_finite("entropy_coef", entropy_coef)
-    reduce = check.check_reduction(reduction, normalizer, REDUCTIONS)
-    options = check.head_options(temperature, logit_scale, softcap)
-    check.check_head(hidden, weight, bias)
-    check.check_plan(backend, chunk_size, weight, weight_grad)
-    token_weights, active, y = rows_of(mask, tokens, hidden, weight.shape[0], ignore_index)
-    advantages = check.check_per_token("advantages", advantages, hidden).reshape(-1)
-    old = None if old_logprobs is None else check.check_per_token("old_logprobs", old_logprobs, hidden)
-    sequences = _sequences(tokens, sequence_ids, ratio, reduction, hidden)
-    hidden, weight, bias = check.autocast(hidden, weight, bias)
     kind: Kind = "token_nll" if entropy_coef == 0.0 else "token_nll_entropy"
-    sparse = check.sparse(backward)
-    spec = Spec(kind, options, None, backend, chunk_size, sparse=sparse)
+    call = flat_call(hidden, weight, tokens, options, kind, reductions=REDUCTIONS)
+    active, token_weights = call.active, call.token_weights
+    advantages = call.per_row(check.check_per_token("advantages", advantages, hidden))
+    old = None
+    if old_logprobs is not None:
+        old = call.per_row(check.check_per_token("old_logprobs", old_logprobs, hidden))
+    sequences = _sequences(tokens, options, hidden)
 
-    dtype = compute_dtype(hidden.dtype)
-    advantages = advantages.to(dtype).where(active, 0.0)
-    old = None if old is None else old.reshape(-1).to(dtype).where(active, 0.0)
-    inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, y)
-    computed = active if skip_zero_rows else None
-    graded = active & (advantages != 0) if skip_zero_rows and entropy_coef == 0.0 else None
     ratio_to = old
     if ratio == "sequence" and old is not None and sequences is not None:
-        logprobs = -evaluate(spec, inputs, computed)[0]
+        logprobs = -evaluate(Problem(call.inputs, call.spec, rows=call.rows()))[0]
         ratio_to = logprobs - sequences.mean(logprobs - old, active)  # exp(ℓ − this) is the sequence's ratio
-    if reduction == "sequence_mean" and sequences is not None:
-        count = sequences.count(active).to(dtype)
+    count = token_weights.sum()
+    if call.reduction.kind == "sequence_mean" and sequences is not None:
+        count = sequences.count(active).to(token_weights.dtype)
         token_weights = token_weights / sequences.sum(token_weights).where(active, 1.0)
-    else:
-        count = token_weights.sum()
     row_loss = RowLoss(token_weights, advantages, ratio_to, surrogate, entropy_coef)
-    loss, values, statistics = reduced_loss(reduce, count, spec, inputs, row_loss, computed, graded, weight_grad)
+    rows = call.rows(graded=advantages != 0 if entropy_coef == 0.0 else None)
+    loss, values, statistics = reduced_loss(call, row_loss, rows, count)
     logprobs = (-values[0]).where(active, 0.0)
     clipped = surrogate_terms(surrogate, logprobs, ratio_to, advantages).clipped
     metrics = {**_ratio_metrics(logprobs, old, ratio_to, clipped, active), **sparse_metrics(statistics)}
     if entropy_coef != 0.0:
         metrics["entropy"] = masked_mean(values[1], active)
-    loss = loss.reshape(tokens.shape) if reduction == "none" else loss
-    return LossOutput(loss, logprobs.reshape(tokens.shape), metrics)
+    return LossOutput(loss, logprobs.reshape(call.shape), metrics)
 
 
-class PolicyOptions(TypedDict, total=False):
-    """Keyword arguments of `policy_gradient_loss`."""
-
-    mask: Tensor | None
-    method: Method
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None
-    truncate_ratio: float | None
-    ratio: Ratio
-    entropy_coef: float
-    sequence_ids: Tensor | None
-    reduction: str
-    normalizer: Tensor | float | None
-    bias: Tensor | None
-    temperature: float
-    logit_scale: float
-    softcap: float | None
-    ignore_index: int
-    chunk_size: int | None
-    skip_zero_rows: bool
-    backend: Backend
-    backward: Backward
-    weight_grad: Tensor | None
-
-
+@takes(PolicyOptions)
 def sampled_reverse_kl_loss(
     hidden: Tensor,  # [..., D]
     weight: Tensor,  # [V, D]
@@ -219,13 +142,13 @@ def sampled_reverse_kl_loss(
 
     Metrics: those of `policy_gradient_loss` and teacher_kl, the mean of ℓ_sampler − ℓ_teacher over the tokens that count.
     """
-    check.check_head(hidden, weight, options.get("bias"))
+    check.check_head(hidden, weight, options["bias"])
     for name, tensor in (("teacher_logprobs", teacher_logprobs), ("sampler_logprobs", sampler_logprobs)):
         check.check_per_token(name, tensor, hidden)
     if baseline is not None:
         check.check_per_token("baseline", baseline, hidden)
-    mask = options.get("mask")
-    active = check.check_per_token("tokens", tokens, hidden) != options.get("ignore_index", -100)
+    mask = options["mask"]
+    active = check.check_per_token("tokens", tokens, hidden) != options["ignore_index"]
     if mask is not None:
         active = active & (check.check_per_token("mask", mask, hidden) != 0)
     advantages = reverse_kl_advantages(
@@ -234,7 +157,7 @@ def sampled_reverse_kl_loss(
         active,
         coef=coef,
         discount=discount,
-        sequence_ids=options.get("sequence_ids"),
+        sequence_ids=options["sequence_ids"],
         baseline=baseline,
     )
     if env_advantages is not None:
@@ -244,46 +167,22 @@ def sampled_reverse_kl_loss(
     return output._replace(metrics={**output.metrics, "teacher_kl": masked_mean(gap, active)})
 
 
-def _surrogate(
-    method: Method,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    truncate_ratio: float | None,
-    old_logprobs: Tensor | None,
-) -> Surrogate:
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; use one of {', '.join(METHODS)}")
-    if not 0 <= clip_low <= 1 or not clip_high >= 0:
-        raise ValueError(
-            f"clip_low is {clip_low}, clip_high is {clip_high}; need 0 <= clip_low <= 1 and clip_high >= 0"
-        )
-    if method not in ("ppo", "cispo") and (clip_low, clip_high) != (0.2, 0.2):
-        raise ValueError(
-            f"clip_low is {clip_low} and clip_high is {clip_high}, but method {method!r} clips nothing; they belong to "
-            f'"ppo" and "cispo"'
-        )
-    if dual_clip is not None and (method != "ppo" or not dual_clip > 1):
-        raise ValueError(f'dual_clip is {dual_clip} with method {method!r}; it belongs to "ppo" and must be > 1')
-    if truncate_ratio is not None and (not truncate_ratio > 0 or old_logprobs is None):
-        raise ValueError(f"truncate_ratio is {truncate_ratio}; it must be > 0 and needs old_logprobs")
-    return Surrogate(method, clip_low, clip_high, dual_clip, truncate_ratio)
-
-
-def _check_ratio(ratio: Ratio, old_logprobs: Tensor | None) -> None:
+def _check_old_logprobs(old_logprobs: Tensor | None, ratio: Ratio, surrogate: Surrogate) -> None:
+    """What needs a ratio needs old log-probs."""
     if ratio not in RATIOS:
         raise ValueError(f"ratio is {ratio!r}; use one of {', '.join(RATIOS)}")
-    if ratio == "sequence" and old_logprobs is None:
+    if old_logprobs is None and ratio == "sequence":
         raise ValueError('ratio is "sequence", which needs old_logprobs: without them every ratio is 1')
+    if old_logprobs is None and surrogate.truncate_ratio is not None:
+        raise ValueError(f"truncate_ratio is {surrogate.truncate_ratio} and needs old_logprobs")
 
 
-def _sequences(
-    tokens: Tensor, sequence_ids: Tensor | None, ratio: Ratio, reduction: str, hidden: Tensor
-) -> Sequences | None:
+def _sequences(tokens: Tensor, options: PolicyOptions, hidden: Tensor) -> Sequences | None:
+    sequence_ids = options["sequence_ids"]
     if sequence_ids is not None:
         check.check_per_token("sequence_ids", sequence_ids, hidden)
         check.check_integers("sequence_ids", sequence_ids)
-    if ratio != "sequence" and reduction != "sequence_mean":
+    if options["ratio"] != "sequence" and options["reduction"] != "sequence_mean":
         return None
     if tokens.dim() == 0:
         raise ValueError("tokens is a single id, which makes no sequence: expected [..., T]")

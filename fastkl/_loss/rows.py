@@ -1,83 +1,97 @@
-"""What every loss does around the operators: which rows take part, and the reduction of theirs."""
+"""What every loss does around the operators: checks and flattens its arguments, and reduces the losses of the rows."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastkl._loss import arguments as check
+from fastkl._loss.options import record
 from fastkl._loss.output import LossOutput, masked_extreme, masked_mean, sparse_metrics
-from fastkl.kernels.autograd import row_losses, summed_loss
+from fastkl.kernels.autograd import Losses, row_losses, summed_loss
 from fastkl.kernels.gemm import compute_dtype
-from fastkl.kernels.problem import Inputs, RowLoss, Spec
+from fastkl.kernels.problem import HeadOptions, Inputs, Kind, Problem, RowLoss, Rows, Spec
 
 
-class Rows(NamedTuple):
-    """The tokens of a call, flat [N]."""
+class Call(NamedTuple):
+    """What the losses have in common, of one call: N rows, one for each token."""
 
-    weights: Tensor  # in the compute dtype; 0 leaves a row out
-    active: Tensor  # bool: the weight is not 0
-    tokens: Tensor | None  # int64, 0 where not active
+    shape: torch.Size  # of the tokens
+    inputs: Inputs
+    spec: Spec
+    token_weights: Tensor  # [N] in the compute dtype; 0 leaves a row out
+    active: Tensor  # bool [N]: the weight is not 0
+    reduction: check.Reduction
+    skip_zero_rows: bool
+    weight_grad: Tensor | None
 
+    def per_row(self, tensor: Tensor) -> Tensor:
+        """A tensor [...] with an entry per token as [N], in the compute dtype, 0 where not active."""
+        return tensor.reshape(-1).to(self.token_weights.dtype).where(self.active, 0.0)
 
-def rows_of(mask: Tensor | None, tokens: Tensor | None, hidden: Tensor, vocabulary: int, ignore_index: int) -> Rows:
-    """Checks mask [...] and tokens [...]; an ignored token has the weight 0."""
-    weights = check.mask_weights(mask, hidden, compute_dtype(hidden.dtype))
-    if tokens is None:
-        return Rows(weights, weights != 0, None)
-    y = check.check_tokens(tokens, hidden, vocabulary, ignore_index).reshape(-1)
-    weights = weights.where(y != ignore_index, 0.0)
-    active = weights != 0
-    return Rows(weights, active, y.where(active, 0))
-
-
-class Reduced(NamedTuple):
-    loss: Tensor  # 0-dim, or one entry per token
-    values: Tensor  # [K, N], detached
-    statistics: Tensor | None  # of a sparse backward
+    def rows(self, graded: Tensor | None = None) -> Rows:
+        """`graded` [N]: the active rows that have a gradient, None: all of them."""
+        if not self.skip_zero_rows:
+            return Rows()
+        return Rows(self.active, None if graded is None else self.active & graded)
 
 
-def reduced_loss(
-    reduce: check.Reduction,
-    count: Tensor,  # 0-dim, the divisor of a mean that has no normalizer
-    spec: Spec,
-    inputs: Inputs,
-    row_loss: RowLoss,
-    active: Tensor | None,
-    graded: Tensor | None,
-    weight_grad: Tensor | None,
-) -> Reduced:
-    """The losses of the rows, flat, or their sum over what the reduction divides by."""
-    if reduce.kind == "none":
-        return Reduced(*row_losses(spec, inputs, row_loss, active, graded, weight_grad))
-    total, values, statistics = summed_loss(spec, inputs, row_loss, active, graded, weight_grad)
-    return Reduced(total * reduce.factor(count), values, statistics)
+def flat_call(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor | None,
+    options: Mapping[str, Any],
+    kind: Kind,
+    who: str = "",  # prefixes the names of hidden and weight in errors
+    reductions: tuple[str, ...] = ("mean", "sum", "none"),
+) -> Call:
+    """Checks hidden [..., D], weight [V, D], tokens [...] and the options that all losses share; cuts the vocabulary."""
+    bias, weight_grad, vocab_size = options["bias"], options["weight_grad"], options.get("vocab_size")
+    reduction = check.check_reduction(options.get("reduction", "none"), options.get("normalizer"), reductions)
+    head = record(HeadOptions, options)
+    check.check_head(hidden, weight, bias, who)
+    check.check_plan(options["backend"], options["chunk_size"], weight, weight_grad)
+    if vocab_size is not None:
+        check.check_vocab_size(vocab_size, {f"{who}weight": weight.shape[0]})
+        weight = weight[:vocab_size]
+        bias, weight_grad = check.first_rows(bias, vocab_size), check.first_rows(weight_grad, vocab_size)
+    token_weights = check.mask_weights(options.get("mask"), hidden, compute_dtype(hidden.dtype))
+    if tokens is not None:
+        tokens = check.check_tokens(tokens, hidden, weight.shape[0], options["ignore_index"]).reshape(-1)
+        token_weights = token_weights.where(tokens != options["ignore_index"], 0.0)
+    active = token_weights != 0
+    shape = hidden.shape[:-1]
+    hidden, weight, bias = check.autocast(hidden, weight, bias)
+    tokens = None if tokens is None else tokens.where(active, 0)
+    inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, tokens)
+    sparse = check.sparse(options["backward"])
+    spec = Spec(kind, head, backend=options["backend"], chunk_size=options["chunk_size"], sparse=sparse)
+    return Call(shape, inputs, spec, token_weights, active, reduction, options["skip_zero_rows"], weight_grad)
 
 
-def divergence_output(
-    name: str,
-    factor: float,
-    reduce: check.Reduction,
-    spec: Spec,
-    inputs: Inputs,
-    rows: Rows,
-    skip_zero_rows: bool,
-    shape: tuple[int, ...],
-    weight_grad: Tensor | None,
-) -> tuple[LossOutput, Tensor]:
-    """factor · values[0] of the rows, reduced, with metrics under `name`; and the values [K, *shape], 0 where masked."""
-    active = rows.active if skip_zero_rows else None
-    row_loss = RowLoss(rows.weights * factor)
-    loss, values, statistics = reduced_loss(
-        reduce, rows.weights.sum(), spec, inputs, row_loss, active, None, weight_grad
-    )
-    values = values.where(rows.active, 0.0)
+def reduced_loss(call: Call, row_loss: RowLoss, rows: Rows, count: Tensor) -> Losses:
+    """The losses of the rows [...], or their sum over what the reduction divides by: by default `count`, 0-dim."""
+    problem = Problem(call.inputs, call.spec, row_loss, rows)
+    if call.reduction.kind == "none":
+        losses = row_losses(problem, call.weight_grad)
+        return losses._replace(losses=losses.losses.reshape(call.shape))
+    total = summed_loss(problem, call.weight_grad)
+    return total._replace(losses=total.losses * call.reduction.factor(count))
+
+
+def divergence_output(call: Call, name: str, factor: float) -> tuple[LossOutput, Tensor]:
+    """factor · values[0] of the rows, reduced, with metrics under `name`; and the values [K, ...], 0 where masked."""
+    row_loss = RowLoss(call.token_weights * factor)
+    loss, values, statistics = reduced_loss(call, row_loss, call.rows(), call.token_weights.sum())
+    values = values.where(call.active, 0.0)
     metrics = {
-        f"{name}_mean": masked_mean(values[0], rows.active),
-        f"{name}_max": masked_extreme(values[0], rows.active, largest=True),
+        f"{name}_mean": masked_mean(values[0], call.active),
+        f"{name}_max": masked_extreme(values[0], call.active, largest=True),
         **sparse_metrics(statistics),
     }
-    values = values.reshape(values.shape[0], *shape)
-    logprobs = None if rows.tokens is None else -values[1]
-    return LossOutput(loss.reshape(shape) if reduce.kind == "none" else loss, logprobs, metrics), values
+    values = values.reshape(values.shape[0], *call.shape)
+    logprobs = None if call.inputs.tokens is None else -values[1]
+    return LossOutput(loss, logprobs, metrics), values

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastkl._loss import arguments as check
 from fastkl.kernels.gemm import compute_dtype
-from fastkl.kernels.problem import TeacherChunks
+from fastkl.kernels.problem import Inputs, TeacherChunks
 
 
 class Teacher(NamedTuple):
@@ -20,16 +20,20 @@ class Teacher(NamedTuple):
     bias: Tensor | None  # [V]
     logits: Tensor | TeacherChunks | None
 
-    def flat(
-        self, vocabulary: int, exactly: bool
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | TeacherChunks | None]:
-        """The same with tokens in one dimension; the results of a function are checked against the `vocabulary`."""
-        logits = self.logits
-        if callable(logits):
-            logits = _checked(logits, vocabulary, exactly)
-        elif logits is not None:
-            logits = _flat_logits(logits)
-        return _flat(self.hidden), self.weight, self.bias, logits
+    def join(self, inputs: Inputs, exactly: bool) -> Inputs:
+        """The inputs of a student with this teacher, flat and cut to the student's vocabulary.
+
+        The results of a function are checked against that vocabulary; a larger one is taken unless `exactly`.
+        """
+        vocabulary, logits = inputs.weight.shape[0], self.logits
+        if self.hidden is not None and self.weight is not None:
+            weight, bias = self.weight[:vocabulary], check.first_rows(self.bias, vocabulary)
+            hidden, weight, bias = check.autocast(self.hidden.reshape(-1, self.hidden.shape[-1]), weight, bias)
+            return inputs._replace(teacher_hidden=hidden, teacher_weight=weight, teacher_bias=bias)
+        if isinstance(logits, Tensor):
+            return inputs._replace(teacher_logits=_flat_logits(logits[..., :vocabulary]))
+        assert logits is not None
+        return inputs._replace(teacher_logits=_checked(logits, vocabulary, exactly))
 
 
 def check_teacher(teacher: Teacher, hidden: Tensor, weight: Tensor, vocab_size: int | None) -> None:
@@ -51,18 +55,6 @@ def check_teacher(teacher: Teacher, hidden: Tensor, weight: Tensor, vocab_size: 
     if callable(teacher.logits) and torch.compiler.is_compiling():
         raise ValueError("teacher_logits is a function, which torch.compile does not take: give a tensor or a head")
     _check_vocabularies(vocabularies, vocab_size)
-
-
-def common_ids(
-    teacher: Teacher, weight: Tensor, bias: Tensor | None, weight_grad: Tensor | None, vocab_size: int | None
-) -> tuple[Teacher, Tensor, Tensor | None, Tensor | None]:
-    """Teacher, weight, bias and weight_grad without the ids from `vocab_size` on, as views."""
-    if vocab_size is None:
-        return teacher, weight, bias, weight_grad
-    cut = check.first_rows
-    logits = teacher.logits[..., :vocab_size] if isinstance(teacher.logits, Tensor) else teacher.logits
-    teacher = Teacher(teacher.hidden, cut(teacher.weight, vocab_size), cut(teacher.bias, vocab_size), logits)
-    return teacher, weight[:vocab_size], cut(bias, vocab_size), cut(weight_grad, vocab_size)
 
 
 def _check_form(teacher: Teacher) -> None:
@@ -140,7 +132,3 @@ def _checked(chunks: TeacherChunks, vocabulary: int, exactly: bool) -> TeacherCh
         return found
 
     return checked
-
-
-def _flat(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.reshape(-1, tensor.shape[-1])

@@ -4,40 +4,22 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fastkl._loss import arguments as check
+from fastkl._loss.options import TopKOptions, takes
 from fastkl._loss.output import LossOutput
-from fastkl._loss.rows import divergence_output, rows_of
-from fastkl.kernels.gemm import compute_dtype
-from fastkl.kernels.problem import Backend, Inputs, Spec
-from fastkl.kernels.sparse.estimator import Backward
-from fastkl.kernels.top_k.formula import DIRECTIONS, TAILS, Direction, Tail
+from fastkl._loss.rows import divergence_output, flat_call
+from fastkl.kernels.top_k.formula import DIRECTIONS, TAILS
 
 
+@takes(TopKOptions)
 def top_k_kl_loss(
     hidden: Tensor,  # [..., D]
     weight: Tensor,  # [V, D]
     teacher_ids: Tensor,  # [..., k] int64
     teacher_logprobs: Tensor,  # [..., k]
-    *,
-    direction: Direction = "reverse",
-    tail: Tail = "bucket",
-    tokens: Tensor | None = None,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    temperature: float = 1.0,
-    squared_temperature: bool = False,
-    reduction: str = "mean",
-    normalizer: Tensor | float | None = None,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    chunk_size: int | None = None,
-    skip_zero_rows: bool = True,
-    backend: Backend = "auto",
-    backward: Backward = "exact",
-    weight_grad: Tensor | None = None,
+    **options: Unpack[TopKOptions],
 ) -> LossOutput:
     """KL divergence to a teacher of which only the k likeliest tokens are known; the student's side is exact.
 
@@ -51,44 +33,28 @@ def top_k_kl_loss(
                       renormalised, and −log of the student's mass within it on top, which makes leaving the list cost.
                       "drop": the terms of the listed tokens alone, as they are. Biased, and no divergence: it may be
                       negative, and in the reverse direction the student pays nothing for what is not listed.
-    A bias of −inf counts as forbidden outside the list; under a soft-cap elsewhere it is a score of −softcap.
+    A bias of −inf forbids a token outside the list, with a soft-cap or without. It forbids a listed token too, except under
+    a soft-cap: the token's score is then −softcap, as in all other losses.
     The other arguments are those of the divergences (`fastkl.loss`). Formulas: `fastkl.kernels.top_k.formula`.
 
     Metrics, over the rows that take part: top_k_kl_mean, top_k_kl_max.
     """
+    direction, tail = options["direction"], options["tail"]
     if direction not in DIRECTIONS:
         raise ValueError(f"direction is {direction!r}; use one of {', '.join(DIRECTIONS)}")
     if tail not in TAILS:
         raise ValueError(f"tail is {tail!r}; use one of {', '.join(TAILS)}")
-    reduce = check.check_reduction(reduction, normalizer)
-    options = check.head_options(temperature, logit_scale, softcap)
-    check.check_head(hidden, weight, bias)
-    check.check_plan(backend, chunk_size, weight, weight_grad)
-    if vocab_size is not None:
-        check.check_vocab_size(vocab_size, {"weight": weight.shape[0]})
-        weight = weight[:vocab_size]
-        bias, weight_grad = check.first_rows(bias, vocab_size), check.first_rows(weight_grad, vocab_size)
-    ids, listed = _check_list(teacher_ids, teacher_logprobs, hidden, weight.shape[0])
-    hidden, weight, bias = check.autocast(hidden, weight, bias)
-    sparse = check.sparse(backward)
-    spec = Spec("top_k", options, None, backend, chunk_size, f"{direction}-{tail}", sparse=sparse)
-
-    rows = rows_of(mask, tokens, hidden, weight.shape[0], ignore_index)
-    if ids.is_cpu and not torch.compiler.is_compiling() and bool((rows.active & (ids[:, 0] < 0)).any()):
+    call = flat_call(hidden, weight, options["tokens"], options, "top_k")
+    ids, logprobs = _check_list(teacher_ids, teacher_logprobs, hidden, call.inputs.weight.shape[0])
+    if ids.is_cpu and not torch.compiler.is_compiling() and bool((call.active & (ids[:, 0] < 0)).any()):
         raise ValueError("teacher_ids has a row without any id; mask such tokens out")
-    inputs = Inputs(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        rows.tokens,
-        top_ids=ids.where(rows.active[:, None], 0),
-        top_logprobs=listed.to(compute_dtype(hidden.dtype)),
+    ids, logprobs = ids.where(call.active[:, None], 0), logprobs.to(call.token_weights.dtype)
+    call = call._replace(
+        inputs=call.inputs._replace(top_ids=ids, top_logprobs=logprobs),
+        spec=call.spec._replace(variant=f"{direction}-{tail}"),
     )
-    factor = temperature**2 if squared_temperature else 1.0
-    output, _ = divergence_output(
-        "top_k_kl", factor, reduce, spec, inputs, rows, skip_zero_rows, hidden.shape[:-1], weight_grad
-    )
-    return output
+    factor = options["temperature"] ** 2 if options["squared_temperature"] else 1.0
+    return divergence_output(call, "top_k_kl", factor)[0]
 
 
 def _check_list(ids: Tensor, logprobs: Tensor, hidden: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,120 @@
+"""The keyword arguments of the losses, each declared once: name, type and default. `fastkl.loss` says what they mean.
+
+A loss takes `**options: Unpack[ItsOptions]` and is decorated with `takes(ItsOptions)`. The decorator fills in the defaults,
+refuses other names, and shows all of them in `help()`. A new option is a line here, and what the loss makes of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_type_hints
+
+from torch import Tensor
+
+from fastkl.kernels.problem import Backend, HeadOptions, TeacherChunks
+from fastkl.kernels.sparse.estimator import Backward
+from fastkl.kernels.surrogate import Method, Surrogate
+from fastkl.kernels.top_k.formula import Direction, Tail
+
+Ratio = Literal["token", "sequence"]
+F = TypeVar("F", bound=Callable[..., Any])
+Record = TypeVar("Record")
+
+
+class HeadArguments(TypedDict, total=False):
+    bias: Annotated[Tensor | None, None]
+    temperature: Annotated[float, HeadOptions.temperature]
+    logit_scale: Annotated[float, HeadOptions.logit_scale]
+    softcap: Annotated[float | None, HeadOptions.softcap]
+
+
+class LogprobOptions(HeadArguments, total=False):
+    """Of every loss."""
+
+    ignore_index: Annotated[int, -100]
+    chunk_size: Annotated[int | None, None]
+    skip_zero_rows: Annotated[bool, True]
+    backend: Annotated[Backend, "auto"]
+    backward: Annotated[Backward, "exact"]
+    weight_grad: Annotated[Tensor | None, None]
+
+
+class LossOptions(LogprobOptions, total=False):
+    """Of what is reduced over tokens."""
+
+    mask: Annotated[Tensor | None, None]
+    reduction: Annotated[str, "mean"]
+    normalizer: Annotated[Tensor | float | None, None]
+
+
+class PolicyOptions(LossOptions, total=False):
+    method: Annotated[Method, Surrogate.method]
+    clip_low: Annotated[float, Surrogate.clip_low]
+    clip_high: Annotated[float, Surrogate.clip_high]
+    dual_clip: Annotated[float | None, Surrogate.dual_clip]
+    truncate_ratio: Annotated[float | None, Surrogate.truncate_ratio]
+    ratio: Annotated[Ratio, "token"]
+    entropy_coef: Annotated[float, 0.0]
+    sequence_ids: Annotated[Tensor | None, None]
+
+
+class SharedVocabularyOptions(LossOptions, total=False):
+    """Of what compares distributions."""
+
+    tokens: Annotated[Tensor | None, None]
+    vocab_size: Annotated[int | None, None]
+    squared_temperature: Annotated[bool, False]
+
+
+class TopKOptions(SharedVocabularyOptions, total=False):
+    direction: Annotated[Direction, "reverse"]
+    tail: Annotated[Tail, "bucket"]
+
+
+class DivergenceOptions(SharedVocabularyOptions, total=False):
+    teacher_logits: Annotated[Tensor | TeacherChunks | None, None]
+    teacher_bias: Annotated[Tensor | None, None]
+    teacher_temperature: Annotated[float | None, None]
+    teacher_logit_scale: Annotated[float, HeadOptions.logit_scale]
+    teacher_softcap: Annotated[float | None, HeadOptions.softcap]
+    per_token: Annotated[bool, False]
+
+
+def takes(options: type) -> Callable[[F], F]:
+    """Gives a function with `**options` the names and defaults of a TypedDict of this module."""
+    hints = get_type_hints(options, include_extras=True)
+    defaults = {name: hint.__metadata__[0] for name, hint in hints.items()}
+    keywords = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hint.__origin__)
+        for name, hint in hints.items()
+    ]
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        *own, _ = signature.parameters.values()
+        known = {*defaults, *(parameter.name for parameter in own)}
+
+        @functools.wraps(function)
+        def call(*args: Any, **given: Any) -> Any:
+            for name in given:
+                if name not in known:
+                    raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
+            return function(*args, **{**defaults, **given})
+
+        call.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore[attr-defined]
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def record(kind: type[Record], options: Mapping[str, Any], prefix: str = "") -> Record:
+    """The dataclass `kind` from the options of its fields' names; it checks them, and errors name them with the prefix."""
+    try:
+        return kind(**{field.name: options[prefix + field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+    except ValueError as error:
+        if not prefix:
+            raise
+        raise ValueError(f"{prefix}{error}") from None
