@@ -83,6 +83,12 @@ class DivergenceOptions(SharedVocabularyOptions, total=False):
     per_token: Annotated[bool, False]
 
 
+# At import, because torch.compile does not trace `dataclasses.fields`.
+_FIELDS: dict[Any, list[str]] = {
+    kind: [field.name for field in dataclasses.fields(kind)] for kind in (HeadOptions, Surrogate)
+}
+
+
 def takes(options: type) -> Callable[[F], F]:
     """Gives a function with `**options` the names and defaults of a TypedDict of this module."""
     hints = get_type_hints(options, include_extras=True)
@@ -113,7 +119,7 @@ def takes(options: type) -> Callable[[F], F]:
 def record(kind: type[Record], options: Mapping[str, Any], prefix: str = "") -> Record:
     """The dataclass `kind` from the options of its fields' names; it checks them, and errors name them with the prefix."""
     try:
-        return kind(**{field.name: options[prefix + field.name] for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+        return kind(*[options[prefix + name] for name in _FIELDS[kind]])
     except ValueError as error:
         if not prefix:
             raise

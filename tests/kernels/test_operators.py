@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_cases import Problem, make_problem
+from loss_cases import Problem as Case
+from loss_cases import make_problem
 
 from fastkl.kernels import operators
-from fastkl.kernels.problem import HeadOptions, Inputs, Needs, RowLoss, Spec
+from fastkl.kernels.problem import HeadOptions, Inputs, Needs, Problem, RowLoss, Rows, Spec
+from fastkl.kernels.records import pack, unpack
 from fastkl.kernels.surrogate import Surrogate
 from fastkl.loss import Sparse
 
@@ -16,7 +18,7 @@ NLL, JSD = Spec("token_nll", HEAD), Spec("divergence", HEAD, HeadOptions(), vari
 SPECS = {"token_nll": NLL, "jsd": JSD, "sparse": NLL._replace(sparse=Sparse(3, error=0.1))}
 
 
-def inputs(p: Problem, teacher: bool) -> Inputs:
+def inputs(p: Case, teacher: bool) -> Inputs:
     theirs = (p.teacher_hidden, p.teacher_weight, p.teacher_bias) if teacher else ()
     return Inputs(p.hidden, p.weight, p.bias, p.tokens.clamp(min=0), *theirs)
 
@@ -28,13 +30,13 @@ def test_opcheck(spec: Spec, some: bool) -> None:
     p, teacher = make_problem((6,)), spec.teacher is not None
     active = torch.tensor([True, True, False, True, True, True]) if some else None
     graded = active & torch.tensor([True, False, True, True, True, True]) if active is not None else None
-    tensors, packed = list(inputs(p, teacher)), operators._pack_spec(spec)
-    torch.library.opcheck(torch.ops.fastkl.evaluate.default, (tensors, active, *packed))
-    clips = operators._pack_surrogate(None if teacher else Surrogate("ppo", dual_clip=3.0))
-    row_loss = [torch.rand(6).double(), *((None, None) if teacher else (p.advantages, p.sampler_logprobs))]
-    for needs in ([True, True, True], [True, False, False], [False, True, False]):
-        arguments = (tensors, active, graded, row_loss, *clips, 0.0, needs, *packed)
-        torch.library.opcheck(torch.ops.fastkl.evaluate_with_gradients.default, arguments)
+    surrogate = None if teacher else Surrogate("ppo", dual_clip=3.0)
+    terms = (None, None) if teacher else (p.advantages, p.sampler_logprobs)
+    row_loss = RowLoss(torch.rand(6).double(), *terms, surrogate)
+    problem = Problem(inputs(p, teacher), spec, row_loss, Rows(active, graded))
+    torch.library.opcheck(torch.ops.fastkl.evaluate.default, pack(problem))
+    for needs in (Needs(True, True, True), Needs(True, False, False), Needs(False, True, False)):
+        torch.library.opcheck(torch.ops.fastkl.evaluate_with_gradients.default, pack(problem, needs))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,8 @@ def test_opcheck(spec: Spec, some: bool) -> None:
     [None, Surrogate(), Surrogate("ppo", 0.1, 0.3, dual_clip=2.0), Surrogate("reinforce", truncate_ratio=1.5)],
 )
 def test_a_surrogate_comes_out_as_it_went_in(surrogate: Surrogate | None) -> None:
-    assert operators._unpack_surrogate(*operators._pack_surrogate(surrogate)) == surrogate
+    row_loss = RowLoss(surrogate=surrogate, entropy_coef=0.5)
+    assert unpack((RowLoss,), *pack(row_loss)) == [row_loss]
 
 
 @pytest.mark.parametrize(
@@ -55,14 +58,15 @@ def test_a_surrogate_comes_out_as_it_went_in(surrogate: Surrogate | None) -> Non
     ],
 )
 def test_a_spec_comes_out_as_it_went_in(spec: Spec) -> None:
-    assert operators._unpack_spec(*operators._pack_spec(spec)) == spec
+    needs = Needs(True, False, True)
+    assert unpack((Spec, Needs), *pack(spec, needs)) == [spec, needs]
 
 
 def test_gradients_without_a_surrogate() -> None:
     """Weights alone: the sum of weights · value, and the slope is the weight."""
     p, weights, needs = inputs(make_problem((6,)), False), torch.rand(6).double(), Needs(True, False, True)
-    values, losses, gradients = operators.evaluate_with_gradients(NLL, p, RowLoss(weights), needs)
+    values, losses, gradients = operators.evaluate_with_gradients(Problem(p, NLL, RowLoss(weights)), needs)
     torch.testing.assert_close(losses, weights * values[0])
     assert gradients.weight is None
-    _, _, unit = operators.evaluate_with_gradients(NLL, p, RowLoss(), needs)
+    _, _, unit = operators.evaluate_with_gradients(Problem(p, NLL), needs)
     torch.testing.assert_close(gradients.hidden, weights[:, None] * unit.hidden)

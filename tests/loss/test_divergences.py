@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl._loss.teacher import Teacher
+from fastkl.kernels.problem import Inputs
 
 names = pytest.mark.parametrize("name", DIVERGENCES)
 EVERYTHING: dict[str, Any] = {
@@ -108,8 +109,9 @@ def test_a_slice_of_logits_is_not_copied() -> None:
     """logits[:, :-1] is no view of [N, V]: its rows are taken a chunk at a time, masked ones left out."""
     p = make_problem((2, 6))
     z = torch.randn(2, 7, 11, dtype=torch.float64)
-    assert callable(Teacher(None, None, None, z[:, :-1]).flat(11, exactly=True)[3])
-    assert not callable(Teacher(None, None, None, z).flat(11, exactly=True)[3])
+    inputs, teacher = Inputs(p.hidden, p.weight), Teacher(None, None, None, z)
+    assert not callable(teacher.join(inputs, exactly=True).teacher_logits)
+    assert callable(teacher._replace(logits=z[:, :-1]).join(inputs, exactly=True).teacher_logits)
     found, dense = (fused("forward_kl", p, teacher_logits=t, chunk_size=2) for t in (z[:, :-1], z[:, :-1].contiguous()))
     torch.testing.assert_close(found, dense)
 
