@@ -14,13 +14,12 @@ from fastkl.trainer.errors import require
 
 ObjectiveName = Literal["policy_gradient", "top_k", Divergence]
 SERVED: tuple[ObjectiveName, ...] = ("policy_gradient", "top_k")  # they take a teacher that a server holds
-SKEWED: tuple[ObjectiveName, ...] = ("skewed_reverse_kl", "skewed_forward_kl")
 SURROGATE = tuple(field.name for field in fields(Surrogate))
 # The objectives that an option belongs to. The others refuse another value than its default.
 OPTION_OF: dict[str, tuple[ObjectiveName, ...]] = {
     **dict.fromkeys((*SURROGATE, "kl_coef", "discount", "old_logprobs"), ("policy_gradient",)),
     "jsd_beta": ("jsd",),
-    "skew_alpha": SKEWED,
+    "skew_alpha": ("skewed_reverse_kl", "skewed_forward_kl"),
     **dict.fromkeys(("top_k", "top_k_direction", "top_k_tail"), ("top_k",)),
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-from fastkl.loss import Backward, LossOutput, Sparse
+from fastkl.loss import LossOutput
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.data.batching import Batch
 from fastkl.trainer.data.samples import Sample
@@ -57,10 +57,3 @@ def score_by_teacher(teachers: RoutedTeacher[Any], samples: list[Sample], clock:
     """Writes the teachers' log-probs (and likeliest tokens, if they were asked for them) into this process's samples."""
     with clock("teacher"), teachers.ready():
         processes.raise_together(lambda: teachers.score(samples))
-
-
-def backward(config: LossConfig, seed: int) -> Backward:
-    """How the backward pass of a batch is made."""
-    if config.backward == "exact":
-        return "exact"
-    return Sparse(seed) if config.sparse_error is None else Sparse(seed, config.sparse_error)

@@ -15,7 +15,7 @@ from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.data.batching import Batch
 from fastkl.trainer.data.samples import UNKNOWN, Sample
 from fastkl.trainer.models.scoring import call_with_rows
-from fastkl.trainer.objectives.base import Objective, backward
+from fastkl.trainer.objectives.base import Objective
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.several import RoutedTeacher
 
@@ -72,7 +72,7 @@ class FullDivergence(Objective):
                 per_token=True,
                 normalizer=normalizer,
                 temperature=self._temperature,
-                backward=backward(self._config, seed),
+                backward=self._config.backward_pass(seed),
                 **self._options,
                 **head,
                 **{f"teacher_{name}": value for name, value in teacher.options.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.models.flops import Cost, scoring_flops
 from fastkl.trainer.models.scoring import call_with_rows
 from fastkl.trainer.objectives.advantages import set_advantages
-from fastkl.trainer.objectives.base import Objective, backward, score_by_teacher
+from fastkl.trainer.objectives.base import Objective, score_by_teacher
 from fastkl.trainer.runs.listener import Clock
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.several import RoutedTeacher
@@ -58,7 +59,6 @@ class PolicyGradient(Objective):
         return scoring_flops(cost, samples) if self._loss.old_logprobs == "recompute" else 0.0
 
     def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: int, seed: int) -> LossOutput:
-        config = self._loss
         old = batch.per_token("old_logprobs") if batch.samples[0].old_logprobs else None
 
         def loss(rows: Tensor, weight: Tensor, **head: Any) -> LossOutput:
@@ -68,14 +68,10 @@ class PolicyGradient(Objective):
                 batch.tokens,
                 batch.per_token("advantages"),
                 old,
-                method=config.method,
-                clip_low=config.clip_low,
-                clip_high=config.clip_high,
-                dual_clip=config.dual_clip,
-                truncate_ratio=config.truncate_ratio,
+                **dataclasses.asdict(self._loss.surrogate()),
                 normalizer=normalizer,
                 temperature=self._sampling.temperature,
-                backward=backward(config, seed),
+                backward=self._loss.backward_pass(seed),
                 **head,
             )
 

@@ -13,7 +13,7 @@ from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.data.batching import Batch
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.models.scoring import call_with_rows
-from fastkl.trainer.objectives.base import Objective, backward, score_by_teacher
+from fastkl.trainer.objectives.base import Objective, score_by_teacher
 from fastkl.trainer.runs.listener import Clock
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.several import RoutedTeacher
@@ -51,7 +51,7 @@ class TopKDivergence(Objective):
                 vocab_size=cut,
                 normalizer=normalizer,
                 temperature=self._temperature,
-                backward=backward(self._loss, seed),
+                backward=self._loss.backward_pass(seed),
                 **head,
             )
 
