@@ -51,10 +51,6 @@ class Sample:
     def loss_tokens(self) -> int:
         return sum(self.loss_mask)
 
-    @property
-    def completion_ids(self) -> list[int]:
-        return [token for token, counted in zip(self.ids, self.loss_mask, strict=True) if counted]
-
 
 def make_sample(
     prompt: list[int],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any, get_args
 
@@ -139,7 +140,7 @@ def test_batches_hold_every_sample_once_within_the_limit(
         flat = ids.flatten()
         assert len(batch.rows) == len(batch.tokens) == sum(s.loss_tokens for s in batch.samples)
         assert torch.equal(flat[batch.rows + 1], batch.tokens)  # the state before a token predicts it
-        assert batch.tokens.tolist() == [t for s in batch.samples for t in s.completion_ids]
+        assert batch.tokens.tolist() == [t for s in batch.samples for t in itertools.compress(s.ids, s.loss_mask)]
         positions = batch.inputs["position_ids"].flatten()[batch.rows + 1].tolist()
         assert positions == [i for s in batch.samples for i, counted in enumerate(s.loss_mask) if counted]
         if layout == "packed":
