@@ -89,9 +89,10 @@ from fastkl._loss.divergences import (
     total_variation_loss,
 )
 from fastkl._loss.likeliest import TopK, linear_ranks, linear_top_k
-from fastkl._loss.output import LossOutput, PerToken
+from fastkl._loss.output import LossOutput
 from fastkl._loss.policy_gradient import linear_logprobs, policy_gradient_loss, sampled_reverse_kl_loss
 from fastkl._loss.top_k import top_k_kl_loss
+from fastkl.kernels.divergence.formula import PerToken
 from fastkl.kernels.sparse.estimator import Backward, Sparse
 
 __all__ = [

@@ -7,10 +7,10 @@ from typing_extensions import Unpack
 
 from fastkl._loss import arguments as check
 from fastkl._loss.options import DivergenceOptions, record, takes
-from fastkl._loss.output import LossOutput, PerToken
+from fastkl._loss.output import LossOutput
 from fastkl._loss.rows import divergence_output, flat_call
 from fastkl._loss.teacher import Teacher, check_teacher
-from fastkl.kernels.divergence.formula import Divergence, Outputs
+from fastkl.kernels.divergence.formula import Divergence, Outputs, PerToken, without_mixture
 from fastkl.kernels.problem import HeadOptions
 
 
@@ -28,7 +28,7 @@ def reverse_kl_loss(
     `(p * (log_softmax(z) - log_softmax(z_teacher))).sum(-1)` per token. Options: `fastkl.loss`, "Divergences".
     """
     heads = student_hidden, student_weight, teacher_hidden, teacher_weight
-    return _divergence("reverse_kl", "reverse_kl", 0.0, 1.0, *heads, options)
+    return _divergence("reverse_kl", 0.0, *heads, options)
 
 
 @takes(DivergenceOptions)
@@ -44,7 +44,7 @@ def forward_kl_loss(
     Equals `(q * (log_softmax(z_teacher) - log_softmax(z))).sum(-1)` per token. Options: `fastkl.loss`, "Divergences".
     """
     heads = student_hidden, student_weight, teacher_hidden, teacher_weight
-    return _divergence("forward_kl", "forward_kl", 0.0, 1.0, *heads, options)
+    return _divergence("forward_kl", 0.0, *heads, options)
 
 
 @takes(DivergenceOptions)
@@ -70,11 +70,8 @@ def jsd_loss(
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta is {beta}; it must be in [0, 1] (0: forward KL, 1: reverse KL)")
     heads = student_hidden, student_weight, teacher_hidden, teacher_weight
-    if beta in (0.0, 1.0):
-        end: Divergence = "forward_kl" if beta == 0.0 else "reverse_kl"
-        return _divergence("jsd", end, 0.0, 1.0, *heads, options)
-    factor = 1.0 / (beta * (1.0 - beta)) if normalized else 1.0
-    return _divergence("jsd", "jsd", beta, factor, *heads, options)
+    factor = 1.0 / (beta * (1.0 - beta)) if normalized and 0.0 < beta < 1.0 else 1.0
+    return _divergence("jsd", beta, *heads, options, factor)
 
 
 @takes(DivergenceOptions)
@@ -93,8 +90,7 @@ def skewed_forward_kl_loss(
     """
     _check_alpha(alpha)
     heads = student_hidden, student_weight, teacher_hidden, teacher_weight
-    kind: Divergence = "skewed_forward_kl" if alpha > 0.0 else "forward_kl"
-    return _divergence("skewed_forward_kl", kind, alpha, 1.0, *heads, options)
+    return _divergence("skewed_forward_kl", alpha, *heads, options)
 
 
 @takes(DivergenceOptions)
@@ -113,8 +109,7 @@ def skewed_reverse_kl_loss(
     """
     _check_alpha(alpha)
     heads = student_hidden, student_weight, teacher_hidden, teacher_weight
-    kind: Divergence = "skewed_reverse_kl" if alpha > 0.0 else "reverse_kl"
-    return _divergence("skewed_reverse_kl", kind, alpha, 1.0, *heads, options)
+    return _divergence("skewed_reverse_kl", alpha, *heads, options)
 
 
 @takes(DivergenceOptions)
@@ -127,21 +122,20 @@ def total_variation_loss(
 ) -> LossOutput:
     """½ Σ |p − q|, in [0, 1]; where p = q its subgradient is 0. Options: `fastkl.loss`, "Divergences"."""
     heads = student_hidden, student_weight, teacher_hidden, teacher_weight
-    return _divergence("total_variation", "total_variation", 0.0, 1.0, *heads, options)
+    return _divergence("total_variation", 0.0, *heads, options)
 
 
 def _divergence(
-    name: str,
-    divergence: Divergence,
+    kind: Divergence,
     parameter: float,
-    factor: float,
     student_hidden: Tensor,
     student_weight: Tensor,
     teacher_hidden: Tensor | None,
     teacher_weight: Tensor | None,
     options: DivergenceOptions,
+    factor: float = 1.0,
 ) -> LossOutput:
-    """factor · the divergence, reduced; its metrics under `name`."""
+    """factor · the divergence, reduced; its metrics under the name of its kind."""
     vocab_size, temperature = options["vocab_size"], options["temperature"]
     check.check_head(student_hidden, student_weight, options["bias"], "student_")
     teacher = Teacher(teacher_hidden, teacher_weight, options["teacher_bias"], options["teacher_logits"])
@@ -153,13 +147,13 @@ def _divergence(
         inputs=teacher.join(call.inputs, exactly=vocab_size is None),
         spec=call.spec._replace(
             teacher=record(HeadOptions, options, "teacher_"),
-            variant=divergence,
+            variant=without_mixture(kind, parameter),
             parameter=parameter,
             extras=options["per_token"],
         ),
     )
     factor = factor * temperature**2 if options["squared_temperature"] else factor
-    output, values = divergence_output(call, name, factor)
+    output, values = divergence_output(call, kind, factor)
     return output._replace(per_token=_per_token(values, options["tokens"] is not None))
 
 
@@ -170,8 +164,8 @@ def _check_alpha(alpha: float) -> None:
 
 def _per_token(values: Tensor, tokens: bool) -> PerToken | None:
     """The by-products among values [K, ...]; None if they were not asked for."""
-    _, token_nll, extras = Outputs.of(values)
-    if extras is None:
+    _, token_nll, by_products = Outputs.of(values)
+    if not by_products:
         return None
-    teacher_nll, *others = extras
-    return PerToken(-token_nll if tokens else None, -teacher_nll if tokens else None, *others)
+    per_token = PerToken(-token_nll, **by_products)
+    return per_token if tokens else per_token._replace(student_logprobs=None, teacher_logprobs=None)

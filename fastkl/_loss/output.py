@@ -7,17 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-class PerToken(NamedTuple):
-    """By-products of a divergence, one entry per token, float32 (float64 for float64), detached, 0 where masked."""
-
-    student_logprobs: Tensor | None  # log p of `tokens`; None where no tokens were given, as the next one
-    teacher_logprobs: Tensor | None  # log q of `tokens`
-    student_entropy: Tensor  # H(p), nats
-    teacher_entropy: Tensor
-    reverse_kl: Tensor  # KL(p ‖ q)
-    forward_kl: Tensor  # KL(q ‖ p)
-    top1_agreement: Tensor  # 1 where both find the same token likeliest, else 0
+from fastkl.kernels.divergence.formula import PerToken
 
 
 class LossOutput(NamedTuple):

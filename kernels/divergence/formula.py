@@ -30,7 +30,7 @@ p − q all the same. The other kinds are always finite. A row whose student or 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -42,17 +42,24 @@ Divergence = Literal[
     "skewed_reverse_kl",
     "total_variation",
 ]
+DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 
 
-class Extras(NamedTuple):
-    """What may be wanted beside the divergence; [n] each, none has a gradient."""
+class PerToken(NamedTuple):
+    """By-products of a divergence, one entry per token, float32 (float64 for float64), detached, 0 where masked."""
 
-    teacher_nll: Tensor  # −log q[y], 0 without tokens
-    entropy: Tensor  # −Σ p log p
+    student_logprobs: Tensor | None  # log p of `tokens`; None where no tokens were given, as the next one
+    teacher_logprobs: Tensor | None  # log q of `tokens`
+    student_entropy: Tensor  # −Σ p log p, nats
     teacher_entropy: Tensor  # −Σ q log q
-    reverse_kl: Tensor  # KL(p‖q)
-    forward_kl: Tensor  # KL(q‖p)
-    agreement: Tensor  # 1 where the first maximum of p is that of q, else 0
+    reverse_kl: Tensor  # KL(p ‖ q)
+    forward_kl: Tensor  # KL(q ‖ p)
+    top1_agreement: Tensor  # 1 where the first maximum of p is that of q, else 0
+
+
+BY_PRODUCTS = PerToken._fields[1:]  # the student's log-probs are there in any case
+ROWS = 2
+ROWS_WITH_EXTRAS = ROWS + len(BY_PRODUCTS)
 
 
 class Outputs(NamedTuple):
@@ -60,17 +67,13 @@ class Outputs(NamedTuple):
 
     value: Tensor  # the divergence, whose gradient is wanted
     token_nll: Tensor  # −log p[y], 0 without tokens
-    extras: Extras | None
+    by_products: dict[str, Tensor]  # those of `BY_PRODUCTS`, the teacher's log-probs 0 without tokens; or none
 
     @classmethod
     def of(cls, out: Tensor) -> Outputs:
-        """Views of `out`, [ROWS, n] or, with extras, [ROWS_WITH_EXTRAS, n]."""
+        """Views of `out`, [ROWS, n] or, with by-products, [ROWS_WITH_EXTRAS, n]."""
         value, token_nll, *rest = out
-        return cls(value, token_nll, Extras(*rest) if rest else None)
-
-
-ROWS = 2
-ROWS_WITH_EXTRAS = ROWS + len(Extras._fields)
+        return cls(value, token_nll, dict(zip(BY_PRODUCTS, rest, strict=True)) if rest else {})
 
 
 class Mixture(NamedTuple):
@@ -87,10 +90,14 @@ def mixture(kind: Divergence, parameter: float) -> Mixture:
     return Mixture(1.0 - parameter, parameter)
 
 
-def without_skew(kind: Divergence, parameter: float) -> Divergence:
-    """A KL skewed by 0 is the plain one, which is defined on more."""
-    if kind == "skewed_forward_kl" and parameter == 0.0:
-        return "forward_kl"
-    if kind == "skewed_reverse_kl" and parameter == 0.0:
-        return "reverse_kl"
-    return kind
+def without_mixture(kind: Divergence, parameter: float) -> Divergence:
+    """At the ends of its parameter a kind is a plain KL, the jsd by convention, and defined on more; else the kind."""
+    return _ENDS.get((kind, parameter), kind)
+
+
+_ENDS: dict[tuple[Divergence, float], Divergence] = {
+    ("jsd", 0.0): "forward_kl",
+    ("jsd", 1.0): "reverse_kl",
+    ("skewed_forward_kl", 0.0): "forward_kl",
+    ("skewed_reverse_kl", 0.0): "reverse_kl",
+}

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastkl.kernels.divergence.formula import Divergence, Extras, Mixture, Outputs, mixture, without_skew
+from fastkl.kernels.divergence.formula import Divergence, Mixture, Outputs, mixture, without_mixture
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.rows.pytorch import apply_cap, hand_over, row_blocks, undo_cap
 
@@ -22,7 +22,7 @@ def divergence(
 ) -> None:
     """out[0] = the divergence, the rest of `out`, 2 rows or 8, as `Outputs` has it."""
     assert logits.teacher is not None
-    formula, m = _FORMULAS[without_skew(kind, parameter)], mixture(kind, parameter)
+    formula, m = _FORMULAS[without_mixture(kind, parameter)], mixture(kind, parameter)
     for rows in row_blocks(logits.student):
         log_p, log_q = logits.student[rows], logits.teacher[rows]
         z = apply_cap(log_p, logits.student_cap, keep=gradient is not None)
@@ -30,25 +30,25 @@ def divergence(
         torch.log_softmax(log_p, -1, out=log_p)
         torch.log_softmax(log_q, -1, out=log_q)
         y = None if tokens is None else tokens[rows, None]
-        value, token_nll, extras = Outputs.of(out[:, rows])
+        value, token_nll, by_products = Outputs.of(out[:, rows])
         token_nll.copy_(_nll(log_p, y))
-        if extras is not None:
-            _describe(log_p, log_q, y, extras)
+        if by_products:
+            _describe(log_p, log_q, y, by_products)
         value.copy_(formula(log_p, log_q, m, gradient is not None))
         if gradient is not None:
             undo_cap(log_p, z, logits.student_cap)
             hand_over(log_p, gradient[rows])
 
 
-def _describe(log_p: Tensor, log_q: Tensor, y: Tensor | None, extras: Extras) -> None:
+def _describe(log_p: Tensor, log_q: Tensor, y: Tensor | None, by_products: dict[str, Tensor]) -> None:
     p, q = log_p.exp(), log_q.exp()
-    extras.teacher_nll.copy_(_nll(log_q, y))
-    extras.entropy.copy_(_mean(p, log_p.neg()))
-    extras.teacher_entropy.copy_(_mean(q, log_q.neg()))
-    extras.reverse_kl.copy_(_mean(p, log_p - log_q))
-    extras.forward_kl.copy_(_mean(q, log_q - log_p))
-    agreement = extras.agreement.copy_(log_p.argmax(-1) == log_q.argmax(-1))
-    agreement.masked_fill_(extras.reverse_kl.isnan(), torch.nan)
+    by_products["teacher_logprobs"].copy_(-_nll(log_q, y))
+    by_products["student_entropy"].copy_(_mean(p, log_p.neg()))
+    by_products["teacher_entropy"].copy_(_mean(q, log_q.neg()))
+    reverse_kl = by_products["reverse_kl"].copy_(_mean(p, log_p - log_q))
+    by_products["forward_kl"].copy_(_mean(q, log_q - log_p))
+    agreement = by_products["top1_agreement"].copy_(log_p.argmax(-1) == log_q.argmax(-1))
+    agreement.masked_fill_(reverse_kl.isnan(), torch.nan)
 
 
 def _nll(log_p: Tensor, y: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ Equal logits have r = 0, t = 1 and x = 1 exactly, and hence a value and a gradie
 multiplications with additions: p − q would be off by the rounding of one of them.
 
 Otherwise the rules are those of `rows/walk.py`; a token id outside the vocabulary makes the log-probs NaN and nothing
-else, and the bits are the same whether extras are wanted or not.
+else, and the bits are the same whether by-products are wanted or not.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkl.kernels.divergence.formula import Divergence, Extras, Outputs, mixture, without_skew
+from fastkl.kernels.divergence.formula import BY_PRODUCTS, Divergence, Outputs, mixture, without_mixture
 from fastkl.kernels.launch import token_ids
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.rows.launch import chunk, launch_rows, row_kernel, written_to
@@ -45,25 +45,25 @@ def divergence(
     The teacher's chunk is left as it is, and the student's where the gradient has a place of its own.
     """
     assert logits.teacher is not None
-    value, token_nll, extras = Outputs.of(out)
+    value, token_nll, by_products = Outputs.of(out)
     m = mixture(kind, parameter)
     launch_rows(
         _divergence_kernel,
         logits.student,
         logits.student_cap,
         chunks=2,
-        programs=2 if extras is None else 1,  # extras need too many registers for two
+        programs=1 if by_products else 2,  # by-products need too many registers for two
         **chunk(logits.teacher, logits.teacher_cap, "_t"),
         **token_ids(tokens),
         **written_to(gradient),
-        **{f"{name}_ptr": None if extras is None else getattr(extras, name) for name in Extras._fields},
+        **{f"{name}_ptr": by_products.get(name) for name in BY_PRODUCTS},
         value_ptr=value,
         token_nll_ptr=token_nll,
         out_stride_row=out.stride(1),
         weight=m.student,
         weight_t=m.teacher,
-        KIND=without_skew(kind, parameter),
-        EXTRAS=extras is not None,
+        KIND=without_mixture(kind, parameter),
+        EXTRAS=bool(by_products),
         enable_fp_fusion=False,
     )
 
@@ -74,14 +74,14 @@ def _divergence_kernel(
     x_ptr: tl.tensor,  # [n, V]
     x_t_ptr: tl.tensor,  # [n, V]
     tokens_ptr: tl.tensor,  # [n] or None
-    value_ptr: tl.tensor,  # [n], as all results; extras or None each
+    value_ptr: tl.tensor,  # [n], as all results; by-products or None each
     token_nll_ptr: tl.tensor,
-    teacher_nll_ptr: tl.tensor,
-    entropy_ptr: tl.tensor,
+    teacher_logprobs_ptr: tl.tensor,
+    student_entropy_ptr: tl.tensor,
     teacher_entropy_ptr: tl.tensor,
     reverse_kl_ptr: tl.tensor,
     forward_kl_ptr: tl.tensor,
-    agreement_ptr: tl.tensor,
+    top1_agreement_ptr: tl.tensor,
     u_ptr: tl.tensor,  # [n, V], the gradient: x itself or apart from it; or None
     cap: tl.tensor,
     cap_t: tl.tensor,
@@ -171,11 +171,11 @@ def _divergence_kernel(
     if tokens_ptr is not None:
         tl.store(token_nll_ptr + out_place, (base - target) + tl.log(total))
         if EXTRAS:
-            tl.store(teacher_nll_ptr + out_place, (base_t - target_t) + tl.log(total_t))
+            tl.store(teacher_logprobs_ptr + out_place, -((base_t - target_t) + tl.log(total_t)))
     else:
         tl.store(token_nll_ptr + out_place, 0.0)
         if EXTRAS:
-            tl.store(teacher_nll_ptr + out_place, 0.0)
+            tl.store(teacher_logprobs_ptr + out_place, 0.0)
     if REVERSE:
         mean = _mean(reverse_lanes, total, lost_lanes, base) + undefined
         reverse = mean - log_total_ratio
@@ -190,9 +190,9 @@ def _divergence_kernel(
         if EXTRAS:
             tl.store(forward_kl_ptr + out_place, forward)
     if EXTRAS:
-        tl.store(entropy_ptr + out_place, tl.log(total) - tl.div_rn(tl.sum(entropy_lanes, 0), total))
+        tl.store(student_entropy_ptr + out_place, tl.log(total) - tl.div_rn(tl.sum(entropy_lanes, 0), total))
         tl.store(teacher_entropy_ptr + out_place, tl.log(total_t) - tl.div_rn(tl.sum(entropy_t_lanes, 0), total_t))
-        tl.store(agreement_ptr + out_place, tl.where(top == top_t, 1.0, 0.0) + undefined)
+        tl.store(top1_agreement_ptr + out_place, tl.where(top == top_t, 1.0, 0.0) + undefined)
 
     last = (vocabulary - 1) // BLOCK_N * BLOCK_N
     if TWO_WALKS:

@@ -26,7 +26,7 @@ from loss_cases import DIVERGENCES, PARAMETERS, assert_as_accurate, largest
 from property_settings import PROPERTY
 from row_cases import INF, Caps, Outcome, Rows, UnderTest, assert_accurate, close_rows, edges, random_rows
 
-from fastkl.kernels.divergence.formula import Outputs
+from fastkl.kernels.divergence.formula import Outputs, PerToken
 from fastkl.kernels.divergence.pytorch import divergence
 from fastkl.kernels.rows import pytorch as rows_pytorch
 
@@ -106,7 +106,7 @@ def test_reverse_kl_with_forbidden_tokens() -> None:
 
 def test_agreement_is_of_the_first_maximum() -> None:
     rows, expected = agreements(40, 20)
-    assert outputs_of(run_ours(ONCE, rows))[1].agreement.tolist() == expected
+    assert outputs_of(run_ours(ONCE, rows))[1]["top1_agreement"].tolist() == expected
 
 
 @pytest.mark.parametrize("swapped", [False, True], ids=["", "swapped"])
@@ -224,8 +224,7 @@ def test_no_skew_is_the_plain_divergence(kind: Kind) -> None:
 
 def test_outputs_name_the_rows() -> None:
     out = torch.arange(8.0)[:, None]
-    value, token_nll, extras = Outputs.of(out)
-    assert extras is not None
-    assert [float(t) for t in (value, token_nll, *extras)] == list(range(8))
-    assert (Outputs._fields[0], extras._fields[-1]) == ("value", "agreement")
-    assert Outputs.of(out[:2]).extras is None
+    value, token_nll, by_products = Outputs.of(out)
+    assert [float(t) for t in (value, token_nll, *by_products.values())] == list(range(8))
+    assert list(by_products) == list(PerToken._fields[1:])
+    assert not Outputs.of(out[:2]).by_products
