@@ -1,27 +1,100 @@
-"""Runs that were made: their logs without the times, whether two are the same, and an end that comes too early."""
+"""Runs: made, read back, compared without their times, ended too early or refused."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from run_settings import arguments
+from run_settings import arguments, config, distillation
 from safetensors.torch import load_file
-from tiny_data import read_jsonl
+from tiny_data import read_jsonl, sums, write_jsonl
+from tiny_models import save_model, tokenizer
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from fastkl import cli
-from fastkl.trainer.distill import OnPolicy
+from fastkl.trainer.distill import OnPolicy, distill
+from fastkl.trainer.sft import sft
 
 PEERS = {"ddp": False, "fsdp": True}
+WORDS = len(tokenizer())
+
+
+def padded_pair(folder: Path) -> Path:
+    """Student and teacher whose heads are padded to different sizes, as they are in real families, and sums."""
+    save_model(folder / "student", vocabulary=WORDS + 8)
+    save_model(folder / "teacher", vocabulary=WORDS + 3, seed=1, width=24, tie_word_embeddings=False)
+    write_jsonl(folder / "sums.jsonl", sums())
+    return folder
 
 
 def fresh_accelerate() -> None:
     """accelerate keeps one mixed precision per process."""
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def distilled(settings: dict[str, object]) -> Path:
+    fresh_accelerate()
+    return distill(config("distill", settings)).path
+
+
+def tuned(settings: dict[str, object]) -> Path:
+    """As `fastkl sft` does it."""
+    fresh_accelerate()
+    return sft(config("sft", settings)).path
+
+
+class Run(NamedTuple):
+    folder: Path
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, folder: Path) -> Run:
+        return cls(folder, read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / "samples.jsonl"))
+
+    def weights(self) -> dict[str, Tensor]:
+        return weights(self.folder / "student")
+
+
+def run(path: Path, folder: Path, **overrides: object) -> Run:
+    """A distillation with the folder's models."""
+    return Run.of(distilled(distillation(path, folder, **overrides)))
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+
+
+def counted(sample: dict[str, Any], field: str) -> list[Any]:
+    """What a sample has of a field at the tokens that count."""
+    return list(itertools.compress(sample[field], sample["loss_mask"]))
+
+
+def completion_logprobs(model: Any, sample: dict[str, Any], temperature: float = 1.0, ids: int | None = None) -> Tensor:
+    """[n, V] over the first so many ids, at the tokens that count; an id that the model does not know is read as 0."""
+    read = torch.tensor([sample["ids"]])
+    logits = model(read.where(read < model.config.vocab_size, 0)).logits[0, :-1, :ids]
+    return torch.log_softmax(logits / temperature, -1)[torch.tensor(sample["loss_mask"][1:])]
+
+
+def check_moments(path: Path, model: Any) -> None:
+    """After one update from the model's gradients, Adam's means are 1 − β₁ = 0.1 of them."""
+    for (name, parameter), found in zip(model.named_parameters(), first_moments(path), strict=True):
+        error, scale = (found - 0.1 * parameter.grad).abs().max(), 0.1 * parameter.grad.abs().max()
+        assert error <= 2e-3 * scale, f"{name}: off by {error} at a scale of {scale}"
+
+
+def refusal(said: pytest.CaptureFixture[str], command: str, settings: dict[str, object], *parts: str) -> str:
+    """What a command that ends with status 2 says; each part is in it."""
+    assert cli.main(arguments(command, settings)) == 2
+    error = said.readouterr().err
+    assert [part for part in parts if part not in error] == [], error
+    return error
 
 
 def untimed(row: dict[str, Any]) -> dict[str, Any]:

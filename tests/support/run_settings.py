@@ -28,28 +28,19 @@ def config(command: str, settings: Mapping[str, object]) -> Any:
     return commands.parse(arguments(command, settings))[1]
 
 
-def training(run: Path, student: Path, data: Path, **overrides: object) -> dict[str, object]:
-    """Settings of a short run; `optim__lr=1` sets optim.lr."""
-    settings: dict[str, object] = {
-        "run": run,
-        "student.path": student,
-        "data.path": data,
-        "optim.lr": 0.01,
-        "optim.steps": 3,
-        "log_samples": 1000,
-    }
-    return settings | _dotted(overrides)
+def training(run: Path, folder: Path, **overrides: object) -> dict[str, object]:
+    """Settings of a short run with the folder's student and sums; `optim__lr=1` sets optim.lr."""
+    settings = {"run": run, "student.path": folder / "student", "data.path": folder / "sums.jsonl"}
+    settings |= {"optim.lr": 0.01, "optim.steps": 3, "log_samples": 1000}
+    return settings | {name.replace("__", "."): value for name, value in overrides.items()}
 
 
-def distillation(run: Path, student: Path, teacher: Path, data: Path, **overrides: object) -> dict[str, object]:
-    small = {"teacher.path": teacher, "sampling.prompts_per_step": 6, "sampling.max_new_tokens": 8}
-    return training(run, student, data, **overrides) | small | _dotted(overrides)
+def distillation(run: Path, folder: Path, **overrides: object) -> dict[str, object]:
+    """The same with the folder's teacher."""
+    small = {"teacher__path": folder / "teacher", "sampling__prompts_per_step": 6, "sampling__max_new_tokens": 8}
+    return training(run, folder, **{**small, **overrides})
 
 
-def pair_distillation(folder: Path, run: Path, **overrides: object) -> dict[str, object]:
-    """Settings of a run with what `pair_and_sums` made."""
-    return distillation(run, folder / "student", folder / "teacher", folder / "sums.jsonl", **overrides)
-
-
-def _dotted(overrides: Mapping[str, object]) -> dict[str, object]:
-    return {name.replace("__", "."): value for name, value in overrides.items()}
+def evaluated(folder: Path, **overrides: object) -> dict[str, object]:
+    """What a run is given in addition to evaluate on the same sums."""
+    return {"eval__data__path": folder / "sums.jsonl", "eval__max_new_tokens": 4, **overrides}

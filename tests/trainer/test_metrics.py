@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from launches import REPOSITORY
-from run_cases import fresh_accelerate
-from run_settings import config, pair_distillation, training
-from tiny_data import pair_and_sums, read_jsonl
+from run_cases import distilled, tuned
+from run_settings import distillation, evaluated, training
+from tiny_data import read_jsonl
 
-from fastkl.trainer.distill import distill
 from fastkl.trainer.metrics import GROUPS, METRICS, PLACEHOLDERS, PROGRESS, figures, find, page
 from fastkl.trainer.runs.report.page import PAGE
-from fastkl.trainer.sft import sft
 
 # Together they have every metric but those of NOT_HERE; heads of one size, for the mismatch of the divergences.
 RUNS: dict[str, dict[str, Any]] = {
@@ -29,28 +28,25 @@ RUNS: dict[str, dict[str, Any]] = {
     "divergence": {"loss__objective": "jsd"},
     "top_k": {"loss__objective": "top_k"},
 }
-NOT_HERE = {"time/push_weights"}  # a sampling server's: tests/trainer/served/test_runs.py
+NOT_HERE = {"time/push_weights"}  # a sampling server's: tests/trainer/rollouts/samplers/test_served.py
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+def written(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> dict[str, set[str]]:
     """The names that each run wrote."""
-    folder = pair_and_sums(tmp_path_factory.mktemp("metrics"))
-    evaluated = {"eval.data.path": folder / "sums.jsonl", "eval.max_new_tokens": 4, "optim.steps": 1}
+    path = tmp_path_factory.mktemp("metrics")
+    small = evaluated(folder, optim__steps=1)
     runs = {}
     for name, options in RUNS.items():
-        fresh_accelerate()
-        settings = pair_distillation(folder, folder / name, **options)
+        settings = distillation(path / name, folder, **small, **options)
         if "mixture" in options:
             data = {"data": {"path": str(folder / "sums.jsonl")}}
             settings |= {
                 "data.path": "null",
                 "mixture": json.dumps({k: v | data for k, v in options["mixture"].items()}),
             }
-        runs[name] = distill(config("distill", settings | evaluated)).path
-    fresh_accelerate()
-    settings = training(folder / "sft", folder / "student", folder / "sums.jsonl", examples_per_step=4)
-    runs["sft"] = sft(config("sft", settings | evaluated)).path
+        runs[name] = distilled(settings)
+    runs["sft"] = tuned(training(path / "sft", folder, examples_per_step=4, **small))
     return {
         name: {key for row in read_jsonl(run / "metrics.jsonl") for key in row} - {"step"} for name, run in runs.items()
     }

@@ -7,27 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from run_cases import first_moments
-from run_settings import arguments, config, distillation, training
-from tiny_data import model_and_sums, read_jsonl, sums, write_jsonl
-from tiny_models import save_model, tokenizer
+from run_cases import Run, distilled, first_moments, tuned, weights
+from run_settings import arguments, distillation, evaluated, training
+from tiny_data import sums, write_jsonl
+from tiny_models import tokenizer
 from transformers import AutoModelForCausalLM
 
 from fastkl import cli
-from fastkl.trainer.distill import distill
 from fastkl.trainer.errors import ConfigError
-from fastkl.trainer.sft import Examples, sft
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_and_sums(tmp_path_factory.mktemp("models"), "student")
+from fastkl.trainer.sft import Examples
 
 
 def run(folder: Path, path: Path, **overrides: object) -> tuple[Path, list[dict[str, Any]]]:
-    settings = training(path, folder / "student", folder / "sums.jsonl", **{"examples_per_step": 12, **overrides})
-    done = sft(config("sft", settings)).path
-    return done, read_jsonl(done / "metrics.jsonl")
+    done = Run.of(tuned(training(path, folder, **{"examples_per_step": 12, **overrides})))
+    return done.folder, done.metrics
 
 
 @pytest.mark.parametrize(
@@ -63,8 +56,7 @@ def test_it_learns_the_sums_and_says_so(tmp_path: Path, folder: Path) -> None:
         tmp_path / "run",
         optim__steps=80,
         optim__lr=0.02,
-        eval__data__path=folder / "sums.jsonl",
-        eval__max_new_tokens=5,
+        **evaluated(folder, eval__max_new_tokens=5),
     )
     assert metrics[0]["eval/accuracy"] < 0.5
     assert metrics[1]["loss"] > 2
@@ -103,24 +95,19 @@ def test_resume(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, l
 
 def test_supervised_stage_then_distillation(tmp_path: Path, folder: Path) -> None:
     """The two commands in a row, as a user gives them."""
-    data, first = folder / "sums.jsonl", tmp_path / "first"
-    save_model(tmp_path / "teacher", seed=1)
-    settings = training(first, folder / "student", data, examples_per_step=6, optim__steps=2)
-    assert cli.main(arguments("sft", settings)) == 0
-    settings = distillation(tmp_path / "second", first / "student", tmp_path / "teacher", data, optim__steps=2)
+    first, second = (tmp_path / name for name in ("first", "second"))
+    assert cli.main(arguments("sft", training(first, folder, examples_per_step=6, optim__steps=2))) == 0
+    settings = distillation(second, folder, student__path=first / "student", optim__steps=2)
     assert cli.main(arguments("distill", settings)) == 0
-    before, after = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / name / "student").state_dict() for name in ("first", "second")
-    )
+    before, after = weights(first / "student"), weights(second / "student")
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_folder_of_the_other_command_is_refused(tmp_path: Path, folder: Path) -> None:
     path, _ = run(folder, tmp_path / "run", optim__steps=1)
-    save_model(tmp_path / "teacher", seed=1)
     with pytest.raises(ConfigError, match="holds a run with another config"):
-        distill(config("distill", distillation(path, folder / "student", tmp_path / "teacher", folder / "sums.jsonl")))
+        distilled(distillation(path, folder))
 
 
 def test_rows_without_a_completion_are_named(tmp_path: Path, folder: Path) -> None:

@@ -8,17 +8,15 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from run_settings import config, distillation, training
-from tiny_data import model_and_sums, read_jsonl
+from run_cases import Run, run, tuned
+from run_settings import training
 from tiny_models import causal_lm, save_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from fastkl.trainer.data.samples import make_sample
-from fastkl.trainer.distill import distill
 from fastkl.trainer.models.flops import Cost, cost_of, sampling_flops, scoring_flops, training_flops
 from fastkl.trainer.runs.report.data import FLOPS, run_data
-from fastkl.trainer.sft import sft
 
 LENGTH = 24
 WHOLE = make_sample([], list(range(LENGTH)), 0)  # every token counts
@@ -137,16 +135,14 @@ def test_a_sliding_window_bounds_the_pairs() -> None:
     assert added == cost.blocks + cost.head + cost.pair * (8 + 101)
 
 
-def test_a_run_counts_each_step(tmp_path: Path) -> None:
-    folder = model_and_sums(tmp_path, "student")
-    save_model(folder / "teacher", layers=2)
-    paths = folder / "student", folder / "teacher", folder / "sums.jsonl"
-    runs = {}
+def test_a_run_counts_each_step(tmp_path: Path, folder: Path) -> None:
+    teacher, runs = save_model(tmp_path / "teacher", layers=2), {}
     for old in ("sampler", "recompute"):
-        run = folder / old
-        distill(config("distill", distillation(run, *paths, loss__old_logprobs=old, optim__steps=2)))
-        runs[old] = read_jsonl(run / "metrics.jsonl")
-        assert run_data(run, "run", 10_000)["x"]["flops"][-1] == sum(row[name] for row in runs[old] for name in FLOPS)
+        done = run(tmp_path / old, folder, loss__old_logprobs=old, optim__steps=2, teacher__path=teacher)
+        runs[old] = done.metrics
+        assert run_data(done.folder, "run", 10_000)["x"]["flops"][-1] == sum(
+            row[name] for row in runs[old] for name in FLOPS
+        )
     plain, recompute = runs["sampler"][0], runs["recompute"][0]  # the same samples
     assert plain["flops/sampling"] == recompute["flops/sampling"]
     assert plain["flops/student"] < recompute["flops/student"] < 1.5 * plain["flops/student"]
@@ -154,9 +150,7 @@ def test_a_run_counts_each_step(tmp_path: Path) -> None:
     assert plain["flops/teacher"] > plain["flops/sampling"]  # one more layer
 
 
-def test_a_supervised_run_counts_the_student_alone(tmp_path: Path) -> None:
-    folder = model_and_sums(tmp_path, "student")
-    sft(config("sft", training(folder / "run", folder / "student", folder / "sums.jsonl", optim__steps=2)))
-    row = read_jsonl(folder / "run" / "metrics.jsonl")[0]
+def test_a_supervised_run_counts_the_student_alone(tmp_path: Path, folder: Path) -> None:
+    row = Run.of(tuned(training(tmp_path / "run", folder, optim__steps=2))).metrics[0]
     assert row["flops/student"] > 0
     assert not {"flops/sampling", "flops/teacher"} & row.keys()

@@ -2,46 +2,41 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distill_cases import WORDS, Pair, make_pair
-from run_cases import check_equal, first_moments, interrupt
-from run_settings import config, distillation
+from run_cases import (
+    WORDS,
+    Run,
+    check_equal,
+    check_moments,
+    completion_logprobs,
+    counted,
+    interrupt,
+    run,
+)
+from run_settings import distillation
 from stub_server import serving
-from tiny_data import read_jsonl, sums, write_jsonl
+from tiny_data import model_and_sums
 from tiny_models import llama, save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fastkl.loss import linear_top_k
 from fastkl.trainer.data.samples import UNKNOWN
-from fastkl.trainer.distill import distill
 
 K = 5
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    folder = tmp_path_factory.mktemp("models")
-    return Pair(
-        save_model(folder / "student"),
-        save_model(folder / "teacher", seed=1, width=24, tie_word_embeddings=False),
-        write_jsonl(folder / "sums.jsonl", sums()),
-    )
-
-
-@pytest.fixture(scope="module")
-def padded(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp("padded"))
-
-
-def run(folder: Path, models: Pair, **options: object) -> Path:
-    return distill(config("distill", distillation(folder, *models, **options))).path
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of one size; the teacher is wider."""
+    path = model_and_sums(tmp_path_factory.mktemp("models"), "student")
+    save_model(path / "teacher", seed=1, width=24, tie_word_embeddings=False)
+    return path
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -96,74 +91,62 @@ STEPS = [
 def test_a_step_equals_the_same_step_by_hand(
     tmp_path: Path, case: str, options: dict[str, object], which: str, request: pytest.FixtureRequest
 ) -> None:
-    used: Pair = request.getfixturevalue(which)
+    used: Path = request.getfixturevalue(which)
     chosen, formula = CASES[case]
-    path = run(tmp_path / "run", used, optim__steps=1, optim__max_grad_norm="null", **chosen, **options)
-    samples, (row,) = read_jsonl(path / "samples.jsonl"), read_jsonl(path / "metrics.jsonl")
-    student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in (used.student, used.teacher))
-    temperature = float(str(options.get("sampling__temperature", 1.0)))
+    done = run(tmp_path / "run", used, optim__steps=1, optim__max_grad_norm="null", **chosen, **options)
+    (row,), temperature = done.metrics, float(str(options.get("sampling__temperature", 1.0)))
+    student, teacher = (AutoModelForCausalLM.from_pretrained(used / name) for name in ("student", "teacher"))
 
-    pairs = [(logprobs(student, s, temperature), logprobs(teacher, s, temperature).detach()) for s in samples]
-    values = torch.cat([formula(*pair) for pair in pairs])
+    log_p, log_q = (
+        [completion_logprobs(model, sample, temperature, WORDS) for sample in done.samples]
+        for model in (student, teacher)
+    )
+    values = torch.cat([formula(p, q.detach()) for p, q in zip(log_p, log_q, strict=True)])
     values.mean().backward()
     assert row["loss"] == pytest.approx(values.mean().item(), rel=1e-4)
-    assert row[f"policy/{'top_k_kl' if case == 'top_k' else case}_mean"] == pytest.approx(row["loss"], rel=1e-4)
-    assert row[f"policy/{'top_k_kl' if case == 'top_k' else case}_max"] == pytest.approx(values.max().item(), rel=1e-4)
-    for (name, parameter), found in zip(student.named_parameters(), first_moments(path), strict=True):
-        assert parameter.grad is not None
-        wanted = 0.1 * parameter.grad  # Adam's 1 − β₁
-        error, scale = (found - wanted).abs().max(), wanted.abs().max()
-        assert error <= 2e-3 * scale, f"{name}: off by {error} at a scale of {scale}"
+    name = "top_k_kl" if case == "top_k" else case
+    assert row[f"policy/{name}_mean"] == pytest.approx(row["loss"], rel=1e-4)
+    assert row[f"policy/{name}_max"] == pytest.approx(values.max().item(), rel=1e-4)
+    check_moments(done.folder, student)
 
-    ours, theirs = [], []
-    for sample, (_, log_q) in zip(samples, pairs, strict=True):
-        tokens = torch.tensor([t for t, counted in zip(sample["ids"], sample["loss_mask"], strict=True) if counted])
-        known = log_q.gather(1, tokens.clamp(max=log_q.shape[1] - 1)[:, None])[:, 0].where(tokens < WORDS, UNKNOWN)
-        found = torch.tensor(list(itertools.compress(sample["teacher_logprobs"], sample["loss_mask"])))
+    for sample, q in zip(done.samples, log_q, strict=True):
+        tokens = torch.tensor(counted(sample, "ids"))
+        known = q.gather(1, tokens.clamp(max=q.shape[1] - 1)[:, None])[:, 0].where(tokens < WORDS, UNKNOWN)
         if case != "top_k" or which == "models":  # scoring is over the teacher's whole head
-            torch.testing.assert_close(found, known, atol=1e-4, rtol=1e-4)
-        ours.append(sum(sample["sampler_logprobs"]))
-        theirs.append(sum(sample["teacher_logprobs"]))
-    assert row["teacher_kl"] == pytest.approx((sum(ours) - sum(theirs)) / len(values), rel=1e-5)
-
-
-def logprobs(model: Any, sample: dict[str, Any], temperature: float) -> Tensor:
-    """[n, WORDS] of the completion, over the ids that both models have; an id that a model does not know is read as 0."""
-    ids = torch.tensor([sample["ids"]])
-    logits = model(ids.where(ids < model.config.vocab_size, 0)).logits[0, :-1, :WORDS]
-    return torch.log_softmax(logits / temperature, -1)[torch.tensor(sample["loss_mask"][1:])]
+            found = torch.tensor(counted(sample, "teacher_logprobs"))
+            torch.testing.assert_close(found, known.detach(), atol=1e-4, rtol=1e-4)
+    ours, theirs = (sum(sum(s[f"{who}_logprobs"]) for s in done.samples) for who in ("sampler", "teacher"))
+    assert row["teacher_kl"] == pytest.approx((ours - theirs) / len(values), rel=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_objective_learns(tmp_path: Path, models: Pair, case: str) -> None:
-    options, _ = CASES[case]
-    path = run(tmp_path / "run", models, optim__steps=15, optim__lr=0.03, sampling__prompts_per_step=12, **options)
-    losses = [row["loss"] for row in read_jsonl(path / "metrics.jsonl")]
+def test_each_objective_learns(tmp_path: Path, models: Path, case: str) -> None:
+    small: dict[str, object] = {"optim__steps": 15, "optim__lr": 0.03, "sampling__prompts_per_step": 12}
+    losses = [row["loss"] for row in run(tmp_path / "run", models, **small, **CASES[case][0]).metrics]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
-def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(tmp_path: Path, models: Pair) -> None:
-    path = run(tmp_path / "run", models._replace(teacher=models.student), optim__steps=1, loss__objective="reverse_kl")
-    (row,) = read_jsonl(path / "metrics.jsonl")
+def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(tmp_path: Path, models: Path) -> None:
+    same = {"teacher__path": models / "student", "loss__objective": "reverse_kl"}
+    (row,) = run(tmp_path / "run", models, optim__steps=1, **same).metrics
     assert row["loss"] == pytest.approx(0, abs=1e-6)
     assert row["optim/grad_norm"] < 1e-5
     assert row["policy/top1_agreement"] == 1.0
     assert row["sampler_mismatch/mean_abs"] < 1e-5
 
 
+@pytest.fixture(scope="module")
+def local_top_k(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Run:
+    return run(tmp_path_factory.mktemp("run") / "local", models, optim__steps=2, **CASES["top_k"][0])
+
+
 @pytest.mark.parametrize("api", ["prompt_logprobs", "echo"])
-def test_a_served_top_k_teacher_equals_the_local_one(tmp_path: Path, models: Pair, api: str) -> None:
-    options, _ = CASES["top_k"]
-    local = run(tmp_path / "local", models, optim__steps=2, **options)
-    with serving(models.teacher) as stub:
-        settings = distillation(tmp_path / "served", *models, optim__steps=2, **options) | {
-            "teacher.path": "",
-            "teacher.server.url": stub.url,
-            "teacher.server.model": "stub",
-            "teacher.server.api": api,
-        }
-        served = distill(config("distill", settings)).path
-    for a, b in zip(*(read_jsonl(path / "metrics.jsonl") for path in (served, local)), strict=True):
+def test_a_served_top_k_teacher_equals_the_local_one(tmp_path: Path, models: Path, local_top_k: Run, api: str) -> None:
+    with serving(models / "teacher") as stub:
+        server = {"teacher__path": "", "teacher__server__url": stub.url, "teacher__server__model": "stub"}
+        server |= {"teacher__server__api": api}
+        served = run(tmp_path / "served", models, optim__steps=2, **CASES["top_k"][0], **server)
+    for a, b in zip(served.metrics, local_top_k.metrics, strict=True):
         assert a["policy/top_k_kl_mean"] == pytest.approx(b["policy/top_k_kl_mean"], rel=1e-3)
         assert a["teacher_kl"] == pytest.approx(b["teacher_kl"], abs=1e-4)
         assert a["optim/grad_norm"] == pytest.approx(b["optim/grad_norm"], rel=1e-3)
@@ -171,12 +154,12 @@ def test_a_served_top_k_teacher_equals_the_local_one(tmp_path: Path, models: Pai
 
 @pytest.mark.parametrize("case", ["reverse_kl", "top_k"])
 def test_a_resumed_run_is_the_uninterrupted_one(
-    tmp_path: Path, models: Pair, case: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, models: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**CASES[case][0], "optim__steps": 4, "checkpoint__every": 2}
-    whole = run(tmp_path / "whole", models, **options)
-    interrupt(monkeypatch, distillation(tmp_path / "run", *models, **options), 3)
-    check_equal(run(tmp_path / "run", models, **options), whole)
+    whole = run(tmp_path / "whole", models, **options).folder
+    interrupt(monkeypatch, distillation(tmp_path / "run", models, **options), 3)
+    check_equal(run(tmp_path / "run", models, **options).folder, whole)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])

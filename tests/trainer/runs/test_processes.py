@@ -7,7 +7,6 @@ import itertools
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launches import REPOSITORY, give_samples, together
+from launches import REPOSITORY, free_port, give_samples, together
 from run_cases import PEERS, check_equal, check_same, log
-from run_settings import arguments, pair_distillation
+from run_settings import arguments, distillation, evaluated
 from tiny_data import pair_and_sums
 from tiny_models import save_model
 
@@ -35,25 +34,23 @@ slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = pair_and_sums(tmp_path_factory.mktemp("models"), layers=2)
     save_model(path / "untied", tie_word_embeddings=False)
     return path
 
 
-def settings(folder: Path, run: Path, **overrides: object) -> list[str]:
+def settings(deep: Path, run: Path, **overrides: object) -> list[str]:
     options: dict[str, object] = {
         "batch__max_tokens": 40,
         "optim__steps": 3,
         "optim__substeps": 2,
         "sampling__prompts_per_step": 7,
-        "eval__data__path": folder / "sums.jsonl",
-        "eval__max_new_tokens": 4,
-        "eval__every": 1,
+        **evaluated(deep, eval__every=1),
         **overrides,
     }
-    student = folder / str(options.pop("student", "student"))
-    return arguments("distill", pair_distillation(folder, run, **options) | {"student.path": student})
+    student = deep / str(options.pop("student", "student"))
+    return arguments("distill", distillation(run, deep, **options) | {"student.path": student})
 
 
 def run(command_line: list[str], errors: Path, count: int, fsdp: bool = False) -> Path:
@@ -87,10 +84,10 @@ VARIANTS: dict[str, dict[str, object]] = {
         for name, fsdp in PEERS.items()
     ],
 )
-def test_two_processes_do_what_one_does(tmp_path: Path, folder: Path, variant: str, fsdp: bool) -> None:
+def test_two_processes_do_what_one_does(tmp_path: Path, deep: Path, variant: str, fsdp: bool) -> None:
     options = VARIANTS[variant]
-    one = run(settings(folder, tmp_path / "one", **options), tmp_path / "said", 1)
-    two = run(settings(folder, tmp_path / "two", **options), tmp_path / "said", 2, fsdp)
+    one = run(settings(deep, tmp_path / "one", **options), tmp_path / "said", 1)
+    two = run(settings(deep, tmp_path / "two", **options), tmp_path / "said", 2, fsdp)
     assert len(log(one)) == 4
     check_same(two, one)
 
@@ -114,12 +111,12 @@ FAST = ("fsdp-2-to-1", 0)
         for lora in (0, 2)
     ],
 )
-def test_a_checkpoint_knows_nothing_of_processes(tmp_path: Path, folder: Path, name: str, lora: int) -> None:
+def test_a_checkpoint_knows_nothing_of_processes(tmp_path: Path, deep: Path, name: str, lora: int) -> None:
     """Saved by some and resumed by others, the run is the one that was never interrupted."""
     (before, first), (after, then) = RESHAPES[name]
     options: dict[str, object] = {"student__lora__rank": lora, "optim__steps": 4, "checkpoint__every": 2}
-    whole = run(settings(folder, tmp_path / "whole", **options), tmp_path / "said", 1)
-    command_line = settings(folder, tmp_path / "run", **options)
+    whole = run(settings(deep, tmp_path / "whole", **options), tmp_path / "said", 1)
+    command_line = settings(deep, tmp_path / "run", **options)
     codes, _ = together(
         command_line, tmp_path / "said", count=before, fsdp=first, before=dict.fromkeys(range(before), stop_at_step_3)
     )
@@ -132,25 +129,25 @@ def stop_at_step_3() -> None:
     stop_real_at_step_3()
 
 
-def fails(folder: Path, run: Path, hooks: dict[int, Callable[[], None]], **options: object) -> tuple[list[Any], str]:
+def fails(deep: Path, run: Path, hooks: dict[int, Callable[[], None]], **options: object) -> tuple[list[Any], str]:
     """A run of two processes that ends badly: their exit statuses, and all that was said."""
-    codes, said = together(settings(folder, run, **options), run.parent / "said", before=hooks)
+    codes, said = together(settings(deep, run, **options), run.parent / "said", before=hooks)
     assert all(codes)
     return codes, "".join(said)
 
 
 @pytest.mark.parametrize("kind", ["lock", pytest.param("config", marks=slow), pytest.param("check", marks=slow)])
-def test_what_a_user_can_mend_is_said_once(tmp_path: Path, folder: Path, kind: str) -> None:
+def test_what_a_user_can_mend_is_said_once(tmp_path: Path, deep: Path, kind: str) -> None:
     path = tmp_path / "run"
     if kind == "lock":
-        with RunFolder(commands.parse(settings(folder, path))[1]):
-            codes, said = fails(folder, path, {})
+        with RunFolder(commands.parse(settings(deep, path))[1]):
+            codes, said = fails(deep, path, {})
         expected = f"fastkl: another process is writing to {path}"
     elif kind == "config":
-        codes, said = fails(folder, path, {1: other_learning_rate})
+        codes, said = fails(deep, path, {1: other_learning_rate})
         expected = "fastkl: the 2 processes were started with different configs"
     else:
-        codes, said = fails(folder, path, {}, sampling__prompts_per_step=1, optim__substeps=1)
+        codes, said = fails(deep, path, {}, sampling__prompts_per_step=1, optim__substeps=1)
         expected = "fastkl: a step has 1 samples for 2 processes"
     assert codes == [2, 2]
     assert said.count("fastkl: ") == said.count(expected) == 1
@@ -163,8 +160,8 @@ def other_learning_rate() -> None:
 
 
 @slow
-def test_a_teacher_that_one_process_cannot_reach_ends_both_with_a_checkpoint(tmp_path: Path, folder: Path) -> None:
-    codes, said = fails(folder, tmp_path / "run", {0: give_samples, 1: lose_the_teacher})
+def test_a_teacher_that_one_process_cannot_reach_ends_both_with_a_checkpoint(tmp_path: Path, deep: Path) -> None:
+    codes, said = fails(deep, tmp_path / "run", {0: give_samples, 1: lose_the_teacher})
     assert codes == [2, 2]
     assert said.count("fastkl: gone") == said.count("fastkl: ") == 1
     assert [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
@@ -184,10 +181,10 @@ def lose_the_teacher() -> None:
 
 @slow
 @pytest.mark.parametrize("way", ["interrupted", "killed", "crashed"])
-def test_one_process_that_ends_ends_the_other(tmp_path: Path, folder: Path, way: str) -> None:
+def test_one_process_that_ends_ends_the_other(tmp_path: Path, deep: Path, way: str) -> None:
     """Ctrl-C reaches both, one of them while it waits for the other; a crash or a kill only one."""
     hooks = {rank: functools.partial(end_in_step_2, way, rank) for rank in (0, 1)}
-    codes, said = fails(folder, tmp_path / "run", hooks, checkpoint__every=1)
+    codes, said = fails(deep, tmp_path / "run", hooks, checkpoint__every=1)
     if way == "interrupted":
         assert codes[1] == 130
         assert said.count("fastkl: interrupted") == 1
@@ -195,7 +192,7 @@ def test_one_process_that_ends_ends_the_other(tmp_path: Path, folder: Path, way:
         assert said.count("Traceback") == said.count("ValueError: broken") == 1
     else:
         assert codes[1] == -signal.SIGKILL
-    codes, said_now = together(settings(folder, tmp_path / "run", checkpoint__every=1), tmp_path / "said", before=GIVEN)
+    codes, said_now = together(settings(deep, tmp_path / "run", checkpoint__every=1), tmp_path / "said", before=GIVEN)
     assert codes == [0, 0]
     assert "resumed" in said_now[0]
 
@@ -222,12 +219,12 @@ def end_in_step_2(way: str, rank: int) -> None:
 
 
 @pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=slow)], ids=PEERS)
-def test_gaps_in_one_process(tmp_path: Path, folder: Path, fsdp: bool) -> None:
+def test_gaps_in_one_process(tmp_path: Path, deep: Path, fsdp: bool) -> None:
     """Empty completions, batches of nothing else, and a gradient that is not finite: two processes decide as one."""
     options = {"batch__max_tokens": 1, "optim__steps": 4}
     hooks = dict.fromkeys((0, 1), with_gaps)
     for count in (1, 2):
-        command_line = settings(folder, tmp_path / str(count), **options)
+        command_line = settings(deep, tmp_path / str(count), **options)
         codes, said = together(command_line, tmp_path / "said", count=count, fsdp=fsdp and count > 1, before=hooks)
         assert codes == [0] * count, said
     rows = log(tmp_path / "1")
@@ -258,12 +255,12 @@ def with_gaps() -> None:
 
 
 @slow
-def test_resume_is_exact(tmp_path: Path, folder: Path) -> None:
+def test_resume_is_exact(tmp_path: Path, deep: Path) -> None:
     """With real samples, and dropout of each process's own."""
     save_model(tmp_path / "dropout", attention_dropout=0.2)
     options: dict[str, object] = {"student": tmp_path / "dropout", "optim__steps": 4, "checkpoint__every": 2}
     for name, hooks in (("whole", {}), ("run", dict.fromkeys((0, 1), stop_real_at_step_3)), ("run", {})):
-        codes, said = together(settings(folder, tmp_path / name, **options), tmp_path / "said", before=hooks)
+        codes, said = together(settings(deep, tmp_path / name, **options), tmp_path / "said", before=hooks)
         assert codes == ([130, 130] if hooks else [0, 0]), said
     check_equal(tmp_path / "run", tmp_path / "whole")
 
@@ -282,18 +279,15 @@ def stop_real_at_step_3() -> None:
 @slow
 @pytest.mark.parametrize("machines", [1, 2])
 @pytest.mark.parametrize(("way", "name"), [("ddp", "DDP"), ("fsdp2", "FSDP 2")])
-def test_accelerate_launch(tmp_path: Path, folder: Path, way: str, name: str, machines: int) -> None:
+def test_accelerate_launch(tmp_path: Path, deep: Path, way: str, name: str, machines: int) -> None:
     """As a user starts it; two machines are two launchers with a process each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     recipe = REPOSITORY / "recipes" / "accelerate" / f"{way}.yaml"
-    common = [f"--config_file={recipe}", "--num_processes=2", f"--main_process_port={port}"]
+    common = [f"--config_file={recipe}", "--num_processes=2", f"--main_process_port={free_port()}"]
     launches = [
         [
             *(sys.executable, "-m", "accelerate.commands.launch", *common, f"--num_machines={machines}"),
             *([f"--machine_rank={rank}", "--main_process_ip=127.0.0.1"] if machines > 1 else []),
-            *("-m", "fastkl.cli", *settings(folder, tmp_path / "run")),
+            *("-m", "fastkl.cli", *settings(deep, tmp_path / "run")),
         ]
         for rank in range(machines)
     ]

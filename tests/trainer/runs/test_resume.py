@@ -10,43 +10,35 @@ from typing import Any
 import pytest
 import torch
 from launches import killed
-from run_cases import check_equal, interrupt, log
-from run_settings import arguments, config, pair_distillation
+from run_cases import check_equal, distilled, interrupt, log
+from run_settings import arguments, config, distillation, evaluated
 from safetensors.torch import load_file
-from tiny_data import pair_and_sums, read_jsonl
+from tiny_data import read_jsonl
 from tiny_models import save_model
 
 from fastkl import cli
-from fastkl.trainer.distill import OnPolicy, distill
+from fastkl.trainer.distill import OnPolicy
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.runs.files import read_jsonl as read_log
 from fastkl.trainer.runs.folder import RunFolder, check_run_folder
 
 STEPS = 6
-# Attention dropout makes an update depend on the random state too, which a checkpoint must therefore hold.
 OPTIONS: dict[str, object] = {
     "optim__steps": STEPS,
     "optim__warmup_steps": 3,
     "optim__schedule": "cosine",
     "checkpoint__every": 2,
-    "eval__every": 2,
-    "eval__max_new_tokens": 4,
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pair_and_sums(tmp_path_factory.mktemp("models"), attention_dropout=0.2)
-
-
-def settings(folder: Path, run: Path, **overrides: object) -> dict[str, object]:
-    return pair_distillation(folder, run, **{**OPTIONS, "eval__data__path": folder / "sums.jsonl", **overrides})
+def settings(dropout: Path, run: Path, **overrides: object) -> dict[str, object]:
+    return distillation(run, dropout, **{**OPTIONS, **evaluated(dropout, eval__every=2), **overrides})
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> Path:
+def whole(dropout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that was never interrupted."""
-    return distill(config("distill", settings(folder, folder / "whole"))).path
+    return distilled(settings(dropout, tmp_path_factory.mktemp("run") / "whole"))
 
 
 def snapshot(folder: Path) -> dict[Path, bytes]:
@@ -94,7 +86,7 @@ MOMENTS: dict[str, tuple[str, int, bool, range]] = {
 @pytest.mark.parametrize(("target", "call", "after", "left"), MOMENTS.values(), ids=MOMENTS)
 def test_kill_and_resume(
     tmp_path: Path,
-    folder: Path,
+    dropout: Path,
     whole: Path,
     steps_run: list[int],
     target: str,
@@ -102,26 +94,26 @@ def test_kill_and_resume(
     after: bool,
     left: range,
 ) -> None:
-    run = settings(folder, tmp_path / "run")
+    run = settings(dropout, tmp_path / "run")
     assert killed(arguments("distill", run), target, call, after)
-    distill(config("distill", run))
+    distilled(run)
     assert steps_run == list(left)
     check_equal(tmp_path / "run", whole)
 
 
-def test_killed_again_and_again(tmp_path: Path, folder: Path, whole: Path) -> None:
+def test_killed_again_and_again(tmp_path: Path, dropout: Path, whole: Path) -> None:
     """At moments that no one has chosen, the n-th time that any file is opened: none, one and some steps into a run."""
-    run = settings(folder, tmp_path / "run")
+    run = settings(dropout, tmp_path / "run")
     kills = [killed(arguments("distill", run), "builtins:open", opened, True) for opened in (20, 35, 70, 55)]
     assert any(kills)
-    distill(config("distill", run))
+    distilled(run)
     check_equal(tmp_path / "run", whole)
 
 
 def test_interrupt_and_resume(
-    tmp_path: Path, folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, dropout: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = settings(folder, tmp_path / "run")
+    run = settings(dropout, tmp_path / "run")
     interrupt(monkeypatch, run, 3)
     assert [row["step"] for row in log(tmp_path / "run")] == [0, 1, 2, 3]
     torch.rand(5)  # a new process starts with other random numbers
@@ -134,10 +126,10 @@ def test_interrupt_and_resume(
     "options", [{"student__lora__rank": 2}, {"student__dtype": "bfloat16"}], ids=["lora", "bfloat16"]
 )
 def test_resume_of_other_students(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+    tmp_path: Path, dropout: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
 ) -> None:
-    one = distill(config("distill", settings(folder, tmp_path / "whole", **options))).path
-    run = settings(folder, tmp_path / "run", **options)
+    one = distilled(settings(dropout, tmp_path / "whole", **options))
+    run = settings(dropout, tmp_path / "run", **options)
     interrupt(monkeypatch, run, 3)
     if "student__lora__rank" in options:  # the frozen base is not written again and again
         (weights,) = (tmp_path / "run" / "checkpoints").glob("*/model.safetensors")
@@ -147,26 +139,26 @@ def test_resume_of_other_students(
 
 
 def test_a_line_that_was_cut_short_is_dropped(
-    tmp_path: Path, folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dropout: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = settings(folder, tmp_path / "run")
+    run = settings(dropout, tmp_path / "run")
     interrupt(monkeypatch, run, 3)
     for name in ("metrics.jsonl", "samples.jsonl"):
         with open(tmp_path / "run" / name, "ab") as file:
             file.write('{"step": 4, "text": "dé'.encode()[:-1])  # in the middle of a character too
-    distill(config("distill", run))
+    distilled(run)
     check_equal(tmp_path / "run", whole)
 
 
 def test_leftovers_of_a_checkpoint_are_cleared(
-    tmp_path: Path, folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dropout: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = settings(folder, tmp_path / "run", checkpoint__keep=3)
+    run = settings(dropout, tmp_path / "run", checkpoint__keep=3)
     interrupt(monkeypatch, run, 3)
     incomplete = tmp_path / "run" / "checkpoints" / ".incomplete"
     incomplete.mkdir()
     (incomplete / "stale.bin").write_bytes(b"stale")
-    distill(config("distill", run))
+    distilled(run)
     check_equal(tmp_path / "run", whole)
     assert not incomplete.exists()
     assert not list((tmp_path / "run" / "checkpoints").rglob("stale.bin"))
@@ -177,32 +169,32 @@ def test_leftovers_of_a_checkpoint_are_cleared(
     [(2, 2, [4, 6]), (4, 3, [4, 6]), (0, 1, [6]), (1, 1, [6])],
     ids=lambda value: str(value),
 )
-def test_checkpoints_kept(tmp_path: Path, folder: Path, every: int, keep: int, wanted: list[int]) -> None:
-    run = settings(folder, tmp_path / "run", checkpoint__every=every, checkpoint__keep=keep, eval__every=0)
-    path = distill(config("distill", run)).path
+def test_checkpoints_kept(tmp_path: Path, dropout: Path, every: int, keep: int, wanted: list[int]) -> None:
+    run = settings(dropout, tmp_path / "run", checkpoint__every=every, checkpoint__keep=keep, eval__every=0)
+    path = distilled(run)
     names = sorted(entry.name for entry in (path / "checkpoints").iterdir())
     assert names == [f"step-{step:06d}" for step in wanted]
 
 
-def test_a_finished_run_is_left_as_it_is(folder: Path, whole: Path, steps_run: list[int]) -> None:
+def test_a_finished_run_is_left_as_it_is(dropout: Path, whole: Path, steps_run: list[int]) -> None:
     before = snapshot(whole)
-    distill(config("distill", settings(folder, whole)))
+    distilled(settings(dropout, whole))
     assert steps_run == []
     assert snapshot(whole) == before
 
 
-def test_a_run_may_be_moved(tmp_path: Path, folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt(monkeypatch, settings(folder, tmp_path / "here"), 3)
+def test_a_run_may_be_moved(tmp_path: Path, dropout: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(monkeypatch, settings(dropout, tmp_path / "here"), 3)
     (tmp_path / "here").rename(tmp_path / "there")
-    distill(config("distill", settings(folder, tmp_path / "there")))
+    distilled(settings(dropout, tmp_path / "there"))
     check_equal(tmp_path / "there", whole)
 
 
 def test_another_config_is_refused_with_both_values(
-    folder: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+    dropout: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = snapshot(whole)
-    run = settings(folder, whole, optim__lr=0.5, optim__betas="[0.8, 0.95]", student__lora__rank=4)
+    run = settings(dropout, whole, optim__lr=0.5, optim__betas="[0.8, 0.95]", student__lora__rank=4)
     assert cli.main(arguments("distill", run)) == 2
     error = capsys.readouterr().err
     for part in (
@@ -218,7 +210,7 @@ def test_another_config_is_refused_with_both_values(
 
 @pytest.mark.parametrize("kind", ["folder-of-other-things", "file"])
 def test_what_is_no_run_is_left_alone(
-    tmp_path: Path, folder: Path, kind: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, dropout: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "thesis"
     if kind == "file":
@@ -226,39 +218,39 @@ def test_what_is_no_run_is_left_alone(
     else:
         path.mkdir()
         (path / "notes.txt").write_text("chapter one")
-    assert cli.main(arguments("distill", settings(folder, path))) == 2
+    assert cli.main(arguments("distill", settings(dropout, path))) == 2
     assert f"{path} exists and is not a run folder" in capsys.readouterr().err
     assert list(snapshot(tmp_path).values()) == [b"chapter one"]
 
 
-def test_an_empty_folder_is_taken(tmp_path: Path, folder: Path) -> None:
-    check_run_folder(config("distill", settings(folder, tmp_path)))
+def test_an_empty_folder_is_taken(tmp_path: Path, dropout: Path) -> None:
+    check_run_folder(config("distill", settings(dropout, tmp_path)))
 
 
-def test_one_process_at_a_time(folder: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_process_at_a_time(dropout: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = snapshot(whole)
-    with RunFolder(config("distill", settings(folder, whole))):
-        assert cli.main(arguments("distill", settings(folder, whole))) == 2
+    with RunFolder(config("distill", settings(dropout, whole))):
+        assert cli.main(arguments("distill", settings(dropout, whole))) == 2
     assert f"another process is writing to {whole}" in capsys.readouterr().err
     assert snapshot(whole) == before
 
 
 def test_the_lock_is_released_when_a_run_fails(
-    tmp_path: Path, folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, dropout: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = settings(folder, tmp_path / "run")
+    run = settings(dropout, tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(OnPolicy, "samples", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            distill(config("distill", run))
-    distill(config("distill", run))
+            distilled(run)
+    distilled(run)
     check_equal(tmp_path / "run", whole)
 
 
 @pytest.mark.parametrize("text", ["a\u2028b", "a\u2029b", "a\x85b", "a\x0bb\x0c\x1c", 'é🙂\n\r\t"\\'], ids=ascii)
-def test_logs_hold_any_text(tmp_path: Path, folder: Path, text: str) -> None:
+def test_logs_hold_any_text(tmp_path: Path, dropout: Path, text: str) -> None:
     """Some characters end a line for Python's splitlines, and not for JSONL."""
-    with RunFolder(config("distill", settings(folder, tmp_path / "run"))) as run:
+    with RunFolder(config("distill", settings(dropout, tmp_path / "run"))) as run:
         run.log("samples.jsonl", [{"step": step, "text": text} for step in (1, 2, 3)])
         run.rewind(2)
         rows = [{"step": step, "text": text} for step in (1, 2)]
@@ -275,11 +267,11 @@ def test_any_prefix_of_a_log_can_be_read(tmp_path: Path) -> None:
         assert read_log(tmp_path / "log") == rows[:complete]
 
 
-def test_a_checkpoint_of_another_shape_is_an_error(tmp_path: Path, folder: Path) -> None:
+def test_a_checkpoint_of_another_shape_is_an_error(tmp_path: Path, dropout: Path) -> None:
     """A model folder that was exchanged under the run: never a silent start from other weights."""
     save_model(tmp_path / "student")
-    run = settings(folder, tmp_path / "run") | {"student.path": tmp_path / "student"}
-    distill(config("distill", run))
+    run = settings(dropout, tmp_path / "run") | {"student.path": tmp_path / "student"}
+    distilled(run)
     save_model(tmp_path / "student", width=24)
     with pytest.raises((RuntimeError, ConfigError)):
-        distill(config("distill", run))
+        distilled(run)

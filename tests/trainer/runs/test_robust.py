@@ -13,37 +13,26 @@ from typing import Any
 
 import pytest
 import torch
-from run_cases import check_same_weights, fresh_accelerate, log
-from run_settings import arguments, config, pair_distillation
-from tiny_data import pair_and_sums
+from run_cases import check_same_weights, distilled, log
+from run_settings import arguments, distillation
 
 from fastkl import cli
-from fastkl.trainer.distill import OnPolicy, distill
+from fastkl.trainer.distill import OnPolicy
 from fastkl.trainer.rollouts.samplers.generate import GenerateSampler
 from fastkl.trainer.runs import checkpoint
 from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.student import Student
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    fresh_accelerate()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pair_and_sums(tmp_path_factory.mktemp("models"))
-
-
 def settings(folder: Path, run: Path, **overrides: object) -> dict[str, object]:
     options: dict[str, object] = {"optim__steps": 5, "checkpoint__every": 2, **overrides}
-    return pair_distillation(folder, run, **options)
+    return distillation(run, folder, **options)
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> Path:
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run to which nothing happened."""
-    return distill(config("distill", settings(folder, folder / "whole"))).path
+    return distilled(settings(folder, tmp_path_factory.mktemp("run") / "whole"))
 
 
 @pytest.fixture
@@ -165,10 +154,10 @@ def spoil(monkeypatch: pytest.MonkeyPatch, bad_steps: set[int], value: float) ->
 def test_a_step_without_a_finite_gradient_is_skipped(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    short = distill(config("distill", settings(folder, tmp_path / "short", optim__steps=1))).path
+    short = distilled(settings(folder, tmp_path / "short", optim__steps=1))
     spoil(monkeypatch, {1, 2}, value)
     options = {"optim__steps": 3, "optim__max_skipped": 3}
-    path = distill(config("distill", settings(folder, tmp_path / "run", **options))).path
+    path = distilled(settings(folder, tmp_path / "run", **options))
     assert [row["optim/skipped"] for row in log(path)] == [0, 1, 1]
     check_same_weights(path, short)
 
@@ -201,7 +190,7 @@ def test_empty_completions(tmp_path: Path, folder: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(GenerateSampler, "sample", emptied)
     options = {"optim__steps": 2, "optim__substeps": 2, "batch__max_tokens": 1, "loss__old_logprobs": "recompute"}
-    path = distill(config("distill", settings(folder, tmp_path / "run", **options))).path
+    path = distilled(settings(folder, tmp_path / "run", **options))
     for row in log(path):
         assert all(math.isfinite(value) for value in row.values())
         assert (row["completions/mean_length"] == 0) == (every == 1)

@@ -10,35 +10,21 @@ from typing import Any
 
 import pytest
 import yaml
-from run_cases import fresh_accelerate
-from run_settings import config, training
-from tiny_data import model_and_sums, read_jsonl
-from tiny_models import save_model
+from run_cases import tuned
+from run_settings import config, evaluated, training
+from tiny_data import read_jsonl
 
 from fastkl.trainer.runs.folder import flat_settings
-from fastkl.trainer.sft import sft
 
 Rows = list[dict[str, Any]]
 
 
-def tracked(folder: Path, tracker: str) -> tuple[Path, dict[str, Any], Rows]:
+def tracked(path: Path, folder: Path, tracker: str) -> tuple[Path, dict[str, Any], Rows]:
     """The folder, flat settings and metrics of a short run with a tracker."""
-    fresh_accelerate()
-    model_and_sums(folder, "student")
-    settings = config(
-        "sft",
-        training(
-            folder / "run",
-            folder / "student",
-            folder / "sums.jsonl",
-            examples_per_step=4,
-            trackers=f'["{tracker}"]',
-            eval__data__path=folder / "sums.jsonl",
-            eval__max_new_tokens=3,
-        ),
-    )
-    run = sft(settings).path
-    return run, flat_settings(settings), read_jsonl(run / "metrics.jsonl")
+    small = evaluated(folder, eval__max_new_tokens=3)
+    settings = training(path / "run", folder, examples_per_step=4, trackers=f'["{tracker}"]', **small)
+    run = tuned(settings)
+    return run, flat_settings(config("sft", settings)), read_jsonl(run / "metrics.jsonl")
 
 
 def values_of(rows: Rows) -> dict[str, list[tuple[int, Any]]]:
@@ -47,9 +33,9 @@ def values_of(rows: Rows) -> dict[str, list[tuple[int, Any]]]:
     return {name: [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows if name in row] for name in names}
 
 
-def test_tensorboard_has_the_metrics_and_the_settings(tmp_path: Path) -> None:
+def test_tensorboard_has_the_metrics_and_the_settings(tmp_path: Path, folder: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run, settings, rows = tracked(tmp_path, "tensorboard")
+    run, settings, rows = tracked(tmp_path, folder, "tensorboard")
     events = reader.EventAccumulator(str(run / "fastkl")).Reload()
     found = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
     assert found == values_of(rows)
@@ -58,13 +44,13 @@ def test_tensorboard_has_the_metrics_and_the_settings(tmp_path: Path) -> None:
 
 
 def test_weights_and_biases_offline_has_the_metrics_and_the_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    _, settings, rows = tracked(tmp_path, "wandb")
+    _, settings, rows = tracked(tmp_path, folder, "wandb")
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     records = list(wandb_records(file))
     history = [
@@ -96,10 +82,12 @@ def wandb_records(file: Path) -> Iterator[Any]:
             record = b""
 
 
-def test_trackio_has_the_metrics_and_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackio_has_the_metrics_and_the_settings(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
-    _, settings, rows = tracked(tmp_path, "trackio")
+    _, settings, rows = tracked(tmp_path, folder, "trackio")
     (run,) = storage.get_runs("fastkl")
     logs = storage.get_logs("fastkl", run)
     found = {name: [(log["step"], log[name]) for log in logs if name in log] for name in values_of(rows)}
@@ -108,9 +96,8 @@ def test_trackio_has_the_metrics_and_the_settings(tmp_path: Path, monkeypatch: p
     assert {name: written.get(name) for name in settings} == settings
 
 
-def test_settings_are_flat_and_plain(tmp_path: Path) -> None:
-    save_model(tmp_path / "student")
-    flat = flat_settings(config("sft", training(tmp_path / "run", tmp_path / "student", tmp_path / "sums.jsonl")))
+def test_settings_are_flat_and_plain(tmp_path: Path, folder: Path) -> None:
+    flat = flat_settings(config("sft", training(tmp_path / "run", folder)))
     assert flat["optim.lr"] == 0.01
     assert flat["optim.betas"] == "[0.9, 0.95]"
     assert flat["student.attn_implementation"] == "null"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
-from run_settings import config, distillation
+from run_cases import WORDS, counted, run
 from stub_server import serving
-from tiny_data import read_jsonl, sums, write_jsonl
-from tiny_models import causal_lm, save_model, tokenizer
+from tiny_models import causal_lm, save_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -20,13 +18,11 @@ from fastkl.loss import linear_ranks
 from fastkl.trainer.config.optim import BatchConfig
 from fastkl.trainer.data.batching import Layout, batches
 from fastkl.trainer.data.samples import make_sample
-from fastkl.trainer.distill import distill
 from fastkl.trainer.models.scoring import batch_ranks
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.local import LocalTeacher
 
 CPU = torch.device("cpu")
-WORDS = len(tokenizer())
 
 
 def sorted_ranks(logits: Tensor, tokens: Tensor) -> list[int]:
@@ -132,23 +128,6 @@ def test_a_teacher_is_left_as_it_was() -> None:
     assert min(sample.teacher_ranks[2:]) >= 1
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The heads of student and teacher are padded to different sizes."""
-    path = tmp_path_factory.mktemp("models")
-    save_model(path / "student", vocabulary=WORDS + 8)
-    save_model(path / "teacher", vocabulary=WORDS + 3, seed=1, width=24, tie_word_embeddings=False)
-    save_model(path / "exact", seed=2)
-    write_jsonl(path / "sums.jsonl", sums())
-    return path
-
-
-def run(folder: Path, path: Path, **overrides: object) -> list[dict[str, Any]]:
-    settings = distillation(path, folder / "student", folder / "teacher", folder / "sums.jsonl", **overrides)
-    distill(config("distill", settings))
-    return read_jsonl(path / "samples.jsonl")
-
-
 def check(samples: list[dict[str, Any]], field: str, model: Path) -> None:
     """Against all the logits of the model, of the ids that the tokenizer has."""
     plain = AutoModelForCausalLM.from_pretrained(model).eval()
@@ -162,35 +141,38 @@ def check(samples: list[dict[str, Any]], field: str, model: Path) -> None:
 
 
 @pytest.mark.parametrize("objective", ["policy_gradient", "reverse_kl", "top_k"])
-def test_a_run_writes_both_ranks(tmp_path: Path, folder: Path, objective: str) -> None:
-    samples = run(folder, tmp_path / "run", loss__objective=objective, sampling__temperature=0.7)
-    check([sample for sample in samples if sample["step"] == 1], "student_ranks", folder / "student")
-    check(samples, "teacher_ranks", folder / "teacher")
-    beyond = [sample for sample in samples if max(sample["ids"]) >= WORDS]
-    assert beyond
-    for sample in samples:
-        for field in ("student_ranks", "teacher_ranks"):
-            counted = zip(sample["ids"], itertools.compress(sample[field], sample["loss_mask"]), strict=False)
-            assert all(0 <= rank <= WORDS for _, rank in counted)
+def test_a_run_writes_both_ranks(tmp_path: Path, padded: Path, objective: str) -> None:
+    samples = run(tmp_path / "run", padded, loss__objective=objective, sampling__temperature=0.7).samples
+    check([sample for sample in samples if sample["step"] == 1], "student_ranks", padded / "student")
+    check(samples, "teacher_ranks", padded / "teacher")
+    assert any(max(sample["ids"]) >= WORDS for sample in samples)
+    ranks = [rank for s in samples for field in ("student_ranks", "teacher_ranks") for rank in counted(s, field)]
+    assert 0 <= min(ranks) <= max(ranks) <= WORDS
 
 
-def test_given_completions_are_ranked_too(tmp_path: Path, folder: Path) -> None:
-    samples = run(folder, tmp_path / "run", sampling__on_policy_fraction=0.5, optim__steps=1)
+def test_given_completions_are_ranked_too(tmp_path: Path, padded: Path) -> None:
+    samples = run(tmp_path / "run", padded, sampling__on_policy_fraction=0.5, optim__steps=1).samples
     assert {sample["given"] for sample in samples} == {False, True}
-    check(samples, "student_ranks", folder / "student")
-    check(samples, "teacher_ranks", folder / "teacher")
+    check(samples, "student_ranks", padded / "student")
+    check(samples, "teacher_ranks", padded / "teacher")
 
 
-def test_without_a_teacher_there_are_the_students(tmp_path: Path, folder: Path) -> None:
-    alone = {"reward__grader": "regex:1", "sampling__samples_per_prompt": 2, "loss__kl_coef": 0, "optim__steps": 1}
-    samples = run(folder, tmp_path / "run", **alone, **{"teacher.path": ""})
-    check(samples, "student_ranks", folder / "student")
+def test_without_a_teacher_there_are_the_students(tmp_path: Path, padded: Path) -> None:
+    alone = {
+        "reward__grader": "regex:1",
+        "sampling__samples_per_prompt": 2,
+        "loss__kl_coef": 0,
+        "optim__steps": 1,
+        "teacher__path": "",
+    }
+    samples = run(tmp_path / "run", padded, **alone).samples
+    check(samples, "student_ranks", padded / "student")
     assert all(sample["teacher_ranks"] == [] for sample in samples)
 
 
 @pytest.mark.parametrize("logged", [0, 2])
 def test_only_samples_that_are_logged_are_ranked(
-    tmp_path: Path, folder: Path, logged: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, padded: Path, logged: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts: list[int] = []
     for kind in (Student, LocalTeacher):
@@ -200,17 +182,17 @@ def test_only_samples_that_are_logged_are_ranked(
             rank(self, samples, vocab_size)
 
         monkeypatch.setattr(kind, "rank", recorded)
-    assert len(run(folder, tmp_path / "run", log_samples=logged, optim__steps=2)) == 2 * logged
+    assert len(run(tmp_path / "run", padded, log_samples=logged, optim__steps=2).samples) == 2 * logged
     assert sum(counts) == 2 * 2 * logged
 
 
 @pytest.mark.parametrize(("api", "known"), [("prompt_logprobs", True), ("echo", False)])
-def test_a_server_may_tell_the_teachers(tmp_path: Path, folder: Path, api: str, known: bool) -> None:
-    with serving(folder / "exact") as stub:
-        served = {"teacher.path": "", "teacher.server.url": stub.url, "teacher.server.model": "stub"}
-        samples = run(folder, tmp_path / "run", optim__steps=1, **served, **{"teacher.server.api": api})
-    check(samples, "student_ranks", folder / "student")
+def test_a_server_may_tell_the_teachers(tmp_path: Path, padded: Path, api: str, known: bool) -> None:
+    with serving(save_model(tmp_path / "exact", seed=2)) as stub:
+        server = {"teacher__path": "", "teacher__server__url": stub.url, "teacher__server__model": "stub"}
+        samples = run(tmp_path / "run", padded, optim__steps=1, teacher__server__api=api, **server).samples
+    check(samples, "student_ranks", padded / "student")
     if known:
-        check(samples, "teacher_ranks", folder / "exact")
+        check(samples, "teacher_ranks", tmp_path / "exact")
     else:
         assert all(sample["teacher_ranks"] == [] for sample in samples)

@@ -2,72 +2,59 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from report_cases import Page, make_run
-from run_cases import fresh_accelerate
-from run_settings import config, distillation, training
-from tiny_data import model_and_sums
-from tiny_models import save_model
+from run_cases import counted, distilled, tuned
+from run_settings import distillation, training
+from tiny_data import read_jsonl
 
 from fastkl import cli
-from fastkl.trainer.distill import distill
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.runs.report import page as report
 from fastkl.trainer.runs.report.page import write_report
-from fastkl.trainer.sft import sft
 
 
-def test_training_writes_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fresh_accelerate()
-    model_and_sums(tmp_path, "small")
-    save_model(tmp_path / "large", seed=1)
-    small, data = tmp_path / "small", tmp_path / "sums.jsonl"
-    distilled = distill(config("distill", distillation(tmp_path / "a", small, tmp_path / "large", data))).path
-    tuned = sft(config("sft", training(tmp_path / "b", small, data))).path
+def test_training_writes_a_report(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    distil, tune = distilled(distillation(tmp_path / "a", folder)), tuned(training(tmp_path / "b", folder))
     error = capsys.readouterr().err
-    assert f"report in {distilled / 'report.html'}" in error
-    assert f"report in {tuned / 'report.html'}" in error
+    assert f"report in {distil / 'report.html'}" in error
+    assert f"report in {tune / 'report.html'}" in error
 
-    (run,) = Page(distilled / "report.html").data["runs"]
+    (run,) = Page(distil / "report.html").data["runs"]
     assert (run["kind"], run["steps_done"], run["steps_planned"]) == ("distill", 3, 3)
     assert {"teacher_kl", "entropy", "loss", "sampler_mismatch/mean_abs", "time/sample"} <= run["series"].keys()
     assert run["seconds"].keys() == {"sample", "teacher", "old_logprobs", "ranks", "train"}
     assert run["x"].keys() == {"step", "tokens", "flops"}
     assert run["settings"]["optim.lr"] == "0.01"
-    records = [json.loads(line) for line in (distilled / "samples.jsonl").read_text().splitlines()]
+    records = read_jsonl(distil / "samples.jsonl")
     assert run["x"]["tokens"][-1] == sum(sum(record["loss_mask"]) for record in records)
     assert run["samples"]["count"] == len(records) == 18
     first, record = run["samples"]["shown"][0], records[0]
     assert first["tokens"] == record["tokens"]
     assert len(first["sampler"]) == len(first["teacher"]) == first["mask"].count("1") == sum(record["loss_mask"])
     for field in ("student_ranks", "teacher_ranks"):
-        assert first[field] == [
-            rank for rank, counted in zip(record[field], record["loss_mask"], strict=True) if counted
-        ]
+        assert first[field] == counted(record, field)
         assert min(first[field]) >= 1
     assert first["teacher"][0] == pytest.approx(record["teacher_logprobs"][record["loss_mask"].index(True)], abs=1e-3)
 
-    (run,) = Page(tuned / "report.html").data["runs"]
+    (run,) = Page(tune / "report.html").data["runs"]
     assert run["kind"] == "sft"
     assert "teacher_kl" not in run["series"]
     assert all(shown["sampler"] == shown["teacher"] == [] for shown in run["samples"]["shown"])
 
 
 def test_a_report_that_fails_does_not_fail_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
         raise MemoryError("no room")
 
     monkeypatch.setattr(report, "write_report", broken)
-    fresh_accelerate()
-    model_and_sums(tmp_path, "small")
-    done = sft(config("sft", training(tmp_path / "run", tmp_path / "small", tmp_path / "sums.jsonl", optim__steps=1)))
-    assert (done.student / "config.json").is_file()
+    done = tuned(training(tmp_path / "run", folder, optim__steps=1))
+    assert (done / "student" / "config.json").is_file()
     assert "no report was written (MemoryError: no room); `fastkl report" in capsys.readouterr().err
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from distill_cases import Pair, make_pair, run
 from peft import LoraConfig, get_peft_model
-from run_cases import check_equal, interrupt
+from run_cases import check_equal, interrupt, run
 from run_settings import arguments, distillation
 from tiny_models import causal_lm
 from transformers import AutoModelForCausalLM
@@ -20,11 +19,6 @@ from fastkl.trainer.rollouts.samplers.continuous_batching import ContinuousBatch
 from fastkl.trainer.rollouts.samplers.copied import CopySampler, rounded
 
 PROMPTS = [[5, 9, 12], [7], [20, 21, 22, 23]]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp("pair"))
 
 
 def sample(sampler: Any, seed: int = 0) -> list[Any]:
@@ -79,9 +73,9 @@ def test_a_new_version_of_the_student_is_taken_over(lora: bool) -> None:
     assert sample(sampler) == sample(CopySampler(student, torch.bfloat16, ContinuousBatchingSampler)) != first
 
 
-def test_a_run_says_how_far_the_copy_is_and_learns(tmp_path: Path, pair: Pair) -> None:
-    done = run(tmp_path / "run", pair, sampling__dtype="bfloat16", optim__steps=12, optim__lr=0.02)
-    plain = run(tmp_path / "plain", pair, optim__steps=1)
+def test_a_run_says_how_far_the_copy_is_and_learns(tmp_path: Path, padded: Path) -> None:
+    done = run(tmp_path / "run", padded, sampling__dtype="bfloat16", optim__steps=12, optim__lr=0.02)
+    plain = run(tmp_path / "plain", padded, optim__steps=1)
     assert plain.metrics[0]["sampler_mismatch/mean_abs"] < 1e-5
     assert all(1e-5 < row["sampler_mismatch/mean_abs"] < 0.05 for row in done.metrics)
     assert {tensor.dtype for tensor in done.weights().values()} == {torch.float32}
@@ -89,10 +83,10 @@ def test_a_run_says_how_far_the_copy_is_and_learns(tmp_path: Path, pair: Pair) -
     assert last < first
 
 
-def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, padded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"sampling__dtype": "bfloat16", "optim__steps": 4, "checkpoint__every": 2}
-    whole = run(tmp_path / "whole", pair, **options).folder
-    settings = distillation(tmp_path / "run", *pair, **options)
+    whole = run(tmp_path / "whole", padded, **options).folder
+    settings = distillation(tmp_path / "run", padded, **options)
     interrupt(monkeypatch, settings, step=3)
     assert cli.main(arguments("distill", settings)) == 0
     check_equal(tmp_path / "run", whole)

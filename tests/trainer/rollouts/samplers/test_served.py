@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from run_cases import check_same_weights, log
-from run_settings import arguments, config, pair_distillation
+from run_cases import check_same_weights, distilled, log
+from run_settings import arguments, config, distillation, evaluated
+from server_cases import served
 from stub_server import serving
 from stub_vllm import StubVllm
-from tiny_data import pair_and_sums, read_jsonl
+from tiny_data import read_jsonl
 from tiny_models import tokenizer
 
 from fastkl import cli
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.prompts import encode_prompts, load_prompts
-from fastkl.trainer.distill import distill
 from fastkl.trainer.errors import ConfigError, ServerError
 from fastkl.trainer.rollouts.samplers.served import ServedSampler, connect_sampling
 from fastkl.trainer.runs.processes import start
@@ -33,11 +33,6 @@ KINDS = pytest.mark.parametrize("lora", [{}, LORA], ids=["full", "lora"])
 PROMPTS = [[3, 7, 8], [9, 10, 11, 12], [3, 7, 8], [20]]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pair_and_sums(tmp_path_factory.mktemp("models"))
-
-
 @pytest.fixture
 def stub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubVllm]:
     monkeypatch.setattr(connection, "RETRY_PAUSE", 0.01)
@@ -46,15 +41,8 @@ def stub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubVllm]:
 
 
 def settings(folder: Path, run: Path, stub: StubVllm, **overrides: object) -> dict[str, object]:
-    evaluated = {"eval__data__path": folder / "sums.jsonl", "eval__max_new_tokens": 4}
-    small = {"optim__steps": STEPS, "checkpoint__every": 1, **evaluated, **overrides}
-    served: dict[str, object] = {
-        "sampling.server.url": stub.url,
-        "sampling.server.model": "stub",
-        "sampling.server.retries": 1,
-        "sampling.server.concurrency": 3,
-    }
-    return pair_distillation(folder, run, **small) | served
+    small = {"optim__steps": STEPS, "checkpoint__every": 1, **evaluated(folder), **overrides}
+    return distillation(run, folder, **small, **served("sampling", stub, concurrency=3))
 
 
 def made(
@@ -149,7 +137,7 @@ def test_a_run_has_no_mismatch_and_resumes_exactly(
     tmp_path: Path, folder: Path, stub: StubVllm, lora: dict[str, object]
 ) -> None:
     run = settings(folder, tmp_path / "whole", stub) | lora
-    distill(config("distill", run))
+    distilled(run)
     rows = log(tmp_path / "whole")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert all(row["sampler_mismatch/mean_abs"] < 1e-5 for row in rows[1:])
@@ -255,7 +243,7 @@ def test_refused_before_the_run_folder_exists(
     for name, value in server.items():
         setattr(stub, name, value)
     with pytest.raises((ConfigError, ServerError), match=message):
-        distill(config("distill", settings(folder, tmp_path / "run", stub) | extra))
+        distilled(settings(folder, tmp_path / "run", stub) | extra)
     assert not (tmp_path / "run").exists()
 
 

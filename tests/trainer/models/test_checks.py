@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_settings import config, distillation
+from run_cases import distilled
+from run_settings import distillation
 from tiny_data import sums, write_jsonl
 from tiny_models import CHARACTERS, CHAT_TEMPLATE, llama, save_model, tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from fastkl.trainer.config.data import DataConfig
 from fastkl.trainer.data.prompts import EncodedPrompt, Prompt, encode_prompts
-from fastkl.trainer.distill import distill
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.loading import end_of_sequence
@@ -161,9 +161,9 @@ def _other_template(words: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
         ({"words": _other_template(tokenizer())}, sums(), {}, "chat templates of student and teacher differ"),
         ({"vocabulary": len(tokenizer()) - 1}, sums(), {}, "the teacher's head has"),
         ({"max_position_embeddings": 8}, sums(), {}, "the teacher's context of 8"),
-        ({}, [{"prompt": ""}], {"data__chat_template": "false"}, "d.jsonl:1 is an empty prompt"),
-        ({}, sums(), {"eval__data__path": "d.jsonl", "eval__max_new_tokens": 60}, "eval.data.max_prompt_tokens"),
-        ({}, [{"prompt": "1"}], {"eval__data__path": "d.jsonl"}, "d.jsonl:1: no `answer`"),
+        ({}, [{"prompt": ""}], {"data__chat_template": "false"}, "sums.jsonl:1 is an empty prompt"),
+        ({}, sums(), {"eval__data__path": "sums.jsonl", "eval__max_new_tokens": 60}, "eval.data.max_prompt_tokens"),
+        ({}, [{"prompt": "1"}], {"eval__data__path": "sums.jsonl"}, "sums.jsonl:1: no `answer`"),
         (
             {},
             sums(),
@@ -192,9 +192,10 @@ def test_distill_refuses_before_the_run_folder_exists(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    student, data = save_model(Path("s")), write_jsonl(Path("d.jsonl"), rows)
-    settings = distillation(Path("run"), student, save_model(Path("t"), **teacher), data, **settings)
+    save_model(Path("student"))
+    save_model(Path("teacher"), **teacher)
+    write_jsonl(Path("sums.jsonl"), rows)
     with pytest.raises(ConfigError) as error:
-        distill(config("distill", settings))
+        distilled(distillation(Path("run"), Path(), **settings))
     assert message in str(error.value)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "s", "t"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "sums.jsonl", "teacher"]

@@ -8,18 +8,13 @@ from pathlib import Path
 import pytest
 from launches import together
 from run_cases import PEERS, check_same, log
-from run_settings import arguments, pair_distillation
+from run_settings import arguments, distillation, evaluated
+from server_cases import served
 from stub_server import serving
 from stub_vllm import StubVllm
-from tiny_data import pair_and_sums
 
 slow = pytest.mark.slow
 STEPS = 3
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pair_and_sums(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
@@ -29,15 +24,9 @@ def stub(folder: Path) -> Iterator[StubVllm]:
 
 
 def command(folder: Path, run: Path, stub: StubVllm, **overrides: object) -> list[str]:
-    evaluated = {"eval__data__path": folder / "sums.jsonl", "eval__max_new_tokens": 4, "eval__every": 1}
-    settings = pair_distillation(folder, run, **{"optim__steps": STEPS, **evaluated, **overrides})
-    served: dict[str, object] = {
-        "sampling.server.url": stub.url,
-        "sampling.server.model": "stub",
-        "sampling.server.retries": 0,
-        "sampling.server.concurrency": 1,
-    }
-    return arguments("distill", settings | served)
+    small = {"optim__steps": STEPS, **evaluated(folder, eval__every=1), **overrides}
+    server = served("sampling", stub, retries=0, concurrency=1)
+    return arguments("distill", distillation(run, folder, **small, **server))
 
 
 @pytest.mark.parametrize(

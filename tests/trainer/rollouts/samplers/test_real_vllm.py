@@ -1,7 +1,7 @@
 """Rollouts by a real vLLM server, which the test starts: a few steps of all weights and of a LoRA adapter. Minutes each.
 
 python recipes/smollm2/make.py   # the models, once
-FASTKL_VLLM=vv/bin/python python -m pytest -m slow -s tests/trainer/served/test_real_vllm.py
+FASTKL_VLLM=vv/bin/python python -m pytest -m slow -s tests/trainer/rollouts/samplers/test_real_vllm.py
 
 FASTKL_VLLM is the Python of an environment with vLLM (docs/servers.md); SmolLM2 in float32 on a CPU needs 4 GB.
 """

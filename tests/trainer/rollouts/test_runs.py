@@ -8,19 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from run_cases import check_equal, first_moments, fresh_accelerate, interrupt
-from run_settings import config, pair_distillation
-from tiny_data import pair_and_sums, read_jsonl, sums, write_jsonl
-from tiny_models import tokenizer
+from run_cases import (
+    Run,
+    check_equal,
+    check_moments,
+    completion_logprobs,
+    counted,
+    interrupt,
+    run,
+)
+from run_settings import distillation
+from tiny_data import sums, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from fastkl.trainer.data.samples import Completion
-from fastkl.trainer.distill import distill
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.rollouts.environments import ENVIRONMENTS, Message, Reply
 from fastkl.trainer.rollouts.samplers.generate import GenerateSampler
-
-CHAT = tokenizer().chat_template
 
 
 class Nods:
@@ -35,39 +39,21 @@ class Nods:
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh_accelerate()
+def nods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENVIRONMENTS, "nods", Nods)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pair_and_sums(tmp_path_factory.mktemp("models"))
-
-
-def run(folder: Path, run: Path, **overrides: object) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    path = distill(config("distill", pair_distillation(folder, run, **overrides))).path
-    return read_jsonl(path / "metrics.jsonl"), read_jsonl(path / "samples.jsonl")
-
-
-def gradients(folder: Path, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Of −Σ A ℓ over the tokens that count, per token: the first update's, from all the logits."""
+def check_first_update(folder: Path, done: Run) -> None:
+    """Its gradient is that of −Σ A ℓ over the tokens that count, per token, from all the logits."""
     model = AutoModelForCausalLM.from_pretrained(folder / "student")
     total, tokens = torch.zeros(()), 0
-    for sample in samples:
-        ids, mask = torch.tensor([sample["ids"]]), torch.tensor(sample["loss_mask"][1:])
-        logprobs = torch.log_softmax(model(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None])[:, 0]
-        total = total - (logprobs * torch.tensor(sample["advantages"][1:]))[mask].sum()
-        tokens += int(mask.sum())
+    for sample in done.samples:
+        ids = torch.tensor(counted(sample, "ids"))
+        logprobs = completion_logprobs(model, sample).gather(1, ids[:, None])[:, 0]
+        total = total - (logprobs * torch.tensor(counted(sample, "advantages"))).sum()
+        tokens += len(ids)
     (total / tokens).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
-def check_first_update(folder: Path, run: Path, samples: list[dict[str, Any]]) -> None:
-    for (name, gradient), moment in zip(gradients(folder, samples).items(), first_moments(run), strict=True):
-        found = moment / 0.1
-        error, scale = (found - gradient).abs().max(), gradient.abs().max()
-        assert error <= 2e-3 * scale + 1e-7, f"{name}: off by {error} at a scale of {scale}"
+    check_moments(done.folder, model)
 
 
 ONE: dict[str, object] = {"optim__steps": 1, "optim__max_grad_norm": "null"}
@@ -75,10 +61,9 @@ ONE: dict[str, object] = {"optim__steps": 1, "optim__max_grad_norm": "null"}
 
 def test_reinforcement_learning_without_a_teacher(folder: Path, tmp_path: Path) -> None:
     rewards = {"reward__grader": "regex:[0-9]", "reward__normalize": "true", "sampling__samples_per_prompt": 4}
-    options = pair_distillation(folder, tmp_path / "run", loss__kl_coef=0, batch__max_tokens=40, **rewards, **ONE)
-    del options["teacher.path"]
-    path = distill(config("distill", options)).path
-    (row,), samples = read_jsonl(path / "metrics.jsonl"), read_jsonl(path / "samples.jsonl")
+    options = {"teacher__path": "", "loss__kl_coef": 0, "batch__max_tokens": 40}
+    done = run(tmp_path / "run", folder, **options, **rewards, **ONE)
+    (row,), samples = done.metrics, done.samples
     assert "teacher_kl" not in row
     groups = defaultdict(list)
     for sample in samples:
@@ -90,7 +75,7 @@ def test_reinforcement_learning_without_a_teacher(folder: Path, tmp_path: Path) 
     assert 0 < row["reward/mean"] < 1
     equal = [len({sample["reward"] for sample in group}) == 1 for group in groups.values()]
     assert row["reward/groups_without_signal"] == pytest.approx(sum(equal) / len(equal))
-    check_first_update(folder, path, samples)
+    check_first_update(folder, done)
 
 
 @pytest.mark.parametrize("role", ["null", "user"])
@@ -102,7 +87,8 @@ def test_environment_tokens_have_no_gradient(folder: Path, tmp_path: Path, role:
         "reward__grader": "environment",
         "sampling__samples_per_prompt": 2,
     }
-    (row,), samples = run(folder, tmp_path / "run", **multi, **ONE)
+    done = run(tmp_path / "run", folder, **multi, **ONE)
+    (row,), samples = done.metrics, done.samples
     replied = 0
     for sample in samples:
         after = len(sample["ids"]) - sample["completion_length"]
@@ -114,12 +100,13 @@ def test_environment_tokens_have_no_gradient(folder: Path, tmp_path: Path, role:
     assert replied > 0
     assert row["reward/mean"] > 0
     assert row["sampler_mismatch/mean_abs"] < 1e-5  # every log-prob stands at its token
-    check_first_update(folder, tmp_path / "run", samples)
+    check_first_update(folder, done)
 
 
 def test_mixed_steps(folder: Path, tmp_path: Path) -> None:
     mixed = {"sampling__on_policy_fraction": 0.5, "sampling__given_coef": 0.3}
-    (row,), samples = run(folder, tmp_path / "run", **mixed, **ONE)
+    done = run(tmp_path / "run", folder, **mixed, **ONE)
+    (row,), samples = done.metrics, done.samples
     given = [sample for sample in samples if sample["given"]]
     assert len(given) == 3
     for sample in given:
@@ -129,11 +116,11 @@ def test_mixed_steps(folder: Path, tmp_path: Path) -> None:
     tokens = sum(sum(sample["loss_mask"]) for sample in given)
     assert row["given/nll"] == pytest.approx(-sum(sum(sample["old_logprobs"]) for sample in given) / tokens, rel=1e-5)
     assert row["sampler_mismatch/mean_abs"] < 1e-5
-    check_first_update(folder, tmp_path / "run", samples)
+    check_first_update(folder, done)
 
 
 def test_all_given_is_supervised(folder: Path, tmp_path: Path) -> None:
-    rows, samples = run(folder, tmp_path / "run", sampling__on_policy_fraction=0, optim__steps=8, optim__lr=0.03)
+    _, rows, samples = run(tmp_path / "run", folder, sampling__on_policy_fraction=0, optim__steps=8, optim__lr=0.03)
     assert all(sample["given"] for sample in samples)
     assert rows[-1]["given/nll"] < rows[0]["given/nll"]
 
@@ -147,7 +134,7 @@ def test_a_step_whose_samples_are_all_dropped_moves_nothing(
         return [completion._replace(truncated=True) for completion in sample(self, prompts, **options)]
 
     monkeypatch.setattr(GenerateSampler, "sample", truncated)
-    rows, samples = run(folder, tmp_path / "run", sampling__drop_truncated="true")
+    _, rows, samples = run(tmp_path / "run", folder, sampling__drop_truncated="true")
     assert {row["completions/dropped_fraction"] for row in rows} == {1.0}
     assert all(row["optim/grad_norm"] == 0 for row in rows)
     assert samples == []
@@ -167,12 +154,11 @@ PARTIAL: dict[str, object] = {
 
 
 def test_partial_rollouts_resume_exactly(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, samples = run(folder, tmp_path / "whole", **PARTIAL)
+    samples = run(tmp_path / "whole", folder, **PARTIAL).samples
     assert any(sample["unfinished"] for sample in samples)
     assert max(sample["completion_length"] for sample in samples if not sample["given"]) > 8
-    interrupt(monkeypatch, pair_distillation(folder, tmp_path / "parts", **PARTIAL), 3)
-    fresh_accelerate()
-    run(folder, tmp_path / "parts", **PARTIAL)
+    interrupt(monkeypatch, distillation(tmp_path / "parts", folder, **PARTIAL), 3)
+    run(tmp_path / "parts", folder, **PARTIAL)
     check_equal(tmp_path / "parts", tmp_path / "whole")
 
 
@@ -216,12 +202,11 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
 @pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
 def test_refused(folder: Path, tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        run(folder, tmp_path / "run", **options)
+        run(tmp_path / "run", folder, **options)
     assert not (tmp_path / "run").exists()
 
 
 def test_given_completions_must_be_there(folder: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "bare.jsonl", [{"prompt": "1"}])
-    options = pair_distillation(folder, tmp_path / "run", sampling__on_policy_fraction=0.5) | {"data.path": data}
     with pytest.raises(ConfigError, match=r"bare\.jsonl:1: no `completion`"):
-        distill(config("distill", options))
+        run(tmp_path / "run", folder, sampling__on_policy_fraction=0.5, data__path=data)

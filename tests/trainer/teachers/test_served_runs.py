@@ -6,48 +6,45 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from run_cases import check_equal, log
-from run_settings import arguments, config, pair_distillation
+from run_cases import check_equal, distilled, log
+from run_settings import arguments, distillation, evaluated
+from server_cases import served
 from stub_server import StubServer, serving
-from tiny_data import pair_and_sums, read_jsonl
+from tiny_data import read_jsonl
+from tiny_models import CHAT_TEMPLATE, tokenizer
 
 from fastkl import cli
-from fastkl.trainer.distill import OnPolicy, distill
+from fastkl.trainer.distill import OnPolicy
 from fastkl.trainer.servers import connection
 
 STEPS = 4
 KEY = "sk-very-secret"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pair_and_sums(tmp_path_factory.mktemp("models"), attention_dropout=0.2)
-
-
 @pytest.fixture
-def stub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubServer]:
+def stub(dropout: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubServer]:
     monkeypatch.setattr(connection, "RETRY_PAUSE", 0.01)
-    with serving(folder / "teacher") as server:
+    with serving(dropout / "teacher") as server:
         yield server
 
 
-def settings(folder: Path, run: Path, url: str, **overrides: object) -> dict[str, object]:
-    evaluated = {"eval__data__path": folder / "sums.jsonl", "eval__max_new_tokens": 4}
-    small = {"optim__steps": STEPS, "checkpoint__every": 3, **evaluated, **overrides}
-    served: dict[str, object] = {
-        "teacher.server.url": url,
-        "teacher.server.model": "stub",
-        "teacher.server.retries": 1,
-        "teacher.server.sequences_per_request": 2,
-    }
-    return pair_distillation(folder, run, **small) | {"teacher.path": ""} | served
+def settings(dropout: Path, run: Path, stub: StubServer, **overrides: object) -> dict[str, object]:
+    small = {"optim__steps": STEPS, "checkpoint__every": 3, **evaluated(dropout), **overrides}
+    return distillation(run, dropout, **small, **served("teacher", stub, sequences_per_request=2))
+
+
+@pytest.fixture(scope="module")
+def whole(dropout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run whose server was always there."""
+    with serving(dropout / "teacher") as server:
+        return distilled(settings(dropout, tmp_path_factory.mktemp("run") / "whole", server))
 
 
 @pytest.mark.parametrize("api", ["prompt_logprobs", "echo"])
-def test_a_run_equals_one_with_the_teacher_here(tmp_path: Path, folder: Path, stub: StubServer, api: str) -> None:
-    run = settings(folder, tmp_path / "served", stub.url) | {"teacher.server.api": api}
-    distill(config("distill", run))
-    distill(config("distill", pair_distillation(folder, tmp_path / "local", optim__steps=STEPS)))
+def test_a_run_equals_one_with_the_teacher_here(tmp_path: Path, dropout: Path, stub: StubServer, api: str) -> None:
+    run = settings(dropout, tmp_path / "served", stub) | {"teacher.server.api": api}
+    distilled(run)
+    distilled(distillation(tmp_path / "local", dropout, optim__steps=STEPS))
     ours, theirs = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("served", "local"))
     for a, b in zip([row for row in ours if row["step"]], theirs, strict=True):
         assert a["teacher_kl"] == pytest.approx(b["teacher_kl"], abs=1e-4)
@@ -56,11 +53,10 @@ def test_a_run_equals_one_with_the_teacher_here(tmp_path: Path, folder: Path, st
 
 @pytest.mark.parametrize("answered", [0, 2, 5, 10], ids=lambda count: f"gone-after-{count}")
 def test_a_server_that_goes_away(
-    tmp_path: Path, folder: Path, stub: StubServer, answered: int, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, dropout: Path, whole: Path, stub: StubServer, answered: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Three requests a step. The steps that were done are kept, and the same command goes on with the next."""
-    distill(config("distill", settings(folder, tmp_path / "whole", stub.url)))
-    run = settings(folder, tmp_path / "run", stub.url, checkpoint__every=0)
+    run = settings(dropout, tmp_path / "run", stub, checkpoint__every=0)
     checks = 3  # requests before the first step
     stub.down_after = checks + answered
     assert cli.main(arguments("distill", run)) == 2
@@ -79,28 +75,27 @@ def test_a_server_that_goes_away(
         patch.setattr(OnPolicy, "samples", lambda self, step, clock: taken.append(step) or samples(self, step, clock))
         assert cli.main(arguments("distill", run)) == 0
     assert taken == list(range(done, STEPS))
-    check_equal(tmp_path / "run", tmp_path / "whole")
+    check_equal(tmp_path / "run", whole)
 
 
 def test_a_server_may_come_back_elsewhere(
-    tmp_path: Path, folder: Path, stub: StubServer, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, dropout: Path, whole: Path, stub: StubServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    distill(config("distill", settings(folder, tmp_path / "whole", stub.url)))
     stub.down_after = 7
-    assert cli.main(arguments("distill", settings(folder, tmp_path / "run", stub.url))) == 2
-    with serving(folder / "teacher") as other:
-        moved = settings(folder, tmp_path / "run", other.url)
+    assert cli.main(arguments("distill", settings(dropout, tmp_path / "run", stub))) == 2
+    with serving(dropout / "teacher") as other:
+        moved = settings(dropout, tmp_path / "run", other)
         assert cli.main(arguments("distill", moved | {"teacher.server.model": "other"})) == 2
         assert "teacher.server.model was 'stub' and is 'other'" in capsys.readouterr().err
         assert cli.main(arguments("distill", moved | {"teacher.server.concurrency": 1})) == 0
-    check_equal(tmp_path / "run", tmp_path / "whole")
+    check_equal(tmp_path / "run", whole)
 
 
 def test_the_key_is_written_nowhere(
-    tmp_path: Path, folder: Path, stub: StubServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, dropout: Path, stub: StubServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TEACHER_KEY", KEY)
-    run = settings(folder, tmp_path / "run", stub.url, optim__steps=1) | {"teacher.server.api_key_env": "TEACHER_KEY"}
+    run = settings(dropout, tmp_path / "run", stub, optim__steps=1) | {"teacher.server.api_key_env": "TEACHER_KEY"}
     assert cli.main(arguments("distill", run)) == 0
     assert set(stub.authorizations) == {f"Bearer {KEY}"}
     assert KEY not in "".join(capfd.readouterr())
@@ -120,7 +115,7 @@ def test_the_key_is_written_nowhere(
 )
 def test_refused_before_the_run_folder_exists(
     tmp_path: Path,
-    folder: Path,
+    dropout: Path,
     stub: StubServer,
     defect: str | None,
     extra: dict[str, object],
@@ -128,7 +123,7 @@ def test_refused_before_the_run_folder_exists(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     stub.defect = defect
-    assert cli.main(arguments("distill", settings(folder, tmp_path / "run", stub.url) | extra)) == 2
+    assert cli.main(arguments("distill", settings(dropout, tmp_path / "run", stub) | extra)) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("fastkl: ") == 1
@@ -136,28 +131,26 @@ def test_refused_before_the_run_folder_exists(
 
 
 def test_a_tokenizer_that_is_named_is_compared(
-    tmp_path: Path, folder: Path, stub: StubServer, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, dropout: Path, stub: StubServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its folder needs no model; a chat template in it counts as the teacher's."""
-    from tiny_models import CHAT_TEMPLATE, tokenizer
-
     words = tokenizer()
     words.chat_template = CHAT_TEMPLATE.replace("<a>", "<a> ")
     words.save_pretrained(tmp_path / "words")
-    run = settings(folder, tmp_path / "run", stub.url, optim__steps=1) | {"teacher.tokenizer": tmp_path / "words"}
+    run = settings(dropout, tmp_path / "run", stub, optim__steps=1) | {"teacher.tokenizer": tmp_path / "words"}
     assert cli.main(arguments("distill", run)) == 2
     assert "chat templates of student and teacher differ" in capsys.readouterr().err
     tokenizer().save_pretrained(tmp_path / "words")
     assert cli.main(arguments("distill", run)) == 0
 
 
-def test_scores_of_a_server(tmp_path: Path, folder: Path, stub: StubServer) -> None:
-    shared = {"data.path": folder / "sums.jsonl"}
-    here = {"model.path": folder / "teacher", "output": tmp_path / "here.jsonl"}
+def test_scores_of_a_server(tmp_path: Path, dropout: Path, stub: StubServer) -> None:
+    shared = {"data.path": dropout / "sums.jsonl"}
+    here = {"model.path": dropout / "teacher", "output": tmp_path / "here.jsonl"}
     there = {
         "model.server.url": stub.url,
         "model.server.model": "stub",
-        "model.tokenizer": folder / "teacher",
+        "model.tokenizer": dropout / "teacher",
         "output": tmp_path / "there.jsonl",
     }
     for options in (here, there):

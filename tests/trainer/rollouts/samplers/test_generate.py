@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from run_settings import config, pair_distillation
+from run_cases import run
 from sampler_cases import check, make_model, make_prompts
-from tiny_data import read_jsonl, sums, write_jsonl
+from tiny_data import sums, write_jsonl
 from tiny_models import tokenizer
 from transformers import PreTrainedModel
 
 from fastkl.trainer.config.optim import BatchConfig
 from fastkl.trainer.config.sampling import SamplingConfig
-from fastkl.trainer.distill import distill
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models.loading import batch_layout
 from fastkl.trainer.rollouts.samplers.continuous_batching import ContinuousBatchingSampler
@@ -112,8 +111,7 @@ def test_such_a_student_is_distilled(tmp_path: Path, kind: str) -> None:
         model.save_pretrained(tmp_path / name)
         words.save_pretrained(tmp_path / name)
     write_jsonl(tmp_path / "sums.jsonl", sums())
-    distill(config("distill", pair_distillation(tmp_path, tmp_path / "run")))
-    for row in read_jsonl(tmp_path / "run" / "metrics.jsonl"):
+    for row in run(tmp_path / "run", tmp_path).metrics:
         assert row["sampler_mismatch/mean_abs"] < 1e-5
         assert row["teacher_kl"] > 0
         assert row["flops/student"] > row["flops/sampling"] > 0

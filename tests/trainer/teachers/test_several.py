@@ -14,8 +14,8 @@ import torch
 import yaml
 from launches import REPOSITORY
 from peft import LoraConfig, get_peft_model
-from run_cases import log
-from run_settings import arguments, config, distillation
+from run_cases import completion_logprobs, counted, distilled, log
+from run_settings import arguments, config, distillation, evaluated
 from stub_server import serving
 from tiny_data import model_and_sums, read_jsonl, write_jsonl
 from tiny_models import llama, save_model
@@ -28,7 +28,6 @@ from fastkl.trainer.config.optim import BatchConfig
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.data.mixture import apportion
 from fastkl.trainer.data.samples import make_sample
-from fastkl.trainer.distill import distill
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models import loading
 from fastkl.trainer.runs.folder import check_run_folder
@@ -39,7 +38,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = model_and_sums(tmp_path_factory.mktemp("models"), "student")
     save_model(path / "adder", seed=1, width=24)
     save_model(path / "chatter", seed=2)
@@ -61,24 +60,24 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return paths
 
 
-def settings(folder: Path, run: Path, **overrides: object) -> dict[str, object]:
-    return distillation(run, folder / "student", folder / "adder", folder / "sums.jsonl", **overrides)
+def settings(models: Path, run: Path, **overrides: object) -> dict[str, object]:
+    return distillation(run, models, **{"teacher__path": models / "adder", **overrides})
 
 
-def mixture(folder: Path, run: Path, entries: dict[str, Any], **overrides: object) -> dict[str, object]:
+def mixture(models: Path, run: Path, entries: dict[str, Any], **overrides: object) -> dict[str, object]:
     """Settings of a run with a mixture alone."""
-    alone = {"teacher.path": "", "data.path": "null", "mixture": json.dumps(entries)}
-    return settings(folder, run, **overrides) | alone
+    alone = {"teacher__path": "", "data__path": "null", "mixture": json.dumps(entries)}
+    return settings(models, run, **alone, **overrides)
 
 
-def entry(folder: Path, data: str, weight: float, **teacher: object) -> dict[str, Any]:
-    return {"data": {"path": str(folder / data)}, "weight": weight, "teacher": teacher or None}
+def entry(models: Path, data: str, weight: float, **teacher: object) -> dict[str, Any]:
+    return {"data": {"path": str(models / data)}, "weight": weight, "teacher": teacher or None}
 
 
-def two(folder: Path) -> dict[str, Any]:
+def two(models: Path) -> dict[str, Any]:
     return {
-        "math": entry(folder, "sums.jsonl", 2, path=str(folder / "adder")),
-        "chat": entry(folder, "chats.jsonl", 1, path=str(folder / "chatter")),
+        "math": entry(models, "sums.jsonl", 2, path=str(models / "adder")),
+        "chat": entry(models, "chats.jsonl", 1, path=str(models / "chatter")),
     }
 
 
@@ -97,11 +96,11 @@ def test_shares_follow_the_weights(weights: list[float]) -> None:
 
 
 @pytest.mark.parametrize("objective", ["policy_gradient", "reverse_kl", "top_k"])
-def test_each_data_set_has_its_own_teacher(tmp_path: Path, folder: Path, objective: str) -> None:
-    run = mixture(folder, tmp_path / "run", two(folder), loss__objective=objective, optim__substeps=2)
-    path = distill(config("distill", run)).path
+def test_each_data_set_has_its_own_teacher(tmp_path: Path, models: Path, objective: str) -> None:
+    run = mixture(models, tmp_path / "run", two(models), loss__objective=objective, optim__substeps=2)
+    path = distilled(run)
     teachers = {
-        name: AutoModelForCausalLM.from_pretrained(folder / of) for name, of in (("math", "adder"), ("chat", "chatter"))
+        name: AutoModelForCausalLM.from_pretrained(models / of) for name, of in (("math", "adder"), ("chat", "chatter"))
     }
     samples = read_jsonl(path / "samples.jsonl")
     assert Counter(sample["dataset"] for sample in samples) == {"math": 12, "chat": 6}  # of 3 steps of 6
@@ -110,72 +109,66 @@ def test_each_data_set_has_its_own_teacher(tmp_path: Path, folder: Path, objecti
     assert {s["prompt_index"] for s in samples if s["dataset"] == "chat"} == set(range(5))
     gaps: dict[tuple[int, str], list[float]] = {}
     for sample in samples:
-        ids = torch.tensor([sample["ids"]])
-        with torch.no_grad():
-            scores = torch.log_softmax(teachers[sample["dataset"]](ids).logits[0, :-1], -1)
-        wanted = scores.gather(1, ids[0, 1:, None])[:, 0].where(torch.tensor(sample["loss_mask"][1:]), 0.0)
-        torch.testing.assert_close(torch.tensor(sample["teacher_logprobs"][1:]), wanted, atol=1e-4, rtol=1e-4)
+        scores = completion_logprobs(teachers[sample["dataset"]], sample).detach()
+        wanted = scores.gather(1, torch.tensor(counted(sample, "ids"))[:, None])[:, 0]
+        ours, theirs = counted(sample, "sampler_logprobs"), counted(sample, "teacher_logprobs")
+        torch.testing.assert_close(torch.tensor(theirs), wanted, atol=1e-4, rtol=1e-4)
+        assert sum(theirs) == sum(sample["teacher_logprobs"])  # 0 where nothing counts
         for name in ("", sample["dataset"]):
-            gaps.setdefault((sample["step"], name), []).extend(
-                a - b
-                for a, b, on in zip(
-                    sample["sampler_logprobs"], sample["teacher_logprobs"], sample["loss_mask"], strict=True
-                )
-                if on
-            )
+            gaps.setdefault((sample["step"], name), []).extend(a - b for a, b in zip(ours, theirs, strict=True))
     for row in log(path):
         for name in ("", "math", "chat"):
             gap = gaps[row["step"], name]
             assert row[f"teacher_kl/{name}" if name else "teacher_kl"] == pytest.approx(sum(gap) / len(gap), rel=1e-5)
 
 
-def test_the_order_of_a_mixture_does_not_matter_and_it_resumes(tmp_path: Path, folder: Path) -> None:
-    entries = two(folder)
-    whole = distill(config("distill", mixture(folder, tmp_path / "whole", entries))).path
+def test_the_order_of_a_mixture_does_not_matter_and_it_resumes(tmp_path: Path, models: Path) -> None:
+    entries = two(models)
+    whole = distilled(mixture(models, tmp_path / "whole", entries))
     other = dict(reversed(entries.items()))
-    again = distill(config("distill", mixture(folder, tmp_path / "again", other))).path
+    again = distilled(mixture(models, tmp_path / "again", other))
     assert (again / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
-    distill(config("distill", mixture(folder, tmp_path / "whole", other)))  # the same run: nothing is left to do
+    distilled(mixture(models, tmp_path / "whole", other))  # the same run: nothing is left to do
 
 
-def test_one_data_set_of_a_mixture_is_the_run_without_one(tmp_path: Path, folder: Path) -> None:
-    alone = distill(config("distill", settings(folder, tmp_path / "alone", optim__steps=1))).path
-    entries = {"math": entry(folder, "sums.jsonl", 3, path=str(folder / "adder"))}
-    mixed = distill(config("distill", mixture(folder, tmp_path / "mixed", entries, optim__steps=1))).path
+def test_one_data_set_of_a_mixture_is_the_run_without_one(tmp_path: Path, models: Path) -> None:
+    alone = distilled(settings(models, tmp_path / "alone", optim__steps=1))
+    entries = {"math": entry(models, "sums.jsonl", 3, path=str(models / "adder"))}
+    mixed = distilled(mixture(models, tmp_path / "mixed", entries, optim__steps=1))
     assert {*log(mixed)[0]} == {*log(alone)[0], "teacher_kl/math"}
 
 
-def test_equal_teachers_are_loaded_once(tmp_path: Path, folder: Path, loads: list[str]) -> None:
-    entries = two(folder) | {"more": entry(folder, "chats.jsonl", 1), "most": entry(folder, "chats.jsonl", 1)}
-    run = mixture(folder, tmp_path / "run", entries, optim__steps=1) | {"teacher.path": folder / "adder"}
-    distill(config("distill", run))
+def test_equal_teachers_are_loaded_once(tmp_path: Path, models: Path, loads: list[str]) -> None:
+    entries = two(models) | {"more": entry(models, "chats.jsonl", 1), "most": entry(models, "chats.jsonl", 1)}
+    run = mixture(models, tmp_path / "run", entries, optim__steps=1) | {"teacher.path": models / "adder"}
+    distilled(run)
     assert sorted(loads) == ["adder", "chatter", "student"]
 
 
-def test_teachers_here_and_on_a_server(tmp_path: Path, folder: Path) -> None:
-    local = distill(config("distill", mixture(folder, tmp_path / "local", two(folder), optim__steps=1))).path
-    with serving(folder / "chatter") as stub:
-        entries = two(folder)
+def test_teachers_here_and_on_a_server(tmp_path: Path, models: Path) -> None:
+    local = distilled(mixture(models, tmp_path / "local", two(models), optim__steps=1))
+    with serving(models / "chatter") as stub:
+        entries = two(models)
         entries["chat"]["teacher"] = {"server": {"url": stub.url, "model": "stub"}}
-        path = distill(config("distill", mixture(folder, tmp_path / "run", entries, optim__steps=1))).path
+        path = distilled(mixture(models, tmp_path / "run", entries, optim__steps=1))
         row, wanted = log(path)[0], log(local)[0]
         del wanted["flops/teacher"]  # a server does not tell the size of its model
         assert row == pytest.approx(wanted, rel=1e-3, abs=1e-4)
         # A server may be found elsewhere, its model may not change.
         entries["chat"]["teacher"]["server"]["url"] = "http://127.0.0.1:9/v1"
-        config_of = config("distill", mixture(folder, tmp_path / "run", entries, optim__steps=1))
+        config_of = config("distill", mixture(models, tmp_path / "run", entries, optim__steps=1))
         check_run_folder(config_of)
         entries["chat"]["teacher"]["server"]["model"] = "other"
         with pytest.raises(ConfigError, match=r"mixture\.chat\.teacher\.server\.model was 'stub' and is 'other'"):
-            check_run_folder(config("distill", mixture(folder, tmp_path / "run", entries, optim__steps=1)))
+            check_run_folder(config("distill", mixture(models, tmp_path / "run", entries, optim__steps=1)))
 
 
 def test_each_data_set_is_checked_with_its_teacher(
-    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_model(tmp_path / "short", max_position_embeddings=16)
-    entries = two(folder) | {"short": entry(folder, "chats.jsonl", 1, path=str(tmp_path / "short"))}
-    assert cli.main(arguments("distill", mixture(folder, tmp_path / "run", entries))) == 2
+    entries = two(models) | {"short": entry(models, "chats.jsonl", 1, path=str(tmp_path / "short"))}
+    assert cli.main(arguments("distill", mixture(models, tmp_path / "run", entries))) == 2
     error = capsys.readouterr().err
     assert "the teacher of short's context of 16" in error
     assert "mixture.short.data.max_prompt_tokens" in error
@@ -195,21 +188,21 @@ MIXTURES = {
 
 @pytest.mark.parametrize(("extra", "changes", "parts"), MIXTURES.values(), ids=MIXTURES)
 def test_refused_mixtures(
-    tmp_path: Path, folder: Path, extra: dict[str, object], changes: dict[str, Any], parts: list[str]
+    tmp_path: Path, models: Path, extra: dict[str, object], changes: dict[str, Any], parts: list[str]
 ) -> None:
-    entries = two(folder)
+    entries = two(models)
     entries["math"] |= changes
     with pytest.raises(ConfigError) as error:
-        config("distill", mixture(folder, tmp_path / "run", entries) | extra)
+        config("distill", mixture(models, tmp_path / "run", entries) | extra)
     assert [part for part in parts if part not in str(error.value)] == [], error.value
 
 
-def test_the_name_of_a_data_set_is_that_of_a_metric(tmp_path: Path, folder: Path) -> None:
+def test_the_name_of_a_data_set_is_that_of_a_metric(tmp_path: Path, models: Path) -> None:
     with pytest.raises(ConfigError, match="mixture has a data set 'a/b'; use letters"):
-        config("distill", mixture(folder, tmp_path / "run", {"a/b": two(folder)["math"]}))
+        config("distill", mixture(models, tmp_path / "run", {"a/b": two(models)["math"]}))
 
 
-def test_the_mixture_in_the_documentation_runs(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mixture_in_the_documentation_runs(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (REPOSITORY / "docs" / "teachers.md").read_text(encoding="utf-8")
     block = text.split("```yaml\n")[1].split("```")[0]
     names = {
@@ -220,7 +213,7 @@ def test_the_mixture_in_the_documentation_runs(tmp_path: Path, folder: Path, mon
     }
     for name, stand_in in (names | {"math.jsonl": "sums.jsonl", "chat.jsonl": "chats.jsonl"}).items():
         assert name in block
-        block = block.replace(name, stand_in if stand_in == "run" else str(folder / stand_in))
+        block = block.replace(name, stand_in if stand_in == "run" else str(models / stand_in))
     monkeypatch.chdir(tmp_path)
     Path("two.yaml").write_text(block, encoding="utf-8")
     small = ["--optim.steps=1", "--sampling.max_new_tokens=4", "--sampling.prompts_per_step=6"]
@@ -231,20 +224,14 @@ def test_the_mixture_in_the_documentation_runs(tmp_path: Path, folder: Path, mon
 
 @pytest.mark.parametrize("objective", ["policy_gradient", "reverse_kl", "top_k"])
 def test_the_base_of_a_lora_student_is_its_teacher_without_a_copy(
-    tmp_path: Path, folder: Path, objective: str, loads: list[str]
+    tmp_path: Path, models: Path, objective: str, loads: list[str]
 ) -> None:
-    shared: dict[str, object] = {
-        "student__lora__rank": 2,
-        "loss__objective": objective,
-        "optim__lr": 0.1,
-        "eval__data__path": folder / "sums.jsonl",
-        "eval__max_new_tokens": 4,
-    }
-    own = settings(folder, tmp_path / "own", **shared) | {"teacher.path": "", "teacher.base_of_student": "true"}
-    distill(config("distill", own))
+    shared = {"student__lora__rank": 2, "loss__objective": objective, "optim__lr": 0.1, **evaluated(models)}
+    own = settings(models, tmp_path / "own", **shared) | {"teacher.path": "", "teacher.base_of_student": "true"}
+    distilled(own)
     assert loads == ["student"]
-    copy = settings(folder, tmp_path / "copy", **shared) | {"teacher.path": folder / "student"}
-    distill(config("distill", copy))
+    copy = settings(models, tmp_path / "copy", **shared) | {"teacher.path": models / "student"}
+    distilled(copy)
     assert loads == ["student", "student", "student"]
     first, *_, last = log(tmp_path / "own")[1:]
     assert first["teacher_kl"] == pytest.approx(0, abs=1e-6)  # a new adapter does nothing
@@ -275,21 +262,21 @@ def test_the_base_under_a_head_that_is_trained_in_full() -> None:
     assert samples[0].teacher_logprobs != pytest.approx(wanted, abs=0.1)
 
 
-def test_a_teacher_on_a_device_of_its_own(tmp_path: Path, folder: Path) -> None:
+def test_a_teacher_on_a_device_of_its_own(tmp_path: Path, models: Path) -> None:
     runs = [
-        distill(config("distill", settings(folder, tmp_path / name, optim__steps=1, teacher__device=device))).path
+        distilled(settings(models, tmp_path / name, optim__steps=1, teacher__device=device))
         for name, device in (("null", "null"), ("cpu", "cpu"))
     ]
     assert log(runs[0]) == log(runs[1])
     for device in ("gpu", "cuda:99"):
         with pytest.raises(ConfigError, match=rf"teacher\.device is '{device}', which cannot be used here"):
-            distill(config("distill", settings(folder, tmp_path / "run", teacher__device=device)))
+            distilled(settings(models, tmp_path / "run", teacher__device=device))
     assert not (tmp_path / "run").exists()
 
 
-def test_what_a_teacher_elsewhere_gives_is_brought_to_the_student(folder: Path) -> None:
+def test_what_a_teacher_elsewhere_gives_is_brought_to_the_student(models: Path) -> None:
     """The meta device stands for another one: no numbers, but places."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "adder").requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(models / "adder").requires_grad_(False)
     teacher = LocalTeacher(FusedCausalLM(model), BatchConfig(), 1.0, CPU)
     first, again = (teacher.head([make_sample([5, 6], [7, 8, 9], 0)], torch.device("meta")) for _ in range(2))
     assert first.hidden.device.type == first.weight.device.type == "meta"
@@ -298,12 +285,12 @@ def test_what_a_teacher_elsewhere_gives_is_brought_to_the_student(folder: Path) 
 
 
 def test_quantisation_needs_its_package_and_plain_weights(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
     with pytest.raises(ConfigError, match=r"teacher\.quantization is 4bit, which needs the package bitsandbytes"):
-        opening.load_teacher(TeacherConfig(path=str(folder / "adder"), quantization="4bit"), CPU)
+        opening.load_teacher(TeacherConfig(path=str(models / "adder"), quantization="4bit"), CPU)
     described = save_model(tmp_path / "quantised") / "config.json"
     values = json.loads(described.read_text(encoding="utf-8")) | {"quantization_config": {"quant_method": "fp8"}}
     described.write_text(json.dumps(values), encoding="utf-8")
@@ -315,7 +302,7 @@ def test_quantisation_needs_its_package_and_plain_weights(
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 @pytest.mark.parametrize("objective", ["policy_gradient", "reverse_kl"])
-def test_a_quantised_teacher(tmp_path: Path, folder: Path, quantization: str, objective: str) -> None:
+def test_a_quantised_teacher(tmp_path: Path, models: Path, quantization: str, objective: str) -> None:
     """Its blocks are in few bits, its head is plain; so it is when it comes from a folder that is quantised already."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     save_model(tmp_path / "wide", seed=1, width=64, initializer_range=0.1, tie_word_embeddings=False)
@@ -332,18 +319,18 @@ def test_a_quantised_teacher(tmp_path: Path, folder: Path, quantization: str, ob
         ("stored", {"teacher.path": tmp_path / "stored"}),
         ("plain", {"teacher.path": tmp_path / "wide"}),
     ):
-        run = settings(folder, tmp_path / f"run-{name}", optim__steps=1, loss__objective=objective) | teacher
-        rows.append(log(distill(config("distill", run)).path)[0])
+        run = settings(models, tmp_path / f"run-{name}", optim__steps=1, loss__objective=objective) | teacher
+        rows.append(log(distilled(run))[0])
     asked, stored, plain = rows
     assert stored == pytest.approx(asked, rel=1e-5)
     assert asked["teacher_kl"] == pytest.approx(plain["teacher_kl"], rel=0.2)
     assert asked["teacher_kl"] != plain["teacher_kl"]
 
 
-def test_a_config_with_a_mixture_comes_from_one_yaml_file(tmp_path: Path, folder: Path) -> None:
+def test_a_config_with_a_mixture_comes_from_one_yaml_file(tmp_path: Path, models: Path) -> None:
     file = tmp_path / "two.yaml"
-    values = {"run": "r", "student": {"path": "s"}, "mixture": two(folder)}
+    values = {"run": "r", "student": {"path": "s"}, "mixture": two(models)}
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
     parsed = commands.parse(["distill", str(file), "--mixture.math.weight=3"])[1]
     assert parsed.mixture["math"].weight == 3
-    assert parsed.mixture["chat"].teacher.path == str(folder / "chatter")
+    assert parsed.mixture["chat"].teacher.path == str(models / "chatter")

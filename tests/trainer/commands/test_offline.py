@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from run_settings import arguments
-from tiny_data import model_and_sums, read_jsonl, sums, write_jsonl
+from tiny_data import read_jsonl, sums, write_jsonl
 from tiny_models import tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -19,13 +19,8 @@ from fastkl.trainer.rollouts.grading.graders import GRADERS
 from fastkl.trainer.rollouts.samplers.generate import GenerateSampler
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_and_sums(tmp_path_factory.mktemp("models"), "model")
-
-
 def evaluation(folder: Path, **overrides: object) -> list[str]:
-    settings: dict[str, object] = {"model.path": folder / "model", "eval.data.path": folder / "sums.jsonl"}
+    settings: dict[str, object] = {"model.path": folder / "student", "eval.data.path": folder / "sums.jsonl"}
     return arguments("eval", settings | {"eval.max_new_tokens": 6} | overrides)
 
 
@@ -81,7 +76,7 @@ def test_the_named_grader_gets_text_and_answer(
 
 def test_greedy_answers_are_the_models_likeliest(tmp_path: Path, folder: Path) -> None:
     assert cli.main(evaluation(folder, output=tmp_path / "a.jsonl")) == 0
-    words, model = tokenizer(), AutoModelForCausalLM.from_pretrained(folder / "model")
+    words, model = tokenizer(), AutoModelForCausalLM.from_pretrained(folder / "student")
     for row, answer in zip(sums(), read_jsonl(tmp_path / "a.jsonl"), strict=True):
         prompt = torch.tensor([words(f"<u>{row['prompt']}<a>")["input_ids"]])
         ids = model.generate(prompt, max_new_tokens=6, do_sample=False)[0, prompt.shape[1] :]
@@ -97,7 +92,11 @@ def test_sampled_answers_depend_on_the_seed_alone(tmp_path: Path, folder: Path) 
 
 
 def scoring(folder: Path, output: Path, **overrides: object) -> list[str]:
-    settings: dict[str, object] = {"model.path": folder / "model", "data.path": folder / "sums.jsonl", "output": output}
+    settings: dict[str, object] = {
+        "model.path": folder / "student",
+        "data.path": folder / "sums.jsonl",
+        "output": output,
+    }
     return arguments("score", settings | overrides)
 
 
@@ -112,7 +111,7 @@ def test_scores_are_the_models_log_probs(
     output = tmp_path / "scores.jsonl"
     assert cli.main(scoring(folder, output, **options)) == 0
     assert f"12 rows written to {output}" in capsys.readouterr().out
-    words, model = tokenizer(), AutoModelForCausalLM.from_pretrained(folder / "model")
+    words, model = tokenizer(), AutoModelForCausalLM.from_pretrained(folder / "student")
     template = "{}" if "data.chat_template" in options else "<u>{}<a>"
     for line, (row, scored) in enumerate(zip(sums(), read_jsonl(output), strict=True), start=1):
         prompt = words(template.format(row["prompt"]))["input_ids"]
