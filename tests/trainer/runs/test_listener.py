@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_settings import config, pair_distillation, training
-from tiny_data import pair_and_sums, read_jsonl
+from run_cases import tuned
+from run_settings import config, distillation, evaluated, training
+from tiny_data import read_jsonl
 
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.distill import distill
@@ -40,16 +41,9 @@ class Diary(Listener):
         self.entries.append(folder.student.name)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pair_and_sums(tmp_path_factory.mktemp("models"))
-
-
 def test_a_listener_hears_phases_steps_and_the_end(folder: Path, tmp_path: Path) -> None:
     diary = Diary()
-    run = pair_distillation(
-        folder, tmp_path / "run", optim__steps=1, eval__data__path=folder / "sums.jsonl", eval__max_new_tokens=8
-    )
+    run = distillation(tmp_path / "run", folder, **evaluated(folder, eval__max_new_tokens=8, optim__steps=1))
     path = distill(config("distill", run), listener=diary).path
     phases = [
         f"{phase} {what}" for phase in ("sample", "teacher", "old_logprobs", "ranks") for what in ("begins", "ends")
@@ -59,8 +53,8 @@ def test_a_listener_hears_phases_steps_and_the_end(folder: Path, tmp_path: Path)
 
 
 def test_a_resumed_run_says_where_it_goes_on(folder: Path, tmp_path: Path) -> None:
-    run = training(tmp_path / "run", folder / "student", folder / "sums.jsonl", optim__steps=1)
-    sft(config("sft", run))
+    run = training(tmp_path / "run", folder, optim__steps=1)
+    tuned(run)
     diary = Diary()
     sft(config("sft", run), listener=diary)
     assert diary.entries == [(1, 1), "student"]
@@ -72,4 +66,4 @@ def test_what_a_listener_raises_ends_the_run(folder: Path, tmp_path: Path) -> No
             raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough"):
-        distill(config("distill", pair_distillation(folder, tmp_path / "run")), listener=Stops())
+        distill(config("distill", distillation(tmp_path / "run", folder)), listener=Stops())
