@@ -31,15 +31,14 @@ def test_tokenizers_that_agree_pass() -> None:
     checks.check_tokenizers(tokenizer(), tokenizer())
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher"),
-    [
-        (CHARACTERS, CHARACTERS[::-1]),  # as many tokens, other ids
-        (CHARACTERS, CHARACTERS.replace("x", "")),  # one character fewer
-        (CHARACTERS + "é", CHARACTERS),  # differ outside ASCII alone
-    ],
-    ids=["permuted", "fewer", "accents"],
-)
+OTHERS = {
+    "permuted": (CHARACTERS, CHARACTERS[::-1]),  # as many tokens, other ids
+    "fewer": (CHARACTERS, CHARACTERS.replace("x", "")),  # one character fewer
+    "accents": (CHARACTERS + "é", CHARACTERS),  # differ outside ASCII alone
+}
+
+
+@pytest.mark.parametrize(("student", "teacher"), OTHERS.values(), ids=OTHERS)
 def test_tokenizers_that_differ_are_refused(student: str, teacher: str) -> None:
     with pytest.raises(ConfigError, match=r"tokenize differently.*tokens.*student's family"):
         checks.check_tokenizers(tokenizer(student), tokenizer(teacher))
@@ -153,36 +152,35 @@ def _other_template(words: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     return words
 
 
-@pytest.mark.parametrize(
-    ("teacher", "rows", "settings", "message"),
-    [
-        ({"words": tokenizer(CHARACTERS[::-1])}, sums(), {}, "tokenize differently"),
-        ({"words": tokenizer(bos_token="<s>")}, sums(), {}, "bos_token_id is None"),
-        ({"words": _other_template(tokenizer())}, sums(), {}, "chat templates of student and teacher differ"),
-        ({"vocabulary": len(tokenizer()) - 1}, sums(), {}, "the teacher's head has"),
-        ({"max_position_embeddings": 8}, sums(), {}, "the teacher's context of 8"),
-        ({}, [{"prompt": ""}], {"data__chat_template": "false"}, "sums.jsonl:1 is an empty prompt"),
-        ({}, sums(), {"eval__data__path": "sums.jsonl", "eval__max_new_tokens": 60}, "eval.data.max_prompt_tokens"),
-        ({}, [{"prompt": "1"}], {"eval__data__path": "sums.jsonl"}, "sums.jsonl:1: no `answer`"),
-        (
-            {},
-            sums(),
-            {"student__lora__rank": 2, "student__lora__target_modules": '["lm_head"]'},
-            "student: the LM head",
-        ),
-    ],
-    ids=[
-        "tokenizer",
-        "special-ids",
-        "chat-template",
-        "head-too-small",
-        "context",
-        "empty-prompt",
-        "eval-context",
-        "eval-without-answers",
-        "lora-on-the-head",
-    ],
-)
+REFUSED = {
+    "tokenizer": ({"words": tokenizer(CHARACTERS[::-1])}, sums(), {}, "tokenize differently"),
+    "special-ids": ({"words": tokenizer(bos_token="<s>")}, sums(), {}, "bos_token_id is None"),
+    "chat-template": (
+        {"words": _other_template(tokenizer())},
+        sums(),
+        {},
+        "chat templates of student and teacher differ",
+    ),
+    "head-too-small": ({"vocabulary": len(tokenizer()) - 1}, sums(), {}, "the teacher's head has"),
+    "context": ({"max_position_embeddings": 8}, sums(), {}, "the teacher's context of 8"),
+    "empty-prompt": ({}, [{"prompt": ""}], {"data__chat_template": "false"}, "sums.jsonl:1 is an empty prompt"),
+    "eval-context": (
+        {},
+        sums(),
+        {"eval__data__path": "sums.jsonl", "eval__max_new_tokens": 60},
+        "eval.data.max_prompt_tokens",
+    ),
+    "eval-without-answers": ({}, [{"prompt": "1"}], {"eval__data__path": "sums.jsonl"}, "sums.jsonl:1: no `answer`"),
+    "lora-on-the-head": (
+        {},
+        sums(),
+        {"student__lora__rank": 2, "student__lora__target_modules": '["lm_head"]'},
+        "student: the LM head",
+    ),
+}
+
+
+@pytest.mark.parametrize(("teacher", "rows", "settings", "message"), REFUSED.values(), ids=REFUSED)
 def test_distill_refuses_before_the_run_folder_exists(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -102,17 +102,16 @@ def test_the_key_is_written_nowhere(
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
-@pytest.mark.parametrize(
-    ("defect", "extra", "message"),
-    [
-        ("ignored", {}, "gives no log-probs of given tokens"),
-        ("shifted", {}, "shifted by one"),
-        (None, {"sampling.temperature": 0.7}, "the temperature is 0.7"),
-        (None, {"sampling.max_new_tokens": 56}, "sampling.max_new_tokens"),
-        (None, {"teacher.server.model": "other"}, "The model other does not exist"),
-    ],
-    ids=["ignored", "shifted", "temperature", "context", "model"],
-)
+UNFIT = {
+    "ignored": ("ignored", {}, "gives no log-probs of given tokens"),
+    "shifted": ("shifted", {}, "shifted by one"),
+    "temperature": (None, {"sampling.temperature": 0.7}, "the temperature is 0.7"),
+    "context": (None, {"sampling.max_new_tokens": 56}, "sampling.max_new_tokens"),
+    "model": (None, {"teacher.server.model": "other"}, "The model other does not exist"),
+}
+
+
+@pytest.mark.parametrize(("defect", "extra", "message"), UNFIT.values(), ids=UNFIT)
 def test_refused_before_the_run_folder_exists(
     tmp_path: Path,
     dropout: Path,
