@@ -6,22 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-import pytest
 from launches import give_samples, together
 from run_cases import log
-from run_settings import arguments, pair_distillation
-from tiny_data import pair_and_sums, read_jsonl
+from run_settings import arguments, distillation
+from tiny_data import read_jsonl
 
 from fastkl.loss import LossOutput
 from fastkl.trainer.config.loss import ObjectiveName
 from fastkl.trainer.data.batching import Batch
 from fastkl.trainer.objectives.policy_gradient import PolicyGradient
 from fastkl.trainer.objectives.registry import OBJECTIVES
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pair_and_sums(tmp_path_factory.mktemp("models"))
 
 
 class Notes(PolicyGradient):
@@ -38,7 +32,7 @@ def take_notes() -> None:
 
 
 def run(folder: Path, path: Path, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    command = arguments("distill", pair_distillation(folder, path, optim__steps=1, sampling__prompts_per_step=5))
+    command = arguments("distill", distillation(path, folder, optim__steps=1, sampling__prompts_per_step=5))
     codes, said = together(command, path.with_suffix(".said"), count=count, before=dict.fromkeys((0, 1), take_notes))
     assert codes == [0] * count, "\n".join(said)
     return log(path), read_jsonl(path / "samples.jsonl")

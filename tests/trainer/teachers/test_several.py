@@ -198,7 +198,7 @@ def test_refused_mixtures(
 
 
 def test_the_name_of_a_data_set_is_that_of_a_metric(tmp_path: Path, models: Path) -> None:
-    with pytest.raises(ConfigError, match="mixture has a data set 'a/b'; use letters"):
+    with pytest.raises(ConfigError, match=r"mixture has a data set 'a/b', and its name .* a metric; use only letters"):
         config("distill", mixture(models, tmp_path / "run", {"a/b": two(models)["math"]}))
 
 
