@@ -35,9 +35,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def refuse_renamed(settings: Iterable[tuple[str, Any]], remedy: str) -> None:
     """Refuses a name or a value of before, and says what it is called now."""
     given = list(settings)
-    found = [old for old in RENAMED if any(old.setting == name and old.value in (None, value) for name, value in given)]
-    if found:
-        renamed = "; ".join(
-            f"{name if value is None else f'{name}: {value}'} is now {now}" for name, value, now in found
-        )
+    old = [entry for entry in RENAMED if any(entry.setting == name and entry.value in (None, v) for name, v in given)]
+    if old:
+        renamed = "; ".join(f"{name if value is None else f'{name}: {value}'} is now {now}" for name, value, now in old)
         raise ConfigError(f"settings of an earlier version: {renamed}. {remedy}")

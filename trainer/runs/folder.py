@@ -83,8 +83,8 @@ class RunFolder:
 
     def latest_checkpoint(self) -> tuple[int, Path] | None:
         """Steps done and folder of the newest complete checkpoint."""
-        found = processes.on_main(lambda: sorted(self._checkpoints.glob("step-*")))
-        return (int(found[-1].name.removeprefix("step-")), found[-1]) if found else None
+        folders = processes.on_main(lambda: sorted(self._checkpoints.glob("step-*")))
+        return (int(folders[-1].name.removeprefix("step-")), folders[-1]) if folders else None
 
     def save_checkpoint(self, write: Callable[[Path], None], steps_done: int) -> None:
         """Has a checkpoint written aside, renames it into place, then drops the oldest ones."""
@@ -160,7 +160,7 @@ def flat_settings(config: RunConfig) -> dict[str, str | int | float | bool]:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """What config.yaml holds: everything but the folder's own name, so that a run may be moved."""
+    """What config.yaml holds: everything but the folder's own name, for a run may be moved."""
     return {name: value for name, value in as_dict(config).items() if name != "run"}
 
 

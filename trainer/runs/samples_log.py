@@ -16,7 +16,7 @@ from fastkl.trainer.data.samples import Sample
 NAME = "samples.jsonl"
 LINE = re.compile(rb'\{"step": (\d+),')  # how a line begins
 
-Place = tuple[int, int]  # where a line begins in its file, and its length
+Line = tuple[int, int]  # where it begins in its file, and its length
 
 
 def sample_records(
@@ -32,23 +32,23 @@ def sample_records(
         }
 
 
-def find_records(file: Path) -> dict[int, list[Place]]:
+def find_records(file: Path) -> dict[int, list[Line]]:
     """Where the samples of each step are; nothing where there is no file."""
-    places: dict[int, list[Place]] = defaultdict(list)
+    lines: dict[int, list[Line]] = defaultdict(list)
     if not file.is_file():
-        return places
+        return lines
     position = 0
-    with open(file, "rb") as lines:
-        for line in lines:
+    with open(file, "rb") as log:
+        for line in log:
             begins = LINE.match(line)
             if begins and line.endswith(b"}\n"):  # a line that a crash cut short has no end
-                places[int(begins[1])].append((position, len(line)))
+                lines[int(begins[1])].append((position, len(line)))
             position += len(line)
-    return places
+    return lines
 
 
-def read_records(file: Path, places: Iterable[Place]) -> Iterator[dict[str, Any]]:
-    with open(file, "rb") as lines:
-        for position, length in places:
-            lines.seek(position)
-            yield json.loads(lines.read(length).decode("utf-8", errors="replace"))
+def read_records(file: Path, lines: Iterable[Line]) -> Iterator[dict[str, Any]]:
+    with open(file, "rb") as log:
+        for position, length in lines:
+            log.seek(position)
+            yield json.loads(log.read(length).decode("utf-8", errors="replace"))

@@ -32,10 +32,10 @@ class Scores(NamedTuple):
     """What a server says of the tokens of a sequence, entry by entry; the first token has nothing before it."""
 
     logprobs: list[float]  # 0 for the first
-    best: list[float | None]  # the log-prob of the likeliest token in its place, where the server tells
+    best: list[float | None]  # the log-prob of the likeliest token in its position, where the server tells
     texts: list[str | None]  # the token as text, where the server tells
-    top: list[dict[int, float]]  # the likeliest tokens in its place, where they were asked for; {} for the first
-    ranks: list[int | None]  # 1 for the likeliest token in its place, where the server tells
+    top: list[dict[int, float]]  # the likeliest tokens in its position, where they were asked for; {} for the first
+    ranks: list[int | None]  # 1 for the likeliest token in its position, where the server tells
 
 
 class CompletionsServer:
@@ -51,8 +51,8 @@ class CompletionsServer:
         answer = self._connection.post(f"{self.url}/completions", body | _options(api, top_k))
         choices = answer.get("choices")
         if not isinstance(choices, list) or len(choices) != len(sequences):
-            found = len(choices) if isinstance(choices, list) else "no"
-            raise BadAnswer(f"{self.url} answered {len(sequences)} sequences with {found} choices")
+            count = len(choices) if isinstance(choices, list) else "no"
+            raise BadAnswer(f"{self.url} answered {len(sequences)} sequences with {count} choices")
         read = _read_prompt_logprobs if api == "prompt_logprobs" else _read_echo
         try:
             ordered = sorted(choices, key=lambda choice: choice["index"])
@@ -84,36 +84,36 @@ def _read_prompt_logprobs(choice: dict[str, Any], ids: list[int], top_k: int) ->
     _check_length(len(entries), ids)
     _check_first(entries[0])
     scores = Scores([0.0], [None], [None], [{}], [None])
-    for place, (token, entry) in enumerate(zip(ids[1:], entries[1:], strict=True), start=1):
+    for position, (token, entry) in enumerate(zip(ids[1:], entries[1:], strict=True), start=1):
         if not isinstance(entry, dict) or str(token) not in entry:
             named = ", ".join(entry) if isinstance(entry, dict) else repr(entry)
-            raise BadAnswer(f"token {place} of the sequence is id {token}, but the log-probs there are of {named}")
-        own = entry[str(token)]
-        scores.logprobs.append(read_logprob(own.get("logprob"), place))
-        others = [other.get("logprob") for other in entry.values()]
-        scores.best.append(max(others) if len(entry) > 1 or own.get("rank") == 1 else None)
-        scores.texts.append(own.get("decoded_token"))
-        found = {int(key): other.get("logprob") for key, other in entry.items()}
-        scores.top.append(_likeliest(found, top_k, place) if top_k else {})
-        scores.ranks.append(_rank(own.get("rank")))
+            raise BadAnswer(f"token {position} of the sequence is id {token}, but the log-probs there are of {named}")
+        actual, listed = entry[str(token)], {int(key): other.get("logprob") for key, other in entry.items()}
+        scores.logprobs.append(read_logprob(actual.get("logprob"), position))
+        scores.best.append(max(listed.values()) if len(entry) > 1 or actual.get("rank") == 1 else None)
+        scores.texts.append(actual.get("decoded_token"))
+        scores.top.append(_likeliest(listed, top_k, position) if top_k else {})
+        scores.ranks.append(_rank(actual.get("rank")))
     return scores
 
 
 def _read_echo(choice: dict[str, Any], ids: list[int], top_k: int) -> Scores:
-    found = choice.get("logprobs")
-    values = found.get("token_logprobs") if isinstance(found, dict) else None
-    if not isinstance(found, dict) or values is None or len(values) <= 1 < len(ids):
+    answer = choice.get("logprobs")
+    values = answer.get("token_logprobs") if isinstance(answer, dict) else None
+    if not isinstance(answer, dict) or values is None or len(values) <= 1 < len(ids):
         raise Unscored("the options echo and logprobs are ignored: no log-probs of the prompt in the answer")
     if len(values) == len(ids) + 1:
         values = values[:-1]  # the generated token
     _check_length(len(values), ids)
     _check_first(values[0])
-    logprobs = [0.0, *(read_logprob(value, place) for place, value in enumerate(values[1:], start=1))]
-    tops = (found.get("top_logprobs") or [None] * len(ids))[: len(ids)]
+    logprobs = [0.0, *(read_logprob(value, position) for position, value in enumerate(values[1:], start=1))]
+    tops = (answer.get("top_logprobs") or [None] * len(ids))[: len(ids)]
     best = [max(top.values()) if top else None for top in tops]
-    texts = (found.get("tokens") or [None] * len(ids))[: len(ids)]
-    likeliest = [_likeliest(_by_id(top), top_k, place) for place, top in enumerate(tops[1:], start=1)] if top_k else []
-    return Scores(logprobs, best, texts, [{}, *(likeliest or [{}] * (len(ids) - 1))], [None] * len(ids))
+    texts = (answer.get("tokens") or [None] * len(ids))[: len(ids)]
+    likeliest: list[dict[int, float]] = [{} for _ in ids]
+    if top_k:
+        likeliest[1:] = [_likeliest(_by_id(top), top_k, position) for position, top in enumerate(tops[1:], start=1)]
+    return Scores(logprobs, best, texts, likeliest, [None] * len(ids))
 
 
 def _by_id(top: dict[str, float] | None) -> dict[int, float]:
@@ -126,18 +126,18 @@ def _by_id(top: dict[str, float] | None) -> dict[int, float]:
     return {int(key): value for key, value in zip(keys, top.values(), strict=True)}
 
 
-def _likeliest(found: dict[int, float], top_k: int, place: int) -> dict[int, float]:
+def _likeliest(listed: dict[int, float], top_k: int, position: int) -> dict[int, float]:
     """The greatest `top_k` log-probs: a server adds the token itself to its list. What is impossible is left out."""
-    values = {token: read_logprob(value, place) for token, value in found.items()}
-    listed = sorted(values, key=lambda token: -values[token])[:top_k]
-    if len(listed) < top_k:
-        raise BadAnswer(f"{len(listed)} likeliest tokens where {top_k} were asked for: the server has a lower limit")
-    return {token: values[token] for token in listed if found[token] > LOWEST}
+    values = {token: read_logprob(value, position) for token, value in listed.items()}
+    likeliest = sorted(values, key=lambda token: -values[token])[:top_k]
+    if len(likeliest) < top_k:
+        raise BadAnswer(f"{len(likeliest)} likeliest tokens where {top_k} were asked for: the server has a lower limit")
+    return {token: values[token] for token in likeliest if listed[token] > LOWEST}
 
 
-def _check_length(found: int, ids: list[int]) -> None:
-    if found != len(ids):
-        raise BadAnswer(f"{found} log-probs for {len(ids)} tokens: the server did not score the ids that it was sent")
+def _check_length(count: int, ids: list[int]) -> None:
+    if count != len(ids):
+        raise BadAnswer(f"{count} log-probs for {len(ids)} tokens: the server did not score the ids that it was sent")
 
 
 def _check_first(value: object) -> None:
@@ -152,7 +152,9 @@ def _rank(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
-def read_logprob(value: object, place: int) -> float:
+def read_logprob(value: object, position: int) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value <= ROUNDING:
-        raise BadAnswer(f"token {place} of the sequence has {value!r} for a log-prob; it must be a number, at most 0")
+        raise BadAnswer(
+            f"token {position} of the sequence has {value!r} for a log-prob; it must be a number, at most 0"
+        )
     return float(value) if value > LOWEST else UNKNOWN

@@ -1,7 +1,7 @@
 """Completions of token ids by a vLLM server: ids go out, ids come back, each with its log-prob.
 
-A request spells out every setting that shapes the distribution, so that none is left to the server's or the model's
-defaults. One prompt a request: vLLM gives all prompts of a request the same seed, and so the same noise.
+A request spells out every setting that shapes the distribution: the server and the model have defaults of their own.
+One prompt a request: vLLM gives all prompts of a request the same seed, and so the same noise.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ class GenerationServer:
         if not isinstance(tokens, list) or choice.get("prompt_token_ids") != prompt:
             raise BadAnswer(f"{self.url} answers without the token ids of prompt and completion (return_token_ids)")
         if not isinstance(logprobs, list) or len(logprobs) != len(tokens):
-            raise BadAnswer(f"{self.url} gives {logprobs and len(logprobs)} log-probs of {len(tokens)} sampled tokens")
+            raise BadAnswer(f"{self.url} gives {logprobs and len(logprobs)} log-probs for {len(tokens)} sampled tokens")
         ended = bool(tokens) and tokens[-1] in eos_token_ids
         if not (ended or len(tokens) == max_new_tokens):
             raise BadAnswer(
                 f"{self.url} ended a completion after {len(tokens)} tokens of {max_new_tokens} with id {tokens[-1:]}, "
                 f"which is no end of the student's ({list(eos_token_ids)}); finish_reason {choice.get('finish_reason')!r}"
             )
-        values = [read_logprob(value, len(prompt) + place) for place, value in enumerate(logprobs)]
+        values = [read_logprob(value, len(prompt) + index) for index, value in enumerate(logprobs)]
         return Completion(tokens, values, not ended)
 
     def likeliest(self, model: str, prompt: list[int], temperature: float) -> dict[str, float]:
