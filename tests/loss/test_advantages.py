@@ -83,16 +83,6 @@ def test_no_sum_crosses_a_boundary(discount: float) -> None:
     assert torch.equal(again[:8], packed[:8])
 
 
-@pytest.mark.parametrize("discount", DISCOUNTS)
-def test_rows_of_a_batch_are_separate(discount: float) -> None:
-    sampler, teacher = logprobs((3, 7), 4)
-    together = loss.reverse_kl_advantages(sampler, teacher, discount=discount)
-    for row in range(3):
-        torch.testing.assert_close(
-            together[row], loss.reverse_kl_advantages(sampler[row], teacher[row], discount=discount)
-        )
-
-
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("where", ["sampler", "teacher", "both"])
 @pytest.mark.parametrize("discount", DISCOUNTS)

@@ -74,7 +74,8 @@ def test_large_common_shift_costs_no_digits(shift: float) -> None:
     z = shift + torch.arange(13.0).repeat(4, 1) / 8
     p = logits_problem(z, torch.float32)
     exact = eager("linear_logprobs", p.double())
-    torch.testing.assert_close(fused("linear_logprobs", p).double(), exact, rtol=3e-7, atol=0)
+    for q in (p, p.leaves(("hidden",))):  # scored, and with a gradient
+        torch.testing.assert_close(fused("linear_logprobs", q).detach().double(), exact, rtol=3e-7, atol=0)
 
 
 # 127 and 1009 are primes; 50257 is GPT-2's and odd; 2 the smallest with a choice. Neither knows of the number of rows.

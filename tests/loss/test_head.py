@@ -131,20 +131,24 @@ def test_measured_transform(family: str) -> None:
     assert transform.softcap == (None if wanted.softcap is None else pytest.approx(wanted.softcap, rel=1e-6))
 
 
+def change_logits(model: Any, change: Callable[[Tensor], Tensor]) -> None:
+    """What the model does to its logits after the head, from here on."""
+    plain_forward = model.forward
+
+    def forward(**inputs: Any) -> Any:
+        output = plain_forward(**inputs)
+        output.logits = change(output.logits)
+        return output
+
+    model.forward = forward
+
+
 @pytest.mark.parametrize(
     ("scale", "cap"), [(0.1, 30.0), (3.0, 30.0), (1.0, 0.5), (1.0, 1000.0), (1e-3, None), (50.0, None)]
 )
 def test_measured_transform_of_any_scale_and_cap(scale: float, cap: float | None) -> None:
     model = causal_lm()
-    plain_forward = model.forward
-
-    def forward(**inputs: Any) -> Any:
-        output = plain_forward(**inputs)
-        z = output.logits * scale
-        output.logits = z if cap is None else cap * torch.tanh(z / cap)
-        return output
-
-    model.forward = forward
+    change_logits(model, lambda z: scale * z if cap is None else cap * torch.tanh(scale * z / cap))
     transform = measure_logit_transform(model)
     assert transform.logit_scale == pytest.approx(scale, rel=1e-3)
     assert transform.softcap == (None if cap is None else pytest.approx(cap, rel=1e-3))
@@ -244,14 +248,7 @@ def test_a_head_that_is_no_plain_linear_layer_is_refused(head: nn.Module) -> Non
 )
 def test_unknown_treatment_of_the_logits_is_refused(change: Callable[[Tensor], Tensor]) -> None:
     model = build("llama")
-    plain_forward = model.forward
-
-    def forward(**inputs: Any) -> Any:
-        output = plain_forward(**inputs)
-        output.logits = change(output.logits)
-        return output
-
-    model.forward = forward
+    change_logits(model, change)
     with pytest.raises(ValueError, match=r"LlamaForCausalLM.*cannot be fused"):
         FusedCausalLM(model)
     assert "forward" not in vars(model.lm_head)
