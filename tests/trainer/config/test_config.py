@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
+import docstring_parser
 import pytest
 from launches import run_python
 from run_settings import MINIMAL, arguments, config
@@ -22,6 +23,7 @@ from fastkl.kernels.sparse.estimator import Sparse
 from fastkl.kernels.surrogate import Surrogate
 from fastkl.trainer.commands.command_line import COMMANDS, Command
 from fastkl.trainer.config.loss import OPTION_OF, LossConfig, ObjectiveName
+from fastkl.trainer.config.mixture import MixtureConfig
 from fastkl.trainer.config.training import DistillConfig, SftConfig
 from fastkl.trainer.errors import ConfigError
 
@@ -420,3 +422,26 @@ def test_commands_run_a_function_of_their_config(command: Command) -> None:
     function = getattr(importlib.import_module(f"fastkl.trainer.{module}"), name)
     first = next(iter(inspect.signature(function, eval_str=True).parameters.values()))
     assert first.annotation is command.config
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_help_is_a_few_short_sentences(command: Command) -> None:
+    kinds = [command.config, MixtureConfig] if command.config is DistillConfig else [command.config]
+    for kind in kinds:
+        for name, text in explanations(kind).items():
+            assert text[0].isupper(), f"{name}: {text}"
+            assert text.endswith("."), f"{name}: {text}"
+            assert text.count(". ") <= 3, f"{name}: {text}"
+
+
+def explanations(kind: type) -> dict[str, str]:
+    """The `Args:` of a config and of those within it, by name."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if "Args:" in (base.__doc__ or ""):
+            found |= {entry.arg_name: entry.description or "" for entry in docstring_parser.parse(base.__doc__).params}
+    for field in dataclasses.fields(kind):
+        assert field.name in found, f"{kind.__name__}.{field.name} has no explanation"
+        if field.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(field.default_factory):
+            found |= {f"{field.name}.{name}": text for name, text in explanations(field.default_factory).items()}
+    return found
