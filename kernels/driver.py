@@ -65,10 +65,10 @@ def evaluate(spec: Spec, inputs: Inputs) -> Tensor:
     if (score := scorer(spec, inputs)) is not None:
         score(values)
         return values
-    rows_of = row_function(spec, inputs.hidden)
+    evaluate_rows = row_function(spec, inputs.hidden)
     with _full_precision(inputs):
         for chunk in _chunks(spec, inputs, gradient=False):
-            rows_of(chunk.logits, chunk.tokens, values[:, chunk.rows], None)
+            evaluate_rows(chunk.logits, chunk.tokens, values[:, chunk.rows], None)
     return values
 
 
@@ -90,23 +90,21 @@ def evaluate_with_gradients(
     values = _new_values(spec, inputs)
     losses = values.new_zeros(values.shape[1])
     grad_hidden = torch.empty_like(hidden) if needs.hidden else None
-    grad_weight = (
-        weight_grad if weight_grad is not None else _new_weight_gradient(spec, inputs) if needs.weight else None
-    )
+    grad_weight = _new_weight_gradient(spec, inputs) if weight_grad is None and needs.weight else weight_grad
     grad_bias = values.new_zeros(weight.shape[0]) if needs.bias else None
     sums = Gradients(grad_hidden, grad_weight, grad_bias)
     sampler = column_sampler(spec, inputs)
-    rows_of = row_function(spec, hidden)
+    evaluate_rows = row_function(spec, hidden)
     mixed = entropy_gradient(spec, hidden) if spec.kind == "token_nll_entropy" else None
     with _full_precision(inputs):
         for chunk in _chunks(spec, inputs, gradient=True):
             rows, logits, tokens, gradient = chunk
-            own = values[:, rows]
-            rows_of(logits, tokens, own, None if mixed else gradient)
-            losses[rows], slope, entropy_slope = row_loss.take(rows).losses_and_slopes(own)
+            own_values = values[:, rows]
+            evaluate_rows(logits, tokens, own_values, None if mixed else gradient)
+            losses[rows], slope, entropy_slope = row_loss.take(rows).losses_and_slopes(own_values)
             if mixed is not None and tokens is not None:
                 weights = slope, torch.zeros_like(slope) if entropy_slope is None else entropy_slope
-                mixed(logits, tokens, own, torch.stack(weights), gradient)
+                mixed(logits, tokens, own_values, torch.stack(weights), gradient)
                 slope = torch.ones_like(slope)
             slope = slope * spec.student.alpha
             if grad_bias is not None:  # first, for a sampler may overwrite the gradient
@@ -149,10 +147,10 @@ def _add_sparse_products(
 
 def _named_tokens(chunk: _Chunk, block: slice) -> list[Tensor]:
     """The ids that the loss names in a block of a chunk: its tokens, and the teacher's likeliest."""
-    found = [] if chunk.tokens is None else [chunk.tokens[block]]
+    ids_of_block = [] if chunk.tokens is None else [chunk.tokens[block]]
     if (ids := chunk.logits.top_ids) is not None:
-        found.append(torch.where(ids[block] < 0, ids[block, :1], ids[block]).reshape(-1))
-    return found
+        ids_of_block.append(torch.where(ids[block] < 0, ids[block, :1], ids[block]).reshape(-1))
+    return ids_of_block
 
 
 @torch.no_grad()
@@ -166,9 +164,7 @@ def weight_gradients(
     weight_grad: Tensor | None = None,
 ) -> Gradients:
     """Gradients of weight and bias by the losses of `estimates`, times `upstream` [N]; logits again for the rest."""
-    grad_weight = (
-        weight_grad if weight_grad is not None else _new_weight_gradient(spec, inputs) if needs.weight else None
-    )
+    grad_weight = _new_weight_gradient(spec, inputs) if weight_grad is None and needs.weight else weight_grad
     grad_bias = upstream.new_zeros(inputs.weight.shape[0]) if needs.bias else None
     with _full_precision(inputs):
         for rows, ids, gradient, slope, _ in estimates.kept:
@@ -180,8 +176,8 @@ def weight_gradients(
     if estimates.others:
         again = torch.cat([torch.arange(rows.start, rows.stop, device=upstream.device) for rows in estimates.others])
         rest = row_loss.times(upstream).take(again)
-        own = evaluate_with_gradients(spec, inputs.take(again), rest, needs._replace(hidden=False), grad_weight)[2]
-        grad_bias = None if grad_bias is None or own.bias is None else grad_bias.add_(own.bias)
+        exact = evaluate_with_gradients(spec, inputs.take(again), rest, needs._replace(hidden=False), grad_weight)[2]
+        grad_bias = None if grad_bias is None or exact.bias is None else grad_bias.add_(exact.bias)
     return Gradients(None, grad_weight, grad_bias)
 
 
@@ -235,8 +231,8 @@ def _teacher_scores(inputs: Inputs, rows: slice, options: HeadOptions, out: Tens
         return
     logits = inputs.teacher_logits
     assert logits is not None
-    given = logits(torch.arange(rows.start, rows.stop, device=out.device)) if callable(logits) else logits[rows]
-    out.copy_(given[:, : out.shape[1]])
+    scores = logits(torch.arange(rows.start, rows.stop, device=out.device)) if callable(logits) else logits[rows]
+    out.copy_(scores[:, : out.shape[1]])
     if options.alpha != 1.0:
         out.mul_(options.alpha)
 

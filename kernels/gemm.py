@@ -38,15 +38,15 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, o
             out.mul_(alpha)
         return
     hidden = hidden.to(out.dtype)
-    place = out.new_empty(out.shape[0] * TILE_COLUMNS) if out.is_cpu and out.shape[1] > TILE_COLUMNS else None
+    scratch = out.new_empty(out.shape[0] * TILE_COLUMNS) if out.is_cpu and out.shape[1] > TILE_COLUMNS else None
     for columns, block in _tiles(weight, out.dtype) if out.is_cpu else _upcast_blocks(weight, out.dtype):
         target = out[:, columns]
-        tile = target if place is None else place[: target.numel()].view_as(target)
+        tile = target if scratch is None else scratch[: target.numel()].view_as(target)
         if bias is None:
             torch.addmm(tile, hidden, block.t(), beta=0.0, alpha=alpha, out=tile)
         else:
             torch.addmm(bias[columns].to(out.dtype), hidden, block.t(), beta=alpha, alpha=alpha, out=tile)
-        if place is not None:
+        if scratch is not None:
             target.copy_(tile)
 
 

@@ -37,10 +37,10 @@ def evaluate_with_gradients(
     if weight_grad is not None or estimates is not None or callable(problem.inputs.teacher_logits):
         values, losses, gradients = _with_gradients(problem, needs, weight_grad, estimates)  # nothing for an operator
         return values, losses, gradients if weight_grad is None else gradients._replace(weight=None)
-    values, losses, *found = _evaluate_with_gradients(*pack(problem, needs))
-    tensors = iter(found)
+    values, losses, *tensors = _evaluate_with_gradients(*pack(problem, needs))
+    gradients = iter(tensors)
     wanted = *needs, problem.spec.sparse is not None
-    return values, losses, Gradients(*(next(tensors) if one else None for one in wanted))
+    return values, losses, Gradients(*(next(gradients) if is_wanted else None for is_wanted in wanted))
 
 
 def weight_gradients(
@@ -48,9 +48,9 @@ def weight_gradients(
 ) -> Gradients:
     """Gradients of weight and bias, times `upstream` [N], from the estimates of a forward pass on the same rows."""
     index = _indices(problem.rows.counted)
-    own = upstream if index is None else upstream[index]
+    upstream = upstream if index is None else upstream[index]
     inputs, row_loss = problem.inputs.take(index), problem.row_loss.take(index)
-    gradients = driver.weight_gradients(problem.spec, inputs, row_loss, own, needs, estimates, weight_grad)
+    gradients = driver.weight_gradients(problem.spec, inputs, row_loss, upstream, needs, estimates, weight_grad)
     return gradients if weight_grad is None else gradients._replace(weight=None)
 
 
@@ -80,16 +80,16 @@ def _(*packed: Any) -> list[Tensor]:
     problem, needs = unpack((Problem, Needs), *packed)
     hidden, weight = problem.inputs.hidden, problem.inputs.weight
     values = _fake_values(problem)
-    found = [values, torch.empty_like(values[0])]
+    results = [values, torch.empty_like(values[0])]
     if needs.hidden:
-        found.append(torch.empty_like(hidden, memory_format=torch.contiguous_format))
+        results.append(torch.empty_like(hidden, memory_format=torch.contiguous_format))
     if needs.weight:
-        found.append(values.new_empty(weight.shape))
+        results.append(values.new_empty(weight.shape))
     if needs.bias:
-        found.append(values.new_empty(weight.shape[0]))
+        results.append(values.new_empty(weight.shape[0]))
     if problem.spec.sparse is not None:
-        found.append(values.new_empty(2))
-    return found
+        results.append(values.new_empty(2))
+    return results
 
 
 def _fake_values(problem: Problem) -> Tensor:

@@ -34,9 +34,9 @@ def reverse_kl_advantages(
 
     Returns float32 (float64 for float64 log-probs), detached.
     """
-    for name, given in (("sampler_logprobs", sampler_logprobs), ("teacher_logprobs", teacher_logprobs)):
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(given).__name__}")
+    for name, logprobs in (("sampler_logprobs", sampler_logprobs), ("teacher_logprobs", teacher_logprobs)):
+        if not isinstance(logprobs, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(logprobs).__name__}")
     check.check_finite("coef", coef)
     dtype = torch.promote_types(torch.promote_types(sampler_logprobs.dtype, teacher_logprobs.dtype), torch.float32)
     others = {"teacher_logprobs": teacher_logprobs, "mask": mask, "sequence_ids": sequence_ids, "baseline": baseline}

@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fastkl._loss import arguments as check
+from fastkl._loss.options import LikeliestOptions, record, takes
 from fastkl.kernels.driver import chunk_rows
 from fastkl.kernels.gemm import compute_dtype, project
 from fastkl.kernels.problem import HeadOptions, Inputs, Spec
@@ -22,18 +24,13 @@ class TopK(NamedTuple):
     logprobs: Tensor  # [..., k] float32 (float64 for float64), descending, normalised over the whole vocabulary
 
 
+@takes(LikeliestOptions)
 @torch.no_grad()
 def linear_top_k(
     hidden: Tensor,  # [..., D]
     weight: Tensor,  # [V, D]
     k: int,
-    *,
-    vocab_size: int | None = None,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    chunk_size: int | None = None,
+    **options: Unpack[LikeliestOptions],
 ) -> TopK:
     """The k likeliest tokens and their log-probs: `torch.log_softmax(z, -1).topk(k)`. No gradient.
 
@@ -41,16 +38,16 @@ def linear_top_k(
 
     Raises ValueError where k is not between 1 and the vocabulary; TypeError or ValueError for what does not fit.
     """
-    options = HeadOptions(temperature, logit_scale, softcap)
-    inputs = _inputs(hidden, weight, bias, vocab_size, chunk_size)
+    head, chunk_size = record(HeadOptions, options), options["chunk_size"]
+    inputs = _inputs(hidden, weight, options["bias"], options["vocab_size"], chunk_size)
     if not 1 <= k <= inputs.weight.shape[0]:
         raise ValueError(f"k is {k}; it must be between 1 and the vocabulary, {inputs.weight.shape[0]}")
     n, dtype = inputs.hidden.shape[0], compute_dtype(inputs.hidden.dtype)
-    found = TopK(hidden.new_empty(n, k, dtype=torch.int64), hidden.new_empty(n, k, dtype=dtype))
-    for rows, z in _logits(inputs, options, chunk_size):
-        values, found.ids[rows] = z.topk(k, -1)
-        found.logprobs[rows] = values - torch.logsumexp(z, -1, keepdim=True)
-    return TopK(*(tensor.reshape(*hidden.shape[:-1], k) for tensor in found))
+    top = TopK(hidden.new_empty(n, k, dtype=torch.int64), hidden.new_empty(n, k, dtype=dtype))
+    for rows, z in _logits(inputs, head, chunk_size):
+        values, top.ids[rows] = z.topk(k, -1)
+        top.logprobs[rows] = values - torch.logsumexp(z, -1, keepdim=True)
+    return TopK(*(tensor.reshape(*hidden.shape[:-1], k) for tensor in top))
 
 
 @torch.no_grad()

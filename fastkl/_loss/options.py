@@ -31,6 +31,11 @@ class HeadArguments(TypedDict, total=False):
     softcap: Annotated[float | None, HeadOptions.softcap]
 
 
+class LikeliestOptions(HeadArguments, total=False):
+    vocab_size: Annotated[int | None, None]
+    chunk_size: Annotated[int | None, None]
+
+
 class LogprobOptions(HeadArguments, total=False):
     """Of every loss."""
 

@@ -27,5 +27,5 @@ class Sequences:
 
     def count(self, active: Tensor) -> Tensor:
         """How many sequences have an active token, 0-dim; no synchronisation."""
-        found = torch.zeros_like(active, dtype=torch.int64).index_add_(0, self._index, active.to(torch.int64))
-        return (found > 0).sum()
+        counts = torch.zeros_like(active, dtype=torch.int64).index_add_(0, self._index, active.to(torch.int64))
+        return (counts > 0).sum()

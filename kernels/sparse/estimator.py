@@ -105,10 +105,10 @@ class Estimate(NamedTuple):
 
 
 class Estimates:
-    """Estimates that wait for the upstream gradient, as many as there is room for; the other rows are computed again.
+    """Estimates that wait for the upstream gradient. Rows that have none, or no room, are computed again.
 
-    They take up to the size of the weight. By the columns expected, not those drawn: a block that is drawn again because
-    many were is a bias. A block that was computed exactly has none.
+    There is room for as many numbers as the weight has. The decision uses the expected number of columns: using the drawn
+    number would bias the estimate. A block that was computed exactly has no estimate.
     """
 
     def __init__(self, weight: Tensor) -> None:
