@@ -36,21 +36,9 @@ def _rows(n: int, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(n + offset, dtype=torch.int64)[offset:], torch.empty(2, n + offset)[:, offset:]
 
 
-TOKEN_NLL: Options = {
-    "operands": (BF16, 512),
-    "capped": False,
-    "bias": False,
-    "entropy": False,
-    "vocabulary": 4096,
-}
-REVERSE_KL: Options = {
-    "operands": (BF16, 512),
-    "capped": False,
-    "capped_teacher": True,
-    "bias": False,
-    "tokens": True,
-    "vocabulary": 4096,
-}
+COMMON: Options = {"operands": (BF16, 512), "capped": False, "bias": False, "vocabulary": 4096}
+TOKEN_NLL = COMMON | {"entropy": False}
+REVERSE_KL = COMMON | {"capped_teacher": True, "tokens": True}
 # Representative: a common one of each function, and one of each that lacks what makes that one fast.
 LAUNCHERS = [
     Launcher(

@@ -36,13 +36,10 @@ software pipeline over its tiles and the steps of D in them (`flatten`): the ope
 last one is reduced. There are far more programs than multiprocessors (7616 there) and each runs long: the hardware's
 queue serves as a persistent loop.
 
-Cost over a plain GEMM at that shape on sm_90, by counting, not measured: reducing a tile of 128 × 256 takes some 1030
-instructions per warp, about 3000 cycles beside the 65536 in which the tensor cores make it: 5 %, twice that at D = 2048.
-They idle meanwhile. Starting and filling a program is about 1 % of its 5 tiles, and the last wave of programs leaves
-0.5 % empty. The steps read 119 GB from the L2 cache at that shape, 9 TB/s at full speed; vendor kernels share tiles
-between neighbouring multiprocessors, which Triton does not. To tune, in this order: GROUP_BYTES (8 to 32 MiB), num_stages
-3 against 4, two programs of 128 × 128 with 4 warps per multiprocessor, one of which multiplies while the other reduces,
-and MAX_SPLITS (which changes the bits).
+Cost over a plain GEMM at that shape on sm_90, by counting, not measured: reducing a tile of 128 × 256 takes about 3000
+cycles beside the 65536 in which the tensor cores make it: 5 %, twice that at D = 2048. The steps read 119 GB from the L2
+cache, 9 TB/s at full speed. To tune, in this order: GROUP_BYTES (8 to 32 MiB), num_stages 3 against 4, two programs of
+128 × 128 with 4 warps per multiprocessor, and MAX_SPLITS (which changes the bits).
 """
 
 from __future__ import annotations

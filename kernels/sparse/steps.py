@@ -76,7 +76,7 @@ def select_columns(w: Tensor, tau: Tensor, seed: int, block: int) -> Selection:
     counts = ids.new_empty(triton.cdiv(vocabulary, DRAW.block_n))
     low, high = _halves(seed)
     draw = {
-        "w_ptr": w,
+        "norms_ptr": w,
         "tau_ptr": tau,
         "counts_ptr": counts,
         "seed_low": low,

@@ -1,19 +1,29 @@
 """The kernels of the sparse backward's steps (`steps.py`).
 
-How many columns are kept, K, is known on the device alone: kernels read it there. Of what varies from call to call
-nothing is specialised, hence nothing compiled again; V, D and the distances of rows are, on being multiples of 16: these
-are properties of a model.
+How many columns are kept, K, is known on the device alone: kernels read it there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import triton
 import triton.language as tl
 
 PAD = tl.constexpr(64)  # û is followed by zeros up to a multiple of this, or the end of the row
 
+# Declares a kernel of this room. These are the parameters that vary from call to call.
+step_kernel: Callable[[Any], Any] = triton.jit(
+    do_not_specialize=["n", "seed_low", "seed_high", "block"],
+    do_not_specialize_on_alignment=[
+        *("weights_ptr", "partials_ptr", "norms_ptr", "tau_ptr", "counts_ptr", "ends_ptr", "ids_ptr", "inverse_ptr"),
+        *("count_ptr", "slope_ptr", "excess_ptr", "centre_ptr"),
+    ],
+)
 
-@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["weights_ptr", "partials_ptr"])
+
+@step_kernel
 def column_squares_kernel(
     # data
     u_ptr: tl.tensor,  # [n, V]
@@ -44,13 +54,10 @@ def column_squares_kernel(
     tl.store(partials_ptr + columns, total, mask=columns < vocabulary)
 
 
-@triton.jit(
-    do_not_specialize=["seed_low", "seed_high", "block"],
-    do_not_specialize_on_alignment=["w_ptr", "tau_ptr", "counts_ptr"],
-)
+@step_kernel
 def count_columns_kernel(
     # data
-    w_ptr: tl.tensor,  # [V]
+    norms_ptr: tl.tensor,  # [V]
     tau_ptr: tl.tensor,  # [1]
     counts_ptr: tl.tensor,  # [tiles]
     seed_low: tl.tensor,
@@ -62,17 +69,14 @@ def count_columns_kernel(
     BLOCK_N: tl.constexpr,
 ) -> None:
     """How many columns of each tile are kept."""
-    _, _, _, kept = _draw(w_ptr, tau_ptr, seed_low, seed_high, block, vocabulary, BLOCK_N)
+    _, _, _, kept = _draw(norms_ptr, tau_ptr, seed_low, seed_high, block, vocabulary, BLOCK_N)
     tl.store(counts_ptr + tl.program_id(0), tl.sum(kept, 0))
 
 
-@triton.jit(
-    do_not_specialize=["seed_low", "seed_high", "block"],
-    do_not_specialize_on_alignment=["w_ptr", "tau_ptr", "counts_ptr", "ends_ptr"],
-)
+@step_kernel
 def list_columns_kernel(
     # data
-    w_ptr: tl.tensor,  # [V]
+    norms_ptr: tl.tensor,  # [V]
     tau_ptr: tl.tensor,  # [1]
     counts_ptr: tl.tensor,  # [tiles]
     ends_ptr: tl.tensor,  # [tiles], their running sum
@@ -88,7 +92,7 @@ def list_columns_kernel(
 ) -> None:
     """The columns that are kept, in ascending order, and 1 / π of each."""
     tile = tl.program_id(0)
-    columns, w, tau, kept = _draw(w_ptr, tau_ptr, seed_low, seed_high, block, vocabulary, BLOCK_N)
+    columns, w, tau, kept = _draw(norms_ptr, tau_ptr, seed_low, seed_high, block, vocabulary, BLOCK_N)
     first = tl.load(ends_ptr + tile) - tl.load(counts_ptr + tile)
     places = first + tl.cumsum(kept, 0) - kept
     tl.store(ids_ptr + places, columns, mask=kept > 0)
@@ -98,7 +102,7 @@ def list_columns_kernel(
 
 @triton.jit
 def _draw(
-    w_ptr: tl.tensor,
+    norms_ptr: tl.tensor,
     tau_ptr: tl.tensor,
     seed_low: tl.tensor,
     seed_high: tl.tensor,
@@ -111,7 +115,7 @@ def _draw(
     It is kept with probability w / τ; always if τ < 0, and where w is NaN. Independent for each (seed, block, column).
     """
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    w = tl.load(w_ptr + columns, mask=columns < vocabulary, other=0.0)
+    w = tl.load(norms_ptr + columns, mask=columns < vocabulary, other=0.0)
     tau = tl.load(tau_ptr)
     seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
     none = columns * 0
@@ -121,7 +125,7 @@ def _draw(
     return columns, w, tau, tl.where((w <= random * tau) | (columns >= vocabulary), 0, 1)
 
 
-@triton.jit(do_not_specialize_on_alignment=["ids_ptr", "inverse_ptr", "count_ptr", "tau_ptr", "excess_ptr"])
+@step_kernel
 def compact_kernel(
     # data
     u_ptr: tl.tensor,  # [n, V]; û [n, K] afterwards, and zeros up to a multiple of PAD
@@ -174,10 +178,7 @@ def compact_kernel(
     tl.store(excess_ptr + row, excess)
 
 
-@triton.jit(
-    do_not_specialize=["n"],
-    do_not_specialize_on_alignment=["ids_ptr", "count_ptr", "slope_ptr", "excess_ptr", "centre_ptr"],
-)
+@step_kernel
 def hidden_gradient_kernel(
     # data
     u_ptr: tl.tensor,  # [n, V], û in its first K columns
@@ -232,7 +233,7 @@ def hidden_gradient_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["ids_ptr", "count_ptr"])
+@step_kernel
 def weight_gradient_kernel(
     # data
     u_ptr: tl.tensor,  # [n, V], û in its first K columns

@@ -222,9 +222,9 @@ class Work:
 
         class Spied:
             def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-                def launch(*args: Any, **constants: Any) -> None:
-                    kernel[grid](*args, **constants)
-                    seen(*args)
+                def launch(**arguments: Any) -> None:
+                    kernel[grid](**arguments)
+                    seen(**arguments)
 
                 return launch
 
@@ -247,28 +247,31 @@ class Work:
 
         self.patch.setattr(module, name, spied)
 
-    def column_squares(self, u: Tensor, weights: Tensor, partials: Tensor, *_: Any) -> None:
-        self.row_bytes += u.nbytes + 2 * partials.nbytes + partials[0].nbytes
+    def column_squares(self, u_ptr: Tensor, partials_ptr: Tensor, **_: Any) -> None:
+        self.row_bytes += u_ptr.nbytes + 2 * partials_ptr.nbytes + partials_ptr[0].nbytes
 
-    def count_columns(self, w: Tensor, *_: Any) -> None:
-        self.row_bytes += w.nbytes
+    def count_columns(self, norms_ptr: Tensor, **_: Any) -> None:
+        self.row_bytes += norms_ptr.nbytes
 
-    def list_columns(self, w: Tensor, tau: Tensor, counts: Tensor, *_: Any) -> None:
-        self.row_bytes += w.nbytes + 8 * int(counts.sum())
+    def list_columns(self, norms_ptr: Tensor, counts_ptr: Tensor, **_: Any) -> None:
+        self.row_bytes += norms_ptr.nbytes + 8 * int(counts_ptr.sum())
 
-    def compact(self, u: Tensor, ids: Tensor, inverse: Tensor, kept: Tensor, *_: Any) -> None:
-        self.entries += u.shape[0] * int(kept)
-        self.row_bytes += u.nbytes + u[:, : int(kept)].nbytes
+    def compact(self, u_ptr: Tensor, count_ptr: Tensor, **_: Any) -> None:
+        kept = u_ptr[:, : int(count_ptr)]
+        self.entries += kept.numel()
+        self.row_bytes += u_ptr.nbytes + kept.nbytes
 
-    def hidden_gradient(self, u: Tensor, weight: Tensor, ids: Tensor, kept: Tensor, *others: Any) -> None:
-        out, taken = others[3], int(kept)
-        self.flops += 2 * u.shape[0] * taken * weight.shape[1]
-        self.gemm_bytes += u[:, :taken].nbytes + weight[:taken].nbytes + out.nbytes
+    def hidden_gradient(self, u_ptr: Tensor, w_ptr: Tensor, count_ptr: Tensor, out_ptr: Tensor, **_: Any) -> None:
+        estimate, weight = u_ptr[:, : int(count_ptr)], w_ptr[: int(count_ptr)]
+        self.flops += 2 * estimate.numel() * weight.shape[1]
+        self.gemm_bytes += estimate.nbytes + weight.nbytes + out_ptr.nbytes
 
-    def weight_gradient(self, u: Tensor, hidden: Tensor, ids: Tensor, kept: Tensor, sums: Tensor, *_: Any) -> None:
-        taken = int(kept)
-        self.flops += 2 * u.shape[0] * taken * hidden.shape[1]
-        self.gemm_bytes += u[:, :taken].nbytes + hidden.nbytes + 2 * sums[:taken].nbytes
+    def weight_gradient(
+        self, u_ptr: Tensor, h_ptr: Tensor, count_ptr: Tensor, accumulator_ptr: Tensor, **_: Any
+    ) -> None:
+        estimate, sums = u_ptr[:, : int(count_ptr)], accumulator_ptr[: int(count_ptr)]
+        self.flops += 2 * estimate.numel() * h_ptr.shape[1]
+        self.gemm_bytes += estimate.nbytes + h_ptr.nbytes + 2 * sums.nbytes
 
 
 @pytest.mark.parametrize("form", ["frozen", "trainable", "composed"])
