@@ -78,15 +78,9 @@ Metrics, over the tokens that take part: <divergence>_mean, <divergence>_max.
 
 from __future__ import annotations
 
+from fastkl._loss import divergences
 from fastkl._loss.advantages import reverse_kl_advantages
-from fastkl._loss.divergences import (
-    forward_kl_loss,
-    jsd_loss,
-    reverse_kl_loss,
-    skewed_forward_kl_loss,
-    skewed_reverse_kl_loss,
-    total_variation_loss,
-)
+from fastkl._loss.divergences import *  # noqa: F403  what its __all__ names
 from fastkl._loss.likeliest import TopK, linear_ranks, linear_top_k
 from fastkl._loss.output import LossOutput
 from fastkl._loss.policy_gradient import linear_logprobs, policy_gradient_loss, sampled_reverse_kl_loss
@@ -100,17 +94,12 @@ __all__ = [
     "PerToken",
     "Sparse",
     "TopK",
-    "forward_kl_loss",
-    "jsd_loss",
     "linear_logprobs",
     "linear_ranks",
     "linear_top_k",
     "policy_gradient_loss",
     "reverse_kl_advantages",
-    "reverse_kl_loss",
     "sampled_reverse_kl_loss",
-    "skewed_forward_kl_loss",
-    "skewed_reverse_kl_loss",
     "top_k_kl_loss",
-    "total_variation_loss",
 ]
+__all__ += divergences.__all__

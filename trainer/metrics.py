@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-from fastkl.kernels.divergence.formula import Divergence
+from fastkl.kernels.divergence.formula import DIVERGENCES
 
-DIVERGENCES = (*get_args(Divergence), "top_k_kl")
+METRIC_STEMS = (*DIVERGENCES, "top_k_kl")  # of what a loss says of itself: <stem>_mean, <stem>_max
 # Words in a name that stand for others: each such entry is a family.
-PLACEHOLDERS = {"DATA_SET": r"[\w-]+", "DIVERGENCE": "|".join(DIVERGENCES)}
+PLACEHOLDERS = {"DATA_SET": r"[\w-]+", "DIVERGENCE": "|".join(METRIC_STEMS)}
 PROGRESS = ("loss", "teacher_kl", "tokens_per_second", "eval/accuracy")  # the columns of the progress bar
 
 
@@ -189,7 +189,7 @@ def page() -> Iterator[str]:
             cells = (f"`{metric.name}`", metric.unit, metric.when, metric.meaning, metric.healthy or "")
             yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
     yield ""
-    yield f"DATA_SET is a name in `mixture`. DIVERGENCE is one of {', '.join(DIVERGENCES)}."
+    yield f"DATA_SET is a name in `mixture`. DIVERGENCE is one of {', '.join(METRIC_STEMS)}."
 
 
 if __name__ == "__main__":

@@ -13,6 +13,15 @@ from fastkl._loss.teacher import Teacher, check_teacher
 from fastkl.kernels.divergence.formula import Divergence, Outputs, PerToken, without_mixture
 from fastkl.kernels.problem import HeadOptions
 
+__all__ = [
+    "forward_kl_loss",
+    "jsd_loss",
+    "reverse_kl_loss",
+    "skewed_forward_kl_loss",
+    "skewed_reverse_kl_loss",
+    "total_variation_loss",
+]
+
 
 @takes(DivergenceOptions)
 def reverse_kl_loss(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -19,21 +19,11 @@ from fastkl.trainer.objectives.base import Objective
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.several import RoutedTeacher
 
-
-class Divergence(NamedTuple):
-    """A loss, and its own options: the name of each, and the setting that holds its value."""
-
-    loss: Callable[..., LossOutput]
-    options: dict[str, str]
-
-
-DIVERGENCES: dict[ObjectiveName, Divergence] = {
-    "reverse_kl": Divergence(losses.reverse_kl_loss, {}),
-    "forward_kl": Divergence(losses.forward_kl_loss, {}),
-    "jsd": Divergence(losses.jsd_loss, {"beta": "jsd_beta"}),
-    "skewed_reverse_kl": Divergence(losses.skewed_reverse_kl_loss, {"alpha": "skew_alpha"}),
-    "skewed_forward_kl": Divergence(losses.skewed_forward_kl_loss, {"alpha": "skew_alpha"}),
-    "total_variation": Divergence(losses.total_variation_loss, {}),
+# The options of a divergence's loss beside those that all have, and the setting that holds the value of each.
+OPTIONS: dict[ObjectiveName, dict[str, str]] = {
+    "jsd": {"beta": "jsd_beta"},
+    "skewed_reverse_kl": {"alpha": "skew_alpha"},
+    "skewed_forward_kl": {"alpha": "skew_alpha"},
 }
 
 
@@ -47,7 +37,8 @@ class FullDivergence(Objective):
 
     def __init__(self, loss: LossConfig, sampling: SamplingConfig, teachers: RoutedTeacher[LocalTeacher]) -> None:
         self._config, self._temperature, self._teachers = loss, sampling.temperature, teachers
-        self._loss, settings = DIVERGENCES[loss.objective]
+        self._loss: Callable[..., LossOutput] = getattr(losses, f"{loss.objective}_loss")
+        settings = OPTIONS.get(loss.objective, {})
         self._options = {option: getattr(loss, setting) for option, setting in settings.items()}
 
     def groups(self, samples: list[Sample]) -> list[list[Sample]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastkl.kernels.divergence.formula import DIVERGENCES
 from fastkl.trainer.config.loss import LossConfig, ObjectiveName
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.objectives.base import Objective
-from fastkl.trainer.objectives.divergence import DIVERGENCES, FullDivergence
+from fastkl.trainer.objectives.divergence import FullDivergence
 from fastkl.trainer.objectives.policy_gradient import PolicyGradient
 from fastkl.trainer.objectives.top_k import TopKDivergence
 from fastkl.trainer.teachers.several import RoutedTeacher
