@@ -52,11 +52,7 @@ def test_a_step_is_the_models_own_cross_entropy(tmp_path: Path, folder: Path, op
 def test_it_learns_the_sums_and_says_so(tmp_path: Path, folder: Path) -> None:
     """Loss to nearly 0 and accuracy to 1 on what it was shown: data, loss, sampler, decoding and grader in one."""
     _, metrics = run(
-        folder,
-        tmp_path / "run",
-        optim__steps=80,
-        optim__lr=0.02,
-        **evaluated(folder, eval__max_new_tokens=5),
+        folder, tmp_path / "run", optim__steps=80, optim__lr=0.02, **evaluated(folder, eval__max_new_tokens=5)
     )
     assert metrics[0]["eval/accuracy"] < 0.5
     assert metrics[1]["loss"] > 2

@@ -8,16 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_cases import (
-    WORDS,
-    Run,
-    check_equal,
-    check_moments,
-    completion_logprobs,
-    counted,
-    interrupt,
-    run,
-)
+from run_cases import WORDS, Run, check_equal, check_moments, completion_logprobs, counted, interrupt, run
 from run_settings import distillation
 from stub_server import serving
 from tiny_data import model_and_sums

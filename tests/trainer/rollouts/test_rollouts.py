@@ -233,8 +233,7 @@ def test_unknown_and_untrusted_environments() -> None:
 
 @PROPERTY
 @given(
-    pairs=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=6),
-    spare=st.integers(0, 20),
+    pairs=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=6), spare=st.integers(0, 20)
 )
 def test_sample_within_keeps_each_to_its_own_budget(pairs: list[tuple[int, int]], spare: int) -> None:
     context = max(length + budget for length, budget in pairs) + spare

@@ -8,15 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_cases import (
-    Run,
-    check_equal,
-    check_moments,
-    completion_logprobs,
-    counted,
-    interrupt,
-    run,
-)
+from run_cases import Run, check_equal, check_moments, completion_logprobs, counted, interrupt, run
 from run_settings import distillation
 from tiny_data import sums, write_jsonl
 from transformers import AutoModelForCausalLM
@@ -190,10 +182,7 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
         {"sampling__tokens_per_step": 4, "reward__grader": "boxed", "sampling__samples_per_prompt": 2},
         "end in different steps",
     ),
-    "graded-data": (
-        {"sampling__on_policy_fraction": 0, "reward__grader": "boxed"},
-        "given completions are not graded",
-    ),
+    "graded-data": ({"sampling__on_policy_fraction": 0, "reward__grader": "boxed"}, "given completions are not graded"),
     "given-coef": ({"sampling__given_coef": 0.5}, r"on_policy_fraction is 1"),
     "lengths": ({"sampling__min_completion_tokens": 9}, "they must be in order"),
 }

@@ -85,14 +85,7 @@ MOMENTS: dict[str, tuple[str, int, bool, range]] = {
 
 @pytest.mark.parametrize(("target", "call", "after", "left"), MOMENTS.values(), ids=MOMENTS)
 def test_kill_and_resume(
-    tmp_path: Path,
-    dropout: Path,
-    whole: Path,
-    steps_run: list[int],
-    target: str,
-    call: int,
-    after: bool,
-    left: range,
+    tmp_path: Path, dropout: Path, whole: Path, steps_run: list[int], target: str, call: int, after: bool, left: range
 ) -> None:
     run = settings(dropout, tmp_path / "run")
     assert killed(arguments("distill", run), target, call, after)
