@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from run_settings import arguments, config, distillation
+from run_settings import Settings, arguments, config, distillation
 from safetensors.torch import load_file
 from tiny_data import read_jsonl, sums, write_jsonl
 from tiny_models import save_model, tokenizer
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from fastkl import cli
 from fastkl.trainer.distill import OnPolicy, distill
-from fastkl.trainer.sft import sft
+from fastkl.trainer.sft import Examples, sft
 
 PEERS = {"ddp": False, "fsdp": True}
 WORDS = len(tokenizer())
@@ -97,6 +97,16 @@ def refusal(said: pytest.CaptureFixture[str], command: str, settings: dict[str, 
     return error
 
 
+def check_scores(folder: Path, data: Path, here: Settings, there: Settings, tolerance: float) -> None:
+    """`fastkl score` of the same rows by two models."""
+    files = folder / "here.jsonl", folder / "there.jsonl"
+    for model, file in zip((here, there), files, strict=True):
+        assert cli.main(arguments("score", {"data.path": data, **model, "output": file})) == 0
+    for a, b in zip(*map(read_jsonl, files), strict=True):
+        assert (a["source"], a["ids"], a["loss_mask"]) == (b["source"], b["ids"], b["loss_mask"])
+        assert a["logprobs"] == pytest.approx(b["logprobs"], abs=tolerance)
+
+
 def untimed(row: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"}
 
@@ -125,18 +135,19 @@ def check_same_weights(run: Path, whole: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, run: dict[str, object], step: int) -> None:
+def interrupt(monkeypatch: pytest.MonkeyPatch, run: Settings, step: int, command: str = "distill") -> None:
     """Ctrl-C in a step, counted from 0."""
-    samples = OnPolicy.samples
+    source: Any = {"distill": OnPolicy, "sft": Examples}[command]
+    samples = source.samples
 
-    def interrupted(self: OnPolicy, at: int, *args: Any) -> Any:
+    def interrupted(self: Any, at: int, *args: Any) -> Any:
         if at == step:
             raise KeyboardInterrupt
         return samples(self, at, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(OnPolicy, "samples", interrupted)
-        assert cli.main(arguments("distill", run)) == 130
+        patch.setattr(source, "samples", interrupted)
+        assert cli.main(arguments(command, run)) == 130
 
 
 def check_same(found: Path, wanted: Path, tolerance: float = 2e-4) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from fastkl.trainer.commands import command_line as commands
 
+Settings = dict[str, object]
+
 # The least that each command with settings must be given.
 MINIMAL: dict[str, dict[str, object]] = {
     "distill": {"run": "runs/a", "student.path": "s", "teacher.path": "t", "data.path": "d.jsonl"},

@@ -1,17 +1,34 @@
-"""Models that the trainer's tests share. A test writes nothing into their folders."""
+"""Models and fixtures that the trainer's tests share. A test writes nothing into the models' folders."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from run_cases import fresh_accelerate, padded_pair
 from tiny_data import pair_and_sums
 
+from fastkl.trainer.distill import OnPolicy
+
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     fresh_accelerate()
+
+
+@pytest.fixture
+def steps_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps of distillations that are taken from here on."""
+    taken: list[int] = []
+    samples = OnPolicy.samples
+
+    def recorded(self: OnPolicy, step: int, *args: Any) -> Any:
+        taken.append(step)
+        return samples(self, step, *args)
+
+    monkeypatch.setattr(OnPolicy, "samples", recorded)
+    return taken
 
 
 @pytest.fixture(scope="session")

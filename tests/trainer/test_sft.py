@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_cases import Run, distilled, first_moments, tuned, weights
+from run_cases import Run, check_equal, distilled, first_moments, interrupt, tuned, weights
 from run_settings import arguments, distillation, evaluated, training
 from tiny_data import sums, write_jsonl
 from tiny_models import tokenizer
@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from fastkl import cli
 from fastkl.trainer.errors import ConfigError
-from fastkl.trainer.sft import Examples
 
 
 def run(folder: Path, path: Path, **overrides: object) -> tuple[Path, list[dict[str, Any]]]:
@@ -70,23 +69,9 @@ def test_resume(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, l
         "examples_per_step": 5,
         "optim__substeps": 2,
     }
-    whole, wanted = run(folder, tmp_path / "whole", **options)
-    samples = Examples.samples
-
-    def interrupted(self: Examples, step: int, *args: Any) -> Any:
-        if step == 3:
-            raise KeyboardInterrupt
-        return samples(self, step, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Examples, "samples", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(folder, tmp_path / "run", **options)
-    path, found = run(folder, tmp_path / "run", **options)
-    assert [row["loss"] for row in found] == [row["loss"] for row in wanted]
-    assert (path / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
-    weights = [(p / "student" / "model.safetensors").read_bytes() for p in (path, whole)]
-    assert weights[0] == weights[1]
+    settings = training(tmp_path / "run", folder, **options)
+    interrupt(monkeypatch, settings, 3, "sft")
+    check_equal(tuned(settings), tuned(training(tmp_path / "whole", folder, **options)))
 
 
 def test_supervised_stage_then_distillation(tmp_path: Path, folder: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from run_cases import WORDS, Run, check_equal, check_moments, completion_logprobs, counted, interrupt, run
-from run_settings import distillation
+from run_cases import WORDS, Run, check_moments, completion_logprobs, counted, run
+from server_cases import served
 from stub_server import serving
 from tiny_data import model_and_sums
 from tiny_models import llama, save_model
@@ -134,23 +134,12 @@ def local_top_k(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Run:
 @pytest.mark.parametrize("api", ["prompt_logprobs", "echo"])
 def test_a_served_top_k_teacher_equals_the_local_one(tmp_path: Path, models: Path, local_top_k: Run, api: str) -> None:
     with serving(models / "teacher") as stub:
-        server = {"teacher__path": "", "teacher__server__url": stub.url, "teacher__server__model": "stub"}
-        server |= {"teacher__server__api": api}
-        served = run(tmp_path / "served", models, optim__steps=2, **CASES["top_k"][0], **server)
-    for a, b in zip(served.metrics, local_top_k.metrics, strict=True):
+        server = served("teacher", stub, api=api)
+        there = run(tmp_path / "served", models, optim__steps=2, **CASES["top_k"][0], **server)
+    for a, b in zip(there.metrics, local_top_k.metrics, strict=True):
         assert a["policy/top_k_kl_mean"] == pytest.approx(b["policy/top_k_kl_mean"], rel=1e-3)
         assert a["teacher_kl"] == pytest.approx(b["teacher_kl"], abs=1e-4)
         assert a["optim/grad_norm"] == pytest.approx(b["optim/grad_norm"], rel=1e-3)
-
-
-@pytest.mark.parametrize("case", ["reverse_kl", "top_k"])
-def test_a_resumed_run_is_the_uninterrupted_one(
-    tmp_path: Path, models: Path, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = {**CASES[case][0], "optim__steps": 4, "checkpoint__every": 2}
-    whole = run(tmp_path / "whole", models, **options).folder
-    interrupt(monkeypatch, distillation(tmp_path / "run", models, **options), 3)
-    check_equal(run(tmp_path / "run", models, **options).folder, whole)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])

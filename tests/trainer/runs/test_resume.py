@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from launches import killed
-from run_cases import check_equal, distilled, interrupt, log
-from run_settings import arguments, config, distillation, evaluated
+from run_cases import check_equal, distilled, interrupt, log, refusal
+from run_settings import Settings, arguments, config, distillation, evaluated
 from safetensors.torch import load_file
 from tiny_data import read_jsonl
 from tiny_models import save_model
@@ -23,7 +23,7 @@ from fastkl.trainer.runs.files import read_jsonl as read_log
 from fastkl.trainer.runs.folder import RunFolder, check_run_folder
 
 STEPS = 6
-OPTIONS: dict[str, object] = {
+OPTIONS: Settings = {
     "optim__steps": STEPS,
     "optim__warmup_steps": 3,
     "optim__schedule": "cosine",
@@ -31,7 +31,7 @@ OPTIONS: dict[str, object] = {
 }
 
 
-def settings(dropout: Path, run: Path, **overrides: object) -> dict[str, object]:
+def settings(dropout: Path, run: Path, **overrides: object) -> Settings:
     return distillation(run, dropout, **{**OPTIONS, **evaluated(dropout, eval__every=2), **overrides})
 
 
@@ -41,22 +41,29 @@ def whole(dropout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return distilled(settings(dropout, tmp_path_factory.mktemp("run") / "whole"))
 
 
-def snapshot(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+@pytest.fixture
+def run(tmp_path: Path, dropout: Path) -> Settings:
+    """Settings of a run that is not there yet."""
+    return settings(dropout, tmp_path / "run")
 
 
 @pytest.fixture
-def steps_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The steps that are taken from here on."""
-    taken: list[int] = []
-    samples = OnPolicy.samples
+def interrupted(run: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Settings of a run that Ctrl-C ended in step 3, counted from 0."""
+    interrupt(monkeypatch, run, 3)
+    return run
 
-    def recorded(self: OnPolicy, step: int, *args: Any) -> Any:
-        taken.append(step)
-        return samples(self, step, *args)
 
-    monkeypatch.setattr(OnPolicy, "samples", recorded)
-    return taken
+@pytest.fixture
+def unchanged(whole: Path) -> Iterator[Path]:
+    """The whole run, whose files a test must leave as they are."""
+    before = snapshot(whole)
+    yield whole
+    assert snapshot(whole) == before
+
+
+def snapshot(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # function, which call of it, before or after it: and the steps that are left to take then
@@ -85,41 +92,42 @@ MOMENTS: dict[str, tuple[str, int, bool, range]] = {
 
 @pytest.mark.parametrize(("target", "call", "after", "left"), MOMENTS.values(), ids=MOMENTS)
 def test_kill_and_resume(
-    tmp_path: Path, dropout: Path, whole: Path, steps_run: list[int], target: str, call: int, after: bool, left: range
+    run: Settings, whole: Path, steps_run: list[int], target: str, call: int, after: bool, left: range
 ) -> None:
-    run = settings(dropout, tmp_path / "run")
     assert killed(arguments("distill", run), target, call, after)
-    distilled(run)
+    check_equal(distilled(run), whole)
     assert steps_run == list(left)
-    check_equal(tmp_path / "run", whole)
 
 
-def test_killed_again_and_again(tmp_path: Path, dropout: Path, whole: Path) -> None:
+def test_killed_again_and_again(run: Settings, whole: Path) -> None:
     """At moments that no one has chosen, the n-th time that any file is opened: none, one and some steps into a run."""
-    run = settings(dropout, tmp_path / "run")
     kills = [killed(arguments("distill", run), "builtins:open", opened, True) for opened in (20, 35, 70, 55)]
     assert any(kills)
-    distilled(run)
-    check_equal(tmp_path / "run", whole)
+    check_equal(distilled(run), whole)
 
 
 def test_interrupt_and_resume(
-    tmp_path: Path, dropout: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, interrupted: Settings, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = settings(dropout, tmp_path / "run")
-    interrupt(monkeypatch, run, 3)
     assert [row["step"] for row in log(tmp_path / "run")] == [0, 1, 2, 3]
     torch.rand(5)  # a new process starts with other random numbers
-    assert cli.main(arguments("distill", run)) == 0
+    assert cli.main(arguments("distill", interrupted)) == 0
     assert "resumed" in capsys.readouterr().err
     check_equal(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize(
-    "options", [{"student__lora__rank": 2}, {"student__dtype": "bfloat16"}], ids=["lora", "bfloat16"]
-)
-def test_resume_of_other_students(
-    tmp_path: Path, dropout: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+SHORT: Settings = {"optim__steps": 4, "eval__every": 0}
+OTHERS: dict[str, Settings] = {
+    "lora": {"student__lora__rank": 2},
+    "bfloat16": {"student__dtype": "bfloat16"},
+    "reverse_kl": {"loss__objective": "reverse_kl", **SHORT},
+    "top_k": {"loss__objective": "top_k", "loss__top_k": 5, **SHORT},
+}
+
+
+@pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS)
+def test_resume_of_other_students_and_objectives(
+    tmp_path: Path, dropout: Path, monkeypatch: pytest.MonkeyPatch, options: Settings
 ) -> None:
     one = distilled(settings(dropout, tmp_path / "whole", **options))
     run = settings(dropout, tmp_path / "run", **options)
@@ -127,40 +135,31 @@ def test_resume_of_other_students(
     if "student__lora__rank" in options:  # the frozen base is not written again and again
         (weights,) = (tmp_path / "run" / "checkpoints").glob("*/model.safetensors")
         assert all(".lora_" in name for name in load_file(weights))
-    assert cli.main(arguments("distill", run)) == 0
-    check_equal(tmp_path / "run", one)
+    check_equal(distilled(run), one)
 
 
-def test_a_line_that_was_cut_short_is_dropped(
-    tmp_path: Path, dropout: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = settings(dropout, tmp_path / "run")
-    interrupt(monkeypatch, run, 3)
+def test_a_line_that_was_cut_short_is_dropped(tmp_path: Path, interrupted: Settings, whole: Path) -> None:
     for name in ("metrics.jsonl", "samples.jsonl"):
         with open(tmp_path / "run" / name, "ab") as file:
             file.write('{"step": 4, "text": "dé'.encode()[:-1])  # in the middle of a character too
-    distilled(run)
-    check_equal(tmp_path / "run", whole)
+    check_equal(distilled(interrupted), whole)
 
 
 def test_leftovers_of_a_checkpoint_are_cleared(
-    tmp_path: Path, dropout: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: Settings, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = settings(dropout, tmp_path / "run", checkpoint__keep=3)
+    run["checkpoint.keep"] = 3
     interrupt(monkeypatch, run, 3)
     incomplete = tmp_path / "run" / "checkpoints" / ".incomplete"
     incomplete.mkdir()
     (incomplete / "stale.bin").write_bytes(b"stale")
-    distilled(run)
-    check_equal(tmp_path / "run", whole)
+    check_equal(distilled(run), whole)
     assert not incomplete.exists()
     assert not list((tmp_path / "run" / "checkpoints").rglob("stale.bin"))
 
 
 @pytest.mark.parametrize(
-    ("every", "keep", "wanted"),
-    [(2, 2, [4, 6]), (4, 3, [4, 6]), (0, 1, [6]), (1, 1, [6])],
-    ids=lambda value: str(value),
+    ("every", "keep", "wanted"), [(2, 2, [4, 6]), (4, 3, [4, 6]), (0, 1, [6]), (1, 1, [6])], ids=str
 )
 def test_checkpoints_kept(tmp_path: Path, dropout: Path, every: int, keep: int, wanted: list[int]) -> None:
     run = settings(dropout, tmp_path / "run", checkpoint__every=every, checkpoint__keep=keep, eval__every=0)
@@ -169,36 +168,23 @@ def test_checkpoints_kept(tmp_path: Path, dropout: Path, every: int, keep: int, 
     assert names == [f"step-{step:06d}" for step in wanted]
 
 
-def test_a_finished_run_is_left_as_it_is(dropout: Path, whole: Path, steps_run: list[int]) -> None:
-    before = snapshot(whole)
-    distilled(settings(dropout, whole))
+def test_a_finished_run_is_left_as_it_is(dropout: Path, unchanged: Path, steps_run: list[int]) -> None:
+    distilled(settings(dropout, unchanged))
     assert steps_run == []
-    assert snapshot(whole) == before
 
 
-def test_a_run_may_be_moved(tmp_path: Path, dropout: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt(monkeypatch, settings(dropout, tmp_path / "here"), 3)
-    (tmp_path / "here").rename(tmp_path / "there")
-    distilled(settings(dropout, tmp_path / "there"))
-    check_equal(tmp_path / "there", whole)
+def test_a_run_may_be_moved(tmp_path: Path, dropout: Path, interrupted: Settings, whole: Path) -> None:
+    (tmp_path / "run").rename(tmp_path / "there")
+    check_equal(distilled(settings(dropout, tmp_path / "there")), whole)
 
 
 def test_another_config_is_refused_with_both_values(
-    dropout: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+    dropout: Path, unchanged: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = snapshot(whole)
-    run = settings(dropout, whole, optim__lr=0.5, optim__betas="[0.8, 0.95]", student__lora__rank=4)
-    assert cli.main(arguments("distill", run)) == 2
-    error = capsys.readouterr().err
-    for part in (
-        str(whole),
-        "optim.lr was 0.01 and is 0.5",
-        "optim.betas was [0.9, 0.95] and is [0.8, 0.95]",
-        "student.lora.rank was 0 and is 4",
-    ):
-        assert part in error
+    run = settings(dropout, unchanged, optim__lr=0.5, optim__betas="[0.8, 0.95]", student__lora__rank=4)
+    changes = "optim.lr was 0.01 and is 0.5", "optim.betas was [0.9, 0.95] and is [0.8, 0.95]"
+    error = refusal(capsys, "distill", run, str(unchanged), *changes, "student.lora.rank was 0 and is 4")
     assert "steps was" not in error
-    assert snapshot(whole) == before
 
 
 @pytest.mark.parametrize("kind", ["folder-of-other-things", "file"])
@@ -211,8 +197,7 @@ def test_what_is_no_run_is_left_alone(
     else:
         path.mkdir()
         (path / "notes.txt").write_text("chapter one")
-    assert cli.main(arguments("distill", settings(dropout, path))) == 2
-    assert f"{path} exists and is not a run folder" in capsys.readouterr().err
+    refusal(capsys, "distill", settings(dropout, path), f"{path} exists and is not a run folder")
     assert list(snapshot(tmp_path).values()) == [b"chapter one"]
 
 
@@ -220,34 +205,28 @@ def test_an_empty_folder_is_taken(tmp_path: Path, dropout: Path) -> None:
     check_run_folder(config("distill", settings(dropout, tmp_path)))
 
 
-def test_one_process_at_a_time(dropout: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = snapshot(whole)
-    with RunFolder(config("distill", settings(dropout, whole))):
-        assert cli.main(arguments("distill", settings(dropout, whole))) == 2
-    assert f"another process is writing to {whole}" in capsys.readouterr().err
-    assert snapshot(whole) == before
+def test_one_process_at_a_time(dropout: Path, unchanged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = settings(dropout, unchanged)
+    with RunFolder(config("distill", run)):
+        refusal(capsys, "distill", run, f"another process is writing to {unchanged}")
 
 
-def test_the_lock_is_released_when_a_run_fails(
-    tmp_path: Path, dropout: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = settings(dropout, tmp_path / "run")
+def test_the_lock_is_released_when_a_run_fails(run: Settings, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(OnPolicy, "samples", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             distilled(run)
-    distilled(run)
-    check_equal(tmp_path / "run", whole)
+    check_equal(distilled(run), whole)
 
 
 @pytest.mark.parametrize("text", ["a\u2028b", "a\u2029b", "a\x85b", "a\x0bb\x0c\x1c", 'é🙂\n\r\t"\\'], ids=ascii)
-def test_logs_hold_any_text(tmp_path: Path, dropout: Path, text: str) -> None:
+def test_logs_hold_any_text(run: Settings, text: str) -> None:
     """Some characters end a line for Python's splitlines, and not for JSONL."""
-    with RunFolder(config("distill", settings(dropout, tmp_path / "run"))) as run:
-        run.log("samples.jsonl", [{"step": step, "text": text} for step in (1, 2, 3)])
-        run.rewind(2)
-        rows = [{"step": step, "text": text} for step in (1, 2)]
-        assert read_jsonl(run.path / "samples.jsonl") == read_log(run.path / "samples.jsonl") == rows
+    rows = [{"step": step, "text": text} for step in (1, 2, 3)]
+    with RunFolder(config("distill", run)) as folder:
+        folder.log("samples.jsonl", rows)
+        folder.rewind(2)
+        assert read_jsonl(folder.path / "samples.jsonl") == read_log(folder.path / "samples.jsonl") == rows[:2]
 
 
 def test_any_prefix_of_a_log_can_be_read(tmp_path: Path) -> None:
@@ -260,10 +239,9 @@ def test_any_prefix_of_a_log_can_be_read(tmp_path: Path) -> None:
         assert read_log(tmp_path / "log") == rows[:complete]
 
 
-def test_a_checkpoint_of_another_shape_is_an_error(tmp_path: Path, dropout: Path) -> None:
+def test_a_checkpoint_of_another_shape_is_an_error(tmp_path: Path, run: Settings) -> None:
     """A model folder that was exchanged under the run: never a silent start from other weights."""
-    save_model(tmp_path / "student")
-    run = settings(dropout, tmp_path / "run") | {"student.path": tmp_path / "student"}
+    run["student.path"] = save_model(tmp_path / "student")
     distilled(run)
     save_model(tmp_path / "student", width=24)
     with pytest.raises((RuntimeError, ConfigError)):

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from run_cases import WORDS, counted, run
+from server_cases import served
 from stub_server import serving
 from tiny_models import causal_lm, save_model
 from torch import Tensor, nn
@@ -158,14 +159,8 @@ def test_given_completions_are_ranked_too(tmp_path: Path, padded: Path) -> None:
 
 
 def test_without_a_teacher_there_are_the_students(tmp_path: Path, padded: Path) -> None:
-    alone = {
-        "reward__grader": "regex:1",
-        "sampling__samples_per_prompt": 2,
-        "loss__kl_coef": 0,
-        "optim__steps": 1,
-        "teacher__path": "",
-    }
-    samples = run(tmp_path / "run", padded, **alone).samples
+    alone = {"teacher__path": "", "loss__kl_coef": 0, "reward__grader": "regex:1", "sampling__samples_per_prompt": 2}
+    samples = run(tmp_path / "run", padded, optim__steps=1, **alone).samples
     check(samples, "student_ranks", padded / "student")
     assert all(sample["teacher_ranks"] == [] for sample in samples)
 
@@ -189,8 +184,7 @@ def test_only_samples_that_are_logged_are_ranked(
 @pytest.mark.parametrize(("api", "known"), [("prompt_logprobs", True), ("echo", False)])
 def test_a_server_may_tell_the_teachers(tmp_path: Path, padded: Path, api: str, known: bool) -> None:
     with serving(save_model(tmp_path / "exact", seed=2)) as stub:
-        server = {"teacher__path": "", "teacher__server__url": stub.url, "teacher__server__model": "stub"}
-        samples = run(tmp_path / "run", padded, optim__steps=1, teacher__server__api=api, **server).samples
+        samples = run(tmp_path / "run", padded, optim__steps=1, **served("teacher", stub, api=api)).samples
     check(samples, "student_ranks", padded / "student")
     if known:
         check(samples, "teacher_ranks", tmp_path / "exact")
