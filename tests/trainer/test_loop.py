@@ -68,9 +68,9 @@ for folder in (full, lora):
 
 
 @pytest.fixture
-def tracked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int | None, dict[str, Any]]]:
-    """What reaches a tracker that passes for TensorBoard."""
-    logged: list[tuple[int | None, dict[str, Any]]] = []
+def tracked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The rows that reach a tracker that passes for TensorBoard."""
+    logged: list[dict[str, Any]] = []
 
     class Recorder(accelerate.tracking.GeneralTracker):
         name = "tensorboard"
@@ -86,7 +86,7 @@ def tracked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int | None, dict[str,
         def finish(self) -> None: ...
 
         def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
-            logged.append((step, values))
+            logged.append({"step": step, **values})
 
     monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType.TENSORBOARD])
     monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Recorder)
@@ -94,11 +94,8 @@ def tracked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int | None, dict[str,
     return logged
 
 
-def test_trackers_get_the_metrics(
-    tmp_path: Path, padded: Path, tracked: list[tuple[int | None, dict[str, Any]]]
-) -> None:
-    done = run(tmp_path / "run", padded, trackers='["tensorboard"]')
-    assert [{"step": step, **values} for step, values in tracked] == done.metrics
+def test_trackers_get_the_metrics(tmp_path: Path, padded: Path, tracked: list[dict[str, Any]]) -> None:
+    assert run(tmp_path / "run", padded, trackers='["tensorboard"]').metrics == tracked
 
 
 def test_a_tracker_that_is_not_installed_is_refused(

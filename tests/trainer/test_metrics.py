@@ -41,10 +41,8 @@ def written(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> dict[str,
         settings = distillation(path / name, folder, **small, **options)
         if "mixture" in options:
             data = {"data": {"path": str(folder / "sums.jsonl")}}
-            settings |= {
-                "data.path": "null",
-                "mixture": json.dumps({k: v | data for k, v in options["mixture"].items()}),
-            }
+            entries = {data_set: entry | data for data_set, entry in options["mixture"].items()}
+            settings |= {"data.path": "null", "mixture": json.dumps(entries)}
         runs[name] = distilled(settings)
     runs["sft"] = tuned(training(path / "sft", folder, examples_per_step=4, **small))
     return {

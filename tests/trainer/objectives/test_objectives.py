@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from launches import give_samples, together
-from run_cases import log
 from run_settings import arguments, distillation
 from tiny_data import read_jsonl
 
@@ -31,20 +30,16 @@ def take_notes() -> None:
     OBJECTIVES["policy_gradient"] = Notes
 
 
-def run(folder: Path, path: Path, count: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    command = arguments("distill", distillation(path, folder, optim__steps=1, sampling__prompts_per_step=5))
-    codes, said = together(command, path.with_suffix(".said"), count=count, before=dict.fromkeys((0, 1), take_notes))
-    assert codes == [0] * count, "\n".join(said)
-    return log(path), read_jsonl(path / "samples.jsonl")
-
-
 def test_every_name_has_an_objective() -> None:
     named = {name for names in get_args(ObjectiveName) for name in (get_args(names) or [names])}
     assert {*OBJECTIVES} == named
 
 
 def test_what_is_scattered_in_the_update_reaches_all_processes(folder: Path, tmp_path: Path) -> None:
-    _, samples = run(folder, tmp_path / "run", 2)
+    run = distillation(tmp_path / "run", folder, optim__steps=1, sampling__prompts_per_step=5)
+    codes, said = together(arguments("distill", run), tmp_path / "said", before=dict.fromkeys((0, 1), take_notes))
+    assert codes == [0, 0], "\n".join(said)
+    samples = read_jsonl(tmp_path / "run" / "samples.jsonl")
     assert len(samples) == 5
     for sample in samples:
         told = [

@@ -38,13 +38,12 @@ def nods(monkeypatch: pytest.MonkeyPatch) -> None:
 def check_first_update(folder: Path, done: Run) -> None:
     """Its gradient is that of −Σ A ℓ over the tokens that count, per token, from all the logits."""
     model = AutoModelForCausalLM.from_pretrained(folder / "student")
-    total, tokens = torch.zeros(()), 0
+    losses = []
     for sample in done.samples:
         ids = torch.tensor(counted(sample, "ids"))
         logprobs = completion_logprobs(model, sample).gather(1, ids[:, None])[:, 0]
-        total = total - (logprobs * torch.tensor(counted(sample, "advantages"))).sum()
-        tokens += len(ids)
-    (total / tokens).backward()
+        losses.append(-logprobs * torch.tensor(counted(sample, "advantages")))
+    torch.cat(losses).mean().backward()
     check_moments(done.folder, model)
 
 

@@ -221,10 +221,9 @@ def end_in_step_2(way: str, rank: int) -> None:
 @pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=slow)], ids=PEERS)
 def test_gaps_in_one_process(tmp_path: Path, deep: Path, fsdp: bool) -> None:
     """Empty completions, batches of nothing else, and a gradient that is not finite: two processes decide as one."""
-    options = {"batch__max_tokens": 1, "optim__steps": 4}
     hooks = dict.fromkeys((0, 1), with_gaps)
     for count in (1, 2):
-        command_line = settings(deep, tmp_path / str(count), **options)
+        command_line = settings(deep, tmp_path / str(count), batch__max_tokens=1, optim__steps=4)
         codes, said = together(command_line, tmp_path / "said", count=count, fsdp=fsdp and count > 1, before=hooks)
         assert codes == [0] * count, said
     rows = log(tmp_path / "1")
@@ -291,11 +290,9 @@ def test_accelerate_launch(tmp_path: Path, deep: Path, way: str, name: str, mach
         ]
         for rank in range(machines)
     ]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
     running = [
-        subprocess.Popen(
-            launch, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-        )
-        for launch in launches
+        subprocess.Popen(launch, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, env=offline) for launch in launches
     ]
     said = [process.communicate(timeout=240)[1] for process in running]
     assert [process.returncode for process in running] == [0] * machines, "\n".join(said)

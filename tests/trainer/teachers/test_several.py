@@ -14,12 +14,12 @@ import torch
 import yaml
 from launches import REPOSITORY
 from peft import LoraConfig, get_peft_model
-from run_cases import completion_logprobs, counted, distilled, log
-from run_settings import arguments, config, distillation, evaluated
+from run_cases import completion_logprobs, counted, distilled, log, refusal
+from run_settings import config, distillation, evaluated
 from stub_server import serving
 from tiny_data import model_and_sums, read_jsonl, write_jsonl
-from tiny_models import llama, save_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny_models import llama, save_model, tokenizer
+from transformers import AutoModelForCausalLM
 
 from fastkl import cli
 from fastkl.head import FusedCausalLM
@@ -97,8 +97,7 @@ def test_shares_follow_the_weights(weights: list[float]) -> None:
 
 @pytest.mark.parametrize("objective", ["policy_gradient", "reverse_kl", "top_k"])
 def test_each_data_set_has_its_own_teacher(tmp_path: Path, models: Path, objective: str) -> None:
-    run = mixture(models, tmp_path / "run", two(models), loss__objective=objective, optim__substeps=2)
-    path = distilled(run)
+    path = distilled(mixture(models, tmp_path / "run", two(models), loss__objective=objective, optim__substeps=2))
     teachers = {
         name: AutoModelForCausalLM.from_pretrained(models / of) for name, of in (("math", "adder"), ("chat", "chatter"))
     }
@@ -140,8 +139,7 @@ def test_one_data_set_of_a_mixture_is_the_run_without_one(tmp_path: Path, models
 
 def test_equal_teachers_are_loaded_once(tmp_path: Path, models: Path, loads: list[str]) -> None:
     entries = two(models) | {"more": entry(models, "chats.jsonl", 1), "most": entry(models, "chats.jsonl", 1)}
-    run = mixture(models, tmp_path / "run", entries, optim__steps=1) | {"teacher.path": models / "adder"}
-    distilled(run)
+    distilled(mixture(models, tmp_path / "run", entries, optim__steps=1) | {"teacher.path": models / "adder"})
     assert sorted(loads) == ["adder", "chatter", "student"]
 
 
@@ -156,8 +154,7 @@ def test_teachers_here_and_on_a_server(tmp_path: Path, models: Path) -> None:
         assert row == pytest.approx(wanted, rel=1e-3, abs=1e-4)
         # A server may be found elsewhere, its model may not change.
         entries["chat"]["teacher"]["server"]["url"] = "http://127.0.0.1:9/v1"
-        config_of = config("distill", mixture(models, tmp_path / "run", entries, optim__steps=1))
-        check_run_folder(config_of)
+        check_run_folder(config("distill", mixture(models, tmp_path / "run", entries, optim__steps=1)))
         entries["chat"]["teacher"]["server"]["model"] = "other"
         with pytest.raises(ConfigError, match=r"mixture\.chat\.teacher\.server\.model was 'stub' and is 'other'"):
             check_run_folder(config("distill", mixture(models, tmp_path / "run", entries, optim__steps=1)))
@@ -168,10 +165,8 @@ def test_each_data_set_is_checked_with_its_teacher(
 ) -> None:
     save_model(tmp_path / "short", max_position_embeddings=16)
     entries = two(models) | {"short": entry(models, "chats.jsonl", 1, path=str(tmp_path / "short"))}
-    assert cli.main(arguments("distill", mixture(models, tmp_path / "run", entries))) == 2
-    error = capsys.readouterr().err
-    assert "the teacher of short's context of 16" in error
-    assert "mixture.short.data.max_prompt_tokens" in error
+    run = mixture(models, tmp_path / "run", entries)
+    refusal(capsys, "distill", run, "the teacher of short's context of 16", "mixture.short.data.max_prompt_tokens")
     assert not (tmp_path / "run").exists()
 
 
@@ -198,22 +193,17 @@ def test_refused_mixtures(
 
 
 def test_the_name_of_a_data_set_is_that_of_a_metric(tmp_path: Path, models: Path) -> None:
-    with pytest.raises(ConfigError) as error:
-        config("distill", mixture(models, tmp_path / "run", {"a/b": two(models)["math"]}))
     message = "mixture has a data set 'a/b', and its name becomes that of a metric; use only letters, digits, _ and -"
-    assert str(error.value) == message
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        config("distill", mixture(models, tmp_path / "run", {"a/b": two(models)["math"]}))
 
 
 def test_the_mixture_in_the_documentation_runs(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (REPOSITORY / "docs" / "teachers.md").read_text(encoding="utf-8")
     block = text.split("```yaml\n")[1].split("```")[0]
-    names = {
-        "runs/two": "run",
-        "models/student": "student",
-        "models/mathematician": "adder",
-        "models/chatter": "chatter",
-    }
-    for name, stand_in in (names | {"math.jsonl": "sums.jsonl", "chat.jsonl": "chats.jsonl"}).items():
+    names = {"runs/two": "run", "math.jsonl": "sums.jsonl", "chat.jsonl": "chats.jsonl"}
+    names |= {"models/student": "student", "models/mathematician": "adder", "models/chatter": "chatter"}
+    for name, stand_in in names.items():
         assert name in block
         block = block.replace(name, stand_in if stand_in == "run" else str(models / stand_in))
     monkeypatch.chdir(tmp_path)
@@ -230,14 +220,13 @@ def test_the_base_of_a_lora_student_is_its_teacher_without_a_copy(
 ) -> None:
     shared = {"student__lora__rank": 2, "loss__objective": objective, "optim__lr": 0.1, **evaluated(models)}
     own = settings(models, tmp_path / "own", **shared) | {"teacher.path": "", "teacher.base_of_student": "true"}
-    distilled(own)
+    rows = log(distilled(own))
     assert loads == ["student"]
-    copy = settings(models, tmp_path / "copy", **shared) | {"teacher.path": models / "student"}
-    distilled(copy)
+    copied = log(distilled(settings(models, tmp_path / "copy", **shared, teacher__path=models / "student")))
     assert loads == ["student", "student", "student"]
-    first, *_, last = log(tmp_path / "own")[1:]
+    first, *_, last = rows[1:]
     assert first["teacher_kl"] == pytest.approx(0, abs=1e-6)  # a new adapter does nothing
-    for a, b in zip(log(tmp_path / "own"), log(tmp_path / "copy"), strict=True):
+    for a, b in zip(rows, copied, strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
     assert last["step"] == 3
 
@@ -256,20 +245,16 @@ def test_the_base_under_a_head_that_is_trained_in_full() -> None:
     teacher = LocalTeacher(fused, BatchConfig(), 1.0, CPU, as_teacher=model.disable_adapter)
     teacher.score(samples)
     assert samples[0].teacher_logprobs == pytest.approx(wanted, abs=1e-5)
-    assert (
-        teacher.head(samples, CPU).weight.data_ptr() == base.get_output_embeddings().original_module.weight.data_ptr()
-    )
+    original = base.get_output_embeddings().original_module.weight
+    assert teacher.head(samples, CPU).weight.data_ptr() == original.data_ptr()
     assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" in name)
     LocalTeacher(fused, BatchConfig(), 1.0, CPU).score(samples)
     assert samples[0].teacher_logprobs != pytest.approx(wanted, abs=0.1)
 
 
 def test_a_teacher_on_a_device_of_its_own(tmp_path: Path, models: Path) -> None:
-    runs = [
-        distilled(settings(models, tmp_path / name, optim__steps=1, teacher__device=device))
-        for name, device in (("null", "null"), ("cpu", "cpu"))
-    ]
-    assert log(runs[0]) == log(runs[1])
+    runs = [settings(models, tmp_path / name, optim__steps=1, teacher__device=name) for name in ("null", "cpu")]
+    assert log(distilled(runs[0])) == log(distilled(runs[1]))
     for device in ("gpu", "cuda:99"):
         with pytest.raises(ConfigError, match=rf"teacher\.device is '{device}', which cannot be used here"):
             distilled(settings(models, tmp_path / "run", teacher__device=device))
@@ -296,9 +281,8 @@ def test_quantisation_needs_its_package_and_plain_weights(
     described = save_model(tmp_path / "quantised") / "config.json"
     values = json.loads(described.read_text(encoding="utf-8")) | {"quantization_config": {"quant_method": "fp8"}}
     described.write_text(json.dumps(values), encoding="utf-8")
-    with pytest.raises(
-        ConfigError, match=r"teacher\.quantization is 8bit, but the weights in .* are quantised already"
-    ):
+    message = r"teacher\.quantization is 8bit, but the weights in .* are quantised already"
+    with pytest.raises(ConfigError, match=message):
         opening.load_teacher(TeacherConfig(path=str(tmp_path / "quantised"), quantization="8bit"), CPU)
 
 
@@ -313,8 +297,7 @@ def test_a_quantised_teacher(tmp_path: Path, models: Path, quantization: str, ob
     assert isinstance(model.model.layers[0].mlp.up_proj, layer)
     assert type(model.lm_head) is torch.nn.Linear
     model.save_pretrained(tmp_path / "stored")
-    save_words = AutoTokenizer.from_pretrained(tmp_path / "wide")
-    save_words.save_pretrained(tmp_path / "stored")
+    tokenizer().save_pretrained(tmp_path / "stored")
     rows = []
     for name, teacher in (
         ("asked", {"teacher.path": tmp_path / "wide", "teacher.quantization": quantization}),
