@@ -6,6 +6,7 @@ One program per row fills a GPU from about two rows per multiprocessor on; the d
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,15 +18,17 @@ from fastkl.kernels.launch import LaunchConfig, check_device, check_rows, launch
 DTYPES = (torch.float32, torch.bfloat16)  # of a chunk; arithmetic is float32
 GRADIENT_DTYPES = (*DTYPES, torch.float16)
 
-# Declares a row kernel. These are the parameters that vary from call to call.
-row_kernel: Callable[[Any], Any] = triton.jit(
-    do_not_specialize=["tokens_stride", "out_stride_value", "out_stride_row", "weights_stride_value"],
-    do_not_specialize_on_alignment=[
-        *("tokens_ptr", "out_ptr", "weights_ptr", "m_ptr", "scale_ptr"),
-        *("value_ptr", "token_nll_ptr", "teacher_nll_ptr", "entropy_ptr", "teacher_entropy_ptr"),
-        *("reverse_kl_ptr", "forward_kl_ptr", "agreement_ptr"),
-    ],
-)
+CHUNKS = ("x", "x_t", "u")  # how the parameters of a row kernel that say where a chunk lies begin
+
+
+def row_kernel(function: Callable[..., None]) -> Any:
+    """Declares a row kernel. Where a chunk lies is alike from call to call; its other pointers and strides vary."""
+    names = [name for name in signature(function).parameters if not name.startswith(tuple(f"{c}_" for c in CHUNKS))]
+    return triton.jit(
+        function,
+        do_not_specialize=[name for name in names if "_stride" in name],
+        do_not_specialize_on_alignment=[name for name in names if name.endswith("_ptr")],
+    )
 
 
 def row_config(chunks: int) -> LaunchConfig:
