@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from run_cases import Run, check_equal, distilled, first_moments, interrupt, tuned, weights
-from run_settings import arguments, distillation, evaluated, training
+from run_settings import Settings, arguments, distillation, evaluated, training
 from tiny_data import sums, write_jsonl
 from tiny_models import tokenizer
 from transformers import AutoModelForCausalLM
@@ -62,13 +62,8 @@ def test_it_learns_the_sums_and_says_so(tmp_path: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("lora_rank", [0, 2], ids=["full", "lora"])
 def test_resume(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, lora_rank: int) -> None:
-    options: dict[str, object] = {
-        "student__lora__rank": lora_rank,
-        "optim__steps": 6,
-        "checkpoint__every": 2,
-        "examples_per_step": 5,
-        "optim__substeps": 2,
-    }
+    steps: Settings = {"optim__steps": 6, "optim__substeps": 2, "checkpoint__every": 2, "examples_per_step": 5}
+    options = {"student__lora__rank": lora_rank, **steps}
     settings = training(tmp_path / "run", folder, **options)
     interrupt(monkeypatch, settings, 3, "sft")
     check_equal(tuned(settings), tuned(training(tmp_path / "whole", folder, **options)))

@@ -151,12 +151,9 @@ def with_template(template: str) -> Any:
 
 
 def test_turn_markers() -> None:
-    template = (
-        "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}.\n{% endfor %}"
-        "{% if add_generation_prompt %}[a]{% endif %}"
-    )
-    markers = turn_markers(with_template(template), "tool")
-    assert markers == (".\n[t]", ".\n[a]")
+    turns = "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}.\n{% endfor %}"
+    template = with_template(turns + "{% if add_generation_prompt %}[a]{% endif %}")
+    assert turn_markers(template, "tool") == (".\n[t]", ".\n[a]")
     # An end of turn that was sampled is not written a second time.
     assert turn_markers(WORDS, "user") == ("<u>", "<a>")
 
@@ -194,26 +191,14 @@ def test_stops_of_one_token_end_the_sampling() -> None:
     assert stop_ids(Calculator(), words) == words.convert_tokens_to_ids(["</calc>"])
 
 
-@pytest.mark.parametrize(
-    ("expression", "value"),
-    [
-        ("12*7", "84"),
-        ("1-2*3", "-5"),
-        ("-(2+3)", "-5"),
-        ("1/3", "0.333333"),
-        ("0.1+0.2", "0.3"),
-        ("7/7", "1"),
-        ("1/0", "error"),
-        ("", "error"),
-        ("x", "error"),
-        ("__import__('os')", "error"),
-        ("9**9**9", "error"),
-        ("1<2", "error"),
-        ("True", "error"),
-        ("(" * 5000, "error"),
-        ("1+" * 49 + "1", "50"),
-    ],
-)
+CALCULATED = {
+    **{"12*7": "84", "1-2*3": "-5", "-(2+3)": "-5", "1/3": "0.333333", "0.1+0.2": "0.3", "7/7": "1"},
+    "1+" * 49 + "1": "50",
+    **dict.fromkeys(["1/0", "", "x", "__import__('os')", "9**9**9", "1<2", "True", "(" * 5000], "error"),
+}
+
+
+@pytest.mark.parametrize(("expression", "value"), CALCULATED.items())
 def test_calculate(expression: str, value: str) -> None:
     assert calculate(expression) == value
 
@@ -330,9 +315,7 @@ def test_given_completions_fill_the_rest() -> None:
     prompts = [encoded("q", index) for index in range(4)]
     rollouts = Rollouts(config, SingleTurn(sampler, 100), prompts, given, None)
     samples = rollouts.samples([prompts[index] for index in (2, 3, 0, 1)], 0, 0)
-    assert [(s.prompt_index, s.given) for s in samples] == [
-        *((i, False) for i in (2, 2, 3, 3)),
-        *((i, True) for i in (0, 1)),
-    ]
+    sampled = [(2, False), (2, False), (3, False), (3, False)]
+    assert [(s.prompt_index, s.given) for s in samples] == [*sampled, (0, True), (1, True)]
     samples[-1].advantages = [1.0]
     assert given[1].advantages == []  # a step changes nothing of the next one's

@@ -71,14 +71,9 @@ def test_reinforcement_learning_without_a_teacher(folder: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("role", ["null", "user"])
 def test_environment_tokens_have_no_gradient(folder: Path, tmp_path: Path, role: str) -> None:
-    multi = {
-        "environment__name": "nods",
-        "environment__role": role,
-        "sampling__max_new_tokens": 24,
-        "reward__grader": "environment",
-        "sampling__samples_per_prompt": 2,
-    }
-    done = run(tmp_path / "run", folder, **multi, **ONE)
+    turns = {"environment__name": "nods", "environment__role": role, "sampling__max_new_tokens": 24}
+    rewards = {"reward__grader": "environment", "sampling__samples_per_prompt": 2}
+    done = run(tmp_path / "run", folder, **turns, **rewards, **ONE)
     (row,), samples = done.metrics, done.samples
     replied = 0
     for sample in samples:

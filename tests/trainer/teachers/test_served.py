@@ -115,9 +115,8 @@ def test_a_server_that_lists_fewer_tokens_is_refused(stub: StubServer, api: str)
     with pytest.raises(ConfigError, match=message):
         connected(stub, api=api, top_k=21)
     stub.caps = 3  # without a word
-    with pytest.raises(
-        ConfigError, match=r"[34] likeliest tokens where 7 were asked for: the server has a lower limit"
-    ):
+    message = r"[34] likeliest tokens where 7 were asked for: the server has a lower limit"
+    with pytest.raises(ConfigError, match=message):
         connected(stub, api=api, top_k=7)
 
 
@@ -246,9 +245,8 @@ def test_a_smaller_vocabulary_is_found(stub: StubServer) -> None:
 
 def test_a_context_that_is_too_short_is_found(stub: StubServer) -> None:
     stub.context = 60  # of which a server wants one for the token that it generates
-    with pytest.raises(
-        ConfigError, match=r"cannot score 60 tokens.*HTTP 400.*length is 60.*Do this, or serve the teacher with"
-    ):
+    message = r"cannot score 60 tokens.*HTTP 400.*length is 60.*Do this, or serve the teacher with"
+    with pytest.raises(ConfigError, match=message):
         connected(stub)
     stub.context = 61
     connected(stub)
