@@ -74,20 +74,14 @@ def by_hand(
             for ours, sample in zip(old, samples, strict=True)
         ]
     optimizer = torch.optim.AdamW(student.parameters(), lr=optim.lr, betas=tuple(optim.betas), weight_decay=0.0)
+    limits = loss_config.clip_low, loss_config.clip_high, loss_config.dual_clip, loss_config.truncate_ratio
     losses, norms = [], []
     for first in range(optim.substeps):
         part = range(first, len(samples), optim.substeps)
         values = torch.cat([logprobs(student, samples[i]) for i in part])
-        per_token = reference.policy_gradient(
-            values,
-            torch.cat([advantages[i] for i in part]),
-            None if loss_config.old_logprobs == "current" else torch.cat([old[i] for i in part]),
-            loss_config.method,
-            loss_config.clip_low,
-            loss_config.clip_high,
-            loss_config.dual_clip,
-            loss_config.truncate_ratio,
-        )
+        part_old = None if loss_config.old_logprobs == "current" else torch.cat([old[i] for i in part])
+        part_advantages = torch.cat([advantages[i] for i in part])
+        per_token = reference.policy_gradient(values, part_advantages, part_old, loss_config.method, *limits)
         per_token.mean().backward()
         losses.append(per_token.mean().item())
         norms.append(float(torch.nn.utils.clip_grad_norm_(student.parameters(), optim.max_grad_norm or float("inf"))))

@@ -46,23 +46,18 @@ def top_k(log_p: Tensor, log_q: Tensor) -> Tensor:
     return kl(torch.cat([p, rest_p], -1), torch.cat([q, rest_q], -1))
 
 
-# Objective and options of a run, and the same per token, from log-probs over the vocabulary.
+# An objective's own options of a run, and the same per token, from log-probs over the vocabulary.
 Formula = Callable[[Tensor, Tensor], Tensor]
 CASES: dict[str, tuple[dict[str, object], Formula]] = {
-    "reverse_kl": ({"loss__objective": "reverse_kl"}, kl),
-    "forward_kl": ({"loss__objective": "forward_kl"}, lambda p, q: kl(q, p)),
-    "jsd": (
-        {"loss__objective": "jsd", "loss__jsd_beta": 0.3},
-        lambda p, q: 0.3 * kl(q, mixed(0.3, q, p)) + 0.7 * kl(p, mixed(0.3, q, p)),
-    ),
-    "skewed_reverse_kl": (
-        {"loss__objective": "skewed_reverse_kl", "loss__skew_alpha": 0.2},
-        lambda p, q: kl(p, mixed(0.2, p, q)),
-    ),
-    "skewed_forward_kl": ({"loss__objective": "skewed_forward_kl"}, lambda p, q: kl(q, mixed(0.1, q, p))),
-    "total_variation": ({"loss__objective": "total_variation"}, lambda p, q: (p.exp() - q.exp()).abs().sum(-1) / 2),
-    "top_k": ({"loss__objective": "top_k", "loss__top_k": K}, top_k),
+    "reverse_kl": ({}, kl),
+    "forward_kl": ({}, lambda p, q: kl(q, p)),
+    "jsd": ({"loss__jsd_beta": 0.3}, lambda p, q: 0.3 * kl(q, mixed(0.3, q, p)) + 0.7 * kl(p, mixed(0.3, q, p))),
+    "skewed_reverse_kl": ({"loss__skew_alpha": 0.2}, lambda p, q: kl(p, mixed(0.2, p, q))),
+    "skewed_forward_kl": ({}, lambda p, q: kl(q, mixed(0.1, q, p))),
+    "total_variation": ({}, lambda p, q: (p.exp() - q.exp()).abs().sum(-1) / 2),
+    "top_k": ({"loss__top_k": K}, top_k),
 }
+OPTIONS = {name: {"loss__objective": name, **options} for name, (options, _) in CASES.items()}
 VARIANTS: dict[str, dict[str, object]] = {
     "batches": {"batch__max_tokens": 40, "sampling__temperature": 0.7},
     "packed": {"batch__layout": "packed"},
@@ -83,8 +78,8 @@ def test_a_step_equals_the_same_step_by_hand(
     tmp_path: Path, case: str, options: dict[str, object], which: str, request: pytest.FixtureRequest
 ) -> None:
     used: Path = request.getfixturevalue(which)
-    chosen, formula = CASES[case]
-    done = run(tmp_path / "run", used, optim__steps=1, optim__max_grad_norm="null", **chosen, **options)
+    _, formula = CASES[case]
+    done = run(tmp_path / "run", used, optim__steps=1, optim__max_grad_norm="null", **OPTIONS[case], **options)
     (row,), temperature = done.metrics, float(str(options.get("sampling__temperature", 1.0)))
     student, teacher = (AutoModelForCausalLM.from_pretrained(used / name) for name in ("student", "teacher"))
 
@@ -113,7 +108,7 @@ def test_a_step_equals_the_same_step_by_hand(
 @pytest.mark.parametrize("case", CASES)
 def test_each_objective_learns(tmp_path: Path, models: Path, case: str) -> None:
     small: dict[str, object] = {"optim__steps": 15, "optim__lr": 0.03, "sampling__prompts_per_step": 12}
-    losses = [row["loss"] for row in run(tmp_path / "run", models, **small, **CASES[case][0]).metrics]
+    losses = [row["loss"] for row in run(tmp_path / "run", models, **small, **OPTIONS[case]).metrics]
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
@@ -128,14 +123,14 @@ def test_a_student_that_is_its_own_teacher_has_nothing_to_learn(tmp_path: Path, 
 
 @pytest.fixture(scope="module")
 def local_top_k(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Run:
-    return run(tmp_path_factory.mktemp("run") / "local", models, optim__steps=2, **CASES["top_k"][0])
+    return run(tmp_path_factory.mktemp("run") / "local", models, optim__steps=2, **OPTIONS["top_k"])
 
 
 @pytest.mark.parametrize("api", ["prompt_logprobs", "echo"])
 def test_a_served_top_k_teacher_equals_the_local_one(tmp_path: Path, models: Path, local_top_k: Run, api: str) -> None:
     with serving(models / "teacher") as stub:
         server = served("teacher", stub, api=api)
-        there = run(tmp_path / "served", models, optim__steps=2, **CASES["top_k"][0], **server)
+        there = run(tmp_path / "served", models, optim__steps=2, **OPTIONS["top_k"], **server)
     for a, b in zip(there.metrics, local_top_k.metrics, strict=True):
         assert a["policy/top_k_kl_mean"] == pytest.approx(b["policy/top_k_kl_mean"], rel=1e-3)
         assert a["teacher_kl"] == pytest.approx(b["teacher_kl"], abs=1e-4)
