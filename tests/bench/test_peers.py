@@ -1,30 +1,18 @@
 """The implementations that the benches compare: what each one says, what it does where it runs, how one is added."""
 
-import json
 import sys
 import textwrap
 
 import pytest
 import torch
+from bench_cases import bench_loss, case_of
 
 from bench import peers
-from bench.__main__ import main
 from bench.lib import measure
-from bench.lib.cases import HEADS, OPS, Case, make_case
+from bench.lib.cases import HEADS, OPS
 from bench.peers import Unsupported, eager, liger, quack
 
 GPU_ONLY = ("cce", "cce_exact", "quack", "quack_full", "liger_triton")
-
-
-def case_of(op="policy_gradient", head="trainable", dtype=torch.float32, shape=(40, 16, 300)) -> Case:
-    return make_case(op, shape, dtype, head, "cpu", "peaked", entropy=1.0, seed=0)
-
-
-def bench(tmp_path, *arguments):
-    """The JSON that `python -m bench loss` writes."""
-    file = tmp_path / "loss.json"
-    main(["loss", "--shape", "12,8,70", "--repeats", "1", "--json", str(file), *arguments])
-    return json.loads(file.read_text())
 
 
 @pytest.fixture
@@ -56,7 +44,7 @@ class TestAddedPeer:
             PEER = Peer(build, backward="rounded up", notes={"logprobs": "half as much again"}, packages=("torch", "nope"))
             """,
         )
-        report = bench(tmp_path, "--op", "logprobs", "--impl", "rounded")
+        report = bench_loss(tmp_path, "--op", "logprobs", "--impl", "rounded")
         (row,) = report["rows"]
         assert row["grad_error"] == pytest.approx(0.5, abs=1e-3)
         assert (row["backward"], row["note"]) == ("rounded up", "half as much again")
@@ -75,7 +63,7 @@ class TestAddedPeer:
             PEER = Peer(build, solves=lambda case: dataclasses.replace(case, advantages=torch.ones_like(case.advantages)))
             """,
         )
-        report = bench(tmp_path, "--op", "logprobs", "--head", "trainable", "--impl", "unweighted,eager")
+        report = bench_loss(tmp_path, "--op", "logprobs", "--head", "trainable", "--impl", "unweighted,eager")
         assert [row["impl"] for row in report["rows"]] == ["unweighted", "eager"]
         assert all(row["grad_error"] < 1e-4 for row in report["rows"])
 
@@ -100,7 +88,7 @@ class TestAddedPeer:
     )
     def test_is_skipped_with_its_reason(self, tmp_path, capsys, add_peer, code, reason):
         add_peer("stranger", code)
-        report = bench(tmp_path, "--impl", "stranger,eager")
+        report = bench_loss(tmp_path, "--impl", "stranger,eager")
         assert [row["impl"] for row in report["rows"]] == ["eager"]
         (skipped,) = report["skipped"]
         assert (skipped["impl"], skipped["shape"]) == ("stranger", [12, 8, 70])
@@ -110,11 +98,11 @@ class TestAddedPeer:
     def test_own_errors_are_errors(self, tmp_path, add_peer):
         add_peer("ours", "PEER = Peer(lambda case: case.no_such)")
         with pytest.raises(AttributeError, match="no_such"):
-            bench(tmp_path, "--impl", "ours")
+            bench_loss(tmp_path, "--impl", "ours")
 
     def test_out_of_memory_is_a_reason(self, tmp_path, add_peer):
         add_peer("hungry", "def build(case): raise torch.OutOfMemoryError\nPEER = Peer(build)")
-        report = bench(tmp_path, "--impl", "hungry")
+        report = bench_loss(tmp_path, "--impl", "hungry")
         assert report["rows"] == []
         assert report["skipped"][0]["reason"] == "out of memory"
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from bench_cases import bench_refusal
 from matplotlib.image import imread
 
 from bench.__main__ import main
@@ -94,7 +95,5 @@ def test_what_bench_sparse_writes_can_be_drawn(tmp_path, capsys):
 )
 def test_files_without_a_sweep_are_refused(tmp_path, capsys, text, message):
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(SystemExit):
-        main(["plot", str(tmp_path / "a.json"), "--out", str(tmp_path / "figures")])
-    assert message in capsys.readouterr().err
+    assert message in bench_refusal(capsys, "plot", str(tmp_path / "a.json"), "--out", str(tmp_path / "figures"))
     assert not (tmp_path / "figures").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from bench_cases import bench_refusal
 
 from bench.__main__ import main
 from bench.commands.table import documents, with_tables
@@ -43,6 +44,4 @@ def test_bad_markers(text: str, message: str) -> None:
 
 
 def test_an_unknown_table(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["table", "none"])
-    assert "argument NAME: unknown table 'none'; use some of losses, " in capsys.readouterr().err
+    assert "argument NAME: unknown table 'none'; use some of losses, " in bench_refusal(capsys, "table", "none")

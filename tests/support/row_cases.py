@@ -64,11 +64,7 @@ class UnderTest(NamedTuple):
     steps: bool = False  # the gradient jumps where p = q
 
     def run(
-        self,
-        rows: Rows,
-        dtype: torch.dtype = torch.float32,
-        gradient: bool = True,
-        apart: torch.dtype | None = None,
+        self, rows: Rows, dtype: torch.dtype = torch.float32, gradient: bool = True, apart: torch.dtype | None = None
     ) -> Outcome:
         """On a copy of `rows`, with the gradient in place or in a tensor of dtype `apart`."""
         return run(self.function, rows, dtype, self.outputs, self.device, gradient, apart)

@@ -14,6 +14,7 @@ from typing import get_args
 import docstring_parser
 import pytest
 from launches import run_python
+from run_cases import refusal
 from run_settings import MINIMAL, arguments, config
 from tiny_data import sums, write_jsonl
 from tiny_models import save_model, tokenizer
@@ -30,142 +31,110 @@ from fastkl.trainer.errors import ConfigError
 URL = "http://127.0.0.1:9/v1"
 SERVED: dict[str, object] = {"teacher.path": "", "teacher.server.url": URL, "teacher.server.model": "m"}
 SAMPLED: dict[str, object] = {"sampling.server.url": URL, "sampling.server.model": "m"}
-# command, settings, what the message must hold: the setting with its value, and the way out
-REFUSED: list[tuple[str, dict[str, object], list[str]]] = [
-    ("distill", {"run": ""}, ["run is empty", "runs/first"]),
-    ("distill", {"student.path": ""}, ["student.path is empty", "model folder or a Hub id"]),
-    ("distill", {"teacher.path": ""}, ["teacher.path is empty", "model folder or a Hub id"]),
-    ("distill", SERVED | {"teacher.path": "t"}, ["teacher.path is 't'", URL, "exactly one"]),
-    ("distill", {"teacher.tokenizer": "t"}, ["teacher.tokenizer is 't'", "teacher.path is 't'", "unset it"]),
-    ("distill", {"teacher.path": ""}, ["teacher.server.url", "or a server's url"]),
-    ("distill", SERVED | {"teacher.server.url": "127.0.0.1:8000"}, ["server.url is '127.0.0.1:8000'", "http://"]),
+# settings, what the message must hold: the setting with its value, and the way out
+REFUSED_BY_DISTILL: list[tuple[dict[str, object], list[str]]] = [
+    ({"run": ""}, ["run is empty", "runs/first"]),
+    ({"student.path": ""}, ["student.path is empty", "model folder or a Hub id"]),
+    ({"teacher.path": ""}, ["teacher.path is empty", "model folder or a Hub id"]),
+    (SERVED | {"teacher.path": "t"}, ["teacher.path is 't'", URL, "exactly one"]),
+    ({"teacher.tokenizer": "t"}, ["teacher.tokenizer is 't'", "teacher.path is 't'", "unset it"]),
+    ({"teacher.path": ""}, ["teacher.server.url", "or a server's url"]),
+    (SERVED | {"teacher.server.url": "127.0.0.1:8000"}, ["server.url is '127.0.0.1:8000'", "http://"]),
+    (SERVED | {"teacher.server.url": "http://me:pw@h/v1"}, ["server.url holds a user", "server.api_key_env"]),
+    (SERVED | {"teacher.server.model": ""}, ["server.model is empty", URL]),
+    (SERVED | {"teacher.server.url": ""}, ["server.model is 'm'", "server.url is empty"]),
+    (SERVED | {"teacher.server.concurrency": 0}, ["server.concurrency is 0", "at least 1"]),
+    (SERVED | {"teacher.server.sequences_per_request": 0}, ["server.sequences_per_request is 0", "at least 1"]),
+    (SERVED | {"teacher.server.timeout": 0}, ["server.timeout is 0", "> 0"]),
+    (SERVED | {"teacher.server.retries": -1}, ["server.retries is -1", "at least 0"]),
+    (SERVED | {"teacher.server.api_key_env": "sk-secret"}, ["server.api_key_env is not the name"]),
     (
-        "distill",
-        SERVED | {"teacher.server.url": "http://me:pw@h/v1"},
-        ["server.url holds a user", "server.api_key_env"],
-    ),
-    ("distill", SERVED | {"teacher.server.model": ""}, ["server.model is empty", URL]),
-    ("distill", SERVED | {"teacher.server.url": ""}, ["server.model is 'm'", "server.url is empty"]),
-    ("distill", SERVED | {"teacher.server.concurrency": 0}, ["server.concurrency is 0", "at least 1"]),
-    (
-        "distill",
-        SERVED | {"teacher.server.sequences_per_request": 0},
-        ["server.sequences_per_request is 0", "at least 1"],
-    ),
-    ("distill", SERVED | {"teacher.server.timeout": 0}, ["server.timeout is 0", "> 0"]),
-    ("distill", SERVED | {"teacher.server.retries": -1}, ["server.retries is -1", "at least 0"]),
-    ("distill", SERVED | {"teacher.server.api_key_env": "sk-secret"}, ["server.api_key_env is not the name"]),
-    (
-        "distill",
         {"sampling.dtype": "bfloat16", "student.dtype": "bfloat16"},
         ["sampling.dtype is bfloat16", "student.dtype", "unset sampling.dtype"],
     ),
+    (SAMPLED | {"sampling.dtype": "bfloat16"}, ["sampling.dtype is 'bfloat16'", URL, "--dtype", "unset it"]),
+    (SAMPLED | {"sampling.max_requests": 4}, ["sampling.max_requests is 4", URL, "--max-num-seqs", "unset it"]),
+    (SAMPLED | {"sampling.engine": "generate"}, ["sampling.engine is 'generate'", URL, "unset it"]),
     (
-        "distill",
-        SAMPLED | {"sampling.dtype": "bfloat16"},
-        ["sampling.dtype is 'bfloat16'", URL, "--dtype", "unset it"],
-    ),
-    (
-        "distill",
-        SAMPLED | {"sampling.max_requests": 4},
-        ["sampling.max_requests is 4", URL, "--max-num-seqs", "unset it"],
-    ),
-    ("distill", SAMPLED | {"sampling.engine": "generate"}, ["sampling.engine is 'generate'", URL, "unset it"]),
-    (
-        "distill",
         {"sampling.engine": "generate", "sampling.max_batch_tokens": 64},
         ["sampling.max_batch_tokens is 64", "sampling.engine is generate", "unset it", "sampling.max_requests"],
     ),
-    ("distill", SAMPLED | {"sampling.server.url": ""}, ["server.model is 'm'", "server.url is empty"]),
-    ("distill", SAMPLED | {"sampling.server.concurrency": 0}, ["server.concurrency is 0", "at least 1"]),
-    ("distill", SERVED | {"teacher.dtype": "bfloat16"}, ["teacher.dtype is 'bfloat16'", URL, "unset it"]),
-    ("score", {"model.path": "", "model.server.url": URL, "model.server.model": "m"}, ["model.tokenizer is None", URL]),
-    ("distill", {"data.dataset": "x"}, ["data.path is 'd.jsonl'", "data.dataset is 'x'", "exactly one"]),
-    ("distill", {"data.path": "null"}, ["data.path is None", "data.dataset is None", "exactly one"]),
-    ("distill", {"data.limit": 0}, ["data.limit is 0", "at least 1", "null"]),
-    ("distill", {"data.max_prompt_tokens": 0}, ["data.max_prompt_tokens is 0", "at least 1", "null"]),
-    ("distill", {"log_samples": -1}, ["log_samples is -1", "at least 0"]),
-    ("distill", {"student.lora.rank": -4}, ["lora.rank is -4", "at least 0"]),
-    ("distill", {"sampling.prompts_per_step": 0}, ["sampling.prompts_per_step is 0", "at least 1"]),
-    ("distill", {"sampling.samples_per_prompt": 0}, ["sampling.samples_per_prompt is 0", "at least 1"]),
-    ("distill", {"sampling.max_new_tokens": 0}, ["sampling.max_new_tokens is 0", "at least 1"]),
-    ("distill", {"sampling.max_batch_tokens": 0}, ["sampling.max_batch_tokens is 0", "at least 1"]),
-    ("distill", {"sampling.max_requests": 0}, ["sampling.max_requests is 0", "at least 1"]),
-    ("distill", {"sampling.temperature": 0}, ["sampling.temperature is 0", "> 0"]),
-    ("distill", {"sampling.top_p": 0.9}, ["sampling.top_p is 0.9", "importance ratio", "Leave top_p = 1"]),
-    ("distill", {"sampling.top_k": 50}, ["sampling.top_k is 50", "importance ratio", "top_k = 0"]),
-    ("distill", {"loss.discount": 1.5}, ["loss.discount is 1.5", "between 0 and 1"]),
-    ("distill", {"loss.clip_high": 0.3}, ["loss.clip_high is 0.3", "loss.method 'importance_sampling'", "cispo"]),
-    ("distill", {"loss.method": "ppo", "loss.old_logprobs": "current"}, ["loss.method is ppo", "sampler or recompute"]),
-    ("distill", {"loss.kl_coef": -1.0}, ["loss.kl_coef is -1.0", "at least 0"]),
-    ("distill", {"student.lora.alpha": 16.0}, ["lora.alpha is 16.0", "set lora.rank"]),
-    ("distill", {"loss.clip_low": 1.5}, ["loss.clip_low is 1.5", "<= 1"]),
-    ("distill", {"loss.clip_high": -0.1}, ["loss.clip_high is -0.1", ">= 0"]),
-    ("distill", {"loss.dual_clip": 3}, ["loss.dual_clip is 3", "loss.method 'importance_sampling'", "ppo"]),
-    ("distill", {"loss.dual_clip": 1, "loss.method": "ppo"}, ["loss.dual_clip is 1", "> 1"]),
-    ("distill", {"loss.truncate_ratio": 0}, ["loss.truncate_ratio is 0", "> 0", "null"]),
+    (SAMPLED | {"sampling.server.url": ""}, ["server.model is 'm'", "server.url is empty"]),
+    (SAMPLED | {"sampling.server.concurrency": 0}, ["server.concurrency is 0", "at least 1"]),
+    (SERVED | {"teacher.dtype": "bfloat16"}, ["teacher.dtype is 'bfloat16'", URL, "unset it"]),
+    ({"data.dataset": "x"}, ["data.path is 'd.jsonl'", "data.dataset is 'x'", "exactly one"]),
+    ({"data.path": "null"}, ["data.path is None", "data.dataset is None", "exactly one"]),
+    ({"data.limit": 0}, ["data.limit is 0", "at least 1", "null"]),
+    ({"data.max_prompt_tokens": 0}, ["data.max_prompt_tokens is 0", "at least 1", "null"]),
+    ({"log_samples": -1}, ["log_samples is -1", "at least 0"]),
+    ({"student.lora.rank": -4}, ["lora.rank is -4", "at least 0"]),
+    ({"sampling.prompts_per_step": 0}, ["sampling.prompts_per_step is 0", "at least 1"]),
+    ({"sampling.samples_per_prompt": 0}, ["sampling.samples_per_prompt is 0", "at least 1"]),
+    ({"sampling.max_new_tokens": 0}, ["sampling.max_new_tokens is 0", "at least 1"]),
+    ({"sampling.max_batch_tokens": 0}, ["sampling.max_batch_tokens is 0", "at least 1"]),
+    ({"sampling.max_requests": 0}, ["sampling.max_requests is 0", "at least 1"]),
+    ({"sampling.temperature": 0}, ["sampling.temperature is 0", "> 0"]),
+    ({"sampling.top_p": 0.9}, ["sampling.top_p is 0.9", "importance ratio", "Leave top_p = 1"]),
+    ({"sampling.top_k": 50}, ["sampling.top_k is 50", "importance ratio", "top_k = 0"]),
+    ({"loss.discount": 1.5}, ["loss.discount is 1.5", "between 0 and 1"]),
+    ({"loss.clip_high": 0.3}, ["loss.clip_high is 0.3", "loss.method 'importance_sampling'", "cispo"]),
+    ({"loss.method": "ppo", "loss.old_logprobs": "current"}, ["loss.method is ppo", "sampler or recompute"]),
+    ({"loss.kl_coef": -1.0}, ["loss.kl_coef is -1.0", "at least 0"]),
+    ({"student.lora.alpha": 16.0}, ["lora.alpha is 16.0", "set lora.rank"]),
+    ({"loss.clip_low": 1.5}, ["loss.clip_low is 1.5", "<= 1"]),
+    ({"loss.clip_high": -0.1}, ["loss.clip_high is -0.1", ">= 0"]),
+    ({"loss.dual_clip": 3}, ["loss.dual_clip is 3", "loss.method 'importance_sampling'", "ppo"]),
+    ({"loss.dual_clip": 1, "loss.method": "ppo"}, ["loss.dual_clip is 1", "> 1"]),
+    ({"loss.truncate_ratio": 0}, ["loss.truncate_ratio is 0", "> 0", "null"]),
     (
-        "distill",
         {"loss.truncate_ratio": 2, "loss.old_logprobs": "current"},
         ["loss.truncate_ratio is 2", "loss.old_logprobs is current", "set loss.old_logprobs"],
     ),
     (
-        "distill",
         {"loss.objective": "jsd", "loss.kl_coef": 0.5},
         ["loss.kl_coef is 0.5", "loss.objective is jsd", "belongs to policy_gradient"],
     ),
+    ({"loss.objective": "reverse_kl", "loss.method": "ppo"}, ["loss.method is 'ppo'", "loss.objective is reverse_kl"]),
+    ({"loss.jsd_beta": 0.2}, ["loss.jsd_beta is 0.2", "loss.objective is policy_gradient", "belongs to jsd"]),
+    ({"loss.jsd_beta": 2, "loss.objective": "jsd"}, ["loss.jsd_beta is 2", "between 0 and 1"]),
+    ({"loss.skew_alpha": 0.3}, ["loss.skew_alpha is 0.3", "skewed_reverse_kl and skewed_forward_kl"]),
+    ({"loss.skew_alpha": 1, "loss.objective": "skewed_reverse_kl"}, ["loss.skew_alpha is 1", "below 1"]),
+    ({"loss.top_k": 5}, ["loss.top_k is 5", "belongs to top_k"]),
+    ({"loss.top_k": 0, "loss.objective": "top_k"}, ["loss.top_k is 0", "at least 1"]),
     (
-        "distill",
-        {"loss.objective": "reverse_kl", "loss.method": "ppo"},
-        ["loss.method is 'ppo'", "loss.objective is reverse_kl"],
-    ),
-    (
-        "distill",
-        {"loss.jsd_beta": 0.2},
-        ["loss.jsd_beta is 0.2", "loss.objective is policy_gradient", "belongs to jsd"],
-    ),
-    ("distill", {"loss.jsd_beta": 2, "loss.objective": "jsd"}, ["loss.jsd_beta is 2", "between 0 and 1"]),
-    ("distill", {"loss.skew_alpha": 0.3}, ["loss.skew_alpha is 0.3", "skewed_reverse_kl and skewed_forward_kl"]),
-    (
-        "distill",
-        {"loss.skew_alpha": 1, "loss.objective": "skewed_reverse_kl"},
-        ["loss.skew_alpha is 1", "below 1"],
-    ),
-    ("distill", {"loss.top_k": 5}, ["loss.top_k is 5", "belongs to top_k"]),
-    ("distill", {"loss.top_k": 0, "loss.objective": "top_k"}, ["loss.top_k is 0", "at least 1"]),
-    (
-        "distill",
         SERVED | {"loss.objective": "forward_kl"},
         ["loss.objective is forward_kl", URL, "policy_gradient or top_k", "teacher.path"],
     ),
-    ("distill", SERVED | {"teacher.device": "cpu"}, ["teacher.device is 'cpu'", URL, "unset it"]),
-    ("distill", SERVED | {"teacher.quantization": "8bit"}, ["teacher.quantization is '8bit'", URL, "unset it"]),
+    (SERVED | {"teacher.device": "cpu"}, ["teacher.device is 'cpu'", URL, "unset it"]),
+    (SERVED | {"teacher.quantization": "8bit"}, ["teacher.quantization is '8bit'", URL, "unset it"]),
     (
-        "distill",
         {"teacher.base_of_student": "true", "student.lora.rank": 2},
         ["teacher.base_of_student is true", "teacher.path is 't'", "unset one"],
     ),
     (
-        "distill",
         {"teacher.base_of_student": "true", "teacher.path": ""},
         ["teacher.base_of_student is true", "student.lora.rank is 0", "teacher.path"],
     ),
+    ({"optim.lr": -1}, ["optim.lr is -1", "at least 0"]),
+    ({"optim.steps": 0}, ["optim.steps is 0", "at least 1"]),
+    ({"optim.substeps": 0}, ["optim.substeps is 0", "at least 1"]),
+    ({"optim.substeps": 65}, ["optim.substeps is 65", "64 samples", "sampling.prompts_per_step"]),
+    ({"optim.betas": [0.9]}, ["optim.betas is [0.9]", "two numbers"]),
+    ({"optim.betas": [0.9, 1.0]}, ["optim.betas is [0.9, 1.0]", "below 1"]),
+    ({"optim.weight_decay": -1}, ["optim.weight_decay is -1", "at least 0"]),
+    ({"optim.max_grad_norm": 0}, ["optim.max_grad_norm is 0", "> 0", "null"]),
+    ({"optim.warmup_steps": 200}, ["optim.warmup_steps is 200", "optim.steps (100)"]),
+    ({"optim.warmup_steps": -1}, ["optim.warmup_steps is -1", "between 0"]),
+    ({"batch.max_tokens": 0}, ["batch.max_tokens is 0", "at least 1"]),
+    ({"checkpoint.every": -1}, ["checkpoint.every is -1", "at least 0"]),
+    ({"checkpoint.keep": 0}, ["checkpoint.keep is 0", "at least 1"]),
+    ({"eval.every": -1}, ["eval.every is -1", "at least 0"]),
+]
+REFUSED: list[tuple[str, dict[str, object], list[str]]] = [
+    *(("distill", *case) for case in REFUSED_BY_DISTILL),
+    ("score", {"model.path": "", "model.server.url": URL, "model.server.model": "m"}, ["model.tokenizer is None", URL]),
     ("score", {"model.base_of_student": "true", "model.path": ""}, ["model.base_of_student is true", "model.path"]),
-    ("distill", {"optim.lr": -1}, ["optim.lr is -1", "at least 0"]),
-    ("distill", {"optim.steps": 0}, ["optim.steps is 0", "at least 1"]),
-    ("distill", {"optim.substeps": 0}, ["optim.substeps is 0", "at least 1"]),
-    ("distill", {"optim.substeps": 65}, ["optim.substeps is 65", "64 samples", "sampling.prompts_per_step"]),
     ("sft", {"optim.substeps": 5, "examples_per_step": 4}, ["examples_per_step is 4", "optim.substeps (5)"]),
-    ("distill", {"optim.betas": [0.9]}, ["optim.betas is [0.9]", "two numbers"]),
-    ("distill", {"optim.betas": [0.9, 1.0]}, ["optim.betas is [0.9, 1.0]", "below 1"]),
-    ("distill", {"optim.weight_decay": -1}, ["optim.weight_decay is -1", "at least 0"]),
-    ("distill", {"optim.max_grad_norm": 0}, ["optim.max_grad_norm is 0", "> 0", "null"]),
-    ("distill", {"optim.warmup_steps": 200}, ["optim.warmup_steps is 200", "optim.steps (100)"]),
-    ("distill", {"optim.warmup_steps": -1}, ["optim.warmup_steps is -1", "between 0"]),
-    ("distill", {"batch.max_tokens": 0}, ["batch.max_tokens is 0", "at least 1"]),
-    ("distill", {"checkpoint.every": -1}, ["checkpoint.every is -1", "at least 0"]),
-    ("distill", {"checkpoint.keep": 0}, ["checkpoint.keep is 0", "at least 1"]),
-    ("distill", {"eval.every": -1}, ["eval.every is -1", "at least 0"]),
     ("eval", {"eval.max_new_tokens": 0}, ["eval.max_new_tokens is 0", "at least 1"]),
     ("eval", {"eval.temperature": -1}, ["eval.temperature is -1", "at least 0"]),
     ("eval", {"model.path": ""}, ["model.path is empty", "model folder or a Hub id"]),
@@ -206,43 +175,38 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(("command", "settings", "parts"), REFUSED, ids=map(name, REFUSED))
 def test_refused_settings(
-    command: str,
-    settings: dict[str, object],
-    parts: list[str],
-    empty_folder: Path,
-    capsys: pytest.CaptureFixture[str],
+    command: str, settings: dict[str, object], parts: list[str], empty_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(arguments(command, MINIMAL[command] | settings)) == 2
-    error = capsys.readouterr().err
+    error = refusal(capsys, command, MINIMAL[command] | settings, *parts)
     assert error.startswith("fastkl: ")
     assert error.count("\n") == 1
-    assert [part for part in parts if part not in error] == [], error
     assert list(empty_folder.iterdir()) == []
 
 
 def test_a_key_in_place_of_its_variables_name_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
-    line = arguments("distill", MINIMAL["distill"] | SERVED | {"teacher.server.api_key_env": "sk-secret"})
-    assert cli.main(line) == 2
-    assert "sk-secret" not in capsys.readouterr().err
+    settings = MINIMAL["distill"] | SERVED | {"teacher.server.api_key_env": "sk-secret"}
+    assert "sk-secret" not in refusal(capsys, "distill", settings)
+
+
+def unparsable(capsys: pytest.CaptureFixture[str], line: list[str]) -> str:
+    """What the parser says before it stops with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(line)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("command", "settings", "part"), UNPARSABLE, ids=map(name, UNPARSABLE))
 def test_unparsable_settings(
     command: str, settings: dict[str, object], part: str, empty_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(arguments(command, MINIMAL[command] | settings))
-    assert stop.value.code == 2
-    assert part in capsys.readouterr().err
+    assert part in unparsable(capsys, arguments(command, MINIMAL[command] | settings))
     assert list(empty_folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("line", [[], ["train"], ["distill"], ["distill", "missing.yaml"]], ids=" ".join)
 def test_command_lines_that_are_none(line: list[str], empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(line)
-    assert stop.value.code == 2
-    assert "usage" in capsys.readouterr().err
+    assert "usage" in unparsable(capsys, line)
     assert list(empty_folder.iterdir()) == []
 
 
@@ -289,10 +253,7 @@ def dataclass_fields(parsed: DistillConfig) -> dict[str, object]:
 )
 def test_bad_yaml(text: str, part: str, empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("run.yaml").write_text(text)
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["distill", "run.yaml"])
-    assert stop.value.code == 2
-    assert part in capsys.readouterr().err
+    assert part in unparsable(capsys, ["distill", "run.yaml"])
     assert [path.name for path in empty_folder.iterdir()] == ["run.yaml"]
 
 
@@ -371,20 +332,14 @@ def test_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys:
     ids=str,
 )
 def test_refused_once_files_are_read(
-    command: str,
-    settings: dict[str, object],
-    parts: list[str],
-    empty_folder: Path,
-    capsys: pytest.CaptureFixture[str],
+    command: str, settings: dict[str, object], parts: list[str], empty_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_model(empty_folder / "model")
     write_jsonl(empty_folder / "d.jsonl", sums(3))
     (empty_folder / "data").mkdir()
     paths = {key: "model" for key in MINIMAL[command] if key.endswith(("student.path", "teacher.path", "model.path"))}
     before = sorted(empty_folder.rglob("*"))
-    assert cli.main(arguments(command, MINIMAL[command] | paths | settings)) == 2
-    error = capsys.readouterr().err
-    assert [part for part in parts if part not in error] == [], error
+    refusal(capsys, command, MINIMAL[command] | paths | settings, *parts)
     assert sorted(empty_folder.rglob("*")) == before
 
 

@@ -131,12 +131,7 @@ def test_room_in_the_context() -> None:
     checks.check_room(prompts, 12, {"student": student, "teacher": teacher}, "Do this.")  # 20 + 12 = 32: just fits
     with pytest.raises(ConfigError) as error:
         checks.check_room(prompts, 13, {"student": student, "teacher": teacher}, "Do this.")
-    for part in (
-        "p.jsonl:2 has 20 tokens",
-        "with 13 new ones",
-        "teacher's context of 32",
-        "Do this.",
-    ):
+    for part in ("p.jsonl:2 has 20 tokens", "with 13 new ones", "teacher's context of 32", "Do this."):
         assert part in str(error.value)
 
 
