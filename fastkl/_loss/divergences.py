@@ -10,7 +10,14 @@ from fastkl._loss.options import DivergenceOptions, record, takes
 from fastkl._loss.output import LossOutput
 from fastkl._loss.rows import divergence_output, flat_call
 from fastkl._loss.teacher import Teacher, check_teacher
-from fastkl.kernels.divergence.formula import Divergence, Outputs, PerToken, without_mixture
+from fastkl.kernels.divergence.formula import (
+    Divergence,
+    Outputs,
+    PerToken,
+    check_alpha,
+    check_beta,
+    without_mixture,
+)
 from fastkl.kernels.problem import HeadOptions
 
 __all__ = [
@@ -76,8 +83,7 @@ def jsd_loss(
     beta in [0, 1]. At most β log(1/β) + (1 − β) log(1/(1 − β)) and finite for any two distributions if 0 < β < 1.
     Options: `fastkl.loss`, "Divergences".
     """
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta is {beta}; it must be in [0, 1] (0: forward KL, 1: reverse KL)")
+    check_beta(beta)
     heads = student_hidden, student_weight, teacher_hidden, teacher_weight
     factor = 1.0 / (beta * (1.0 - beta)) if normalized and 0.0 < beta < 1.0 else 1.0
     return _divergence("jsd", beta, *heads, options, factor)
@@ -97,7 +103,7 @@ def skewed_forward_kl_loss(
 
     At most log(1/α). Options: `fastkl.loss`, "Divergences".
     """
-    _check_alpha(alpha)
+    check_alpha(alpha)
     heads = student_hidden, student_weight, teacher_hidden, teacher_weight
     return _divergence("skewed_forward_kl", alpha, *heads, options)
 
@@ -116,7 +122,7 @@ def skewed_reverse_kl_loss(
 
     At most log(1/α). Options: `fastkl.loss`, "Divergences".
     """
-    _check_alpha(alpha)
+    check_alpha(alpha)
     heads = student_hidden, student_weight, teacher_hidden, teacher_weight
     return _divergence("skewed_reverse_kl", alpha, *heads, options)
 
@@ -164,11 +170,6 @@ def _divergence(
     factor = factor * temperature**2 if options["squared_temperature"] else factor
     output, values = divergence_output(call, kind, factor)
     return output._replace(per_token=_per_token(values, options["tokens"] is not None))
-
-
-def _check_alpha(alpha: float) -> None:
-    if not 0.0 <= alpha < 1.0:
-        raise ValueError(f"alpha is {alpha}; it must be in [0, 1): at 1 both sides of the divergence are the same")
 
 
 def _per_token(values: Tensor, tokens: bool) -> PerToken | None:

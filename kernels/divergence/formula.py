@@ -83,6 +83,18 @@ class Mixture(NamedTuple):
     teacher: float
 
 
+def check_beta(beta: float) -> None:
+    """ValueError for what is no β of a jsd."""
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta is {beta}; it must be in [0, 1] (0: forward KL, 1: reverse KL)")
+
+
+def check_alpha(alpha: float) -> None:
+    """ValueError for what is no α of a skewed KL."""
+    if not 0.0 <= alpha < 1.0:
+        raise ValueError(f"alpha is {alpha}; it must be in [0, 1): at 1 both sides of the divergence are the same")
+
+
 def mixture(kind: Divergence, parameter: float) -> Mixture:
     """The weights of m; of no meaning for kinds without one."""
     if kind == "skewed_reverse_kl":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from fastkl.kernels.divergence.formula import Divergence
+from fastkl.kernels.divergence.formula import Divergence, check_alpha, check_beta
 from fastkl.kernels.sparse.estimator import Backward, Sparse
 from fastkl.kernels.surrogate import Method, Surrogate
 from fastkl.kernels.top_k.formula import Direction, Tail
@@ -83,8 +83,10 @@ class LossConfig:
         with named({"error": "loss.sparse_error"}):
             self.backward_pass(seed=0)
         at_least(0, self, "loss.", "kl_coef")
-        fraction(self, "loss.", "discount", "jsd_beta")
-        require(0 <= self.skew_alpha < 1, f"loss.skew_alpha is {self.skew_alpha}; it must be at least 0 and below 1")
+        with named({"beta": "loss.jsd_beta", "alpha": "loss.skew_alpha"}):
+            check_beta(self.jsd_beta)
+            check_alpha(self.skew_alpha)
+        fraction(self, "loss.", "discount")
         at_least(1, self, "loss.", "top_k")
         clips = self.method in ("ppo", "cispo") or self.truncate_ratio is not None
         require(

@@ -96,9 +96,9 @@ REFUSED_BY_DISTILL: list[tuple[dict[str, object], list[str]]] = [
     ),
     ({"loss.objective": "reverse_kl", "loss.method": "ppo"}, ["loss.method is 'ppo'", "loss.objective is reverse_kl"]),
     ({"loss.jsd_beta": 0.2}, ["loss.jsd_beta is 0.2", "loss.objective is policy_gradient", "belongs to jsd"]),
-    ({"loss.jsd_beta": 2, "loss.objective": "jsd"}, ["loss.jsd_beta is 2", "between 0 and 1"]),
+    ({"loss.jsd_beta": 2, "loss.objective": "jsd"}, ["loss.jsd_beta is 2", "in [0, 1]"]),
     ({"loss.skew_alpha": 0.3}, ["loss.skew_alpha is 0.3", "skewed_reverse_kl and skewed_forward_kl"]),
-    ({"loss.skew_alpha": 1, "loss.objective": "skewed_reverse_kl"}, ["loss.skew_alpha is 1", "below 1"]),
+    ({"loss.skew_alpha": 1, "loss.objective": "skewed_reverse_kl"}, ["loss.skew_alpha is 1", "in [0, 1)"]),
     ({"loss.top_k": 5}, ["loss.top_k is 5", "belongs to top_k"]),
     ({"loss.top_k": 0, "loss.objective": "top_k"}, ["loss.top_k is 0", "at least 1"]),
     (
