@@ -1,4 +1,4 @@
-"""Is the sampled gradient unbiased? The mean over many seeds must approach the exact one at the Monte-Carlo rate.
+"""Is the sparse gradient unbiased? The mean over many seeds must approach the exact one at the Monte-Carlo rate.
 
 For independent g_1 … g_S with mean g, E ‖ḡ − g‖² = E ‖g_1 − g‖² / S. The ratio of the two sides is near 1 for an unbiased
 estimator and near S · bias² / variance for another. Seeds are fixed: the tests cannot fail by chance.
