@@ -16,8 +16,9 @@ from fastkl.trainer.data.mixture import DataSet, read_data_sets, step_prompts
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.loop import fit
 from fastkl.trainer.models import checks
+from fastkl.trainer.models.ends import end_of_sequence
 from fastkl.trainer.models.flops import sampling_flops
-from fastkl.trainer.models.loading import context_length, end_of_sequence, load_tokenizer
+from fastkl.trainer.models.loading import context_length, load_tokenizer
 from fastkl.trainer.models.tokenizers import vocabulary
 from fastkl.trainer.objectives.advantages import set_reward_advantages
 from fastkl.trainer.objectives.base import Objective

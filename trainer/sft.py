@@ -12,7 +12,8 @@ from fastkl.trainer.data.prompts import batch_indices, encode_prompts, given_sam
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.loop import fit
 from fastkl.trainer.models import checks
-from fastkl.trainer.models.loading import context_length, end_of_sequence, load_tokenizer
+from fastkl.trainer.models.ends import end_of_sequence
+from fastkl.trainer.models.loading import context_length, load_tokenizer
 from fastkl.trainer.objectives.policy_gradient import PolicyGradient
 from fastkl.trainer.rollouts.evaluation import load_eval_prompts
 from fastkl.trainer.rollouts.samplers.local import local_sampler

@@ -8,7 +8,8 @@ from accelerate import PartialState
 
 from fastkl.trainer.config.offline import EvaluateConfig
 from fastkl.trainer.models import checks
-from fastkl.trainer.models.loading import context_length, end_of_sequence, load_model, load_tokenizer
+from fastkl.trainer.models.ends import end_of_sequence
+from fastkl.trainer.models.loading import context_length, load_model, load_tokenizer
 from fastkl.trainer.rollouts.evaluation import evaluate, load_eval_prompts
 from fastkl.trainer.rollouts.samplers.local import local_sampler
 from fastkl.trainer.rollouts.single_turn import SingleTurn

@@ -7,7 +7,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastkl.trainer.config.data import EvalConfig
 from fastkl.trainer.data.prompts import EncodedPrompt, render_chat
 from fastkl.trainer.errors import ConfigError
-from fastkl.trainer.models.loading import context_length, declared_ends, end_of_sequence
+from fastkl.trainer.models.ends import declared_ends, end_of_sequence
+from fastkl.trainer.models.loading import context_length
 from fastkl.trainer.models.tokenizers import SAMPLE_TEXT, vocabulary
 
 SPECIALS = ("bos_token_id", "eos_token_id", "unk_token_id")

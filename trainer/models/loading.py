@@ -164,19 +164,6 @@ def context_length(model: PreTrainedModel) -> int | None:
     return limit
 
 
-def declared_ends(model: PreTrainedModel) -> list[int]:
-    """The ids that end a completion by the model's generation config."""
-    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = declared if isinstance(declared, list) else [declared]
-    return [token for token in ids if token is not None]
-
-
-def end_of_sequence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a completion: the model's own and the tokenizer's."""
-    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return sorted({*declared_ends(model), *own})
-
-
 def batch_layout(config: BatchConfig, model: PreTrainedModel) -> Layout:
     """`auto` resolved: packed rows where the attention computes nothing across sequences, padded rows elsewhere.
 

@@ -16,7 +16,7 @@ from fastkl.trainer.config.data import DataConfig
 from fastkl.trainer.data.prompts import EncodedPrompt, Prompt, encode_prompts
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models import checks
-from fastkl.trainer.models.loading import end_of_sequence
+from fastkl.trainer.models.ends import end_of_sequence
 
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1+1="}]
 OTHER_TEMPLATE = CHAT_TEMPLATE.replace("<a>", "<a> ")
