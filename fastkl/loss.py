@@ -86,7 +86,7 @@ from fastkl._loss.output import LossOutput
 from fastkl._loss.policy_gradient import linear_logprobs, policy_gradient_loss, sampled_reverse_kl_loss
 from fastkl._loss.top_k import top_k_kl_loss
 from fastkl.kernels.divergence.formula import PerToken
-from fastkl.kernels.sparse.estimator import Backward, Sparse
+from fastkl.kernels.options import Backward, Sparse
 
 __all__ = [
     "Backward",

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastkl.kernels.divergence.formula import ROWS, ROWS_WITH_EXTRAS
-from fastkl.kernels.sparse.estimator import Sparse
-from fastkl.kernels.surrogate import Surrogate, surrogate_terms
+from fastkl.kernels.options import Sparse, Surrogate
+from fastkl.kernels.surrogate import surrogate_terms
 
 Kind = Literal["token_nll", "token_nll_entropy", "divergence", "top_k"]
 Backend = Literal["auto", "triton", "torch"]

@@ -19,43 +19,12 @@ r · sg(min(1, C / r)) (truncated importance sampling). `reinforce` then takes t
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Method = Literal["importance_sampling", "reinforce", "ppo", "cispo"]
-METHODS: tuple[str, ...] = get_args(Method)
-
-
-@dataclasses.dataclass(frozen=True)
-class Surrogate:
-    """Which surrogate, and its clips. `clip_low = 1` means no lower clip."""
-
-    method: Method = "importance_sampling"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
-    truncate_ratio: float | None = None
-
-    def __post_init__(self) -> None:
-        low, high = self.clip_low, self.clip_high
-        if self.method not in METHODS:
-            raise ValueError(f"method is {self.method!r}; use one of {', '.join(METHODS)}")
-        if not 0 <= low <= 1 or not high >= 0:
-            raise ValueError(f"clip_low is {low}, clip_high is {high}; need 0 <= clip_low <= 1 and clip_high >= 0")
-        if self.method not in ("ppo", "cispo") and (low, high) != (Surrogate.clip_low, Surrogate.clip_high):
-            raise ValueError(
-                f"clip_low is {low} and clip_high is {high}, but method {self.method!r} clips nothing; they belong to "
-                f'"ppo" and "cispo"'
-            )
-        if self.dual_clip is not None and (self.method != "ppo" or not self.dual_clip > 1):
-            raise ValueError(
-                f'dual_clip is {self.dual_clip} with method {self.method!r}; it belongs to "ppo" and must be > 1'
-            )
-        if self.truncate_ratio is not None and not self.truncate_ratio > 0:
-            raise ValueError(f"truncate_ratio is {self.truncate_ratio}; it must be > 0, or None")
+from fastkl.kernels.options import Surrogate
 
 
 class SurrogateTerms(NamedTuple):

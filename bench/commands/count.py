@@ -39,8 +39,9 @@ from bench.lib.report import write_report
 from fastkl.kernels import driver
 from fastkl.kernels.flops import gemm_flops
 from fastkl.kernels.gemm import compute_dtype, gradient_dtype
+from fastkl.kernels.options import Sparse
 from fastkl.kernels.problem import HeadOptions, Inputs, Needs, Spec
-from fastkl.kernels.sparse.estimator import SPLIT, Sparse, blocks
+from fastkl.kernels.sparse.estimator import SPLIT, blocks
 
 SHAPES: dict[str, Shape] = {
     "Qwen3-8B": (8192, 4096, 151936),

@@ -10,8 +10,8 @@ from torch.autograd import forward_ad
 
 from fastkl.kernels.backend import BACKENDS
 from fastkl.kernels.gemm import compute_dtype
+from fastkl.kernels.options import Backward, Sparse
 from fastkl.kernels.problem import Backend
-from fastkl.kernels.sparse.estimator import Backward, Sparse
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

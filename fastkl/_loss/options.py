@@ -14,10 +14,8 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_type_hints
 
 from torch import Tensor
 
+from fastkl.kernels.options import Backward, Direction, Method, Surrogate, Tail
 from fastkl.kernels.problem import Backend, HeadOptions, TeacherChunks
-from fastkl.kernels.sparse.estimator import Backward
-from fastkl.kernels.surrogate import Method, Surrogate
-from fastkl.kernels.top_k.formula import Direction, Tail
 
 Ratio = Literal["token", "sequence"]
 F = TypeVar("F", bound=Callable[..., Any])

@@ -14,8 +14,9 @@ from fastkl._loss.rows import flat_call, reduced_loss
 from fastkl._loss.sequences import Sequences
 from fastkl.kernels.autograd import row_losses
 from fastkl.kernels.operators import evaluate
+from fastkl.kernels.options import Surrogate
 from fastkl.kernels.problem import Kind, Problem, RowLoss
-from fastkl.kernels.surrogate import Surrogate, importance_ratio, surrogate_terms
+from fastkl.kernels.surrogate import importance_ratio, surrogate_terms
 
 RATIOS: tuple[Ratio, ...] = ("token", "sequence")
 REDUCTIONS = ("mean", "sum", "sequence_mean", "none")

@@ -10,7 +10,7 @@ from fastkl._loss import arguments as check
 from fastkl._loss.options import TopKOptions, takes
 from fastkl._loss.output import LossOutput
 from fastkl._loss.rows import divergence_output, flat_call
-from fastkl.kernels.top_k.formula import DIRECTIONS, TAILS
+from fastkl.kernels.options import DIRECTIONS, TAILS
 
 
 @takes(TopKOptions)

@@ -30,9 +30,10 @@ p − q all the same. The other kinds are always finite. A row whose student or 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-from torch import Tensor
+if TYPE_CHECKING:  # the command line reads the names, and waits for no torch
+    from torch import Tensor
 
 Divergence = Literal[
     "reverse_kl",

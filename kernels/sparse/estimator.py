@@ -20,55 +20,18 @@ docs/sparse-backward.md has the proof, measurements, and when not to use this.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastkl.kernels.gemm import compute_dtype
 
-ERROR = 2e-3  # what rounding the gradient by the logits to bfloat16 costs
-
 # A sample belongs to a block of rows. Small blocks keep fewer columns, large ones multiply and select them at less cost.
 BLOCK_ROWS = {"cpu": 128, "accelerator": 1024}
 SPLIT = 128  # rows whose squares one program of an accelerator adds up
 CENTRE_ROWS = 2**12  # at least
-
-
-@dataclasses.dataclass(frozen=True)
-class Sparse:
-    """A sparse backward pass: gradients from a random subset of the vocabulary, without bias.
-
-    seed       int in 0 … 2⁶³ − 1. The same seed draws the same columns. Pass another one in each call, for example the
-               number of the micro-batch: with one seed for all, the errors of successive steps would not average out.
-    error      > 0, the expected relative error of the gradient by the logits, in each block of rows.
-    threshold  > 0, τ itself instead of the error it is solved from. An id is used for certain where the root of the sum
-               of its squared gradients over a block's rows is at least this, in the units of the loss before any mean.
-
-    Raises ValueError for values that do not fit, and where both an error and a threshold are given.
-    """
-
-    seed: int
-    error: float = ERROR
-    threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        whole = isinstance(self.seed, (int, torch.SymInt)) and not isinstance(self.seed, bool)
-        if not whole or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed!r}; it must be an int of at least 0, below 2**63")
-        if self.threshold is not None and self.error != ERROR:
-            raise ValueError(
-                f"error is {self.error!r} and threshold is {self.threshold!r}; give one of them, for the threshold is "
-                f"solved from the error"
-            )
-        for name, number in (("error", self.error), ("threshold", self.threshold)):
-            if number is not None and not 0 < number < float("inf"):
-                raise ValueError(f'{name} is {number!r}; it must be > 0 and finite (backward="exact" has no error)')
-
-
-Backward = Literal["exact"] | Sparse
 
 
 class ColumnSample(Protocol):

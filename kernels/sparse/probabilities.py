@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkl.kernels.sparse.estimator import Sparse
+from fastkl.kernels.options import Sparse
 
 BREAK_EVEN = 0.5  # of the columns: from here on the product of all of them is no slower than that of those kept
 SOLVED_COLUMNS = 2**13  # at least; τ is solved from every so many-th column

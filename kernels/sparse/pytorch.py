@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastkl.kernels.gemm import add_weight_gradient, compute_dtype, hidden_gradient
-from fastkl.kernels.sparse.estimator import ColumnSample, Estimate, Sparse, block_rows, centre, device_kind
+from fastkl.kernels.options import Sparse
+from fastkl.kernels.sparse.estimator import ColumnSample, Estimate, block_rows, centre, device_kind
 from fastkl.kernels.sparse.probabilities import is_sparse, row_weights, solve
 
 PROBED = 8  # after a flat block, one in so many of the next one's rows is looked at first

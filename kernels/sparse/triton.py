@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from fastkl.kernels.launch import check_device, check_rows
-from fastkl.kernels.sparse.estimator import Estimate, Sparse, centre
+from fastkl.kernels.options import Sparse
+from fastkl.kernels.sparse.estimator import Estimate, centre
 from fastkl.kernels.sparse.probabilities import is_sparse, row_weights, solve
 from fastkl.kernels.sparse.steps import (
     Selection,

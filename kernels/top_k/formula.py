@@ -21,17 +21,12 @@ direction a student that leaves the set pays nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastkl.kernels.rows.interface import Logits
-
-Direction = Literal["reverse", "forward"]
-Tail = Literal["bucket", "renormalise", "drop"]
-DIRECTIONS: tuple[Direction, ...] = ("reverse", "forward")
-TAILS: tuple[Tail, ...] = ("bucket", "renormalise", "drop")
 
 
 class TailFunctions(Protocol):

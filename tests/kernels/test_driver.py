@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastkl.kernels import driver, gemm
 from fastkl.kernels import operators as ops
+from fastkl.kernels.options import Sparse
 from fastkl.kernels.problem import HeadOptions, Inputs, Spec
 from fastkl.kernels.sparse import estimator as sparse_estimator
-from fastkl.kernels.sparse.estimator import Sparse
 
 Gemms = dict[str, list[int]]
 N = 10

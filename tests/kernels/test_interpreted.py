@@ -17,6 +17,7 @@ import torch
 from devices import INTERPRETED
 
 from fastkl.kernels.divergence.triton import divergence
+from fastkl.kernels.options import Sparse
 from fastkl.kernels.problem import HeadOptions
 from fastkl.kernels.rows import triton as rows_triton
 from fastkl.kernels.rows.interface import Logits
@@ -24,7 +25,6 @@ from fastkl.kernels.score import triton as score_triton
 from fastkl.kernels.score.triton import Head
 from fastkl.kernels.sparse import steps as sparse_steps
 from fastkl.kernels.sparse import triton as sparse_triton
-from fastkl.kernels.sparse.estimator import Sparse
 from fastkl.kernels.top_k import triton as top_k_triton
 
 TESTS = Path(__file__).parents[1]

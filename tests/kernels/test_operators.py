@@ -8,9 +8,9 @@ from loss_cases import Problem as Case
 from loss_cases import make_problem
 
 from fastkl.kernels import operators
+from fastkl.kernels.options import Surrogate
 from fastkl.kernels.problem import HeadOptions, Inputs, Needs, Problem, RowLoss, Rows, Spec
 from fastkl.kernels.records import pack, unpack
-from fastkl.kernels.surrogate import Surrogate
 from fastkl.loss import Sparse
 
 HEAD = HeadOptions(0.7, softcap=4.0)

@@ -29,7 +29,7 @@ from loss_cases import (
 )
 from property_settings import PROPERTY
 
-from fastkl.kernels.top_k.formula import DIRECTIONS, TAILS
+from fastkl.kernels.options import DIRECTIONS, TAILS
 
 MANY = settings(PROPERTY, max_examples=80)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -12,7 +12,7 @@ from loss_cases import HEADS, eager, fused, fused_output, make_problem, referenc
 from property_settings import PROPERTY
 
 from fastkl import loss, reference
-from fastkl.kernels.top_k.formula import DIRECTIONS, TAILS
+from fastkl.kernels.options import DIRECTIONS, TAILS
 
 FORMS = [(direction, tail) for direction in DIRECTIONS for tail in TAILS]
 forms = pytest.mark.parametrize(("direction", "tail"), FORMS)

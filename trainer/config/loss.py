@@ -6,9 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from fastkl.kernels.divergence.formula import Divergence, check_alpha, check_beta
-from fastkl.kernels.sparse.estimator import Backward, Sparse
-from fastkl.kernels.surrogate import Method, Surrogate
-from fastkl.kernels.top_k.formula import Direction, Tail
+from fastkl.kernels.options import Backward, Direction, Method, Sparse, Surrogate, Tail
 from fastkl.trainer.config.rules import at_least, fraction, named, unchanged
 from fastkl.trainer.errors import require
 

@@ -14,11 +14,12 @@ from loss_cases import generator
 from row_cases import Outcome, Rows, assert_terms_accurate, hard_rows, random_rows, run
 from torch import Tensor
 
+from fastkl.kernels.options import DIRECTIONS, TAILS
 from fastkl.kernels.rows import pytorch as rows_pytorch
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.rows.launch import row_config
 from fastkl.kernels.top_k import triton as top_k_triton
-from fastkl.kernels.top_k.formula import DIRECTIONS, TAILS, top_k
+from fastkl.kernels.top_k.formula import top_k
 
 DEVICE = triton_device()
 BLOCK = row_config(1).block_n

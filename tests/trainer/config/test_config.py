@@ -20,8 +20,7 @@ from tiny_data import sums, write_jsonl
 from tiny_models import save_model, tokenizer
 
 from fastkl import cli
-from fastkl.kernels.sparse.estimator import Sparse
-from fastkl.kernels.surrogate import Surrogate
+from fastkl.kernels.options import Sparse, Surrogate
 from fastkl.trainer.commands.command_line import COMMANDS, Command
 from fastkl.trainer.config.loss import OPTION_OF, LossConfig, ObjectiveName
 from fastkl.trainer.config.mixture import MixtureConfig

@@ -1,0 +1,86 @@
+"""What a loss can be told: names and records, free of torch, so that a command line can read them in no time."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+Method = Literal["importance_sampling", "reinforce", "ppo", "cispo"]
+METHODS: tuple[str, ...] = get_args(Method)
+Direction = Literal["reverse", "forward"]
+Tail = Literal["bucket", "renormalise", "drop"]
+DIRECTIONS: tuple[Direction, ...] = ("reverse", "forward")
+TAILS: tuple[Tail, ...] = ("bucket", "renormalise", "drop")
+
+ERROR = 2e-3  # what rounding the gradient by the logits to bfloat16 costs
+
+
+@dataclasses.dataclass(frozen=True)
+class Surrogate:
+    """Which surrogate, and its clips. `clip_low = 1` means no lower clip."""
+
+    method: Method = "importance_sampling"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    truncate_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        low, high = self.clip_low, self.clip_high
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}; use one of {', '.join(METHODS)}")
+        if not 0 <= low <= 1 or not high >= 0:
+            raise ValueError(f"clip_low is {low}, clip_high is {high}; need 0 <= clip_low <= 1 and clip_high >= 0")
+        if self.method not in ("ppo", "cispo") and (low, high) != (Surrogate.clip_low, Surrogate.clip_high):
+            raise ValueError(
+                f"clip_low is {low} and clip_high is {high}, but method {self.method!r} clips nothing; they belong to "
+                f'"ppo" and "cispo"'
+            )
+        if self.dual_clip is not None and (self.method != "ppo" or not self.dual_clip > 1):
+            raise ValueError(
+                f'dual_clip is {self.dual_clip} with method {self.method!r}; it belongs to "ppo" and must be > 1'
+            )
+        if self.truncate_ratio is not None and not self.truncate_ratio > 0:
+            raise ValueError(f"truncate_ratio is {self.truncate_ratio}; it must be > 0, or None")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+    """A sparse backward pass: gradients from a random subset of the vocabulary, without bias.
+
+    seed       int in 0 … 2⁶³ − 1. The same seed draws the same columns. Pass another one in each call, for example the
+               number of the micro-batch: with one seed for all, the errors of successive steps would not average out.
+    error      > 0, the expected relative error of the gradient by the logits, in each block of rows.
+    threshold  > 0, τ itself instead of the error it is solved from. An id is used for certain where the root of the sum
+               of its squared gradients over a block's rows is at least this, in the units of the loss before any mean.
+
+    Raises ValueError for values that do not fit, and where both an error and a threshold are given.
+    """
+
+    seed: int
+    error: float = ERROR
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed!r}; it must be an int of at least 0, below 2**63")
+        if self.threshold is not None and self.error != ERROR:
+            raise ValueError(
+                f"error is {self.error!r} and threshold is {self.threshold!r}; give one of them, for the threshold is "
+                f"solved from the error"
+            )
+        for name, number in (("error", self.error), ("threshold", self.threshold)):
+            if number is not None and not 0 < number < float("inf"):
+                raise ValueError(f'{name} is {number!r}; it must be > 0 and finite (backward="exact" has no error)')
+
+
+Backward = Literal["exact"] | Sparse
+
+
+def _is_whole(number: Any) -> bool:
+    """Whether it is an int; one of torch.compile's is."""
+    if isinstance(number, int):
+        return not isinstance(number, bool)
+    from torch import SymInt
+
+    return isinstance(number, SymInt)
