@@ -19,7 +19,7 @@ All losses share these keyword arguments. linear_top_k and linear_ranks take tho
     skip_zero_rows  True: masked and ignored tokens are left out of every GEMM, and tokens of zero advantage out of the
                     GEMMs of gradients. Their number must be known on the host, which costs one or more synchronisations
                     per call on an accelerator. False: no synchronisation, as a CUDA graph needs. All rows are then
-                    computed, and masked rows must be finite.
+                    computed. Either way masked rows may hold anything, NaN included: nothing of them reaches a result.
     backend         "triton", "torch", or "auto": Triton on CUDA and HIP devices, PyTorch elsewhere and for float64.
     backward        "exact", or Sparse(seed=…). See below.
     weight_grad     [V, D] float32 (float64 for float64 weights). The backward pass adds the weight's gradient to it and
@@ -73,7 +73,8 @@ The teacher has no gradient. Tensors of it that require one raise ValueError. Fu
     reduction            "mean", "sum" or "none". `normalizer` is that of `policy_gradient_loss`.
     teacher_bias, teacher_logit_scale, teacher_softcap   As bias, logit_scale and softcap, of the teacher's head.
 
-Metrics, over the tokens that take part: <divergence>_mean, <divergence>_max.
+Metrics, over the tokens that take part: <divergence>_mean, <divergence>_max. They are of the divergence itself: neither
+squared_temperature nor the option normalized of jsd_loss multiplies them.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastkl.kernels.divergence import pytorch as pytorch_divergence
 from fastkl.kernels.problem import Backend, Inputs, Kind, Spec
 from fastkl.kernels.rows import pytorch as pytorch_rows
-from fastkl.kernels.rows.interface import EntropyGradient, RowFunction
+from fastkl.kernels.rows.interface import ClearRows, EntropyGradient, RowFunction
 from fastkl.kernels.score import cpu as cpu_score
 from fastkl.kernels.sparse.estimator import ColumnSampler
 from fastkl.kernels.sparse.pytorch import PyTorchColumnSampler
@@ -40,6 +40,11 @@ def row_function(spec: Spec, hidden: Tensor) -> RowFunction:
 def entropy_gradient(spec: Spec, hidden: Tensor) -> EntropyGradient:
     """What goes with the row function of kind "token_nll_entropy"."""
     return cast(EntropyGradient, _module("rows", spec, hidden).entropy_gradient)
+
+
+def clear_rows(spec: Spec, hidden: Tensor) -> ClearRows:
+    """What takes rows without a slope out of a chunk's gradient."""
+    return cast(ClearRows, _module("rows", spec, hidden).clear_rows)
 
 
 def column_sampler(spec: Spec, inputs: Inputs) -> ColumnSampler | None:

@@ -6,6 +6,7 @@
                            dh = slopes · (u W)               [n, D]   vendor GEMMs; alpha and the slopes are applied on
                            dW += uᵀ (slopes · h)             [V, D]   the thin side, never over the vocabulary
 
+A row whose slope is 0 has no gradient, whatever its logits are: its u becomes 0, and slopes · h is 0 there.
 The last two are made from a random subset of the columns of u where `spec.sparse` says so (`sparse/estimator.py`).
 
 Nothing of size N × V exists: a chunk's logits live in the workspace and are gone with the next chunk. A new loss is a new
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkl.kernels.backend import column_sampler, entropy_gradient, row_function, scorer
+from fastkl.kernels.backend import clear_rows, column_sampler, entropy_gradient, row_function, scorer
 from fastkl.kernels.gemm import add_weight_gradient, compute_dtype, even_rows, gradient_dtype, hidden_gradient, project
 from fastkl.kernels.problem import Gradients, HeadOptions, Inputs, Needs, RowLoss, Spec
 from fastkl.kernels.rows.interface import Logits
@@ -96,6 +97,7 @@ def evaluate_with_gradients(
     sampler = column_sampler(spec, inputs)
     evaluate_rows = row_function(spec, hidden)
     mixed = entropy_gradient(spec, hidden) if spec.kind == "token_nll_entropy" else None
+    clear = clear_rows(spec, hidden)
     with _full_precision(inputs):
         for chunk in _chunks(spec, inputs, gradient=True):
             rows, logits, tokens, gradient = chunk
@@ -103,9 +105,10 @@ def evaluate_with_gradients(
             evaluate_rows(logits, tokens, own_values, None if mixed else gradient)
             losses[rows], slope, entropy_slope = row_loss.take(rows).losses_and_slopes(own_values)
             if mixed is not None and tokens is not None:
-                weights = slope, torch.zeros_like(slope) if entropy_slope is None else entropy_slope
-                mixed(logits, tokens, own_values, torch.stack(weights), gradient)
-                slope = torch.ones_like(slope)
+                weights = torch.stack([slope, torch.zeros_like(slope) if entropy_slope is None else entropy_slope])
+                mixed(logits, tokens, own_values, weights, gradient)
+                slope = (weights != 0).any(0).to(slope.dtype)  # the weights are in the gradient
+            clear(gradient, slope)
             slope = slope * spec.student.alpha
             if grad_bias is not None:  # first, for a sampler may overwrite the gradient
                 grad_bias.addmv_(gradient.t().to(grad_bias.dtype), slope)

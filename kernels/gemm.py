@@ -75,12 +75,18 @@ def add_weight_gradient(
     accumulator [V, D] and scale [n] in the compute dtype, gradient [n, V] in `gradient_dtype`, hidden [n, D] as the user
     gave it.
     """
-    scaled, beta = hidden * scale[:, None], 0.0 if overwrite else 1.0
+    scaled, beta = scaled_rows(hidden, scale), 0.0 if overwrite else 1.0
     if _writes_fp32(hidden):
         low = scaled.to(hidden.dtype)
         torch.addmm(accumulator, gradient.t(), low, accumulator.dtype, beta=beta, out=accumulator)
     else:
         torch.addmm(accumulator, gradient.t(), scaled, beta=beta, out=accumulator)
+
+
+def scaled_rows(hidden: Tensor, scale: Tensor) -> Tensor:
+    """scale · hidden [n, D]; 0 where the scale is 0, whatever hidden holds there."""
+    column = scale[:, None]
+    return (hidden * column).masked_fill_(column == 0, 0.0)
 
 
 def _writes_fp32(operand: Tensor) -> bool:

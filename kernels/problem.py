@@ -110,7 +110,8 @@ class RowLoss(NamedTuple):
         weights · values[0]                                                            without a surrogate
         weights · (surrogate(log-prob = −values[0]) − entropy_coef · values[1])        with one
 
-    Without weights: 1 each. The entropy is values[1] of kind "token_nll_entropy", which an entropy_coef other than 0 wants.
+    Without weights: 1 each. A weight of 0 makes a loss of 0, whatever the values. The entropy is values[1] of kind
+    "token_nll_entropy", which an entropy_coef other than 0 wants.
     """
 
     weights: Tensor | None = None  # [N]
@@ -133,12 +134,12 @@ class RowLoss(NamedTuple):
         """For values [K, N] of the same rows: losses, d losses / d values[0], and by values[1] if that is not 0; [N]."""
         weights = torch.ones_like(values[0]) if self.weights is None else self.weights
         if self.surrogate is None:
-            return weights * values[0], weights, None
+            return _weighted(weights, values[0]), weights, None
         assert self.advantages is not None
         terms = surrogate_terms(self.surrogate, -values[0], self.old_logprobs, self.advantages)
         if self.entropy_coef == 0.0:
-            return weights * terms.loss, -weights * terms.slope, None
-        losses = weights * (terms.loss - self.entropy_coef * values[1])
+            return _weighted(weights, terms.loss), -weights * terms.slope, None
+        losses = _weighted(weights, terms.loss - self.entropy_coef * values[1])
         return losses, -weights * terms.slope, -self.entropy_coef * weights
 
 
@@ -177,6 +178,11 @@ class Gradients(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     statistics: Tensor | None = None  # [2], `ColumnSampler.statistics` of a sparse backward
+
+
+def _weighted(weights: Tensor, losses: Tensor) -> Tensor:
+    """0 · ∞ = 0: what has no weight may be anything."""
+    return (weights * losses).where(weights != 0, 0.0)
 
 
 def _lazy_rows(logits: Tensor | TeacherChunks, index: Tensor) -> TeacherChunks:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.variants.launcher import BF16, BOTH, FP16, FP32, WIDTHS, Launcher, Options, grid
 from fastkl.kernels.rows.interface import Logits
-from fastkl.kernels.rows.triton import entropy_gradient, token_nll, token_nll_entropy
+from fastkl.kernels.rows.triton import clear_rows, entropy_gradient, token_nll, token_nll_entropy
 from fastkl.kernels.top_k.triton import tail_gradient, tail_sums
 
 # The dtypes of chunk and gradient, without one and with one.
@@ -46,6 +46,12 @@ def _entropy_gradient(n: int, offset: int, **options: Any) -> None:
     entropy_gradient(logits, tokens, out, torch.zeros(2, n), gradient)
 
 
+def _clear_rows(n: int, offset: int, **options: Any) -> None:
+    _, _, out, gradient = rows(n, offset, capped=False, **options)
+    assert gradient is not None
+    clear_rows(gradient, out[0])
+
+
 def _tail_sums(n: int, offset: int, **options: Any) -> None:
     logits, _, out, _ = rows(n, offset, **options)
     tail_sums(logits.student, logits.student_cap, out)
@@ -76,6 +82,12 @@ LAUNCHERS = [
     ),
     Launcher("rows.token_nll_entropy", _token_nll_entropy, _variants(VALUES), [HEAVY_VALUES]),
     Launcher("rows.entropy_gradient", _entropy_gradient, _variants(GRADIENTS), [HEAVY_GRADIENT]),
+    Launcher(
+        "rows.clear_rows",
+        _clear_rows,
+        grid(dtypes=GRADIENTS, vocabulary=ROW_WIDTHS),
+        [{"dtypes": (FP32, BF16), "vocabulary": 50257}],
+    ),
     Launcher("top_k.tail_sums", _tail_sums, _variants(VALUES), [HEAVY_VALUES]),
     Launcher("top_k.tail_gradient", _tail_gradient, _variants(GRADIENTS), [HEAVY_GRADIENT]),
 ]

@@ -79,6 +79,7 @@ def jsd_loss(
     The convention of TRL and Liger: β = 0 is *defined* as the forward KL(q ‖ p) and β = 1 as the reverse KL(p ‖ q), value
     and gradient. The formula itself tends to 0 at both ends, so that the loss jumps there. `normalized` divides by
     β (1 − β), which makes it continuous: JSD / (β (1 − β)) tends to the forward KL as β → 0, to the reverse as β → 1.
+    It divides the loss alone: the metrics jsd_mean and jsd_max are of the divergence itself.
 
     beta in [0, 1]. At most β log(1/β) + (1 − β) log(1/(1 − β)) and finite for any two distributions if 0 < β < 1.
     Options: `fastkl.loss`, "Divergences".

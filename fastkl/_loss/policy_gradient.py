@@ -41,7 +41,8 @@ def linear_logprobs(
     Raises TypeError or ValueError for shapes, dtypes, devices or ids that do not fit, before anything is computed.
     """
     call = flat_call(hidden, weight, tokens, options, "token_nll")
-    nll = row_losses(Problem(call.inputs, call.spec, rows=call.rows()), call.weight_grad).losses
+    problem = Problem(call.inputs, call.spec, RowLoss(call.token_weights), call.rows())
+    nll = row_losses(problem, call.weight_grad).losses
     return (-nll).where(call.active, 0.0).reshape(call.shape)
 
 

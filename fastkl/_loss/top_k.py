@@ -45,9 +45,9 @@ def top_k_kl_loss(
     if tail not in TAILS:
         raise ValueError(f"tail is {tail!r}; use one of {', '.join(TAILS)}")
     call = flat_call(hidden, weight, options["tokens"], options, "top_k")
-    ids, logprobs = _check_list(teacher_ids, teacher_logprobs, hidden, call.inputs.weight.shape[0])
-    if ids.is_cpu and not torch.compiler.is_compiling() and bool((call.active & (ids[:, 0] < 0)).any()):
-        raise ValueError("teacher_ids has a row without any id; mask such tokens out")
+    ids, logprobs = _check_list(teacher_ids, teacher_logprobs, hidden)
+    if ids.is_cpu and not torch.compiler.is_compiling():
+        _look_at_list(ids[call.active], logprobs[call.active], call.inputs.weight.shape[0])
     ids, logprobs = ids.where(call.active[:, None], 0), logprobs.to(call.token_weights.dtype)
     call = call._replace(
         inputs=call.inputs._replace(top_ids=ids, top_logprobs=logprobs),
@@ -57,7 +57,7 @@ def top_k_kl_loss(
     return divergence_output(call, "top_k_kl", factor)[0]
 
 
-def _check_list(ids: Tensor, logprobs: Tensor, hidden: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+def _check_list(ids: Tensor, logprobs: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Ids and log-probs as [N, k]."""
     for name, tensor in (("teacher_ids", ids), ("teacher_logprobs", logprobs)):
         if not isinstance(tensor, Tensor):
@@ -75,15 +75,14 @@ def _check_list(ids: Tensor, logprobs: Tensor, hidden: Tensor, vocabulary: int) 
         raise TypeError(f"teacher_logprobs is {logprobs.dtype}; expected floating-point log-probs")
     if logprobs.requires_grad and torch.is_grad_enabled():
         raise ValueError("teacher_logprobs requires a gradient, and top_k_kl_loss has none for it: detach it")
-    ids = ids.to(torch.int64)
-    if ids.is_cpu and not torch.compiler.is_compiling():
-        _look_at_list(ids, logprobs, vocabulary)
     k = ids.shape[-1]
-    return ids.reshape(-1, k), logprobs.reshape(-1, k)
+    return ids.to(torch.int64).reshape(-1, k), logprobs.reshape(-1, k)
 
 
 def _look_at_list(ids: Tensor, logprobs: Tensor, vocabulary: int) -> None:
-    """What can only be seen in the numbers, and so on a CPU alone."""
+    """What can only be seen in the numbers, of rows that take part, and so on a CPU alone."""
+    if bool((ids[:, 0] < 0).any()):
+        raise ValueError("teacher_ids has a row without any id; mask such tokens out")
     wrong = (ids < -1) | (ids >= vocabulary)
     if bool(wrong.any()):
         raise ValueError(
@@ -94,8 +93,10 @@ def _look_at_list(ids: Tensor, logprobs: Tensor, vocabulary: int) -> None:
     if bool(again.any()):
         raise ValueError(f"teacher_ids lists {int(ordered[..., 1:][again][0])} twice in a row; each id once")
     mass = logprobs.exp().where(ids >= 0, 0.0).sum(-1)
+    if bool(mass.isnan().any()):
+        raise ValueError("teacher_logprobs holds NaN: the teacher's forward pass went wrong, or mask such tokens out")
     if bool((mass > 1.01).any()):
         raise ValueError(
             f"teacher_logprobs of a row sum to a probability of {float(mass.max()):.4g}; they must be log-probs over the "
-            f"whole vocabulary, not logits"
+            f"whole vocabulary, not logits and not probabilities"
         )

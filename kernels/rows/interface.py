@@ -31,6 +31,12 @@ class RowFunction(Protocol):
     def __call__(self, logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> None: ...
 
 
+class ClearRows(Protocol):
+    """The gradient [n, V] becomes 0 in the rows whose slope [n] is 0; there it may have been infinite or NaN."""
+
+    def __call__(self, gradient: Tensor, slope: Tensor) -> None: ...
+
+
 class EntropyGradient(Protocol):
     """The gradient of weights[0] · out[0] + weights[1] · out[1] on the chunk that `token_nll_entropy` has just been given,
     and has left as it likes."""

@@ -60,6 +60,15 @@ def entropy_gradient(logits: Logits, tokens: Tensor, out: Tensor, weights: Tenso
         hand_over(log_p, gradient[rows])
 
 
+def clear_rows(gradient: Tensor, slope: Tensor) -> None:
+    """The gradient becomes 0 in the rows whose slope is 0. On a CPU looking for them costs nothing."""
+    idle = slope == 0
+    if not gradient.is_cpu:
+        gradient.masked_fill_(idle[:, None], 0.0)
+    elif bool(idle.any()):
+        gradient[idle] = 0.0
+
+
 def tail_sums(x: Tensor, cap: float | None, out: Tensor) -> None:
     """out[0] = m = max z, out[1] = Σ exp(z − m) (`top_k/formula.TailFunctions`)."""
     for rows in row_blocks(x):

@@ -13,9 +13,9 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from fastkl.kernels.launch import token_ids
+from fastkl.kernels.launch import check_device, launch, token_ids
 from fastkl.kernels.rows.interface import Logits
-from fastkl.kernels.rows.launch import launch_rows, row_kernel, written_to
+from fastkl.kernels.rows.launch import launch_rows, row_config, row_kernel, written_to
 from fastkl.kernels.rows.walk import carry, finite_or_zero, load_block, load_one, raise_max, store_gradient
 
 
@@ -63,6 +63,20 @@ def entropy_gradient(logits: Logits, tokens: Tensor, out: Tensor, weights: Tenso
         out_stride_row=out.stride(1),
         weights_ptr=weights,
         weights_stride_value=weights.stride(0),
+    )
+
+
+def clear_rows(gradient: Tensor, slope: Tensor) -> None:
+    """The gradient becomes 0 in the rows whose slope is 0; the others are not touched."""
+    check_device("chunk is", gradient)
+    launch(
+        _clear_rows_kernel,
+        (gradient.shape[0],),
+        row_config(1),
+        gradient.device,
+        **written_to(gradient),
+        slope_ptr=slope.contiguous(),
+        vocabulary=gradient.shape[1],
     )
 
 
@@ -195,3 +209,23 @@ def _entropy_gradient_kernel(
         log_p = tl.where(z == float("-inf"), 0.0, log_p)
         u = p * (w_nll - w_entropy * (log_p + entropy)) - tl.where(columns == y, w_nll, 0.0)
         store_gradient(u_ptr, columns, vocabulary, u, z, cap, CAPPED)
+
+
+@row_kernel
+def _clear_rows_kernel(
+    # data
+    u_ptr: tl.tensor,  # [n, V]
+    slope_ptr: tl.tensor,  # [n]
+    # shapes
+    vocabulary: tl.tensor,
+    # strides
+    u_stride_row: tl.tensor,
+    # constants
+    BLOCK_N: tl.constexpr,  # entries written at a time
+) -> None:
+    row = tl.program_id(0).to(tl.int64)  # n · V exceeds int32
+    if tl.load(slope_ptr + row) == 0.0:
+        u_ptr += row * u_stride_row
+        for start in range(0, vocabulary, BLOCK_N):
+            columns = start + tl.arange(0, BLOCK_N)
+            tl.store(u_ptr + columns, tl.zeros([BLOCK_N], tl.float32), mask=columns < vocabulary)

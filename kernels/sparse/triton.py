@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastkl.kernels.gemm import scaled_rows
 from fastkl.kernels.launch import check_device, check_rows
 from fastkl.kernels.options import Sparse
 from fastkl.kernels.sparse.estimator import Estimate, centre
@@ -86,7 +87,7 @@ class TritonColumnSample(NamedTuple):
         return hidden_gradient(self.gradient, self.weight, self.columns, self.slope, self.excess, self.centre)
 
     def add_to_weight_gradient(self, accumulator: Tensor, hidden: Tensor) -> None:
-        scaled = (hidden * self.slope[:, None]).to(self.gradient.dtype).contiguous()
+        scaled = scaled_rows(hidden, self.slope).to(self.gradient.dtype).contiguous()
         add_to_weight_gradient(accumulator, self.gradient, scaled, self.columns)
 
     def estimate(self, rows: slice) -> Estimate:

@@ -134,6 +134,7 @@ ROWS = [
     like("rows.token_nll", dtypes=(FP32, None), capped=True, vocabulary=32000),
     like("rows.token_nll_entropy", dtypes=(FP32, None), capped=True, vocabulary=32000),
     like("rows.entropy_gradient", dtypes=(FP32, FP32), capped=True, vocabulary=32000),
+    like("rows.clear_rows", dtypes=(FP32, FP32), vocabulary=32000),
     like("top_k.tail_sums", dtypes=(FP32, None), capped=True, vocabulary=32000),
     like("top_k.tail_gradient", dtypes=(FP32, FP32), capped=True, vocabulary=32000),
     like("divergence.divergence", kind="jsd", dtypes=(FP32, None), capped=True, extras=True, vocabulary=32000),

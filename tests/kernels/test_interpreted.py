@@ -76,6 +76,7 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "token_nll": lambda: rows_triton.token_nll(CHUNK, TOKENS, OUT, None),
     "token_nll_entropy": lambda: rows_triton.token_nll_entropy(CHUNK, TOKENS, OUT, None),
     "entropy_gradient": lambda: rows_triton.entropy_gradient(CHUNK, TOKENS, OUT, OUT[:2], CHUNK.student),
+    "clear_rows": lambda: rows_triton.clear_rows(CHUNK.student, OUT[0]),
     "tail_sums": lambda: top_k_triton.tail_sums(CHUNK.student, None, OUT),
     "tail_gradient": lambda: top_k_triton.tail_gradient(CHUNK.student, None, OUT[0], OUT[1], CHUNK.student),
     "divergence": lambda: divergence("jsd", 0.5, PAIR, None, OUT[:2], None),

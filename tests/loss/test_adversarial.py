@@ -145,27 +145,6 @@ def test_all_masked(name: str, reduction: dict[str, Any], why: str, needs: tuple
     assert_nothing(name, p, needs, **options)
 
 
-@pytest.mark.parametrize("skip", [True, False], ids=["skip", "no-skip"])
-@each_way
-def test_garbage_in_masked_rows_stays_there(name: str, skip: bool) -> None:
-    """Padding holds whatever the model made of it: NaN there must not reach a value, a gradient or a metric.
-
-    Without skipping this holds of the per-token tensors; the hidden states are then documented to be finite.
-    """
-    p = make_problem((8,))
-    out = torch.tensor([1, 0, 0, 1, 0, 1, 0, 0], dtype=torch.bool)
-    p = p._replace(tokens=p.tokens.clamp(min=0).where(~out, -100), mask=None)
-    per_token = ("advantages", "sampler_logprobs", "teacher_logprobs")
-    dirty = p._replace(**{f: getattr(p, f).where(~out, torch.nan) for f in per_token})
-    if skip:
-        hidden = {f: getattr(p, f).where(~out[:, None], torch.nan) for f in ("hidden", "teacher_hidden")}
-        dirty = dirty._replace(**hidden)
-    ours, clean = (with_gradients(fused, name, q, skip_zero_rows=skip) for q in (dirty, p))
-    assert_same(ours, clean)
-    outputs = [fused_output(name, q, skip_zero_rows=skip) for q in (dirty, p)]
-    assert outputs[0].metrics == outputs[1].metrics
-
-
 @each_loss
 def test_minus_inf_bias_equals_smaller_vocabulary(name: str) -> None:
     """Forbidden ids: the same as a head without them, and no gradient for their rows."""

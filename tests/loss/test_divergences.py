@@ -206,3 +206,9 @@ def test_metrics_are_those_of_the_divergence(name: str) -> None:
 @pytest.mark.parametrize("beta", [0.0, 1.0])
 def test_the_metrics_of_the_jsd_have_one_name(beta: float) -> None:
     assert set(fused_output("jsd", make_problem((4,)), beta=beta).metrics) == {"jsd_mean", "jsd_max"}
+
+
+def test_the_metrics_of_the_jsd_are_not_normalized() -> None:
+    plain, normalized = (fused_output("jsd", make_problem((4,)), normalized=flag) for flag in (False, True))
+    torch.testing.assert_close(normalized.loss, plain.loss / (0.3 * 0.7))
+    assert normalized.metrics == plain.metrics

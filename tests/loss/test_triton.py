@@ -11,10 +11,12 @@ import pytest
 import torch
 from devices import triton_device
 from loss_cases import (
+    DIVERGENCES,
     HEADS,
     TRAINABLE,
     Forms,
     Problem,
+    assert_same,
     fused,
     fused_output,
     largest,
@@ -22,8 +24,10 @@ from loss_cases import (
     make_problem,
     with_gradients,
 )
+from masked_rows import clean_and_dirty, masked_problem
 from torch import Tensor
 
+from fastkl.kernels.options import DIRECTIONS, TAILS
 from fastkl.kernels.score import triton as score_triton
 
 DEVICE = triton_device()
@@ -46,6 +50,11 @@ SCORED = {
     "entropy": "token_nll",
     "ppo": "token_nll",
     "reverse_kl": "reverse_kl",
+}
+# Each row function.
+MASKED: Forms = {
+    **{name: (name, {}) for name in ("linear_logprobs", "policy_gradient", "entropy", *DIVERGENCES)},
+    **{f"top_k-{d}-{t}": ("top_k", {"direction": d, "tail": t}) for d in DIRECTIONS for t in TAILS},
 }
 forms = pytest.mark.parametrize("form", FORMS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -90,6 +99,20 @@ def test_no_gradients(monkeypatch: pytest.MonkeyPatch, form: str, dtype: torch.d
     assert ours.keys() == other.keys()
     for field, value in ours.items():
         torch.testing.assert_close(value, other[field], rtol=near, atol=near, msg=lambda m, f=field: f"{f}: {m}")
+
+
+@pytest.mark.parametrize(("name", "options"), MASKED.values(), ids=MASKED)
+def test_garbage_in_masked_rows_stays_there(name: str, options: dict[str, Any]) -> None:
+    """Without skipping, so that it goes through the kernels: NaN in them would show."""
+    p, out = masked_problem((4,), 20, 16, dtype=torch.float32)
+    if name == "linear_logprobs":  # it has no mask
+        p = p._replace(tokens=p.tokens.where(~out, -100))
+    for argument, *given in clean_and_dirty(name, p.to(DEVICE), out.to(DEVICE), torch.nan):
+        clean, dirty = (
+            with_gradients(fused, name, q, backend="triton", skip_zero_rows=False, **options, **own) for q, own in given
+        )
+        assert clean.value.isfinite().all(), argument
+        assert_same(dirty, clean)
 
 
 def record_scoring(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -103,3 +103,16 @@ def test_entropy_of_a_token_outside_the_vocabulary_is_nan(y: int) -> None:
 
 def test_entropy_of_no_rows() -> None:
     assert [t.numel() for t in run_entropy(random_rows(0, 9))] == [0, 0]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, BLOCK + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_without_a_slope_are_cleared(vocabulary: int, dtype: torch.dtype) -> None:
+    """Whatever they hold, beside others that are not touched, and nothing beyond the row."""
+    buffer = torch.full((5, vocabulary + 3), torch.nan, dtype=dtype, device=DEVICE)
+    slope = torch.tensor([0.0, 2.0, -0.0, torch.nan, 1e-30], device=DEVICE)
+    rows_triton.clear_rows(buffer[:, :vocabulary], slope)
+    expected = torch.full_like(buffer, torch.nan)
+    expected[[0, 2], :vocabulary] = 0.0
+    assert torch.equal(buffer.isnan(), expected.isnan())
+    assert (buffer[~buffer.isnan()] == 0).all()
