@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import ServerError
-from fastkl.trainer.models.loading import save_student
+from fastkl.trainer.models.saving import save_student
 from fastkl.trainer.objectives.base import Objective
 from fastkl.trainer.rollouts.evaluation import evaluate
 from fastkl.trainer.rollouts.single_turn import Responder
@@ -91,8 +91,8 @@ def fit(
             listener.on_step(done, metrics, samples)
             if done == config.optim.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
                 folder.save_checkpoint(student.save, done)
-        with folder.room_for("student"), student.gathered():
-            processes.on_main(lambda: save_student(student.model, tokenizer, folder.student))
+        with student.gathered():
+            folder.save_student(lambda aside: save_student(student.model, tokenizer, aside))
         progress.note(f"student saved in {folder.student}")
         if start < config.optim.steps:  # a finished run is left as it is
             progress.note(processes.on_main(lambda: report_of(folder.path)))

@@ -24,6 +24,7 @@ from fastkl.trainer.config.optim import BatchConfig
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.data.batching import Layout
 from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.models.adapters import adapted
 from fastkl.trainer.models.layers import attends, layer_kinds
 
 
@@ -122,18 +123,9 @@ def load_student(config: StudentConfig) -> PreTrainedModel:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora.rank == 0:
         return model.train()
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model
-
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
-    adapter = PeftLoraConfig(
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
-        target_modules=config.lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, adapter).train()
+    return adapted(model, config.lora).train()
 
 
 def fuse(model: PreTrainedModel, name: str) -> FusedCausalLM:
@@ -142,21 +134,6 @@ def fuse(model: PreTrainedModel, name: str) -> FusedCausalLM:
         return FusedCausalLM(model)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name}: {error}") from error
-
-
-def save_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The trained model as an ordinary Transformers folder; a LoRA adapter is merged into a copy of its base."""
-    if hasattr(model, "merge_adapter"):
-        model.merge_adapter()
-        try:
-            base = model.get_base_model()
-            base.save_pretrained(folder, state_dict=_merged_state(base))
-        finally:
-            model.unmerge_adapter()
-        model.save_pretrained(folder / "adapter")
-    else:
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -198,10 +175,3 @@ def _check_path(config: ModelConfig, *files: str) -> str:
     if looks_local and not any(Path(path, file).is_file() for file in files):
         raise ConfigError(f"model path {config.path!r} is not a model folder (no {files[0]} in {Path(path).resolve()})")
     return path
-
-
-def _merged_state(base: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The state of a model with merged LoRA layers under the names it had before peft wrapped them."""
-    return {
-        name.replace(".base_layer.", "."): tensor for name, tensor in base.state_dict().items() if ".lora_" not in name
-    }

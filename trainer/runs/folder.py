@@ -107,6 +107,29 @@ class RunFolder:
                 write(aside)
                 processes.on_main(finish)
 
+    def save_student(self, write: Callable[[Path], None]) -> None:
+        """Has the student written aside, then puts it in place of one that a run has saved before.
+
+        What else is in that folder stays there.
+        """
+        aside, old = (self.path / f"student.{name}" for name in ("incomplete", "old"))
+
+        def save() -> None:
+            shutil.rmtree(aside, ignore_errors=True)
+            write(aside)
+            if self.student.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.rename(self.student, old)
+            os.rename(aside, self.student)
+            if old.exists():
+                for path in old.iterdir():
+                    if not (self.student / path.name).exists():
+                        os.rename(path, self.student / path.name)
+                shutil.rmtree(old)
+
+        with self.room_for("student"):
+            processes.on_main(save)
+
     def rewind(self, steps_done: int) -> None:
         """Drops what the logs hold beyond a checkpoint, and a line that a crash cut short."""
 
@@ -125,7 +148,8 @@ class RunFolder:
             yield
         except (OSError, SafetensorError) as error:
             if processes.rank() == 0:
-                shutil.rmtree(self._checkpoints / INCOMPLETE, ignore_errors=True)
+                for left in (self._checkpoints / INCOMPLETE, self.path / "student.incomplete"):
+                    shutil.rmtree(left, ignore_errors=True)
             raise RunError(
                 f"{what} could not be written in {self.path}: {error}. Earlier checkpoints are whole; make room, and the "
                 f"same command goes on from the last one"

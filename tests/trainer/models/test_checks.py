@@ -170,7 +170,7 @@ REFUSED = {
         {},
         sums(),
         {"student__lora__rank": 2, "student__lora__target_modules": '["lm_head"]'},
-        "student: the LM head",
+        "adapts lm_head, whose weight is also that of model.embed_tokens",
     ),
 }
 

@@ -18,6 +18,7 @@ from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Completion
 from fastkl.trainer.errors import ServerError
 from fastkl.trainer.models import checks
+from fastkl.trainer.models.saving import save_weights
 from fastkl.trainer.models.tokenizers import SAMPLE_TEXT
 from fastkl.trainer.rollouts.samplers.common import undisturbed
 from fastkl.trainer.runs import processes
@@ -105,7 +106,7 @@ class ServedSampler:
             return
         self._pushes += 1
         folder = self._server.folder / f"{self._server.name}-{self._pushes:06d}"
-        self._student.model.save_pretrained(folder)
+        save_weights(self._student.model, folder)
         try:
             self._model = self._server.loader.load(folder)
         finally:
