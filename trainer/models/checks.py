@@ -9,8 +9,9 @@ from fastkl.trainer.data.prompts import EncodedPrompt, render_chat
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models.ends import declared_ends, end_of_sequence
 from fastkl.trainer.models.loading import context_length
-from fastkl.trainer.models.tokenizers import SAMPLE_TEXT, vocabulary
+from fastkl.trainer.models.tokenizers import SAMPLE_TEXT, compare_vocabularies, first_three, vocabulary, where_they_part
 
+SAME_FAMILY = "Use a teacher of the student's family"
 SPECIALS = ("bos_token_id", "eos_token_id", "unk_token_id")
 # Remedies where a context is too short.
 SHORTER = "Lower {0}.max_new_tokens, or leave long prompts out with {1}.max_prompt_tokens"
@@ -18,14 +19,33 @@ SHORTER_ROW = "Shorten its completion or take the row out"
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """One vocabulary: the same text gives the same ids, and the special tokens are the same."""
+    """What the student can write is one token with one id in both, and both read and end a text alike.
+
+    The teacher may have more tokens than the student.
+    """
+    found = compare_vocabularies(student, teacher)
+    if found.differing:
+        named = [
+            f"{token} is {ours!r} in the student's and {theirs!r} in the teacher's"
+            for token, ours, theirs in found.differing
+        ]
+        raise ConfigError(
+            f"student and teacher tokenize differently: id {first_three(named, '; ')}. The teacher would score other "
+            f"tokens than the student wrote. {SAME_FAMILY}"
+        )
+    if found.lacking:
+        named = [f"{token} {spelling!r}" for token, spelling in found.lacking]
+        raise ConfigError(
+            f"student and teacher tokenize differently: the teacher lacks ids of the student, {first_three(named, ', ')}. "
+            f"It could not score these tokens. {SAME_FAMILY}, or one that has them; if the student never writes them, "
+            f"take them out of its tokenizer"
+        )
     text = SAMPLE_TEXT + (student.eos_token or "")
     ours, theirs = student(text)["input_ids"], teacher(text)["input_ids"]
     if ours != theirs:
         raise ConfigError(
             f"student and teacher tokenize differently (the same text gives {len(ours)} and {len(theirs)} tokens, "
-            f"{ours[:8]}… and {theirs[:8]}…): the teacher could not score the student's tokens. Use a teacher of the "
-            f"student's family"
+            f"{where_they_part(ours, theirs)}): the teacher could not score the student's tokens. {SAME_FAMILY}"
         )
     for name in SPECIALS:
         if getattr(student, name) != getattr(teacher, name):

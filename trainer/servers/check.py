@@ -11,16 +11,18 @@ tokenizer, and a run would learn from noise. The probes are one text, each with 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.config.teacher import TeacherServerConfig
 from fastkl.trainer.errors import ConfigError
-from fastkl.trainer.models.tokenizers import SAMPLE_TEXT, vocabulary
+from fastkl.trainer.models.tokenizers import SAMPLE_TEXT, added_tokens, first_three, vocabulary, where_they_part
 from fastkl.trainer.servers.completions import APIS, Api, BadAnswer, CompletionsServer, Scores, Unscored
 from fastkl.trainer.servers.connection import Refused
 
 PROBES, PROBE_TOKENS = 4, 24
+ADDED_AT_ONCE = 256  # added tokens that the server is asked about in one request, or by scores at all
 TOLERANCE = 0.1  # nats: above what 16-bit arithmetic and batching do, below what a defect does
 REJECTS_OPTION = (400, 422, 501)  # how servers refuse an option
 USE_VLLM = "Serve the teacher with vLLM, or load it here with a path"
@@ -50,11 +52,11 @@ def check_server(
         top_k: How many of the likeliest tokens will be asked for.
     """
     compared = _check_tokenization(server, tokenizer)
-    ids = tokenizer(SAMPLE_TEXT, add_special_tokens=False)["input_ids"][:PROBE_TOKENS]
+    ids = _encoded(tokenizer, SAMPLE_TEXT)[:PROBE_TOKENS]
     probes = [[*ids, last] for last in list(dict.fromkeys(ids))[:PROBES]]
     api, scores = _choose_api(server, config, probes, top_k)
     if not (compared or trusted):
-        _check_texts(server, tokenizer, probes[0], scores[0])
+        _check_texts(server, tokenizer, api, probes[0], scores[0])
     _check_alignment(server, scores)
     if temperature != 1:
         _check_temperature(server, api, probes, scores, temperature)
@@ -87,16 +89,36 @@ def _unfit(server: CompletionsServer, reason: str) -> ConfigError:
 
 
 def _check_tokenization(server: CompletionsServer, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Compares how both tokenize a text; False where the server does not tell."""
+    """Compares how both tokenize a text, and the added tokens; False where the server does not tell."""
     text = SAMPLE_TEXT + (tokenizer.eos_token or "")
-    ours, theirs = tokenizer(text, add_special_tokens=False)["input_ids"], server.tokenize(text)
-    if theirs is not None and ours != theirs:
+    ours, theirs = _encoded(tokenizer, text), server.tokenize(text)
+    if theirs is None:
+        return False
+    if ours != theirs:
         raise _unfit(
             server,
-            f"tokenizes differently (the same text gives {len(ours)} tokens here and {len(theirs)} there, {ours[:8]}… and "
-            f"{theirs[:8]}…): {SAME_FAMILY}",
+            f"tokenizes differently (the same text gives {len(ours)} tokens here and {len(theirs)} there, "
+            f"{where_they_part(ours, theirs)}): {SAME_FAMILY}",
         )
-    return theirs is not None
+    added = list(map(str, tokenizer.convert_ids_to_tokens(added_tokens(tokenizer))))
+    for start in range(0, len(added), ADDED_AT_ONCE):
+        _check_added(server, tokenizer, added[start : start + ADDED_AT_ONCE])
+    return True
+
+
+def _check_added(server: CompletionsServer, tokenizer: PreTrainedTokenizerBase, added: list[str]) -> None:
+    """Compares tokens that no ordinary text has: all of them in one text, and one by one where that differs."""
+    if _encoded(tokenizer, "".join(added)) == server.tokenize("".join(added)):
+        return
+    answers = [(text, _encoded(tokenizer, text), server.tokenize(text)) for text in added]
+    named = [f"{text!r} is {ours} here and {theirs} there" for text, ours, theirs in answers if ours != theirs]
+    if named:
+        raise _unfit(server, f"tokenizes differently: {first_three(named, '; ')}: {SAME_FAMILY}")
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def _choose_api(
@@ -120,22 +142,30 @@ def _choose_api(
     raise _unfit(server, f"gives no {missing} of given tokens ({'; '.join(failures)}). {remedy}")
 
 
-def _check_texts(server: CompletionsServer, tokenizer: PreTrainedTokenizerBase, ids: list[int], scores: Scores) -> None:
-    """Compares the texts that both have for the probe's tokens; white space and parts of characters do not count."""
-    ours = [tokenizer.decode([token]) for token in ids]
-    pairs = [
-        (token, a.strip(), b.strip())
-        for token, a, b in zip(ids, ours, scores.texts, strict=True)
-        if b is not None and a.strip() and a.isascii()
-    ]
-    if not pairs:
+def _check_texts(
+    server: CompletionsServer, tokenizer: PreTrainedTokenizerBase, api: Api, ids: list[int], scores: Scores
+) -> None:
+    """Compares the texts that both have for the probe's tokens, and for added tokens as far as the server scores them."""
+    texts = _told(tokenizer, ids, scores)
+    if not texts:
         raise _unfit(server, f"tells nothing about its tokenizer; {NAME_TOKENIZER}")
-    for token, a, b in pairs:
-        if b not in (a, f"token_id:{token}"):
+    added = added_tokens(tokenizer)[:ADDED_AT_ONCE]
+    for start in range(0, len(added), PROBE_TOKENS):
+        sequence = [ids[0], *added[start : start + PROBE_TOKENS]]
+        with suppress(BadAnswer, Refused):  # some stand for what is no text, as the place of an image
+            texts += _told(tokenizer, sequence, server.score([sequence], api, 1.0)[0])
+    for token, ours, theirs in texts:
+        if theirs not in (ours, f"token_id:{token}"):
             raise ConfigError(
-                f"id {token} is {a!r} in the student's tokenizer and {b!r} for the teacher's server at {server.url}: "
-                f"{SAME_FAMILY}; if it only writes its tokens in another way, {NAME_TOKENIZER}"
+                f"id {token} is {ours!r} in the student's tokenizer and {theirs!r} for the teacher's server at "
+                f"{server.url}: {SAME_FAMILY}; if it only writes its tokens in another way, {NAME_TOKENIZER}"
             )
+
+
+def _told(tokenizer: PreTrainedTokenizerBase, ids: list[int], scores: Scores) -> list[tuple[int, str, str]]:
+    """Each id with its text here and there; white space, parts of characters and what is untold do not count."""
+    texts = zip(ids, (tokenizer.decode([token]) for token in ids), scores.texts, strict=True)
+    return [(token, a.strip(), b.strip()) for token, a, b in texts if b and a.strip() and a.isascii()]
 
 
 def _check_alignment(server: CompletionsServer, scores: list[Scores]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from stub_server import StubServer, Trouble, serving
 from tiny_models import CHARACTERS, llama, save_model, tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from fastkl.head import FusedCausalLM
 from fastkl.trainer.config.optim import BatchConfig
@@ -40,11 +41,16 @@ def stub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubServer]:
 
 
 def connected(
-    stub: StubServer, temperature: float = 1.0, trusted: bool = False, top_k: int | None = None, **options: Any
+    stub: StubServer,
+    temperature: float = 1.0,
+    trusted: bool = False,
+    top_k: int | None = None,
+    words: PreTrainedTokenizerFast = WORDS,
+    **options: Any,
 ) -> ServedTeacher:
     settings = {"model": "stub", "retries": 2, "timeout": 5.0, **options}
     config = TeacherConfig(server=TeacherServerConfig(url=stub.url, **settings), tokenizer="t" if trusted else None)
-    return connect(config, WORDS, temperature=temperature, longest=[3] * 60, remedy="Do this", top_k=top_k)
+    return connect(config, words, temperature=temperature, longest=[3] * 60, remedy="Do this", top_k=top_k)
 
 
 def samples(count: int = 11, highest: int = len(WORDS)) -> list[Sample]:
@@ -228,6 +234,43 @@ def test_another_tokenizer_is_found_by_the_texts_of_its_tokens(folder: Path, api
         connected(stub, api=api, trusted=True)  # the user answers for it
         stub.words = tokenizer()
         connected(stub, api=api)
+
+
+def thinking(text: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with one added token."""
+    words = tokenizer()
+    words.add_tokens(["<think>", text])
+    return words
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_an_added_token_of_another_text_is_found_by_asking(tmp_path: Path, trusted: bool) -> None:
+    words = thinking("</think>")
+    with serving(save_model(tmp_path / "m", words), thinking("</thought>")) as stub:
+        ours, missing = [len(words) - 1], r"\[\d+(, \d+)+\] there"
+        with pytest.raises(
+            ConfigError, match=rf"tokenizes differently: '</think>' is \{ours} here and {missing}: it could"
+        ):
+            connected(stub, words=words, trusted=trusted)
+        stub.words = tokenizer()
+        with pytest.raises(ConfigError, match=rf"'<think>' is .* here and {missing}; '</think>' is .* {missing}"):
+            connected(stub, words=words, trusted=trusted)
+        stub.words = thinking("</think>")
+        stub.words.add_tokens(["<more>"])  # the teacher's own
+        connected(stub, words=words, trusted=trusted)
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_an_added_token_of_another_text_is_found_by_its_score(tmp_path: Path, api: str) -> None:
+    words = thinking("</think>")
+    with serving(save_model(tmp_path / "m", words), thinking("</thought>")) as stub:
+        stub.tokenizes = False
+        named = rf"id {len(words) - 1} is '</think>' in the student's tokenizer and '</thought>'"
+        with pytest.raises(ConfigError, match=named):
+            connected(stub, words=words, api=api)
+        connected(stub, words=words, api=api, trusted=True)
+        stub.words = words
+        connected(stub, words=words, api=api)
 
 
 def test_a_server_that_tells_nothing_of_its_tokenizer_needs_one_named(stub: StubServer) -> None:
