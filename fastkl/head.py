@@ -36,9 +36,9 @@ class LogitTransform(NamedTuple):
 class FusedCausalLM(nn.Module):
     """A causal LM whose forward takes a function of (hidden, weight, bias=, logit_scale=, softcap=) and returns its result.
 
-    Building it runs the model on one token, to see what becomes of its logits. Raises TypeError where the head is not a
+    Building it runs the model on a few tokens, to see what becomes of its logits. Raises TypeError where the head is not a
     plain `nn.Linear` (a LoRA adapter on it, a quantised one) and ValueError where the model treats its logits in a way that
-    fastkl.loss does not know.
+    fastkl.loss does not know, or where its hidden states are not finite.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -69,26 +69,46 @@ def measure_logit_transform(model: nn.Module) -> LogitTransform:
     """Scale and soft-cap between the head and the logits, read off what the model's forward makes of known values.
 
     Measured rather than read from the config, because configs disagree on names and on meaning: `logits_scaling` divides in
-    Granite and multiplies in others.
+    Granite and multiplies in others. Each known value stands at one place, for every id of the vocabulary: what depends on
+    the id shows as well.
     """
     probes = torch.tensor(PROBES, dtype=torch.float64)
-    device = _find_head(model).weight.device
+    head = _find_head(model)
+    shape = len(PROBES), head.weight.shape[0]
 
     def pretend(hidden: Tensor, _: nn.Linear) -> Tensor:
-        return probes.to(hidden.device).expand(*hidden.shape[:-1], -1)
+        if not hidden.isfinite().all():
+            raise ValueError(_not_finite(model))
+        return probes.to(hidden.device)[:, None].expand(*hidden.shape[:-1], shape[1]).clone()
 
     with torch.no_grad(), _head_computes(model, pretend, replace_logits=True):
-        ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-        seen = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1].double().cpu()
-    scale = float(seen[4] / probes[4])
-    softcap = float(seen[-1]) if seen[-1] < 0.5 * scale * probes[-1] else None
+        ids = torch.zeros(1, len(PROBES), dtype=torch.long, device=head.weight.device)
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    if logits.shape != shape:
+        raise ValueError(
+            f"{_name(model)} makes logits of shape {list(logits.shape)} of {list(shape)} that its head gives; it cannot be "
+            f"fused"
+        )
+    seen = logits.double().cpu()
+    usual = seen.nanmedian(-1).values  # over the ids: one that is treated apart does not count
+    scale = float(usual[4] / probes[4])
+    softcap = float(usual[-1]) if usual[-1] < 0.5 * scale * probes[-1] else None
     if softcap is not None:
         scale *= 1.0 + (scale * PROBES[4] / softcap) ** 2 / 3  # tanh(x) ≈ x (1 − x²/3) at the probe near 0
     known = probes * scale if softcap is None else softcap * torch.tanh(probes * scale / softcap)
-    if not (scale > 0 and torch.allclose(seen, known, rtol=1e-3)):
+    rtol = max(1e-3, 2 * torch.finfo(logits.dtype).eps)
+    if not (scale > 0 and torch.allclose(usual, known, rtol=rtol)):
         raise ValueError(
             f"{_name(model)} does something to its logits that is neither a scale nor a soft-cap "
-            f"({PROBES[5]} becomes {float(seen[5]):.4g}, {PROBES[7]} becomes {float(seen[7]):.4g}) and cannot be fused"
+            f"({PROBES[5]} becomes {float(usual[5]):.4g}, {PROBES[7]} becomes {float(usual[7]):.4g}) and cannot be fused"
+        )
+    odd = (~torch.isclose(seen, known[:, None], rtol=rtol)).T.nonzero()  # [n, 2] id, place
+    if len(odd):
+        token, place = odd[0].tolist()
+        raise ValueError(
+            f"{_name(model)} treats {len(odd[:, 0].unique())} ids of its vocabulary apart after the head: the logit of id "
+            f"{token} becomes {float(seen[place, token]):.4g} where {float(known[place]):.4g} was expected; a model whose "
+            f"logits depend on the id (masked ids, a bias) cannot be fused"
         )
     return LogitTransform(*(None if v is None else float(f"{v:.7g}") for v in (scale, softcap)))  # type: ignore[arg-type]
 
@@ -132,6 +152,12 @@ def _find_head(model: nn.Module) -> nn.Linear:
             f"it out of LoRA's target_modules (train it in full with modules_to_save) and out of quantisation"
         )
     return head
+
+
+def _not_finite(model: nn.Module) -> str:
+    found = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    cause = "though its weights are" if found is None else f"and neither is its weight {found}: the weights are damaged"
+    return f"the hidden states of {_name(model)} are not finite on a few tokens, {cause}"
 
 
 def _name(model: nn.Module) -> str:

@@ -254,6 +254,43 @@ def test_unknown_treatment_of_the_logits_is_refused(change: Callable[[Tensor], T
     assert "forward" not in vars(model.lm_head)
 
 
+def masked(value: float) -> Callable[[Tensor], Tensor]:
+    return lambda z: z.index_fill(-1, torch.tensor([40, 41, 63]), value)
+
+
+BIAS = torch.zeros(1, 64).index_fill(1, torch.tensor([7]), 0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: lora(model)], ids=["plain", "lora"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (masked(-1e9), r"treats 3 ids .* apart.*logit of id 40 becomes -1e\+09 where -1e\+06 was expected"),
+        (masked(-torch.inf), "logit of id 40 becomes -inf where -1e"),
+        (masked(torch.nan), "logit of id 40 becomes nan where -1e"),
+        (lambda z: z + BIAS, r"treats 1 ids .* apart.*logit of id 7 becomes -2.99 where -3 was expected"),
+        (lambda z: z[..., :60], r"makes logits of shape \[9, 60\] of \[9, 64\] that its head gives"),
+    ],
+    ids=["padding-masked", "padding-forbidden", "padding-nan", "bias", "cut"],
+)
+def test_a_logit_that_depends_on_its_id_is_refused(
+    change: Callable[[Tensor], Tensor], message: str, wrap: Callable[[Any], Any], dtype: torch.dtype
+) -> None:
+    model = build("llama").to(dtype)
+    change_logits(model, change)
+    with pytest.raises(ValueError, match=rf"LlamaForCausalLM.*{message}"):
+        FusedCausalLM(wrap(model))
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    model = build("llama-tied")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM are not finite.*model.layers.1.mlp.up_proj.weight"):
+        FusedCausalLM(model)
+
+
 def test_the_model_is_as_before_afterwards() -> None:
     model, ids = build("llama"), token_ids()
     before = plain_logprobs(model, ids)
