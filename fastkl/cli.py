@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fastkl.trainer.commands import command_line as commands
         from fastkl.trainer.errors import ConfigError, RunError
         from fastkl.trainer.runs import processes
+        from fastkl.trainer.runs.stop import Stopped
     except ModuleNotFoundError as error:
         print(MISSING_EXTRA.format(error.name), file=sys.stderr)
         return 2
@@ -27,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, RunError) as error:
         _say(f"fastkl: {error}", processes.failed_first())
         return 2
+    except Stopped as stopped:
+        _say(f"fastkl: {stopped}", processes.failed_first())
+        return stopped.exit_status
     except KeyboardInterrupt:
         _say(INTERRUPTED, processes.failed_first())
         return 130

@@ -9,10 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.mixture import DataSet, read_data_sets, step_prompts
+from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.loop import fit
 from fastkl.trainer.models import checks
@@ -36,10 +38,12 @@ from fastkl.trainer.rollouts.samplers.served import SamplingServer, ServedSample
 from fastkl.trainer.rollouts.single_turn import Responder, SingleTurn
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder
+from fastkl.trainer.runs.identity import Identity, rows_fingerprint, weights_fingerprint
 from fastkl.trainer.runs.listener import SILENT, Clock, Listener
 from fastkl.trainer.runs.start import start_run
 from fastkl.trainer.step_metrics import rollout_metrics
 from fastkl.trainer.student import Student
+from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.open import check_teachers, connect_servers, open_teachers
 from fastkl.trainer.teachers.several import RoutedTeacher
 
@@ -110,6 +114,12 @@ def distill(config: DistillConfig, *, listener: Listener = SILENT) -> RunFolder:
         ConfigError: If the run cannot work; before anything expensive.
     """
     accelerator = start_run(config, config.sampling.samples_per_step, "sampling.prompts_per_step")
+    with RunFolder(config) as folder:
+        _distill(config, accelerator, folder, listener)
+    return folder
+
+
+def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder, listener: Listener) -> None:
     tokenizer = load_tokenizer(config.student)
     environment = make_environment(config.environment)
     data_sets = read_data_sets(config, tokenizer)
@@ -131,9 +141,20 @@ def distill(config: DistillConfig, *, listener: Listener = SILENT) -> RunFolder:
     given = [sample for data_set in data_sets for sample in data_set.given]
     rollouts = Rollouts(config.sampling, responder, prompts, given, judge)
     source = OnPolicy(config, student, objective, teachers, sampler, rollouts, data_sets, vocabulary(tokenizer))
-    with RunFolder(config) as folder:
-        fit(student, objective, source, responder, tokenizer, eval_prompts, folder, listener)
-    return folder
+    student.also_checkpoint("identity", _identity(student, teachers, data_sets, eval_prompts))
+    fit(student, objective, source, responder, tokenizer, eval_prompts, folder, listener)
+
+
+def _identity(
+    student: Student, teachers: RoutedTeacher[Any] | None, data_sets: list[DataSet], eval_prompts: list[EncodedPrompt]
+) -> Identity:
+    """The rows of each data set, the student's weights, and those of teachers that are loaded here."""
+    prints = {f"the rows of {data_set.setting}": rows_fingerprint(data_set.prompts) for data_set in data_sets}
+    prints |= {"the rows of eval.data": rows_fingerprint(eval_prompts), "the student's weights": student.fingerprint}
+    for name, teacher in ({} if teachers is None else teachers.by_data_set).items():
+        if isinstance(teacher, LocalTeacher) and teacher.model is not student.model:
+            prints[f"the weights of the teacher{name and f' of {name}'}"] = weights_fingerprint(teacher.model)
+    return Identity(prints)
 
 
 def _responder(

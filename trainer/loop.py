@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -14,11 +16,14 @@ from fastkl.trainer.objectives.base import Objective
 from fastkl.trainer.rollouts.evaluation import evaluate
 from fastkl.trainer.rollouts.single_turn import Responder
 from fastkl.trainer.runs import processes
-from fastkl.trainer.runs.folder import RunFolder, flat_settings
+from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.listener import Clock, Listener
 from fastkl.trainer.runs.progress import ProgressBar
+from fastkl.trainer.runs.report.page import NAME as REPORT
 from fastkl.trainer.runs.report.page import report_of
 from fastkl.trainer.runs.samples_log import NAME, sample_records
+from fastkl.trainer.runs.stop import Stopped, StopSignals
+from fastkl.trainer.runs.trackers import start_trackers
 from fastkl.trainer.step_metrics import teacher_kl
 from fastkl.trainer.student import Student
 
@@ -45,13 +50,13 @@ def fit(
     listener: Listener,
 ) -> None:
     """Runs the steps that are left: samples, update, log, evaluate, checkpoint; at the end, the student and a report."""
-    config, start = student.config, 0
-    checkpoint = folder.latest_checkpoint()
+    config, checkpoint = student.config, folder.latest_checkpoint()
     if checkpoint is not None:
-        start = checkpoint[0]
-        student.restore(checkpoint[1])
-    folder.rewind(start if checkpoint is not None else -1)
-    student.accelerator.init_trackers("fastkl", config=flat_settings(config))
+        student.restore(checkpoint.path)
+    steps_done = None if checkpoint is None else checkpoint.steps_done
+    folder.begin(steps_done)
+    start_trackers(student.accelerator, config, folder.path, steps_done)
+    start = steps_done or 0
 
     def grade(metrics: dict[str, float]) -> None:
         if eval_prompts:
@@ -59,7 +64,7 @@ def fit(
                 metrics |= evaluate(responder, tokenizer, eval_prompts, config.eval, config.seed)[0]
 
     listener.on_start(start, config.optim.steps)
-    with ProgressBar(config.optim.steps, start) as progress:
+    with ProgressBar(config.optim.steps, start) as progress, StopSignals() as stop:
         if processes.count() > 1:
             progress.note(f"{processes.count()} processes, {'FSDP 2' if student.sharded else 'DDP'}")
         if checkpoint is None:
@@ -70,15 +75,14 @@ def fit(
                 progress.step(0, metrics)
                 listener.on_step(0, metrics, [])
         else:
-            progress.note(f"resumed {config.run} after step {start}")
+            for note in (*checkpoint.notes, f"resumed {config.run} after step {start}"):
+                progress.note(note)
         for step in range(start, config.optim.steps):
-            clock, done = Clock(listener), step + 1
-            try:
+            clock, done = Clock(listener, stop.check), step + 1
+            with _checkpoint_at_the_end(student, folder, step):
+                stop.check()
                 samples, metrics = source.samples(step, clock)
-            except ServerError:
-                folder.save_checkpoint(student.save, step)
-                raise
-            with clock("train"), objective.updating():
+            with stop.postponed(), clock("train"), objective.updating():
                 metrics |= student.update(samples, objective, step)
             metrics |= teacher_kl(samples)
             tokens = sum(len(sample.ids) for sample in samples)
@@ -94,10 +98,26 @@ def fit(
         with student.gathered():
             folder.save_student(lambda aside: save_student(student.model, tokenizer, aside))
         progress.note(f"student saved in {folder.student}")
-        if start < config.optim.steps:  # a finished run is left as it is
+        if start < config.optim.steps or processes.on_main(lambda: not (folder.path / REPORT).exists()):
             progress.note(processes.on_main(lambda: report_of(folder.path)))
     listener.on_end(folder)
     student.accelerator.end_training()
+
+
+@contextmanager
+def _checkpoint_at_the_end(student: Student, folder: RunFolder, steps_done: int) -> Iterator[None]:
+    """Saves the student as it is after so many steps, where the run is ended in here."""
+    try:
+        yield
+    except ServerError:
+        folder.save_checkpoint(student.save, steps_done)
+        raise
+    except Stopped as stopped:
+        folder.save_checkpoint(student.save, steps_done)
+        stopped.checkpoint = steps_done
+        processes.failed_first()  # one of them says so; afterwards they cannot agree any more
+        student.accelerator.end_training()
+        raise
 
 
 def _log(student: Student, folder: RunFolder, step: int, metrics: dict[str, float]) -> None:

@@ -5,6 +5,8 @@ Cross-entropy is the policy gradient of tokens that all have the advantage 1: âˆ
 
 from __future__ import annotations
 
+from accelerate import Accelerator
+
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.config.training import SftConfig
@@ -19,6 +21,7 @@ from fastkl.trainer.rollouts.evaluation import load_eval_prompts
 from fastkl.trainer.rollouts.samplers.local import local_sampler
 from fastkl.trainer.rollouts.single_turn import SingleTurn
 from fastkl.trainer.runs.folder import RunFolder
+from fastkl.trainer.runs.identity import Identity, rows_fingerprint
 from fastkl.trainer.runs.listener import SILENT, Clock, Listener
 from fastkl.trainer.runs.start import start_run
 from fastkl.trainer.student import Student
@@ -47,6 +50,12 @@ def sft(config: SftConfig, *, listener: Listener = SILENT) -> RunFolder:
         ConfigError: If the run cannot work; before anything expensive.
     """
     accelerator = start_run(config, config.examples_per_step, "examples_per_step")
+    with RunFolder(config) as folder:
+        _sft(config, accelerator, folder, listener)
+    return folder
+
+
+def _sft(config: SftConfig, accelerator: Accelerator, folder: RunFolder, listener: Listener) -> None:
     tokenizer = load_tokenizer(config.student)
     prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
     examples = given_samples(prompts, tokenizer)
@@ -64,6 +73,6 @@ def sft(config: SftConfig, *, listener: Listener = SILENT) -> RunFolder:
     source = Examples(examples, config.examples_per_step, config.seed)
     responder = SingleTurn(sampler, context_length(student.model))
     objective = PolicyGradient(LossConfig(method="reinforce", old_logprobs="current"), SamplingConfig())
-    with RunFolder(config) as folder:
-        fit(student, objective, source, responder, tokenizer, eval_prompts, folder, listener)
-    return folder
+    rows = {"the rows of data": rows_fingerprint(prompts), "the rows of eval.data": rows_fingerprint(eval_prompts)}
+    student.also_checkpoint("identity", Identity({**rows, "the student's weights": student.fingerprint}))
+    fit(student, objective, source, responder, tokenizer, eval_prompts, folder, listener)

@@ -23,10 +23,11 @@ from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import RunError
 from fastkl.trainer.models.flops import cost_of, training_flops
 from fastkl.trainer.models.loading import batch_layout, fuse, load_student
-from fastkl.trainer.models.optimizer import learning_rate_schedule, make_optimizer
+from fastkl.trainer.models.optimizer import apply_settings, learning_rate_schedule, make_optimizer
 from fastkl.trainer.models.scoring import batch_logprobs, batch_ranks, scatter_values
 from fastkl.trainer.models.sharding import GatheredCopy
 from fastkl.trainer.runs import checkpoint, processes
+from fastkl.trainer.runs.identity import weights_fingerprint
 from fastkl.trainer.step_metrics import add_policy_metrics, merge_metrics, mismatch_metrics
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Student:
         set_seed(config.seed)
         self.config = config
         self.model = load_student(config.student)
+        self.fingerprint = weights_fingerprint(self.model)  # before the first update
         self.version = 0  # of the weights: another one after every change
         self.layout, self.cost = batch_layout(config.batch, self.model), cost_of(self.model)
         self._gathered_copy = GatheredCopy(self.model, self.device) if accelerator.is_fsdp2 else None
@@ -84,6 +86,7 @@ class Student:
 
     def restore(self, folder: Path) -> None:
         checkpoint.load(folder, self.plain, self.optimizer, self._others)
+        apply_settings(self.config.optim, self.optimizer, self.scheduler)
         self.version += 1
 
     def also_checkpoint(self, name: str, state: Any) -> None:

@@ -42,7 +42,7 @@ def unchanged(config: Any, prefix: str, reason: str, names: Iterable[str] | None
     """Refuses other values than the defaults, of all settings or of those named: they would be ignored, for a `reason`."""
     for name in (field.name for field in dataclasses.fields(config)) if names is None else names:
         value = getattr(config, name)
-        require(value == _default(config, name), f"{prefix}{name} is {value!r}, but {reason}")
+        require(value == default_of(config, name), f"{prefix}{name} is {value!r}, but {reason}")
 
 
 @contextmanager
@@ -61,7 +61,8 @@ def _field(config: Any, name: str) -> Any:
     return field
 
 
-def _default(config: Any, name: str) -> Any:
+def default_of(config: Any, name: str) -> Any:
+    """A setting's default; `dataclasses.MISSING` for one that must be given."""
     field = _field(config, name)
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 

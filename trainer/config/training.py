@@ -36,6 +36,8 @@ class RunConfig:
         mixed_precision: Run the forward pass under autocast (accelerate's option).
         trackers: Log to these trackers of accelerate, besides metrics.jsonl. For example [tensorboard, wandb].
         log_samples: Write this many samples of each step to samples.jsonl. Distillation adds the ranks of their tokens.
+        resume: Refuse settings that change what the run computes (same), or go on with them from the last checkpoint
+            (change). Student, teacher, data, environment and seed never change.
     """
 
     run: str
@@ -49,6 +51,7 @@ class RunConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     trackers: list[str] = field(default_factory=list)
     log_samples: int = 4
+    resume: Literal["same", "change"] = "same"
 
     def __post_init__(self) -> None:
         require(bool(self.run), "run is empty; name the run folder, for example runs/first")

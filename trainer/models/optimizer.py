@@ -38,3 +38,16 @@ def learning_rate_schedule(config: OptimConfig, optimizer: torch.optim.Optimizer
         return decay[config.schedule]((step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def apply_settings(
+    config: OptimConfig, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LambdaLR
+) -> None:
+    """Gives both the config's settings, after a checkpoint of other ones; moments and the step's number stay."""
+    scheduler.base_lrs = [config.lr] * len(optimizer.param_groups)
+    rates = [config.lr * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group.update(
+            lr=rate, initial_lr=config.lr, betas=(config.betas[0], config.betas[1]), weight_decay=config.weight_decay
+        )
+    scheduler._last_lr = [*rates]

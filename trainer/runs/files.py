@@ -12,15 +12,17 @@ from fastkl.trainer.errors import ConfigError
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a log; none if there is no file."""
+    """The complete rows of a log; none if there is no file. A line that is no object is none of them."""
     if not path.is_file():
         return []
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # splitlines() also cuts at U+2028
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue  # cut short by a crash; the step is run again
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 

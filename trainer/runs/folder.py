@@ -15,53 +15,63 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from fastkl.trainer.config.settings import flat, refuse_renamed
+from fastkl.trainer.config.settings import flat
 from fastkl.trainer.config.training import RunConfig, as_dict
 from fastkl.trainer.errors import ConfigError, RunError
 from fastkl.trainer.runs import processes
+from fastkl.trainer.runs.changes import Change, add_changes, check_settings, read_settings, settings_text
 from fastkl.trainer.runs.files import read_jsonl, write_text
+from fastkl.trainer.runs.seal import Damaged, check_seal, seal, sync
 
 INCOMPLETE = ".incomplete"
-# Where and how a server is reached, not what it serves: a run that is resumed may find it elsewhere.
-MAY_CHANGE = re.compile(
-    r"((mixture\.[\w-]+\.)?teacher|sampling)\.server\."
-    r"(url|sequences_per_request|weights|concurrency|timeout|retries|api_key_env)"
-)
+DAMAGED = ".damaged"  # what follows the name of a checkpoint that cannot be read
+LOGS = ("metrics.jsonl", "samples.jsonl")
+_STEP = re.compile(r"step-(\d+)")
+_LEFTOVERS = {".lock", ".config.yaml.new"}  # of a run that never began
+
+
+class Checkpoint(NamedTuple):
+    """The steps that are done in it, where it is, and what is to be said of newer ones."""
+
+    steps_done: int
+    path: Path
+    notes: tuple[str, ...] = ()
 
 
 class RunFolder:
-    """A run's folder, locked for this run while the context is open."""
+    """A run's folder, locked for this run while the context is open. Nothing is written before `begin`."""
 
     def __init__(self, config: RunConfig) -> None:
         self.path = Path(config.run)
         self.student = self.path / "student"
         self._checkpoints = self.path / "checkpoints"
-        self._keep = config.checkpoint.keep
+        self._config = config
+        self._made = False
         self._lock = FileLock(self.path / ".lock")
-        processes.on_main(lambda: self._open(config))
+        self._changes: list[Change] = processes.on_main(self._open)
         processes.raise_together(self._check_shared)
 
-    def _open(self, config: RunConfig) -> None:
-        check_run_folder(config)
-        self.path.mkdir(parents=True, exist_ok=True)
+    def _open(self) -> list[Change]:
+        check_run_folder(self._config)
+        self._made = not self.path.exists()
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise ConfigError(
                 f"another process is writing to {self.path}; wait for it or choose another run"
             ) from error
-        check_run_folder(config)  # again, now that no other process can start a run here
-        write_text(self.path / "config.yaml", yaml.safe_dump(_settings(config), sort_keys=False, allow_unicode=True))
-        self._checkpoints.mkdir(exist_ok=True)  # last: a folder without config.yaml holds nothing but the lock
+        except (OSError, NotImplementedError) as error:
+            raise _unusable(self.path, error) from error
+        return check_run_folder(self._config)  # again, now that no other process can start a run here
 
     def _check_shared(self) -> None:
-        if not (self.path / "config.yaml").is_file():
+        if not (self.path / ".lock").is_file():
             raise ConfigError(
                 f"{self.path.resolve()} is not the same folder on all hosts; put run on a file system that they share"
             )
@@ -71,6 +81,41 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+        if self._made and {entry.name for entry in self.path.iterdir()} <= _LEFTOVERS:
+            shutil.rmtree(self.path)  # the run was refused, or ended before it began
+
+    def begin(self, steps_done: int | None) -> None:
+        """Drops what the logs hold beyond a checkpoint, and writes down the settings; None: there is no checkpoint.
+
+        Raises:
+            ConfigError: Where the run has gone further than its checkpoints say: they were taken away.
+        """
+
+        def write() -> None:
+            if steps_done is None:
+                self._check_unbegun()
+            with self.room_for("config.yaml"):
+                if self._changes:
+                    add_changes(self.path, self._changes, steps_done or 0)
+                write_text(self.path / "config.yaml", settings_text(self.path, self._config))
+                self._checkpoints.mkdir(exist_ok=True)
+
+        processes.on_main(write)
+        self.rewind(-1 if steps_done is None else steps_done)
+
+    def _check_unbegun(self) -> None:
+        """No checkpoint was ever complete: logs go no further than the step of the first one, and there is no student."""
+        if not (self.path / "config.yaml").is_file():
+            return
+        logged = max((row["step"] for row in _rows(self.path / LOGS[0])), default=0)
+        checkpoint = read_settings(self.path / "config.yaml").get("checkpoint")
+        every = checkpoint.get("every") if isinstance(checkpoint, dict) else None
+        if self.student.exists() or (every and logged > every):
+            raise ConfigError(
+                f"{self.path} holds a run of {logged} steps, but its checkpoints are gone: it cannot go on, and would be "
+                f"begun again. Bring {self._checkpoints.name}/ back, or choose another run folder (student.path "
+                f"{self.student} goes on from the trained student, if it is there)"
+            )
 
     def log(self, file: str, rows: Iterable[dict[str, Any]]) -> None:
         """Appends rows to metrics.jsonl or samples.jsonl."""
@@ -81,10 +126,30 @@ class RunFolder:
 
         processes.on_main(append)
 
-    def latest_checkpoint(self) -> tuple[int, Path] | None:
-        """Steps done and folder of the newest complete checkpoint."""
-        folders = processes.on_main(lambda: sorted(self._checkpoints.glob("step-*")))
-        return (int(folders[-1].name.removeprefix("step-")), folders[-1]) if folders else None
+    def latest_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole. A damaged one gets another name, and the one before it is taken.
+
+        Raises:
+            RunError: If there are checkpoints and all are damaged.
+        """
+        return processes.on_main(self._find_checkpoint)
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        damaged: list[tuple[Path, Damaged]] = []
+        for checkpoint in reversed(_checkpoints_in(self._checkpoints)):
+            try:
+                check_seal(checkpoint.path)
+            except Damaged as damage:
+                damaged.append((checkpoint.path, damage))
+                continue
+            with self.room_for("checkpoints"):
+                return checkpoint._replace(notes=tuple(_put_aside(path, damage) for path, damage in damaged))
+        if damaged:
+            raise RunError(
+                f"no checkpoint in {self._checkpoints} is whole ({'; '.join(f'{p.name}: {d}' for p, d in damaged)}). Bring "
+                f"one back from a copy, or choose another run folder"
+            )
+        return None
 
     def save_checkpoint(self, write: Callable[[Path], None], steps_done: int) -> None:
         """Has a checkpoint written aside, renames it into place, then drops the oldest ones."""
@@ -98,9 +163,11 @@ class RunFolder:
             return True
 
         def finish() -> None:
+            seal(aside)
             os.rename(aside, target)
-            for old in sorted(self._checkpoints.glob("step-*"))[: -self._keep]:
-                shutil.rmtree(old)
+            sync(self._checkpoints)
+            for old in _checkpoints_in(self._checkpoints)[: -self._config.checkpoint.keep]:
+                shutil.rmtree(old.path)
 
         with self.room_for(target.name):
             if processes.on_main(prepare):
@@ -134,11 +201,11 @@ class RunFolder:
         """Drops what the logs hold beyond a checkpoint, and a line that a crash cut short."""
 
         def drop(name: str) -> None:
-            rows = [row for row in read_jsonl(self.path / name) if row["step"] <= steps_done]
+            rows = [row for row in _rows(self.path / name) if row["step"] <= steps_done]
             with self.room_for(name):
                 write_text(self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in LOGS:
             processes.on_main(partial(drop, name))
 
     @contextmanager
@@ -156,23 +223,18 @@ class RunFolder:
             ) from error
 
 
-def check_run_folder(config: RunConfig) -> None:
-    """Refuses a folder that holds a run with another config, or something that is no run."""
+def check_run_folder(config: RunConfig) -> list[Change]:
+    """Refuses a folder that holds a run with another config, or something that is no run; returns the allowed changes."""
     path = Path(config.run)
-    known = path / "config.yaml"
-    if known.is_file():
-        before = yaml.safe_load(known.read_text(encoding="utf-8"))
-        refuse_renamed(flat(before), f"{path} holds a run of that version; choose another run folder")
-        changes = list(_differences(before, _settings(config)))
-        if changes:
-            raise ConfigError(
-                f"{path} holds a run with another config: {'; '.join(changes)}. Choose another run folder, or the old "
-                f"settings to resume"
-            )
-    elif path.exists() and not (
-        path.is_dir() and {entry.name for entry in path.iterdir()} <= {".lock", ".config.yaml.new"}
-    ):
+    try:
+        if (path / "config.yaml").is_file():
+            return check_settings(path, config)
+        taken = path.exists() and not (path.is_dir() and {entry.name for entry in path.iterdir()} <= _LEFTOVERS)
+    except OSError as error:
+        raise _unusable(path, error) from error
+    if taken:
         raise ConfigError(f"{path} exists and is not a run folder (no config.yaml); choose another run folder")
+    return []
 
 
 def flat_settings(config: RunConfig) -> dict[str, str | int | float | bool]:
@@ -183,15 +245,25 @@ def flat_settings(config: RunConfig) -> dict[str, str | int | float | bool]:
     }
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """What config.yaml holds: everything but the folder's own name, for a run may be moved."""
-    return {name: value for name, value in as_dict(config).items() if name != "run"}
+def _unusable(path: Path, error: Exception) -> ConfigError:
+    reason = getattr(error, "strerror", None) or error
+    return ConfigError(f"run is {str(path)!r}, where nothing can be written ({reason}); choose another run folder")
 
 
-def _differences(before: Any, now: Any, name: str = "") -> Iterable[str]:
-    """The settings that differ, as "optim.lr was 0.1 and is 0.2"."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted({*before, *now}):
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now and not MAY_CHANGE.fullmatch(name):
-        yield f"{name} was {before!r} and is {now!r}"
+def _put_aside(checkpoint: Path, damage: Damaged) -> str:
+    aside = checkpoint.with_name(checkpoint.name + DAMAGED)
+    if aside.exists():
+        shutil.rmtree(aside)
+    os.rename(checkpoint, aside)
+    return f"{checkpoint} is damaged: {damage}. It is {aside.name} now, and the checkpoint before it is taken"
+
+
+def _checkpoints_in(folder: Path) -> list[Checkpoint]:
+    """From the oldest to the newest."""
+    steps = [(match, path) for path in folder.glob("step-*") if (match := _STEP.fullmatch(path.name))]
+    return sorted(Checkpoint(int(match[1]), path) for match, path in steps)
+
+
+def _rows(log: Path) -> list[dict[str, Any]]:
+    """The rows of a log that belong to a step."""
+    return [row for row in read_jsonl(log) if type(row.get("step")) is int]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from fastkl.trainer.data.samples import Sample
@@ -41,10 +41,10 @@ SILENT = Listener()
 
 
 class Clock:
-    """Seconds by phase, for the metrics `time/*`."""
+    """Seconds by phase, for the metrics `time/*`; `after_phase` is called after each."""
 
-    def __init__(self, listener: Listener) -> None:
-        self._listener = listener
+    def __init__(self, listener: Listener, after_phase: Callable[[], None]) -> None:
+        self._listener, self._after_phase = listener, after_phase
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -53,3 +53,4 @@ class Clock:
             start = time.perf_counter()
             yield
             self.seconds[f"time/{phase}"] += time.perf_counter() - start
+        self._after_phase()

@@ -26,7 +26,7 @@ class ProgressBar:
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 TextColumn("eta"),
                 TimeRemainingColumn(),
                 console=self._console,
@@ -57,7 +57,7 @@ class ProgressBar:
     def note(self, text: str) -> None:
         """A line of its own, above the bar."""
         if self._progress is not None:
-            self._progress.console.print(text, highlight=False)
+            self._progress.console.print(text, highlight=False, markup=False)
         else:
             self._print(text)
 

@@ -21,6 +21,7 @@ from fastkl.trainer.metrics import figures
 from fastkl.trainer.runs.files import write_text
 from fastkl.trainer.runs.report.data import differences, run_data, run_names
 
+NAME = "report.html"
 PAGE = Path(__file__).parent / "html"
 SCRIPTS = ("elements.js", "tables.js", "curves.js", "completions.js")
 MARK = '<meta name="generator" content="fastkl report">'  # in page.html: what makes a file ours to replace
@@ -42,8 +43,8 @@ def report_of(run: Path) -> str:
 
 
 def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
-    """Writes the page, report.html in the first run's folder unless told otherwise."""
-    path = runs[0] / "report.html" if output is None else output
+    """Writes the page, NAME in the first run's folder unless told otherwise."""
+    path = runs[0] / NAME if output is None else output
     _check_output(path)
     page = render(
         [run_data(run, name, SAMPLE_BYTES // len(runs)) for run, name in zip(runs, run_names(runs), strict=True)]

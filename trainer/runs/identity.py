@@ -1,0 +1,66 @@
+"""What makes a run this run beyond its settings: fingerprints of its rows and of the weights that it began with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastkl.trainer.data.prompts import EncodedPrompt
+from fastkl.trainer.errors import ConfigError
+
+ENTRIES = 16  # of each tensor
+
+
+class Identity:
+    """Fingerprints by the name of what they are of. A checkpoint holds them; another's are refused."""
+
+    def __init__(self, fingerprints: dict[str, str]) -> None:
+        self._fingerprints = fingerprints
+
+    def state_dict(self) -> dict[str, str]:
+        return self._fingerprints
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Raises ConfigError naming what is not as it was when the run began."""
+        others = [
+            name for name, fingerprint in self._fingerprints.items() if state.get(name, fingerprint) != fingerprint
+        ]
+        if others:
+            raise ConfigError(
+                f"{' and '.join(others)} changed since the run began: same settings, other content. Bring back what was "
+                f"there, or choose another run folder"
+            )
+
+
+def rows_fingerprint(prompts: Iterable[EncodedPrompt]) -> str:
+    """Of the rows as the run reads them: token ids, answers, completions and metadata, in order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        row = prompt.row
+        digest.update(repr(list(prompt.ids)).encode())
+        digest.update(json.dumps([row.answer, row.completion, row.metadata], default=str).encode())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def weights_fingerprint(model: nn.Module) -> str:
+    """Of names, shapes and dtypes, and of some entries of each tensor; an adapter on the model does not count."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if ".lora_" in name:
+            continue
+        digest.update(repr((name, tuple(tensor.shape), tensor.dtype)).encode())
+        digest.update(repr(_entries(tensor)).encode())
+    return digest.hexdigest()
+
+
+def _entries(tensor: torch.Tensor) -> list[Any]:
+    flat = tensor.reshape(-1)
+    places = torch.linspace(0, max(0, flat.numel() - 1), min(ENTRIES, flat.numel()), device=flat.device).long()
+    entries: list[Any] = flat[places].float().tolist()
+    return entries
