@@ -130,4 +130,3 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     return {key: _plain(entry) for key, entry in value.items()} if isinstance(value, dict) else value
-

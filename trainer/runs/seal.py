@@ -29,6 +29,8 @@ def check_seal(folder: Path) -> None:
     try:
         sums = json.loads((folder / NAME).read_text(encoding="utf-8"))
         expected = {name: (entry["bytes"], entry["crc32"]) for name, entry in sums.items()}
+        if not expected:
+            raise KeyError(NAME)
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"{NAME} is missing or cannot be read") from error
     for name, (size, checksum) in expected.items():

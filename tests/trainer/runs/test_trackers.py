@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from run_cases import tuned
+from run_cases import interrupt, tuned
 from run_settings import config, evaluated, training
 from tiny_data import read_jsonl
 
@@ -25,6 +25,14 @@ def tracked(path: Path, folder: Path, tracker: str) -> tuple[Path, dict[str, Any
     settings = training(path / "run", folder, examples_per_step=4, trackers=f'["{tracker}"]', **small)
     run = tuned(settings)
     return run, flat_settings(config("sft", settings)), read_jsonl(run / "metrics.jsonl")
+
+
+def gone_on(path: Path, folder: Path, tracker: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Rows]:
+    """A run with a tracker that was interrupted after its checkpoint and went on: its folder and metrics."""
+    settings = training(path / "run", folder, examples_per_step=4, trackers=f'["{tracker}"]', checkpoint__every=1)
+    interrupt(monkeypatch, settings, 2, "sft")
+    run = tuned(settings)
+    return run, read_jsonl(run / "metrics.jsonl")
 
 
 def values_of(rows: Rows) -> dict[str, list[tuple[int, Any]]]:
@@ -43,13 +51,33 @@ def test_tensorboard_has_the_metrics_and_the_settings(tmp_path: Path, folder: Pa
     assert yaml.safe_load(written.read_text()) == settings
 
 
-def test_weights_and_biases_offline_has_the_metrics_and_the_settings(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
+def test_tensorboard_goes_on_with_a_run(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run, rows = gone_on(tmp_path, folder, "tensorboard", monkeypatch)
+    events = reader.EventAccumulator(str(run / "fastkl")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == values_of(rows)["loss"]
+
+
+@pytest.fixture
+def wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Weights & Biases that writes here alone; its process ends with the test."""
+    wandb = pytest.importorskip("wandb")
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.usefixtures("wandb_offline")
+def test_weights_and_biases_goes_on_with_a_run(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = gone_on(tmp_path, folder, "wandb", monkeypatch)
+    files = tmp_path.glob("wandb/offline-run-*/*.wandb")  # one a start; one in all, if both were in one second
+    runs = [record.run for file in files for record in wandb_records(file) if record.HasField("run")]
+    assert {(run.run_id, run.display_name) for run in runs} == {((run / ".tracker").read_text().strip(), "run")}
+
+
+@pytest.mark.usefixtures("wandb_offline")
+def test_weights_and_biases_has_the_metrics_and_the_settings(tmp_path: Path, folder: Path) -> None:
     _, settings, rows = tracked(tmp_path, folder, "wandb")
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     records = list(wandb_records(file))
@@ -82,18 +110,35 @@ def wandb_records(file: Path) -> Iterator[Any]:
             record = b""
 
 
-def test_trackio_has_the_metrics_and_the_settings(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+def trackio_runs(run: Path) -> tuple[Any, list[str]]:
+    """Trackio's storage, and its runs of the name that the run folder holds."""
     storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
-    _, settings, rows = tracked(tmp_path, folder, "trackio")
-    (run,) = storage.get_runs("fastkl")
+    name = (run / ".tracker").read_text().strip()
+    return storage, [found for found in storage.get_runs("fastkl") if found == name]
+
+
+@pytest.fixture
+def trackio_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported for the first time
+    pytest.importorskip("trackio")
+
+
+@pytest.mark.usefixtures("trackio_here")
+def test_trackio_has_the_metrics_and_the_settings(tmp_path: Path, folder: Path) -> None:
+    path, settings, rows = tracked(tmp_path, folder, "trackio")
+    storage, (run,) = trackio_runs(path)
     logs = storage.get_logs("fastkl", run)
     found = {name: [(log["step"], log[name]) for log in logs if name in log] for name in values_of(rows)}
     assert found == values_of(rows)
     written = storage.get_run_config("fastkl", run)
     assert {name: written.get(name) for name in settings} == settings
+
+
+@pytest.mark.usefixtures("trackio_here")
+def test_trackio_goes_on_with_a_run(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = gone_on(tmp_path, folder, "trackio", monkeypatch)
+    storage, (run,) = trackio_runs(path)
+    assert [log["step"] for log in storage.get_logs("fastkl", run)] == [1, 2, 3]
 
 
 def test_settings_are_flat_and_plain(tmp_path: Path, folder: Path) -> None:
