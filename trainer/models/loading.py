@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -90,13 +91,24 @@ def _load_model(config: ModelConfig, **more: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def _quantized(config: TeacherConfig, device: torch.device) -> dict[str, Any]:
-    """Options that load a quantised model, as the folder holds it or as asked for; none for a plain one."""
+def vocab_size(config: ModelConfig) -> int:
+    """The ids of a model's head are those below this one; it may be padded beyond its tokenizer."""
+    size: int = _load_config(config).get_text_config().vocab_size
+    return size
+
+
+def _load_config(config: ModelConfig) -> PretrainedConfig:
     path = _check_path(config, "config.json")
     try:
-        found = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        found: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no model could be loaded from {config.path!r}: {error}") from error
+    return found
+
+
+def _quantized(config: TeacherConfig, device: torch.device) -> dict[str, Any]:
+    """Options that load a quantised model, as the folder holds it or as asked for; none for a plain one."""
+    found = _load_config(config)
     placed = {"device_map": {"": device}}  # a quantised model cannot be moved
     stored = getattr(found, "quantization_config", None)
     if config.quantization is None:

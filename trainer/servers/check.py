@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from fastkl.trainer.config.teacher import TeacherServerConfig
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models.tokenizers import SAMPLE_TEXT, added_tokens, first_three, vocabulary, where_they_part
-from fastkl.trainer.servers.completions import APIS, Api, BadAnswer, CompletionsServer, Scores, Unscored
+from fastkl.trainer.servers.answers import BadAnswer, Unscored
+from fastkl.trainer.servers.completions import APIS, Api, CompletionsServer, Scores
 from fastkl.trainer.servers.connection import Refused
 
 PROBES, PROBE_TOKENS = 4, 24
@@ -134,7 +135,7 @@ def _choose_api(
                 raise
             failures.append(f"{api}: {error}")
         except BadAnswer as error:
-            raise _unfit(server, f"cannot be used: {error}. {USE_VLLM}") from error
+            raise ConfigError(f"{error}. {USE_VLLM}") from error
     missing, remedy = "log-probs", USE_VLLM
     if top_k is not None:
         missing += f" and {top_k} likeliest tokens (loss.top_k)"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.servers.answers import BadAnswer
 from fastkl.trainer.servers.check import check_limits
-from fastkl.trainer.servers.completions import BadAnswer
 from fastkl.trainer.servers.generation import GenerationServer
 
 SEED, PROBE_NEW_TOKENS = 7, 8
@@ -44,7 +44,7 @@ def check_sampling(
             for _ in range(2)
         )
     except BadAnswer as error:
-        raise ConfigError(f"the sampling server cannot be used: {error}. Serve the student with vLLM") from error
+        raise ConfigError(f"{error}. Serve the student with vLLM") from error
     if first.token_ids != second.token_ids:
         raise ConfigError(
             f"the sampling server at {server.url} ignores seeds: the same request gave {first.token_ids} and "
@@ -64,6 +64,11 @@ def _check_temperature(server: GenerationServer, model: str, probe: list[int], t
     """Differences of log-probs are those at 1, divided by the temperature, if they are of what is sampled from."""
     plain, scaled = (server.likeliest(model, probe, value) for value in (1.0, temperature))
     common = sorted(plain.keys() & scaled.keys(), key=lambda token: plain[token])
+    if len(common) < 2:
+        raise ConfigError(
+            f"the sampling server at {server.url} lists other likeliest tokens at temperature {temperature} than at 1. "
+            f"Serve the student with vLLM"
+        )
     before, after = (values[common[-1]] - values[common[0]] for values in (plain, scaled))
     if abs(after - before / temperature) >= abs(after - before):
         raise ConfigError(

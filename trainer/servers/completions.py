@@ -7,25 +7,29 @@ servers disagree about what 0 means.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 from fastkl.trainer.data.samples import UNKNOWN
-from fastkl.trainer.errors import ServerError
+from fastkl.trainer.servers.answers import (
+    TOKEN_ID,
+    BadAnswer,
+    Unscored,
+    answering,
+    as_list,
+    as_logprob,
+    as_logprobs,
+    as_object,
+    as_text,
+    by_id,
+    choices,
+    id_of,
+)
 from fastkl.trainer.servers.connection import Connection, Refused
+from fastkl.trainer.servers.quoting import quote_value
 
 Api = Literal["prompt_logprobs", "echo"]
 APIS: tuple[Api, ...] = ("prompt_logprobs", "echo")
-TOKEN_ID = "token_id:"  # how vLLM names tokens where it is asked for return_tokens_as_token_ids
-LOWEST = -9999.0  # what servers write for -inf, which JSON lacks
-ROUNDING = 1e-3  # how far above 0 a log-prob may be
-
-
-class BadAnswer(ServerError):
-    """The answer is not one to what was asked."""
-
-
-class Unscored(BadAnswer):
-    """The answer has no log-probs of the prompt: the server ignored the option."""
 
 
 class Scores(NamedTuple):
@@ -45,29 +49,29 @@ class CompletionsServer:
         self._model, self._connection = model, connection
         self.url = connection.url
 
+    @property
+    def failures(self) -> int:
+        return self._connection.failures
+
     def score(self, sequences: list[list[int]], api: Api, temperature: float, top_k: int | None = None) -> list[Scores]:
         """The scores of some sequences, in one request; with the `top_k` likeliest tokens of each place if asked for."""
         body = {"model": self._model, "prompt": sequences, "max_tokens": 1, "temperature": temperature, "top_p": 1.0}
-        answer = self._connection.post(f"{self.url}/completions", body | _options(api, top_k))
-        choices = answer.get("choices")
-        if not isinstance(choices, list) or len(choices) != len(sequences):
-            count = len(choices) if isinstance(choices, list) else "no"
-            raise BadAnswer(f"{self.url} answered {len(sequences)} sequences with {count} choices")
+        entries = sum(map(len, sequences)) * (2 + (top_k or 1))
         read = _read_prompt_logprobs if api == "prompt_logprobs" else _read_echo
-        try:
-            ordered = sorted(choices, key=lambda choice: choice["index"])
-            return [read(choice, ids, top_k or 0) for choice, ids in zip(ordered, sequences, strict=True)]
-        except (AttributeError, KeyError, TypeError) as error:
-            raise BadAnswer(f"the answer of {self.url} is not in the form of {api}: {error!r}") from error
+        with answering(self._connection.whose, self.url):
+            answer = self._connection.post(f"{self.url}/completions", body | _options(api, top_k), entries)
+            found = choices(answer, len(sequences))
+            return [read(choice, ids, top_k or 0) for choice, ids in zip(found, sequences, strict=True)]
 
     def tokenize(self, text: str) -> list[int] | None:
         """The ids that the server's own tokenizer gives a text, where it offers that (vLLM does)."""
         body = {"model": self._model, "prompt": text, "add_special_tokens": False}
         try:
-            tokens = self._connection.post(f"{self.url.removesuffix('/v1')}/tokenize", body).get("tokens")
+            with answering(self._connection.whose, self.url):
+                tokens = self._connection.post(f"{self.url.removesuffix('/v1')}/tokenize", body).get("tokens")
         except Refused:
             return None
-        return tokens if isinstance(tokens, list) and all(isinstance(token, int) for token in tokens) else None
+        return tokens if isinstance(tokens, list) and all(type(token) is int for token in tokens) else None
 
 
 def _options(api: Api, top_k: int | None) -> dict[str, Any]:
@@ -81,58 +85,79 @@ def _read_prompt_logprobs(choice: dict[str, Any], ids: list[int], top_k: int) ->
     entries = choice.get("prompt_logprobs")
     if entries is None:
         raise Unscored("the option prompt_logprobs is ignored: no log-probs of the prompt in the answer")
-    _check_length(len(entries), ids)
+    _check_length(len(as_list(entries, "prompt_logprobs")), ids)
     _check_first(entries[0])
     scores = Scores([0.0], [None], [None], [{}], [None])
     for position, (token, entry) in enumerate(zip(ids[1:], entries[1:], strict=True), start=1):
         if not isinstance(entry, dict) or str(token) not in entry:
-            named = ", ".join(entry) if isinstance(entry, dict) else repr(entry)
+            named = quote_value(list(entry) if isinstance(entry, dict) else entry)
             raise BadAnswer(f"token {position} of the sequence is id {token}, but the log-probs there are of {named}")
-        actual, listed = entry[str(token)], {int(key): other.get("logprob") for key, other in entry.items()}
-        scores.logprobs.append(read_logprob(actual.get("logprob"), position))
-        scores.best.append(max(listed.values()) if len(entry) > 1 or actual.get("rank") == 1 else None)
-        scores.texts.append(actual.get("decoded_token"))
-        scores.top.append(_likeliest(listed, top_k, position) if top_k else {})
+        about = {id_of(key): as_object(value, "an entry of prompt_logprobs") for key, value in entry.items()}
+        listed = {key: as_logprob(value.get("logprob"), position) for key, value in about.items()}
+        actual = about[token]
+        scores.logprobs.append(_finite(listed[token]))
+        scores.best.append(_greatest(listed) if len(listed) > 1 or actual.get("rank") == 1 else None)
+        scores.texts.append(as_text(actual.get("decoded_token"), "decoded_token"))
+        scores.top.append(_likeliest(listed, top_k) if top_k else {})
         scores.ranks.append(_rank(actual.get("rank")))
     return scores
 
 
 def _read_echo(choice: dict[str, Any], ids: list[int], top_k: int) -> Scores:
-    answer = choice.get("logprobs")
-    values = answer.get("token_logprobs") if isinstance(answer, dict) else None
-    if not isinstance(answer, dict) or values is None or len(values) <= 1 < len(ids):
+    answer = as_object({} if choice.get("logprobs") is None else choice["logprobs"], "logprobs")
+    values = [] if answer.get("token_logprobs") is None else as_list(answer["token_logprobs"], "token_logprobs")
+    if len(values) <= 1 < len(ids):
         raise Unscored("the options echo and logprobs are ignored: no log-probs of the prompt in the answer")
     if len(values) == len(ids) + 1:
         values = values[:-1]  # the generated token
     _check_length(len(values), ids)
     _check_first(values[0])
-    logprobs = [0.0, *(read_logprob(value, position) for position, value in enumerate(values[1:], start=1))]
-    tops = (answer.get("top_logprobs") or [None] * len(ids))[: len(ids)]
-    best = [max(top.values()) if top else None for top in tops]
-    texts = (answer.get("tokens") or [None] * len(ids))[: len(ids)]
+    logprobs = [0.0, *(_finite(as_logprob(value, position)) for position, value in enumerate(values[1:], start=1))]
+    texts = [as_text(text, "a token") for text in _beside(ids, answer, "tokens")]
+    for position, (token, text) in enumerate(zip(ids, texts, strict=True)):
+        if text is not None and text.startswith(TOKEN_ID) and id_of(text, TOKEN_ID) != token:
+            raise BadAnswer(f"token {position} of the sequence is id {token}, but the log-prob there is of {text}")
+    tops = [
+        {} if top is None else as_logprobs(top, position)
+        for position, top in enumerate(_beside(ids, answer, "top_logprobs"))
+    ]
     likeliest: list[dict[int, float]] = [{} for _ in ids]
     if top_k:
-        likeliest[1:] = [_likeliest(_by_id(top), top_k, position) for position, top in enumerate(tops[1:], start=1)]
-    return Scores(logprobs, best, texts, likeliest, [None] * len(ids))
+        likeliest[1:] = [_likeliest(_by_id(top), top_k) for top in tops[1:]]
+    return Scores(logprobs, [_greatest(top) for top in tops], texts, likeliest, [None] * len(ids))
 
 
-def _by_id(top: dict[str, float] | None) -> dict[int, float]:
-    keys = [key.removeprefix(TOKEN_ID) for key in top or {} if key.startswith(TOKEN_ID)]
-    if top is None or len(keys) < len(top):
+def _beside(ids: list[int], answer: dict[str, Any], name: str) -> list[Any]:
+    """What an answer says beside each log-prob, without the generated token; nothing where it says nothing."""
+    value = answer.get(name)
+    return [None] * len(ids) if value in (None, []) else as_list(value, name, (len(ids), len(ids) + 1))[: len(ids)]
+
+
+def _by_id(top: dict[str, float]) -> dict[int, float]:
+    if not all(key.startswith(TOKEN_ID) for key in top):
         raise BadAnswer(
             "echo names the likeliest tokens by their texts, not their ids (the option return_tokens_as_token_ids is "
             "ignored), and a text does not tell which token it is"
         )
-    return {int(key): value for key, value in zip(keys, top.values(), strict=True)}
+    return by_id(top)
 
 
-def _likeliest(listed: dict[int, float], top_k: int, position: int) -> dict[int, float]:
+def _likeliest(listed: dict[int, float], top_k: int) -> dict[int, float]:
     """The greatest `top_k` log-probs: a server adds the token itself to its list. What is impossible is left out."""
-    values = {token: read_logprob(value, position) for token, value in listed.items()}
-    likeliest = sorted(values, key=lambda token: -values[token])[:top_k]
+    likeliest = sorted(listed, key=lambda token: -listed[token])[:top_k]
     if len(likeliest) < top_k:
         raise BadAnswer(f"{len(likeliest)} likeliest tokens where {top_k} were asked for: the server has a lower limit")
-    return {token: values[token] for token in likeliest if listed[token] > LOWEST}
+    return {token: listed[token] for token in likeliest if listed[token] > -math.inf}
+
+
+def _greatest(listed: dict[Any, float]) -> float | None:
+    """None where none is possible: that tells nothing."""
+    greatest = max(listed.values(), default=-math.inf)
+    return greatest if greatest > -math.inf else None
+
+
+def _finite(logprob: float) -> float:
+    return logprob if logprob > -math.inf else UNKNOWN
 
 
 def _check_length(count: int, ids: list[int]) -> None:
@@ -143,18 +168,11 @@ def _check_length(count: int, ids: list[int]) -> None:
 def _check_first(value: object) -> None:
     if value is not None:
         raise BadAnswer(
-            f"the first token has the log-prob {value} where there is nothing before it: the log-probs are shifted"
+            f"the first token has the log-prob {quote_value(value)} where there is nothing before it: the log-probs are "
+            f"shifted"
         )
 
 
 def _rank(value: object) -> int | None:
     """None for what is no rank: nothing is learned from it, so it ends no run."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
-def read_logprob(value: object, position: int) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value <= ROUNDING:
-        raise BadAnswer(
-            f"token {position} of the sequence has {value!r} for a log-prob; it must be a number, at most 0"
-        )
-    return float(value) if value > LOWEST else UNKNOWN

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import os
+import ssl
 import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import requests
+from urllib3.exceptions import HTTPError, LocationValueError
 
 from fastkl.trainer.config.server import ServerConfig
 from fastkl.trainer.errors import ConfigError, ServerError
+from fastkl.trainer.servers.answers import BadAnswer
+from fastkl.trainer.servers.quoting import conceal, quote
+from fastkl.trainer.servers.transport import Answer, post
 
 RETRY_PAUSE, RETRY_LONGEST_PAUSE = 1.0, 30.0  # seconds: the first pause, which doubles, and the longest
 RETRY_STATUS = (408, 425, 429)  # and 5xx
-QUOTED = 300  # characters of an answer that a message repeats
+ANSWER_BYTES = 2**24  # the most that an answer may have,
+ENTRY_BYTES = 2**9  # and for every log-prob or id that it was asked for: some five times what vLLM writes
 HINTS = {
     401: "; server.api_key_env names the environment variable with the key",
     403: "; server.api_key_env names the environment variable with the key",
     404: "; is server.url the base address (it mostly ends in /v1), and server.model a model of this server?",
 }
+ADDRESS = (  # no such request can be sent, now or later
+    requests.exceptions.InvalidURL,
+    requests.exceptions.InvalidSchema,
+    requests.exceptions.MissingSchema,
+    requests.exceptions.InvalidHeader,
+    LocationValueError,
+)
+LOST_TLS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)  # the connection broke: that may pass
 
-
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 class Refused(ServerError):
@@ -54,28 +68,41 @@ class Connection:
         self.url = config.url.rstrip("/")
         self._attempts, self._timeout = config.retries + 1, config.timeout
         self._key = _api_key(config.api_key_env)
+        if self._key is not None:
+            conceal(self._key)
         self._announced = False
         self.failures = 0  # attempts that brought no answer: the server may have been started again since
 
-    def post(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
-        """The JSON object that answers; Refused where it is no use to ask again, ServerError where it was none."""
-        return self._persist(url, body, self._object)
+    def post(self, url: str, body: dict[str, Any], entries: int = 0) -> dict[str, Any]:
+        """The JSON object that answers.
+
+        Args:
+            entries: How many log-probs and ids are asked for: they limit the size of the answer.
+
+        Raises:
+            Refused: Where the server says that it will not.
+            BadAnswer: For an answer that no server gives to this.
+            ServerError: Where there was none.
+        """
+        return self._persist(url, body, _object, entries=entries)
 
     def order(self, url: str, body: Mapping[str, Any]) -> None:
         """Has something done, whatever the answer says beyond status 200; 500 says that it cannot be done, as in vLLM."""
-        self._persist(url, body, lambda response: None, final=(500,))
+        self._persist(url, body, lambda answer: None, final=(500,))
 
     def _persist(
         self,
         url: str,
         body: Mapping[str, Any],
-        read: Callable[[requests.Response], Answer],
+        read: Callable[[Answer], Result],
+        *,
+        entries: int | None = None,
         final: tuple[int, ...] = (),
-    ) -> Answer:
+    ) -> Result:
         start, attempt = time.monotonic(), 1
         while True:
             try:
-                answer = read(self._once(url, body, final))
+                result = read(self._once(url, body, entries, final))
             except Transient as error:
                 self.failures += 1
                 if attempt == self._attempts:
@@ -89,45 +116,73 @@ class Connection:
                 attempt += 1
             else:
                 self._announced = False
-                return answer
+                return result
 
-    def _once(self, url: str, body: Mapping[str, Any], final: tuple[int, ...]) -> requests.Response:
+    def _once(self, url: str, body: Mapping[str, Any], entries: int | None, final: tuple[int, ...]) -> Answer:
         try:
-            response = requests.post(url, json=body, timeout=self._timeout, auth=self._authorize, allow_redirects=False)
-        except requests.RequestException as error:
-            raise Transient(self._quote(f"{type(error).__name__}: {_innermost(error)}")) from error
-        status = response.status_code
+            answer = post(
+                url,
+                body,
+                self._authorize,
+                seconds=self._timeout,
+                most=ANSWER_BYTES + ENTRY_BYTES * (entries or 0),
+                whole=lambda status: status == 200 and entries is not None,
+            )
+        except (OSError, HTTPError) as error:  # those of requests are OSErrors
+            said = quote(f"{type(error).__name__}: {_innermost(error)}")
+            remedy = _remedy(error)
+            if remedy is None:
+                raise Transient(said) from error
+            raise ServerError(f"{self.whose} cannot be asked at {url}: {said}; {remedy}") from error
+        status = answer.status
+        if status == 200:
+            return answer
+        said = _quoted(answer)
         if status in RETRY_STATUS or (status >= 500 and status not in final):
-            asked = response.headers.get("Retry-After", "")
-            raise Transient(f"HTTP {status}: {self._quote(response.text)}", float(asked) if asked.isdecimal() else 0.0)
-        if status != 200:
-            raise Refused(f"HTTP {status} from {url}: {self._quote(response.text)}{HINTS.get(status, '')}", status)
-        return response
-
-    def _object(self, response: requests.Response) -> dict[str, Any]:
-        try:
-            answer = response.json()
-        except ValueError as error:
-            raise Transient(f"no JSON in the answer: {self._quote(response.text)}") from error
-        if not isinstance(answer, dict):
-            raise Transient(f"no JSON object in the answer: {self._quote(response.text)}")
-        return answer
+            asked = answer.headers.get("Retry-After", "")
+            raise Transient(f"HTTP {status}: {said}", float(asked) if asked.isdecimal() else 0.0)
+        raise Refused(f"HTTP {status} from {url}: {said}{HINTS.get(status, '')}", status)
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         if self._key is not None:
             request.headers["Authorization"] = f"Bearer {self._key}"
         return request
 
-    def _quote(self, text: str) -> str:
-        """The start of a text on one line, without the key."""
-        text = text if self._key is None else text.replace(self._key, "***")
-        return " ".join(text.split())[:QUOTED]
-
     def _announce(self, text: str) -> None:
         """Says that there is trouble: once, until a request is answered."""
         if not self._announced:
             self._announced = True
             print(text, file=sys.stderr, flush=True)
+
+
+def _object(answer: Answer) -> dict[str, Any]:
+    try:
+        found = json.loads(answer.body)
+    except RecursionError as error:
+        raise BadAnswer("it is nested too deeply to be read") from error
+    except ValueError as error:
+        raise Transient(f"no JSON in the answer: {_quoted(answer)}") from error
+    if not isinstance(found, dict):
+        raise Transient(f"no JSON object in the answer: {_quoted(answer)}")
+    return found
+
+
+def _quoted(answer: Answer) -> str:
+    return quote(answer.body.decode(errors="replace"))
+
+
+def _remedy(error: BaseException) -> str | None:
+    """What to do about that which waiting does not mend; None where it may pass."""
+    first = _innermost(error)
+    if isinstance(first, ssl.SSLCertVerificationError):
+        return "REQUESTS_CA_BUNDLE names a file with the certificates to trust"
+    if isinstance(first, ssl.SSLError) and not isinstance(first, LOST_TLS):
+        return "does this server speak https?"
+    if isinstance(error, ADDRESS):
+        return "correct server.url"
+    if not isinstance(error, (requests.RequestException, HTTPError)):  # a file for TLS that is not there
+        return "see REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE"
+    return None
 
 
 def _innermost(error: BaseException) -> BaseException:

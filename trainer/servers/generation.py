@@ -6,12 +6,24 @@ One prompt a request: vLLM gives all prompts of a request the same seed, and so 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from fastkl.trainer.data.samples import Completion
-from fastkl.trainer.servers.completions import BadAnswer, read_logprob
+from fastkl.trainer.servers.answers import (
+    BadAnswer,
+    answering,
+    as_ids,
+    as_list,
+    as_logprob,
+    as_logprobs,
+    as_object,
+    by_id,
+    choices,
+)
 from fastkl.trainer.servers.connection import Connection
+from fastkl.trainer.servers.quoting import quote_value
 
 PLAIN: dict[str, Any] = {
     "n": 1,
@@ -28,10 +40,14 @@ LIKELIEST = 5
 
 
 class GenerationServer:
-    """A server that completes prompts, for one who checks what it answers."""
+    """A server that completes prompts; what it answers is checked.
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    Args:
+        vocab_size: The student's head has the ids below this one.
+    """
+
+    def __init__(self, connection: Connection, vocab_size: int) -> None:
+        self._connection, self._vocab_size = connection, vocab_size
         self.url = connection.url
 
     def complete(
@@ -54,46 +70,71 @@ class GenerationServer:
             cache_salt: Keys and values in the server's cache are used again under the same salt only.
 
         Raises:
-            BadAnswer: For ids that are not of this prompt, or not one log-prob for each.
+            BadAnswer: For ids that are not of this prompt, or no completion of it, or not one log-prob for each.
             ServerError: When there is no answer.
         """
-        choice = self._ask(
-            {
-                "model": model,
-                "prompt": prompt,
-                "max_tokens": max_new_tokens,
-                "temperature": temperature,
-                "seed": seed,
-                "stop_token_ids": list(eos_token_ids),
-                "cache_salt": cache_salt,
-                "logprobs": 0,  # of the sampled tokens alone
-            }
-        )
-        tokens, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
-        if not isinstance(tokens, list) or choice.get("prompt_token_ids") != prompt:
-            raise BadAnswer(f"{self.url} answers without the token ids of prompt and completion (return_token_ids)")
-        if not isinstance(logprobs, list) or len(logprobs) != len(tokens):
-            raise BadAnswer(f"{self.url} gives {logprobs and len(logprobs)} log-probs for {len(tokens)} sampled tokens")
-        ended = bool(tokens) and tokens[-1] in eos_token_ids
-        if not (ended or len(tokens) == max_new_tokens):
-            raise BadAnswer(
-                f"{self.url} ended a completion after {len(tokens)} tokens of {max_new_tokens} with id {tokens[-1:]}, "
-                f"which is no end of the student's ({list(eos_token_ids)}); finish_reason {choice.get('finish_reason')!r}"
-            )
-        values = [read_logprob(value, len(prompt) + index) for index, value in enumerate(logprobs)]
-        return Completion(tokens, values, not ended)
+        body = {
+            "model": model,
+            "prompt": prompt,
+            "max_tokens": max_new_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            "stop_token_ids": list(eos_token_ids),
+            "cache_salt": cache_salt,
+            "logprobs": 0,  # of the sampled tokens alone
+        }
+        with answering(self._connection.whose, self.url):
+            choice = self._ask(body, len(prompt) + 3 * max_new_tokens)
+            tokens = self._tokens(choice, prompt)
+            _check_end(tokens, max_new_tokens, eos_token_ids, choice)
+            return Completion(tokens, _logprobs(choice, prompt, tokens), tokens[-1] not in eos_token_ids)
 
-    def likeliest(self, model: str, prompt: list[int], temperature: float) -> dict[str, float]:
-        """The log-probs that it gives the likeliest next tokens, by `token_id:…`, when it samples at `temperature`."""
+    def likeliest(self, model: str, prompt: list[int], temperature: float) -> dict[int, float]:
+        """The log-probs that it gives the likeliest next tokens, by their ids, when it samples at `temperature`."""
         body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": temperature, "seed": 0}
-        choice = self._ask(body | {"logprobs": LIKELIEST, "return_tokens_as_token_ids": True})
-        tops = (choice.get("logprobs") or {}).get("top_logprobs")
-        if not tops or not isinstance(tops[0], dict):
-            raise BadAnswer(f"{self.url} does not give the log-probs of the likeliest tokens (logprobs: {LIKELIEST})")
-        return tops[0]
+        with answering(self._connection.whose, self.url):
+            choice = self._ask(body | {"logprobs": LIKELIEST, "return_tokens_as_token_ids": True}, len(prompt) + 3)
+            tops = _beside(choice, "top_logprobs")
+            if not tops or tops[0] is None:
+                raise BadAnswer(f"it does not give the log-probs of the likeliest tokens (logprobs: {LIKELIEST})")
+            return by_id(as_logprobs(tops[0], len(prompt)))
 
-    def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
-        choices = self._connection.post(f"{self.url}/completions", PLAIN | body).get("choices")
-        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-            raise BadAnswer(f"{self.url} answered one prompt with {choices!r:.100} for choices")
-        return choices[0]
+    def _ask(self, body: dict[str, Any], entries: int) -> dict[str, Any]:
+        (choice,) = choices(self._connection.post(f"{self.url}/completions", PLAIN | body, entries), 1)
+        return choice
+
+    def _tokens(self, choice: dict[str, Any], prompt: list[int]) -> list[int]:
+        if choice.get("token_ids") is None or choice.get("prompt_token_ids") != prompt:
+            raise BadAnswer("it is without the token ids of prompt and completion (return_token_ids)")
+        return as_ids(choice["token_ids"], "the completion", self._vocab_size)
+
+
+def _check_end(tokens: list[int], most: int, eos_token_ids: Sequence[int], choice: dict[str, Any]) -> None:
+    """It ends with the first end, or after as many tokens as were asked for."""
+    if len(tokens) > most:
+        raise BadAnswer(f"it has {len(tokens)} tokens where {most} were asked for at most")
+    for place, token in enumerate(tokens[:-1]):
+        if token in eos_token_ids:
+            raise BadAnswer(f"it goes on after id {token}, an end, at token {place} of {len(tokens)}")
+    if not (tokens and tokens[-1] in eos_token_ids) and len(tokens) < most:
+        raise BadAnswer(
+            f"it ended after {len(tokens)} tokens of {most} with id {tokens[-1:]}, which is no end of the student's "
+            f"({list(eos_token_ids)}); finish_reason {quote_value(choice.get('finish_reason'))}"
+        )
+
+
+def _logprobs(choice: dict[str, Any], prompt: list[int], tokens: list[int]) -> list[float]:
+    found = _beside(choice, "token_logprobs")
+    if len(found) != len(tokens):
+        raise BadAnswer(f"it has {len(found)} log-probs for {len(tokens)} sampled tokens")
+    values = [as_logprob(value, len(prompt) + place) for place, value in enumerate(found)]
+    if -math.inf in values:
+        raise BadAnswer(f"its token {values.index(-math.inf)} has the log-prob −inf, and was sampled all the same")
+    return values
+
+
+def _beside(choice: dict[str, Any], name: str) -> list[Any]:
+    """A list in the choice's `logprobs`; empty where there is none."""
+    logprobs = choice.get("logprobs")
+    values = None if logprobs is None else as_object(logprobs, "logprobs").get(name)
+    return [] if values is None else as_list(values, name)

@@ -18,6 +18,7 @@ from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Completion
 from fastkl.trainer.errors import ServerError
 from fastkl.trainer.models import checks
+from fastkl.trainer.models.loading import vocab_size
 from fastkl.trainer.models.saving import save_weights
 from fastkl.trainer.models.tokenizers import SAMPLE_TEXT
 from fastkl.trainer.rollouts.samplers.common import undisturbed
@@ -43,7 +44,7 @@ class SamplingServer:
     def __init__(self, config: DistillConfig, probe: list[int]) -> None:
         self.config, self.probe = config.sampling.server, probe
         self.connection = Connection(self.config, "the sampling server")
-        self.generation = GenerationServer(self.connection)
+        self.generation = GenerationServer(self.connection, vocab_size(config.student))
         self.name = f"fastkl-{uuid.uuid4().hex}"  # of this process: what it loads and caches there is its own
         self.folder = Path(self.config.weights or Path(config.run, "weights")).expanduser().resolve()
         rank = config.student.lora.rank
