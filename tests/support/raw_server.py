@@ -17,6 +17,13 @@ def answer(body: bytes, *headers: str) -> bytes:
     return "\r\n".join(["HTTP/1.1 200 OK", f"Content-Length: {len(body)}", *headers, "", ""]).encode() + body
 
 
+def _read_request(connection: socket.socket) -> None:
+    """All of it: a connection that is closed with something unread is reset, and what was sent is lost."""
+    with connection.makefile("rb") as lines:
+        headers = dict(line.lower().split(b": ", 1) for line in iter(lines.readline, b"\r\n") if b": " in line)
+        lines.read(int(headers[b"content-length"]))
+
+
 @contextmanager
 def replying(reply: Reply, certificate: Path | None = None) -> Iterator[tuple[str, list[int]]]:
     """Its address, and a list that has an entry for each connection.
@@ -28,11 +35,13 @@ def replying(reply: Reply, certificate: Path | None = None) -> Iterator[tuple[st
 
     def serve(connection: socket.socket) -> None:
         with contextlib.suppress(OSError), connection:
+            speaks_tls = connection.recv(1, socket.MSG_PEEK) == b"\x16"
             if certificate is not None:
                 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
                 context.load_cert_chain(certificate)
                 connection = context.wrap_socket(connection, server_side=True)
-            connection.recv(2**16)
+            if not speaks_tls or certificate is not None:
+                _read_request(connection)
             reply(connection)
 
     def accept() -> None:

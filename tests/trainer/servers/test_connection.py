@@ -10,6 +10,7 @@ import subprocess
 import time
 import tracemalloc
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,15 @@ def test_the_timeout_is_that_of_the_whole_request(reply: Reply) -> None:
         ask(url, timeout=0.3)
     assert time.monotonic() - start < 5
     assert len(connections) == 2
+
+
+@pytest.mark.parametrize("reply", [sent(answer(b"{}")), DRIPS["body"]], ids=["answers", "drips"])
+def test_through_a_proxy(reply: Reply, monkeypatch: pytest.MonkeyPatch) -> None:
+    with replying(reply) as (url, connections):
+        monkeypatch.setenv("http_proxy", url)
+        with pytest.raises(ServerError, match="ReadTimeout: no whole") if reply is DRIPS["body"] else nullcontext():
+            assert ask("http://server.test/v1", timeout=0.3, retries=0) == {}
+        assert len(connections) == 1
 
 
 @pytest.fixture(scope="module")
