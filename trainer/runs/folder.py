@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,14 +51,14 @@ class RunFolder:
         self.student = self.path / "student"
         self._checkpoints = self.path / "checkpoints"
         self._config = config
-        self._made = False
+        self._made: list[Path] = []
         self._lock = FileLock(self.path / ".lock")
         self._changes: list[Change] = processes.on_main(self._open)
         processes.raise_together(self._check_shared)
 
     def _open(self) -> list[Change]:
         check_run_folder(self._config)
-        self._made = not self.path.exists()
+        self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
@@ -83,6 +83,9 @@ class RunFolder:
         self._lock.release()
         if self._made and {entry.name for entry in self.path.iterdir()} <= _LEFTOVERS:
             shutil.rmtree(self.path)  # the run was refused, or ended before it began
+            for parent in self._made[1:]:
+                with suppress(OSError):  # another run has begun beside it
+                    parent.rmdir()
 
     def begin(self, steps_done: int | None) -> None:
         """Drops what the logs hold beyond a checkpoint, and writes down the settings; None: there is no checkpoint.
