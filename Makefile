@@ -16,11 +16,12 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/python recipes/demo/run.py
 
+# One worker a core: a test itself takes one thread.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m slow
 
 lint: setup
 	$(BIN)/ruff format --check .

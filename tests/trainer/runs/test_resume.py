@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from launches import killed
+from launches import CONTEXT, killed
 from run_cases import check_equal, distilled, interrupt, log, refusal
 from run_settings import Settings, arguments, config, distillation, evaluated
 from safetensors.torch import load_file
@@ -246,3 +247,37 @@ def test_a_checkpoint_of_another_shape_is_an_error(tmp_path: Path, run: Settings
     save_model(tmp_path / "student", width=24)
     with pytest.raises((RuntimeError, ConfigError)):
         distilled(run)
+
+
+CHAINS: dict[str, Settings] = {
+    "full": {},
+    "lora-partial-sparse": {
+        "student__lora__rank": 2,
+        "sampling__tokens_per_step": 3,
+        "loss__backward": "sparse",
+        "checkpoint__every": 3,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", CHAINS.values(), ids=CHAINS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_random_moments_until_it_is_done(tmp_path: Path, dropout: Path, options: Settings, seed: int) -> None:
+    one = distilled(settings(dropout, tmp_path / "whole", **options))
+    command_line, rng, kills = (
+        arguments("distill", settings(dropout, tmp_path / "run", **options)),
+        random.Random(seed),
+        0,
+    )
+    while kills < 12:
+        process = CONTEXT.Process(target=cli.main, args=(command_line,))
+        process.start()
+        process.join(rng.uniform(0.5, 4))
+        if not process.is_alive():
+            break
+        process.kill()
+        process.join()
+        kills += 1
+    assert kills > 0
+    check_equal(distilled(settings(dropout, tmp_path / "run", **options)), one)
