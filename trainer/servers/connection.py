@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import requests
-from urllib3.exceptions import HTTPError, LocationValueError
 
 from fastkl.trainer.config.server import ServerConfig
 from fastkl.trainer.errors import ConfigError, ServerError
@@ -28,13 +27,6 @@ HINTS = {
     403: "; server.api_key_env names the environment variable with the key",
     404: "; is server.url the base address (it mostly ends in /v1), and server.model a model of this server?",
 }
-ADDRESS = (  # no such request can be sent, now or later
-    requests.exceptions.InvalidURL,
-    requests.exceptions.InvalidSchema,
-    requests.exceptions.MissingSchema,
-    requests.exceptions.InvalidHeader,
-    LocationValueError,
-)
 LOST_TLS = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)  # the connection broke: that may pass
 
 Result = TypeVar("Result")
@@ -128,7 +120,7 @@ class Connection:
                 most=ANSWER_BYTES + ENTRY_BYTES * (entries or 0),
                 whole=lambda status: status == 200 and entries is not None,
             )
-        except (OSError, HTTPError) as error:  # those of requests are OSErrors
+        except (OSError, ValueError) as error:  # those of requests are OSErrors, but for some about addresses
             said = quote(f"{type(error).__name__}: {_innermost(error)}")
             remedy = _remedy(error)
             if remedy is None:
@@ -178,9 +170,9 @@ def _remedy(error: BaseException) -> str | None:
         return "REQUESTS_CA_BUNDLE names a file with the certificates to trust"
     if isinstance(first, ssl.SSLError) and not isinstance(first, LOST_TLS):
         return "does this server speak https?"
-    if isinstance(error, ADDRESS):
+    if isinstance(error, ValueError):
         return "correct server.url"
-    if not isinstance(error, (requests.RequestException, HTTPError)):  # a file for TLS that is not there
+    if not isinstance(error, requests.RequestException):  # a file for TLS that is not there
         return "see REQUESTS_CA_BUNDLE and CURL_CA_BUNDLE"
     return None
 
