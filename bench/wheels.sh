@@ -10,7 +10,7 @@
 set -euo pipefail
 
 tests=(pytest pluggy iniconfig pygments hypothesis sortedcontainers)
-trainer=(peft jsonargparse docstring-parser rich markdown-it-py mdurl)
+trainer=(peft rich markdown-it-py mdurl)
 peers=(liger-kernel cut-cross-entropy)
 quack=(quack-kernels einops torch-c-dlpack-ext apache-tvm-ffi nvidia-cutlass-dsl
   nvidia-cutlass-dsl-libs-base nvidia-cutlass-dsl-libs-core nvidia-cutlass-dsl-libs-cu13)

@@ -1,9 +1,15 @@
-"""The command `fastkl`: distill, sft, eval, score, report."""
+"""The command `fastkl`: init, distill, sft, eval, score, report."""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 MISSING_EXTRA = "fastkl's trainer needs packages that are not installed ({0}): pip install 'fastkl[trainer]'"
 
@@ -16,40 +22,81 @@ def main(argv: Sequence[str] | None = None) -> int:
     Of several processes that end together, one says why.
     """
     try:
-        from fastkl.trainer.commands import command_line as commands
-        from fastkl.trainer.errors import ConfigError, RunError
-        from fastkl.trainer.runs import processes
-        from fastkl.trainer.runs.stop import Stopped
+        with _interrupted_at_once():
+            from fastkl.trainer.errors import ConfigError
+
+            try:
+                command, config = _command(list(sys.argv[1:] if argv is None else argv))
+            except ConfigError as error:
+                return _say(f"fastkl: {error}", 2, aloud=_first_of_launch())
     except ModuleNotFoundError as error:
-        print(MISSING_EXTRA.format(error.name), file=sys.stderr)
-        return 2
+        return _say(MISSING_EXTRA.format(error.name), 2, aloud=_first_of_launch())
+    return _run(command, config)
+
+
+def _command(argv: list[str]) -> tuple[Callable[[Any], object], Any]:
+    """What to run, and its config; the imports that take long come last, once the config is found good."""
+    from fastkl.trainer.commands import command_line as commands
+
+    name, config = commands.parse(argv)
+    return commands.load(name), config
+
+
+def _run(command: Callable[[Any], object], config: Any) -> int:
+    from fastkl.trainer.errors import ConfigError, RunError
+
     try:
-        commands.run(list(sys.argv[1:] if argv is None else argv))
+        command(config)
     except (ConfigError, RunError) as error:
-        _say(f"fastkl: {error}", processes.failed_first())
-        return 2
-    except Stopped as stopped:
-        _say(f"fastkl: {stopped}", processes.failed_first())
-        return stopped.exit_status
-    except KeyboardInterrupt:
-        _say(INTERRUPTED, processes.failed_first())
-        return 130
+        return _say(f"fastkl: {error}", 2, aloud=_failed_first())
+    except KeyboardInterrupt as stopped:  # a run's own says where it goes on, and which signal it was
+        text = f"fastkl: {stopped}" if str(stopped) else INTERRUPTED
+        return _say(text, getattr(stopped, "exit_status", 130), aloud=_failed_first())
     except Exception:
-        if processes.failed_first(unless_known=True):
+        if _failed_first(unless_known=True):
             raise
         return 1
     return 0
 
 
-def _say(text: str, aloud: bool) -> None:
+def _failed_first(unless_known: bool = False) -> bool:
+    """Whether this process says why; a command that joins no others has not imported them either."""
+    processes = sys.modules.get("fastkl.trainer.runs.processes")
+    return processes is None or bool(processes.failed_first(unless_known))
+
+
+def _say(text: str, status: int, aloud: bool) -> int:
     if aloud:
         print(text, file=sys.stderr, flush=True)
+    return status
+
+
+def _first_of_launch() -> bool:
+    """Whether this is the first of the processes that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def _interrupted_at_once() -> Iterator[None]:
+    """While open, Ctrl-C ends the process in one line: an import that is cut off may raise anything, or go on."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        if _first_of_launch():
+            os.write(2, f"{INTERRUPTED}\n".encode())
+        os._exit(130)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":
     status = main()
-    if status == 0:
-        from fastkl.trainer.runs import processes
-
+    if status == 0 and (processes := sys.modules.get("fastkl.trainer.runs.processes")):
         processes.leave()
     sys.exit(status)

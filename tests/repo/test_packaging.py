@@ -98,7 +98,7 @@ import sys
 from pathlib import Path
 target = Path(sys.argv[1])
 sys.path.insert(0, sys.argv[1])
-for name in ("transformers", "accelerate", "peft", "safetensors", "jsonargparse", "rich", "yaml"):
+for name in ("transformers", "accelerate", "peft", "safetensors", "rich", "yaml"):
     sys.modules[name] = None  # any import of it fails
 import fastkl.head, fastkl.kernels.driver, fastkl.loss, fastkl.reference, fastkl.trainer.config.training
 for name, module in list(sys.modules.items()):

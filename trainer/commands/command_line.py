@@ -1,39 +1,57 @@
-"""The subcommands of `fastkl`: what each takes, from a YAML file and the command line, and what it runs."""
+"""The subcommands of `fastkl`: what each takes, from a YAML file and the command line, and what it runs.
+
+Nothing here imports torch: help, completion and refusals are there at once.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import transformers
 import yaml
-from jsonargparse import ArgumentParser
 
-from fastkl.trainer.config.offline import EvaluateConfig, ReportConfig, ScoreConfig
+from fastkl import __version__
+from fastkl.trainer.commands.given import Place, Settings
+from fastkl.trainer.commands.help_page import add_config_file, add_settings
+from fastkl.trainer.commands.run_folder import settings_of_run
+from fastkl.trainer.commands.schema import full_names, settings_of
+from fastkl.trainer.commands.values import node_of
+from fastkl.trainer.commands.yaml_file import read_file
+from fastkl.trainer.config.offline import EvaluateConfig, InitConfig, ReportConfig, ScoreConfig
 from fastkl.trainer.config.settings import flat, refuse_renamed
 from fastkl.trainer.config.training import DistillConfig, SftConfig
+from fastkl.trainer.errors import ConfigError
 
-DESCRIPTION = (
-    "On-policy distillation of language models. A command takes CONFIG.yaml and --key value overrides; report takes run "
-    "folders."
-)
+DESCRIPTION = "On-policy distillation of language models: a teacher scores what the student writes."
+EXAMPLE = """\
+a first run:
+  fastkl init STUDENT TEACHER prompts.jsonl > run.yaml
+  fastkl distill run.yaml
+  fastkl eval runs/first --eval.data.path heldout.jsonl
+
+Any setting of CONFIG.yaml can be given as --name value too; `fastkl COMMAND --help` lists them."""
 
 
-def _add_settings(parser: ArgumentParser, config: type) -> None:
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below.")
-    parser.add_class_arguments(config, None)
+def _add_settings(parser: argparse.ArgumentParser, config: type) -> None:
+    add_config_file(parser)
+    add_settings(parser, config)
 
 
-def _add_runs(parser: ArgumentParser, config: type) -> None:
-    parser.add_argument("runs", nargs="+", type=str, metavar="RUN", help="Run folders.")
-    parser.add_argument(
-        "--output",
-        type=str,
-        metavar="FILE",
-        help="Write this HTML file; an older report is replaced. By default, report.html in the folder of the one run.",
-    )
+def _add_runs(parser: argparse.ArgumentParser, config: type) -> None:
+    helps = settings_of(config)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=helps["runs"].help)
+    parser.add_argument("--output", metavar="FILE", help=helps["output"].help)
+
+
+def _add_starter(parser: argparse.ArgumentParser, config: type) -> None:
+    helps = settings_of(config)
+    for name in ("student", "teacher", "data"):
+        parser.add_argument(name, metavar=name.upper(), help=helps[name].help)
+    parser.add_argument("--chat", action="store_true", help=helps["chat"].help)
 
 
 class Command(NamedTuple):
@@ -43,14 +61,35 @@ class Command(NamedTuple):
     function: str  # module:name, within fastkl.trainer
     help: str
     usage: str = "CONFIG.yaml [--key value ...]"
-    add_arguments: Callable[[ArgumentParser, type], None] = _add_settings
+    add_arguments: Callable[[argparse.ArgumentParser, type], None] = _add_settings
+
+    @property
+    def takes_settings(self) -> bool:
+        return self.add_arguments is _add_settings
 
 
 COMMANDS = {
+    "init": Command(
+        InitConfig,
+        "commands.starter:print_starter",
+        "print a first config for a student, a teacher and a file of prompts",
+        usage="[--chat] STUDENT TEACHER DATA > run.yaml",
+        add_arguments=_add_starter,
+    ),
     "distill": Command(DistillConfig, "distill:distill", "distil a teacher into a student, on the student's samples"),
     "sft": Command(SftConfig, "sft:sft", "fine-tune a student on given completions (the stage before distillation)"),
-    "eval": Command(EvaluateConfig, "commands.evaluate:evaluate_model", "let a model answer prompts, and grade it"),
-    "score": Command(ScoreConfig, "commands.score:score_completions", "write log-probs of given completions to a file"),
+    "eval": Command(
+        EvaluateConfig,
+        "commands.evaluate:evaluate_model",
+        "let a model answer prompts, and grade it",
+        usage="CONFIG.yaml | RUN [--key value ...]",
+    ),
+    "score": Command(
+        ScoreConfig,
+        "commands.score:score_completions",
+        "write log-probs of given completions to a file",
+        usage="CONFIG.yaml | RUN [--key value ...]",
+    ),
     "report": Command(
         ReportConfig,
         "runs.report.page:report",
@@ -61,51 +100,103 @@ COMMANDS = {
 }
 
 
-def run(argv: list[str]) -> None:
-    """Parses a command line and runs its command."""
-    name, config = parse(argv)
-    transformers.logging.disable_progress_bar()
+def load(name: str) -> Callable[[Any], object]:
+    """The function of a command; this is what imports torch, where it is needed."""
     module, function = COMMANDS[name].function.split(":")
-    getattr(importlib.import_module(f"fastkl.trainer.{module}"), function)(config)
+    found: Callable[[Any], object] = getattr(importlib.import_module(f"fastkl.trainer.{module}"), function)
+    if transformers := sys.modules.get("transformers"):
+        transformers.logging.disable_progress_bar()
+    return found
 
 
 def parse(argv: list[str]) -> tuple[str, Any]:
-    """The command's name and its config: the YAML file first, then the overrides."""
-    takes_yaml = bool(argv) and argv[0] in COMMANDS and COMMANDS[argv[0]].add_arguments is _add_settings
-    if takes_yaml and len(argv) > 1 and not argv[1].startswith("-"):
-        argv = [argv[0], "--config", *argv[1:]]
-    refuse_renamed(_given(argv), "Write the new names")
-    parser = _parser()
-    values = parser.instantiate(parser.parse_args(argv))
-    name: str = values.command
-    settings = vars(values[name])
-    settings.pop("config", None)
-    return name, COMMANDS[name].config(**settings)
+    """The command's name and its config: the YAML file first, then the overrides.
+
+    Raises:
+        ConfigError: For a setting that does not exist or cannot have its value, with the file and the line.
+        SystemExit: After --help and --version, and where no command is named.
+    """
+    command = COMMANDS.get(argv[0]) if argv else None
+    if command is None or not command.takes_settings or {"-h", "--help"} & {*argv}:
+        values = vars(parser().parse_args(argv))
+        name = values.pop("command")
+        return name, COMMANDS[name].config(**values)
+    return argv[0], _with_settings(argv[0], argv[1:])
 
 
-def _given(argv: list[str]) -> Iterator[tuple[str, Any]]:
-    """The settings on a command line and in its YAML file. What cannot be read is the parser's to refuse."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=False):
-        name, equals, value = word.removeprefix("--").partition("=")
-        text = value if equals else following
-        if not word.startswith("--"):
-            continue
-        try:
-            if name != "config":
-                yield from flat({name: yaml.safe_load(text)})
-            elif isinstance(settings := yaml.safe_load(Path(text).read_text(encoding="utf-8")), dict):
-                yield from flat(settings)
-        except (yaml.YAMLError, OSError, UnicodeDecodeError):
-            continue
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="fastkl", description=DESCRIPTION)
-    commands = parser.add_subcommands(required=True, dest="command", title="commands", metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """What argparse, and shtab for a shell's completion, know of the command line."""
+    whole = argparse.ArgumentParser(
+        prog="fastkl",
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    whole.add_argument("--version", action="version", version=f"fastkl {__version__}")
+    commands = whole.add_subparsers(required=True, dest="command", title="commands", metavar="COMMAND")
     for name, command in COMMANDS.items():
-        subparser = ArgumentParser(
-            description=command.help[0].upper() + command.help[1:] + ".", usage=f"fastkl {name} {command.usage}"
+        title = command.help[0].upper() + command.help[1:] + "."
+        one = commands.add_parser(
+            name,
+            help=command.help,
+            description=title,
+            usage=f"fastkl {name} {command.usage}",
+            allow_abbrev=False,
         )
-        command.add_arguments(subparser, command.config)
-        commands.add_subcommand(name, subparser, help=command.help)
-    return parser
+        command.add_arguments(one, command.config)
+    return whole
+
+
+def _with_settings(name: str, words: list[str]) -> Any:
+    """The config of a command that takes settings."""
+    if not words:
+        raise ConfigError(f"name a config: fastkl {name} {COMMANDS[name].usage}. `fastkl init` prints a first one")
+    settings = Settings(COMMANDS[name].config, lambda setting: _elsewhere(name, setting))
+    found = list(_places(name, words))
+    renamed = [pair for setting, value, _ in found for pair in flat({setting: _plain(value)})]
+    refuse_renamed(renamed, "Write the new names")
+    for setting, value, place in found:
+        node = node_of(value, settings.kind_of(setting, place)) if isinstance(value, str) else value
+        settings.add(setting, node, place)
+    return settings.build()
+
+
+def _places(name: str, words: list[str]) -> Iterator[tuple[str, yaml.Node | str, Place]]:
+    """Each setting of the file and of the command line, there as text, in the order in which they count."""
+    if not words[0].startswith("--"):
+        words = ["--config", *words]
+    left = iter(words)
+    for word in left:
+        setting, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            raise ConfigError(f"{word!r} is no setting; write --name value, or one CONFIG.yaml before all settings")
+        if not equals:
+            value = next(left, "--")
+            if value.startswith("--"):
+                raise ConfigError(f"--{setting} has no value; write --{setting} value")
+        if setting == "config":
+            path = Path(value).expanduser()
+            yield from settings_of_run(name, path) if path.is_dir() else read_file(path)
+        else:
+            yield setting, value, Place()
+
+
+def _elsewhere(name: str, setting: str) -> str:
+    """That a setting belongs to another command, which a config was written for."""
+    others = [
+        other
+        for other, command in COMMANDS.items()
+        if command.takes_settings and other != name and setting in full_names(command.config, groups=True)
+    ]
+    if not others:
+        return ""
+    own = ", ".join(settings_of(COMMANDS[name].config))
+    return f"it belongs to fastkl {' and '.join(others)}. fastkl {name} {COMMANDS[name].usage} takes {own}"
+
+
+def _plain(value: yaml.Node | str, depth: int = 4) -> Any:
+    """Names and words, without types; not deeper than any setting is, for a file may refer to itself."""
+    if isinstance(value, yaml.MappingNode):
+        return {str(key.value): _plain(below, depth - 1) for key, below in value.value} if depth else None
+    return value if isinstance(value, str) else value.value

@@ -68,6 +68,23 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """A first config, printed.
+
+    Args:
+        student: Train this model: a folder or a Hub id.
+        teacher: Let this model score: a folder, a Hub id, or the address of a vLLM server.
+        data: Read prompts from this JSONL file, or from this data set of the Hub.
+        chat: Wrap prompts in the student's chat template.
+    """
+
+    student: str
+    teacher: str
+    data: str
+    chat: bool = False
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """A page about one run, or about several on the same axes.
 

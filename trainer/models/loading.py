@@ -185,5 +185,9 @@ def _check_path(config: ModelConfig, *files: str) -> str:
     path = os.path.expanduser(config.path)
     looks_local = path.startswith((".", "/")) or path.count("/") > 1 or os.path.exists(path)
     if looks_local and not any(Path(path, file).is_file() for file in files):
+        if Path(path, "config.yaml").is_file():
+            raise ConfigError(
+                f"model path {config.path!r} is a run's folder; its trained model is {Path(path, 'student')}"
+            )
         raise ConfigError(f"model path {config.path!r} is not a model folder (no {files[0]} in {Path(path).resolve()})")
     return path

@@ -5,23 +5,19 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
-import docstring_parser
 import pytest
-from launches import run_python
 from run_cases import refusal
-from run_settings import MINIMAL, arguments, config
+from run_settings import MINIMAL, config
 from tiny_data import sums, write_jsonl
 from tiny_models import save_model, tokenizer
 
-from fastkl import cli
 from fastkl.kernels.options import Sparse, Surrogate
 from fastkl.trainer.commands.command_line import COMMANDS, Command
+from fastkl.trainer.commands.schema import group_of, settings_of
 from fastkl.trainer.config.loss import OPTION_OF, LossConfig, ObjectiveName
 from fastkl.trainer.config.mixture import MixtureConfig
 from fastkl.trainer.config.training import DistillConfig, SftConfig
@@ -79,7 +75,7 @@ REFUSED_BY_DISTILL: list[tuple[dict[str, object], list[str]]] = [
     ({"loss.clip_high": 0.3}, ["loss.clip_high is 0.3", "loss.method 'importance_sampling'", "cispo"]),
     ({"loss.method": "ppo", "loss.old_logprobs": "current"}, ["loss.method is ppo", "sampler or recompute"]),
     ({"loss.kl_coef": -1.0}, ["loss.kl_coef is -1.0", "at least 0"]),
-    ({"student.lora.alpha": 16.0}, ["lora.alpha is 16.0", "set lora.rank"]),
+    ({"student.lora.alpha": 16.0}, ["student.lora.alpha is 16.0", "set student.lora.rank"]),
     ({"loss.clip_low": 1.5}, ["loss.clip_low is 1.5", "<= 1"]),
     ({"loss.clip_high": -0.1}, ["loss.clip_high is -0.1", ">= 0"]),
     ({"loss.dual_clip": 3}, ["loss.dual_clip is 3", "loss.method 'importance_sampling'", "ppo"]),
@@ -143,23 +139,6 @@ REFUSED: list[tuple[str, dict[str, object], list[str]]] = [
     ("score", {"temperature": 0}, ["temperature is 0", "> 0"]),
     ("score", {"data.dataset": "x"}, ["data.path is 'd.jsonl'", "exactly one"]),
 ]
-# what the parser refuses before any config exists: wrong types and names that are not there
-UNPARSABLE: list[tuple[str, dict[str, object], str]] = [
-    ("distill", {"optim.lrr": 1}, "lrr"),
-    ("distill", {"sampler.top_p": 1}, "sampler"),
-    ("distill", {"optim.steps": "many"}, "steps"),
-    ("distill", {"optim.steps": 1.5}, "steps"),
-    ("distill", {"optim.lr": "fast"}, "lr"),
-    ("distill", {"loss.method": "dpo"}, "method"),
-    ("distill", {"loss.objective": "l2"}, "objective"),
-    ("distill", {"teacher.quantization": "2bit"}, "quantization"),
-    ("distill", {"teacher.server.api": "chat"}, "api"),
-    ("distill", {"student.dtype": "int8"}, "dtype"),
-    ("distill", {"batch.layout": "ragged"}, "layout"),
-    ("distill", {"student.trust_remote_code": "maybe"}, "trust_remote_code"),
-    ("sft", {"teacher.path": "t"}, "teacher"),
-    ("score", {"optim.lr": 1}, "optim"),
-]
 
 
 def name(case: tuple[str, Mapping[str, object], object]) -> str:
@@ -187,128 +166,9 @@ def test_a_key_in_place_of_its_variables_name_is_not_repeated(capsys: pytest.Cap
     assert "sk-secret" not in refusal(capsys, "distill", settings)
 
 
-def unparsable(capsys: pytest.CaptureFixture[str], line: list[str]) -> str:
-    """What the parser says before it stops with status 2."""
-    with pytest.raises(SystemExit) as stop:
-        cli.main(line)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("command", "settings", "part"), UNPARSABLE, ids=map(name, UNPARSABLE))
-def test_unparsable_settings(
-    command: str, settings: dict[str, object], part: str, empty_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert part in unparsable(capsys, arguments(command, MINIMAL[command] | settings))
-    assert list(empty_folder.iterdir()) == []
-
-
-@pytest.mark.parametrize("line", [[], ["train"], ["distill"], ["distill", "missing.yaml"]], ids=" ".join)
-def test_command_lines_that_are_none(line: list[str], empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "usage" in unparsable(capsys, line)
-    assert list(empty_folder.iterdir()) == []
-
-
-YAML = """
-run: runs/a
-student:
-  path: s
-  lora: {rank: 8}
-teacher: {path: t}
-data: {path: d.jsonl}
-optim:
-  lr: 1e-4        # a number, though YAML 1.1 reads it as text
-  betas: [0.8, 0.9]
-"""
-
-
-@pytest.mark.parametrize("flag", [[], ["--config"]], ids=["positional", "--config"])
-def test_yaml_and_overrides(flag: list[str], empty_folder: Path) -> None:
-    from fastkl.trainer.commands.command_line import parse
-
-    Path("run.yaml").write_text(YAML)
-    command, parsed = parse(["distill", *flag, "run.yaml", "--optim.steps", "7", "--student.lora.rank=4"])
-    assert command == "distill"
-    assert isinstance(parsed, DistillConfig)
-    assert parsed.optim.lr == 1e-4
-    assert parsed.optim.betas == [0.8, 0.9]
-    assert (parsed.optim.steps, parsed.student.lora.rank) == (7, 4)
-    assert parsed.sampling == DistillConfig(**dataclass_fields(parsed)).sampling  # what is not named has its default
-
-
-def dataclass_fields(parsed: DistillConfig) -> dict[str, object]:
-    return {key: getattr(parsed, key) for key in ("run", "student", "teacher", "data")}
-
-
-@pytest.mark.parametrize(
-    ("text", "part"),
-    [
-        (YAML + "  lrr: 1\n", "lrr"),
-        (YAML + "optimizer: {lr: 1}\n", "optimizer"),
-        (YAML + "  steps: many\n", "steps"),
-        ("run: [", "parsing"),
-    ],
-    ids=["unknown-key", "unknown-group", "wrong-type", "no-yaml"],
-)
-def test_bad_yaml(text: str, part: str, empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("run.yaml").write_text(text)
-    assert part in unparsable(capsys, ["distill", "run.yaml"])
-    assert [path.name for path in empty_folder.iterdir()] == ["run.yaml"]
-
-
 def test_configs_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         config("sft", MINIMAL["sft"]).seed = 1
-
-
-@pytest.mark.parametrize("command", MINIMAL)
-def test_help_explains_every_setting(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--help"])
-    assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert f"fastkl {command} CONFIG.yaml" in text
-    for setting in settings_of(COMMANDS[command].config):
-        assert f"--{setting} " in text, setting
-        # From the name (a list has a second one, `--name+`) to the type: the value's placeholder, and the explanation.
-        after = text.split(f"--{setting} ", 1)[1].split("(type", 1)[0].split(" --", 2)
-        assert len(after[-1].split()) > 2, f"--{setting} has no explanation"
-
-
-def settings_of(kind: type, prefix: str = "") -> list[str]:
-    """The dotted names of all settings: those of dataclasses within dataclasses too."""
-    found = []
-    for field in dataclasses.fields(kind):
-        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else None
-        if dataclasses.is_dataclass(default):
-            found += settings_of(type(default), f"{prefix}{field.name}.")
-        else:
-            found.append(prefix + field.name)
-    return found
-
-
-def test_installed_command() -> None:
-    script = Path(sys.executable).with_name("fastkl")
-    done = subprocess.run([script, "--help"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in COMMANDS)
-
-
-def test_missing_packages_name_the_extra() -> None:
-    code = "import sys; sys.modules['transformers'] = None; from fastkl.cli import main; sys.exit(main(['--help']))"
-    done = run_python(code)
-    assert done.returncode == 2
-    assert "(transformers)" in done.stderr
-    assert "pip install 'fastkl[trainer]'" in done.stderr
-
-
-def test_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(_: list[str]) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("fastkl.trainer.commands.command_line.run", interrupted)
-    assert cli.main(["distill"]) == 130
-    assert "goes on from its last checkpoint" in capsys.readouterr().err
 
 
 # What shows only once files are read: still one line, status 2, and nothing on disk.
@@ -318,6 +178,7 @@ def test_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys:
         ("distill", {"student.path": "nosuch"}, ["nosuch", "neither a folder here nor on the Hub"]),
         ("distill", {"student.path": "./nosuch"}, ["./nosuch", "no config.json"]),
         ("distill", {"teacher.path": "data"}, ["'data'", "no config.json"]),
+        ("distill", {"student.path": "run"}, ["'run' is a run's folder", "its trained model is run/student"]),
         ("distill", {"data.path": "nosuch.jsonl"}, ["nosuch.jsonl does not exist"]),
         ("distill", {"eval.data.path": "d.jsonl", "eval.grader": "vibes"}, ["eval.grader is 'vibes'", "last_number"]),
         ("distill", {"student.liger": "true"}, ["liger is true", "CUDA", "set it to false"]),
@@ -336,6 +197,8 @@ def test_refused_once_files_are_read(
     save_model(empty_folder / "model")
     write_jsonl(empty_folder / "d.jsonl", sums(3))
     (empty_folder / "data").mkdir()
+    (empty_folder / "run").mkdir()
+    (empty_folder / "run" / "config.yaml").touch()
     paths = {key: "model" for key in MINIMAL[command] if key.endswith(("student.path", "teacher.path", "model.path"))}
     before = sorted(empty_folder.rglob("*"))
     refusal(capsys, command, MINIMAL[command] | paths | settings, *parts)
@@ -354,7 +217,7 @@ def test_home_folder_in_a_path(empty_folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_all_configs_are_covered_here() -> None:
-    assert {*MINIMAL, "report"} == COMMANDS.keys()
+    assert {*MINIMAL, "init", "report"} == COMMANDS.keys()
     assert isinstance(config("sft", MINIMAL["sft"]), SftConfig)
     with pytest.raises(ConfigError):
         config("sft", MINIMAL["sft"] | {"optim.steps": 0})
@@ -391,11 +254,8 @@ def test_help_is_a_few_short_sentences(command: Command) -> None:
 def explanations(kind: type) -> dict[str, str]:
     """The `Args:` of a config and of those within it, by name."""
     found: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        if "Args:" in (base.__doc__ or ""):
-            found |= {entry.arg_name: entry.description or "" for entry in docstring_parser.parse(base.__doc__).params}
-    for field in dataclasses.fields(kind):
-        assert field.name in found, f"{kind.__name__}.{field.name} has no explanation"
-        if field.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(field.default_factory):
-            found |= {f"{field.name}.{name}": text for name, text in explanations(field.default_factory).items()}
+    for name, setting in settings_of(kind).items():
+        found[name] = setting.help
+        group = group_of(setting.kind)
+        found |= {} if group is None else {f"{name}.{inner}": text for inner, text in explanations(group).items()}
     return found

@@ -1,0 +1,97 @@
+"""`fastkl init`: a first config, which runs as it is printed."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastkl.trainer.config.offline import InitConfig
+
+WIDTH = 46  # where comments begin
+
+
+def print_starter(config: InitConfig) -> None:
+    """Prints the config."""
+    print(starter(config), end="")
+
+
+def starter(config: InitConfig) -> str:
+    """The config as text. Files that are here, and a server, are asked what fits them; nothing is loaded."""
+    return "".join(f"{_line(setting, comment)}\n" for setting, comment in _lines(config))
+
+
+def _line(setting: str, comment: str) -> str:
+    if not comment:
+        return setting
+    return f"{setting:{WIDTH}}  # {comment}" if setting else f"# {comment}"
+
+
+def _lines(config: InitConfig) -> Iterator[tuple[str, str]]:
+    prompts, new = min(64, _rows(config.data)), min(256, _context(config.student) // 2)
+    yield "", "fastkl distill run.yaml   runs this, and resumes it. With --dry-run it only checks and estimates."
+    yield "run: runs/first", "metrics.jsonl, report.html, student/, checkpoints/"
+    yield f"student: {{path: {_word(config.student)}}}", "add lora: {rank: 32} to train an adapter"
+    yield _teacher(config.teacher)
+    means = "prompts become a user's turn of the chat template" if config.chat else "prompts are continued as they are"
+    yield f"data: {{{_data(config.data)}, chat_template: {'true' if config.chat else 'false'}}}", means
+    yield f"sampling: {{prompts_per_step: {prompts}, max_new_tokens: {new}}}", "what the student writes in a step"
+    yield "optim: {lr: 1.0e-5, steps: 100, warmup_steps: 5}", "with LoRA about ten times this lr"
+    yield "batch: {max_tokens: 16384}", "of a forward pass; lower it if memory runs out"
+    yield "checkpoint: {every: 25}", ""
+    yield "", "mixed_precision: bf16                      # on a GPU"
+    yield "", "eval: {data: {path: heldout.jsonl}, every: 25}   # rows with an answer; see eval.grader"
+
+
+def _teacher(teacher: str) -> tuple[str, str]:
+    if urlsplit(teacher).scheme not in ("http", "https"):
+        return f"teacher: {{path: {_word(teacher)}}}", "it scores every token of the student"
+    name = _served(teacher)
+    comment = "model: the name under which it serves the teacher"
+    return f"teacher: {{server: {{url: {_word(teacher)}, model: {_word(name or 'MODEL')}}}}}", comment
+
+
+def _data(data: str) -> str:
+    """A file, or a data set by its Hub id."""
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not Path(data).suffix and not Path(data).exists()
+    return f"dataset: {_word(data)}" if hub else f"path: {_word(data)}"
+
+
+def _word(text: str) -> str:
+    """A word in YAML, in quotes where it needs them."""
+    plain = re.fullmatch(r"[A-Za-z/.~][\w./~$-]*", text, re.ASCII) and any(mark in text for mark in "/.")
+    return text if plain else json.dumps(text, ensure_ascii=False)
+
+
+def _context(student: str) -> int:
+    """How long a text of the student may be, if its config is here."""
+    found = _json(Path(student).expanduser() / "config.json").get("max_position_embeddings")
+    return found if isinstance(found, int) else 512
+
+
+def _rows(data: str) -> int:
+    try:
+        return max(1, sum(bool(line.strip()) for line in Path(data).expanduser().read_bytes().splitlines()))
+    except OSError:
+        return 64
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _served(url: str) -> str:
+    """The name of the first model that a server lists; empty where it cannot be asked now."""
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/models", timeout=3) as answer:
+            return str(json.loads(answer.read(1_000_000))["data"][0]["id"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
