@@ -137,7 +137,7 @@ def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder,
     objective = make_objective(config.loss, config.sampling, teachers)
     ends = end_of_sequence(student.model, tokenizer)
     sampler = _sampler(config, student, [*ends, *stop_ids(environment, tokenizer)], sampling_server)
-    responder = _responder(config, student, tokenizer, sampler, environment)
+    responder = _responder(config, student, tokenizer, sampler, environment, [*prompts, *eval_prompts])
     given = [sample for data_set in data_sets for sample in data_set.given]
     rollouts = Rollouts(config.sampling, responder, prompts, given, judge)
     source = OnPolicy(config, student, objective, teachers, sampler, rollouts, data_sets, vocabulary(tokenizer))
@@ -163,11 +163,13 @@ def _responder(
     tokenizer: PreTrainedTokenizerBase,
     sampler: Sampler,
     environment: Environment | None,
+    prompts: list[EncodedPrompt],
 ) -> Responder:
     ends, context = end_of_sequence(student.model, tokenizer), context_length(student.model)
     if environment is None:
         return SingleTurn(sampler, context)
-    return MultiTurn(sampler, tokenizer, environment, config.environment, ends, context)
+    chats = dict.fromkeys(prompt.chat for prompt in prompts)
+    return MultiTurn(sampler, tokenizer, environment, config.environment, ends, context, chats)
 
 
 def _sampler(config: DistillConfig, student: Student, ends: list[int], server: SamplingServer | None) -> Sampler:

@@ -10,8 +10,10 @@ from accelerate import Accelerator
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.config.training import SftConfig
-from fastkl.trainer.data.prompts import batch_indices, encode_prompts, given_samples, load_prompts
+from fastkl.trainer.data.order import batch_indices
+from fastkl.trainer.data.prompts import encode_prompts, given_samples
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.data.sources import load_prompts
 from fastkl.trainer.loop import fit
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.ends import end_of_sequence

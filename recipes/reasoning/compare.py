@@ -86,7 +86,8 @@ def writing_flops(configs: Path) -> float:
     if not (configs / "transcripts.yaml").exists():
         return 0.0
     from fastkl.trainer.commands.command_line import parse
-    from fastkl.trainer.data.prompts import encode_prompts, given_samples, load_prompts
+    from fastkl.trainer.data.prompts import encode_prompts, given_samples
+    from fastkl.trainer.data.sources import load_prompts
     from fastkl.trainer.models.flops import cost_of, sampling_flops
     from fastkl.trainer.models.loading import load_model, load_tokenizer
 

@@ -10,7 +10,7 @@ from run_cases import WORDS, check_equal, check_same_weights, counted, run
 from tiny_data import sums
 from transformers import AutoTokenizer
 
-from fastkl.trainer.data.prompts import batch_indices
+from fastkl.trainer.data.order import batch_indices
 from fastkl.trainer.data.samples import UNKNOWN, Completion
 from fastkl.trainer.rollouts.samplers.generate import GenerateSampler
 

@@ -7,8 +7,9 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.config.offline import ScoreConfig
-from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, given_samples, load_prompts
+from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, given_samples
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.data.sources import load_prompts
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.loading import (
     fuse,

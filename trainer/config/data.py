@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastkl.trainer.config.rules import at_least
 from fastkl.trainer.errors import require
@@ -10,23 +11,31 @@ from fastkl.trainer.errors import require
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Prompts: a JSONL file or a data set of the `datasets` package.
+    """Prompts: a file, a folder or a data set of the `datasets` package (docs/data.md).
 
-    Each row has `prompt` (text) or `messages` (a chat), and optionally `answer`, `completion` and `metadata` (an object).
+    Each row has `prompt` (text) or `messages` (a chat), and optionally `answer`, `completion`, `tools` and `metadata` (an
+    object).
 
     Args:
-        path: Read prompts from this JSONL file.
+        path: Read prompts from this file (JSON Lines, a JSON array, Parquet), from a folder of such files, or from a folder
+            that `save_to_disk` wrote.
         dataset: Load this data set with `datasets.load_dataset` instead of `path`.
+        name: Use this config of the data set, for example main. null: the only one.
         split: Use this split of the data set.
+        columns: Read columns under other names, ours first: {prompt: question}.
         chat_template: Wrap a text `prompt` as a user's turn in the tokenizer's chat template.
+        template_kwargs: Pass these variables to the chat template, for example {enable_thinking: false}.
         max_prompt_tokens: Leave out longer prompts. null: keep all.
         limit: Use only the first rows, this many. null: use all.
     """
 
     path: str | None = None
     dataset: str | None = None
+    name: str | None = None
     split: str = "train"
+    columns: dict[str, str] = field(default_factory=dict)
     chat_template: bool = True
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
     max_prompt_tokens: int | None = None
     limit: int | None = None
 

@@ -13,8 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from fastkl.trainer.config.mixture import MixtureConfig
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.config.training import DistillConfig
-from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, given_samples, load_prompts, rows_at
+from fastkl.trainer.data.order import rows_at
+from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, given_samples
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.data.sources import load_prompts
 
 
 @dataclass(frozen=True)

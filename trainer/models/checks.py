@@ -5,9 +5,10 @@ from __future__ import annotations
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkl.trainer.config.data import EvalConfig
-from fastkl.trainer.data.prompts import EncodedPrompt, render_chat
+from fastkl.trainer.data.chat import ChatTemplate, Refusal, end_of_turn
+from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.errors import ConfigError
-from fastkl.trainer.models.ends import declared_ends, end_of_sequence
+from fastkl.trainer.models.ends import declared_ends, end_of_sequence, tokenizer_ends
 from fastkl.trainer.models.loading import context_length
 from fastkl.trainer.models.tokenizers import SAMPLE_TEXT, compare_vocabularies, first_three, vocabulary, where_they_part
 
@@ -73,16 +74,21 @@ def check_top_k(k: int, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def check_chat(
-    student: PreTrainedTokenizerBase,
-    teacher: PreTrainedTokenizerBase,
-    prompts: list[EncodedPrompt],
-    chat_template: bool,
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, prompts: list[EncodedPrompt]
 ) -> None:
     """The teacher was trained on the same chat format, where prompts are chats or text is made one."""
-    if teacher.chat_template is None or student.chat_template == teacher.chat_template:
+    chats = [(prompt.row, prompt.chat) for prompt in prompts if prompt.chat is not None]
+    if teacher.chat_template is None or student.chat_template == teacher.chat_template or not chats:
         return
-    for row in (p.row for p in prompts if chat_template or not isinstance(p.row.prompt, str)):
-        ours, theirs = render_chat(row, student), render_chat(row, teacher)
+    template = ChatTemplate(teacher, chats[0][1].variables)
+    for row, chat in chats:
+        ours = chat.prompt(row)
+        try:
+            theirs = template.render(row.turns, row.tools, to_answer=True)
+        except Refusal as error:
+            raise ConfigError(
+                f"{row.source}: of the teacher, {error}; give student and teacher one template"
+            ) from error
         if ours != theirs:
             raise ConfigError(
                 f"the chat templates of student and teacher differ: {ours[:80]!r}… and {theirs[:80]!r}…; the teacher "
@@ -93,12 +99,16 @@ def check_chat(
 def check_end_of_sequence(
     student: PreTrainedModel, teacher: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Where the student stops, a teacher that is loaded here can stop; a model that declares no end has the tokenizer's."""
+    """Where the student stops, a teacher that is loaded here can stop; a model that declares no end has the tokenizer's.
+
+    The student also stops where the chat template ends a turn.
+    """
     if not end_of_sequence(student, tokenizer):
         raise ConfigError("neither the student nor its tokenizer declares an end-of-sequence token; set eos_token_id")
     if teacher is None:
         return
-    ours, theirs = (declared_ends(model) or end_of_sequence(model, tokenizer) for model in (student, teacher))
+    ours, theirs = (declared_ends(model) or tokenizer_ends(tokenizer) for model in (student, teacher))
+    ours = sorted({*ours, *([] if (turn_end := end_of_turn(tokenizer)) is None else [turn_end])})
     if not set(ours) & set(theirs):
         raise ConfigError(f"the student ends with ids {ours} and the teacher with {theirs}; give them a common one")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from fastkl.trainer.config.environment import EnvironmentConfig
-from fastkl.trainer.data.prompts import Prompt
+from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.rollouts.calculator import calculate
 from fastkl.trainer.rollouts.grading.trusted import imported

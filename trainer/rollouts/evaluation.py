@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.config.data import EvalConfig
-from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, load_prompts
+from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts
+from fastkl.trainer.data.sources import load_prompts
 from fastkl.trainer.rollouts.grading.named import NamedGrader, named_grader
 from fastkl.trainer.rollouts.single_turn import Responder
 from fastkl.trainer.runs import processes

@@ -7,13 +7,14 @@ exactly what they were sampled after, whatever a tokenizer would make of the tex
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.config.environment import EnvironmentConfig
+from fastkl.trainer.data.chat import ChatTemplate
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Completion
 from fastkl.trainer.rollouts.environments import Environment, Message
@@ -52,6 +53,7 @@ class MultiTurn:
         sampler: Completes token ids; it may stop at `stop_ids` too, which saves what would be cut.
         ends: The ids that end a sequence.
         context: The most positions that the sampler's model has; None: no limit.
+        chats: What writes the prompts; None: the tokenizer's template without variables.
 
     Raises:
         ConfigError: For a chat template that cannot carry a conversation on.
@@ -65,10 +67,13 @@ class MultiTurn:
         config: EnvironmentConfig,
         ends: Sequence[int],
         context: int | None,
+        chats: Iterable[ChatTemplate | None] = (None,),
     ) -> None:
         self._sampler, self._tokenizer, self._environment = sampler, tokenizer, environment
         self._config, self._ends, self._context = config, set(ends), context
-        self._markers: TurnMarkers | None = None if config.role is None else turn_markers(tokenizer, config.role)
+        self._markers: dict[ChatTemplate | None, TurnMarkers] = {}
+        for chat in chats:
+            self._markers_after(chat)
 
     def my_share(self, items: Sequence[T]) -> list[T]:
         return sampling_share(self._sampler, items)
@@ -112,14 +117,14 @@ class MultiTurn:
         if reply.text is None:
             conversation.over = True
             return
-        added = self._reply_ids(reply.text, ids[-1])
+        added = self._reply_ids(reply.text, ids[-1], conversation.prompt.chat)
         room = conversation.budget - len(conversation.token_ids) - len(added)
         if conversation.turns == self._config.max_turns or room < 1:
             conversation.truncated = conversation.over = True
             return
         conversation.append(added)
-        if self._markers is not None:
-            conversation.messages += [own, Message(str(self._config.role), reply.text)]
+        if self._config.role is not None:
+            conversation.messages += [own, Message(self._config.role, reply.text)]
             conversation.message_start = len(conversation.token_ids)
 
     def _turn_length(self, ids: list[int]) -> int:
@@ -137,15 +142,24 @@ class MultiTurn:
         text: str = self._tokenizer.decode(ids[:-1] if ids[-1] in self._ends else ids, skip_special_tokens=False)
         return text
 
-    def _reply_ids(self, text: str, last: int) -> list[int]:
-        if self._markers is not None:
-            return self._markers.ids(text, self._tokenizer, last, self._ends)
+    def _reply_ids(self, text: str, last: int, chat: ChatTemplate | None) -> list[int]:
+        markers = self._markers_after(chat)
+        if markers is not None:
+            return markers.ids(text, self._tokenizer, last, self._ends)
         if last in self._ends:
             raise ValueError(
                 f"the environment {self._config.name} replied {text[:40]!r} inside a message that the student had ended; "
                 f"give it a turn of its own (environment.role) or let it reply at a stop only"
             )
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _markers_after(self, chat: ChatTemplate | None) -> TurnMarkers | None:
+        if self._config.role is None:
+            return None
+        if chat not in self._markers:
+            variables = None if chat is None else chat.variables
+            self._markers[chat] = turn_markers(self._tokenizer, self._config.role, variables)
+        return self._markers[chat]
 
     def _trajectory(self, conversation: _Conversation) -> Trajectory:
         return Trajectory(

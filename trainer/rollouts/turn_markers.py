@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from fastkl.trainer.data.chat import ChatTemplate, Refusal
+from fastkl.trainer.data.turns import Turn, make_turn
 from fastkl.trainer.errors import ConfigError
 
 _TEXTS = ("first-text", "second-text", "third-text", "fourth-text", "fifth-text")  # nothing that a template would strip
@@ -20,20 +23,25 @@ class TurnMarkers(NamedTuple):
     def ids(self, text: str, tokenizer: PreTrainedTokenizerBase, last: int, ends: set[int]) -> list[int]:
         """Token ids to append after a turn whose last sampled token is `last`: an end of turn is not written twice."""
         ids: list[int] = list(tokenizer(f"{self.before}{text}{self.after}", add_special_tokens=False)["input_ids"])
-        return ids[1:] if last in ends and ids[0] == last else ids
+        own: list[int] = tokenizer(self.before, add_special_tokens=False)["input_ids"]
+        return ids[ids.index(last) + 1 :] if last in ends and last in own else ids
 
 
-def turn_markers(tokenizer: PreTrainedTokenizerBase, role: str) -> TurnMarkers:
-    """Found by rendering a conversation; it is rendered once more, longer, to see that the beginning stays as it was.
+def turn_markers(
+    tokenizer: PreTrainedTokenizerBase, role: str, variables: Mapping[str, Any] | None = None
+) -> TurnMarkers:
+    """Found by rendering a conversation, with the template's `variables`; it is rendered once more, longer, to see that the
+    beginning stays as it was.
 
     Raises:
         ConfigError: Where the template has no such role, changes texts, or rewrites earlier turns when later ones come: the
             student would not see the conversation as it was trained to.
     """
     first, answer, reply, again, last = _TEXTS
-    chat = [_message("user", first), _message("assistant", answer), _message(role, reply)]
-    start, whole = _render(tokenizer, chat[:1], role), _render(tokenizer, chat, role)
-    longer = _render(tokenizer, [*chat, _message("assistant", again), _message(role, last)], role)
+    chat = [make_turn("user", first), make_turn("assistant", answer), make_turn(role, reply)]
+    template = _template(tokenizer, role, variables)
+    start, whole = _render(template, chat[:1], role), _render(template, chat, role)
+    longer = _render(template, [*chat, make_turn("assistant", again), make_turn(role, last)], role)
     if not whole.startswith(start + answer) or reply not in whole[len(start + answer) :]:
         raise _refusal(role, "it does not leave the student's turn where it was sampled")
     before, _, after = whole[len(start + answer) :].partition(reply)
@@ -44,20 +52,19 @@ def turn_markers(tokenizer: PreTrainedTokenizerBase, role: str) -> TurnMarkers:
     return TurnMarkers(before, after)
 
 
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], role: str) -> str:
+def _template(tokenizer: PreTrainedTokenizerBase, role: str, variables: Mapping[str, Any] | None) -> ChatTemplate:
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"environment.role is {role!r} but the tokenizer has no chat template; set environment.role to null"
         )
+    return ChatTemplate(tokenizer, variables)
+
+
+def _render(template: ChatTemplate, turns: list[Turn], role: str) -> str:
     try:
-        text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # a template raises what it likes
-        raise _refusal(role, f"it refuses the conversation ({error})") from error
-    return text
+        return template.render(turns, to_answer=True)
+    except Refusal as error:
+        raise _refusal(role, str(error)) from error
 
 
 def _refusal(role: str, reason: str) -> ConfigError:

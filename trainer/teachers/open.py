@@ -36,7 +36,7 @@ def check_teachers(
         theirs = load_teacher_tokenizer(data_set.teacher)
         if theirs is not None:
             checks.check_tokenizers(tokenizer, theirs)
-            checks.check_chat(tokenizer, theirs, data_set.prompts, data_set.config.data.chat_template)
+            checks.check_chat(tokenizer, theirs, data_set.prompts)
 
 
 def connect_servers(

@@ -18,7 +18,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from fastkl.trainer.config.data import DataConfig
-from fastkl.trainer.data.prompts import Prompt, batch_indices, encode_completions, encode_prompts, load_prompts
+from fastkl.trainer.data.order import batch_indices
+from fastkl.trainer.data.prompts import encode_completions, encode_prompts
+from fastkl.trainer.data.rows import Prompt
+from fastkl.trainer.data.sources import load_prompts
 from fastkl.trainer.errors import ConfigError
 
 GOOD = b'{"prompt": "1+1="}\n'
@@ -33,11 +36,10 @@ BAD_ROWS = {
     "other-keys": (b'{"question": "1+1"}', "must have exactly one of `prompt` and `messages`; it has ['question']"),
     "both-keys": (b'{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}', "exactly one of"),
     "null-prompt": (b'{"prompt": null}', "exactly one of"),
-    "number-as-prompt": (b'{"prompt": 7}', "`prompt` is a int; expected text"),
-    "chat-as-prompt": (b'{"prompt": [{"role": "user", "content": "a"}]}', "`prompt` is a list; expected text"),
+    "number-as-prompt": (b'{"prompt": 7}', "`prompt` is a int; expected text or a list of messages"),
     "no-messages": (b'{"messages": []}', "`messages` must be a list of objects with `role` and `content`"),
     "text-as-messages": (b'{"messages": "hello"}', "`messages` must be a list"),
-    "turn-without-content": (b'{"messages": [{"role": "user"}]}', "`messages` must be a list"),
+    "turn-without-content": (b'{"messages": [{"role": "user"}]}', "turn 1 (user) has no `content`"),
     "text-as-turn": (b'{"messages": ["hello"]}', "`messages` must be a list"),
     "turn-as-messages": (b'{"messages": {"role": "user", "content": "a"}}', "`messages` must be a list"),
     "number-as-completion": (b'{"prompt": "a", "completion": 2}', "`completion` is a int; expected text"),

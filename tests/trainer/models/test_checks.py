@@ -13,7 +13,8 @@ from tiny_models import CHARACTERS, CHAT_TEMPLATE, llama, save_model, tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from fastkl.trainer.config.data import DataConfig
-from fastkl.trainer.data.prompts import EncodedPrompt, Prompt, encode_prompts
+from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts
+from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.ends import end_of_sequence
@@ -73,7 +74,7 @@ def test_chat_templates_that_differ_are_refused(prompt: Any, chat_template: bool
     student, teacher = tokenizer(), tokenizer()
     teacher.chat_template = OTHER_TEMPLATE
     with pytest.raises(ConfigError, match=r"<a>'… and .*<a> '….*Copy the teacher's chat_template"):
-        checks.check_chat(student, teacher, encoded(student, prompt), chat_template)
+        checks.check_chat(student, teacher, encoded(student, prompt, chat_template=chat_template))
 
 
 def test_chat_templates_are_compared_on_every_prompt() -> None:
@@ -82,19 +83,19 @@ def test_chat_templates_are_compared_on_every_prompt() -> None:
     teacher.chat_template = CHAT_TEMPLATE.replace(
         "{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}"
     )
-    checks.check_chat(student, teacher, encoded(student, "1+1=", CHAT[1:]), True)
+    checks.check_chat(student, teacher, encoded(student, "1+1=", CHAT[1:]))
     with pytest.raises(ConfigError, match="be brief"):
-        checks.check_chat(student, teacher, encoded(student, "1+1=", CHAT[1:], CHAT), True)
+        checks.check_chat(student, teacher, encoded(student, "1+1=", CHAT[1:], CHAT))
 
 
 def test_chat_templates_that_do_not_matter_pass() -> None:
     student, teacher = tokenizer(), tokenizer()
     teacher.chat_template = OTHER_TEMPLATE
-    checks.check_chat(student, teacher, encoded(student, "1+1=", chat_template=False), False)  # plain text
+    checks.check_chat(student, teacher, encoded(student, "1+1=", chat_template=False))  # plain text
     teacher.chat_template = CHAT_TEMPLATE + "{# the same text #}"
-    checks.check_chat(student, teacher, encoded(student, CHAT), True)
+    checks.check_chat(student, teacher, encoded(student, CHAT))
     teacher.chat_template = None  # a base model: it has no format to insist on
-    checks.check_chat(student, teacher, encoded(student, CHAT), True)
+    checks.check_chat(student, teacher, encoded(student, CHAT))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from tiny_models import tokenizer
 
 from fastkl.trainer.config.environment import EnvironmentConfig
 from fastkl.trainer.config.sampling import SamplingConfig
-from fastkl.trainer.data.prompts import EncodedPrompt, Prompt
+from fastkl.trainer.data.prompts import EncodedPrompt
+from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.data.samples import Completion, Sample, make_sample
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.rollouts.calculator import calculate

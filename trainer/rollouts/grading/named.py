@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from fastkl.trainer.data.prompts import EncodedPrompt, Prompt
+from fastkl.trainer.data.prompts import EncodedPrompt
+from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.rollouts.grading.graders import GRADERS, Grader
 from fastkl.trainer.rollouts.grading.trusted import imported

@@ -16,8 +16,10 @@ from tiny_models import tokenizer
 
 from fastkl.trainer.config.data import DataConfig
 from fastkl.trainer.config.reward import RewardConfig
-from fastkl.trainer.data.prompts import Prompt, encode_prompts, load_prompts
+from fastkl.trainer.data.prompts import encode_prompts
+from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.data.samples import Sample, make_sample
+from fastkl.trainer.data.sources import load_prompts
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.objectives.advantages import group_advantages, over_group_std, set_advantages, set_reward_advantages
 from fastkl.trainer.rollouts.grading.named import named_grader

@@ -18,7 +18,8 @@ from tiny_models import tokenizer
 
 from fastkl import cli
 from fastkl.trainer.config.training import DistillConfig
-from fastkl.trainer.data.prompts import encode_prompts, load_prompts
+from fastkl.trainer.data.prompts import encode_prompts
+from fastkl.trainer.data.sources import load_prompts
 from fastkl.trainer.errors import ConfigError, ServerError
 from fastkl.trainer.rollouts.samplers.served import ServedSampler, connect_sampling
 from fastkl.trainer.runs.processes import start

@@ -1,0 +1,150 @@
+"""A tokenizer's chat template with its variables, and what it writes for a prompt."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from fastkl.trainer.data.rows import Prompt
+from fastkl.trainer.data.template_variables import template_variables
+from fastkl.trainer.data.turns import Turn, left_out, make_turn, marked
+from fastkl.trainer.errors import ConfigError
+
+ASKED, ANSWER = make_turn("user", "first-text"), "second-text"  # nothing that a template would change
+
+
+class Refusal(ValueError):
+    """What a template says against a conversation."""
+
+
+class ChatTemplate:
+    """The template with what it may read beside messages and tools: `variables` (`data.template_kwargs`)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any] | None = None) -> None:
+        self.tokenizer, self.variables = tokenizer, dict(variables or {})
+        self._whole: set[tuple[Any, ...]] = set()  # kinds of conversations that it writes without leaving anything out
+        added = tokenizer.added_tokens_decoder.values()
+        self._special = _any_of({str(token) for token in added if token.special} | {tokenizer.eos_token or ""})
+        self._added = _any_of({str(token) for token in added})
+
+    def render(self, turns: Sequence[Turn], tools: list[dict[str, Any]] | None = None, *, to_answer: bool) -> str:
+        """The conversation as text; `to_answer`: up to where the assistant's next turn begins.
+
+        Raises:
+            Refusal: What the template says against it.
+        """
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                list(turns), tools=tools, add_generation_prompt=to_answer, tokenize=False, **self.variables
+            )
+        except Exception as error:  # a template raises what it likes
+            raise Refusal(f"the chat template refuses the conversation: {str(error)[:300]!r}") from error
+        return text
+
+    def prompt(self, row: Prompt) -> str:
+        """A row up to where the answer begins.
+
+        Raises:
+            ConfigError: Naming the row, where the template refuses it or leaves a part of it out.
+        """
+        try:
+            self._check(row)
+            return self.render(row.turns, row.tools, to_answer=True)
+        except Refusal as error:
+            raise ConfigError(f"{row.source}: {error}") from error
+
+    @cached_property
+    def after_answer(self) -> tuple[str, str]:
+        """What follows the assistant's text in its last turn: up to and with the token that ends the turn, and the rest.
+
+        The token is the first special one; without any, the first added token that ends the user's turns too. Where a
+        template ends turns without such a token, the first text is "".
+        """
+        try:
+            whole = self.render([ASKED, make_turn("assistant", ANSWER)], to_answer=False)
+        except Refusal:
+            return "", ""
+        before, _, after = whole.rpartition(ANSWER)
+        ends = [found for found in self._added.finditer(after) if found[0] in before]
+        end = self._special.search(after) or (ends[0] if ends else None)
+        return ("", after) if not before or end is None else (after[: end.end()], after[end.end() :])
+
+    @property
+    def end_token(self) -> str:
+        """The token that ends the assistant's turn; "" where none does."""
+        tokens = self._added.findall(self.after_answer[0]) or self._special.findall(self.after_answer[0])
+        return str(tokens[-1]) if tokens else ""
+
+    def ends_in_token(self, text: str) -> bool:
+        """Whether a text ends with a token that no plain text has."""
+        return any(found.end() == len(text) for found in self._added.finditer(text))
+
+    def _check(self, row: Prompt) -> None:
+        if isinstance(row.prompt, str) and (found := self._special.match(row.prompt.lstrip())):
+            raise Refusal(
+                f"the text begins with {found[0]!r}, as a chat does that is rendered already; set data.chat_template to "
+                f"false"
+            )
+        kind = (bool(row.tools), *((turn["role"], *sorted(turn)) for turn in row.turns))
+        if kind in self._whole:
+            return
+        if row.tools and "tools" not in self._reads(row.tools):
+            raise Refusal("the row has `tools`, which the chat template does not read")
+        self._check_whole(row)
+        self._whole.add(kind)
+
+    def _check_whole(self, row: Prompt) -> None:
+        """Every text of a conversation of this kind is in what the template writes, and every call of a tool."""
+        turns = [marked(number, turn) for number, turn in enumerate(row.turns, start=1)]
+        try:
+            text = self.render(turns, row.tools, to_answer=True)
+        except Refusal:  # it wants other texts; what it makes of the row's own is seen there
+            return
+        for number, turn in enumerate(turns, start=1):
+            if part := left_out(turn, text):
+                raise Refusal(f"the chat template leaves out the {part} of turn {number} ({turn['role']})")
+
+    def check_variables(self) -> None:
+        """All that `data.template_kwargs` gives is read by the template, and not set by the trainer."""
+        own = set(inspect.signature(self.tokenizer.apply_chat_template).parameters) | {"messages"}
+        read = self._reads(None) | self._reads([{}])
+        for name in self.variables:
+            if name in own - {"documents"}:
+                raise ConfigError(f"data.template_kwargs has {name!r}, which the trainer sets itself; leave it out")
+            if name not in read:
+                known = ", ".join(sorted(read - own)) or "none"
+                raise ConfigError(
+                    f"data.template_kwargs has {name!r}, which the chat template does not read; it reads {known}"
+                )
+
+    def _reads(self, tools: list[dict[str, Any]] | None) -> set[str]:
+        return template_variables(self.tokenizer.get_chat_template(None, tools))
+
+
+def chat_template(source: str, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> ChatTemplate:
+    """The tokenizer's template for the row called `source`; a ConfigError where it has none."""
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"{source}: the tokenizer has no chat template; set data.chat_template to false and give text prompts"
+        )
+    template = ChatTemplate(tokenizer, variables)
+    if variables:
+        template.check_variables()
+    return template
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the token that ends an assistant's turn in the tokenizer's chats; None without one."""
+    token = "" if tokenizer.chat_template is None else ChatTemplate(tokenizer).end_token
+    found: int | None = tokenizer.convert_tokens_to_ids(token) if token else None
+    return found
+
+
+def _any_of(tokens: set[str]) -> re.Pattern[str]:
+    longest_first = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

@@ -1,0 +1,71 @@
+"""Where rows stand: files, folders of files, and data sets of the `datasets` package."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fastkl.trainer.config.data import DataConfig
+from fastkl.trainer.data.arrow import hub_rows, is_saved, parquet_rows, saved_rows
+from fastkl.trainer.data.json_files import json_rows
+from fastkl.trainer.data.rows import COLUMNS, Prompt, parse_row
+from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.notes import note
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".parquet")  # read from a folder
+
+
+def load_prompts(config: DataConfig) -> list[Prompt]:
+    """The rows of a file, a folder or a data set, each checked; an error names the row.
+
+    Columns that nothing reads are named once, on stderr.
+    """
+    prompts, unused = [], dict[str, None]()
+    for source, row in itertools.islice(_rows(config), config.limit):
+        if isinstance(row, dict):
+            row = _renamed(source, row, config.columns)
+            unused |= dict.fromkeys(name for name in row if name not in COLUMNS)
+        prompts.append(parse_row(source, row))
+    if not prompts:
+        raise ConfigError(f"{config.path or config.dataset} holds no rows")
+    if unused:
+        note(f"{config.path or config.dataset}: nothing reads the columns {', '.join(map(repr, unused))}")
+    return prompts
+
+
+def _rows(config: DataConfig) -> Iterable[tuple[str, Any]]:
+    if config.path is None:
+        return hub_rows(config)
+    path = Path(os.path.expandvars(config.path)).expanduser()
+    if path.is_dir():
+        return saved_rows(path, config.split) if is_saved(path) else _folder_rows(path)
+    if not path.is_file():
+        raise ConfigError(f"data file {path} does not exist (looked in {Path.cwd()})")
+    return _file_rows(path)
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    return parquet_rows(path) if path.suffix.lower() == ".parquet" else json_rows(path)
+
+
+def _folder_rows(folder: Path) -> Iterator[tuple[str, Any]]:
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name.lower().endswith(SUFFIXES))
+    if not files:
+        raise ConfigError(
+            f"data.path {folder} is a folder without data; expected files {', '.join(SUFFIXES)}, or what save_to_disk "
+            f"wrote (looked in {Path.cwd()})"
+        )
+    return itertools.chain.from_iterable(map(_file_rows, files))
+
+
+def _renamed(source: str, row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """A row under our names, from `data.columns` (ours: theirs)."""
+    if missing := [theirs for theirs in columns.values() if theirs not in row]:
+        raise ConfigError(f"{source} has no column {missing[0]!r}, which data.columns names; it has {sorted(row)}")
+    taken = {*columns, *columns.values()}
+    return {name: value for name, value in row.items() if name not in taken} | {
+        ours: row[theirs] for ours, theirs in columns.items()
+    }

@@ -1,0 +1,96 @@
+"""The messages of a chat, as rows hold them: roles, and contents that become text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fastkl.trainer.errors import ConfigError
+
+Turn = dict[str, Any]  # `role`, `content` (text), and what else the template may read: tool_calls, name, …
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # where a turn keeps it
+_THINKING = re.compile(r"</?think>")  # templates take a content apart here
+
+
+def make_turn(role: str, content: str) -> Turn:
+    return {"role": role, "content": content}
+
+
+def read_turns(source: str, name: str, value: Any) -> list[Turn]:
+    """The turns of a chat in the column called `name`, with text as content; keys that are null are left out."""
+    wanted = f"{source}: `{name}` must be a list of objects with `role` and `content`"
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ConfigError(f"{wanted}; it is a {type(value).__name__}")
+    if not value:
+        raise ConfigError(f"{wanted}; it is empty")
+    for number, turn in enumerate(value, start=1):
+        if not isinstance(turn, dict):
+            raise ConfigError(f"{wanted}; turn {number} is a {type(turn).__name__}")
+        if "from" in turn and "value" in turn:
+            raise ConfigError(
+                f"{wanted}; turn {number} has `from` and `value`: rename them, and the roles human and gpt to user and "
+                f"assistant"
+            )
+        if not isinstance(turn.get("role"), str):
+            raise ConfigError(f"{wanted}; turn {number} has the role {turn.get('role')!r}")
+    return [_turn(f"{source}: turn {number} ({turn['role']})", turn) for number, turn in enumerate(value, start=1)]
+
+
+def _turn(place: str, turn: Turn) -> Turn:
+    given = {key: value for key, value in turn.items() if value is not None}
+    if "content" not in given:
+        if turn["role"] == "assistant" and turn.get("tool_calls"):
+            return {**given, "content": ""}  # the calls are what it says
+        raise ConfigError(f"{place} has no `content`; give it text, or leave the row out")
+    return {**given, "content": _text(place, given["content"])}
+
+
+def _text(place: str, content: Any) -> str:
+    """A content as it stands, or the text parts of a list end to end."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence) or not content:
+        raise ConfigError(f"{place}: `content` is {content!r:.40}; expected text or a list of text parts")
+    return "".join(_part(place, part) for part in content)
+
+
+def _part(place: str, part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise ConfigError(f"{place}: `content` has a part that is a {type(part).__name__}; expected text")
+    kind, text = part.get("type", "text"), part.get("text")
+    if kind not in TEXT_PARTS:
+        raise ConfigError(f"{place}: `content` has a part of the type {kind!r}; only text is read, leave the row out")
+    if not isinstance(text, str):
+        raise ConfigError(f"{place}: `content` has a part of the type {kind!r} without `text`")
+    return text
+
+
+def marked(number: int, turn: Turn) -> Turn:
+    """The turn with a text and names of tools that are found again."""
+    calls = [call | {"function": call["function"] | {"name": f"call_{number}_call"}} for call in _calls(turn)]
+    content = f"text-{number}-text" if turn["content"] else ""
+    return turn | {"content": content} | ({"tool_calls": calls} if calls else {})
+
+
+def left_out(turn: Turn, text: str) -> str | None:
+    """The first part of a turn that is not in a text, white space aside; None where all of it is."""
+    dense = "".join(text.split())
+    return next((name for name, part in _parts(turn) if "".join(part.split()) not in dense), None)
+
+
+def _parts(turn: Turn) -> Iterator[tuple[str, str]]:
+    yield from (("`content`", part) for part in _THINKING.split(turn["content"]))
+    yield from ((f"`{key}`", str(turn[key])) for key in REASONING if key in turn)
+    yield from (("`tool_calls`", str(call["function"]["name"])) for call in _calls(turn))
+
+
+def _calls(turn: Turn) -> list[dict[str, Any]]:
+    """The calls of tools in a turn that have the usual form."""
+    calls = turn.get("tool_calls")
+    functions = [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    return [call for call in functions if isinstance(call.get("function"), dict) and "name" in call["function"]]
