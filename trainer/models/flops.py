@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.models.layers import attends, layer_kinds
+from fastkl.trainer.models.layers import attends, layer_kinds, layer_settings
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Cost:
     trained_blocks: float  # of those, in matrices that are trained
     head: float  # of a token whose log-prob is wanted
     trained_head: float  # the same, or 0 where the head is frozen
-    pair: float  # of a query and a key, in one layer's attention
+    pair: float  # of a query and a key, in one layer's attention; on average, where layers differ
     windows: tuple[int | None, ...]  # each attention layer's: how many keys a query sees at most
     recomputed: bool  # gradient checkpointing: the blocks run forward twice
 
@@ -87,14 +87,15 @@ def _pairs(length: int, window: int | None) -> float:
 
 def _pair(config: Any) -> float:
     """q·k, and the weighted sum of values."""
-    heads: int = config.num_attention_heads
-    return 4.0 * heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    sizes = zip(layer_settings(config, "num_attention_heads"), layer_settings(config, "head_dim"), strict=True)
+    costs = [4.0 * heads * (width or config.hidden_size // heads) for heads, width in sizes if heads]
+    return sum(costs) / len(costs) if costs else 0.0
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:
-    window = getattr(config, "sliding_window", None)
+    layers = zip(layer_kinds(config), layer_settings(config, "sliding_window"), strict=False)
     # Linear attention and state spaces have no pairs; what their matrices cost is in `blocks`.
-    return tuple(window if "sliding" in kind else None for kind in layer_kinds(config) if attends(kind))
+    return tuple(window if "sliding" in kind else None for kind, window in layers if attends(kind))
 
 
 def _active_share(config: Any, shape: Sequence[int]) -> float:

@@ -7,8 +7,16 @@ from typing import Any
 
 def layer_kinds(config: Any) -> list[str]:
     """One name per layer, as Transformers gives them: full_attention, sliding_attention, linear_attention, conv, …"""
-    usual = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
-    return list(getattr(config, "layer_types", None) or [usual] * config.num_hidden_layers)
+    windows = layer_settings(config, "sliding_window")
+    usual = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    return list(getattr(config, "layer_types", None) or usual)
+
+
+def layer_settings(config: Any, name: str) -> list[Any]:
+    """A setting of each layer, None where it is unknown: layers differ in some models, as Gemma 4's do in head_dim."""
+    differ = getattr(config, "is_heterogeneous", False)
+    layers = config.per_layer_config if differ else [config] * config.num_hidden_layers
+    return [getattr(layer, name, None) for layer in layers]
 
 
 def attends(kind: str) -> bool:
