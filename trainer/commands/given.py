@@ -119,7 +119,7 @@ class Settings:
                 values[part] = self.given[name].value
             elif entry_of(setting.kind) is not None:
                 entries = dict.fromkeys(known[len(name) + 1 :].split(".")[0] for known in self._below(name))
-                values[part] = {entry: self._build(entry_of(setting.kind), f"{name}.{entry}") for entry in entries}
+                values[part] = {entry: self._entry(entry_of(setting.kind), f"{name}.{entry}") for entry in entries}
             elif self._below(name):
                 values[part] = self._build(group_of(setting.kind), name)  # type: ignore[arg-type]
             elif setting.default is REQUIRED:
@@ -128,6 +128,9 @@ class Settings:
             return config(**values)
         except ConfigError as error:
             raise ConfigError(self._located(_with_full_names(str(error), group))) from error
+
+    def _entry(self, kind: Any, name: str) -> Any:
+        return self.given[name].value if name in self.given else self._build(kind, name)
 
     def _below(self, name: str) -> list[str]:
         return [known for known in self.given if known.startswith(f"{name}.")]
@@ -160,7 +163,8 @@ def _at(place: Place, key: yaml.Node) -> Place:
 def _as_group(name: str, node: yaml.Node, kind: Any) -> str:
     """How the value would be written within its group."""
     if entry_of(kind) is not None:
-        return "it takes entries with names of your own, each a group of settings"
+        of = "a value" if group_of(entry_of(kind)) is None else "a group of settings"
+        return f"it takes entries with names of your own, each {of}"
     settings = settings_of(group_of(kind) or type)
     usual = next((one for one in USUAL if one in settings), "")
     if usual and isinstance(node, yaml.ScalarNode):

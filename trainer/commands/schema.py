@@ -41,7 +41,7 @@ def group_of(kind: Any) -> type | None:
 
 
 def entry_of(kind: Any) -> Any:
-    """X for `dict[str, X]`: settings under names of the user's own; None for any other type."""
+    """X for `dict[str, X]`: groups or values under names of the user's own; None for any other type."""
     return get_args(kind)[1] if get_origin(kind) is dict else None
 
 
@@ -71,6 +71,8 @@ def _one_in_words(kind: Any) -> str:
     if get_origin(kind) is list:
         several = {str: "texts", int: "whole numbers", float: "numbers"}[get_args(kind)[0]]
         return f"a list of {several}"
+    if entry_of(kind) is not None and group_of(entry_of(kind)) is None:
+        return "names with values"
     if entry_of(kind) is not None or dataclasses.is_dataclass(kind):
         return "a group of settings"
     return {type(None): "null", bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]

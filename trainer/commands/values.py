@@ -56,6 +56,8 @@ def as_written(node: yaml.Node) -> str:
 
 
 def _read_one(node: yaml.Node, kind: Any) -> Any:
+    if kind is Any:
+        return yaml.safe_load(yaml.serialize(node))
     if get_origin(kind) is list:
         if not isinstance(node, yaml.SequenceNode):
             raise Misfit

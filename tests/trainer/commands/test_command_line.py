@@ -55,7 +55,8 @@ def test_yaml_and_overrides(flag: list[str], empty_folder: Path) -> None:
 def test_every_setting_goes_through_a_file(empty_folder: Path) -> None:
     """What config.yaml holds is read back as the same config, and so is each of its settings as a word."""
     settings: dict[str, object] = {
-        "mixture": "{a: {data: {path: d, limit: 3}, weight: 2}, b: {data: {path: e}, teacher: {path: u}}}",
+        "mixture": "{a: {data: {path: d, template_kwargs: {t: false, n: null, l: [{k: 1}]}}, weight: 2}, "
+        "b: {data: {path: e}, teacher: {path: u}}}",
         "data.path": "null",
         "student.lora": "{rank: 4, target_modules: [q_proj, v_proj]}",
         "trackers": "[]",
@@ -90,6 +91,14 @@ def test_every_setting_goes_through_a_file(empty_folder: Path) -> None:
             {"student.lora.target_modules": ["a", "b"]},
         ),
         ("", ["--trackers", "[]"], {"trackers": []}),
+        (
+            "data: {path: d, columns: {prompt: q, answer: a}, template_kwargs: {think: no, on: 'no'}}",
+            ["--data.columns.prompt=1", "--data.template_kwargs.think=[1, x]"],
+            {
+                "data.columns": {"answer": "a", "prompt": "1"},
+                "data.template_kwargs": {"on": "no", "think": [1, "x"]},
+            },
+        ),
         ("", ["--optim.max_grad_norm", "null"], {"optim.max_grad_norm": None}),
         ("optim: {lr: 1}", ["--optim.lr=2", "--optim.lr=3"], {"optim.lr": 3.0}),
     ],
@@ -153,6 +162,7 @@ REFUSED: list[tuple[str, list[str], list[str]]] = [
     (YAML, ["--loss", "jsd"], ["--loss is 'jsd'", "write loss: {objective: jsd}"]),
     (YAML, ["--optim", "3"], ["--optim is 3", "it is a group of settings: lr, steps"]),
     (YAML, ["--mixture", "3"], ["--mixture is 3", "entries with names of your own"]),
+    (YAML, ["--data.columns", "q"], ["--data.columns is 'q'", "entries with names of your own, each a value"]),
     (YAML, ["--teacher.server.url", "http://h/v1"], ["teacher.server.model is empty"]),
     (YAML, ["--data.path", "$NOWHERE/d"], ["--data.path is '$NOWHERE/d'", "$NOWHERE is not set"]),
     ("run: runs/a\nstudent: tiny\n", [], ["run.yaml:2: student is 'tiny'", "write student: {path: tiny}"]),
