@@ -9,7 +9,7 @@ distances of rows are specialised on being multiples of 16: vectorised loads nee
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -60,8 +60,13 @@ def product_config(target: GPUTarget, dtype: torch.dtype, vectors: bool) -> Laun
 
 def launch(kernel: Any, grid: tuple[int, ...], config: LaunchConfig, device: torch.device, **arguments: object) -> None:
     """Runs `kernel` on `device`, which need not be the current one. `arguments` are its own and Triton's options."""
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with _current(device):
         kernel[grid](**arguments, **config.options())
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes `device` the current one, of which alone Triton's driver speaks."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def token_ids(tokens: Tensor | None) -> dict[str, Any]:
@@ -69,21 +74,22 @@ def token_ids(tokens: Tensor | None) -> dict[str, Any]:
     return {"tokens_ptr": tokens, "tokens_stride": 0 if tokens is None else tokens.stride(0)}
 
 
-def register_limit(num_warps: int, programs: int) -> dict[str, int]:
-    """Registers per thread with which `programs` share a multiprocessor, as an option of Triton's for CUDA.
+def register_limit(device: torch.device, num_warps: int, programs: int) -> dict[str, int]:
+    """Registers per thread with which `programs` share a multiprocessor of `device`, as an option of Triton's for CUDA.
 
     Without it the assembler spills now and then to fit one more.
     """
-    if triton.knobs.runtime.interpret or triton.runtime.driver.active.get_current_target().backend != "cuda":
+    if triton.knobs.runtime.interpret or target_of(device).backend != "cuda":
         return {}
     return {"maxnreg": REGISTERS // (programs * 32 * num_warps)}
 
 
-def current_target() -> GPUTarget:
-    """The chip that is launched on; for Triton's interpreter any will do."""
+def target_of(device: torch.device) -> GPUTarget:
+    """The chip of `device`, which need not be the current one; for Triton's interpreter any will do."""
     if triton.knobs.runtime.interpret:
         return GPUTarget("cuda", 80, 32)
-    return triton.runtime.driver.active.get_current_target()
+    with _current(device):
+        return triton.runtime.driver.active.get_current_target()
 
 
 def suits_vectors(x: Tensor) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkl._loss import arguments as check
+from fastkl._loss.sequences import future_sums
 
 
 def reverse_kl_advantages(
@@ -53,21 +54,9 @@ def reverse_kl_advantages(
     if mask is not None:
         difference = (difference * mask).where(mask != 0, 0.0)
     if discount > 0.0 and difference.dim() > 0:
-        difference = _discounted_future(difference, discount, sequence_ids)
+        difference = future_sums(difference, discount, sequence_ids)
     if baseline is not None:
         own = baseline.detach().to(dtype)
         difference = difference - (own if mask is None else (own * mask).where(mask != 0, 0.0))
     advantages = -coef * difference
     return advantages if mask is None else advantages.where(mask != 0, 0.0)
-
-
-def _discounted_future(difference: Tensor, discount: float, sequence_ids: Tensor | None) -> Tensor:
-    """y_i = Σ_k discountᵏ d_{i+k} within a sequence, by doubling: log₂ T steps, no division by powers of the discount."""
-    total, shift = difference.clone(), 1
-    while shift < difference.shape[-1]:
-        later = total[..., shift:] * discount**shift
-        if sequence_ids is not None:
-            later = later.where(sequence_ids[..., shift:] == sequence_ids[..., :-shift], 0.0)
-        total = torch.cat([total[..., :-shift] + later, total[..., -shift:]], dim=-1)
-        shift *= 2
-    return total

@@ -14,12 +14,15 @@ class Sequences:
         starts[..., :1] = True
         if sequence_ids is not None:
             starts[..., 1:] = sequence_ids[..., 1:] != sequence_ids[..., :-1]
-        self._index = starts.reshape(-1).cumsum(0) - 1  # [N], which sequence a token is of
+        self._starts = starts
+        numbers = starts.reshape(-1).cumsum(0)  # [N], which sequence a token is of
+        self._numbers = numbers.reshape(starts.shape)
+        self._first = torch.searchsorted(numbers, numbers)  # [N], the first token of its sequence
 
     def sum(self, values: Tensor) -> Tensor:
-        """For values [N], each token's sum over its sequence [N]; summed in float64, so that order does not show."""
-        totals = torch.zeros_like(values, dtype=torch.float64).index_add_(0, self._index, values.double())
-        return totals[self._index].to(values.dtype)
+        """For values [N], each token's sum over its sequence [N]; in float64, and always in the same order."""
+        totals = future_sums(values.double().reshape(self._numbers.shape), 1.0, self._numbers)
+        return totals.reshape(-1)[self._first].to(values.dtype)
 
     def mean(self, values: Tensor, active: Tensor) -> Tensor:
         """For values [N], each token's mean over the active tokens of its sequence [N]; 0 if there are none."""
@@ -27,5 +30,19 @@ class Sequences:
 
     def count(self, active: Tensor) -> Tensor:
         """How many sequences have an active token, 0-dim; no synchronisation."""
-        counts = torch.zeros_like(active, dtype=torch.int64).index_add_(0, self._index, active.to(torch.int64))
-        return (counts > 0).sum()
+        return ((self.sum(active.double()) > 0) & self._starts.reshape(-1)).sum()
+
+
+def future_sums(values: Tensor, discount: float, sequence_ids: Tensor | None) -> Tensor:
+    """y_i = Σ_k discountᵏ x_{i+k} along the last dimension, within a sequence: equal ids stand together.
+
+    By doubling: log₂ T steps, no division by powers of the discount, and an order of the sums that does not vary.
+    """
+    total, shift = values.clone(), 1
+    while shift < values.shape[-1]:
+        later = total[..., shift:] * discount**shift
+        if sequence_ids is not None:
+            later = later.where(sequence_ids[..., shift:] == sequence_ids[..., :-shift], 0.0)
+        total = torch.cat([total[..., :-shift] + later, total[..., -shift:]], dim=-1)
+        shift *= 2
+    return total

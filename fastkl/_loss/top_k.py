@@ -33,6 +33,7 @@ def top_k_kl_loss(
                       renormalised, and −log of the student's mass within it on top, which makes leaving the list cost.
                       "drop": the terms of the listed tokens alone, as they are. Biased, and no divergence: it may be
                       negative, and in the reverse direction the student pays nothing for what is not listed.
+    On an accelerator nobody looks at the ids: a list without one, or with one outside the vocabulary, makes its row NaN.
     A bias of −inf forbids a token outside the list, with a soft-cap or without. It forbids a listed token too, except under
     a soft-cap: the token's score is then −softcap, as in all other losses.
     The other arguments are those of the divergences (`fastkl.loss`). Formulas: `fastkl.kernels.top_k.formula`.
@@ -48,7 +49,8 @@ def top_k_kl_loss(
     ids, logprobs = _check_list(teacher_ids, teacher_logprobs, hidden)
     if ids.is_cpu and not torch.compiler.is_compiling():
         _look_at_list(ids[call.active], logprobs[call.active], call.inputs.weight.shape[0])
-    ids, logprobs = ids.where(call.active[:, None], 0), logprobs.to(call.token_weights.dtype)
+    ids = torch.where(call.active[:, None], ids, _placeholder(ids))
+    logprobs = logprobs.to(call.token_weights.dtype)
     call = call._replace(
         inputs=call.inputs._replace(top_ids=ids, top_logprobs=logprobs),
         spec=call.spec._replace(variant=f"{direction}-{tail}"),
@@ -77,6 +79,11 @@ def _check_list(ids: Tensor, logprobs: Tensor, hidden: Tensor) -> tuple[Tensor, 
         raise ValueError("teacher_logprobs requires a gradient, and top_k_kl_loss has none for it: detach it")
     k = ids.shape[-1]
     return ids.to(torch.int64).reshape(-1, k), logprobs.reshape(-1, k)
+
+
+def _placeholder(ids: Tensor) -> Tensor:
+    """The list of a row that is left out, [1, k]: a token and padding, since ids that stand twice have no order."""
+    return torch.nn.functional.pad(ids.new_zeros(1, 1), (0, ids.shape[1] - 1), value=-1)
 
 
 def _look_at_list(ids: Tensor, logprobs: Tensor, vocabulary: int) -> None:

@@ -54,7 +54,7 @@ def launch_rows(
     if n == 0:
         return
     config = row_config(chunks)
-    limit = {} if programs is None else register_limit(config.num_warps, programs)
+    limit = {} if programs is None else register_limit(x.device, config.num_warps, programs)
     launch(kernel, (n,), config, x.device, vocabulary=vocabulary, **student, **arguments, **limit)
 
 

@@ -55,10 +55,10 @@ from fastkl.kernels.launch import (
     LaunchConfig,
     check_device,
     check_rows,
-    current_target,
     launch,
     product_config,
     suits_vectors,
+    target_of,
     token_ids,
 )
 from fastkl.kernels.problem import HeadOptions
@@ -167,7 +167,7 @@ def splits(vocabulary: int, block_n: int) -> tuple[int, int]:
 
 def _plan(heads: list[Head]) -> tuple[Access, LaunchConfig]:
     """How the operands are read, and the shape of a program: the widest tiles of which no variant spills registers."""
-    target = current_target()
+    target = target_of(heads[0].hidden.device)
     arch = target.arch // 10 if target.backend == "cuda" else None
     access = _access([t for head in heads for t in (head.hidden, head.weight)], arch)
     dtypes = [head.hidden.dtype for head in heads]

@@ -31,8 +31,12 @@ class Solution(NamedTuple):
 
 
 def solve(sparse: Sparse, squares: Tensor, always: list[Tensor]) -> Solution:
-    """From w² [V], which is overwritten; ids in `always` are certain."""
+    """From w² [V], which is overwritten; ids in `always` are certain.
+
+    An id outside the vocabulary has made its row NaN. It must not end in a device-side assertion here.
+    """
     total = squares.sum()
+    always = [ids.clamp(0, squares.shape[0] - 1) for ids in always]
     for ids in always:
         squares.index_fill_(0, ids, 0.0)
     w = squares.sqrt_()
@@ -56,10 +60,22 @@ def threshold(w: Tensor, variance: Tensor) -> Tensor:
 
     The left side grows with τ and is linear in it between two neighbours of w: sums over the sorted w find the place.
     """
-    w = w.sort().values
-    first, second = w.cumsum(0), w.square().cumsum(0)
-    index = torch.searchsorted(w * first - second, variance[None]).clamp_(1, w.shape[0]) - 1
-    return ((variance + second[index]) / first[index].clamp(min=torch.finfo(w.dtype).tiny)).squeeze(0)
+    dtype, w = w.dtype, w.sort().values.double()
+    largest = w[-1:].clamp(min=torch.finfo(torch.float32).tiny)
+    w, variance = w / largest, variance.double() / largest.square()
+    first, second = running_sums(w), running_sums(w.square())
+    index = torch.searchsorted(w * first - second, variance).clamp_(1, w.shape[0]) - 1
+    tau = (variance + second[index]) / first[index].clamp(min=torch.finfo(torch.float32).tiny)
+    return (largest * tau).squeeze(0).to(dtype)
+
+
+def running_sums(x: Tensor) -> Tensor:
+    """x₀, x₀ + x₁, … in float64, for x [n] in [0, 1], to within n · 2⁻ᵇ with 2ᵇ · n ≤ 2⁶².
+
+    The sums are of integers, whose order shows in no bit. On CUDA a running sum of floats differs from call to call.
+    """
+    scale = 2.0 ** (62 - x.shape[0].bit_length())
+    return (x * scale).round().to(torch.int64).cumsum(0).double() / scale
 
 
 def expected_columns(w: Tensor, tau: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastkl.kernels.launch import LaunchConfig, check_device, current_target, launch, product_config, suits_vectors
+from fastkl.kernels.launch import LaunchConfig, check_device, launch, product_config, suits_vectors, target_of
 from fastkl.kernels.rows.launch import GRADIENT_DTYPES
 from fastkl.kernels.sparse.estimator import SPLIT
 from fastkl.kernels.sparse.triton_kernels import (
@@ -168,7 +168,7 @@ def _estimate_arguments(gradient: Tensor, columns: Selection) -> dict[str, Any]:
 
 def _product_config(gradient: Tensor, other: Tensor) -> LaunchConfig:
     """Blind to what was drawn, too."""
-    return product_config(current_target(), gradient.dtype, suits_vectors(gradient) and suits_vectors(other))
+    return product_config(target_of(gradient.device), gradient.dtype, suits_vectors(gradient) and suits_vectors(other))
 
 
 def _programs(device: torch.device) -> int:

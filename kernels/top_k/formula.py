@@ -49,14 +49,16 @@ def top_k(
 ) -> None:
     """out[0] = D of `variant`, with its gradient; out[1] = −log p[y], 0 without tokens.
 
-    Ids below 0 pad a list at its end.
+    Ids below 0 pad a list at its end. A list without an id, or with one outside the vocabulary, makes its row NaN, and such
+    a token its log-prob.
     """
     assert logits.top_ids is not None
     assert logits.top_logprobs is not None
     x, cap, padding = logits.student, logits.student_cap, logits.top_ids < 0
-    ids = torch.where(padding, logits.top_ids[:, :1], logits.top_ids)
+    wrong = padding[:, 0] | (logits.top_ids >= x.shape[1]).any(1)
+    ids = torch.where(padding, logits.top_ids[:, :1], logits.top_ids).masked_fill(wrong[:, None], 0)
     z, slope = _capped(x.gather(1, ids), cap)
-    target = None if tokens is None else _capped(x.gather(1, tokens[:, None]), cap)[0].squeeze(1)
+    target = None if tokens is None else _target(x, tokens, cap)
     x.scatter_(1, ids, -torch.inf)
     sums = out.new_empty(2, out.shape[1])
     dense.tail_sums(x, cap, sums)
@@ -67,14 +69,21 @@ def top_k(
     log_q = logits.top_logprobs.masked_fill(padding, -torch.inf)
     listed = _Listed(z - lse[:, None], log_q, log_tail - lse, 1.0 - log_q.exp().sum(1))
     value, u, tail_scale = _TERMS[variant](listed)
-    out[0] = value
+    out[0] = value.masked_fill(wrong, torch.nan)
     out[1] = 0.0 if target is None else (peak - target) + lse
     if gradient is None:
         return
     share = tail_scale.where(sums[1] > 0, 0.0) / sums[1].where(sums[1] > 0, 1.0)
-    dense.tail_gradient(x, cap, sums[0], share, gradient)
-    u = u * slope
+    dense.tail_gradient(x, cap, sums[0], share.masked_fill(wrong, torch.nan), gradient)
+    u = (u * slope).masked_fill(wrong[:, None], torch.nan)
     gradient.scatter_(1, ids, torch.where(padding, u[:, :1], u).to(gradient.dtype))
+
+
+def _target(x: Tensor, tokens: Tensor, cap: float | None) -> Tensor:
+    """z[y], [n]; NaN for a token outside the vocabulary, which on a GPU nobody has looked for."""
+    wrong = (tokens < 0) | (tokens >= x.shape[1])
+    z, _ = _capped(x.gather(1, tokens.masked_fill(wrong, 0)[:, None]), cap)
+    return z.squeeze(1).masked_fill(wrong, torch.nan)
 
 
 class _Listed(NamedTuple):

@@ -12,7 +12,9 @@ from loss_cases import HEADS, eager, fused, fused_output, make_problem, referenc
 from property_settings import PROPERTY
 
 from fastkl import loss, reference
+from fastkl._loss import top_k
 from fastkl.kernels.options import DIRECTIONS, TAILS
+from fastkl.loss import Sparse
 
 FORMS = [(direction, tail) for direction in DIRECTIONS for tail in TAILS]
 forms = pytest.mark.parametrize(("direction", "tail"), FORMS)
@@ -146,3 +148,26 @@ def test_a_masked_row_needs_no_list(skip: bool) -> None:
     ids[1] = -1
     found = fused("top_k", p, teacher_ids=ids, teacher_logprobs=logprobs, skip_zero_rows=skip)
     torch.testing.assert_close(found, fused("top_k", p))
+
+
+@pytest.mark.parametrize("backward", ["exact", Sparse(0)], ids=["exact", "sparse"])
+@forms
+def test_on_an_accelerator_a_wrong_id_makes_its_row_nan(
+    monkeypatch: pytest.MonkeyPatch, direction: str, tail: str, backward: Any
+) -> None:
+    """Where nobody looks at the list; a row that is left out may hold what it likes."""
+    monkeypatch.setattr(top_k, "_look_at_list", lambda *_: None)
+    p = make_problem((4,))._replace(mask=torch.tensor([1.0, 1.0, 0.0, 1.0]), tokens=torch.zeros(4, dtype=torch.int64))
+    ids, logprobs = teacher_list(p)
+    p, options = p.leaves(), {"direction": direction, "tail": tail, "reduction": "none", "backward": backward}
+    lists = {"clean": ids.clone(), "dirty": ids}
+    ids[1, 2], ids[2, 0], ids[3] = 11, 2**40, -1
+    found = {
+        name: loss.top_k_kl_loss(p.hidden, p.weight, chosen, logprobs, bias=p.bias, mask=p.mask, **options).loss
+        for name, chosen in lists.items()
+    }
+    assert found["dirty"].isnan().tolist() == [False, True, False, True]
+    torch.testing.assert_close(found["dirty"][[0, 2]], found["clean"][[0, 2]])
+    (gradient,) = torch.autograd.grad(found["dirty"].sum(), p.hidden)
+    assert gradient.isnan().all(1).tolist() == [False, True, False, True]
+    assert not gradient[[0, 2]].isnan().any()

@@ -126,7 +126,7 @@ def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 def descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensor descriptors in the interpreter too."""
     if INTERPRETED:
-        monkeypatch.setattr(score_triton, "current_target", lambda: GPUTarget("cuda", 90, 32))
+        monkeypatch.setattr(score_triton, "target_of", lambda device: GPUTarget("cuda", 90, 32))
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 7, BLOCK - 1, BLOCK, BLOCK + 1, 521])

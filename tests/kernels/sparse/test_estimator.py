@@ -92,6 +92,12 @@ def test_small_threshold_is_exact(
         torch.testing.assert_close(gradient, exact.gradients[field], rtol=1e-9, atol=1e-12)
 
 
+def test_ids_outside_the_vocabulary_are_not_looked_up() -> None:
+    """On a GPU that would end in a device-side assertion; their rows are NaN already, or masked."""
+    found = sparse_probabilities.solve(Sparse(0), torch.ones(5), [torch.tensor([-100, 2, 5, 2**40])])
+    assert found.w.isinf()[2]
+
+
 def sampler(weight: Tensor, seed: int) -> sparse_pytorch.PyTorchColumnSampler:
     """With τ = 1: columns of one row are kept with probability |u|."""
     return sparse_pytorch.PyTorchColumnSampler(Sparse(seed, threshold=1.0), weight, capped=False)

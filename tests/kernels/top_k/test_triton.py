@@ -23,6 +23,7 @@ from fastkl.kernels.top_k.formula import top_k
 
 DEVICE = triton_device()
 BLOCK = row_config(1).block_n
+VARIANTS = [f"{direction}-{tail}" for direction in DIRECTIONS for tail in TAILS]
 caps = pytest.mark.parametrize("cap", [None, 3.0])
 
 
@@ -43,7 +44,7 @@ def assert_right(variant: str, rows: Rows, ids: Tensor, q: Tensor) -> None:
 
 @caps
 @pytest.mark.parametrize("vocabulary", [5, 1009, BLOCK, BLOCK + 1, 2 * BLOCK + 17])
-@pytest.mark.parametrize("variant", [f"{direction}-{tail}" for direction in DIRECTIONS for tail in TAILS])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_widths(variant: str, vocabulary: int, cap: float | None) -> None:
     rows = hard_rows(vocabulary, cap)
     x = rows.x.clamp(min=-50.0)
@@ -57,6 +58,24 @@ def test_a_list_of_everything_leaves_no_tail(cap: float | None) -> None:
     rows = random_rows(2, 7)._replace(y=torch.tensor([0, 6]), caps=(cap, None))
     q = torch.log_softmax(torch.randn(2, 7, generator=generator(1)).double(), -1)
     assert_right("forward-bucket", rows, torch.arange(7).repeat(2, 1), q)
+
+
+@pytest.mark.parametrize("module", [top_k_triton, rows_pytorch], ids=["triton", "torch"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ids_outside_the_vocabulary_make_nan(variant: str, module: ModuleType) -> None:
+    """Of their rows alone, and nothing is read there; a list without any id too, and of a token the log-prob."""
+    rows = random_rows(6, 9)
+    q, ids = torch.log_softmax(torch.randn(6, 9, generator=generator(1)).double(), -1).topk(3)
+    plain = run_on(module, variant, rows, ids, q)
+    ids[0, 0], ids[1, 2], ids[2], tokens = 9, 2**40, -1, rows.y.clone()
+    tokens[3], tokens[4] = 9, -5
+    found = run_on(module, variant, rows._replace(y=tokens), ids, q)
+    assert found.values[0, :3].isnan().all()
+    assert found.values[1, 3:5].isnan().all()
+    assert found.gradient[:3].isnan().all()
+    assert torch.equal(found.values[0, 3:], plain.values[0, 3:])
+    assert torch.equal(found.values[1, 5], plain.values[1, 5])
+    assert torch.equal(found.gradient[3:], plain.gradient[3:])
 
 
 def test_no_rows() -> None:
