@@ -2,8 +2,10 @@
 
 Every loss takes `hidden` [..., D], the head's `weight` [V, D] and per-token tensors [...]. The dtypes are float32, bfloat16
 or float16, or float64 throughout. `hidden`, `weight` and `bias` share a dtype, or torch.autocast casts them as it would for
-F.linear. Losses, log-probs and metrics are float32 (float64 for float64). The logits are computed a chunk of tokens at a
-time:
+F.linear. Losses, log-probs and metrics are float32 (float64 for float64). Products sum in float32. The operands of float32
+products are rounded as torch.set_float32_matmul_precision says: not at all by default; under "high" or "medium" to what
+the device multiplies faster, TF32 or bfloat16, as in the model's own products. Triton kernels never round them. The logits
+are computed a chunk of tokens at a time:
 
     z = softcap((hidden weightᵀ + bias) · logit_scale) / temperature        softcap(x) = softcap · tanh(x / softcap)
 

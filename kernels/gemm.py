@@ -3,6 +3,9 @@
 Every product accumulates in the *compute dtype*: float64 for float64 inputs, else float32. Low-precision inputs keep
 their fp32 accumulator: on CUDA by a GEMM that writes fp32 (`out_dtype`), elsewhere by casting the weight up a block of the
 vocabulary at a time, so that no fp32 copy of the whole weight ever exists.
+
+Under torch.set_float32_matmul_precision("high") a vendor's GEMM rounds fp32 operands to TF32, and still sums in fp32. That
+is the user's choice for all of a process, and none of the driver's.
 """
 
 from __future__ import annotations

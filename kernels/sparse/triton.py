@@ -13,9 +13,10 @@ A block of B rows, u [B, V], goes through
     dW[ids]           += ûᵀ (slope · h): programs take one tile of [K, D] after the other
 
 Same bits for the same seed, blocks and operands: no atomics, each sum has one order, each element of dW one owner, and the
-blocks come one after the other. A block's number counts the blocks of its call, so that chunk sizes that are multiples
-of a block give the same sample, up to what a vendor's GEMM makes of another number of rows in u. PyTorch's generator,
-which `pytorch.PyTorchColumnSampler` has, gives another sample.
+blocks come one after the other. PyTorch's running sums on CUDA have no fixed order; those of integers need none. A block's
+number counts the blocks of its call, so that chunk sizes that are multiples of a block give the same sample, up to what a
+vendor's GEMM makes of another number of rows in u. PyTorch's generator, which `pytorch.PyTorchColumnSampler` has, gives
+another sample.
 """
 
 from __future__ import annotations

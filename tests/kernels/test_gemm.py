@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from loss_cases import generator
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastkl.kernels import gemm
+from fastkl.kernels import driver, gemm
 from fastkl.kernels.gemm import TILE_COLUMNS, even_rows, project
+from fastkl.kernels.problem import HeadOptions, Inputs, Needs, RowLoss, Spec
 
 biases = pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
 alphas = pytest.mark.parametrize("alpha", [1.0, 0.3])
@@ -54,6 +58,33 @@ def test_logits_of_several_tiles(dtype: torch.dtype, alpha: float, has_bias: boo
     project(h, w, b if has_bias else None, alpha, out)
     plain = h.double() @ w.double().t() + (b.double() if has_bias else 0.0)
     torch.testing.assert_close(out.double(), alpha * plain, rtol=1e-5, atol=1e-5)
+
+
+PRODUCTS = ("mm", "addmm", "matmul")
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_rounding_of_float32_operands_is_the_users_choice(precision: str) -> None:
+    """Every product of a loss sees the setting, as the model's own do, and it is left as it was."""
+    seen: list[str] = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ in PRODUCTS:
+                seen.append(torch.get_float32_matmul_precision())
+            return func(*args, **(kwargs or {}))
+
+    h, w, _, _, scale = operands(4, 11, 5)
+    inputs, spec = Inputs(h, w, tokens=torch.zeros(4, dtype=torch.int64)), Spec("token_nll", HeadOptions())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with Spy():
+            driver.evaluate_with_gradients(spec, inputs, RowLoss(scale), Needs(True, True, False))
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == 3 * [precision]
 
 
 @given(st.integers(0, 3000), st.integers(1, 700))
