@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
+from fastkl.trainer.commands.output import Output
 from fastkl.trainer.config.offline import ScoreConfig
 from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, given_samples
 from fastkl.trainer.data.samples import Sample
@@ -16,10 +20,13 @@ from fastkl.trainer.models.loading import (
     load_teacher,
     load_teacher_tokenizer,
 )
-from fastkl.trainer.runs.files import new_file, write_jsonl
+from fastkl.trainer.runs.counting import Count, tell
+from fastkl.trainer.runs.identity import rows_fingerprint, weights_fingerprint
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.served import connect
 from fastkl.trainer.teachers.teacher import Teacher
+
+AT_ONCE = 256  # completions that are scored and written at once
 
 
 def score_completions(config: ScoreConfig) -> None:
@@ -27,24 +34,40 @@ def score_completions(config: ScoreConfig) -> None:
 
     The completion is scored with the end-of-sequence token after it, as one that is finished.
     """
-    output = new_file(config.output)
+    output = Output(config.output, _settings(config))
     tokenizer = load_teacher_tokenizer(config.model)
     assert tokenizer is not None  # ScoreConfig demands one
     prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
     samples = given_samples(prompts, tokenizer)
-    _scorer(config, tokenizer, prompts, samples).score(samples)
-    rows = (
-        {
-            "source": prompts[sample.prompt_index].row.source,
-            "ids": sample.ids,
-            "loss_mask": sample.loss_mask,
-            "logprobs": sample.teacher_logprobs,
-            "sum": sum(sample.teacher_logprobs),
-        }
-        for sample in samples
-    )
-    write_jsonl(output, rows)
-    print(f"{len(samples)} rows written to {output}")
+    tell(f"loading {config.model.path or config.model.server.url} for {len(samples)} completions")
+    scorer = _scorer(config, tokenizer, prompts, samples)
+    weights = weights_fingerprint(scorer.model) if isinstance(scorer, LocalTeacher) else "a server's"
+    output.begin(len(samples), rows=rows_fingerprint(prompts), weights=weights)
+    with Count("scored", len(samples), len(output.rows)) as count, output.interruptible():
+        while len(output.rows) < len(samples):
+            piece = samples[len(output.rows) : len(output.rows) + AT_ONCE]
+            scorer.score(piece)
+            output.add(_row(sample, prompts[sample.prompt_index]) for sample in piece)
+            count.at(len(output.rows))
+    print(f"{len(samples)} rows written to {output.path}")
+
+
+def _row(sample: Sample, prompt: EncodedPrompt) -> dict[str, Any]:
+    return {
+        "source": prompt.row.source,
+        "ids": sample.ids,
+        "loss_mask": sample.loss_mask,
+        "logprobs": sample.teacher_logprobs,
+        "sum": sum(sample.teacher_logprobs),
+    }
+
+
+def _settings(config: ScoreConfig) -> dict[str, Any]:
+    """What the rows depend on: not how many tokens are in a forward pass, nor how a server is reached."""
+    settings = dataclasses.asdict(config)
+    del settings["output"], settings["batch"]
+    settings["model"]["server"] = config.model.server.model
+    return settings
 
 
 def _scorer(

@@ -19,7 +19,8 @@ class EvaluateConfig:
     Args:
         model: Let this model answer.
         eval: Choose the prompts, which have answers, and the grader.
-        output: Write the graded answers to this JSONL file, which must not exist. null: print only the summary.
+        output: Write the graded answers to this JSONL file as they come. The same command goes on with a file that it
+            began. null: print only the summary.
         seed: Seed the sampling, if eval.temperature is above 0.
     """
 
@@ -40,7 +41,7 @@ class ScoreConfig:
     Args:
         model: Let this model score. One behind a server needs `tokenizer`.
         data: Read rows with `prompt` or `messages`, and `completion`.
-        output: Write this JSONL file, which must not exist.
+        output: Write this JSONL file as the scores come. The same command goes on with a file that it began.
         temperature: Give the log-probs at this temperature.
         batch: Lay out a forward pass like this.
     """

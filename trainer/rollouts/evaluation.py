@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +23,8 @@ class Answer:
     prompt: EncodedPrompt
     text: str
     score: float
+    tokens: int  # how many were written
+    truncated: bool
 
 
 def load_eval_prompts(config: EvalConfig, tokenizer: PreTrainedTokenizerBase) -> list[EncodedPrompt]:
@@ -56,12 +59,20 @@ def evaluate(
         )
     )
     answered = processes.gather(own)
-    texts = [tokenizer.decode(trajectory.answer_ids, skip_special_tokens=True) for trajectory in answered]
     grader = eval_grader(config)
-    answers = [Answer(p, text, grader(text, p.row)) for p, text in zip(prompts, texts, strict=True)]
-    metrics = {
-        "eval/accuracy": sum(answer.score for answer in answers) / len(answers),
-        "eval/mean_length": sum(len(trajectory.token_ids) for trajectory in answered) / len(answered),
-        "eval/truncated_fraction": sum(trajectory.truncated for trajectory in answered) / len(answered),
+    answers = []
+    for prompt, trajectory in zip(prompts, answered, strict=True):
+        text = tokenizer.decode(trajectory.answer_ids, skip_special_tokens=True)
+        tokens = len(trajectory.token_ids)
+        answers.append(Answer(prompt, text, grader(text, prompt.row), tokens, trajectory.truncated))
+    return summary([vars(answer) for answer in answers]), answers
+
+
+def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Metrics `eval/*` of graded answers, of which each has `score`, `tokens` and `truncated`."""
+    count = len(answers)
+    return {
+        "eval/accuracy": sum(answer["score"] for answer in answers) / count,
+        "eval/mean_length": sum(answer["tokens"] for answer in answers) / count,
+        "eval/truncated_fraction": sum(answer["truncated"] for answer in answers) / count,
     }
-    return metrics, answers

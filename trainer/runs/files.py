@@ -1,14 +1,11 @@
-"""Files that are never left half-written, and never overwritten unasked."""
+"""Files that are never left half-written."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-from fastkl.trainer.errors import ConfigError
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -31,15 +28,3 @@ def write_text(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.new")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
-
-
-def new_file(name: str) -> Path:
-    path = Path(name)
-    if path.exists():
-        raise ConfigError(f"output {path} exists already; move it away or choose another name")
-    return path
-
-
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

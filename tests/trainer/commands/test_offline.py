@@ -1,4 +1,4 @@
-"""`fastkl eval` and `fastkl score`: numbers that can be checked by hand, and files that are never overwritten."""
+"""`fastkl eval` and `fastkl score`: numbers that can be checked by hand."""
 
 from __future__ import annotations
 
@@ -125,18 +125,6 @@ def test_scores_are_the_models_log_probs(
         assert scored["loss_mask"] == [False] * len(prompt) + [True] * len(completion)
         assert scored["logprobs"] == pytest.approx([0.0] * len(prompt) + wanted.tolist(), abs=1e-4)
         assert scored["sum"] == pytest.approx(wanted.sum().item(), abs=1e-3)
-
-
-@pytest.mark.parametrize("command", ["eval", "score"])
-def test_an_output_that_exists_is_never_touched(
-    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
-    output = tmp_path / "results.jsonl"
-    output.write_text("a month of work")
-    line = evaluation(folder, output=output) if command == "eval" else scoring(folder, output)
-    assert cli.main(line) == 2
-    assert f"output {output} exists already" in capsys.readouterr().err
-    assert output.read_text() == "a month of work"
 
 
 def test_score_refuses_rows_without_a_completion(
