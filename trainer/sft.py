@@ -67,9 +67,7 @@ def _sft(config: SftConfig, accelerator: Accelerator, folder: RunFolder, listene
 
     student = Student(config, accelerator)
     checks.check_vocabulary(tokenizer, {"student": student.model})
-    checks.check_room(
-        prompts, [example.loss_tokens for example in examples], {"student": student.model}, checks.SHORTER_ROW
-    )
+    checks.check_given(prompts, examples, {"student": student.model})
     checks.check_eval_room(eval_prompts, config.eval, "student", student.model)
     sampler = local_sampler(student.model, eos_token_ids=end_of_sequence(student.model, tokenizer))
     source = Examples(examples, config.examples_per_step, config.seed)

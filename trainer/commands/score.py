@@ -73,14 +73,13 @@ def _settings(config: ScoreConfig) -> dict[str, Any]:
 def _scorer(
     config: ScoreConfig, tokenizer: PreTrainedTokenizerBase, prompts: list[EncodedPrompt], samples: list[Sample]
 ) -> Teacher:
-    lengths = [sample.loss_tokens for sample in samples]
     if config.model.server.url:
-        checks.check_room(prompts, lengths, {}, checks.SHORTER_ROW)
+        checks.check_given(prompts, samples, {})
         longest = max((sample.ids for sample in samples), key=len)
         temperature, remedy = config.temperature, checks.SHORTER_ROW
         return connect(config.model, tokenizer, temperature=temperature, longest=longest, remedy=remedy)
     device: torch.device = PartialState().device
     model = load_teacher(config.model, device)
     checks.check_vocabulary(tokenizer, {"model": model})
-    checks.check_room(prompts, lengths, {"model": model}, checks.SHORTER_ROW)
+    checks.check_given(prompts, samples, {"model": model})
     return LocalTeacher(fuse(model, "model"), config.batch, config.temperature, device)

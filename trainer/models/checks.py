@@ -7,10 +7,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastkl.trainer.config.data import EvalConfig
 from fastkl.trainer.data.chat import ChatTemplate, Refusal, end_of_turn
 from fastkl.trainer.data.prompts import EncodedPrompt
+from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models.ends import declared_ends, end_of_sequence, tokenizer_ends
 from fastkl.trainer.models.loading import context_length
-from fastkl.trainer.models.tokenizers import SAMPLE_TEXT, compare_vocabularies, first_three, vocabulary, where_they_part
+from fastkl.trainer.models.tokenizers import (
+    SAMPLE_TEXT,
+    compare_vocabularies,
+    first_three,
+    text_tokens,
+    vocabulary,
+    where_they_part,
+)
 
 SAME_FAMILY = "Use a teacher of the student's family"
 SPECIALS = ("bos_token_id", "eos_token_id", "unk_token_id")
@@ -57,10 +65,16 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, models: dict[str, PreTrainedModel]) -> None:
-    """Every id of the tokenizer has a logit in each model; heads may be padded beyond it."""
-    highest = vocabulary(tokenizer) - 1
+    """Every id of the tokenizer has a logit in each model; heads may be padded beyond it.
+
+    A head may lack special tokens that end nothing, as Gemma 3's small models lack <image_soft_token>: no text has them,
+    and `check_room` and `check_given` refuse rows that do.
+    """
+    ends = [getattr(tokenizer, name) for name in SPECIALS]
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special and token not in ends}
+    highest = max(text_tokens(tokenizer).keys() - special)
     for name, model in models.items():
-        rows = model.get_output_embeddings().weight.shape[0]
+        rows = _head_rows(model)
         if rows <= highest:
             raise ConfigError(
                 f"the {name}'s head has {rows} rows but the tokenizer has ids up to {highest}; resize the model's "
@@ -122,6 +136,7 @@ def check_room(
     empty = min(prompts, key=lambda prompt: len(prompt.ids))
     if not empty.ids:
         raise ConfigError(f"{empty.row.source} is an empty prompt; a completion needs at least one token before it")
+    _check_ids([(prompt.row.source, prompt.ids) for prompt in prompts], models)
     for name, model in models.items():
         limit = context_length(model)
         if limit is not None and len(longest.ids) + new > limit:
@@ -131,7 +146,29 @@ def check_room(
             )
 
 
+def check_given(prompts: list[EncodedPrompt], samples: list[Sample], models: dict[str, PreTrainedModel]) -> None:
+    """The data's own completions, one for each prompt, fit every model's context, and it knows their tokens."""
+    check_room(prompts, [sample.loss_tokens for sample in samples], models, SHORTER_ROW)
+    rows = [(prompt.row.source, sample.ids) for prompt, sample in zip(prompts, samples, strict=True)]
+    _check_ids(rows, models)
+
+
 def check_eval_room(prompts: list[EncodedPrompt], config: EvalConfig, name: str, model: PreTrainedModel) -> None:
     """The evaluation's prompts, if there are any, and full answers to them fit the context of the model called `name`."""
     if prompts:
         check_room(prompts, config.max_new_tokens, {name: model}, SHORTER.format("eval", "eval.data"))
+
+
+def _check_ids(rows: list[tuple[str, list[int]]], models: dict[str, PreTrainedModel]) -> None:
+    source, ids = max(rows, key=lambda row: max(row[1]))
+    for name, model in models.items():
+        if max(ids) >= (known := _head_rows(model)):
+            raise ConfigError(
+                f"{source} has a token with the id {max(ids)}, which the {name} lacks: its head has {known} rows. Take the "
+                f"token out of the row"
+            )
+
+
+def _head_rows(model: PreTrainedModel) -> int:
+    rows: int = model.get_output_embeddings().weight.shape[0]
+    return rows

@@ -59,10 +59,11 @@ def batch_top_k(
 
 def batch_ranks(model: nn.Module, batch: Batch, vocab_size: int) -> Tensor:
     """Ranks [n] int64 of the counted tokens of a batch among the ids below `vocab_size`; 0 for ids from there on."""
-    tokens = batch.tokens.where(batch.tokens < vocab_size, -1)
 
     def ranks(rows: Tensor, weight: Tensor, *, bias: Tensor | None, **_: Any) -> Tensor:
-        return linear_ranks(rows, weight, tokens, vocab_size=vocab_size, bias=bias, ignore_index=-1)
+        known = min(vocab_size, len(weight))  # a head may lack special tokens
+        tokens = batch.tokens.where(batch.tokens < known, -1)
+        return linear_ranks(rows, weight, tokens, vocab_size=known, bias=bias, ignore_index=-1)
 
     return call_with_rows(model, batch, ranks, readable(model, batch))
 

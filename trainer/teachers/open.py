@@ -87,8 +87,7 @@ def open_teachers(
         remedy = checks.SHORTER.format("sampling", data_set.setting)
         checks.check_room(data_set.prompts, config.sampling.max_new_tokens, models, remedy)
         if data_set.given:
-            lengths = [sample.loss_tokens for sample in data_set.given]
-            checks.check_room(data_set.prompts, lengths, models, checks.SHORTER_ROW)
+            checks.check_given(data_set.prompts, data_set.given, models)
     if not teachers:
         return None
     sharded_base = student.sharded and any(teacher.base_of_student for teacher in teachers)
@@ -111,7 +110,7 @@ def _load(
         fused = fuse(load_teacher(teacher, device), "teacher")
         models: list[Any] = [student.model, fused.model]
         ours, theirs = (model.get_output_embeddings().weight.shape[0] for model in models)
-        options["vocab_size"] = None if ours == theirs else vocabulary(tokenizer)
+        options["vocab_size"] = None if ours == theirs else min(ours, theirs, vocabulary(tokenizer))
     return LocalTeacher(fused, config.batch, config.sampling.temperature, device, top_k=top_k, **options)
 
 

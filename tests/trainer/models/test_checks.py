@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_cases import distilled
-from run_settings import distillation
+from run_cases import distilled, tuned
+from run_settings import distillation, training
 from tiny_data import sums, write_jsonl
 from tiny_models import CHARACTERS, CHAT_TEMPLATE, llama, save_model, tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -63,6 +63,41 @@ def test_a_head_smaller_than_the_vocabulary_is_refused(who: str) -> None:
 def test_heads_padded_differently_pass() -> None:
     words = tokenizer()
     checks.check_vocabulary(words, {"student": llama(len(words)), "teacher": llama(len(words) + 9)})
+
+
+def with_an_image(words: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return words
+
+
+def test_a_head_may_lack_special_tokens_that_no_row_has() -> None:
+    """As those of Gemma 3's small models lack <image_soft_token>, which their tokenizer has."""
+    words = with_an_image(tokenizer())
+    models = {"student": llama(len(words) - 1)}
+    checks.check_vocabulary(words, models)
+    checks.check_room(encoded(words, "1+1=", chat_template=False), 4, models, "")
+    with pytest.raises(
+        ConfigError, match=rf"p\.jsonl:2 has a token with the id {len(words) - 1}, which the student lacks"
+    ):
+        checks.check_room(encoded(words, "1+1=", "<image>", chat_template=False), 4, models, "")
+    words.eos_token = "<image>"
+    with pytest.raises(ConfigError, match="the student's head has"):
+        checks.check_vocabulary(words, models)
+    words.add_tokens(["<think>"])
+    with pytest.raises(ConfigError, match=rf"ids up to {len(words) - 1}; resize"):
+        checks.check_vocabulary(words, {"student": llama(len(words) - 1)})
+
+
+def test_a_run_with_a_head_that_lacks_a_special_token(tmp_path: Path) -> None:
+    words = with_an_image(tokenizer())
+    save_model(tmp_path / "student", words, vocabulary=len(words) - 1)
+    save_model(tmp_path / "teacher", words, vocabulary=len(words) + 5, seed=1)
+    write_jsonl(tmp_path / "sums.jsonl", sums())
+    for objective in ("policy_gradient", "top_k"):
+        distilled(distillation(tmp_path / objective, tmp_path, optim__steps=1, loss__objective=objective))
+    write_jsonl(tmp_path / "sums.jsonl", [{"prompt": "1", "completion": "<image>"}])
+    with pytest.raises(ConfigError, match=r"sums\.jsonl:1 has a token with the id"):
+        tuned(training(tmp_path / "sft", tmp_path, examples_per_step=1))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import make_model
 from peft import LoraConfig, get_peft_model
 from run_cases import Run, run, tuned
 from run_settings import training
@@ -54,6 +55,14 @@ def split(counter: FlopCounterMode) -> tuple[int, int]:
 def attention(cost: Cost) -> float:
     """Of a forward pass that computes the masked pairs too, as eager attention does."""
     return cost.pair * len(cost.windows) * LENGTH**2
+
+
+def test_layers_with_heads_of_different_width() -> None:
+    """Gemma 4's config has no one width: pairs cost what they do on average."""
+    model = make_model("gemma4_text")
+    widths = [layer.head_dim for layer in model.config.per_layer_config]
+    assert widths[0] != widths[1]
+    assert cost_of(model).pair == 4 * 4 * sum(widths) / 2
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
