@@ -18,7 +18,7 @@ class ServerConfig:
         url: Ask the server at this base address, for example http://127.0.0.1:8000/v1.
         model: Ask for the model that the server serves under this name.
         concurrency: Keep this many requests in flight.
-        timeout: Wait this many seconds for an answer. Then the request is sent again.
+        timeout: Wait this many seconds for a whole answer. Then the request is sent again.
         retries: Send a request again up to this many times: after a lost connection, after the timeout, and after status
             408, 425, 429 or 5xx. The pauses are 1, 2, 4, … up to 30 seconds.
         api_key_env: Read the API key from the environment variable of this name. The key itself is never written

@@ -20,14 +20,18 @@ class TeacherServerConfig(ServerConfig):
     Args:
         api: Ask in this way: prompt_logprobs (vLLM), echo (with logprobs), or auto, the first of them that works.
         sequences_per_request: Send this many samples in one request.
+        recheck_every: Compare the server's log-probs of a text with those at the start after this many steps, and after
+            every lost connection. 0: only then.
     """
 
     api: Literal["auto", "prompt_logprobs", "echo"] = "auto"
     sequences_per_request: int = 8
+    recheck_every: int = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, self, "server.", "sequences_per_request")
+        at_least(0, self, "server.", "recheck_every")
 
 
 @dataclass(frozen=True)

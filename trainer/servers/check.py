@@ -21,6 +21,9 @@ from fastkl.trainer.models.tokenizers import SAMPLE_TEXT, added_tokens, first_th
 from fastkl.trainer.servers.answers import BadAnswer, Unscored
 from fastkl.trainer.servers.completions import APIS, Api, CompletionsServer, Scores
 from fastkl.trainer.servers.connection import Refused
+from fastkl.trainer.servers.quoting import quote, quote_value
+from fastkl.trainer.servers.recheck import Reference, distance
+from fastkl.trainer.servers.token_texts import TokenTexts
 
 PROBES, PROBE_TOKENS = 4, 24
 ADDED_AT_ONCE = 256  # added tokens that the server is asked about in one request, or by scores at all
@@ -41,8 +44,8 @@ def check_server(
     longest: list[int],
     remedy: str,
     top_k: int | None = None,
-) -> Api:
-    """The way to ask the server; a ConfigError says what is wrong with it, a ServerError that it is not there.
+) -> Reference:
+    """What to ask it again later, and how; a ConfigError says what is wrong with it, a ServerError that it is not there.
 
     Args:
         tokenizer: The one whose ids will be sent.
@@ -61,13 +64,18 @@ def check_server(
     _check_alignment(server, scores)
     if temperature != 1:
         _check_temperature(server, api, probes, scores, temperature)
+    limits: list[Scores] = []
     check_limits(
-        lambda sequence: server.score([sequence], api, temperature, top_k),
+        lambda sequence: limits.extend(server.score([sequence], api, temperature, top_k)),
         f"the teacher's server at {server.url} cannot score",
         ([*probes[0], vocabulary(tokenizer) - 1], "Use a teacher with the student's vocabulary"),
         (longest, f"{remedy}, or serve the teacher with a longer context"),
     )
-    return api
+    length = len(probes[0])
+    first = limits[0].start(length)  # the first probe, which the highest id came after
+    alike = [probe.logprobs[:-1] for probe in scores] + ([first.logprobs[:-1]] if temperature == 1 else [])
+    noise = max(distance(other, alike[0]) for other in alike)
+    return Reference(api, probes[0], temperature, top_k, first, noise)
 
 
 def check_limits(
@@ -112,7 +120,9 @@ def _check_added(server: CompletionsServer, tokenizer: PreTrainedTokenizerBase, 
     if _encoded(tokenizer, "".join(added)) == server.tokenize("".join(added)):
         return
     answers = [(text, _encoded(tokenizer, text), server.tokenize(text)) for text in added]
-    named = [f"{text!r} is {ours} here and {theirs} there" for text, ours, theirs in answers if ours != theirs]
+    named = [
+        f"{text!r} is {ours} here and {quote(str(theirs))} there" for text, ours, theirs in answers if ours != theirs
+    ]
     if named:
         raise _unfit(server, f"tokenizes differently: {first_three(named, '; ')}: {SAME_FAMILY}")
 
@@ -147,26 +157,20 @@ def _check_texts(
     server: CompletionsServer, tokenizer: PreTrainedTokenizerBase, api: Api, ids: list[int], scores: Scores
 ) -> None:
     """Compares the texts that both have for the probe's tokens, and for added tokens as far as the server scores them."""
-    texts = _told(tokenizer, ids, scores)
-    if not texts:
+    texts = TokenTexts(tokenizer)
+    if not texts.told(ids, scores.texts):
         raise _unfit(server, f"tells nothing about its tokenizer; {NAME_TOKENIZER}")
+    differing = texts.differing(ids, scores.texts)
     added = added_tokens(tokenizer)[:ADDED_AT_ONCE]
     for start in range(0, len(added), PROBE_TOKENS):
         sequence = [ids[0], *added[start : start + PROBE_TOKENS]]
         with suppress(BadAnswer, Refused):  # some stand for what is no text, as the place of an image
-            texts += _told(tokenizer, sequence, server.score([sequence], api, 1.0)[0])
-    for token, ours, theirs in texts:
-        if theirs not in (ours, f"token_id:{token}"):
-            raise ConfigError(
-                f"id {token} is {ours!r} in the student's tokenizer and {theirs!r} for the teacher's server at "
-                f"{server.url}: {SAME_FAMILY}; if it only writes its tokens in another way, {NAME_TOKENIZER}"
-            )
-
-
-def _told(tokenizer: PreTrainedTokenizerBase, ids: list[int], scores: Scores) -> list[tuple[int, str, str]]:
-    """Each id with its text here and there; white space, parts of characters and what is untold do not count."""
-    texts = zip(ids, (tokenizer.decode([token]) for token in ids), scores.texts, strict=True)
-    return [(token, a.strip(), b.strip()) for token, a, b in texts if b and a.strip() and a.isascii()]
+            differing += texts.differing(sequence, server.score([sequence], api, 1.0)[0].texts)
+    for token, ours, theirs in differing[:1]:
+        raise ConfigError(
+            f"id {token} is {ours!r} in the student's tokenizer and {quote_value(theirs)} for the teacher's server at "
+            f"{server.url}: {SAME_FAMILY}; if it only writes its tokens in another way, {NAME_TOKENIZER}"
+        )
 
 
 def _check_alignment(server: CompletionsServer, scores: list[Scores]) -> None:

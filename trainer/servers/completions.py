@@ -41,6 +41,12 @@ class Scores(NamedTuple):
     top: list[dict[int, float]]  # the likeliest tokens in its position, where they were asked for; {} for the first
     ranks: list[int | None]  # 1 for the likeliest token in its position, where the server tells
 
+    def start(self, count: int) -> Scores:
+        """Those of the first tokens."""
+        return Scores(
+            self.logprobs[:count], self.best[:count], self.texts[:count], self.top[:count], self.ranks[:count]
+        )
+
 
 class CompletionsServer:
     """Log-probs of token ids from a server."""
@@ -71,7 +77,11 @@ class CompletionsServer:
                 tokens = self._connection.post(f"{self.url.removesuffix('/v1')}/tokenize", body).get("tokens")
         except Refused:
             return None
-        return tokens if isinstance(tokens, list) and all(type(token) is int for token in tokens) else None
+        return (
+            tokens
+            if isinstance(tokens, list) and all(type(token) is int and 0 <= token < 2**31 for token in tokens)
+            else None
+        )
 
 
 def _options(api: Api, top_k: int | None) -> dict[str, Any]:

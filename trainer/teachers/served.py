@@ -13,42 +13,46 @@ from fastkl.trainer.config.teacher import TeacherConfig, TeacherServerConfig
 from fastkl.trainer.data.batching import PAD_ID
 from fastkl.trainer.data.samples import UNKNOWN, Sample
 from fastkl.trainer.models.tokenizers import vocabulary
+from fastkl.trainer.servers.answers import BadAnswer, Unscored
 from fastkl.trainer.servers.check import check_server
-from fastkl.trainer.servers.completions import Api, BadAnswer, CompletionsServer, Scores
+from fastkl.trainer.servers.completions import CompletionsServer, Scores
 from fastkl.trainer.servers.concurrency import gather
 from fastkl.trainer.servers.connection import Connection
+from fastkl.trainer.servers.quoting import quote_value
+from fastkl.trainer.servers.recheck import Recheck, Reference
+from fastkl.trainer.servers.token_texts import TokenTexts
 
 
 class ServedTeacher:
-    """Scores by asking a server that `check_server` has found fit (see `Teacher`).
+    """Scores by asking a server that `check_server` has found fit (see `Teacher`), and sees whether it stays so.
 
     Args:
         server: Where to ask.
-        config: How many samples at once.
-        api: How to ask.
-        vocabulary: The teacher knows the ids below this one.
-        temperature: That of the log-probs.
-        top_k: Ask for so many of the likeliest tokens too; null for none.
+        config: How many samples at once, and how often the server is checked.
+        reference: What it answered at the start.
+        tokenizer: The one whose ids are sent: the teacher knows no others.
     """
 
     def __init__(
         self,
         server: CompletionsServer,
         config: TeacherServerConfig,
-        api: Api,
-        vocabulary: int,
-        temperature: float,
-        top_k: int | None = None,
+        reference: Reference,
+        tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        self._server, self._config, self._api = server, config, api
-        self.vocab_size: int | None = vocabulary
-        self._vocabulary, self._temperature, self._top_k = vocabulary, temperature, top_k
+        self._server, self._config, self._reference = server, config, reference
+        self._vocabulary, self._top_k = vocabulary(tokenizer), reference.top_k
+        self.vocab_size: int | None = self._vocabulary
+        self._texts = TokenTexts(tokenizer)
+        self._names_tokens = not self._texts.differing(reference.ids, reference.scores.texts)  # as the tokenizer does
+        self._recheck = Recheck(server, reference, config.recheck_every)
 
     def score(self, samples: Sequence[Sample]) -> None:
         size = self._config.sequences_per_request
         groups = [samples[first : first + size] for first in range(0, len(samples), size)]
-        answers = gather(self._ask, groups, self._config.concurrency)
-        for sample, scored in zip(samples, itertools.chain.from_iterable(answers), strict=True):
+        answers = list(itertools.chain.from_iterable(gather(self._ask, groups, self._config.concurrency)))
+        self._check(samples, answers)
+        for sample, scored in zip(samples, answers, strict=True):
             sample.teacher_logprobs = [
                 0.0 if not counted else logprob if token < self._vocabulary else UNKNOWN
                 for token, counted, logprob in zip(sample.ids, sample.loss_mask, scored.logprobs, strict=True)
@@ -81,8 +85,38 @@ class ServedTeacher:
         return {}  # a server does not say how large its model is
 
     def _ask(self, samples: Sequence[Sample]) -> list[Scores]:
-        readable = [[token if token < self._vocabulary else PAD_ID for token in sample.ids] for sample in samples]
-        return self._server.score(readable, self._api, self._temperature, self._top_k)
+        reference = self._reference
+        sent = [self._readable(sample) for sample in samples]
+        try:
+            answers = self._server.score(sent, reference.api, reference.temperature, reference.top_k)
+        except Unscored as error:
+            raise BadAnswer(
+                f"the teacher's server at {self._server.url} gives no log-probs any more: {error}"
+            ) from error
+        for ids, answer in zip(sent, answers, strict=True):
+            self._check_texts(ids, answer)
+        return answers
+
+    def _readable(self, sample: Sample) -> list[int]:
+        return [token if token < self._vocabulary else PAD_ID for token in sample.ids]
+
+    def _check_texts(self, ids: list[int], answer: Scores) -> None:
+        differing = self._texts.differing_words(ids, answer.texts) if self._names_tokens else []
+        for token, ours, theirs in differing[:1]:
+            raise BadAnswer(
+                f"the teacher's server at {self._server.url} was sent id {token}, {ours!r}, and scored "
+                f"{quote_value(theirs)}: its log-probs are of another sequence, or it has another tokenizer by now"
+            )
+
+    def _check(self, samples: Sequence[Sample], answers: Sequence[Scores]) -> None:
+        counted = [
+            (token, logprob)
+            for sample, answer in zip(samples, answers, strict=True)
+            for token, counts, logprob in zip(sample.ids, sample.loss_mask, answer.logprobs, strict=True)
+            if counts and token < self._vocabulary
+        ]
+        tokens, logprobs = [token for token, _ in counted], [logprob for _, logprob in counted]
+        self._recheck.after_step(tokens, logprobs, self._vocabulary)
 
 
 def connect(
@@ -96,7 +130,7 @@ def connect(
 ) -> ServedTeacher:
     """A teacher whose server has shown what `check_server` asks of it."""
     server = CompletionsServer(config.server.model, Connection(config.server, "the teacher's server"))
-    api = check_server(
+    reference = check_server(
         server,
         config.server,
         tokenizer,
@@ -106,4 +140,4 @@ def connect(
         remedy=remedy,
         top_k=top_k,
     )
-    return ServedTeacher(server, config.server, api, vocabulary(tokenizer), temperature, top_k)
+    return ServedTeacher(server, config.server, reference, tokenizer)

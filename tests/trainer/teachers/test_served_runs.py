@@ -10,7 +10,7 @@ from run_cases import check_equal, check_scores, distilled, log, refusal
 from run_settings import arguments, distillation, evaluated
 from server_cases import served
 from stub_server import StubServer, serving
-from tiny_models import CHAT_TEMPLATE, tokenizer
+from tiny_models import CHAT_TEMPLATE, llama, tokenizer
 
 from fastkl import cli
 from fastkl.trainer.servers import connection
@@ -84,6 +84,30 @@ def test_a_server_may_come_back_elsewhere(
         other_model = moved | {"teacher.server.model": "other"}
         refusal(capsys, "distill", other_model, "teacher.server.model was 'stub' and is 'other'")
         check_equal(distilled(moved | {"teacher.server.concurrency": 1}), whole)
+
+
+def test_a_server_that_comes_back_with_another_model(
+    tmp_path: Path,
+    dropout: Path,
+    whole: Path,
+    stub: StubServer,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The step that it scored is lost, and no other."""
+    answer, own, requests = stub.answer, stub.model, iter(range(100))
+
+    def changing(path: str, body: dict[str, object]) -> tuple[int, object]:
+        if path == "/v1/completions" and next(requests) == 3 + 2 * 3:  # of the third step
+            stub.model, stub.troubles = llama(own.config.vocab_size, seed=9), ["reset"]
+        return answer(path, body)
+
+    monkeypatch.setattr(stub, "answer", changing)
+    run = settings(dropout, tmp_path / "run", stub, checkpoint__every=0) | {"teacher.server.concurrency": 1}
+    refusal(capsys, "distill", run, f"server at {stub.url} is not what it was when the run began", "the run goes on")
+    assert [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+    stub.model = own
+    check_equal(distilled(run | {"teacher.server.recheck_every": 1}), whole)
 
 
 def test_the_key_is_written_nowhere(
