@@ -96,10 +96,11 @@ def test_a_server_that_comes_back_with_another_model(
 ) -> None:
     """The step that it scored is lost, and no other."""
     answer, own, requests = stub.answer, stub.model, iter(range(100))
+    other = llama(own.config.vocab_size, seed=9)
 
     def changing(path: str, body: dict[str, object]) -> tuple[int, object]:
         if path == "/v1/completions" and next(requests) == 3 + 2 * 3:  # of the third step
-            stub.model, stub.troubles = llama(own.config.vocab_size, seed=9), ["reset"]
+            stub.model, stub.troubles = other, ["reset"]
         return answer(path, body)
 
     monkeypatch.setattr(stub, "answer", changing)
