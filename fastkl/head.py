@@ -14,6 +14,7 @@ nothing of the model is changed for good: it saves as the ordinary model it is.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -36,8 +37,9 @@ class LogitTransform(NamedTuple):
 class FusedCausalLM(nn.Module):
     """A causal LM whose forward takes a function of (hidden, weight, bias=, logit_scale=, softcap=) and returns its result.
 
-    Building it runs the model on a few tokens, to see what becomes of its logits. Raises TypeError where the head is not a
-    plain `nn.Linear` (a LoRA adapter on it, a quantised one) and ValueError where the model treats its logits in a way that
+    Building it runs the model on a few tokens, to see what becomes of its logits. Raises TypeError for what is no causal LM
+    (a model without its head, one inside DDP), and where the head is not a plain `nn.Linear` (a LoRA adapter on it, a
+    quantised one), and ValueError where the model treats its logits in a way that
     fastkl.loss does not know, or where its hidden states are not finite.
     """
 
@@ -47,11 +49,13 @@ class FusedCausalLM(nn.Module):
         self.transform = measure_logit_transform(model)
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # what FSDP shards as units
 
-    def forward(self, function: Callable[..., T], **inputs: Any) -> T:
+    def forward(self, function: Callable[..., T] | None = None, **inputs: Any) -> T:
         """`inputs` go to the model: input_ids and, as the case may be, attention_mask, position_ids, …; `use_cache` is set.
 
-        Raises RuntimeError where the model runs its head more or less than once.
+        Raises TypeError without a function that takes what it is called with, and RuntimeError where the model runs its
+        head more or less than once.
         """
+        function = _checked(function, inputs)
 
         def fused(hidden: Tensor, head: nn.Linear) -> T:
             return function(hidden, head.weight, bias=head.bias, **self.transform._asdict())
@@ -141,17 +145,76 @@ def _head_computes(
 
 def _find_head(model: nn.Module) -> nn.Linear:
     """The module that turns hidden states into logits; a copy that peft trains in full (`modules_to_save`) included."""
+    _check_model(model)
     head = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        raise TypeError(
+            f"{_name(model)} has no LM head; give the model with its head, as AutoModelForCausalLM.from_pretrained loads it"
+        )
     if hasattr(head, "modules_to_save"):
         on = head.active_adapters and not head.disable_adapters
         head = head.modules_to_save[head.active_adapters[0]] if on else head.original_module
+    if hasattr(head, "base_layer"):  # a tuner layer of peft
+        raise TypeError(
+            f"the LM head of {_name(model)} has an adapter on it (peft's {type(head).__name__}) and cannot be fused; leave "
+            f"it out of target_modules, or train it in full with modules_to_save"
+        )
     plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
     if not plain or not head.weight.is_floating_point():
         raise TypeError(
-            f"the LM head of {_name(model)} is {type(head).__name__}, not a plain linear layer, and cannot be fused; leave "
-            f"it out of LoRA's target_modules (train it in full with modules_to_save) and out of quantisation"
+            f"the LM head of {_name(model)} is {type(head).__name__} of {type(head).__module__}, not a plain linear layer, "
+            f"and cannot be fused; leave it out of quantisation"
         )
     return head
+
+
+def _check_model(model: Any) -> None:
+    """A sentence for what is no causal LM of Transformers."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"FusedCausalLM takes a model, not {type(model).__name__}; load one with AutoModelForCausalLM.from_pretrained"
+        )
+    if isinstance(model, FusedCausalLM):
+        raise TypeError("the model is a FusedCausalLM already; call it, or fuse its .model")
+    if hasattr(model, "get_output_embeddings"):
+        return
+    name = _name(model)
+    if isinstance(getattr(model, "module", None), nn.Module):
+        raise TypeError(f"{name} wraps the model; fuse first, then wrap: {name}(FusedCausalLM(model))")
+    raise TypeError(
+        f"{name} is no causal LM of Transformers (it has no get_output_embeddings); call a loss of fastkl.loss with its "
+        f"hidden states and its head's weight"
+    )
+
+
+def _checked(function: Callable[..., T] | None, inputs: dict[str, Any]) -> Callable[..., T]:
+    """The function, if it takes what it is called with; what is called like the model itself is refused."""
+    if function is None or not callable(function):
+        raise TypeError(
+            f"FusedCausalLM is called with a function first, and got {type(function).__name__}: write fused(lambda hidden, "
+            f"weight, **head: …, input_ids=ids), where the function returns a loss; for logits call the model itself"
+        )
+    if "labels" in inputs:
+        raise TypeError(
+            "labels are for a model that makes its own loss out of logits; give them to your function's loss"
+        )
+    if not torch.compiler.is_compiling():
+        _check_signature(function)
+    return function
+
+
+def _check_signature(function: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some built-in ones have none
+        return
+    try:
+        signature.bind(None, None, bias=None, **dict.fromkeys(LogitTransform._fields))
+    except TypeError as error:
+        raise TypeError(
+            f"FusedCausalLM calls its function with hidden, weight, bias=, logit_scale= and softcap=, and yours takes "
+            f"{signature} ({error}): let it take (hidden, weight, **head), and pass **head on to the loss"
+        ) from None
 
 
 def _not_finite(model: nn.Module) -> str:

@@ -29,8 +29,10 @@ All losses share these keyword arguments. linear_top_k and linear_ranks take tho
                     Megatron's weight.main_grad, or with weight.grad itself if that is float32. Not under torch.compile.
 
 Arguments that do not fit raise TypeError or ValueError before anything is computed. The message names the argument. On a
-CPU this includes token ids outside the vocabulary. On an accelerator that check would be a synchronisation, so it is left
-out: such rows become NaN (Triton) or end in a device-side assertion (PyTorch).
+CPU this includes token ids outside the vocabulary, and, in tokens that take part, log-probs that are NaN or above 0. On an
+accelerator those checks would be synchronisations, so they are left out: rows of ids that do not exist become NaN (Triton)
+or end in a device-side assertion (PyTorch). On a CPU a divergence also refuses a teacher that gives NaN or +inf, once its
+values show it. A student's NaN is never refused: the loss is then NaN.
 
 The losses cannot be differentiated twice, nor in forward mode: backward with create_graph=True and torch.func.jvp are
 refused. Gradients of float16 hidden states are rounded to float16 before the upstream gradient (a loss scale) multiplies
@@ -85,6 +87,7 @@ from fastkl._loss import divergences
 from fastkl._loss.advantages import reverse_kl_advantages
 from fastkl._loss.divergences import *  # noqa: F403  what its __all__ names
 from fastkl._loss.likeliest import TopK, linear_ranks, linear_top_k
+from fastkl._loss.numbers import BadNumbers
 from fastkl._loss.output import LossOutput
 from fastkl._loss.policy_gradient import linear_logprobs, policy_gradient_loss, sampled_reverse_kl_loss
 from fastkl._loss.top_k import top_k_kl_loss
@@ -93,6 +96,7 @@ from fastkl.kernels.options import Backward, Sparse
 
 __all__ = [
     "Backward",
+    "BadNumbers",
     "LossOutput",
     "PerToken",
     "Sparse",

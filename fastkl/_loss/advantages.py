@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkl._loss import arguments as check
+from fastkl._loss.numbers import check_logprobs
 from fastkl._loss.sequences import future_sums
 
 
@@ -33,11 +34,11 @@ def reverse_kl_advantages(
     of a distillation (0.4 to 0.6 of the variance at 2 to 5 nats on random logits), and no less where it is small (1.0 to
     1.2 below half a nat). Only a token's own baseline is taken off: later ones depend on it.
 
-    Returns float32 (float64 for float64 log-probs), detached.
+    Returns float32 (float64 for float64 log-probs), detached. Raises TypeError or ValueError for what does not fit, on a
+    CPU also for log-probs above 0 or NaN where the mask is not 0.
     """
     for name, logprobs in (("sampler_logprobs", sampler_logprobs), ("teacher_logprobs", teacher_logprobs)):
-        if not isinstance(logprobs, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(logprobs).__name__}")
+        check.check_tensor(name, logprobs)
     check.check_finite("coef", coef)
     dtype = torch.promote_types(torch.promote_types(sampler_logprobs.dtype, teacher_logprobs.dtype), torch.float32)
     others = {"teacher_logprobs": teacher_logprobs, "mask": mask, "sequence_ids": sequence_ids, "baseline": baseline}
@@ -50,6 +51,8 @@ def reverse_kl_advantages(
         check.check_integers("sequence_ids", sequence_ids)
     if not 0.0 <= discount <= 1.0:
         raise ValueError(f"discount is {discount}; it must be in [0, 1]")
+    for name, logprobs in (("sampler_logprobs", sampler_logprobs), ("teacher_logprobs", teacher_logprobs)):
+        check_logprobs(name, logprobs, None if mask is None else mask != 0)
     difference = sampler_logprobs.detach().to(dtype) - teacher_logprobs.detach().to(dtype)
     if mask is not None:
         difference = (difference * mask).where(mask != 0, 0.0)

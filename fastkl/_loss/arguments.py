@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastkl._loss import hints
+from fastkl._loss.numbers import visible
 from fastkl.kernels.backend import BACKENDS
 from fastkl.kernels.gemm import compute_dtype
 from fastkl.kernels.options import Backward, Sparse
@@ -34,15 +36,14 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, who: str = "
     for name, tensor in ((f"{who}hidden", hidden), (f"{who}weight", weight), (bias_name, bias)):
         if tensor is None and name == bias_name:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} is {tensor.dtype}; use float32, bfloat16, float16 or float64")
+        dtype = check_tensor(name, tensor).dtype
+        if dtype not in DTYPES:
+            raise TypeError(f"{name} is {dtype}; use float32, bfloat16, float16 or float64")
     _refuse_forward_mode(hidden, weight)
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{who}hidden {list(hidden.shape)} does not fit {who}weight {list(weight.shape)}: expected "
-            f"[..., D] and [V, D] (the LM head's weight as torch.nn.Linear keeps it)"
+            f"[..., D] and [V, D] (the LM head's weight as torch.nn.Linear keeps it){hints.of_head(hidden, weight, who)}"
         )
     if weight.shape[0] == 0:
         raise ValueError(f"{who}weight {list(weight.shape)} has an empty vocabulary")
@@ -57,6 +58,12 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, who: str = "
                 f"{who}hidden is {hidden.dtype} but {name} is {tensor.dtype}; cast one of them, "
                 f"or call under torch.autocast"
             )
+
+
+def check_tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(value).__name__}{hints.of_type(value)}")
+    return value
 
 
 def _refuse_forward_mode(*tensors: Tensor) -> None:
@@ -87,14 +94,13 @@ def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> Non
 
 def check_per_token(name: str, tensor: Tensor, hidden: Tensor) -> Tensor:
     """A real-valued tensor with one entry per token, detached."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    check_tensor(name, tensor)
     if tensor.is_complex():
         raise TypeError(f"{name} is {tensor.dtype}; expected real numbers")
     if tensor.shape != hidden.shape[:-1]:
         raise ValueError(
             f"{name} is {list(tensor.shape)} but hidden is {list(hidden.shape)}: expected one entry per token, "
-            f"{list(hidden.shape[:-1])}"
+            f"{list(hidden.shape[:-1])}{hints.of_tokens(name, tensor, hidden)}"
         )
     check_device(name, tensor, hidden, "hidden")
     return tensor.detach()
@@ -107,7 +113,7 @@ def check_tokens(tokens: Tensor, hidden: Tensor, vocabulary: int, ignore_index: 
     if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise TypeError(f"tokens is {tokens.dtype}; expected integer token ids (torch.int64)")
     tokens = tokens.to(torch.int64)
-    if tokens.is_cpu and not torch.compiler.is_compiling():
+    if visible(tokens):
         wrong = ((tokens < 0) | (tokens >= vocabulary)) & (tokens != ignore_index)
         if bool(wrong.any()):
             raise ValueError(
@@ -139,8 +145,7 @@ def check_plan(backend: Backend, chunk_size: int | None, weight: Tensor, weight_
         )
     if weight_grad is None:
         return
-    if not isinstance(weight_grad, Tensor):
-        raise TypeError(f"weight_grad must be a tensor, not {type(weight_grad).__name__}")
+    check_tensor("weight_grad", weight_grad)
     if torch.compiler.is_compiling():
         raise ValueError(
             "weight_grad is written to in the backward pass, which torch.compile does not take: leave it out"
@@ -202,11 +207,7 @@ def mask_weights(mask: Tensor | None, hidden: Tensor, dtype: torch.dtype) -> Ten
     if mask is None:
         return hidden.new_ones(hidden.shape[:-1].numel(), dtype=dtype)
     weights = check_per_token("mask", mask, hidden).reshape(-1).to(dtype)
-    if (
-        weights.is_cpu
-        and not torch.compiler.is_compiling()
-        and not bool(((weights >= 0) & (weights < torch.inf)).all())
-    ):
+    if visible(weights) and not bool(((weights >= 0) & (weights < torch.inf)).all()):
         raise ValueError(
             "mask holds a weight that is negative or not finite; weights are >= 0, and 0 leaves a token out"
         )

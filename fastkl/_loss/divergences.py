@@ -6,6 +6,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastkl._loss import arguments as check
+from fastkl._loss.numbers import check_teacher_gave_numbers
 from fastkl._loss.options import DivergenceOptions, record, takes
 from fastkl._loss.output import LossOutput
 from fastkl._loss.rows import divergence_output, flat_call
@@ -170,6 +171,7 @@ def _divergence(
     )
     factor = factor * temperature**2 if options["squared_temperature"] else factor
     output, values = divergence_output(call, kind, factor)
+    check_teacher_gave_numbers(call.inputs, values[0].reshape(-1))
     return output._replace(per_token=_per_token(values, options["tokens"] is not None))
 
 

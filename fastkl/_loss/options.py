@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_type_hints
 
 from torch import Tensor
 
+from fastkl._loss import hints
 from fastkl.kernels.options import Backward, Direction, Method, Surrogate, Tail
 from fastkl.kernels.problem import Backend, HeadOptions, TeacherChunks
 
@@ -94,23 +95,30 @@ _FIELDS: dict[Any, list[str]] = {
 
 def takes(options: type) -> Callable[[F], F]:
     """Gives a function with `**options` the names and defaults of a TypedDict of this module."""
-    hints = get_type_hints(options, include_extras=True)
-    defaults = {name: hint.__metadata__[0] for name, hint in hints.items()}
+    types = get_type_hints(options, include_extras=True)
+    defaults = {name: kind.__metadata__[0] for name, kind in types.items()}
     keywords = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hint.__origin__)
-        for name, hint in hints.items()
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind.__origin__)
+        for name, kind in types.items()
     ]
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)
         *own, _ = signature.parameters.values()
-        known = {*defaults, *(parameter.name for parameter in own)}
+        known = *(parameter.name for parameter in own), *defaults
+        positional = [parameter.name for parameter in own if parameter.kind is not inspect.Parameter.KEYWORD_ONLY]
 
         @functools.wraps(function)
         def call(*args: Any, **given: Any) -> Any:
             for name in given:
                 if name not in known:
-                    raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
+                    hint = hints.of_keyword(name, known, function.__name__)
+                    raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}{hint}")
+            if len(args) > len(positional):
+                raise TypeError(
+                    f"{function.__name__}() takes {len(positional)} arguments by position ({', '.join(positional)}) and "
+                    f"got {len(args)}; give the others by name"
+                )
             return function(*args, **{**defaults, **given})
 
         call.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore[attr-defined]

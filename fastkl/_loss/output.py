@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,13 +11,30 @@ from fastkl.kernels.divergence.formula import PerToken
 
 
 class LossOutput(NamedTuple):
-    """What every loss returns, whatever its options."""
+    """What every loss returns, whatever its options. Its `loss` is the tensor: `output.loss.backward()`."""
 
-    loss: Tensor  # 0-dim, or one entry per token with reduction="none"; differentiable
+    # 0-dim, or one entry per token with reduction="none"; differentiable if hidden, weight or bias requires a gradient.
+    loss: Tensor
     # Log-prob of each token, float32 (float64 for float64), detached, 0 where masked; None where no tokens were given.
     logprobs: Tensor | None
     metrics: dict[str, Tensor]  # detached 0-dim tensors; reading one synchronises
     per_token: PerToken | None = None  # of a divergence that was asked for it
+
+
+def _no_such_attribute(_: LossOutput, name: str) -> NoReturn:
+    meant = f"; its loss is a tensor and has one: write output.loss.{name}" if hasattr(Tensor, name) else ""
+    raise AttributeError(f"a LossOutput has no {name!r}{meant}")
+
+
+def _no_arithmetic(*_: Any) -> NoReturn:
+    raise TypeError("a LossOutput is no tensor, and its loss is one: write output.loss, as in output.loss / 2")
+
+
+# Not in the class: to a type checker there are none. As a tuple it would join with another and repeat itself, where its
+# loss was meant.
+_OPERATORS = ("add", "sub", "mul", "truediv", "radd", "rsub", "rmul", "rtruediv", "neg", "float")
+for _name, _function in {"getattr": _no_such_attribute, **dict.fromkeys(_OPERATORS, _no_arithmetic)}.items():
+    setattr(LossOutput, f"__{_name}__", _function)
 
 
 def sparse_metrics(statistics: Tensor | None) -> dict[str, Tensor]:

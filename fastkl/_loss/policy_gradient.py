@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from fastkl._loss import arguments as check
 from fastkl._loss.advantages import reverse_kl_advantages
+from fastkl._loss.numbers import check_logprobs
 from fastkl._loss.options import LogprobOptions, PolicyOptions, Ratio, record, takes
 from fastkl._loss.output import LossOutput, masked_extreme, masked_mean, sparse_metrics
 from fastkl._loss.rows import flat_call, reduced_loss
@@ -100,6 +101,7 @@ def policy_gradient_loss(
     old = None
     if old_logprobs is not None:
         old = call.per_row(check.check_per_token("old_logprobs", old_logprobs, hidden))
+        check_logprobs("old_logprobs", old)
     sequences = _sequences(tokens, options, hidden)
 
     ratio_to = old

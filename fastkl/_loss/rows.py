@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkl._loss import arguments as check
+from fastkl._loss import hints
 from fastkl._loss.options import record
 from fastkl._loss.output import LossOutput, masked_extreme, masked_mean, sparse_metrics
 from fastkl.kernels.autograd import Losses, row_losses, summed_loss
@@ -74,6 +75,7 @@ def flat_call(
 
 def reduced_loss(call: Call, row_loss: RowLoss, rows: Rows, count: Tensor) -> Losses:
     """The losses of the rows [...], or their sum over what the reduction divides by: by default `count`, 0-dim."""
+    hints.warn_without_gradient(call.inputs)
     problem = Problem(call.inputs, call.spec, row_loss, rows)
     if call.reduction.kind == "none":
         losses = row_losses(problem, call.weight_grad)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Teacher(NamedTuple):
 
 def check_teacher(teacher: Teacher, hidden: Tensor, weight: Tensor, vocab_size: int | None) -> None:
     """Shapes, dtypes and devices against the student's; which forms go together."""
-    _check_form(teacher)
+    _check_form(teacher, weight.shape[0])
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in teacher):
         raise ValueError(
             "the teacher requires a gradient, and a divergence has none for it: run the teacher under torch.no_grad() "
@@ -57,7 +57,7 @@ def check_teacher(teacher: Teacher, hidden: Tensor, weight: Tensor, vocab_size: 
     _check_vocabularies(vocabularies, vocab_size)
 
 
-def _check_form(teacher: Teacher) -> None:
+def _check_form(teacher: Teacher, vocabulary: int) -> None:
     head = teacher.hidden is not None, teacher.weight is not None
     if (teacher.logits is not None and (any(head) or teacher.bias is not None)) or (
         teacher.logits is None and not all(head)
@@ -65,13 +65,20 @@ def _check_form(teacher: Teacher) -> None:
         given = [name for name, value in zip(Teacher._fields, teacher, strict=True) if value is not None]
         raise ValueError(
             f"the teacher is given as {', '.join(f'teacher_{name}' for name in given) or 'nothing'}; give teacher_hidden "
-            f"and teacher_weight, or teacher_logits alone"
+            f"and teacher_weight, or teacher_logits alone{_meant_logits(teacher.hidden, given, vocabulary)}"
         )
     if teacher.logits is not None and not isinstance(teacher.logits, Tensor) and not callable(teacher.logits):
         raise TypeError(
             f"teacher_logits must be a tensor [..., V] or a function from rows [n] to logits [n, V], not "
             f"{type(teacher.logits).__name__}"
         )
+
+
+def _meant_logits(hidden: Any, given: list[str], vocabulary: int) -> str:
+    """A hint for logits that took the place of hidden states; the teacher's vocabulary may be padded to another size."""
+    if given != ["hidden"] or not isinstance(hidden, Tensor) or 2 * hidden.shape[-1] < vocabulary:
+        return ""
+    return f": teacher_hidden is {list(hidden.shape)}; did you mean teacher_logits=?"
 
 
 def _check_rows(name: str, tensor: Tensor, hidden: Tensor) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastkl._loss import arguments as check
+from fastkl._loss.numbers import BadNumbers, check_logprobs, visible
 from fastkl._loss.options import TopKOptions, takes
 from fastkl._loss.output import LossOutput
 from fastkl._loss.rows import divergence_output, flat_call
@@ -47,7 +48,7 @@ def top_k_kl_loss(
         raise ValueError(f"tail is {tail!r}; use one of {', '.join(TAILS)}")
     call = flat_call(hidden, weight, options["tokens"], options, "top_k")
     ids, logprobs = _check_list(teacher_ids, teacher_logprobs, hidden)
-    if ids.is_cpu and not torch.compiler.is_compiling():
+    if visible(ids):
         _look_at_list(ids[call.active], logprobs[call.active], call.inputs.weight.shape[0])
     ids = torch.where(call.active[:, None], ids, _placeholder(ids))
     logprobs = logprobs.to(call.token_weights.dtype)
@@ -62,8 +63,7 @@ def top_k_kl_loss(
 def _check_list(ids: Tensor, logprobs: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Ids and log-probs as [N, k]."""
     for name, tensor in (("teacher_ids", ids), ("teacher_logprobs", logprobs)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        check.check_tensor(name, tensor)
         if tensor.dim() != hidden.dim() or tensor.shape[:-1] != hidden.shape[:-1] or tensor.shape[-1] == 0:
             raise ValueError(
                 f"{name} is {list(tensor.shape)} but hidden is {list(hidden.shape)}: expected k entries per token, "
@@ -99,11 +99,10 @@ def _look_at_list(ids: Tensor, logprobs: Tensor, vocabulary: int) -> None:
     again = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     if bool(again.any()):
         raise ValueError(f"teacher_ids lists {int(ordered[..., 1:][again][0])} twice in a row; each id once")
+    check_logprobs("teacher_logprobs", logprobs, ids >= 0)
     mass = logprobs.exp().where(ids >= 0, 0.0).sum(-1)
-    if bool(mass.isnan().any()):
-        raise ValueError("teacher_logprobs holds NaN: the teacher's forward pass went wrong, or mask such tokens out")
     if bool((mass > 1.01).any()):
-        raise ValueError(
+        raise BadNumbers(
             f"teacher_logprobs of a row sum to a probability of {float(mass.max()):.4g}; they must be log-probs over the "
-            f"whole vocabulary, not logits and not probabilities"
+            f"whole vocabulary, not logits"
         )

@@ -78,7 +78,7 @@ def test_no_sum_crosses_a_boundary(discount: float) -> None:
     alone = loss.reverse_kl_advantages(sampler[middle], teacher[middle], discount=discount)
     torch.testing.assert_close(packed[middle], alone)
     poisoned = teacher.clone()
-    poisoned[8:] = torch.nan  # a broken sequence stays the only broken one
+    poisoned[8:] = -torch.inf  # a broken sequence stays the only broken one
     again = loss.reverse_kl_advantages(sampler, poisoned, discount=discount, sequence_ids=ids)
     assert torch.equal(again[:8], packed[:8])
 

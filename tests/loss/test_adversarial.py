@@ -35,7 +35,7 @@ def logits_problem(z: Tensor, dtype: torch.dtype) -> Problem:
     identity = torch.eye(vocabulary, dtype=dtype)
     p = p._replace(hidden=z.to(dtype), weight=identity, bias=None, mask=None, tokens=p.tokens.clamp(min=0))
     exact = eager("linear_logprobs", p.double()).float()
-    own = p._replace(sampler_logprobs=exact + 0.2, teacher_logprobs=exact - 0.3)
+    own = p._replace(sampler_logprobs=(exact + 0.2).clamp(max=0.0), teacher_logprobs=exact - 0.3)
     return own._replace(teacher_hidden=(z * 0.9).to(dtype), teacher_weight=identity, teacher_bias=None)
 
 

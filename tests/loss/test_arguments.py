@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
 import torch
-from loss_cases import LOSSES, fused, make_problem, teacher_list
+from loss_cases import LOSSES, fused, make_problem, pattern, teacher_list
 from torch import inf, nan, ones, zeros
 
 from fastkl import loss
@@ -170,21 +169,28 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (TOP_K, {"teacher_logprobs": LOGPROBS[..., :2]}, "ValueError: teacher_ids is / 4] but teacher_logprobs is / 2]"),
     (TOP_K, {"teacher_ids": LOGPROBS}, "TypeError: teacher_ids is torch.float32; expected integers"),
     (TOP_K, {"teacher_ids": IDS.index_fill(2, torch.tensor([0, 1]), 5)}, "ValueError: lists 5 twice in a row"),
-    (TOP_K, {"teacher_logprobs": LOGPROBS + 3.0}, "ValueError: sum to a probability of / not logits"),
+    (TOP_K, {"teacher_logprobs": LOGPROBS * 0 - 0.1}, "BadNumbers: sum to a probability of / not logits"),
     (TOP_K, {"teacher_ids": [[1]]}, "TypeError: teacher_ids must be a tensor, not list"),
     (TOP_K, {"teacher_ids": IDS + 11}, "ValueError: teacher_ids holds / , outside the vocabulary / 0 … 10"),
     (TOP_K, {"teacher_ids": torch.full_like(IDS, -1)}, "ValueError: a row without any id"),
     (TOP_K, {"teacher_logprobs": LOGPROBS.clone().requires_grad_()}, "ValueError: requires a gradient"),
+]
+# What is above 0, or NaN, in log-probs of tokens that take part.
+CASES += [
+    (names, {field: torch.full(shape, value)}, f"BadNumbers: {field} holds {said}")
+    for names, field, shape in (
+        (PG, "old_logprobs", (2, 3)),
+        (SAMPLED, "sampler_logprobs", (2, 3)),
+        (SAMPLED, "teacher_logprobs", (2, 3)),
+        (TOP_K, "teacher_logprobs", (2, 3, 4)),
+    )
+    for value, said in ((0.5, "0.5 / at most 0 / Give log-probs"), (inf, "inf"), (nan, "NaN / mask"))
 ]
 EACH = [
     pytest.param(name, change, message, id=f"{name}-{'-'.join(change)}")
     for names, change, message in CASES
     for name in names
 ]
-
-
-def pattern(message: str) -> str:
-    return ".*".join(map(re.escape, message.split(" / ")))
 
 
 @pytest.mark.parametrize(("name", "change", "message"), EACH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any, NamedTuple, get_args
@@ -71,13 +72,18 @@ class Problem(NamedTuple):
         double = self.double()
         shift = eager("linear_logprobs", double, **options) - eager("linear_logprobs", double)
         behaviour = [self.sampler_logprobs + shift, self.teacher_logprobs + shift]
-        sampler, teacher = (t.to(self.teacher_logprobs.dtype) for t in behaviour)
+        sampler, teacher = (t.clamp(max=0.0).to(self.teacher_logprobs.dtype) for t in behaviour)
         return self._replace(sampler_logprobs=sampler, teacher_logprobs=teacher)
 
     def leaves(self, needs: tuple[str, ...] = TRAINABLE) -> Problem:
         """Detached copies, of which those named in `needs` require a gradient."""
         pairs = zip(self._fields, self, strict=True)
         return Problem(*[None if t is None else t.detach().clone().requires_grad_(f in needs) for f, t in pairs])
+
+
+def pattern(message: str) -> str:
+    """A regular expression for the parts of an error message, which " / " sets apart, in their order."""
+    return ".*".join(map(re.escape, message.split(" / ")))
 
 
 def generator(seed: int) -> torch.Generator:
@@ -105,11 +111,13 @@ def make_problem(
     hidden, weight, bias = normal(*lead, dim), normal(vocabulary, dim, scale=spread / dim**0.5), normal(vocabulary)
     tokens = torch.randint(vocabulary, lead, generator=g)
     sampler = reference.logprobs(reference.logits(hidden, weight, bias), tokens) + normal(*lead, scale=0.4)
+    sampler = sampler.clamp(max=0.0)
     tokens = tokens.where(torch.rand(lead, generator=g) > 1 / 6, -100)
     mask = torch.tensor([0.0, 0.5, 1.0, 2.0])[torch.randint(4, lead, generator=g)]
     heads = [t.to(dtype) for t in (hidden, weight, bias)]
     teacher = [normal(*lead, teacher_dim), normal(vocabulary, teacher_dim, scale=spread / teacher_dim**0.5)]
-    rest = [t.to(per_token) for t in (mask, normal(*lead), sampler, sampler + normal(*lead, scale=0.5))]
+    advantages, by_teacher = normal(*lead), (sampler + normal(*lead, scale=0.5)).clamp(max=0.0)
+    rest = [t.to(per_token) for t in (mask, advantages, sampler, by_teacher)]
     return Problem(*heads, tokens, *rest, *[t.to(dtype) for t in (*teacher, normal(vocabulary))])
 
 

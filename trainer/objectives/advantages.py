@@ -11,10 +11,12 @@ from torch import Tensor
 from fastkl.loss import reverse_kl_advantages
 from fastkl.trainer.config.reward import RewardConfig
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.objectives.numbers import numbers_are_checked
 
 Estimator = Callable[[Tensor, Tensor], Tensor]  # rewards [n], group numbers [n] -> advantages [n]
 
 
+@numbers_are_checked()
 def set_advantages(samples: list[Sample], *, coef: float, discount: float, given_coef: float = 1.0) -> None:
     """Writes A = A_env − coef Σ γᵏ d of every counted token: the samples' `reward_advantage` and the reverse KL's.
 

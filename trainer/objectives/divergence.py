@@ -16,6 +16,7 @@ from fastkl.trainer.data.batching import Batch
 from fastkl.trainer.data.samples import UNKNOWN, Sample
 from fastkl.trainer.models.scoring import call_with_rows
 from fastkl.trainer.objectives.base import Objective
+from fastkl.trainer.objectives.numbers import numbers_are_checked
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.several import RoutedTeacher
 
@@ -47,6 +48,7 @@ class FullDivergence(Objective):
     def updating(self) -> AbstractContextManager[None]:
         return self._teachers.ready()
 
+    @numbers_are_checked()
     def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: int, seed: int) -> LossOutput:
         local = self._teachers.of(batch.samples)
         teacher, cut = local.head(batch.samples, batch.tokens.device), local.vocab_size

@@ -14,6 +14,7 @@ from fastkl.trainer.data.batching import Batch
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.models.scoring import call_with_rows
 from fastkl.trainer.objectives.base import Objective, score_by_teacher
+from fastkl.trainer.objectives.numbers import numbers_are_checked
 from fastkl.trainer.runs.listener import Clock
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.several import RoutedTeacher
@@ -36,6 +37,7 @@ class TopKDivergence(Objective):
     def groups(self, samples: list[Sample]) -> list[list[Sample]]:
         return self._teachers.groups(samples)
 
+    @numbers_are_checked()
     def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: int, seed: int) -> LossOutput:
         vocabulary, likeliest = self._teachers.of(batch.samples).vocab_size, batch.top_k()
 
