@@ -45,6 +45,7 @@ from fastkl.trainer.step_metrics import rollout_metrics
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.open import check_teachers, connect_servers, open_teachers
+from fastkl.trainer.teachers.served import ServedTeacher
 from fastkl.trainer.teachers.several import RoutedTeacher
 
 
@@ -142,6 +143,9 @@ def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder,
     rollouts = Rollouts(config.sampling, responder, prompts, given, judge)
     source = OnPolicy(config, student, objective, teachers, sampler, rollouts, data_sets, vocabulary(tokenizer))
     student.also_checkpoint("identity", _identity(student, teachers, data_sets, eval_prompts))
+    for name, teacher in ({} if teachers is None else teachers.by_data_set).items():
+        if isinstance(teacher, ServedTeacher):
+            student.also_checkpoint(f"teacher's server {name}", teacher)
     fit(student, objective, source, responder, tokenizer, eval_prompts, folder, listener)
 
 

@@ -61,7 +61,8 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, other
     optimizer.load_state_dict(_split(optimizer, torch.load(folder / "optimizer.bin", map_location="cpu")))
     states = torch.load(folder / "state.pt", map_location="cpu")
     for name, other in others.items():
-        other.load_state_dict(states[name])
+        if name in states:  # an older version knew fewer
+            other.load_state_dict(states[name])
     if len(states["random"]) == processes.count():
         _set_random_state(states["random"][processes.rank()])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastkl.trainer.errors import ServerError
 from fastkl.trainer.servers.completions import Api, CompletionsServer, Scores
@@ -57,6 +57,21 @@ class Recheck:
             self._failures, self._steps = failures, 0
         if suspicious and _meaningless(tokens, logprobs):
             raise self._ended(f"gives all {len(tokens)} tokens of a step the same log-prob, {logprobs[0]:.2f}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._reference._asdict(), "scores": self._reference.scores._asdict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what the server answered when the run began, unless it was asked in another way.
+
+        Raises:
+            ServerError: If it answers otherwise now.
+        """
+        began = Reference(**{**state, "scores": Scores(**state["scores"])})
+        same = ("api", "ids", "temperature", "top_k")
+        if all(getattr(began, name) == getattr(self._reference, name) for name in same):
+            self._reference = began
+            self._compare()
 
     def _compare(self) -> None:
         limit = GROWTH * self._reference.noise + MARGIN

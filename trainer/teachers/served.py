@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,7 @@ from fastkl.trainer.config.teacher import TeacherConfig, TeacherServerConfig
 from fastkl.trainer.data.batching import PAD_ID
 from fastkl.trainer.data.samples import UNKNOWN, Sample
 from fastkl.trainer.models.tokenizers import vocabulary
+from fastkl.trainer.runs import processes
 from fastkl.trainer.servers.answers import BadAnswer, Unscored
 from fastkl.trainer.servers.check import check_server
 from fastkl.trainer.servers.completions import CompletionsServer, Scores
@@ -80,6 +82,13 @@ class ServedTeacher:
             ids[row, : len(known)] = torch.tensor(list(known))
             logprobs[row, : len(known)] = torch.tensor(list(known.values()))
         return TopK(ids, logprobs)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._recheck.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ServerError on all processes if the server has another model than when the run began."""
+        processes.raise_together(lambda: self._recheck.load_state_dict(state))
 
     def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
         return {}  # a server does not say how large its model is

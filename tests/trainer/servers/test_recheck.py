@@ -245,3 +245,24 @@ def test_log_probs_that_are_all_alike(tokens: list[int], logprobs: list[float], 
         with pytest.raises(ServerError, match=r"gives all 20 tokens of a step the same log-prob, -\d\.\d\d"):
             check.after_step(tokens, logprobs, 100)
     assert server.asked == asked
+
+
+@pytest.mark.parametrize("offsets", [(), (0.1,), (0.1, 0.1, 0.1)])
+def test_a_run_that_goes_on_compares_with_its_beginning(offsets: tuple[float, ...]) -> None:
+    began = recheck(Remembered()).state_dict()
+    server = Remembered(offsets)
+    later = Recheck(server, Reference("echo", [1, 2, 3, 4], 1.0, None, scores_of([1, 2, 3, 4], 0.1), 0.0), every=1)
+    if len(offsets) == 3:
+        with pytest.raises(ServerError, match="is not what it was when the run began"):
+            later.load_state_dict(began)
+    else:
+        later.load_state_dict(began)
+    assert later.state_dict() == began
+
+
+def test_a_probe_of_another_kind_is_no_comparison() -> None:
+    began = recheck(Remembered()).state_dict() | {"temperature": 0.7}
+    server = Remembered()
+    later = recheck(server)
+    later.load_state_dict(began)
+    assert (server.asked, later.state_dict()["temperature"]) == (0, 1.0)

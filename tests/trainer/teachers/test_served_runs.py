@@ -107,6 +107,7 @@ def test_a_server_that_comes_back_with_another_model(
     run = settings(dropout, tmp_path / "run", stub, checkpoint__every=0) | {"teacher.server.concurrency": 1}
     refusal(capsys, "distill", run, f"server at {stub.url} is not what it was when the run began", "the run goes on")
     assert [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+    refusal(capsys, "distill", run, f"server at {stub.url} is not what it was when the run began")  # still the other
     stub.model = own
     check_equal(distilled(run | {"teacher.server.recheck_every": 1}), whole)
 
