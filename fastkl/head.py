@@ -37,7 +37,7 @@ class LogitTransform(NamedTuple):
 class FusedCausalLM(nn.Module):
     """A causal LM whose forward takes a function of (hidden, weight, bias=, logit_scale=, softcap=) and returns its result.
 
-    Building it runs the model on a few tokens, to see what becomes of its logits. Raises TypeError for what is no causal LM
+    Building it runs the model on one token, to see what becomes of its logits. Raises TypeError for what is no causal LM
     (a model without its head, one inside DDP), and where the head is not a plain `nn.Linear` (a LoRA adapter on it, a
     quantised one), and ValueError where the model treats its logits in a way that
     fastkl.loss does not know, or where its hidden states are not finite.
@@ -73,7 +73,7 @@ def measure_logit_transform(model: nn.Module) -> LogitTransform:
     """Scale and soft-cap between the head and the logits, read off what the model's forward makes of known values.
 
     Measured rather than read from the config, because configs disagree on names and on meaning: `logits_scaling` divides in
-    Granite and multiplies in others. Each known value stands at one place, for every id of the vocabulary: what depends on
+    Granite and multiplies in others. Each known value stands in one row, for every id of the vocabulary: what depends on
     the id shows as well.
     """
     probes = torch.tensor(PROBES, dtype=torch.float64)
@@ -83,11 +83,11 @@ def measure_logit_transform(model: nn.Module) -> LogitTransform:
     def pretend(hidden: Tensor, _: nn.Linear) -> Tensor:
         if not hidden.isfinite().all():
             raise ValueError(_not_finite(model))
-        return probes.to(hidden.device)[:, None].expand(*hidden.shape[:-1], shape[1]).clone()
+        return probes.to(hidden.device)[:, None, None].expand(*hidden.shape[:-1], shape[1]).clone()
 
     with torch.no_grad(), _head_computes(model, pretend, replace_logits=True):
-        ids = torch.zeros(1, len(PROBES), dtype=torch.long, device=head.weight.device)
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+        ids = torch.zeros(len(PROBES), 1, dtype=torch.long, device=head.weight.device)
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1]
     if logits.shape != shape:
         raise ValueError(
             f"{_name(model)} makes logits of shape {list(logits.shape)} of {list(shape)} that its head gives; it cannot be "
@@ -106,12 +106,12 @@ def measure_logit_transform(model: nn.Module) -> LogitTransform:
             f"{_name(model)} does something to its logits that is neither a scale nor a soft-cap "
             f"({PROBES[5]} becomes {float(usual[5]):.4g}, {PROBES[7]} becomes {float(usual[7]):.4g}) and cannot be fused"
         )
-    odd = (~torch.isclose(seen, known[:, None], rtol=rtol)).T.nonzero()  # [n, 2] id, place
+    odd = (~torch.isclose(seen, known[:, None], rtol=rtol)).T.nonzero()  # [n, 2] id, row
     if len(odd):
-        token, place = odd[0].tolist()
+        token, row = odd[0].tolist()
         raise ValueError(
             f"{_name(model)} treats {len(odd[:, 0].unique())} ids of its vocabulary apart after the head: the logit of id "
-            f"{token} becomes {float(seen[place, token]):.4g} where {float(known[place]):.4g} was expected; a model whose "
+            f"{token} becomes {float(seen[row, token]):.4g} where {float(known[row]):.4g} was expected; a model whose "
             f"logits depend on the id (masked ids, a bias) cannot be fused"
         )
     return LogitTransform(*(None if v is None else float(f"{v:.7g}") for v in (scale, softcap)))  # type: ignore[arg-type]
@@ -217,10 +217,15 @@ def _check_signature(function: Callable[..., Any]) -> None:
         ) from None
 
 
+def first_not_finite(model: nn.Module) -> str | None:
+    """The name of the model's first parameter that has a value that is not finite."""
+    return next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+
+
 def _not_finite(model: nn.Module) -> str:
-    found = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    found = first_not_finite(model)
     cause = "though its weights are" if found is None else f"and neither is its weight {found}: the weights are damaged"
-    return f"the hidden states of {_name(model)} are not finite on a few tokens, {cause}"
+    return f"the hidden states of {_name(model)} are not finite for one token, {cause}"
 
 
 def _name(model: nn.Module) -> str:

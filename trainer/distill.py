@@ -22,6 +22,7 @@ from fastkl.trainer.models.ends import end_of_sequence
 from fastkl.trainer.models.flops import sampling_flops
 from fastkl.trainer.models.loading import context_length, load_tokenizer
 from fastkl.trainer.models.tokenizers import vocabulary
+from fastkl.trainer.models.withheld import withholds_routers
 from fastkl.trainer.objectives.advantages import set_reward_advantages
 from fastkl.trainer.objectives.base import Objective
 from fastkl.trainer.objectives.registry import make_objective, teacher_top_k
@@ -40,6 +41,7 @@ from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.identity import Identity, rows_fingerprint, weights_fingerprint
 from fastkl.trainer.runs.listener import SILENT, Clock, Listener
+from fastkl.trainer.runs.notes import note
 from fastkl.trainer.runs.start import start_run
 from fastkl.trainer.step_metrics import rollout_metrics
 from fastkl.trainer.student import Student
@@ -133,11 +135,14 @@ def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder,
     sampling_server = connect_sampling(config, tokenizer, prompts, eval_prompts) if config.sampling.server.url else None
 
     student = Student(config, accelerator)
+    if withholds_routers(student.model):
+        note("the student's config has output_router_logits: the routers' auxiliary loss is left out of a distillation")
     teachers = open_teachers(config, tokenizer, data_sets, student, served, top_k)
     checks.check_eval_room(eval_prompts, config.eval, "student", student.model)
     objective = make_objective(config.loss, config.sampling, teachers)
     ends = end_of_sequence(student.model, tokenizer)
-    sampler = _sampler(config, student, [*ends, *stop_ids(environment, tokenizer)], sampling_server)
+    with student.gathered():
+        sampler = _sampler(config, student, [*ends, *stop_ids(environment, tokenizer)], sampling_server)
     responder = _responder(config, student, tokenizer, sampler, environment, [*prompts, *eval_prompts])
     given = [sample for data_set in data_sets for sample in data_set.given]
     rollouts = Rollouts(config.sampling, responder, prompts, given, judge)

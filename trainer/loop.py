@@ -43,7 +43,7 @@ def fit(
     student: Student,
     objective: Objective,
     source: Source,
-    responder: Responder,
+    responder: Responder | None,
     tokenizer: PreTrainedTokenizerBase,
     eval_prompts: list[EncodedPrompt],
     folder: RunFolder,
@@ -59,7 +59,7 @@ def fit(
     start = steps_done or 0
 
     def grade(metrics: dict[str, float]) -> None:
-        if eval_prompts:
+        if responder is not None and eval_prompts:
             with student.gathered():
                 metrics |= evaluate(responder, tokenizer, eval_prompts, config.eval, config.seed)[0]
 

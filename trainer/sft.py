@@ -14,10 +14,12 @@ from fastkl.trainer.data.order import batch_indices
 from fastkl.trainer.data.prompts import encode_prompts, given_samples
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.data.sources import load_prompts
+from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.loop import fit
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.ends import end_of_sequence
 from fastkl.trainer.models.loading import context_length, load_tokenizer
+from fastkl.trainer.models.withheld import withholds_routers
 from fastkl.trainer.objectives.policy_gradient import PolicyGradient
 from fastkl.trainer.rollouts.evaluation import load_eval_prompts
 from fastkl.trainer.rollouts.samplers.local import local_sampler
@@ -66,12 +68,19 @@ def _sft(config: SftConfig, accelerator: Accelerator, folder: RunFolder, listene
     eval_prompts = load_eval_prompts(config.eval, tokenizer)
 
     student = Student(config, accelerator)
+    if withholds_routers(student.model):
+        raise ConfigError(
+            f"the config of {config.student.path} has output_router_logits: true, which asks for the routers' auxiliary "
+            f"loss; sft does not add it. Set it to false in that config.json to train without"
+        )
     checks.check_vocabulary(tokenizer, {"student": student.model})
     checks.check_given(prompts, examples, {"student": student.model})
     checks.check_eval_room(eval_prompts, config.eval, "student", student.model)
-    sampler = local_sampler(student.model, eos_token_ids=end_of_sequence(student.model, tokenizer))
+    ends = end_of_sequence(student.model, tokenizer)
+    with student.gathered():
+        sampler = local_sampler(student.model, eos_token_ids=ends) if eval_prompts else None
     source = Examples(examples, config.examples_per_step, config.seed)
-    responder = SingleTurn(sampler, context_length(student.model))
+    responder = None if sampler is None else SingleTurn(sampler, context_length(student.model))
     objective = PolicyGradient(LossConfig(method="reinforce", old_logprobs="current"), SamplingConfig())
     rows = {"the rows of data": rows_fingerprint(prompts), "the rows of eval.data": rows_fingerprint(eval_prompts)}
     student.also_checkpoint("identity", Identity({**rows, "the student's weights": student.fingerprint}))

@@ -22,12 +22,16 @@ from fastkl.trainer.data.batching import Batch, batches
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import RunError
 from fastkl.trainer.models.flops import cost_of, training_flops
-from fastkl.trainer.models.loading import batch_layout, fuse, load_student
+from fastkl.trainer.models.loading import fuse, load_student
+from fastkl.trainer.models.modes import updating
 from fastkl.trainer.models.optimizer import apply_settings, learning_rate_schedule, make_optimizer
-from fastkl.trainer.models.scoring import batch_logprobs, batch_ranks, scatter_values
+from fastkl.trainer.models.scoring import batch_logprobs, batch_ranks, check_finite, scatter_values
 from fastkl.trainer.models.sharding import GatheredCopy
 from fastkl.trainer.runs import checkpoint, processes
 from fastkl.trainer.runs.identity import weights_fingerprint
+from fastkl.trainer.self_checks.layouts import batch_layout
+from fastkl.trainer.self_checks.probe import Probe
+from fastkl.trainer.self_checks.update import check_update
 from fastkl.trainer.step_metrics import add_policy_metrics, merge_metrics, mismatch_metrics
 
 if TYPE_CHECKING:
@@ -47,10 +51,13 @@ class Student:
         self.model = load_student(config.student)
         self.fingerprint = weights_fingerprint(self.model)  # before the first update
         self.version = 0  # of the weights: another one after every change
-        self.layout, self.cost = batch_layout(config.batch, self.model), cost_of(self.model)
+        self.cost = cost_of(self.model)
         self._gathered_copy = GatheredCopy(self.model, self.device) if accelerator.is_fsdp2 else None
         self.model.to(self.device)
         fused = fuse(self.model, "student")
+        probe = Probe(self.model, "student")
+        self.layout = batch_layout(config.batch, fused, probe)
+        check_update(probe, config.student.dropout)
         optimizer = make_optimizer(config.optim, self.model)
         self.scheduler = learning_rate_schedule(config.optim, optimizer)
         self.fused, self.optimizer = self.accelerator.prepare(fused, optimizer)
@@ -58,7 +65,7 @@ class Student:
             self.model = self._gathered_copy.model
         self._skipped = 0  # optimizer steps in a row
         self._also_checkpointed: dict[str, Any] = {}
-        set_seed(config.seed, device_specific=True)  # weights start equal; dropout differs between the processes
+        set_seed(config.seed, device_specific=True)  # weights start equal; what is drawn differs
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +107,9 @@ class Student:
 
     def score(self, samples: list[Sample], field: str, temperature: float) -> None:
         """Writes the log-probs of this process's samples into their list `field`, as the coming update sees them."""
-        self._scatter(samples, field, lambda batch: batch_logprobs(self.fused, batch, temperature))
+        self._scatter(
+            samples, field, lambda batch: check_finite(batch_logprobs(self.fused, batch, temperature), "student")
+        )
 
     def rank(self, samples: list[Sample], vocab_size: int) -> None:
         """Writes `student_ranks` of this process's samples, as the coming update sees them: see `batch_ranks`."""
@@ -119,26 +128,26 @@ class Student:
         scattered: dict[int, set[str]] = {}  # by a sample's identity: its fields that the objective wrote
         # A new one for each batch of a run.
         seeds = itertools.count(((self.config.seed * 1_000_003 + step) << 20) + processes.rank(), processes.count())
-        self.fused.train()
-        for first in range(optim.substeps):
-            minibatch = sorted(samples[first :: optim.substeps], key=lambda sample: len(sample.ids))
-            tokens = max(1, sum(sample.loss_tokens for sample in minibatch))
-            own = minibatch[processes.rank() :: processes.count()]
-            for batch, counts in self._in_step(objective.groups(own)):
-                output = objective(self.fused, batch, tokens, next(seeds))
-                self.accelerator.backward(output.loss * processes.count() * counts)
-                if not counts:
-                    continue
-                scattered |= {id(sample): batch.scattered for sample in batch.samples}
-                totals["loss"] += output.loss.item() / optim.substeps
-                if len(batch.tokens):
-                    add_policy_metrics(totals, output.metrics, len(batch.tokens) / tokens / optim.substeps)
-                if first == 0 and batch.samples[0].sampler_logprobs and output.logprobs is not None:
-                    difference = output.logprobs - batch.per_token("sampler_logprobs")
-                    mismatch.append(difference[~batch.given].cpu())
-            norms.append(self._clip())
-            self._step(step, norms[-1])
-            self.version += 1
+        with updating(self.plain.model, self.config.student.dropout):
+            for first in range(optim.substeps):
+                minibatch = sorted(samples[first :: optim.substeps], key=lambda sample: len(sample.ids))
+                tokens = max(1, sum(sample.loss_tokens for sample in minibatch))
+                own = minibatch[processes.rank() :: processes.count()]
+                for batch, counts in self._in_step(objective.groups(own)):
+                    output = objective(self.fused, batch, tokens, next(seeds))
+                    self.accelerator.backward(output.loss * processes.count() * counts)
+                    if not counts:
+                        continue
+                    scattered |= {id(sample): batch.scattered for sample in batch.samples}
+                    totals["loss"] += output.loss.item() / optim.substeps
+                    if len(batch.tokens):
+                        add_policy_metrics(totals, output.metrics, len(batch.tokens) / tokens / optim.substeps)
+                    if first == 0 and batch.samples[0].sampler_logprobs and output.logprobs is not None:
+                        difference = output.logprobs - batch.per_token("sampler_logprobs")
+                        mismatch.append(difference[~batch.given].cpu())
+                norms.append(self._clip())
+                self._step(step, norms[-1])
+                self.version += 1
         finite = [norm for norm in norms if math.isfinite(norm)]
         parts = processes.gather([(dict(totals), mismatch)])
         metrics = {

@@ -22,6 +22,8 @@ from fastkl.trainer.models.loading import (
 )
 from fastkl.trainer.runs.counting import Count, tell
 from fastkl.trainer.runs.identity import rows_fingerprint, weights_fingerprint
+from fastkl.trainer.self_checks.layouts import batch_layout
+from fastkl.trainer.self_checks.probe import Probe
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.served import connect
 from fastkl.trainer.teachers.teacher import Teacher
@@ -82,4 +84,6 @@ def _scorer(
     model = load_teacher(config.model, device)
     checks.check_vocabulary(tokenizer, {"model": model})
     checks.check_given(prompts, samples, {"model": model})
-    return LocalTeacher(fuse(model, "model"), config.batch, config.temperature, device)
+    fused = fuse(model, "model")
+    layout = batch_layout(config.batch, fused, Probe(model, "model"))
+    return LocalTeacher(fused, layout, config.batch.max_tokens, config.temperature, device)

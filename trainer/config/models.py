@@ -53,8 +53,11 @@ class StudentConfig(ModelConfig):
 
     Args:
         gradient_checkpointing: Recompute activations in the backward pass. It takes less memory and more time.
+        dropout: Switch off whatever the model drops or draws at random in an update (off), or keep it (keep). Completions
+            are always sampled without: with keep, an update sees another distribution than was sampled.
         lora: Train a LoRA adapter instead of all weights.
     """
 
     gradient_checkpointing: bool = False
+    dropout: Literal["off", "keep"] = "off"
     lora: LoraConfig = field(default_factory=LoraConfig)

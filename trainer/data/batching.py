@@ -12,7 +12,7 @@ from torch import Tensor
 from fastkl.loss import TopK
 from fastkl.trainer.data.samples import Sample
 
-Layout = Literal["packed", "padded"]
+Layout = Literal["packed", "padded", "single"]  # single: one sequence in a forward pass
 PAD_ID = 0  # any valid id: padding is masked out of the attention and out of the loss
 
 
@@ -64,9 +64,16 @@ class Batch:
 
 def batches(samples: Sequence[Sample], max_tokens: int, layout: Layout, device: torch.device) -> Iterator[Batch]:
     """Batches of at most `max_tokens` positions (padding counted); a longer sample gets one of its own."""
-    group = _first_fit if layout == "packed" else _by_length
+    group = {"packed": _first_fit, "padded": _by_length, "single": _alone}[layout]
     for members in group(samples, max_tokens):
         yield collate(members, layout, device)
+
+
+def in_order(samples: list[Sample], layout: Layout, device: torch.device) -> list[Batch]:
+    """One batch of all the samples, or one of each where they cannot share a forward pass."""
+    return [
+        collate(members, layout, device) for members in ([[s] for s in samples] if layout == "single" else [samples])
+    ]
 
 
 def _first_fit(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
@@ -95,6 +102,10 @@ def _by_length(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]
     return groups
 
 
+def _alone(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
+    return [[sample] for sample in sorted(samples, key=lambda s: len(s.ids))]
+
+
 def collate(samples: list[Sample], layout: Layout, device: torch.device) -> Batch:
     """One batch of all the samples."""
     width = sum(len(s.ids) for s in samples) if layout == "packed" else max(len(s.ids) for s in samples)
@@ -107,7 +118,7 @@ def collate(samples: list[Sample], layout: Layout, device: torch.device) -> Batc
         ids += sample.ids + [PAD_ID] * fill
         positions += [*range(len(sample.ids)), *[0] * fill]
     inputs = {"input_ids": torch.tensor(ids), "position_ids": torch.tensor(positions)}
-    if layout == "padded":
+    if layout != "packed":
         lengths = torch.tensor([len(s.ids) for s in samples])
         inputs["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
     inputs = {name: tensor.reshape(-1, width).to(device) for name, tensor in inputs.items()}

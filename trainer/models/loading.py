@@ -21,12 +21,10 @@ from transformers import (
 
 from fastkl.head import FusedCausalLM
 from fastkl.trainer.config.models import ModelConfig, StudentConfig
-from fastkl.trainer.config.optim import BatchConfig
 from fastkl.trainer.config.teacher import TeacherConfig
-from fastkl.trainer.data.batching import Layout
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models.adapters import adapted
-from fastkl.trainer.models.layers import attends, layer_kinds
+from fastkl.trainer.models.withheld import keep_weights, withhold
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -88,6 +86,7 @@ def _load_model(config: ModelConfig, **more: Any) -> PreTrainedModel:
         model: PreTrainedModel = _auto_class(config).from_pretrained(path, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(f"no model could be loaded from {config.path!r}: {error}") from error
+    withhold(model)
     return model.eval()
 
 
@@ -129,15 +128,16 @@ def _quantized(config: TeacherConfig, device: torch.device) -> dict[str, Any]:
 
 
 def load_student(config: StudentConfig) -> PreTrainedModel:
-    """The model to train: all of it, or a LoRA adapter on it."""
+    """The model to train, in eval mode: all of it, or a LoRA adapter on it."""
     model = load_model(config)
+    keep_weights(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora.rank == 0:
-        return model.train()
+        return model
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
-    return adapted(model, config.lora).train()
+    return adapted(model, config.lora).eval()
 
 
 def fuse(model: PreTrainedModel, name: str) -> FusedCausalLM:
@@ -151,23 +151,6 @@ def fuse(model: PreTrainedModel, name: str) -> FusedCausalLM:
 def context_length(model: PreTrainedModel) -> int | None:
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit
-
-
-def batch_layout(config: BatchConfig, model: PreTrainedModel) -> Layout:
-    """`auto` resolved: packed rows where the attention computes nothing across sequences, padded rows elsewhere.
-
-    Raises:
-        ConfigError: For packed rows of a model with layers that would carry their state from one sequence into the next.
-    """
-    recurrent = sorted({kind for kind in layer_kinds(model.config.get_text_config()) if not attends(kind)})
-    if config.layout == "packed" and recurrent:
-        raise ConfigError(
-            f"batch.layout is packed, but {type(model).__name__} has layers of the kind {', '.join(recurrent)}, whose "
-            f"state would run on from one sequence into the next; set it to padded or auto"
-        )
-    if config.layout != "auto":
-        return config.layout
-    return "packed" if "flash" in str(model.config._attn_implementation) and not recurrent else "padded"
 
 
 def _auto_class(config: ModelConfig) -> Any:

@@ -13,6 +13,7 @@ from fastkl.trainer.errors import RunError
 from fastkl.trainer.models.adapters import merged, merged_state
 from fastkl.trainer.models.scoring import scoring
 from fastkl.trainer.models.tokenizers import SAMPLE_TEXT
+from fastkl.trainer.models.withheld import as_loaded
 
 PROBE_TOKENS = 24
 # Nats, the median over the probe: above what merging rounds (in float32, in 16 bits), far below another model.
@@ -53,7 +54,8 @@ def save_model(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -
         RunError: If a weight of the model is not there under its name and in its shape, or one that is none of them is.
     """
     written = _shapes(state)
-    model.save_pretrained(folder, state_dict=state)
+    with as_loaded(model):
+        model.save_pretrained(folder, state_dict=state)
     kind: Any = type(model)
     try:
         plain, found = kind.from_pretrained(folder, device_map="meta", output_loading_info=True)

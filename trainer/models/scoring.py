@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from fastkl.loss import TopK, linear_logprobs, linear_ranks, linear_top_k
 from fastkl.trainer.data.batching import PAD_ID, Batch
 from fastkl.trainer.data.samples import UNKNOWN
+from fastkl.trainer.errors import RunError
+from fastkl.trainer.models.modes import modes_kept
 
 T = TypeVar("T")
 
@@ -26,11 +28,24 @@ def scatter_values(model: nn.Module, batches: Iterable[Batch], field: str, value
 @contextmanager
 def scoring(model: nn.Module) -> Iterator[None]:
     """The model in eval mode and without gradients, then as it was."""
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with modes_kept(model), torch.no_grad():
+        model.eval()
         yield
-    model.train(training)
+
+
+def check_finite(logprobs: Tensor, who: str) -> Tensor:
+    """The log-probs [n] that the model called `who` gave.
+
+    Raises:
+        RunError: Where one of them is not finite.
+    """
+    wrong = int((~logprobs.isfinite()).sum())
+    if wrong:
+        raise RunError(
+            f"the {who} gives {wrong} of {len(logprobs)} tokens a log-prob that is not finite. Use a {who} that is whole, "
+            f"in a dtype of more range (bfloat16 or float32 instead of float16)"
+        )
+    return logprobs
 
 
 def batch_logprobs(model: nn.Module, batch: Batch, temperature: float) -> Tensor:

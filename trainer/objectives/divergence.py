@@ -14,7 +14,7 @@ from fastkl.trainer.config.loss import LossConfig, ObjectiveName
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.data.batching import Batch
 from fastkl.trainer.data.samples import UNKNOWN, Sample
-from fastkl.trainer.models.scoring import call_with_rows
+from fastkl.trainer.models.scoring import call_with_rows, check_finite
 from fastkl.trainer.objectives.base import Objective
 from fastkl.trainer.objectives.numbers import numbers_are_checked
 from fastkl.trainer.teachers.local import LocalTeacher
@@ -75,7 +75,7 @@ class FullDivergence(Objective):
         tokens = output.per_token
         assert tokens is not None
         assert tokens.teacher_logprobs is not None
-        batch.scatter(tokens.teacher_logprobs.where(known, UNKNOWN), "teacher_logprobs")
+        batch.scatter(check_finite(tokens.teacher_logprobs, "teacher").where(known, UNKNOWN), "teacher_logprobs")
         means = {"top1_agreement": tokens.top1_agreement.mean(), "teacher_entropy": tokens.teacher_entropy.mean()}
         # Over the common ids alone, the student's log-probs are not those it sampled with.
         return output._replace(logprobs=output.logprobs if cut is None else None, metrics=output.metrics | means)

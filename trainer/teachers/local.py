@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from fastkl.head import FusedCausalLM
-from fastkl.trainer.config.optim import BatchConfig
-from fastkl.trainer.data.batching import Batch, batches, collate
+from fastkl.trainer.data.batching import Batch, Layout, batches, in_order
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.models.flops import cost_of, scoring_flops
-from fastkl.trainer.models.loading import batch_layout
 from fastkl.trainer.models.scoring import (
     batch_logprobs,
     batch_ranks,
     batch_top_k,
     call_with_rows,
+    check_finite,
     readable,
     scatter_values,
     scoring,
@@ -41,7 +40,8 @@ class LocalTeacher:
 
     Args:
         fused: The model with its head.
-        batch: Tokens per forward pass, and their layout.
+        layout: How sequences share a forward pass: see `batch_layout`.
+        max_tokens: At most so many tokens in one.
         temperature: That of the log-probs.
         device: Where the model is.
         top_k: Find so many of the likeliest tokens too; null for none.
@@ -52,7 +52,8 @@ class LocalTeacher:
     def __init__(
         self,
         fused: FusedCausalLM,
-        batch: BatchConfig,
+        layout: Layout,
+        max_tokens: int,
         temperature: float,
         device: torch.device,
         *,
@@ -62,16 +63,14 @@ class LocalTeacher:
     ) -> None:
         self.model, self.vocab_size = fused.model, vocab_size
         self._fused, self._device, self._top_k, self._as_teacher = fused, device, top_k, as_teacher
-        self._max_tokens, self._temperature = batch.max_tokens, temperature
-        self._layout, cost = batch_layout(batch, self.model), cost_of(self.model)
+        self._layout, self._max_tokens, self._temperature = layout, max_tokens, temperature
+        cost = cost_of(self.model)
         self._cost = dataclasses.replace(cost, blocks=cost.blocks - cost.trained_blocks)  # an adapter is off
         self._copies: dict[Tensor, Tensor] = {}  # of the head, on the student's device where that is another
 
     def score(self, samples: Sequence[Sample]) -> None:
         if self._top_k is None:
-            self._scatter(
-                samples, "teacher_logprobs", lambda batch: batch_logprobs(self._fused, batch, self._temperature)
-            )
+            self._scatter(samples, "teacher_logprobs", self._logprobs)
         else:
             self._scatter(samples, "teacher_logprobs", partial(self._with_top_k, k=self._top_k))
 
@@ -82,18 +81,20 @@ class LocalTeacher:
         with self._as_teacher():
             scatter_values(self._fused, batches(samples, self._max_tokens, self._layout, self._device), field, values)
 
+    def _logprobs(self, batch: Batch) -> Tensor:
+        return check_finite(batch_logprobs(self._fused, batch, self._temperature), "teacher")
+
     def _with_top_k(self, batch: Batch, k: int) -> Tensor:
         """The log-probs; the likeliest tokens go into the samples."""
         logprobs, likeliest = batch_top_k(self._fused, batch, self._temperature, k, self.vocab_size)
         batch.scatter_top_k(likeliest)
-        return logprobs
+        return check_finite(logprobs, "teacher")
 
     def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
         return {"flops/teacher": scoring_flops(self._cost, samples)}
 
     def head(self, samples: list[Sample], device: torch.device) -> TeacherHead:
-        """Hidden states of one forward pass of the samples, in the order of `collate`, on a device."""
-        batch = collate(samples, self._layout, self._device)
+        """Hidden states of the samples, in their order, on a device."""
         heads: list[TeacherHead] = []  # past what accelerate does to results: it casts them up, the weight too
 
         def keep(rows: Tensor, weight: Tensor, *, bias: Tensor | None, **options: Any) -> None:
@@ -101,8 +102,9 @@ class LocalTeacher:
             heads.append(TeacherHead(rows.to(device), self._on_device(weight, device), {"bias": bias, **options}))
 
         with self._as_teacher(), scoring(self._fused):
-            call_with_rows(self._fused, batch, keep, readable(self._fused, batch))
-        return heads[0]
+            for batch in in_order(samples, self._layout, self._device):
+                call_with_rows(self._fused, batch, keep, readable(self._fused, batch))
+        return heads[0]._replace(hidden=torch.cat([head.hidden for head in heads]))
 
     def _on_device(self, parameter: Tensor, device: torch.device) -> Tensor:
         """A frozen parameter on a device; a copy is made once."""

@@ -18,6 +18,8 @@ from fastkl.trainer.data.mixture import DataSet
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.loading import fuse, load_teacher, load_teacher_tokenizer, teacher_device
 from fastkl.trainer.models.tokenizers import vocabulary
+from fastkl.trainer.self_checks.layouts import batch_layout
+from fastkl.trainer.self_checks.probe import Probe
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.served import ServedTeacher, connect
@@ -103,15 +105,17 @@ def _load(
     top_k: int | None,
 ) -> LocalTeacher:
     if teacher.base_of_student:
-        fused, device = _base_of(student), student.device
+        fused, layout, device = _base_of(student), student.layout, student.device
         options: dict[str, Any] = {"as_teacher": partial(_without_adapter, student)}
     else:
         options, device = {}, teacher_device(teacher, student.device)
         fused = fuse(load_teacher(teacher, device), "teacher")
+        layout = batch_layout(config.batch, fused, Probe(fused.model, "teacher"))
         models: list[Any] = [student.model, fused.model]
         ours, theirs = (model.get_output_embeddings().weight.shape[0] for model in models)
         options["vocab_size"] = None if ours == theirs else min(ours, theirs, vocabulary(tokenizer))
-    return LocalTeacher(fused, config.batch, config.sampling.temperature, device, top_k=top_k, **options)
+    tokens, temperature = config.batch.max_tokens, config.sampling.temperature
+    return LocalTeacher(fused, layout, tokens, temperature, device, top_k=top_k, **options)
 
 
 def _base_of(student: Student) -> FusedCausalLM:

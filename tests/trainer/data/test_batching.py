@@ -10,15 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import causal_lm, llama
+from tiny_models import causal_lm
 from torch import Tensor
 
 from fastkl.head import FusedCausalLM
 from fastkl.loss import policy_gradient_loss
-from fastkl.trainer.config.optim import BatchConfig
 from fastkl.trainer.data.batching import Batch, Layout, batches
 from fastkl.trainer.data.samples import UNKNOWN, Sample, make_sample
-from fastkl.trainer.models.loading import batch_layout
 from fastkl.trainer.teachers.local import LocalTeacher
 
 LAYOUTS: list[Layout] = list(get_args(Layout))
@@ -57,7 +55,7 @@ def alone(model: torch.nn.Module, sample: Sample, temperature: float = 1.0) -> T
 
 
 def scored(samples: list[Sample], layout: Layout, max_tokens: int, kind: str = "llama") -> list[list[float]]:
-    LocalTeacher(FUSED[kind], BatchConfig(max_tokens=max_tokens, layout=layout), 0.8, CPU).score(samples)
+    LocalTeacher(FUSED[kind], layout, max_tokens, 0.8, CPU).score(samples)
     return [sample.teacher_logprobs for sample in samples]
 
 
@@ -192,20 +190,3 @@ def test_what_follows_an_unknown_id_is_still_scored() -> None:
     ids[4] = 0
     (wanted,) = scored([make_sample(ids[:3], ids[3:], 0, [0.0] * 4)], "packed", 100)
     assert values == pytest.approx([*wanted[:4], UNKNOWN, *wanted[5:]], abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("layout", "attention", "wanted"),
-    [
-        ("auto", "sdpa", "padded"),
-        ("auto", "eager", "padded"),
-        ("auto", "flash_attention_2", "packed"),
-        ("auto", "kernels-community/flash-attn2", "packed"),
-        ("packed", "sdpa", "packed"),
-        ("padded", "flash_attention_2", "padded"),
-    ],
-)
-def test_layout(layout: str, attention: str, wanted: str) -> None:
-    model: Any = llama(8)
-    model.config._attn_implementation = attention
-    assert batch_layout(BatchConfig(layout=layout), model) == wanted  # type: ignore[arg-type]

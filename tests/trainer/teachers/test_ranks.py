@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from fastkl.head import FusedCausalLM
 from fastkl.loss import linear_ranks
-from fastkl.trainer.config.optim import BatchConfig
 from fastkl.trainer.data.batching import Layout, batches
 from fastkl.trainer.data.samples import make_sample
 from fastkl.trainer.models.scoring import batch_ranks
@@ -123,7 +122,7 @@ def test_ranks_of_a_models_batch(model: Any, layout: Layout) -> None:
 def test_a_teacher_is_left_as_it_was() -> None:
     fused = FusedCausalLM(causal_lm()).train()
     sample = make_sample([5, 6], [7, 8], 0)
-    LocalTeacher(fused, BatchConfig(), 1.0, CPU).rank([sample], 64)
+    LocalTeacher(fused, "padded", 16384, 1.0, CPU).rank([sample], 64)
     assert fused.training
     assert sample.teacher_logprobs == []
     assert min(sample.teacher_ranks[2:]) >= 1

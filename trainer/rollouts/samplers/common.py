@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from fastkl.trainer.errors import RunError
+from fastkl.trainer.models.modes import modes_kept
 
 
 def unwrapped(model: Any) -> Any:
@@ -39,14 +42,22 @@ def check_requests(config: Any, prompts: list[list[int]], max_new_tokens: int, t
             )
 
 
+def check_distribution(logprobs: Tensor, token: int) -> None:
+    """Refuses to draw from log-probs [B, V] that are no distribution, for the completions' token number `token`, from 0.
+
+    Raises:
+        RunError: Naming the token.
+    """
+    if logprobs.logsumexp(-1).isnan().any():
+        raise RunError(
+            f"the model's logits for token {token + 1} of a completion are not finite: there is nothing to sample from. "
+            f"Begin from weights that are whole, lower optim.lr, or use a dtype of more range (bfloat16 instead of float16)"
+        )
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Leaves each module in training or not as it was, and the global random generators where they were."""
-    training = [(module, module.training) for module in model.modules()]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        for module, flag in training:
-            module.training = flag
+    with modes_kept(model), torch.random.fork_rng(devices=devices):
+        yield

@@ -2,17 +2,19 @@
 
 import dataclasses
 import gc
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from fastkl.trainer.data.samples import Completion
-from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.errors import ConfigError, RunError
 from fastkl.trainer.models.layers import layer_kinds
-from fastkl.trainer.rollouts.samplers.common import check_requests, undisturbed, unwrapped
+from fastkl.trainer.rollouts.samplers.common import check_distribution, check_requests, undisturbed, unwrapped
 
 _CONFIG_FIELDS = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
 _PAGE_FIELD = "page_size" if "page_size" in _CONFIG_FIELDS else "block_size"  # renamed in 5.18 or later
@@ -69,17 +71,31 @@ class ContinuousBatchingSampler:
 
         Raises:
             ValueError: For arguments that cannot be sampled from.
+            RunError: For logits that are not finite, and when the engine failed.
             RuntimeError: When a completion failed or is missing, naming the prompt and the reason.
         """
         check_requests(self._base.config.get_text_config(), prompts, max_new_tokens, temperature)
         if hasattr(self._base, "_cached_continuous_batching_manager"):
             raise RuntimeError("the model keeps a persistent manager; destroy it before sampling")
+        return self.draw(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+    def draw(self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seed: int) -> list[Completion]:
+        """`sample` of arguments that can be sampled from."""
         if not prompts:
             return []
+        self._check_finite(prompts[0])
         # The engine seeds and draws from the global generators.
-        with _short_collections(), undisturbed(self._model), self._paged_attention():
+        with _short_collections(), _silent(), undisturbed(self._model), self._paged_attention():
             outputs = self._run(prompts, max_new_tokens, temperature, seed)
         return [self._completion(index, output, max_new_tokens) for index, output in enumerate(outputs)]
+
+    @torch.no_grad()
+    def _check_finite(self, prompt: list[int]) -> None:
+        """Before the engine draws: on a GPU, to draw from NaN ends the process."""
+        with undisturbed(self._model):
+            read = torch.tensor([prompt], device=self._base.device)
+            logits = self._model.eval()(input_ids=read, use_cache=False).logits[:, -1]
+        check_distribution(logits.float().log_softmax(-1), 0)
 
     def _run(self, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int) -> list[Any]:
         """Runs all prompts through a fresh manager and returns its outputs in order, None where one is missing."""
@@ -102,7 +118,7 @@ class ContinuousBatchingSampler:
             outputs[output.request_id] = output
         fatal = manager.background_thread_status.fatal_error
         if fatal is not None:
-            raise RuntimeError(f"continuous batching failed: {fatal!r}") from fatal
+            raise RunError(f"continuous batching failed: {fatal!r}. Set sampling.engine to generate") from fatal
         return [outputs.get(request_id) for request_id in request_ids]
 
     def _generation_config(self, max_new_tokens: int, temperature: float) -> GenerationConfig:
@@ -184,6 +200,18 @@ def obstacle_to_continuous_batching(model: PreTrainedModel) -> str | None:
     if others:
         return f"{name} has layers of the kind {', '.join(others)}, which Transformers' engine lacks"
     return None
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps the engine from logging the traceback of an error, which is raised here as well."""
+    logger = logging.getLogger("ContinuousBatchingLogger")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

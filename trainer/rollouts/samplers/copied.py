@@ -21,7 +21,7 @@ class CopySampler:
     rounded. The log-probs are its own: an importance ratio against them is exact.
 
     Args:
-        student: Whole whenever `sample` is called.
+        student: Whole now, and whenever `sample` is called.
         dtype: Of the copy's parameters; buffers, such as rotary frequencies, stay as they are.
         sampler: Makes the sampler of a model.
     """
@@ -29,10 +29,10 @@ class CopySampler:
     shared = True
 
     def __init__(self, student: Student, dtype: torch.dtype, sampler: Callable[[nn.Module], Sampler]) -> None:
-        self._student, self._dtype, self._make = student, dtype, sampler
-        self._version: int | None = None  # of the student, whose weights the copy has
-        self._model: nn.Module | None = None
-        self._sampler: Sampler | None = None
+        self._student = student
+        self._version = student.version  # of the weights that the copy has
+        self._model = rounded(student.model, dtype)
+        self._sampler = sampler(self._model)
 
     def refresh(self) -> None:
         """Nothing to do: `sample` looks whether the student has changed."""
@@ -46,12 +46,8 @@ class CopySampler:
     @torch.no_grad()
     def _current(self) -> Sampler:
         """The sampler of the copy, which has the student's current weights."""
-        theirs = self._student.model
-        if self._sampler is None or self._model is None:
-            self._model = rounded(theirs, self._dtype)
-            self._sampler = self._make(self._model)
-        elif self._version != self._student.version:
-            for our, their in zip(self._model.parameters(), theirs.parameters(), strict=True):
+        if self._version != self._student.version:
+            for our, their in zip(self._model.parameters(), self._student.model.parameters(), strict=True):
                 our.copy_(their)
         self._version = self._student.version
         return self._sampler

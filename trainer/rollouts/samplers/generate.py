@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from fastkl.trainer.data.batching import PAD_ID
 from fastkl.trainer.data.samples import Completion
-from fastkl.trainer.rollouts.samplers.common import check_requests, undisturbed, unwrapped
+from fastkl.trainer.rollouts.samplers.common import check_distribution, check_requests, undisturbed, unwrapped
 
 _REQUESTS = 64
 
@@ -27,22 +28,28 @@ class GenerateSampler:
         model: A Transformers causal language model, or a PEFT model around one.
         eos_token_ids: The token ids that end a completion; none when empty.
         max_requests: The most completions in a batch; None: 64.
+        one_length: Batches of prompts of one length alone: for models that read the padding before a shorter one.
     """
 
     shared = True
 
     def __init__(
-        self, model: PreTrainedModel, *, eos_token_ids: Iterable[int] = (), max_requests: int | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_token_ids: Iterable[int] = (),
+        max_requests: int | None = None,
+        one_length: bool = False,
     ) -> None:
         self._model = model
         self._base = unwrapped(model)
         self._eos = sorted(set(eos_token_ids))
         self._max_requests = max_requests or _REQUESTS
+        self._one_length = one_length
 
     def refresh(self) -> None:
         """Nothing to do: it samples from the model itself."""
 
-    @torch.no_grad()
     def sample(
         self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seed: int
     ) -> list[Completion]:
@@ -50,8 +57,14 @@ class GenerateSampler:
 
         Raises:
             ValueError: For arguments that cannot be sampled from.
+            RunError: For logits that are not finite.
         """
         check_requests(self._base.config.get_text_config(), prompts, max_new_tokens, temperature)
+        return self.draw(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+    @torch.no_grad()
+    def draw(self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seed: int) -> list[Completion]:
+        """`sample` of arguments that can be sampled from."""
         random = torch.Generator(self._base.device).manual_seed(seed)
         found: dict[int, Completion] = {}
         with undisturbed(self._model), _no_defaults(self._base):
@@ -65,9 +78,11 @@ class GenerateSampler:
     def _batches(self, prompts: list[list[int]]) -> Iterator[list[int]]:
         """Places of prompts, by length so that little is padded, in batches of one size but for one."""
         order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-        rounds = -(-len(order) // self._max_requests)
-        for index in range(rounds):
-            yield order[index * len(order) // rounds : (index + 1) * len(order) // rounds]
+        groups = itertools.groupby(order, key=lambda place: len(prompts[place]) if self._one_length else 0)
+        for group in (list(places) for _, places in groups):
+            rounds = -(-len(group) // self._max_requests)
+            for index in range(rounds):
+                yield group[index * len(group) // rounds : (index + 1) * len(group) // rounds]
 
     def _generate(self, prompts: list[list[int]], max_new_tokens: int, drawn: _Drawn) -> None:
         width, device = max(map(len, prompts)), self._base.device
@@ -99,6 +114,7 @@ class _Drawn(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores [B, V] that leave one token a row."""
         logprobs = (scores.float() / (self._temperature or 1.0)).log_softmax(-1)
+        check_distribution(logprobs, len(self._tokens))
         if self._temperature == 0:
             tokens = logprobs.argmax(-1, keepdim=True)
         else:

@@ -20,6 +20,7 @@ from fastkl.trainer.errors import ServerError
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.loading import vocab_size
 from fastkl.trainer.models.saving import save_weights
+from fastkl.trainer.models.scoring import check_finite
 from fastkl.trainer.models.tokenizers import SAMPLE_TEXT
 from fastkl.trainer.rollouts.samplers.common import undisturbed
 from fastkl.trainer.runs import processes
@@ -179,8 +180,8 @@ class ServedSampler:
         ids = torch.tensor([self._server.probe], device=self._student.device)
         with undisturbed(model):
             logits = model.eval()(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        values: list[float] = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).flatten().tolist()
-        return [0.0, *values]  # nothing predicts the first token
+        logprobs = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).flatten()
+        return [0.0, *check_finite(logprobs, "student").tolist()]  # nothing predicts the first token
 
 
 def _request_seed(seed: int, index: int) -> int:
