@@ -16,6 +16,7 @@ from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.mixture import DataSet, read_data_sets, step_prompts
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.data.step_metrics import rollout_metrics
 from fastkl.trainer.loop import fit
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.ends import end_of_sequence
@@ -23,6 +24,7 @@ from fastkl.trainer.models.flops import sampling_flops
 from fastkl.trainer.models.loading import context_length, load_tokenizer
 from fastkl.trainer.models.tokenizers import vocabulary
 from fastkl.trainer.models.withheld import withholds_routers
+from fastkl.trainer.notes import note
 from fastkl.trainer.objectives.advantages import set_reward_advantages
 from fastkl.trainer.objectives.base import Objective
 from fastkl.trainer.objectives.registry import make_objective, teacher_top_k
@@ -41,9 +43,7 @@ from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.identity import Identity, rows_fingerprint, weights_fingerprint
 from fastkl.trainer.runs.listener import SILENT, Clock, Listener
-from fastkl.trainer.runs.notes import note
 from fastkl.trainer.runs.start import start_run
-from fastkl.trainer.step_metrics import rollout_metrics
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.open import check_teachers, connect_servers, open_teachers

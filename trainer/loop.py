@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.data.step_metrics import teacher_kl
 from fastkl.trainer.errors import ServerError
 from fastkl.trainer.models.saving import save_student
 from fastkl.trainer.objectives.base import Objective
@@ -24,7 +25,6 @@ from fastkl.trainer.runs.report.page import report_of
 from fastkl.trainer.runs.samples_log import NAME, sample_records
 from fastkl.trainer.runs.stop import Stopped, StopSignals
 from fastkl.trainer.runs.trackers import start_trackers
-from fastkl.trainer.step_metrics import teacher_kl
 from fastkl.trainer.student import Student
 
 

@@ -20,19 +20,19 @@ from torch.distributed.tensor import DTensor
 from fastkl.trainer.config.training import RunConfig
 from fastkl.trainer.data.batching import Batch, batches
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.data.step_metrics import add_policy_metrics, merge_metrics, mismatch_metrics
 from fastkl.trainer.errors import RunError
 from fastkl.trainer.models.flops import cost_of, training_flops
 from fastkl.trainer.models.loading import fuse, load_student
 from fastkl.trainer.models.modes import updating
 from fastkl.trainer.models.optimizer import apply_settings, learning_rate_schedule, make_optimizer
 from fastkl.trainer.models.scoring import batch_logprobs, batch_ranks, check_finite, scatter_values
+from fastkl.trainer.models.self_checks.layouts import batch_layout
+from fastkl.trainer.models.self_checks.probe import Probe
+from fastkl.trainer.models.self_checks.update import check_update
 from fastkl.trainer.models.sharding import GatheredCopy
 from fastkl.trainer.runs import checkpoint, processes
 from fastkl.trainer.runs.identity import weights_fingerprint
-from fastkl.trainer.self_checks.layouts import batch_layout
-from fastkl.trainer.self_checks.probe import Probe
-from fastkl.trainer.self_checks.update import check_update
-from fastkl.trainer.step_metrics import add_policy_metrics, merge_metrics, mismatch_metrics
 
 if TYPE_CHECKING:
     from fastkl.trainer.objectives.base import Objective

@@ -20,10 +20,10 @@ from fastkl.trainer.models.loading import (
     load_teacher,
     load_teacher_tokenizer,
 )
+from fastkl.trainer.models.self_checks.layouts import batch_layout
+from fastkl.trainer.models.self_checks.probe import Probe
 from fastkl.trainer.runs.counting import Count, tell
 from fastkl.trainer.runs.identity import rows_fingerprint, weights_fingerprint
-from fastkl.trainer.self_checks.layouts import batch_layout
-from fastkl.trainer.self_checks.probe import Probe
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.served import connect
 from fastkl.trainer.teachers.teacher import Teacher

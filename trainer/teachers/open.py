@@ -17,9 +17,9 @@ from fastkl.trainer.data.batching import PAD_ID
 from fastkl.trainer.data.mixture import DataSet
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.loading import fuse, load_teacher, load_teacher_tokenizer, teacher_device
+from fastkl.trainer.models.self_checks.layouts import batch_layout
+from fastkl.trainer.models.self_checks.probe import Probe
 from fastkl.trainer.models.tokenizers import vocabulary
-from fastkl.trainer.self_checks.layouts import batch_layout
-from fastkl.trainer.self_checks.probe import Probe
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.served import ServedTeacher, connect

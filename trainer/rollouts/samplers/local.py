@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.models.self_checks.probe import Probe
+from fastkl.trainer.notes import note
 from fastkl.trainer.rollouts.samplers.continuous_batching import (
     ContinuousBatchingSampler,
     obstacle_to_continuous_batching,
@@ -15,8 +17,6 @@ from fastkl.trainer.rollouts.samplers.continuous_batching import (
 from fastkl.trainer.rollouts.samplers.generate import GenerateSampler
 from fastkl.trainer.rollouts.samplers.sampler import Sampler
 from fastkl.trainer.rollouts.samplers.self_check import fault
-from fastkl.trainer.runs.notes import note
-from fastkl.trainer.self_checks.probe import Probe
 
 DEFAULT = SamplingConfig()
 

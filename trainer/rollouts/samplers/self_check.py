@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from fastkl.trainer.models.self_checks.probe import NEW, Probe, distance, failure
 from fastkl.trainer.rollouts.samplers.common import unwrapped
 from fastkl.trainer.rollouts.samplers.continuous_batching import ContinuousBatchingSampler
 from fastkl.trainer.rollouts.samplers.generate import GenerateSampler
 from fastkl.trainer.runs import processes
-from fastkl.trainer.self_checks.probe import NEW, Probe, distance, failure
 
 Engine = ContinuousBatchingSampler | GenerateSampler
 

@@ -59,7 +59,7 @@ def test_generate_where_continuous_batching_lies_or_crashes(
     check_samples(model, sampler)
     lines = capfd.readouterr().err.splitlines()
     said = f"it fails on {type(model).__name__} (" if kind in CRASHES else "its log-probs are "
-    assert lines[0].startswith(f"note: sampling by generate, not by continuous batching: {said}")
+    assert lines[0].startswith(f"sampling by generate, not by continuous batching: {said}")
     assert len(lines) == 1 + (kind in READS_PADDING)  # no traceback of the engine's
 
 
@@ -80,7 +80,7 @@ def test_smaller_batches_where_padding_is_read(
     model, prompts = odd_model(kind), make_prompts(40, high=6)
     sampler: Any = local_sampler(model, eos_token_ids=[2])
     check(model, prompts[:9], sampler.sample(prompts[:9], max_new_tokens=6, temperature=0.8, seed=0), 0.8)
-    assert f"note: sampling by generate in batches of {way}: in others its log-probs are" in capsys.readouterr().err
+    assert f"sampling by generate in batches of {way}: in others its log-probs are" in capsys.readouterr().err
     found = list(sampler._batches(prompts))
     assert len(found) == batches
     assert sorted(place for places in found for place in places) == list(range(40))

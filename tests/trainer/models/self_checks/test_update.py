@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from fastkl.head import FusedCausalLM
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models.modes import updating
-from fastkl.trainer.self_checks.probe import Probe
-from fastkl.trainer.self_checks.update import check_update
+from fastkl.trainer.models.self_checks.probe import Probe
+from fastkl.trainer.models.self_checks.update import check_update
 
 NOISY = ["gpt2", "opt", "granite", "phimoe", "mixtral"]
 FEW = ("gpt2", "granite", "mixtral")

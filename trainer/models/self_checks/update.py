@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models.modes import Dropout, updating
-from fastkl.trainer.self_checks.probe import FINE, Probe, distance, token_logprobs
+from fastkl.trainer.models.self_checks.probe import FINE, Probe, distance, token_logprobs
 
 EXACT = 1e-4  # of the spread: the same kernels compute the same numbers
 

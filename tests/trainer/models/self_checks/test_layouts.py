@@ -12,9 +12,9 @@ from tiny_models import causal_lm
 from fastkl.head import FusedCausalLM
 from fastkl.trainer.config.optim import BatchConfig
 from fastkl.trainer.errors import ConfigError
-from fastkl.trainer.self_checks import layouts
-from fastkl.trainer.self_checks.layouts import batch_layout
-from fastkl.trainer.self_checks.probe import Probe
+from fastkl.trainer.models.self_checks import layouts
+from fastkl.trainer.models.self_checks.layouts import batch_layout
+from fastkl.trainer.models.self_checks.probe import Probe
 
 PACKS = ["llama", "gpt2", "gptj", "deepseek_v3", "qwen3_moe"]
 # Their own mask, or a state that runs on.
@@ -48,7 +48,7 @@ def test_packed_rows_where_nothing_runs_over(
     with pytest.raises(ConfigError, match=r"batch.layout is packed, but .* run into one another. Set it to padded"):
         layout_of(model, "packed")
     assert layout_of(model) == "padded"
-    assert f"note: the student reads its sequences in padded rows, because log-probs of {type(model).__name__}" in (
+    assert f"the student reads its sequences in padded rows, because log-probs of {type(model).__name__}" in (
         capsys.readouterr().err
     )
 

@@ -10,9 +10,9 @@ from fastkl.trainer.data.batching import Layout, batches
 from fastkl.trainer.data.samples import make_sample
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models.scoring import batch_logprobs, scatter_values
+from fastkl.trainer.models.self_checks.probe import Probe, distance, failure
+from fastkl.trainer.notes import note
 from fastkl.trainer.runs import processes
-from fastkl.trainer.runs.notes import note
-from fastkl.trainer.self_checks.probe import Probe, distance, failure
 
 WAYS: dict[Layout, str] = {"padded": "in padded rows", "single": "one at a time"}
 
