@@ -8,6 +8,8 @@ from typing import Any
 from fastkl.trainer.config.rules import at_least
 from fastkl.trainer.errors import require
 
+COLUMNS = ("prompt", "messages", "completion", "answer", "metadata", "tools")  # what a row may have
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -41,6 +43,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "data.", "max_prompt_tokens", "limit")
+        require(
+            self.name is None or self.dataset is not None,
+            f"data.name is {self.name!r}, which is a config of a data set, but data.dataset is null; unset data.name",
+        )
+        for ours in self.columns:
+            require(ours in COLUMNS, f"data.columns has {ours!r}; rows have the columns {', '.join(COLUMNS)}")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkl.trainer.config.data import DataConfig
-from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.errors import ConfigError, require
 
 NESTED = ("prompt", "messages", "completion", "tools")  # a table fills the keys that only other rows have with null
 
@@ -26,22 +26,31 @@ def saved_rows(folder: Path, split: str) -> Iterator[tuple[str, Any]]:
     except Exception as error:  # a damaged folder: whatever Arrow and datasets raise
         raise ConfigError(f"data.path {folder} could not be loaded: {_sentence(error)}") from error
     if not isinstance(found, dict):
+        check_no_split(folder, split)
         return _numbered(str(folder), found)
     if split not in found:
         raise ConfigError(f"data.split is {split!r}, but {folder} has the splits {', '.join(map(repr, found))}")
     return _numbered(f"{folder}[{split}]", found[split])
 
 
+def check_no_split(path: Path, split: str) -> None:
+    require(split == "train", f"data.split is {split!r}, but {path} has no splits; unset it")
+
+
 def hub_rows(config: DataConfig) -> Iterator[tuple[str, Any]]:
     """The rows of `data.dataset`, a data set of the Hub or a folder that `datasets.load_dataset` understands."""
     named = f"data.dataset is {config.dataset!r}"
+    if is_saved(Path(config.dataset or "")):
+        raise ConfigError(f"{named}, a folder that save_to_disk wrote; name it in data.path instead")
     datasets = _package("datasets", named)
     name = [] if config.name is None else [config.name]
     try:
         found = datasets.load_dataset(config.dataset, *name, split=config.split)
     except Exception as error:  # of the Hub, of the network, of files, of Arrow
-        more = f"data.name {config.name!r} and data.split {config.split!r}"
-        raise ConfigError(f"{named}, which could not be loaded with {more}: {_sentence(error)}") from error
+        raise ConfigError(
+            f"{named}, which could not be loaded with data.name {config.name!r} and data.split {config.split!r}: "
+            f"{_sentence(error)}; set them to what it has, or give data.path"
+        ) from error
     return _numbered(f"{config.dataset}[{config.split}]", found)
 
 
@@ -86,5 +95,5 @@ def _package(name: str, reason: str) -> Any:
 
 def _sentence(error: Exception) -> str:
     """What it says, on one line; escape sequences in it are spelled out."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text[:300].encode("unicode_escape").decode() if not text.isprintable() else text[:300]
+    text = " ".join(str(error).partition("\nExample of usage")[0].split()) or type(error).__name__
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text[:300])

@@ -21,13 +21,13 @@ OTHER_KINDS = {
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows and their names: "file:17" of JSON Lines, "file#17" of an array. An array is looked for in `.json` alone."""
+    """Rows and their names: "file:17" of JSON Lines, "file#17" of one JSON value, which only a `.json` may be."""
     content = _bytes(path)
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if ".json" in suffixes[-2:] and content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
-        yield from _array(path, content)
-    else:
-        yield from _lines(path, content)
+    if ".json" not in [suffix.lower() for suffix in path.suffixes[-2:]]:
+        return _lines(path, content)
+    if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        return _array(path, _parsed(str(path), content))
+    return _array(path, [json.loads(content)]) if _is_whole(content) else _lines(path, content)
 
 
 def _bytes(path: Path) -> bytes:
@@ -46,14 +46,27 @@ def _bytes(path: Path) -> bytes:
 
 def _lines(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(content.splitlines(), start=1):
-        if line.strip():
-            yield f"{path}:{number}", _parsed(f"{path}:{number}", line)
+        if not line.strip():
+            continue
+        try:
+            row = _parsed(f"{path}:{number}", line)
+        except ConfigError as error:
+            if number == 1 and _is_whole(content):
+                raise ConfigError(f"{path} is one JSON value over many lines; let its name end in .json") from error
+            raise
+        yield f"{path}:{number}", row
 
 
-def _array(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
-    rows = _parsed(str(path), content)
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}#{number}", row
+def _array(path: Path, rows: list[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"{path}#{number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _is_whole(content: bytes) -> bool:
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _parsed(source: str, text: bytes) -> Any:

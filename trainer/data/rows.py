@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastkl.trainer.config.data import COLUMNS
 from fastkl.trainer.data.turns import Turn, make_turn, read_turns
 from fastkl.trainer.errors import ConfigError
 
-COLUMNS = ("prompt", "messages", "completion", "answer", "metadata", "tools")
 FOREIGN = ("conversations", "conversation", "dialog", "chosen")  # where other formats keep a chat
 
 

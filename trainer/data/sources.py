@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastkl.trainer.config.data import DataConfig
-from fastkl.trainer.data.arrow import hub_rows, is_saved, parquet_rows, saved_rows
+from fastkl.trainer.config.data import COLUMNS, DataConfig
+from fastkl.trainer.data.arrow import check_no_split, hub_rows, is_saved, parquet_rows, saved_rows
 from fastkl.trainer.data.json_files import json_rows
-from fastkl.trainer.data.rows import COLUMNS, Prompt, parse_row
+from fastkl.trainer.data.rows import Prompt, parse_row
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.notes import note
 
@@ -40,8 +40,11 @@ def _rows(config: DataConfig) -> Iterable[tuple[str, Any]]:
     if config.path is None:
         return hub_rows(config)
     path = Path(os.path.expandvars(config.path)).expanduser()
+    if is_saved(path):
+        return saved_rows(path, config.split)
+    check_no_split(path, config.split)
     if path.is_dir():
-        return saved_rows(path, config.split) if is_saved(path) else _folder_rows(path)
+        return _folder_rows(path)
     if not path.is_file():
         raise ConfigError(f"data file {path} does not exist (looked in {Path.cwd()})")
     return _file_rows(path)

@@ -42,10 +42,11 @@ def turn_markers(
     template = _template(tokenizer, role, variables)
     start, whole = _render(template, chat[:1], role), _render(template, chat, role)
     longer = _render(template, [*chat, make_turn("assistant", again), make_turn(role, last)], role)
-    if not whole.startswith(start + answer) or reply not in whole[len(start + answer) :]:
+    space, found, rest = whole[len(start) :].partition(answer)  # white space before an answer is sampled with it
+    if not whole.startswith(start) or not found or space.strip() or reply not in rest:
         raise _refusal(role, "it does not leave the student's turn where it was sampled")
-    before, _, after = whole[len(start + answer) :].partition(reply)
-    if longer != f"{whole}{again}{before}{last}{after}":
+    before, _, after = rest.partition(reply)
+    if longer != f"{whole}{space}{again}{before}{last}{after}":
         raise _refusal(role, "it rewrites earlier turns, or the text between them, when later ones come")
     if not (before and after):
         raise _refusal(role, "it puts nothing between two turns")

@@ -1,24 +1,18 @@
-"""Reading, encoding and choosing prompts: errors name the line, and a step's rows are a pure function of its number."""
+"""Reading and encoding prompts: errors name the line."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny_data import write_jsonl
 from tiny_models import tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from fastkl.trainer.config.data import DataConfig
-from fastkl.trainer.data.order import batch_indices
 from fastkl.trainer.data.prompts import encode_completions, encode_prompts
 from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.data.sources import load_prompts
@@ -128,27 +122,6 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
         load(path, limit=3)
 
 
-def test_dataset_without_the_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"'owner/sums'.*pip install datasets.*data\.path"):
-        load_prompts(DataConfig(dataset="owner/sums"))
-
-
-def test_dataset_rows_are_named_by_name_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"prompt": "a"}, {"text": "b"}]
-    asked = []
-
-    def load_dataset(name: str, split: str) -> list[dict[str, str]]:
-        asked.append((name, split))
-        return rows
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert [p.prompt for p in load_prompts(DataConfig(dataset="owner/sums", split="test", limit=1))] == ["a"]
-    with pytest.raises(ConfigError, match=r"owner/sums\[test\]:2"):
-        load_prompts(DataConfig(dataset="owner/sums", split="test"))
-    assert asked == [("owner/sums", "test")] * 2
-
-
 def encode(rows: list[Prompt], words: PreTrainedTokenizerFast, chat_template: bool) -> list[list[int]]:
     return [p.ids for p in encode_prompts(rows, words, DataConfig(path="p", chat_template=chat_template))]
 
@@ -203,30 +176,35 @@ def test_completion_ends_with_the_end_token(tmp_path: Path) -> None:
         encode_completions(encoded, words)
 
 
-sizes = st.integers(1, 40)
+@pytest.mark.parametrize(
+    ("single", "text", "wanted"),
+    [
+        ("<s> $A", "1", "<s>1"),
+        ("<s> $A", "<s>1", "<s>1"),
+        ("<s> $A <eos>", "1", "<s>1"),
+        ("$A <eos>", "1", "1"),
+        ("<s> <u> $A", "1", "<s><u>1"),
+        ("<s> <u> $A", "<s><u>1", "<s><u>1"),
+        ("<s> $A", "<s><s>1", "<s><s>1"),  # as it stands
+        ("$A <eos>", "1<eos>", "1<eos>"),
+        ("$A", "1", "1"),
+    ],
+)
+def test_a_text_begins_once_and_does_not_end(single: str, text: str, wanted: str) -> None:
+    """With what the tokenizer puts first, unless the text has it; without what it puts last."""
+    words = tokenizer(bos_token="<s>")
+    tokens = [(token, words.convert_tokens_to_ids(token)) for token in ("<s>", "<u>", "<eos>")]
+    words.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=tokens)
+    (ids,) = encode([Prompt("p:1", text)], words, False)
+    assert words.decode(ids) == wanted
 
 
-@given(rows=sizes, per_step=sizes, epochs=st.integers(1, 3), seed=st.integers(0, 2**31))
-def test_each_row_comes_once_per_epoch(rows: int, per_step: int, epochs: int, seed: int) -> None:
-    steps = -(-rows * epochs // per_step)
-    order = [index for step in range(steps) for index in batch_indices(rows, per_step, step, seed)]
-    for epoch in range(epochs):
-        assert sorted(order[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
-    counts = Counter(order).values()
-    assert max(counts) - min(counts) <= 1
-
-
-@given(rows=sizes, per_step=sizes, step=st.integers(0, 10_000), seed=st.integers(0, 2**31))
-def test_rows_of_a_step_depend_on_nothing_else(rows: int, per_step: int, step: int, seed: int) -> None:
-    first = batch_indices(rows, per_step, step, seed)
-    torch.manual_seed(step)
-    before = torch.get_rng_state()
-    assert batch_indices(rows, per_step, step, seed) == first
-    assert torch.equal(torch.get_rng_state(), before)
-    # How the places are cut into steps does not matter: the sequence is one.
-    assert [batch_indices(rows, 1, step * per_step + i, seed)[0] for i in range(per_step)] == first
-
-
-def test_order_differs_by_seed_and_by_epoch() -> None:
-    orders = [batch_indices(50, 50, step, seed) for seed in (0, 1, 2) for step in (0, 1)]
-    assert len({tuple(order) for order in orders}) == 6
+def test_ids_of_a_completion_are_those_of_the_whole_text() -> None:
+    """A tokenizer that puts a space before a text puts none before its continuation; a token over the seam is cut."""
+    core = Tokenizer(models.BPE({word: i for i, word in enumerate(["<e>", "▁", "a", "b", "ab", "▁a"])}, [("▁", "a")]))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    words = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<e>")
+    rows = [Prompt("p:1", "b", completion="a"), Prompt("p:2", "b ", completion="a")]
+    encoded = encode_prompts(rows, words, DataConfig(path="p", chat_template=False))
+    assert [p.ids for p in encoded] == [[1, 3], [1, 3, 1]]
+    assert encode_completions(encoded, words) == [[2, 0], [5, 0]]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import family_tokenizer
 from run_cases import distilled, tuned
 from run_settings import distillation, training
 from tiny_data import sums, write_jsonl
@@ -157,6 +158,20 @@ def test_models_that_end_differently_are_refused() -> None:
     student.generation_config.eos_token_id = None
     words.eos_token = None
     with pytest.raises(ConfigError, match=r"set eos_token_id"):
+        checks.check_end_of_sequence(student, teacher, words)
+
+
+def test_a_student_also_ends_where_its_chats_end_a_turn() -> None:
+    """A base student declares another end than the chat model that teaches it."""
+    words = family_tokenizer("qwen-base")
+    end, turn_end = words.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    student, teacher = llama(len(words)), llama(len(words))
+    student.generation_config.eos_token_id, teacher.generation_config.eos_token_id = end, turn_end
+    assert end_of_sequence(student, words) == sorted([end, turn_end])
+    checks.check_end_of_sequence(student, teacher, words)
+    words.chat_template = None
+    assert end_of_sequence(student, words) == [end]
+    with pytest.raises(ConfigError, match=r"give them a common one"):
         checks.check_end_of_sequence(student, teacher, words)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from chat_templates import family_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from property_settings import PROPERTY
@@ -14,6 +15,7 @@ from tiny_models import tokenizer
 
 from fastkl.trainer.config.environment import EnvironmentConfig
 from fastkl.trainer.config.sampling import SamplingConfig
+from fastkl.trainer.data.chat import ChatTemplate, end_of_turn
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.data.samples import Completion, Sample, make_sample
@@ -157,6 +159,38 @@ def test_turn_markers() -> None:
     assert turn_markers(template, "tool") == (".\n[t]", ".\n[a]")
     # An end of turn that was sampled is not written a second time.
     assert turn_markers(WORDS, "user") == ("<u>", "<a>")
+
+
+@pytest.mark.parametrize("name", ["smollm", "gemma", "llama", "mistral", "padded"])
+def test_an_end_of_turn_that_was_sampled_is_not_written_again(name: str) -> None:
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n<|im_end|>\n{% endfor %}"
+    padded = turns + "{{ '<|im_start|>assistant\n' }}"
+    words = family_tokenizer("smollm", template=padded) if name == "padded" else family_tokenizer(name)
+    markers, end = turn_markers(words, "user"), end_of_turn(words)
+    assert end is not None
+    written = markers.ids("hi", words, end, {end})
+    assert words.decode(written) == (markers.before + "hi" + markers.after).partition(words.decode(end))[2]
+    assert words.decode(markers.ids("hi", words, 0, {end})) == f"{markers.before}hi{markers.after}"
+
+
+def test_turn_markers_are_those_of_the_prompts_template() -> None:
+    """Which has the variables of the data set."""
+
+    class Once:
+        stops, rewards = (), False
+
+        def reply(self, conversation: Sequence[Message], row: Prompt) -> Reply:
+            return Reply("?" if len(conversation) == 2 else None)
+
+    words = with_template("{% for m in messages %}{{ m.content }}{{ mark }}{% endfor %}")
+    sampler, config = Scripted(lambda text: "1<eos>"), EnvironmentConfig(name="calculator", role="user")
+    chats = [ChatTemplate(words, {"mark": mark}) for mark in "xy"]
+    responder = MultiTurn(sampler, words, Once(), config, [END], 200, chats)
+    prompts = [EncodedPrompt(Prompt("p", "2"), ids("2"), chat=chat) for chat in chats]
+    written = responder.respond(prompts, max_new_tokens=[40, 40], temperature=1.0, seed=0)
+    assert [words.decode(t.token_ids) for t in written] == ["1<eos>x?x1<eos>", "1<eos>y?y1<eos>"]
+    with pytest.raises(ConfigError, match="puts nothing between two turns"):
+        MultiTurn(sampler, words, Once(), config, [END], 200)
 
 
 REFUSED = {
