@@ -18,3 +18,14 @@ class ServerError(RunError):
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def brief(error: BaseException, limit: int = 200) -> str:
+    """What another package says, for a sentence of ours: one line, cut at a full stop or after `limit` characters."""
+    said = " ".join(str(error).split())
+    if not isinstance(error, (OSError, ValueError, RuntimeError)) or not said:
+        said = f"{type(error).__name__}: {said}".rstrip(": ")
+    if len(said) > limit:
+        head = said[:limit]
+        said = head[: head.rindex(". ")] if ". " in head else f"{head}…"
+    return said.rstrip(".")

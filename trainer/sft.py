@@ -18,7 +18,8 @@ from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.loop import fit
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.ends import end_of_sequence
-from fastkl.trainer.models.loading import context_length, load_tokenizer
+from fastkl.trainer.models.loading import context_length
+from fastkl.trainer.models.pretrained import load_tokenizer
 from fastkl.trainer.models.withheld import withholds_routers
 from fastkl.trainer.objectives.policy_gradient import PolicyGradient
 from fastkl.trainer.rollouts.evaluation import load_eval_prompts

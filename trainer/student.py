@@ -48,12 +48,11 @@ class Student:
         self.accelerator = accelerator
         set_seed(config.seed)
         self.config = config
-        self.model = load_student(config.student)
+        self.model = load_student(config.student, self.device)
         self.fingerprint = weights_fingerprint(self.model)  # before the first update
         self.version = 0  # of the weights: another one after every change
         self.cost = cost_of(self.model)
-        self._gathered_copy = GatheredCopy(self.model, self.device) if accelerator.is_fsdp2 else None
-        self.model.to(self.device)
+        self._gathered_copy = GatheredCopy(self.model) if accelerator.is_fsdp2 else None
         fused = fuse(self.model, "student")
         probe = Probe(self.model, "student")
         self.layout = batch_layout(config.batch, fused, probe)

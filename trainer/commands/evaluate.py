@@ -13,7 +13,8 @@ from fastkl.trainer.config.offline import EvaluateConfig
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.ends import end_of_sequence
-from fastkl.trainer.models.loading import context_length, load_model, load_tokenizer
+from fastkl.trainer.models.loading import context_length
+from fastkl.trainer.models.pretrained import load_model, load_tokenizer
 from fastkl.trainer.rollouts.evaluation import Answer, evaluate, load_eval_prompts, summary
 from fastkl.trainer.rollouts.samplers.local import local_sampler
 from fastkl.trainer.rollouts.single_turn import SingleTurn

@@ -10,31 +10,56 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fastkl.trainer.config.models import LoraConfig
-from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.errors import ConfigError, brief
+from fastkl.trainer.models.text_path import TextPath
+
+ALL_LINEAR = "all-linear"
+UNREACHED = "text does not reach it"
+NO_PLAIN_LAYER = (
+    "the model does not use it as a plain layer: it gives more than one tensor, or a kernel reads its weight"
+)
 
 
-def adapted(model: PreTrainedModel, config: LoraConfig) -> PreTrainedModel:
+def adapted(model: PreTrainedModel, config: LoraConfig, path: TextPath) -> PreTrainedModel:
     """The model with a LoRA adapter; its own weights are frozen.
 
+    `all-linear` leaves out what cannot be adapted. A name leaves out what text does not reach.
+
     Raises:
-        ConfigError: If lora.target_modules names a layer whose weight is another's too.
+        ConfigError: If lora.target_modules names no layer, or one that cannot be adapted.
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
-    tied = _tied(model)
+    unfit, linear = dict(_unfit(model, path)), _linear(model)
+    everywhere = config.target_modules == ALL_LINEAR
+    names = [name for name, _ in model.named_modules()]
+    if not everywhere:
+        _check_fit(config.target_modules, names, unfit)
+    aside = [name for name in linear if name in unfit and (everywhere or unfit[name] == UNREACHED)]
     adapter = PeftLoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=config.target_modules, task_type="CAUSAL_LM"
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=config.target_modules,
+        exclude_modules=aside or None,
+        task_type="CAUSAL_LM",
     )
-    result: Any = get_peft_model(model, adapter)
-    for name in _adapted_layers(result.get_base_model()):
-        if name in tied:
-            raise ConfigError(
-                f"student.lora.target_modules is {config.target_modules} and adapts {name}, whose weight is also that of "
-                f"{tied[name]}: merged into the saved student, the adapter would change both. Leave {name} out"
-            )
+    result: Any = None
+    try:
+        result = get_peft_model(model, adapter)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        if everywhere or _unknown(adapter.target_modules, names) is None:
+            raise ConfigError(f"student.lora.target_modules is {config.target_modules}: {brief(error)}") from error
+    unknown = None if everywhere else _unknown(adapter.target_modules, names)
+    if unknown is not None:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear if name not in unfit}))
+        raise ConfigError(
+            f"student.lora.target_modules has {unknown!r}, which names no layer of {type(model).__name__}; give "
+            f"{ALL_LINEAR}, or some of {known}"
+        )
     return result
 
 
@@ -57,11 +82,63 @@ def merged_state(base: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def _adapted_layers(base: nn.Module) -> list[str]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def _check_fit(targets: str | list[str], names: list[str], unfit: dict[str, str]) -> None:
+    """No target is a layer that cannot be adapted, unless text does not reach it and does reach others that are meant."""
+    for target in _listed(targets):
+        try:
+            meant = [name for name in names if _matches(targets, target, name)]
+        except re.error as error:
+            raise ConfigError(
+                f"student.lora.target_modules is {target!r}, neither {ALL_LINEAR} nor a regular expression ({error})"
+            ) from error
+        for name in [name for name in meant if unfit.get(name) != UNREACHED] or meant:
+            if name in unfit:
+                raise ConfigError(f"student.lora.target_modules adapts {name}, but {unfit[name]}. Leave it out")
 
-    layers = (name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer))
-    return [name for name in layers if not name.endswith(".base_layer")]
+
+def _unknown(targets: Any, names: list[str]) -> str | None:
+    """A target that is no layer's name. What peft knows under another name, such as experts, it has taken out of them."""
+    return next((t for t in _listed(targets) if not any(_matches(targets, t, name) for name in names)), None)
+
+
+def _listed(targets: Any) -> list[str]:
+    return [targets] if isinstance(targets, str) else sorted(targets)
+
+
+def _matches(targets: Any, target: str, name: str) -> bool:
+    """As peft does it: a text is a regular expression for whole names, an entry of a list the end of one."""
+    return bool(re.fullmatch(target, name)) if isinstance(targets, str) else f".{name}".endswith(f".{target}")
+
+
+def _linear(model: PreTrainedModel) -> list[str]:
+    """What `all-linear` means to peft: all linear layers but the head."""
+    head: Any = model.get_output_embeddings()
+    modules = model.named_modules()
+    return [name for name, module in modules if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
+
+
+def _unfit(model: nn.Module, path: TextPath) -> Iterator[tuple[str, str]]:
+    """The modules that cannot have an adapter, and why."""
+    tied = _tied(model)
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None:
+            continue
+        if not weight.requires_grad:
+            yield name, UNREACHED
+        elif name in tied:
+            yield (
+                name,
+                f"its weight is also that of {tied[name]}: merged into the student, the adapter would change both",
+            )
+        elif _read_by_a_kernel(model, name) or (id(weight) in path.parameters and name not in path.layers):
+            yield name, NO_PLAIN_LAYER
+
+
+def _read_by_a_kernel(model: nn.Module, name: str) -> bool:
+    """Mamba's kernels take the weights behind the convolution themselves, on some devices and not on others."""
+    parent, _, own = name.rpartition(".")
+    return {"A_log", "D"} <= model.get_submodule(parent)._parameters.keys() and own not in ("in_proj", "norm")
 
 
 def _tied(model: nn.Module) -> dict[str, str]:

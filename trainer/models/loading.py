@@ -4,51 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkl.head import FusedCausalLM
 from fastkl.trainer.config.models import ModelConfig, StudentConfig
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models.adapters import adapted
-from fastkl.trainer.models.withheld import keep_weights, withhold
-
-
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    path = _check_path(config, "config.json", "tokenizer_config.json")
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no tokenizer could be loaded from {config.path!r}, neither a folder here nor on the Hub: {error}"
-        ) from error
-    return tokenizer
+from fastkl.trainer.models.pretrained import load_model, load_tokenizer, read_config
+from fastkl.trainer.models.text_path import freeze_unreached, text_path
+from fastkl.trainer.models.withheld import keep_weights
 
 
 def load_teacher_tokenizer(config: TeacherConfig) -> PreTrainedTokenizerBase | None:
     """That of the model, or the one named beside a server; None where only the server knows."""
     path = config.path or config.tokenizer
     return load_tokenizer(dataclasses.replace(config, path=path)) if path else None
-
-
-def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The model in its dtype, in eval mode, on the CPU."""
-    return _load_model(config)
 
 
 def teacher_device(config: TeacherConfig, default: torch.device) -> torch.device:
@@ -69,47 +43,20 @@ def teacher_device(config: TeacherConfig, default: torch.device) -> torch.device
 def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel:
     """A model that never gets a gradient."""
     quantized = _quantized(config, device)
-    model = _load_model(config, **quantized).requires_grad_(False)
+    model = load_model(config, **quantized).requires_grad_(False)
     return model if quantized else model.to(device)
-
-
-def _load_model(config: ModelConfig, **more: Any) -> PreTrainedModel:
-    path = _check_path(config, "config.json")
-    options: dict[str, Any] = {
-        "dtype": getattr(torch, config.dtype),
-        "trust_remote_code": config.trust_remote_code,
-        **more,
-    }
-    if config.attn_implementation is not None:
-        options["attn_implementation"] = config.attn_implementation
-    try:
-        model: PreTrainedModel = _auto_class(config).from_pretrained(path, **options)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ConfigError(f"no model could be loaded from {config.path!r}: {error}") from error
-    withhold(model)
-    return model.eval()
 
 
 def vocab_size(config: ModelConfig) -> int:
     """The ids of a model's head are those below this one; it may be padded beyond its tokenizer."""
-    size: int = _load_config(config).get_text_config().vocab_size
+    size: int = read_config(config).get_text_config().vocab_size
     return size
-
-
-def _load_config(config: ModelConfig) -> PretrainedConfig:
-    path = _check_path(config, "config.json")
-    try:
-        found: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no model could be loaded from {config.path!r}: {error}") from error
-    return found
 
 
 def _quantized(config: TeacherConfig, device: torch.device) -> dict[str, Any]:
     """Options that load a quantised model, as the folder holds it or as asked for; none for a plain one."""
-    found = _load_config(config)
+    stored = _stored_quantization(config)
     placed = {"device_map": {"": device}}  # a quantised model cannot be moved
-    stored = getattr(found, "quantization_config", None)
     if config.quantization is None:
         return {} if stored is None else placed
     if stored is not None:
@@ -127,17 +74,40 @@ def _quantized(config: TeacherConfig, device: torch.device) -> dict[str, Any]:
     return {**placed, "quantization_config": BitsAndBytesConfig(**chosen)}
 
 
-def load_student(config: StudentConfig) -> PreTrainedModel:
-    """The model to train, in eval mode: all of it, or a LoRA adapter on it."""
-    model = load_model(config)
+def _stored_quantization(config: ModelConfig) -> Any:
+    return getattr(read_config(config), "quantization_config", None)
+
+
+def load_student(config: StudentConfig, device: torch.device) -> PreTrainedModel:
+    """The model to train, on its device, in eval mode: all of it that text reaches, or a LoRA adapter on that."""
+    stored = _stored_quantization(config)
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored
+        raise ConfigError(
+            f"student.path is {config.path!r}, whose weights are quantised ({method}) and cannot be trained; take the "
+            f"model that was quantised"
+        )
+    model = load_model(config).to(device)
     keep_weights(model)
+    path = text_path(model, context_length(model))
+    freeze_unreached(model, path)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_activations(model)
     if config.lora.rank == 0:
         return model
     if config.gradient_checkpointing:
         model.enable_input_require_grads()
-    return adapted(model, config.lora).eval()
+    return adapted(model, config.lora, path).eval()
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(
+            f"student.gradient_checkpointing is true, which {type(model).__name__} does not support; set it to false and "
+            f"lower batch.max_tokens"
+        ) from error
 
 
 def fuse(model: PreTrainedModel, name: str) -> FusedCausalLM:
@@ -151,26 +121,3 @@ def fuse(model: PreTrainedModel, name: str) -> FusedCausalLM:
 def context_length(model: PreTrainedModel) -> int | None:
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit
-
-
-def _auto_class(config: ModelConfig) -> Any:
-    if not config.liger:
-        return AutoModelForCausalLM
-    if not torch.cuda.is_available():
-        raise ConfigError("liger is true, but Liger's kernels need a CUDA device; set it to false")
-    from liger_kernel.transformers import AutoLigerKernelForCausalLM
-
-    return AutoLigerKernelForCausalLM
-
-
-def _check_path(config: ModelConfig, *files: str) -> str:
-    """The folder or Hub id, `~` expanded; what looks like a folder must be one of a model, with one of the files."""
-    path = os.path.expanduser(config.path)
-    looks_local = path.startswith((".", "/")) or path.count("/") > 1 or os.path.exists(path)
-    if looks_local and not any(Path(path, file).is_file() for file in files):
-        if Path(path, "config.yaml").is_file():
-            raise ConfigError(
-                f"model path {config.path!r} is a run's folder; its trained model is {Path(path, 'student')}"
-            )
-        raise ConfigError(f"model path {config.path!r} is not a model folder (no {files[0]} in {Path(path).resolve()})")
-    return path

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastkl.trainer.errors import RunError
+from fastkl.trainer.errors import RunError, brief
 from fastkl.trainer.models.adapters import merged, merged_state
 from fastkl.trainer.models.scoring import scoring
 from fastkl.trainer.models.tokenizers import SAMPLE_TEXT
@@ -60,7 +60,7 @@ def save_model(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -
     try:
         plain, found = kind.from_pretrained(folder, device_map="meta", output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise _lost(f"{kind.__name__} does not load what it saved ({' '.join(str(error).split())[:200]})") from error
+        raise _lost(f"{kind.__name__} does not load what it saved ({brief(error)})") from error
     wanted = _shapes(plain.state_dict())
     differing = {name for name in {*written, *wanted} if written.get(name) != wanted.get(name)}
     differing |= {*found["missing_keys"], *found["unexpected_keys"]}

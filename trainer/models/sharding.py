@@ -18,9 +18,13 @@ class GatheredCopy:
     process, as every forward pass of a sharded module does. Between uses the copy has no storage.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.model = copy.deepcopy(model).to(device).eval()
-        self._empty()
+    def __init__(self, model: nn.Module) -> None:
+        empty: dict[int, object] = {}  # deepcopy takes what it finds here in place of a copy
+        for parameter in model.parameters():
+            ours = nn.Parameter(torch.empty_like(parameter), requires_grad=parameter.requires_grad)
+            ours.untyped_storage().resize_(0)
+            empty[id(parameter)] = ours
+        self.model = copy.deepcopy(model, empty).eval()
 
     @contextmanager
     def gathered(self, sharded: nn.Module) -> Iterator[None]:

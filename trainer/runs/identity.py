@@ -61,6 +61,6 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 def _entries(tensor: torch.Tensor) -> list[Any]:
     flat = tensor.reshape(-1)
-    places = torch.linspace(0, max(0, flat.numel() - 1), min(ENTRIES, flat.numel()), device=flat.device).long()
-    entries: list[Any] = flat[places].float().tolist()
+    places = torch.linspace(0, max(0, flat.numel() - 1), min(ENTRIES, flat.numel())).long()  # the same on any device
+    entries: list[Any] = flat[places.to(flat.device)].float().tolist()
     return entries

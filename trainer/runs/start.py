@@ -16,8 +16,19 @@ def start_run(config: RunConfig, samples: int, name: str) -> Accelerator:
     check_trackers(config.trackers)
     accelerator = processes.start(config)
     check_sample_count(samples, name)
+    check_precision(config, accelerator.device.type)
     processes.on_main(lambda: check_run_folder(config))
     return accelerator
+
+
+def check_precision(config: RunConfig, device: str) -> None:
+    """No float16 where nothing is made for it."""
+    for name, value, others in (
+        ("student.dtype", config.student.dtype, "bfloat16 or float32"),
+        ("mixed_precision", config.mixed_precision, "bf16 or no"),
+    ):
+        if device == "cpu" and value in ("float16", "fp16"):
+            raise ConfigError(f"{name} is {value}, in which a CPU does not train; set it to {others}")
 
 
 def check_trackers(names: list[str]) -> None:

@@ -208,7 +208,7 @@ def test_refused_once_files_are_read(
 
 def test_home_folder_in_a_path(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No shell expands the `~` of a YAML file."""
-    from fastkl.trainer.models.loading import load_model, load_tokenizer
+    from fastkl.trainer.models.pretrained import load_model, load_tokenizer
 
     save_model(empty_folder / "model")
     monkeypatch.setenv("HOME", str(empty_folder))

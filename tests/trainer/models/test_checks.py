@@ -221,7 +221,7 @@ REFUSED = {
         {},
         sums(),
         {"student__lora__rank": 2, "student__lora__target_modules": '["lm_head"]'},
-        "adapts lm_head, whose weight is also that of model.embed_tokens",
+        "adapts lm_head, but its weight is also that of model.embed_tokens",
     ),
 }
 

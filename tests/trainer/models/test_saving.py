@@ -17,6 +17,7 @@ from fastkl.trainer.config.models import LoraConfig
 from fastkl.trainer.errors import ConfigError, RunError
 from fastkl.trainer.models import saving
 from fastkl.trainer.models.adapters import adapted
+from fastkl.trainer.models.text_path import text_path
 
 IDS = torch.arange(3, 35).view(2, 16)
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -33,7 +34,7 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
 
 def with_adapter(model: PreTrainedModel, **settings: Any) -> Any:
     """With LoRA layers that change something."""
-    result: Any = adapted(model, LoraConfig(**{"rank": 2, **settings})).eval()
+    result: Any = adapted(model, LoraConfig(**{"rank": 2, **settings}), text_path(model, 64)).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in result.named_parameters():
@@ -76,8 +77,10 @@ def test_merging_keeps_dtypes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head"]], ids=str)
 def test_an_adapter_on_a_tied_weight_is_refused(targets: list[str]) -> None:
     model = causal_lm(tie_word_embeddings=True)
-    with pytest.raises(ConfigError, match=r"lora\.target_modules is .* whose weight is also that of .*Leave .* out"):
-        adapted(model, LoraConfig(rank=2, target_modules=targets))
+    with pytest.raises(
+        ConfigError, match=r"lora\.target_modules adapts .*, but its weight is also that of .*Leave it out"
+    ):
+        with_adapter(model, target_modules=targets)
 
 
 def test_an_adapter_on_an_embedding_of_its_own(tmp_path: Path) -> None:

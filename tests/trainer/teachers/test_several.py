@@ -49,13 +49,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The folders of the models that are loaded from here on."""
     paths: list[str] = []
-    load = loading._load_model
+    load = loading.load_model
 
     def recorded(model: Any, **more: Any) -> Any:
         paths.append(Path(model.path).name)
         return load(model, **more)
 
-    monkeypatch.setattr(loading, "_load_model", recorded)
+    monkeypatch.setattr(loading, "load_model", recorded)
     return paths
 
 

@@ -1,0 +1,112 @@
+"""Model folders and Hub ids, read by Transformers; whatever is wrong with one is a ConfigError of one sentence."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from json import JSONDecodeError
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fastkl.trainer.config.models import ModelConfig
+from fastkl.trainer.errors import ConfigError, brief
+from fastkl.trainer.models.withheld import withhold
+
+T = TypeVar("T")
+
+NAMED = 3  # of the weights that are missing
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    path = _checked_path(config, "config.json", "tokenizer_config.json")
+    return _read(config, "tokenizer", lambda: AutoTokenizer.from_pretrained(path, **_trust(config)))
+
+
+def read_config(config: ModelConfig) -> Any:
+    """The model's own config."""
+    path = _checked_path(config, "config.json")
+    return _read(config, "model", lambda: AutoConfig.from_pretrained(path, **_trust(config)))
+
+
+def load_model(config: ModelConfig, **placed: Any) -> PreTrainedModel:
+    """The model in its dtype, in eval mode; on the CPU, if `placed` does not put it elsewhere.
+
+    Raises:
+        ConfigError: Also for weights that the files do not hold, or in another shape: Transformers would make random ones.
+    """
+    path, kind = _checked_path(config, "config.json"), _auto_class(config)
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), **_trust(config), **placed}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are named below
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    model, found = _read(config, "model", lambda: kind.from_pretrained(path, **options))
+    lost = sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
+    if lost:
+        named = ", ".join(lost[:NAMED]) + ", …" * (len(lost) > NAMED)
+        raise ConfigError(
+            f"no model could be loaded from {config.path!r}: its files lack {len(lost)} weights of {type(model).__name__} "
+            f"or have them in another shape ({named}); download or save it again"
+        )
+    withhold(model)
+    return model.eval()
+
+
+def _read(config: ModelConfig, what: str, read: Callable[[], T]) -> T:
+    """Other people's code on other people's files: anything may be raised."""
+    try:
+        return read()
+    except Exception as error:
+        where = "" if os.path.isdir(os.path.expanduser(config.path)) else ", neither a folder here nor on the Hub"
+        told = isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) and not isinstance(
+            error, JSONDecodeError
+        )
+        remedy = "" if told else ". Is every file of it whole?"
+        raise ConfigError(f"no {what} could be loaded from {config.path!r}{where}: {brief(error)}{remedy}") from error
+
+
+def _trust(config: ModelConfig) -> dict[str, Any]:
+    return {"trust_remote_code": config.trust_remote_code}
+
+
+def _auto_class(config: ModelConfig) -> Any:
+    """What loads the model: a causal LM, or one that reads images or sound as well as text."""
+    if config.liger:
+        if not torch.cuda.is_available():
+            raise ConfigError("liger is true, but Liger's kernels need a CUDA device; set it to false")
+        from liger_kernel.transformers import AutoLigerKernelForCausalLM
+
+        return AutoLigerKernelForCausalLM
+    found = read_config(config)
+    if type(found) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {}):
+        return AutoModelForCausalLM
+    if type(found) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return AutoModelForMultimodalLM
+    raise ConfigError(
+        f"no model could be loaded from {config.path!r}: {found.model_type} is no causal language model of Transformers; "
+        f"take one that is"
+    )
+
+
+def _checked_path(config: ModelConfig, *files: str) -> str:
+    """The folder or Hub id, `~` expanded; what looks like a folder must be one of a model, with one of the files."""
+    path = os.path.expanduser(config.path)
+    looks_local = path.startswith((".", "/")) or path.count("/") > 1 or os.path.exists(path)
+    if looks_local and not any(Path(path, file).is_file() for file in files):
+        if Path(path, "config.yaml").is_file():
+            raise ConfigError(
+                f"model path {config.path!r} is a run's folder; its trained model is {Path(path, 'student')}"
+            )
+        raise ConfigError(f"model path {config.path!r} is not a model folder (no {files[0]} in {Path(path).resolve()})")
+    return path
