@@ -9,6 +9,7 @@ from operator import itemgetter
 from typing import Any
 
 POINTS = 1000  # of a curve
+ALIKE = 1e-3  # of its largest value: closer than a line is wide
 
 Json = dict[str, Any]
 
@@ -28,6 +29,49 @@ def series(rows: Sequence[Json]) -> tuple[dict[str, Json], list[int]]:
         for name, values in thinned.items()
     }
     return curves, kept
+
+
+def merged(figures: Sequence[Json], runs: Sequence[Json]) -> list[Json]:
+    """The figures of a page, of which one that would show the lines of another before it is named there, under `same`."""
+    kept: list[Json] = []
+    for figure in figures:
+        twin = next(
+            (one for one in kept if _agree(one, figure) and _same_lines(one["name"], figure["name"], runs)), None
+        )
+        if twin is None:
+            kept.append({**figure, "same": []})
+        else:
+            twin["same"].append(figure["name"])
+            twin["unit"] = twin["unit"] or figure["unit"]
+    return kept
+
+
+def _agree(one: Json, other: Json) -> bool:
+    """In one part of the page, and in one unit where both have any."""
+    return one["part"] == other["part"] and (one["unit"] == other["unit"] or not (one["unit"] and other["unit"]))
+
+
+def _same_lines(one: str, other: str, runs: Sequence[Json]) -> bool:
+    pairs = [(run["series"].get(one), run["series"].get(other)) for run in runs]
+    return all(_same_line(*pair) for pair in pairs if pair != (None, None))
+
+
+def _same_line(one: Json | None, other: Json | None) -> bool:
+    """By the rows that both have points at, for each was thinned on its own; lines at 0 say too little to be called one."""
+    if one is None or other is None:
+        return False
+    ours, theirs = (dict(zip(curve["at"], curve["values"], strict=True)) for curve in (one, other))
+    shared = ours.keys() & theirs.keys()
+    numbers = [abs(value) for value in (*ours.values(), *theirs.values()) if not isinstance(value, str)]
+    if 2 * len(shared) < max(len(ours), len(theirs)) or not any(numbers):
+        return False
+    near = ALIKE * max(numbers)
+    return all(
+        ours[row] == theirs[row]
+        if isinstance(ours[row], str) or isinstance(theirs[row], str)
+        else abs(ours[row] - theirs[row]) <= near
+        for row in shared
+    )
 
 
 def thin(points: list[tuple[int, float]], limit: int) -> list[tuple[int, float]]:

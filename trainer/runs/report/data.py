@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -13,11 +14,48 @@ from typing import Any
 
 import yaml
 
+from fastkl.trainer.config.loss import OPTION_OF
 from fastkl.trainer.config.settings import flat
 from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.runs.changes import read_changes
 from fastkl.trainer.runs.files import read_jsonl
 from fastkl.trainer.runs.report.curves import Json, series
 from fastkl.trainer.runs.report.samples import page_samples
+
+# Of these a page of one run shows what it has; of the loss's options those of its objective.
+MAIN_SETTINGS = (
+    "student.path",
+    "student.lora.rank",
+    "teacher.path",
+    "teacher.server.url",
+    "data.path",
+    "data.name",
+    "data.dataset",
+    "examples_per_step",
+    "sampling.prompts_per_step",
+    "sampling.samples_per_prompt",
+    "sampling.max_new_tokens",
+    "sampling.temperature",
+    "loss.objective",
+    "loss.method",
+    "loss.kl_coef",
+    "loss.discount",
+    "loss.old_logprobs",
+    "loss.jsd_beta",
+    "loss.skew_alpha",
+    "loss.top_k",
+    "loss.top_k_direction",
+    "loss.top_k_tail",
+    "optim.lr",
+    "optim.schedule",
+    "optim.steps",
+    "optim.warmup_steps",
+    "optim.substeps",
+    "mixed_precision",
+    "seed",
+)
+CHANGES = 100  # at most that many are shown, the last ones
+CHANGE_CHARACTERS = 200  # of a setting's value in a change
 
 FLOPS = ("flops/sampling", "flops/teacher", "flops/student")  # of a step, as time/* are
 
@@ -36,11 +74,42 @@ def run_data(path: Path, name: str, sample_bytes: int) -> Json:
         "steps_planned": settings.get("optim", {}).get("steps"),
         "logged": _last_change(path / "metrics.jsonl"),
         "settings": {name: _text(value) for name, value in flat(settings)},
+        "main": main_settings(dict(flat(settings))),
+        "changes": _changes(path, axes),
         "x": {axis: [values[row] for row in kept] for axis, values in axes.items() if values is not None},
         "series": curves,
         "seconds": _seconds(rows),
         "samples": page_samples(path, sample_bytes),
     }
+
+
+def main_settings(settings: Mapping[str, Any]) -> list[str]:
+    """The settings that matter most, of those that a run has: an option of another objective than its own does not."""
+    objective = settings.get("loss.objective")
+    return [
+        name
+        for name in MAIN_SETTINGS
+        if name in settings and objective in OPTION_OF.get(name.removeprefix("loss."), (objective,))
+    ]
+
+
+def _changes(path: Path, axes: Mapping[str, Sequence[float] | None]) -> list[Json]:
+    """Where on each axis settings were changed, and what they were and are, in words."""
+    rows = [row for row in read_changes(path) if isinstance(row["step"], int)][-CHANGES:]
+    found = []
+    for step in sorted({row["step"] for row in rows}):
+        last = bisect_right(axes["step"] or (), step) - 1
+        x = {axis: values[last] if last >= 0 else 0 for axis, values in axes.items() if values is not None}
+        texts = [
+            f"{_cut(row['setting'])}: {_cut(row['was'])} → {_cut(row['is'])}" for row in rows if row["step"] == step
+        ]
+        found.append({"step": step, "x": {**x, "step": step}, "texts": texts})
+    return found
+
+
+def _cut(value: Any) -> str:
+    text = _text(value)
+    return text if len(text) <= CHANGE_CHARACTERS else f"{text[:CHANGE_CHARACTERS]}…"
 
 
 def differences(runs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -19,6 +19,7 @@ from fastkl.trainer.data.samples import UNKNOWN
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.metrics import figures
 from fastkl.trainer.runs.files import write_text
+from fastkl.trainer.runs.report.curves import merged
 from fastkl.trainer.runs.report.data import differences, run_data, run_names
 
 NAME = "report.html"
@@ -60,7 +61,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
 def render(runs: Sequence[dict[str, Any]]) -> str:
     """The page as text. What the runs hold reaches it as JSON without a `<`, and the title's text escaped."""
     names = {name for run in runs for name in run["series"]}
-    data = {"runs": runs, "differences": differences(runs), "unknown": UNKNOWN, "figures": figures(names)}
+    data = {"runs": runs, "differences": differences(runs), "unknown": UNKNOWN, "figures": merged(figures(names), runs)}
     script = "\n".join(file.read_text(encoding="utf-8") for file in (PAGE / name for name in SCRIPTS))
     page = Template((PAGE / "page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(", ".join(run["name"] for run in runs)),

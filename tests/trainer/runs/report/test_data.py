@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from report_cases import SETTINGS, make_run, only_run, page_of, row, sample
+from tiny_data import write_jsonl
 from tiny_models import tokenizer
 
+from fastkl.trainer.config.training import DistillConfig, SftConfig
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.runs.report.curves import thin
-from fastkl.trainer.runs.report.data import run_names
+from fastkl.trainer.runs.report.data import MAIN_SETTINGS, run_names
 from fastkl.trainer.runs.report.page import SAMPLE_BYTES
 from fastkl.trainer.runs.report.samples import spread
 
@@ -44,6 +49,77 @@ def test_axes(tmp_path: Path) -> None:
     assert found["series"]["eval/accuracy"] == {"at": [0], "values": [0.25]}
     assert found["series"]["loss"]["at"] == [1, 2]
     assert found["seconds"] == {"train": 1.0}
+
+
+def test_changes_stand_where_they_were_made_on_each_axis(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rows=[{"step": 0, "eval/accuracy": 0.5}, row(1), row(2), row(3)])
+    rows = [
+        {"step": 2, "setting": "optim.lr", "was": 1e-4, "is": 5e-5},
+        {"step": 2, "setting": "sampling.stop", "was": None, "is": ["x" * 500]},
+        {"step": 9, "setting": "optim.steps", "was": 9, "is": 12},  # after what was logged
+    ]
+    strange = [{"step": "2", "setting": "seed", "was": 0, "is": 1}, {"step": 2}, 5]
+    write_jsonl(run / "changes.jsonl", rows + strange)
+    first, last = only_run(run)["changes"]
+    assert (first["x"], last["x"]) == ({"step": 2, "tokens": 48}, {"step": 9, "tokens": 72})
+    assert first["texts"][0] == "optim.lr: 0.0001 → 5e-05"
+    assert len(first["texts"][1]) < 250
+    assert last["texts"] == ["optim.steps: 9 → 12"]
+    assert only_run(make_run(tmp_path / "steady"))["changes"] == []
+
+
+OPTIONS = {"method": "ppo", "kl_coef": 1.0, "jsd_beta": 0.5, "skew_alpha": 0.1, "top_k": 20}
+
+
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [
+        ("policy_gradient", ["method", "kl_coef"]),
+        ("reverse_kl", []),
+        ("jsd", ["jsd_beta"]),
+        ("skewed_forward_kl", ["skew_alpha"]),
+        ("top_k", ["top_k"]),
+    ],
+)
+def test_the_settings_that_matter_name_the_objective(tmp_path: Path, objective: str, options: list[str]) -> None:
+    """With its own options: those of others are in every config.yaml, and mean nothing."""
+    settings = SETTINGS | {"loss": {"objective": objective, **OPTIONS}}
+    main = only_run(make_run(tmp_path / "run", settings=settings))["main"]
+    assert [name for name in main if name.startswith("loss.")] == [f"loss.{name}" for name in ("objective", *options)]
+    assert {"student.path", "teacher.path", "optim.lr", "seed"} <= set(main)
+
+
+def setting_names(config: type, prefix: str = "") -> Iterator[str]:
+    for name, kind in get_type_hints(config).items():
+        groups = [part for part in (kind, *get_args(kind)) if is_dataclass(part)]
+        yield from [f"{prefix}{name}"] if not groups else setting_names(groups[0], f"{prefix}{name}.")
+
+
+def test_main_settings_are_settings() -> None:
+    assert set(MAIN_SETTINGS) <= {*setting_names(DistillConfig), *setting_names(SftConfig)}
+
+
+def test_lines_that_are_the_same_are_drawn_once(tmp_path: Path) -> None:
+    def shown(*runs: Path) -> list[tuple[str, list[str], str]]:
+        figures = page_of(*runs, output=tmp_path / "page.html").data["figures"]
+        return [(one["name"], one["same"], one["unit"]) for one in figures if one["part"] == "learning"]
+
+    def rows(off: float, scale: float = 1.0) -> list[dict[str, Any]]:
+        return [row(step, teacher_kl=scale / step, loss=scale * (1 + off) / step) for step in range(1, 5)]
+
+    kl = "nats per token"
+    alike = make_run(tmp_path / "alike", rows=rows(1e-6))
+    apart = make_run(tmp_path / "apart", rows=rows(0.01))
+    assert shown(alike) == [("teacher_kl", ["loss"], kl)]
+    assert shown(apart) == shown(alike, apart) == [("teacher_kl", [], kl), ("loss", [], "")]
+    assert len(shown(make_run(tmp_path / "zero", rows=rows(0.0, scale=0.0)))) == 2
+    without = make_run(tmp_path / "without", rows=[row(step) for step in range(1, 5)])
+    assert len(shown(alike, without)) == 2
+    wild = rows(1e-6)
+    wild[1] |= {"teacher_kl": float("nan"), "loss": float("nan")}
+    assert len(shown(make_run(tmp_path / "wild", rows=wild))) == 1
+    many = [row(step, teacher_kl=3 / step, loss=(3 + 1e-5 * (step % 7)) / step) for step in range(1, 4000)]
+    assert len(shown(make_run(tmp_path / "many", rows=many))) == 1
 
 
 def test_an_interrupted_run(tmp_path: Path) -> None:

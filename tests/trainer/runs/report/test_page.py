@@ -38,13 +38,16 @@ def test_nothing_that_a_run_holds_becomes_markup(tmp_path: Path) -> None:
         samples=[sample(1, HOSTILE)],
         settings=SETTINGS | {"note": "</script><u>"},
     )
+    change = {"step": 1, "setting": "</script><s>", "was": "<u>", "is": ["<i>"]}
+    (run / "changes.jsonl").write_text(json.dumps(change) + "\n")
     page = page_of(run)
     assert len(page.all("script")) == 2
-    assert not page.all("img", "b", "i", "u", "iframe")
+    assert not page.all("img", "b", "i", "u", "s", "iframe")
     assert html.unescape(re.findall("<h1>(.*?)</h1>", page.text)[0]) == name
     (found,) = page.data["runs"]
     assert found["samples"]["shown"][0]["tokens"] == HOSTILE
     assert found["settings"]["note"] == "</script><u>"
+    assert found["changes"][0]["texts"] == ['</script><s>: <u> → ["<i>"]']
 
 
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
@@ -121,6 +124,8 @@ frame.addEventListener("load", () => setTimeout(() => {{
     images: page.images.length,
     origin: page.querySelector("#origin").textContent,
     curves: all("#learning .line").filter((line) => /\\dL\\d/.test(line.getAttribute("d"))).length,
+    changes: text("#changes li"),
+    tooltips: text("#learning figure:first-child .change title"),
   }};
   page.querySelector("#worst button").click();
   result.ranked = all(".scored").map((node) => node.getAttribute("aria-label").split("rank: ")[1] ?? "");
@@ -135,6 +140,10 @@ frame.addEventListener("load", () => setTimeout(() => {{
   cursor.dispatchEvent(new Event("input"));
   result.position = cursor.getAttribute("aria-valuetext");
   result.moved = text("#learning .readout");
+  frame.style.width = "1200px";
+  page.querySelector("#worst button").click();
+  result.lines = new Set(all("#token dl > div").map((cell) => cell.offsetTop)).size;
+  result.high = Math.max(...all("#token dl > div").slice(1).map((cell) => cell.offsetHeight));
   document.querySelector("pre").textContent = JSON.stringify(result);
 }}, 300));
 </script>"""
@@ -146,9 +155,12 @@ def test_in_a_browser_as_wide_as_a_phone(tmp_path: Path) -> None:
     hostile = sample(3, ["<u>", *HOSTILE], teacher_logprobs=[0.0, *(-0.5 - n for n in range(len(HOSTILE)))])
     hostile |= {"dataset": HOSTILE[0], "reward": 0.5}
     hostile["student_ranks"] = [0, *range(1, len(HOSTILE)), 0]
-    hostile["teacher_ranks"] = [0, 12345, *[7] * (len(HOSTILE) - 1)]
+    hostile["teacher_ranks"] = [0, 12345, *[7] * (len(HOSTILE) - 2), 150321]
+    hostile["student_ranks"][-1] = 150322
     rows = [row(1, teacher_kl=3.0), row(2, teacher_kl=float("nan")), row(3, teacher_kl=1.0), row(4, teacher_kl=0.5)]
     run = make_run(tmp_path / "run", rows=rows, samples=[sample(1), hostile])
+    change = {"step": 2, "setting": HOSTILE[0], "was": None, "is": 2e-5}
+    (run / "changes.jsonl").write_text(json.dumps(change) + "\n")
     other = make_run(tmp_path / "other", settings=SETTINGS | {"optim": {"lr": 1e-5, "steps": 3}})
     page = write_report([run, other], tmp_path / "both.html").read_text(encoding="utf-8")
     driver = tmp_path / "driver.html"
@@ -178,8 +190,12 @@ def test_in_a_browser_as_wide_as_a_phone(tmp_path: Path) -> None:
     assert found["home"] == HOSTILE[0]
     assert found["next"] == f"{json.dumps(HOSTILE[1])}, reverse KL 1.00, rank: student 2, teacher 7"
     assert found["ranked"][0] == "student 1, teacher 12,345"
-    assert found["ranked"][-1] == "teacher 7"
-    assert found["first"].endswith("rank (1: the likeliest)teacher 7")
+    assert found["ranked"][1] == "student 2, teacher 7"
+    assert found["first"].endswith("rank (1: the likeliest)student 150,322, teacher 150,321")
+    assert [text.strip() for text in found["changes"]] == [f"run, after step 2: {HOSTILE[0]}: null → 2e-05"]
+    assert found["tooltips"] == [f"after step 2: {HOSTILE[0]}: null → 2e-05"]
+    assert found["lines"] == 1
+    assert found["high"] < 50  # a line of words, a line of numbers
     assert found["position"] == "step 1"
     assert found["moved"][0].startswith("run3")
     assert found["readouts"][0].startswith("run0.5")

@@ -6,13 +6,14 @@ const view = { axis: "step", at: 0, positions: [] };
 const figures = []; // name, elements, scale and lines of each figure
 
 function showCurves() {
-  for (const { name, unit, part } of DATA.figures) byId(part).append(figure(name, unit));
+  for (const { name, same, unit, part } of DATA.figures) byId(part).append(figure(name, same, unit));
   for (const part of document.querySelectorAll("section > .charts:empty")) {
     part.append(el("p", { class: "note" }, "No run recorded any of these."));
   }
   byId("others").hidden = !byId("rest").childElementCount;
   byId("others").addEventListener("toggle", drawAll);
   axisControls();
+  showChanges();
   byId("cursor").addEventListener("input", (event) => moveTo(view.positions[event.target.value]));
   setAxis("step");
   new ResizeObserver(drawAll).observe(byId("learning"));
@@ -26,6 +27,20 @@ function axisControls() {
     input.addEventListener("change", () => setAxis(axis));
     byId("axes").append(el("label", {}, input, title));
   }
+}
+
+/** The changes of settings, in words; on the curves they are marks. */
+function showChanges() {
+  const items = RUNS.flatMap((run, number) => run.changes.map((change) => {
+    const name = RUNS.length > 1 ? [label(number), ", "] : [];
+    return el("li", {}, ...name, changed(change));
+  }));
+  byId("changes").replaceChildren(...items);
+  byId("changes-box").hidden = !items.length;
+}
+
+function changed({ step, texts }) {
+  return `after step ${format(step)}: ${texts.join("; ")}`;
 }
 
 function setAxis(axis) {
@@ -69,10 +84,11 @@ function pointsOf(name) {
   });
 }
 
-function figure(name, unit) {
+/** A metric's figure; `same` are others whose lines it shows as well. */
+function figure(name, same, unit) {
   const readout = el("ul", { class: "readout" });
   const chart = svg("svg", { class: "chart", role: "img" });
-  const caption = el("figcaption", {}, name, ...(unit ? [el("span", { class: "unit" }, `, ${unit}`)] : []));
+  const caption = el("figcaption", {}, [name, ...same].join(" and "), ...(unit ? [el("span", { class: "unit" }, `, ${unit}`)] : []));
   const node = el("figure", {}, caption, readout, chart, ...wildValues(name));
   const shown = { node, draw: () => draw(shown), point: () => point(shown), name, chart, readout };
   chart.addEventListener("pointermove", (event) => follow(shown, event));
@@ -104,10 +120,11 @@ function draw(shown) {
   const finite = lines.flatMap((points) => points ?? []).filter(([, y]) => typeof y === "number");
   shown.lines = lines;
   shown.scale = scales(finite, width, height);
-  shown.cursor = svg("g");
+  shown.cursor = svg("g", { class: "cursor-marks" });
   shown.chart.setAttribute("viewBox", `0 0 ${width} ${height}`);
   shown.chart.setAttribute("aria-label", summary(shown.name, lines));
-  shown.chart.replaceChildren(...axes(shown.scale, width, height), ...lines.flatMap((points, run) => curve(points, run, shown.scale)), shown.cursor);
+  const changes = RUNS.flatMap((_, run) => changeMarks(run, shown.scale, height));
+  shown.chart.replaceChildren(...axes(shown.scale, width, height), ...changes, ...lines.flatMap((points, run) => curve(points, run, shown.scale)), shown.cursor);
 }
 
 function scales(finite, width, height) {
@@ -147,6 +164,15 @@ function axes(scale, width, height) {
   return [...rows, ...columns];
 }
 
+/** A thin line where settings of a run were changed; what was changed is its tooltip. */
+function changeMarks(run, scale, height) {
+  return RUNS[run].changes.filter((change) => view.axis in change.x).map((change) => {
+    const d = `M${scale.x(change.x[view.axis]).toFixed(1)} ${EDGE.top}V${height - EDGE.bottom}`;
+    const lines = [svg("path", { d, stroke: colour(run) }), svg("path", { class: "wide-line", d })];
+    return svg("g", { class: "change" }, svg("title", {}, changed(change)), ...lines);
+  });
+}
+
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
 
 function shortX(value) {
@@ -174,7 +200,9 @@ function summary(name, lines) {
     const [first, last] = [points[0], points.at(-1)];
     return `${RUNS[run].name}: ${format(first[1])} at ${shortX(first[0])}, ${format(last[1])} at ${shortX(last[0])}`;
   });
-  return `${name} against ${AXES[view.axis]}. ${parts.join("; ")}`;
+  const steps = RUNS.flatMap((run) => run.changes.map((change) => format(change.step)));
+  const changes = steps.length ? `. Settings changed after step ${steps.join(", ")}` : "";
+  return `${name} against ${AXES[view.axis]}. ${parts.join("; ")}${changes}`;
 }
 
 /** The values at the position, in words beside the caption and as marks on the curves. */

@@ -1,16 +1,9 @@
 // What the runs are: a line each, their settings, their seconds.
 
-const MAIN_SETTINGS = [
-  "student.path", "student.lora.rank", "teacher.path", "data.path", "data.dataset", "examples_per_step",
-  "sampling.prompts_per_step", "sampling.samples_per_prompt", "sampling.max_new_tokens", "sampling.temperature",
-  "loss.method", "loss.kl_coef", "loss.discount", "loss.old_logprobs", "optim.lr", "optim.schedule", "optim.steps",
-  "optim.warmup_steps", "optim.substeps", "mixed_precision", "seed",
-];
-
 function showTables() {
   byId("runs").append(runTable());
   const several = RUNS.length > 1;
-  const keys = several ? DATA.differences : MAIN_SETTINGS.filter((key) => key in RUNS[0].settings);
+  const keys = several ? DATA.differences : RUNS[0].main;
   const what = several ? "Settings that differ between the runs" : "The settings that matter most";
   byId("settings").append(
     el("p", { class: "note" }, keys.length ? `${what}.` : "All settings are the same."),
