@@ -8,15 +8,18 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from fastkl.trainer.config.optim import OptimConfig
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.data.step_metrics import teacher_kl
-from fastkl.trainer.errors import ServerError
+from fastkl.trainer.errors import RunError, ServerError
+from fastkl.trainer.models.precision import too_small_an_update
 from fastkl.trainer.models.saving import save_student
 from fastkl.trainer.objectives.base import Objective
 from fastkl.trainer.rollouts.evaluation import evaluate
 from fastkl.trainer.rollouts.single_turn import Responder
 from fastkl.trainer.runs import processes
+from fastkl.trainer.runs.files import read_jsonl
 from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.listener import Clock, Listener
 from fastkl.trainer.runs.progress import ProgressBar
@@ -92,9 +95,12 @@ def fit(
             _log(student, folder, done, metrics)
             folder.log(NAME, sample_records(samples[: config.log_samples], tokenizer, done))
             progress.step(done, metrics)
+            if step == max(start, config.optim.warmup_steps - 1):  # the first at the full rate
+                _remark(progress, too_small_an_update(metrics, config.optim.lr))
             listener.on_step(done, metrics, samples)
             if done == config.optim.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
                 folder.save_checkpoint(student.save, done)
+        _remark(progress, processes.on_main(lambda: _skipped(folder, config.optim)))
         with student.gathered():
             folder.save_student(lambda aside: save_student(student.model, tokenizer, aside))
         progress.note(f"student saved in {folder.student}")
@@ -118,6 +124,27 @@ def _checkpoint_at_the_end(student: Student, folder: RunFolder, steps_done: int)
         processes.failed_first()  # one of them says so; afterwards they cannot agree any more
         student.accelerator.end_training()
         raise
+
+
+def _remark(progress: ProgressBar, text: str | None) -> None:
+    if text is not None:
+        progress.note(text)
+
+
+def _skipped(folder: RunFolder, optim: OptimConfig) -> str | None:
+    """What to say of the run's optimizer steps that were skipped; None where there are none.
+
+    Raises:
+        RunError: If there is no other.
+    """
+    rows = [row for row in read_jsonl(folder.path / "metrics.jsonl") if "optim/skipped" in row]
+    skipped, steps = sum(row["optim/skipped"] for row in rows), len(rows) * optim.substeps
+    if skipped == 0:
+        return None
+    said = f"{skipped:.0f} of {steps} optimizer steps were skipped, because their gradient was not finite"
+    if skipped >= steps:
+        raise RunError(f"{said}: nothing was learned. Look for what is not finite in metrics.jsonl, or lower optim.lr")
+    return said
 
 
 def _log(student: Student, folder: RunFolder, step: int, metrics: dict[str, float]) -> None:

@@ -120,6 +120,9 @@ GROUPS = (
         Metric("optim/lr", "", "", "Learning rate."),
         Metric("optim/skipped", "optimizer steps", "",
                "Optimizer steps that were left out, because the gradient was not finite.", "0"),
+        Metric("optim/unchanged", "fraction", "trained weights of 16 bits",
+               "Weights with a gradient, of a sample, that an optimizer step left as they were.",
+               "well below 0.5: else `student.dtype: float32`, or LoRA"),
     )),
     Group("Loss", "rest", (
         Metric("policy/DIVERGENCE_max", "nats", COMPARED, "The largest divergence of a token."),

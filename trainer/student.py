@@ -26,6 +26,7 @@ from fastkl.trainer.models.flops import cost_of, training_flops
 from fastkl.trainer.models.loading import fuse, load_student
 from fastkl.trainer.models.modes import updating
 from fastkl.trainer.models.optimizer import apply_settings, learning_rate_schedule, make_optimizer
+from fastkl.trainer.models.precision import Counts, unchanged_fraction
 from fastkl.trainer.models.scoring import batch_logprobs, batch_ranks, check_finite, scatter_values
 from fastkl.trainer.models.self_checks.layouts import batch_layout
 from fastkl.trainer.models.self_checks.probe import Probe
@@ -124,6 +125,7 @@ class Student:
         """
         optim, totals, norms = self.config.optim, defaultdict[str, float](float), []
         mismatch: list[Tensor] = []
+        coarse = Counts(self.plain.parameters())
         scattered: dict[int, set[str]] = {}  # by a sample's identity: its fields that the objective wrote
         # A new one for each batch of a run.
         seeds = itertools.count(((self.config.seed * 1_000_003 + step) << 20) + processes.rank(), processes.count())
@@ -145,12 +147,13 @@ class Student:
                         difference = output.logprobs - batch.per_token("sampler_logprobs")
                         mismatch.append(difference[~batch.given].cpu())
                 norms.append(self._clip())
-                self._step(step, norms[-1])
+                self._step(step, norms[-1], coarse)
                 self.version += 1
         finite = [norm for norm in norms if math.isfinite(norm)]
-        parts = processes.gather([(dict(totals), mismatch)])
+        parts = processes.gather([(dict(totals), mismatch, (coarse.seen, coarse.unchanged))])
         metrics = {
-            **merge_metrics([totals for totals, _ in parts]),
+            **merge_metrics([totals for totals, _, _ in parts]),
+            **unchanged_fraction([counts for _, _, counts in parts]),
             "optim/lr": float(self.scheduler.get_last_lr()[0]),
             "optim/grad_norm": sum(finite) / len(finite) if finite else math.nan,
             "optim/skipped": len(norms) - len(finite),
@@ -158,7 +161,7 @@ class Student:
         }
         self.scheduler.step()
         _exchange(samples, scattered)
-        return {**metrics, **mismatch_metrics([part for _, parts in parts for part in parts])}
+        return {**metrics, **mismatch_metrics([part for _, own, _ in parts for part in own])}
 
     def _in_step(self, groups: list[list[Sample]]) -> Iterator[tuple[Batch, bool]]:
         """Batches of this process's samples, as many as on every other: one that has fewer adds some that do not count.
@@ -178,11 +181,12 @@ class Student:
                 elif filler is not None:
                     yield next(batches([copy.copy(filler)], limit, layout, device)), False
 
-    def _step(self, step: int, norm: float) -> None:
+    def _step(self, step: int, norm: float, coarse: Counts) -> None:
         """An optimizer step, or none where the gradient is not finite: the norm and so the decision is everyone's."""
         finite = math.isfinite(norm)
         if finite or self.accelerator.scaler is not None:  # a scaler skips by itself, and lowers its scale
-            self.optimizer.step()
+            with coarse.around_step():
+                self.optimizer.step()
         self.optimizer.zero_grad()
         self._skipped = 0 if finite else self._skipped + 1
         if self._skipped == self.config.optim.max_skipped:

@@ -23,7 +23,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "sampling__max_completion_tokens": 7,
         "loss__old_logprobs": "recompute",
     },
-    "given": {"sampling__on_policy_fraction": 0.5},
+    "given": {"sampling__on_policy_fraction": 0.5, "student__dtype": "bfloat16"},
     "mixture": {"mixture": {"sums": {}, "other": {"weight": 2}}, "loss__backward": "sparse"},
     "divergence": {"loss__objective": "jsd"},
     "top_k": {"loss__objective": "top_k"},

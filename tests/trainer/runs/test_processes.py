@@ -258,6 +258,7 @@ def test_resume_is_exact(tmp_path: Path, deep: Path) -> None:
     """With real samples, and dropout of each process's own."""
     save_model(tmp_path / "dropout", attention_dropout=0.2)
     options: dict[str, object] = {"student": tmp_path / "dropout", "optim__steps": 4, "checkpoint__every": 2}
+    options["student__dropout"] = "keep"
     for name, hooks in (("whole", {}), ("run", dict.fromkeys((0, 1), stop_real_at_step_3)), ("run", {})):
         codes, said = together(settings(deep, tmp_path / name, **options), tmp_path / "said", before=hooks)
         assert codes == ([130, 130] if hooks else [0, 0]), said

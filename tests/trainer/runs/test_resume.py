@@ -29,6 +29,7 @@ OPTIONS: Settings = {
     "optim__warmup_steps": 3,
     "optim__schedule": "cosine",
     "checkpoint__every": 2,
+    "student__dropout": "keep",
 }
 
 

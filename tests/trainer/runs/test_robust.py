@@ -157,6 +157,17 @@ def test_a_step_without_a_finite_gradient_is_skipped(
     check_same_weights(path, short)
 
 
+def test_a_run_that_skipped_every_step_does_not_end_well(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor when it is started again."""
+    spoil(monkeypatch, {0, 1}, math.nan)
+    run = settings(folder, tmp_path / "run", optim__steps=2, optim__substeps=1)
+    for _ in range(2):
+        refusal(capsys, "distill", run, "2 of 2 optimizer steps were skipped", "nothing was learned", "lower optim.lr")
+    assert not (tmp_path / "run" / "student").exists()
+
+
 @pytest.mark.parametrize(("bad", "ends_in"), [({1, 2, 3}, 3), ({1, 3, 4}, None)], ids=["in-a-row", "with-a-break"])
 def test_too_many_skips_in_a_row_end_a_run(
     tmp_path: Path,
@@ -169,8 +180,10 @@ def test_too_many_skips_in_a_row_end_a_run(
     spoil(monkeypatch, bad, math.nan)
     code = cli.main(arguments("distill", settings(folder, tmp_path / "run", optim__max_skipped=3)))
     assert code == (0 if ends_in is None else 2)
+    said = "3 of 5 optimizer steps were skipped, because their gradient was not finite"
+    assert (said in (error := capsys.readouterr().err)) == (ends_in is None)
     if ends_in is not None:
-        assert "not finite for the last 3 optimizer steps" in capsys.readouterr().err
+        assert "not finite for the last 3 optimizer steps" in error
         assert [row["step"] for row in log(tmp_path / "run")] == [1, 2, 3]
 
 
