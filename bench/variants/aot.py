@@ -70,7 +70,7 @@ def compiler() -> Iterator[Compile]:
 
     def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launched.add(self)
-        seen.append(Compiled(_name(self), original(self, *args, grid=grid, warmup=True, **options)))
+        seen.append(Compiled(kernel_name(self), original(self, *args, grid=grid, warmup=True, **options)))
 
     def compile_launch(chip: str, call: Callable[[], object]) -> list[Compiled]:
         seen.clear()
@@ -101,7 +101,8 @@ class _Driver:
         return 0
 
 
-def _name(function: Any) -> str:
+def kernel_name(function: Any) -> str:
+    """folder.function, as `Compiled.name`."""
     folder = function.__module__.split(".")[-2]
     return f"{folder}.{function.__name__.removeprefix('_').removesuffix('_kernel')}"
 

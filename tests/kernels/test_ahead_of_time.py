@@ -23,22 +23,16 @@ SAMPLE = 13  # of the divergences one variant in so many, others on each chip: m
 chips = pytest.mark.parametrize("chip", CHIPS)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Compiled kernels, shared by the tests."""
-    return tmp_path_factory.mktemp("triton")
-
-
 @pytest.fixture
-def launch(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Launch]:
+def launch(monkeypatch: pytest.MonkeyPatch, compiled: Path) -> Iterator[Launch]:
     """(chip, variant) -> the compiled kernels that the launcher would run: one; of scoring the product, then the merge."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(compiled))
     with compiler() as compile_launch:
 
         def run(chip: str, variant: Variant, n: int = 2, offset: int = 0) -> list[Any]:
-            compiled = compile_launch(chip, lambda: variant.launch(n, offset))
-            assert compiled[0].name == variant.kernel
-            return [kernel for _, kernel in compiled]
+            launched = compile_launch(chip, lambda: variant.launch(n, offset))
+            assert launched[0].name == variant.kernel
+            return [kernel for _, kernel in launched]
 
         yield run
 

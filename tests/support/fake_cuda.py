@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.backends.compiler import GPUTarget
+
+CUDA, META = 1, 14  # c10::DeviceType
+PROCESSORS = 132
 
 
 class Machine:
@@ -20,6 +26,9 @@ class Machine:
         self.archs, self.current = archs, 0
         monkeypatch.setattr(triton.runtime.driver, "_active", self)
         monkeypatch.setattr(torch.cuda, "device", self.device)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=PROCESSORS)
+        )
 
     @contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
@@ -34,6 +43,22 @@ class Machine:
 
 
 @contextmanager
+def _device_guard() -> Iterator[None]:
+    """A torch without CUDA cannot slice what says it is there. It is given the guard of meta tensors, which does nothing.
+
+    A torch with CUDA and without a GPU does this itself (torch._C._ensureCUDADeviceGuardSet).
+    """
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    guards = (ctypes.c_void_p * (META + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    own = guards[CUDA]
+    guards[CUDA] = own or guards[META]
+    try:
+        yield
+    finally:
+        guards[CUDA] = own
+
+
+@contextmanager
 def fake_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """New tensors have no memory, but an address, which is a multiple of 512 as on a GPU."""
     addresses: dict[int, int] = {}
@@ -45,5 +70,5 @@ def fake_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return start + int(self.storage_offset()) * self.itemsize
 
     monkeypatch.setattr(FakeTensor, "data_ptr", data_ptr, raising=False)
-    with FakeTensorMode():
+    with _device_guard(), FakeTensorMode():
         yield
