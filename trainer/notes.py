@@ -9,4 +9,4 @@ import sys
 def note(text: str) -> None:
     """One line from the first of several processes."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        print(f"fastkl: {text}", file=sys.stderr, flush=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from chat_templates import GEMMA, family_tokenizer
 from run_cases import Run, check_equal, distilled, first_moments, interrupt, tuned, weights
 from run_settings import Settings, arguments, distillation, evaluated, training
 from tiny_data import sums, write_jsonl
-from tiny_models import tokenizer
+from tiny_models import save_model, tokenizer
 from transformers import AutoModelForCausalLM
 
 from fastkl import cli
@@ -101,3 +103,27 @@ def test_room_is_that_of_each_example(tmp_path: Path, folder: Path) -> None:
     data = write_jsonl(tmp_path / "e.jsonl", [*rows, {"prompt": "1" * 30, "completion": "2" * 40}])
     with pytest.raises(ConfigError, match=r"e\.jsonl:3 has 32 tokens; with 41 new ones"):
         run(folder, tmp_path / "other", data__path=data, examples_per_step=2, optim__steps=1)
+
+
+def test_a_student_learns_to_end_its_turns_as_the_chat_template_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizer has another end of sequence, which neither training nor sampling needs."""
+    words = family_tokenizer("gemma", template=GEMMA.replace("{{ bos_token }}", ""))
+    save_model(tmp_path / "student", words, eos_token_id=words.eos_token_id)
+    chats = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}], "answer": a}
+        for q, a in (("1", "2"), ("3", "4"))
+    ]
+    write_jsonl(tmp_path / "sums.jsonl", chats)
+    end, steps = words.convert_tokens_to_ids("<end_of_turn>"), {"optim__steps": 20, "optim__lr": 0.02}
+    path, metrics = run(tmp_path, tmp_path / "run", **steps, examples_per_step=2, **evaluated(tmp_path))
+    assert (metrics[-1]["eval/accuracy"], metrics[-1]["eval/truncated_fraction"]) == (1, 0)
+    assert metrics[-1]["eval/mean_length"] == 2  # the digit and the end of the turn
+    model = AutoModelForCausalLM.from_pretrained(path / "student")
+    assert end in model.generation_config.eos_token_id
+    command = arguments(
+        "eval", {"model.path": path / "student", "eval.data.path": tmp_path / "sums.jsonl", "eval.max_new_tokens": 8}
+    )
+    assert cli.main(command) == 0
+    assert json.loads(capsys.readouterr().out)["eval/mean_length"] == 2

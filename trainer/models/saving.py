@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkl.trainer.errors import RunError, brief
 from fastkl.trainer.models.adapters import merged, merged_state
+from fastkl.trainer.models.ends import end_of_sequence
 from fastkl.trainer.models.scoring import scoring
 from fastkl.trainer.models.tokenizers import SAMPLE_TEXT
 from fastkl.trainer.models.withheld import as_loaded
@@ -37,6 +39,7 @@ def save_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     else:
         save_model(model, model.state_dict(), folder)
     tokenizer.save_pretrained(folder)
+    _declare_ends(folder / "generation_config.json", end_of_sequence(model, tokenizer))
 
 
 def save_weights(model: PreTrainedModel, folder: Path) -> None:
@@ -67,6 +70,16 @@ def save_model(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -
     if differing:
         named = ", ".join(sorted(differing)[:NAMED])
         raise _lost(f"{len(differing)} weights have other names or shapes than {kind.__name__}'s own, such as {named}")
+
+
+def _declare_ends(path: Path, ends: list[int]) -> None:
+    """Whoever samples from the folder stops where the run did: also where the chat template ends a turn."""
+    if not path.is_file():
+        return
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    declared = settings.get("eos_token_id")
+    if {*ends} - {*(declared if isinstance(declared, list) else [declared])}:
+        path.write_text(json.dumps(settings | {"eos_token_id": ends}, indent=2) + "\n", encoding="utf-8")
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

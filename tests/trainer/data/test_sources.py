@@ -117,7 +117,7 @@ def test_home_and_variables_in_a_path(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_columns_that_nothing_reads_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "a", "level": 1}, {"prompt": "b", "level": 2, "\x1b[2J": 3}])
     load(path)
-    assert capsys.readouterr().err == f"{path}: nothing reads the columns 'level', '\\x1b[2J'\n"
+    assert capsys.readouterr().err == f"fastkl: {path}: nothing reads the columns 'level', '\\x1b[2J'\n"
     load(write_jsonl(tmp_path / "e.jsonl", ROWS))
     assert capsys.readouterr().err == ""
 
