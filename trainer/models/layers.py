@@ -1,4 +1,4 @@
-"""What kinds of layers a model has, by its config."""
+"""What kinds of layers a model has, and how long a text may be, by its config."""
 
 from __future__ import annotations
 
@@ -22,3 +22,9 @@ def layer_settings(config: Any, name: str) -> list[Any]:
 def attends(kind: str) -> bool:
     """Whether such a layer compares queries with keys, rather than carrying a state from token to token."""
     return kind.endswith("_attention") and kind != "linear_attention"
+
+
+def most_positions(config: Any) -> int | None:
+    """How many tokens a text may have; None where nothing limits it, which some configs write as −1."""
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None

@@ -14,6 +14,7 @@ from fastkl.trainer.config.models import ModelConfig, StudentConfig
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models.adapters import adapted
+from fastkl.trainer.models.layers import most_positions
 from fastkl.trainer.models.pretrained import load_model, load_tokenizer, read_config
 from fastkl.trainer.models.text_path import freeze_unreached, text_path
 from fastkl.trainer.models.withheld import keep_weights
@@ -119,5 +120,4 @@ def fuse(model: PreTrainedModel, name: str) -> FusedCausalLM:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit
+    return most_positions(model.config.get_text_config())

@@ -19,6 +19,7 @@ from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.ends import end_of_sequence
+from fastkl.trainer.rollouts.samplers.common import check_requests
 
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1+1="}]
 OTHER_TEMPLATE = CHAT_TEMPLATE.replace("<a>", "<a> ")
@@ -184,6 +185,14 @@ def test_room_in_the_context() -> None:
         checks.check_room(prompts, 13, {"student": student, "teacher": teacher}, "Do this.")
     for part in ("p.jsonl:2 has 20 tokens", "with 13 new ones", "teacher's context of 32", "Do this."):
         assert part in str(error.value)
+
+
+def test_a_context_without_an_end_has_room() -> None:
+    words = tokenizer()
+    student = llama(len(words))
+    student.config.max_position_embeddings = -1  # as XLNet's
+    checks.check_room(encoded(words, "1" * 20, chat_template=False), 1000, {"student": student}, "")
+    check_requests(student.config, [[5] * 20], 1000, 1.0)
 
 
 def test_an_empty_prompt_is_named() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkl.trainer.errors import RunError
+from fastkl.trainer.models.layers import most_positions
 from fastkl.trainer.models.modes import modes_kept
 
 
@@ -29,7 +30,7 @@ def check_requests(config: Any, prompts: list[list[int]], max_new_tokens: int, t
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}; it must be finite and not negative")
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = most_positions(config)
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {index} is empty")
