@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from fastkl.trainer.config.rules import at_least, positive, unchanged
-from fastkl.trainer.errors import require
+from fastkl.trainer.errors import ConfigError, require
+
+EXAMPLE = "http://127.0.0.1:8000/v1"
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,27 @@ class ServerConfig:
             unchanged(self, "server.", "server.url is empty; give the server's url")
 
     def _check_address(self) -> None:
-        parts = urlsplit(self.url)
         require(
-            "@" not in parts.netloc and not parts.query,
+            "@" not in self.url.partition("//")[2].partition("/")[0] and "?" not in self.url,
             "server.url holds a user or a query, which config.yaml would show; put a key into an environment variable and "
             "its name into server.api_key_env",
         )
+        parts = _parts(self.url)
         require(
-            parts.scheme in ("http", "https") and bool(parts.hostname),
-            f"server.url is {self.url!r}; it must begin with http:// or https://, for example http://127.0.0.1:8000/v1",
+            parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.fragment,
+            f"server.url is {self.url!r}; it must begin with http:// or https:// and have no #, for example {EXAMPLE}",
         )
         require(bool(self.model), f"server.model is empty; give the name under which {self.url} serves the model")
+
+
+def _parts(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - it is read when it is asked for
+    except ValueError as error:
+        raise ConfigError(f"server.url is {url!r}, which is no address ({error}); give one like {EXAMPLE}") from error
+    require(
+        url.isprintable() and " " not in url,
+        f"server.url is {url!r}, with characters that no address has; give one like {EXAMPLE}",
+    )
+    return parts

@@ -21,7 +21,7 @@ from fastkl.trainer.servers.transport import Answer, post
 RETRY_PAUSE, RETRY_LONGEST_PAUSE = 1.0, 30.0  # seconds: the first pause, which doubles, and the longest
 RETRY_STATUS = (408, 425, 429)  # and 5xx
 ANSWER_BYTES = 2**24  # the most that an answer may have,
-ENTRY_BYTES = 2**9  # and for every log-prob or id that it was asked for: some five times what vLLM writes
+ENTRY_BYTES = 2**9  # and for every log-prob or id that it was asked for: several times what vLLM writes
 HINTS = {
     401: "; server.api_key_env names the environment variable with the key",
     403: "; server.api_key_env names the environment variable with the key",
@@ -167,7 +167,10 @@ def _remedy(error: BaseException) -> str | None:
     """What to do about that which waiting does not mend; None where it may pass."""
     first = _innermost(error)
     if isinstance(first, ssl.SSLCertVerificationError):
-        return "REQUESTS_CA_BUNDLE names a file with the certificates to trust"
+        return (
+            "server.url must have a name that stands in the certificate, and REQUESTS_CA_BUNDLE names a file with the "
+            "certificates to trust"
+        )
     if isinstance(first, ssl.SSLError) and not isinstance(first, LOST_TLS):
         return "does this server speak https?"
     if isinstance(error, ValueError):

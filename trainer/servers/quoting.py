@@ -24,7 +24,7 @@ def quote(text: str, most: int = QUOTED) -> str:
     """The start of a text; characters that cannot be printed are shown by their codes."""
     for key in _keys:
         text = key.sub("***", text)
-    text = " ".join(text[: 10 * most].split())
+    text = " ".join(text.lstrip()[: 10 * most].split())
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
     return shown if len(shown) <= most else shown[:most] + "…"
 

@@ -36,6 +36,13 @@ REFUSED_BY_DISTILL: list[tuple[dict[str, object], list[str]]] = [
     ({"teacher.path": ""}, ["teacher.server.url", "or a server's url"]),
     (SERVED | {"teacher.server.url": "127.0.0.1:8000"}, ["server.url is '127.0.0.1:8000'", "http://"]),
     (SERVED | {"teacher.server.url": "http://me:pw@h/v1"}, ["server.url holds a user", "server.api_key_env"]),
+    (SERVED | {"teacher.server.url": "http://h:99999/v1"}, ["server.url is 'http://h:99999/v1'", "Port out of range"]),
+    (
+        SERVED | {"teacher.server.url": "http://[::1/v1"},
+        ["server.url is 'http://[::1/v1'", "Invalid IPv6", "give one like"],
+    ),
+    (SERVED | {"teacher.server.url": "http://a b/v1"}, ["server.url is 'http://a b/v1'", "no address has"]),
+    (SERVED | {"teacher.server.url": "http://h/v1#x"}, ["server.url is 'http://h/v1#x'", "have no #"]),
     (SERVED | {"teacher.server.model": ""}, ["server.model is empty", URL]),
     (SERVED | {"teacher.server.url": ""}, ["server.model is 'm'", "server.url is empty"]),
     (SERVED | {"teacher.server.concurrency": 0}, ["server.concurrency is 0", "at least 1"]),
