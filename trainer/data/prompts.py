@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,16 +16,22 @@ from fastkl.trainer.data.samples import Sample, make_sample
 from fastkl.trainer.data.text import continuation_ids, prompt_ids
 from fastkl.trainer.errors import ConfigError
 
+AT_ONCE = 8192  # prompts that are encoded together
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class EncodedPrompt:
     """A row of a data set as token ids, ready for the completion."""
 
     row: Prompt
-    ids: list[int]
+    tokens: Sequence[int]  # of a data set, arrays: a run holds all of it
     index: int = 0  # among the rows of the run's data; of several data sets, all of them end to end
     dataset: str = ""  # which data set of a mixture
     chat: ChatTemplate | None = None  # what wrote it; None: it is a text of its own
+
+    @property
+    def ids(self) -> list[int]:
+        return list(self.tokens)
 
 
 def encode_prompts(
@@ -42,22 +49,22 @@ def encode_prompts(
             f"data.template_kwargs is {config.template_kwargs}, but {config.path or config.dataset} holds no chats and "
             f"data.chat_template is false; unset it"
         )
-    templates = [template if config.chat_template or not isinstance(row.prompt, str) else None for row in prompts]
-    texts = [
-        str(row.prompt) if chat is None else chat.prompt(row) for row, chat in zip(prompts, templates, strict=True)
-    ]
-    ids = prompt_ids(tokenizer, texts, [chat is None for chat in templates])
-    encoded = list(zip(prompts, ids, templates, strict=True))
-    if config.max_prompt_tokens is not None:
-        encoded = [entry for entry in encoded if len(entry[1]) <= config.max_prompt_tokens]
-        if not encoded:
-            raise ConfigError(
-                f"data.max_prompt_tokens is {config.max_prompt_tokens}, and none of the {len(prompts)} prompts of "
-                f"{config.path or config.dataset} is as short as that"
-            )
-    return [
-        EncodedPrompt(row, ids, index, dataset, chat) for index, (row, ids, chat) in enumerate(encoded, start=first)
-    ]
+    encoded: list[EncodedPrompt] = []
+    for start in range(0, len(prompts), AT_ONCE):
+        rows = prompts[start : start + AT_ONCE]
+        templates = [template if config.chat_template or not isinstance(row.prompt, str) else None for row in rows]
+        pairs = list(zip(rows, templates, strict=True))
+        texts = [str(row.prompt) if chat is None else chat.prompt(row) for row, chat in pairs]
+        ids = prompt_ids(tokenizer, texts, [chat is None for chat in templates])
+        for (row, chat), tokens in zip(pairs, ids, strict=True):
+            if config.max_prompt_tokens is None or len(tokens) <= config.max_prompt_tokens:
+                encoded.append(EncodedPrompt(row, array("i", tokens), first + len(encoded), dataset, chat))
+    if not encoded:
+        raise ConfigError(
+            f"data.max_prompt_tokens is {config.max_prompt_tokens}, and none of the {len(prompts)} prompts of "
+            f"{config.path or config.dataset} is as short as that"
+        )
+    return encoded
 
 
 def encode_completions(prompts: Sequence[EncodedPrompt], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

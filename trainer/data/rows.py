@@ -14,7 +14,7 @@ from fastkl.trainer.errors import ConfigError
 FOREIGN = ("conversations", "conversation", "dialog", "chosen")  # where other formats keep a chat
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One row of the data."""
 

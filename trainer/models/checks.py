@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkl.trainer.config.data import EvalConfig
@@ -132,16 +134,16 @@ def check_room(
 ) -> None:
     """Every prompt and its completion (a full one, or one of the given length) fit every model's context."""
     lengths = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    longest, new = max(zip(prompts, lengths, strict=True), key=lambda pair: len(pair[0].ids) + pair[1])
-    empty = min(prompts, key=lambda prompt: len(prompt.ids))
-    if not empty.ids:
+    longest, new = max(zip(prompts, lengths, strict=True), key=lambda pair: len(pair[0].tokens) + pair[1])
+    empty = min(prompts, key=lambda prompt: len(prompt.tokens))
+    if not empty.tokens:
         raise ConfigError(f"{empty.row.source} is an empty prompt; a completion needs at least one token before it")
-    _check_ids([(prompt.row.source, prompt.ids) for prompt in prompts], models)
+    _check_ids(((prompt.row.source, prompt.tokens) for prompt in prompts), models)
     for name, model in models.items():
         limit = context_length(model)
-        if limit is not None and len(longest.ids) + new > limit:
+        if limit is not None and len(longest.tokens) + new > limit:
             raise ConfigError(
-                f"{longest.row.source} has {len(longest.ids)} tokens; with {new} new ones it exceeds the "
+                f"{longest.row.source} has {len(longest.tokens)} tokens; with {new} new ones it exceeds the "
                 f"{name}'s context of {limit}. {remedy}"
             )
 
@@ -149,8 +151,7 @@ def check_room(
 def check_given(prompts: list[EncodedPrompt], samples: list[Sample], models: dict[str, PreTrainedModel]) -> None:
     """The data's own completions, one for each prompt, fit every model's context, and it knows their tokens."""
     check_room(prompts, [sample.loss_tokens for sample in samples], models, SHORTER_ROW)
-    rows = [(prompt.row.source, sample.ids) for prompt, sample in zip(prompts, samples, strict=True)]
-    _check_ids(rows, models)
+    _check_ids(((prompt.row.source, sample.ids) for prompt, sample in zip(prompts, samples, strict=True)), models)
 
 
 def check_eval_room(prompts: list[EncodedPrompt], config: EvalConfig, name: str, model: PreTrainedModel) -> None:
@@ -159,12 +160,12 @@ def check_eval_room(prompts: list[EncodedPrompt], config: EvalConfig, name: str,
         check_room(prompts, config.max_new_tokens, {name: model}, SHORTER.format("eval", "eval.data"))
 
 
-def _check_ids(rows: list[tuple[str, list[int]]], models: dict[str, PreTrainedModel]) -> None:
-    source, ids = max(rows, key=lambda row: max(row[1]))
+def _check_ids(rows: Iterable[tuple[str, Sequence[int]]], models: dict[str, PreTrainedModel]) -> None:
+    highest, source = max((max(ids), source) for source, ids in rows)
     for name, model in models.items():
-        if max(ids) >= (known := _head_rows(model)):
+        if highest >= (known := _head_rows(model)):
             raise ConfigError(
-                f"{source} has a token with the id {max(ids)}, which the {name} lacks: its head has {known} rows. Take the "
+                f"{source} has a token with the id {highest}, which the {name} lacks: its head has {known} rows. Take the "
                 f"token out of the row"
             )
 

@@ -72,7 +72,7 @@ class Rollouts:
         limit = length_limit(self._config, step)
         portion = self._config.tokens_per_step or limit
         trajectories = self._responder.respond(
-            [dataclasses.replace(prompt, ids=prompt.ids + before) for prompt, before in starts],
+            [dataclasses.replace(prompt, tokens=prompt.ids + before) for prompt, before in starts],
             max_new_tokens=[min(portion, limit - len(before)) for _, before in starts],
             temperature=self._config.temperature,
             seed=seed,

@@ -42,7 +42,7 @@ def rows_fingerprint(prompts: Iterable[EncodedPrompt]) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:
         row = prompt.row
-        digest.update(repr(list(prompt.ids)).encode())
+        digest.update(repr(prompt.ids).encode())
         digest.update(json.dumps([row.answer, row.completion, row.metadata], default=str).encode())
     return digest.hexdigest()
 

@@ -50,9 +50,10 @@ def connect_servers(
         if data_set.teacher.server.url and data_set.teacher not in served:
             own = [other for other in data_sets if other.teacher == data_set.teacher]
             new = [PAD_ID] * config.sampling.max_new_tokens
-            samples = [(prompt.ids + new, other) for other in own for prompt in other.prompts]
-            samples += [(sample.ids, other) for other in own for sample in other.given]
-            longest, where = max(samples, key=lambda pair: len(pair[0]))
+            prompts = (max(other.prompts, key=lambda prompt: len(prompt.tokens)) for other in own)
+            sequences = [(prompt.ids + new, other) for prompt, other in zip(prompts, own, strict=True)]
+            sequences += [(max((s.ids for s in other.given), key=len), other) for other in own if other.given]
+            longest, where = max(sequences, key=lambda pair: len(pair[0]))
             served[data_set.teacher] = connect(
                 data_set.teacher,
                 tokenizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -208,3 +209,19 @@ def test_ids_of_a_completion_are_those_of_the_whole_text() -> None:
     encoded = encode_prompts(rows, words, DataConfig(path="p", chat_template=False))
     assert [p.ids for p in encoded] == [[1, 3], [1, 3, 1]]
     assert encode_completions(encoded, words) == [[2, 0], [5, 0]]
+
+
+def test_a_row_takes_little_memory(tmp_path: Path) -> None:
+    """A run holds all rows: a million short ones are to stay below a gigabyte."""
+    count, data = 1000, tmp_path / "rows.jsonl"
+    write_jsonl(data, ({"prompt": f"{i}+{i * 7}=", "answer": str(i * 8)} for i in range(count)))
+    settings, made = DataConfig(path=str(data), chat_template=False), tokenizer()
+    first = encode_prompts(load_prompts(settings), made, settings)  # makes what is made once
+    tracemalloc.start()
+    try:
+        prompts = encode_prompts(load_prompts(settings), made, settings)
+        taken = tracemalloc.get_traced_memory()[0] / count
+    finally:
+        tracemalloc.stop()
+    assert len(prompts) == len(first) == count
+    assert taken < 700, f"{taken:.0f} bytes a row"

@@ -66,7 +66,7 @@ def connect_sampling(
     rooms = [(prompts, config.sampling.max_new_tokens, "sampling", "data")]
     rooms += [(eval_prompts, config.eval.max_new_tokens, "eval", "eval.data")] if eval_prompts else []
     length, part, data = max(
-        (max(len(prompt.ids) for prompt in some) + new, part, data) for some, new, part, data in rooms
+        (max(len(prompt.tokens) for prompt in some) + new, part, data) for some, new, part, data in rooms
     )
 
     def check() -> None:
