@@ -66,8 +66,10 @@ def _failed_first(unless_known: bool = False) -> bool:
 
 
 def _say(text: str, status: int, aloud: bool) -> int:
+    from fastkl.trainer.notes import printable
+
     if aloud:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
     return status
 
 

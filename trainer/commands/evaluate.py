@@ -15,11 +15,12 @@ from fastkl.trainer.models import checks
 from fastkl.trainer.models.ends import end_of_sequence
 from fastkl.trainer.models.loading import context_length
 from fastkl.trainer.models.pretrained import load_model, load_tokenizer
+from fastkl.trainer.notes import note
 from fastkl.trainer.rollouts.evaluation import Answer, evaluate, load_eval_prompts, summary
 from fastkl.trainer.rollouts.samplers.local import local_sampler
 from fastkl.trainer.rollouts.single_turn import SingleTurn
 from fastkl.trainer.runs import processes
-from fastkl.trainer.runs.counting import Count, tell
+from fastkl.trainer.runs.counting import Count
 from fastkl.trainer.runs.identity import rows_fingerprint, weights_fingerprint
 
 # Prompts that are answered and written at once: as many as a CPU samples in one batch; a GPU is kept busy by more.
@@ -34,7 +35,7 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, float]:
     )
     tokenizer = load_tokenizer(config.model)
     prompts = load_eval_prompts(config.eval, tokenizer)
-    tell(f"loading {config.model.path} for {len(prompts)} prompts")
+    note(f"loading {config.model.path} for {len(prompts)} prompts")
     model = load_model(config.model).to(device)
     checks.check_vocabulary(tokenizer, {"model": model})
     checks.check_eval_room(prompts, config.eval, "model", model)
@@ -60,7 +61,7 @@ def _answer(
     if config.eval.temperature > 0 and len(output.rows) < len(prompts):  # a piece draws from one random stream
         output.keep(len(output.rows) // size * size)
     if output.rows:
-        tell(f"{config.output} has {len(output.rows)} of {len(prompts)} answers")
+        note(f"{config.output} has {len(output.rows)} of {len(prompts)} answers")
     with Count("answered", len(prompts), len(output.rows)) as count, output.interruptible():
         while len(output.rows) < len(prompts):
             piece = len(output.rows) // size
@@ -71,5 +72,6 @@ def _answer(
 
 
 def _row(answer: Answer) -> dict[str, object]:
+    row = {name: value for name, value in vars(answer.prompt.row).items() if value is not None}
     graded = {"completion": answer.text, "score": answer.score}
-    return {**vars(answer.prompt.row), **graded, "tokens": answer.tokens, "truncated": answer.truncated}
+    return {**row, **graded, "tokens": answer.tokens, "truncated": answer.truncated}

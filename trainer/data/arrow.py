@@ -9,6 +9,7 @@ from typing import Any
 
 from fastkl.trainer.config.data import DataConfig
 from fastkl.trainer.errors import ConfigError, require
+from fastkl.trainer.notes import printable
 
 NESTED = ("prompt", "messages", "completion", "tools")  # a table fills the keys that only other rows have with null
 
@@ -96,4 +97,4 @@ def _package(name: str, reason: str) -> Any:
 def _sentence(error: Exception) -> str:
     """What it says, on one line; escape sequences in it are spelled out."""
     text = " ".join(str(error).partition("\nExample of usage")[0].split()) or type(error).__name__
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text[:300])
+    return printable(text[:300])

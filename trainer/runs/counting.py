@@ -51,9 +51,3 @@ class Count:
         self._said = now
         eta = (now - self._start) / max(1, done - self._first) * (self._total - done)
         print(f"{self._title} {done}/{self._total}  {text}  eta {eta:.0f} s", file=sys.stderr, flush=True)
-
-
-def tell(text: str) -> None:
-    """One line on the first process: what happens now."""
-    if processes.rank() == 0:
-        print(f"fastkl: {text}", file=sys.stderr, flush=True)

@@ -134,3 +134,38 @@ def test_score_refuses_rows_without_a_completion(
     assert cli.main(scoring(folder, tmp_path / "out.jsonl", **{"data.path": data})) == 2
     assert "d.jsonl:1: no `completion`" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{"role": "\x1b[2J", "content": "q"}]}, r"d.jsonl:1: `messages` has no turn of a user"),
+        ({"messages": [{"role": "\x1b[2J", "content": None}]}, r"d.jsonl:1: turn 1 (\x1b[2J) has no `content`"),
+        (
+            {"prompt": "q", "tools": [{"name": "f"}]},
+            "d.jsonl:1: the row has `tools`, which the chat template does not read",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_one_line(
+    row: dict[str, object], message: str, tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which a terminal shows as it is: no escape sequence of the data reaches it."""
+    data = write_jsonl(tmp_path / "d.jsonl", [row | {"answer": "4"}])
+    assert cli.main(evaluation(folder, **{"eval.data.path": data})) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert line.isprintable()
+
+
+def test_an_answer_in_a_chat_is_no_part_of_the_prompt(tmp_path: Path, folder: Path) -> None:
+    """`eval` does not show it to the model, and `score` scores it."""
+    chat = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+    data = write_jsonl(tmp_path / "d.jsonl", [{"messages": chat, "answer": "2"}, {"prompt": "1+1=", "completion": "2"}])
+    assert cli.main(scoring(folder, tmp_path / "s.jsonl", **{"data.path": data})) == 0
+    first, second = read_jsonl(tmp_path / "s.jsonl")
+    assert {**first, "source": ""} == {**second, "source": ""}
+    data = write_jsonl(tmp_path / "e.jsonl", [{"messages": chat, "answer": "2"}])
+    assert cli.main(evaluation(folder, output=tmp_path / "a.jsonl", **{"eval.data.path": data})) == 0
+    (answer,) = read_jsonl(tmp_path / "a.jsonl")
+    assert answer["prompt"] == chat[:1]
