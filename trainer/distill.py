@@ -6,12 +6,13 @@ Thinking Machines, "On-Policy Distillation" (2025); Tinker cookbook, recipe `dis
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
+from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.mixture import DataSet, read_data_sets, step_prompts
 from fastkl.trainer.data.prompts import EncodedPrompt
@@ -34,7 +35,7 @@ from fastkl.trainer.rollouts.evaluation import load_eval_prompts
 from fastkl.trainer.rollouts.judge import make_judge
 from fastkl.trainer.rollouts.lengths import filter_by_length
 from fastkl.trainer.rollouts.multi_turn import MultiTurn, stop_ids
-from fastkl.trainer.rollouts.rollout import Rollouts
+from fastkl.trainer.rollouts.rollout import Judge, Rollouts
 from fastkl.trainer.rollouts.samplers.copied import CopySampler
 from fastkl.trainer.rollouts.samplers.local import local_sampler
 from fastkl.trainer.rollouts.samplers.sampler import Sampler
@@ -123,7 +124,28 @@ def distill(config: DistillConfig, *, listener: Listener = SILENT) -> RunFolder:
     return folder
 
 
-def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder, listener: Listener) -> None:
+class Prepared(NamedTuple):
+    """What a distillation reads, checks and asks before it loads a model."""
+
+    tokenizer: PreTrainedTokenizerBase
+    environment: Environment | None
+    data_sets: list[DataSet]
+    eval_prompts: list[EncodedPrompt]
+    judge: Judge | None
+    served: dict[TeacherConfig, ServedTeacher]
+    sampling_server: SamplingServer | None
+
+    @property
+    def prompts(self) -> list[EncodedPrompt]:
+        return [prompt for data_set in self.data_sets for prompt in data_set.prompts]
+
+
+def prepare(config: DistillConfig) -> Prepared:
+    """Reads the data, and checks tokenizers, graders and servers.
+
+    Raises:
+        ConfigError: If the run cannot work.
+    """
     tokenizer = load_tokenizer(config.student)
     environment = make_environment(config.environment)
     data_sets = read_data_sets(config, tokenizer)
@@ -134,7 +156,13 @@ def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder,
     check_teachers(config, tokenizer, data_sets, top_k)
     served = connect_servers(config, tokenizer, data_sets, top_k)
     sampling_server = connect_sampling(config, tokenizer, prompts, eval_prompts) if config.sampling.server.url else None
+    return Prepared(tokenizer, environment, data_sets, eval_prompts, judge, served, sampling_server)
 
+
+def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder, listener: Listener) -> None:
+    found = prepare(config)
+    tokenizer, environment, data_sets, eval_prompts, judge, served, sampling_server = found
+    prompts, top_k = found.prompts, teacher_top_k(config.loss)
     student = Student(config, accelerator)
     if withholds_routers(student.model):
         note("the student's config has output_router_logits: the routers' auxiliary loss is left out of a distillation")

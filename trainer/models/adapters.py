@@ -143,7 +143,8 @@ def _read_by_a_kernel(model: nn.Module, name: str) -> bool:
 
 def _tied(model: nn.Module) -> dict[str, str]:
     """The modules whose parameter is another module's too, with that one's name."""
-    owners: dict[int, list[str]] = defaultdict(list)
+    owners: dict[tuple[int, int], list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners[parameter.data_ptr()].append(name.rpartition(".")[0])
+        place = parameter.untyped_storage()._cdata, parameter.storage_offset()  # a model without weights has it too
+        owners[place].append(name.rpartition(".")[0])
     return {name: other for names in owners.values() for name in names for other in names if other != name}

@@ -15,8 +15,8 @@ from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models.adapters import adapted
 from fastkl.trainer.models.layers import most_positions
-from fastkl.trainer.models.pretrained import load_model, load_tokenizer, read_config
-from fastkl.trainer.models.text_path import freeze_unreached, text_path
+from fastkl.trainer.models.pretrained import load_model, load_tokenizer, outline, read_config
+from fastkl.trainer.models.text_path import TextPath, assumed_path, freeze_unreached, text_path
 from fastkl.trainer.models.withheld import keep_weights
 
 
@@ -90,7 +90,16 @@ def load_student(config: StudentConfig, device: torch.device) -> PreTrainedModel
         )
     model = load_model(config).to(device)
     keep_weights(model)
-    path = text_path(model, context_length(model))
+    return _as_student(model, config, text_path(model, context_length(model)))
+
+
+def outline_of_student(config: StudentConfig) -> PreTrainedModel:
+    """The same on the meta device, without weights: its layers, sizes and dtypes."""
+    model = outline(config)
+    return _as_student(model, config, assumed_path(model))
+
+
+def _as_student(model: PreTrainedModel, config: StudentConfig, path: TextPath) -> PreTrainedModel:
     freeze_unreached(model, path)
     if config.gradient_checkpointing:
         _checkpoint_activations(model)

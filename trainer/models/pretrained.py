@@ -63,6 +63,18 @@ def load_model(config: ModelConfig, **placed: Any) -> PreTrainedModel:
     return model.eval()
 
 
+def outline(config: ModelConfig) -> PreTrainedModel:
+    """The model without its weights, on the meta device, in eval mode: its layers, sizes and dtypes."""
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), **_trust(config)}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    found, kind = read_config(config), _auto_class(config)
+    with torch.device("meta"):
+        model: PreTrainedModel = _read(config, "model", lambda: kind.from_config(found, **options))
+    withhold(model)
+    return model.eval()
+
+
 def _read(config: ModelConfig, what: str, read: Callable[[], T]) -> T:
     """Other people's code on other people's files: anything may be raised."""
     try:

@@ -54,6 +54,14 @@ def text_path(model: PreTrainedModel, context: int | None) -> TextPath:
             hook.remove()
 
 
+def assumed_path(model: PreTrainedModel) -> TextPath:
+    """Without a forward pass, for a model without weights: the decoder and the head."""
+    reached = {id(module) for part in (model.get_decoder(), model.get_output_embeddings()) for module in part.modules()}
+    parts = {name: module for name, module in model.named_modules() if id(module) in reached}
+    own = (parameter for module in parts.values() for parameter in module.parameters(recurse=False))
+    return TextPath(frozenset(parts), frozenset(map(id, own)))
+
+
 def freeze_unreached(model: PreTrainedModel, path: TextPath) -> list[str]:
     """Freezes what text does not reach; returns its names, those of whole modules where nothing in them is reached.
 

@@ -1,0 +1,141 @@
+"""What a run will hold in memory, of models that are not loaded (docs/memory.md). All sizes are bytes.
+
+A model is an outline: the real module on the meta device, where tensors have shapes and dtypes and no memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from fastkl.kernels.driver import LEAST_ROWS, WORKSPACE_BYTES
+from fastkl.trainer.data.batching import Layout
+from fastkl.trainer.models.layers import attends, layer_kinds, layer_settings
+
+QUANTIZED = {"8bit": 1.0, "4bit": 0.5}  # bytes of a weight of the blocks
+
+
+class Shape(NamedTuple):
+    """A forward pass."""
+
+    rows: int
+    width: int  # tokens of a row
+    counted: int  # tokens with a log-prob
+
+
+def weights(model: nn.Module, quantization: str | None = None) -> float:
+    """Of parameters and buffers; a quantised teacher's matrices, but not its head and embeddings, take fewer bytes."""
+    apart = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    apart.add(id(model.get_output_embeddings().weight))  # type: ignore[operator]
+    size = 0.0
+    for tensor in _distinct([*model.parameters(), *model.buffers()]):
+        small = quantization is not None and tensor.dim() >= 2 and id(tensor) not in apart
+        size += tensor.numel() * (QUANTIZED[str(quantization)] if small else tensor.element_size())
+    return size
+
+
+def gradients(model: nn.Module) -> float:
+    """One number for each trained one, in the same dtype; Adam keeps two more."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return float(sum(parameter.numel() * parameter.element_size() for parameter in _distinct(trained)))
+
+
+def activations(model: PreTrainedModel, shape: Shape, layout: Layout, autocast: torch.dtype | None) -> float | None:
+    """What the blocks keep for the backward pass, and what the head's loss leaves; None where the forward cannot be traced.
+
+    Of autocast, the copies of the weights count too: they are kept for as long.
+    """
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # a storage's address is its name only as long as it lives
+    with FakeTensorMode():
+        state = {name: _like(tensor) for name, tensor in _tensors(model)}
+        inputs = _inputs(shape)
+        own = {tensor.untyped_storage()._cdata for tensor in state.values()}
+        if layout == "packed":  # such rows need no mask
+            own.add(inputs["attention_mask"].untyped_storage()._cdata)
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                alive.append(tensor)
+                kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        try:
+            with saved, torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+                _to_the_head(model, state, inputs)
+        except Exception:  # a forward that looks at values, or a kernel that this machine has not
+            return None
+    return sum(kept.values()) + shape.counted * model.get_output_embeddings().weight.shape[1] * 4.0
+
+
+def head_workspace(model: PreTrainedModel, counted: int, device: torch.device, heads: int) -> float:
+    """The logits of a chunk, in float32, and the gradient by the weight where it is trained."""
+    kind, weight = "cpu" if device.type == "cpu" else "accelerator", model.get_output_embeddings().weight
+    chunk = max(WORKSPACE_BYTES[kind], LEAST_ROWS[kind] * weight.shape[0] * 4 * heads)
+    return float(min(chunk, counted * weight.shape[0] * 4 * heads))
+
+
+def cache(model: PreTrainedModel, sequences: int, width: int, itemsize: int) -> float:
+    """Keys and values of so many sequences of so many tokens; a layer with a window keeps no more than that."""
+    config: Any = model.config.get_text_config()
+    sizes = zip(
+        layer_kinds(config),
+        layer_settings(config, "num_key_value_heads"),
+        layer_settings(config, "head_dim"),
+        layer_settings(config, "sliding_window"),
+        strict=True,
+    )
+    total = 0.0
+    for kind, heads, size, window in sizes:
+        heads = heads or config.num_attention_heads
+        size = size or config.hidden_size // config.num_attention_heads
+        length = min(width, window) if "sliding" in kind and window else width
+        total += 2.0 * heads * size * length if attends(kind) else 0.0
+    return total * sequences * itemsize
+
+
+class _AtTheHead(Exception):
+    """The blocks are done."""
+
+
+def _inputs(shape: Shape) -> dict[str, Tensor]:
+    """A padded batch. With a mask of this shape nothing looks at values, of which there are none."""
+    positions = torch.arange(shape.width).expand(shape.rows, shape.width)
+    mask = torch.ones(shape.rows, 1, shape.width, shape.width, dtype=torch.bool)
+    return {"input_ids": torch.zeros_like(positions), "position_ids": positions, "attention_mask": mask}
+
+
+def _to_the_head(model: PreTrainedModel, state: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
+    """A forward pass up to the LM head."""
+
+    def stop(module: nn.Module, inputs: Any) -> None:
+        raise _AtTheHead
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(stop)
+    try:
+        functional_call(model, state, kwargs={**inputs, "use_cache": False})
+    except _AtTheHead:
+        pass
+    finally:
+        hook.remove()
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """The same on the CPU, under FakeTensorMode."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+
+
+def _distinct(tensors: list[Any]) -> list[Any]:
+    """Tied ones once."""
+    return list({tensor.untyped_storage()._cdata: tensor for tensor in tensors}.values())
