@@ -38,8 +38,9 @@ def _command(argv: list[str]) -> tuple[Callable[[Any], object], Any]:
     """What to run, and its config; the imports that take long come last, once the config is found good."""
     from fastkl.trainer.commands import command_line as commands
 
+    argv, dry = commands.split_dry_run(argv)
     name, config = commands.parse(argv)
-    return commands.load(name), config
+    return commands.load(name, dry), config
 
 
 def _run(command: Callable[[Any], object], config: Any) -> int:

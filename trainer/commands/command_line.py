@@ -35,6 +35,9 @@ a first run:
 
 Any setting of CONFIG.yaml can be given as --name value too; `fastkl COMMAND --help` lists them."""
 
+DRY_RUN = "--dry-run"
+DRY_RUN_HELP = "Check everything and estimate a step's FLOPs and memory (docs/memory.md). Nothing is loaded or written."
+
 
 def _add_settings(parser: argparse.ArgumentParser, config: type) -> None:
     add_config_file(parser)
@@ -61,6 +64,7 @@ class Command(NamedTuple):
     function: str  # module:name, within fastkl.trainer
     help: str
     usage: str = "CONFIG.yaml [--key value ...]"
+    dry_run: str = ""  # the function that only checks and estimates, if there is one
     add_arguments: Callable[[argparse.ArgumentParser, type], None] = _add_settings
 
     @property
@@ -76,8 +80,20 @@ COMMANDS = {
         usage="[--chat] STUDENT TEACHER DATA > run.yaml",
         add_arguments=_add_starter,
     ),
-    "distill": Command(DistillConfig, "distill:distill", "distil a teacher into a student, on the student's samples"),
-    "sft": Command(SftConfig, "sft:sft", "fine-tune a student on given completions (the stage before distillation)"),
+    "distill": Command(
+        DistillConfig,
+        "distill:distill",
+        "distil a teacher into a student, on the student's samples",
+        dry_run="commands.dry_run:dry_distill",
+        usage="CONFIG.yaml [--key value ...] [--dry-run]",
+    ),
+    "sft": Command(
+        SftConfig,
+        "sft:sft",
+        "fine-tune a student on given completions (the stage before distillation)",
+        dry_run="commands.dry_run:dry_sft",
+        usage="CONFIG.yaml [--key value ...] [--dry-run]",
+    ),
     "eval": Command(
         EvaluateConfig,
         "commands.evaluate:evaluate_model",
@@ -100,13 +116,20 @@ COMMANDS = {
 }
 
 
-def load(name: str) -> Callable[[Any], object]:
+def load(name: str, dry: bool = False) -> Callable[[Any], object]:
     """The function of a command; this is what imports torch, where it is needed."""
-    module, function = COMMANDS[name].function.split(":")
+    command = COMMANDS[name]
+    module, function = (command.dry_run if dry else command.function).split(":")
     found: Callable[[Any], object] = getattr(importlib.import_module(f"fastkl.trainer.{module}"), function)
     if transformers := sys.modules.get("transformers"):
         transformers.logging.disable_progress_bar()
     return found
+
+
+def split_dry_run(argv: list[str]) -> tuple[list[str], bool]:
+    """The command line without --dry-run, and whether it was there; of other commands it is no setting."""
+    known = bool(argv) and argv[0] in COMMANDS and bool(COMMANDS[argv[0]].dry_run)
+    return [word for word in argv if not known or word != DRY_RUN], known and DRY_RUN in argv
 
 
 def parse(argv: list[str]) -> tuple[str, Any]:
@@ -145,6 +168,8 @@ def parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         command.add_arguments(one, command.config)
+        if command.dry_run:
+            one.add_argument(DRY_RUN, action="store_true", help=DRY_RUN_HELP)
     return whole
 
 

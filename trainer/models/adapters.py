@@ -145,6 +145,9 @@ def _tied(model: nn.Module) -> dict[str, str]:
     """The modules whose parameter is another module's too, with that one's name."""
     owners: dict[tuple[int, int], list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        place = parameter.untyped_storage()._cdata, parameter.storage_offset()  # a model without weights has it too
+        place = (
+            parameter.untyped_storage()._cdata,
+            int(parameter.storage_offset()),
+        )  # a model without weights has it too
         owners[place].append(name.rpartition(".")[0])
     return {name: other for names in owners.values() for name in names for other in names if other != name}

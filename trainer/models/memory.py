@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from fastkl.kernels.driver import LEAST_ROWS, WORKSPACE_BYTES
 from fastkl.trainer.data.batching import Layout
 from fastkl.trainer.models.layers import attends, layer_kinds, layer_settings
+from fastkl.trainer.models.modes import Dropout, updating
 
 QUANTIZED = {"8bit": 1.0, "4bit": 0.5}  # bytes of a weight of the blocks
 
@@ -45,7 +46,9 @@ def gradients(model: nn.Module) -> float:
     return float(sum(parameter.numel() * parameter.element_size() for parameter in _distinct(trained)))
 
 
-def activations(model: PreTrainedModel, shape: Shape, layout: Layout, autocast: torch.dtype | None) -> float | None:
+def activations(
+    model: PreTrainedModel, shape: Shape, layout: Layout, autocast: torch.dtype | None, dropout: Dropout
+) -> float | None:
     """What the blocks keep for the backward pass, and what the head's loss leaves; None where the forward cannot be traced.
 
     Of autocast, the copies of the weights count too: they are kept for as long.
@@ -68,7 +71,11 @@ def activations(model: PreTrainedModel, shape: Shape, layout: Layout, autocast: 
 
         saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         try:
-            with saved, torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            with (
+                updating(model, dropout),
+                saved,
+                torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None),
+            ):
                 _to_the_head(model, state, inputs)
         except Exception:  # a forward that looks at values, or a kernel that this machine has not
             return None

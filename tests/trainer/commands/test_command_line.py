@@ -323,7 +323,7 @@ def test_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys:
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastkl.trainer.commands.command_line.load", lambda name: interrupted)
+    monkeypatch.setattr("fastkl.trainer.commands.command_line.load", lambda name, dry: interrupted)
     assert cli.main(arguments("distill", MINIMAL["distill"])) == 130
     assert "goes on from its last checkpoint" in capsys.readouterr().err
 
@@ -333,7 +333,7 @@ import sys, time, types
 from fastkl import cli
 from fastkl.trainer.commands import command_line
 
-def load(name):
+def load(name, dry):
     print("importing", flush=True)
     time.sleep(60)
 

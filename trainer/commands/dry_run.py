@@ -1,0 +1,74 @@
+"""`--dry-run`: everything is checked, the data are encoded, one step is counted; no weights are loaded or written."""
+
+from __future__ import annotations
+
+from fastkl.trainer.commands.estimate import Plan, lines
+from fastkl.trainer.config.training import DistillConfig, SftConfig
+from fastkl.trainer.data.mixture import step_prompts
+from fastkl.trainer.data.order import batch_indices
+from fastkl.trainer.data.prompts import encode_prompts, given_samples
+from fastkl.trainer.data.samples import make_sample
+from fastkl.trainer.data.sources import load_prompts
+from fastkl.trainer.distill import prepare
+from fastkl.trainer.models import checks
+from fastkl.trainer.models.loading import outline_of_student
+from fastkl.trainer.models.pretrained import load_tokenizer, outline
+from fastkl.trainer.rollouts.evaluation import load_eval_prompts
+from fastkl.trainer.runs import processes
+from fastkl.trainer.runs.folder import RunFolder
+from fastkl.trainer.runs.start import start_run
+
+
+def dry_distill(config: DistillConfig) -> None:
+    """Prints what a step of `fastkl distill` would be.
+
+    Raises:
+        ConfigError: Where the run would be refused, as far as that shows without weights.
+    """
+    accelerator = start_run(config, config.sampling.samples_per_step, "sampling.prompts_per_step")
+    with RunFolder(config):  # it can be written, and holds no other run; what was made for this goes away again
+        found = prepare(config)
+    student = outline_of_student(config.student)
+    loaded = {data_set.teacher for data_set in found.data_sets if config.has_teacher and data_set.teacher.path}
+    teachers = {teacher: outline(teacher) for teacher in sorted(loaded, key=lambda teacher: teacher.path)}
+    models = {"student": student} | {f"teacher {teacher.path}": model for teacher, model in teachers.items()}
+    checks.check_vocabulary(found.tokenizer, models)
+    new = config.sampling.max_new_tokens
+    for data_set in found.data_sets:
+        own = {name: model for name, model in models.items() if name in ("student", f"teacher {data_set.teacher.path}")}
+        checks.check_room(data_set.prompts, new, own, checks.SHORTER.format("sampling", data_set.setting))
+    checks.check_eval_room(found.eval_prompts, config.eval, "student", student)
+    prompts = step_prompts(found.data_sets, config.sampling.prompts_per_step, 0, config.seed)
+    samples = [
+        make_sample(prompt.ids, [0] * new, prompt.index, dataset=prompt.dataset)
+        for prompt in prompts
+        for _ in range(config.sampling.samples_per_prompt)
+    ]
+    of_data_set = {data_set.name: data_set.teacher for data_set in found.data_sets}
+    _print(Plan(config, accelerator, student, teachers, found.prompts, samples, of_data_set))
+
+
+def dry_sft(config: SftConfig) -> None:
+    """Prints what a step of `fastkl sft` would be.
+
+    Raises:
+        ConfigError: Where the run would be refused, as far as that shows without weights.
+    """
+    accelerator = start_run(config, config.examples_per_step, "examples_per_step")
+    with RunFolder(config):
+        tokenizer = load_tokenizer(config.student)
+        prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
+        examples = given_samples(prompts, tokenizer)
+        eval_prompts = load_eval_prompts(config.eval, tokenizer)
+    student = outline_of_student(config.student)
+    checks.check_vocabulary(tokenizer, {"student": student})
+    lengths = [example.loss_tokens for example in examples]
+    checks.check_room(prompts, lengths, {"student": student}, checks.SHORTER_ROW)
+    checks.check_eval_room(eval_prompts, config.eval, "student", student)
+    step = [examples[index] for index in batch_indices(len(examples), config.examples_per_step, 0, config.seed)]
+    _print(Plan(config, accelerator, student, {}, prompts, step, {}))
+
+
+def _print(plan: Plan) -> None:
+    if processes.rank() == 0:
+        print("\n".join(lines(plan)), flush=True)
