@@ -62,6 +62,8 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 def _entries(tensor: torch.Tensor) -> list[Any]:
     flat = tensor.reshape(-1)
-    places = torch.linspace(0, max(0, flat.numel() - 1), min(ENTRIES, flat.numel())).long()  # the same on any device
-    entries: list[Any] = flat[places.to(flat.device)].float().tolist()
+    count = min(ENTRIES, flat.numel())
+    # In integers: a float32 place in a large tensor may be rounded beyond its end.
+    places = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(1, count - 1)
+    entries: list[Any] = flat[places].float().tolist()
     return entries
