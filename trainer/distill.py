@@ -21,9 +21,9 @@ from fastkl.trainer.data.step_metrics import rollout_metrics
 from fastkl.trainer.loop import fit
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.ends import end_of_sequence
-from fastkl.trainer.models.flops import sampling_flops
 from fastkl.trainer.models.loading import context_length
 from fastkl.trainer.models.pretrained import load_tokenizer
+from fastkl.trainer.models.sizes.flops import sampling_flops
 from fastkl.trainer.models.tokenizers import vocabulary
 from fastkl.trainer.models.withheld import withholds_routers
 from fastkl.trainer.notes import note

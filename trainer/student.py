@@ -22,7 +22,6 @@ from fastkl.trainer.data.batching import Batch, batches
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.data.step_metrics import add_policy_metrics, merge_metrics, mismatch_metrics
 from fastkl.trainer.errors import RunError
-from fastkl.trainer.models.flops import cost_of, training_flops
 from fastkl.trainer.models.loading import fuse, load_student
 from fastkl.trainer.models.modes import updating
 from fastkl.trainer.models.optimizer import apply_settings, learning_rate_schedule, make_optimizer
@@ -32,6 +31,7 @@ from fastkl.trainer.models.self_checks.layouts import batch_layout
 from fastkl.trainer.models.self_checks.probe import Probe
 from fastkl.trainer.models.self_checks.update import check_update
 from fastkl.trainer.models.sharding import GatheredCopy
+from fastkl.trainer.models.sizes.flops import cost_of, training_flops
 from fastkl.trainer.runs import checkpoint, processes
 from fastkl.trainer.runs.identity import weights_fingerprint
 

@@ -88,8 +88,8 @@ def writing_flops(configs: Path) -> float:
     from fastkl.trainer.commands.command_line import parse
     from fastkl.trainer.data.prompts import encode_prompts, given_samples
     from fastkl.trainer.data.sources import load_prompts
-    from fastkl.trainer.models.flops import cost_of, sampling_flops
     from fastkl.trainer.models.pretrained import load_model, load_tokenizer
+    from fastkl.trainer.models.sizes.flops import cost_of, sampling_flops
 
     _, sft = parse(["sft", str(configs / "sft.yaml")])
     _, written = parse(["eval", str(configs / "transcripts.yaml")])

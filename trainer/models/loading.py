@@ -14,8 +14,8 @@ from fastkl.trainer.config.models import ModelConfig, StudentConfig
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models.adapters import adapted
-from fastkl.trainer.models.layers import most_positions
 from fastkl.trainer.models.pretrained import load_model, load_tokenizer, outline, read_config
+from fastkl.trainer.models.sizes.layers import most_positions
 from fastkl.trainer.models.text_path import TextPath, assumed_path, freeze_unreached, text_path
 from fastkl.trainer.models.withheld import keep_weights
 

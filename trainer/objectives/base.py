@@ -10,7 +10,7 @@ from fastkl.loss import LossOutput
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.data.batching import Batch
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.models.flops import Cost
+from fastkl.trainer.models.sizes.flops import Cost
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.listener import Clock
 from fastkl.trainer.student import Student

@@ -13,8 +13,8 @@ from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.data.batching import Batch
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.models.flops import Cost, scoring_flops
 from fastkl.trainer.models.scoring import call_with_rows
+from fastkl.trainer.models.sizes.flops import Cost, scoring_flops
 from fastkl.trainer.objectives.advantages import set_advantages
 from fastkl.trainer.objectives.base import Objective, score_by_teacher
 from fastkl.trainer.runs.listener import Clock

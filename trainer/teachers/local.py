@@ -14,7 +14,6 @@ from torch import Tensor
 from fastkl.head import FusedCausalLM
 from fastkl.trainer.data.batching import Batch, Layout, batches, in_order
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.models.flops import cost_of, scoring_flops
 from fastkl.trainer.models.scoring import (
     batch_logprobs,
     batch_ranks,
@@ -25,6 +24,7 @@ from fastkl.trainer.models.scoring import (
     scatter_values,
     scoring,
 )
+from fastkl.trainer.models.sizes.flops import cost_of, scoring_flops
 
 
 class TeacherHead(NamedTuple):

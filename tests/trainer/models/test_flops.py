@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from fastkl.trainer.data.samples import make_sample
-from fastkl.trainer.models.flops import Cost, cost_of, sampling_flops, scoring_flops, training_flops
+from fastkl.trainer.models.sizes.flops import Cost, cost_of, sampling_flops, scoring_flops, training_flops
 from fastkl.trainer.runs.report.data import FLOPS, run_data
 
 LENGTH = 24

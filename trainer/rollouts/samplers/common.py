@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastkl.trainer.errors import RunError
-from fastkl.trainer.models.layers import most_positions
 from fastkl.trainer.models.modes import modes_kept
+from fastkl.trainer.models.sizes.layers import most_positions
 
 
 def unwrapped(model: Any) -> Any:

@@ -13,7 +13,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 
 from fastkl.trainer.data.samples import Completion
 from fastkl.trainer.errors import ConfigError, RunError
-from fastkl.trainer.models.layers import layer_kinds
+from fastkl.trainer.models.sizes.layers import layer_kinds
 from fastkl.trainer.rollouts.samplers.common import check_distribution, check_requests, undisturbed, unwrapped
 
 _CONFIG_FIELDS = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from fastkl.kernels.driver import LEAST_ROWS, WORKSPACE_BYTES
 from fastkl.trainer.data.batching import Layout
-from fastkl.trainer.models.layers import attends, layer_kinds, layer_settings
 from fastkl.trainer.models.modes import Dropout, updating
+from fastkl.trainer.models.sizes.layers import attends, layer_kinds, layer_settings
 
 QUANTIZED = {"8bit": 1.0, "4bit": 0.5}  # bytes of a weight of the blocks
 

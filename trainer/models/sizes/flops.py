@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.models.layers import attends, layer_kinds, layer_settings
+from fastkl.trainer.models.sizes.layers import attends, layer_kinds, layer_settings
 
 
 @dataclass(frozen=True)
