@@ -47,7 +47,11 @@ class FusedCausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.transform = measure_logit_transform(model)
-        self._no_split_modules = getattr(model, "_no_split_modules", None)  # what FSDP shards as units
+        # What FSDP shards as units. A model may name what only others of its family have.
+        has = {type(module).__name__ for module in model.modules()}
+        self._no_split_modules = [
+            name for name in getattr(model, "_no_split_modules", None) or [] if name in has
+        ] or None
 
     def forward(self, function: Callable[..., T] | None = None, **inputs: Any) -> T:
         """`inputs` go to the model: input_ids and, as the case may be, attention_mask, position_ids, …; `use_cache` is set.

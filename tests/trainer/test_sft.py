@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from chat_templates import GEMMA, family_tokenizer
-from run_cases import Run, check_equal, distilled, first_moments, interrupt, tuned, weights
+from run_cases import Run, as_optimized, check_equal, distilled, first_moments, interrupt, tuned, weights
 from run_settings import Settings, arguments, distillation, evaluated, training
 from tiny_data import sums, write_jsonl
 from tiny_models import save_model, tokenizer
@@ -41,7 +41,7 @@ def test_a_step_is_the_models_own_cross_entropy(tmp_path: Path, folder: Path, op
         tokens += len(completion)
     loss = total / tokens
     loss.backward()
-    gradients = [parameter.grad for parameter in model.parameters()]
+    gradients = [parameter.grad for _, parameter in as_optimized(model)]
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
     assert metrics[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert metrics[0]["optim/grad_norm"] == pytest.approx(norm, rel=1e-4)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_cases import completion_logprobs, counted, first_moments, run, untimed, weights
+from run_cases import as_optimized, completion_logprobs, counted, first_moments, run, untimed, weights
 from run_settings import config, distillation
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -46,7 +46,7 @@ def test_a_step_equals_the_same_step_by_hand(tmp_path: Path, padded: Path, optio
     moments, loss, norm = by_hand(student, padded / "teacher", done.samples, settings)
     assert done.metrics[0]["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-5)
     assert done.metrics[0]["optim/grad_norm"] == pytest.approx(norm, rel=1e-3)
-    for name, found, wanted in zip(dict(student.named_parameters()), first_moments(done.folder), moments, strict=True):
+    for (name, _), found, wanted in zip(as_optimized(student), first_moments(done.folder), moments, strict=True):
         error, scale = (found - wanted).abs().max(), wanted.abs().max()
         assert error <= 2e-3 * scale, f"{name}: off by {error} at a scale of {scale}"
 
@@ -87,7 +87,7 @@ def by_hand(
         norms.append(float(torch.nn.utils.clip_grad_norm_(student.parameters(), optim.max_grad_norm or float("inf"))))
         optimizer.step()
         optimizer.zero_grad()
-    moments = [optimizer.state[parameter]["exp_avg"] for parameter in student.parameters()]
+    moments = [optimizer.state[parameter]["exp_avg"] for _, parameter in as_optimized(student)]
     return moments, sum(losses) / len(losses), sum(norms) / len(norms)
 
 

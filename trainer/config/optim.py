@@ -19,7 +19,7 @@ class OptimConfig:
         warmup_steps: Raise the learning rate linearly over the first of the `steps`. The first one already has
             lr / warmup_steps.
         schedule: Change the learning rate like this after the warm-up.
-        weight_decay: Set AdamW's weight decay.
+        weight_decay: Set AdamW's weight decay. Norms and biases do not decay.
         betas: Set AdamW's betas.
         max_grad_norm: Clip gradients to this norm. null: no clipping.
         substeps: Split the samples of a step into this many minibatches, with one optimizer step each.

@@ -9,16 +9,24 @@ from torch import nn
 
 from fastkl.trainer.config.optim import OptimConfig
 
+DECAYS = "decays"  # an entry of a parameter group
+
 
 def make_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW on the parameters that are trained."""
-    return torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
+    """AdamW on the parameters that are trained. Norms and biases, which have one dimension, do not decay."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], DECAYS: True},
+        {"params": [p for p in trained if p.dim() <= 1], DECAYS: False},
+    ]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
         lr=config.lr,
         betas=(config.betas[0], config.betas[1]),
-        weight_decay=config.weight_decay,
         fused=True,  # one pass over the weights: a ninth of the time on a CPU
     )
+    _set_decay(config, optimizer)
+    return optimizer
 
 
 def learning_rate_schedule(config: OptimConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
@@ -47,7 +55,11 @@ def apply_settings(
     scheduler.base_lrs = [config.lr] * len(optimizer.param_groups)
     rates = [config.lr * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group.update(
-            lr=rate, initial_lr=config.lr, betas=(config.betas[0], config.betas[1]), weight_decay=config.weight_decay
-        )
+        group.update(lr=rate, initial_lr=config.lr, betas=(config.betas[0], config.betas[1]))
+    _set_decay(config, optimizer)
     scheduler._last_lr = [*rates]
+
+
+def _set_decay(config: OptimConfig, optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group["weight_decay"] = config.weight_decay if group[DECAYS] else 0.0

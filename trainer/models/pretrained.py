@@ -101,8 +101,12 @@ def _auto_class(config: ModelConfig) -> Any:
 
         return AutoLigerKernelForCausalLM
     found = read_config(config)
-    if type(found) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {}):
+    if "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {}):
         return AutoModelForCausalLM
+    if type(found) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        own: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(found)]
+        if own.config_class in MODEL_FOR_CAUSAL_LM_MAPPING:  # otherwise none of these would load what is saved
+            return AutoModelForCausalLM
     if type(found) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
         return AutoModelForMultimodalLM
     raise ConfigError(

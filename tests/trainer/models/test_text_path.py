@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from composites import COMPOSITES, composite
 from tiny_models import causal_lm
 from torch import nn
-from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fastkl.trainer.config.models import LoraConfig, StudentConfig
 from fastkl.trainer.errors import ConfigError
@@ -16,65 +17,8 @@ from fastkl.trainer.models import loading
 from fastkl.trainer.models.adapters import adapted
 from fastkl.trainer.models.text_path import freeze_unreached, text_path
 
-TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-TEXT |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
-IMAGES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 28,
-}
-IMAGES |= {"patch_size": 14, "projection_dim": 32}
-TOKENS = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
-QWEN_IMAGES = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32}
-ROTARY = {"mrope_section": [1, 1, 2], "rope_type": "default"}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-# Composite models: what of them is frozen.
-COMPOSITES: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "gemma3": (
-        {"text_config": TEXT, "vision_config": IMAGES, "mm_tokens_per_image": 1, "image_token_index": 60},
-        ["model.vision_tower", "model.multi_modal_projector"],
-    ),
-    "qwen3_vl": (
-        {
-            "text_config": {**TEXT, "rope_scaling": ROTARY},
-            "vision_config": {**QWEN_IMAGES, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
-            **TOKENS,
-        },
-        ["model.visual"],
-    ),
-    "qwen2_5_vl": (
-        {
-            "text_config": {**TEXT, "rope_scaling": {**ROTARY, "type": "mrope"}},
-            "vision_config": {**QWEN_IMAGES, "fullatt_block_indexes": [1]},
-            **TOKENS,
-        },
-        ["model.visual"],
-    ),
-    "mistral3": (
-        {
-            "text_config": {**TEXT, "model_type": "mistral"},
-            "vision_config": {**IMAGES, "model_type": "pixtral", "head_dim": 8},
-            "image_token_index": 60,
-        },
-        ["model.vision_tower", "model.multi_modal_projector"],
-    ),
-    "llava": (
-        {
-            "text_config": {**TEXT, "model_type": "llama"},
-            "vision_config": {**IMAGES, "model_type": "clip_vision_model"},
-            "image_token_index": 60,
-        },
-        ["model.vision_tower", "model.multi_modal_projector"],
-    ),
-}
-COMPOSITE = pytest.mark.parametrize(("kind", "settings", "frozen"), [(k, *case) for k, case in COMPOSITES.items()])
-
-
-def composite(kind: str, settings: dict[str, Any]) -> Any:
-    torch.manual_seed(0)
-    return AutoModelForMultimodalLM.from_config(AutoConfig.for_model(kind, **settings)).eval()
+COMPOSITE = pytest.mark.parametrize(("kind", "frozen"), [(kind, frozen) for kind, (_, frozen) in COMPOSITES.items()])
 
 
 def without_gradient(model: nn.Module) -> list[str]:
@@ -95,8 +39,8 @@ def layers(model: nn.Module) -> set[str]:
 
 
 @COMPOSITE
-def test_what_text_does_not_reach_is_frozen(kind: str, settings: dict[str, Any], frozen: list[str]) -> None:
-    model = composite(kind, settings)
+def test_what_text_does_not_reach_is_frozen(kind: str, frozen: list[str]) -> None:
+    model = composite(kind)
     random = torch.get_rng_state()
     assert freeze_unreached(model, text_path(model, 64)) == frozen
     assert torch.equal(torch.get_rng_state(), random)
@@ -108,10 +52,8 @@ def test_what_text_does_not_reach_is_frozen(kind: str, settings: dict[str, Any],
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=str)
 @COMPOSITE
-def test_adapters_go_where_text_does(
-    kind: str, settings: dict[str, Any], frozen: list[str], targets: str | list[str]
-) -> None:
-    model = with_adapter(composite(kind, settings), targets)
+def test_adapters_go_where_text_does(kind: str, frozen: list[str], targets: str | list[str]) -> None:
+    model = with_adapter(composite(kind), targets)
     assert without_gradient(model) == []
     places = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert places
@@ -121,7 +63,7 @@ def test_adapters_go_where_text_does(
 def test_a_composite_student_is_loaded_and_saved_whole(tmp_path: Any) -> None:
     from fastkl.trainer.models.saving import save_model
 
-    model = composite("mistral3", COMPOSITES["mistral3"][0])
+    model = composite("mistral3")
     model.save_pretrained(tmp_path / "model")
     student = loading.load_student(StudentConfig(str(tmp_path / "model")), torch.device("cpu"))
     assert type(student) is type(model)

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from composites import composite
 from launches import REPOSITORY, free_port, give_samples, together
 from run_cases import PEERS, check_equal, check_same, log
 from run_settings import arguments, distillation, evaluated
 from tiny_data import pair_and_sums
-from tiny_models import save_model
+from tiny_models import save_model, tokenizer
 
 from fastkl.trainer.commands import command_line as commands
 from fastkl.trainer.distill import OnPolicy
@@ -90,6 +91,22 @@ def test_two_processes_do_what_one_does(tmp_path: Path, deep: Path, variant: str
     two = run(settings(deep, tmp_path / "two", **options), tmp_path / "said", 2, fsdp)
     assert len(log(one)) == 4
     check_same(two, one)
+
+
+@slow
+@pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
+@pytest.mark.parametrize("fsdp", PEERS.values(), ids=PEERS)
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_vl"])
+def test_a_composite_student(tmp_path: Path, deep: Path, kind: str, fsdp: bool, rank: int) -> None:
+    """DDP waits for no gradient of what text does not reach."""
+    words = tokenizer()
+    model = composite(kind, vocab_size=len(words), initializer_range=0.3)
+    model.generation_config.eos_token_id = words.eos_token_id
+    model.save_pretrained(tmp_path / "student")
+    words.save_pretrained(tmp_path / "student")
+    options = {"student": tmp_path / "student", "student__lora__rank": rank}
+    one = run(settings(deep, tmp_path / "one", **options), tmp_path / "said", 1)
+    check_same(run(settings(deep, tmp_path / "two", **options), tmp_path / "said", 2, fsdp), one)
 
 
 RESHAPES = {
