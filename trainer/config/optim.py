@@ -58,8 +58,8 @@ class BatchConfig:
     Args:
         max_tokens: Limit a forward pass to this many tokens, padding included. Larger minibatches are accumulated.
         layout: Lay sequences end to end in one row (packed), or in rows of similar length (padded). auto: packed with flash
-            attention, which computes it without waste, else padded. Models with other layers than attention are always
-            padded.
+            attention, which computes it without waste, else padded; padded too where a check at the start finds that
+            packed sequences of the model run into one another (docs/rollouts.md).
     """
 
     max_tokens: int = 16384

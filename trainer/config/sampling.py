@@ -49,7 +49,7 @@ class SamplingConfig:
         top_k: Leave this at 0, for the same reason.
         engine: Sample with Transformers' continuous_batching, where a new completion takes the place of an ended one, or
             with its generate, which samples whole batches and knows more kinds of models. auto: generate on a CPU
-            (docs/speed.md) and for models that the other does not know.
+            (docs/speed.md), and where the other gives wrong log-probs in a check at the start (docs/rollouts.md).
         max_batch_tokens: Limit a forward pass of continuous batching to this many tokens. If set, auto takes continuous
             batching on a CPU too.
         max_requests: Keep at most this many completions in progress. null: 64; on a CPU, continuous batching picks a
