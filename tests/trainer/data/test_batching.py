@@ -17,6 +17,7 @@ from fastkl.head import FusedCausalLM
 from fastkl.loss import policy_gradient_loss
 from fastkl.trainer.data.batching import Batch, Layout, batches
 from fastkl.trainer.data.samples import UNKNOWN, Sample, make_sample
+from fastkl.trainer.errors import RunError
 from fastkl.trainer.teachers.local import LocalTeacher
 
 LAYOUTS: list[Layout] = list(get_args(Layout))
@@ -190,3 +191,25 @@ def test_what_follows_an_unknown_id_is_still_scored() -> None:
     ids[4] = 0
     (wanted,) = scored([make_sample(ids[:3], ids[3:], 0, [0.0] * 4)], "packed", 100)
     assert values == pytest.approx([*wanted[:4], UNKNOWN, *wanted[5:]], abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_teachers_hidden_states_are_in_the_order_of_the_samples(layout: Layout) -> None:
+    samples = make_samples([(3, 4), (6, 2), (2, 7)])
+    found = LocalTeacher(FUSED["qwen3"], layout, 8, 1.0, CPU).head(samples, CPU)
+    logits = torch.nn.functional.linear(found.hidden, found.weight)
+    rows = logits.log_softmax(-1).gather(
+        1, torch.tensor([i for s in samples for i in s.ids[-s.loss_tokens :]])[:, None]
+    )
+    torch.testing.assert_close(rows[:, 0], torch.cat([alone(FUSED["qwen3"].model, s) for s in samples]))
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_a_teacher_that_is_not_finite_for_some_text_ends_the_run(top_k: int | None) -> None:
+    fused = FusedCausalLM(causal_lm())
+    teacher = LocalTeacher(fused, "padded", 100, 1.0, CPU, top_k=top_k)
+    with torch.no_grad():
+        fused.model.get_input_embeddings().weight[9] = torch.nan  # type: ignore[union-attr, operator]
+    sample = make_sample([5, 9, 7], [8, 6], 0)
+    with pytest.raises(RunError, match="the teacher gives 2 of 2 tokens a log-prob that is not finite"):
+        teacher.score([sample])

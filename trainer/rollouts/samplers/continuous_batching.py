@@ -92,9 +92,12 @@ class ContinuousBatchingSampler:
     @torch.no_grad()
     def _check_finite(self, prompt: list[int]) -> None:
         """Before the engine draws: on a GPU, to draw from NaN ends the process."""
+        read = torch.tensor([prompt], device=self._base.device)
         with undisturbed(self._model):
-            read = torch.tensor([prompt], device=self._base.device)
-            logits = self._model.eval()(input_ids=read, use_cache=False).logits[:, -1]
+            try:
+                logits = self._model.eval()(input_ids=read, use_cache=False).logits[:, -1]
+            except Exception:
+                return  # it fails in the engine as well, which says where
         check_distribution(logits.float().log_softmax(-1), 0)
 
     def _run(self, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int) -> list[Any]:

@@ -74,6 +74,34 @@ def test_recomputed_gradients_are_those_of_eval_mode(kind: str, lora: bool) -> N
     )
 
 
+class OldStyle(torch.nn.Module):
+    """A model that recomputes its layers itself, as those that bring their own code do."""
+
+    gradient_checkpointing = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5))
+        self.calls = 0
+
+    def _gradient_checkpointing_func(self, function: Any, *inputs: Any) -> Any:
+        self.calls += 1
+        return checkpoint(function, *inputs, use_reentrant=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(self.layer.__call__, hidden)  # type: ignore[no-any-return]
+        return self.layer(hidden)  # type: ignore[no-any-return]
+
+
+def test_a_model_that_recomputes_by_itself_does_so_without_dropout() -> None:
+    model, hidden = OldStyle().eval(), torch.randn(3, 8)
+    with updating(model, "off"):
+        assert torch.equal(model(hidden), model.layer(hidden))
+    assert model.calls == 1
+    assert not model.training
+
+
 def test_noise_that_nothing_switches_off_is_refused() -> None:
     model = odd_model("llama")
     forward = model.model.layers[0].mlp.forward
