@@ -99,21 +99,23 @@ class RefusesNonDeterminism(TorchDispatchMode):
 
 @contextmanager
 def refused_non_determinism(monkeypatch: pytest.MonkeyPatch) -> Iterator[RefusesNonDeterminism]:
-    """As on CUDA under torch.use_deterministic_algorithms(True), which also fills new memory with NaN.
-
-    The driver runs without the torch operators around it, into which a mode does not see.
-    """
+    """As on CUDA under torch.use_deterministic_algorithms(True), which also fills new memory with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
-    for name in ("_evaluate", "_evaluate_with_gradients"):
-        operator: Any = getattr(operators, name)
-        if hasattr(operator, "_init_fn"):
-            monkeypatch.setattr(operators, name, operator._init_fn)
+    without_operators(monkeypatch)
     torch.use_deterministic_algorithms(True)
     try:
         with RefusesNonDeterminism() as mode:
             yield mode
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def without_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver runs without the torch operators around it, into which a mode does not see."""
+    for name in ("_evaluate", "_evaluate_with_gradients"):
+        operator: Any = getattr(operators, name)
+        if hasattr(operator, "_init_fn"):
+            monkeypatch.setattr(operators, name, operator._init_fn)
 
 
 def _scans(name: str, func: Any, args: Any, kwargs: Any) -> bool:

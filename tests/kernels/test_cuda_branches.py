@@ -1,0 +1,265 @@
+"""The host's CUDA branches, driven on a CPU: every loss, forward and backward, on tensors that say they are on a GPU.
+
+They have no memory. PyTorch checks shapes, dtypes and devices of its own operators, `fake_kernels.py` those of the kernels.
+Whatever made the host wait for a device would raise. Triton's launcher itself is in test_launching.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import loss_cases
+import pytest
+import torch
+from determinism import RefusesNonDeterminism, without_operators
+from fake_cuda import Machine, fake_tensors
+from fake_kernels import FakeKernels
+from loss_cases import LOSSES, NEEDS, WAYS, Problem, fused_output, make_problem, unreduced
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fastkl import loss
+from fastkl.kernels import autograd
+from fastkl.kernels.gemm import compute_dtype
+from fastkl.kernels.records import pack
+from fastkl.kernels.sparse import estimator
+from fastkl.loss import Sparse
+
+SHAPE, V, D = (2, 24), 320, 48
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+class Context:
+    """What autograd gives a function, for one whose tensors no engine takes: it has no device for them."""
+
+    def __init__(self, arguments: tuple[Any, ...]) -> None:
+        self.needs_input_grad = tuple(isinstance(t, Tensor) and t.requires_grad for t in arguments)
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        pass
+
+
+class Call(NamedTuple):
+    function: Any
+    context: Context
+    losses: Tensor
+
+    def backward(self) -> tuple[Tensor | None, ...]:
+        """The gradients of hidden, weight and bias."""
+        with torch.no_grad():
+            return self.function.backward(self.context, torch.empty_like(self.losses))[2:5]
+
+
+class Device:
+    """A loss's calls on a device, and what its operators and kernels were."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+        self.machine = Machine(monkeypatch, 90)
+        self.kernels = FakeKernels(monkeypatch, dtype)
+        self.products = Products(dtype)
+        self.calls: list[Call] = []
+        without_operators(monkeypatch)
+        monkeypatch.setattr(autograd, "_apply", self.apply)
+
+    def apply(self, function: Any, problem: Any, weight_grad: Tensor | None) -> autograd.Losses:
+        tensors, *others = pack(problem)
+        context = Context((others, weight_grad, *tensors))
+        with torch.no_grad():
+            results = function.forward(context, others, weight_grad, *tensors)
+        self.calls.append(Call(function, context, results[0]))
+        return autograd.Losses(*results)
+
+
+class Products(RefusesNonDeterminism):
+    """Refuses products that a GPU would refuse, or make in another way than they are meant."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(values=False)
+        self.dtype, self.into_fp32 = dtype, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func.overloadpacket.__name__ in ("mm", "addmm"):
+            self.check(func, [t for t in args if isinstance(t, Tensor)][-2:], args, result)
+        return result
+
+    def check(self, func: Any, operands: list[Tensor], args: Any, result: Tensor) -> None:
+        """The operands of a head's products have its dtype; 16 bits go into float32 by `out_dtype`."""
+        first, second = operands
+        assert first.dtype == second.dtype == self.dtype, func
+        assert result.dtype == compute_dtype(self.dtype), func
+        assert result.is_cuda
+        assert any(t.stride(-1) == 1 or t.stride(-2) == 1 for t in operands)
+        if self.dtype in (BF16, FP16):
+            assert func._overloadname.startswith("dtype"), func
+            assert args[2 if func.overloadpacket.__name__ == "mm" else 3] == FP32
+            self.into_fp32 += 1
+
+
+def on_device(p: Problem) -> Problem:
+    """As empty as they are, of the same shapes and dtypes."""
+    return Problem(*[None if t is None else torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in p])
+
+
+def empty_list(p: Problem, k: int = 4, padded: int = 0) -> tuple[Tensor, Tensor]:
+    """In place of `loss_cases.teacher_list`, which finds one in float64."""
+    return torch.empty(*SHAPE, k, dtype=torch.int64, device="cuda"), torch.empty(*SHAPE, k, device="cuda")
+
+
+def evaluate(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    dtype: torch.dtype,
+    needs: tuple[str, ...],
+    model: torch.dtype | None = None,
+    **options: Any,
+) -> Device:
+    """Forward and backward with operands of `dtype`, with every result checked; under autocast the model has another."""
+    monkeypatch.setattr(loss_cases, "teacher_list", empty_list)
+    plain, device = make_problem(SHAPE, V, D, model or dtype), Device(monkeypatch, dtype)
+    with fake_tensors(monkeypatch), device.products:
+        p = on_device(plain)
+        for field in needs:
+            getattr(p, field).requires_grad_()
+        output = fused_output(name, p, **{"skip_zero_rows": False, **options})
+        check_output(output, p, dtype, reduced=name != "linear_logprobs" and options.get("reduction") != "none")
+        own = p._asdict() | {field: getattr(p, field)[: options.get("vocab_size")] for field in ("weight", "bias")}
+        for call in device.calls:
+            for field, gradient in zip(("hidden", "weight", "bias"), call.backward(), strict=True):
+                check_gradient(own[field], gradient, dtype, field in needs)
+    assert len(device.calls) == (1 if needs else 0)
+    return device
+
+
+def check_output(output: loss.LossOutput, p: Problem, dtype: torch.dtype, reduced: bool) -> None:
+    found = [output.loss, *output.metrics.values()]
+    assert output.loss.shape == (() if reduced else SHAPE)
+    assert all(t.shape == () for t in output.metrics.values())
+    if output.logprobs is not None:
+        assert output.logprobs.shape == SHAPE
+        found.append(output.logprobs)
+    assert all(t.is_cuda and t.dtype == compute_dtype(dtype) for t in found)
+
+
+def check_gradient(tensor: Tensor, gradient: Tensor | None, dtype: torch.dtype, wanted: bool) -> None:
+    assert (gradient is not None) == wanted
+    if gradient is not None:
+        flat = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor  # the rows, as the operators see them
+        assert (gradient.shape, gradient.dtype, gradient.device) == (flat.shape, dtype, flat.device)
+
+
+each_dtype = pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+each_need = pytest.mark.parametrize("needs", [(), *NEEDS.values()], ids=["values", *NEEDS])
+
+
+SCORED = ("linear_logprobs", "policy_gradient", "entropy", "sampled_reverse_kl", "reverse_kl")
+
+
+@each_need
+@each_dtype
+@pytest.mark.parametrize("name", WAYS)
+def test_ways(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, needs: tuple[str, ...]) -> None:
+    """Where no gradient is wanted yet, 16-bit heads are scored without logits; else they go into float32."""
+    device = evaluate(monkeypatch, name, dtype, needs)
+    later = name == "linear_logprobs" and needs[-1:] == ("bias",)
+    scored = any(kernel.startswith("score.") for kernel in device.kernels.launched)
+    assert scored == (dtype == BF16 and name in SCORED and (not needs or later))
+    assert (device.products.into_fp32 > 0) == (dtype == BF16 and (bool(needs) or not scored))
+    assert len(device.kernels.launched) > 0
+
+
+@pytest.mark.parametrize("dtype", [FP16, FP64], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
+    """float64 goes to PyTorch alone."""
+    device = evaluate(monkeypatch, name, dtype, NEEDS["all"])
+    assert bool(device.kernels.launched) == (dtype == FP16)
+
+
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"{name}-none": (name, {"reduction": "none"}) for name in ("policy_gradient", "entropy", "reverse_kl", "top_k")},
+    "chunks": ("jsd", {"chunk_size": 20}),
+    "head": ("policy_gradient", {"temperature": 0.7, "logit_scale": 1.6, "softcap": 2.5}),
+    "teacher's head": ("reverse_kl", {"teacher_temperature": 0.7, "teacher_softcap": 2.5, "per_token": True}),
+    "vocab_size": ("forward_kl", {"vocab_size": 301}),
+    "discount": ("sampled_reverse_kl", {"discount": 0.9}),
+    "sequences": ("policy_gradient", {"ratio": "sequence", "reduction": "sequence_mean"}),
+    "drop": ("top_k", {"direction": "forward", "tail": "drop", "squared_temperature": True, "temperature": 0.5}),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize(("name", "options"), OPTIONS.values(), ids=OPTIONS)
+def test_options(monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any], backend: str) -> None:
+    device = evaluate(monkeypatch, name, BF16, NEEDS["all"], backend=backend, **options)
+    assert bool(device.kernels.launched) == (backend == "auto")
+
+
+@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
+@each_dtype
+@pytest.mark.parametrize("name", ["policy_gradient", "reverse_kl", "top_k"])
+def test_sparse(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, needs: tuple[str, ...]) -> None:
+    """The weight's gradient too comes from kernels; nothing is waited for."""
+    monkeypatch.setattr(estimator, "BLOCK_ROWS", {"cpu": 16, "accelerator": 16})
+    device = evaluate(monkeypatch, name, dtype, needs, backward=Sparse(1), softcap=3.0)
+    launched = set(device.kernels.launched)
+    assert {"sparse.column_squares", "sparse.count_columns", "sparse.list_columns", "sparse.compact"} <= launched
+    assert ("sparse.hidden_gradient" in launched) == ("hidden" in needs)
+    assert ("sparse.weight_gradient" in launched) == ("weight" in needs)
+
+
+class AnywhereGenerator(torch.Generator):
+    """Of a device that is not there."""
+
+    def __new__(cls, device: torch.device | str = "cpu") -> AnywhereGenerator:
+        return super().__new__(cls)
+
+
+@each_dtype
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_where_the_host_waits(monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype) -> None:
+    """For the number of rows that take part, and for that of the columns that are kept: then it goes on as with any."""
+    rows = 2 * SHAPE[1] - 5
+    monkeypatch.setattr(
+        FakeTensor, "nonzero", lambda t: torch.zeros(min(rows, t.numel()), 1, dtype=torch.int64, device="cuda")
+    )
+    monkeypatch.setattr(FakeTensor, "tolist", lambda t: [7, 7.0])
+    monkeypatch.setattr(FakeTensor, "__bool__", lambda t: True)
+    monkeypatch.setattr(FakeTensor, "__float__", lambda t: 7.0)
+    monkeypatch.setattr(torch, "Generator", AnywhereGenerator)
+    for name in ("linear_logprobs", "policy_gradient", "reverse_kl"):
+        composed = unreduced(name) | {"backward": Sparse(1)}
+        for options in ({"skip_zero_rows": True}, composed, composed | {"skip_zero_rows": True}):
+            evaluate(monkeypatch, name, dtype, NEEDS["all"], backend=backend, **options)
+
+
+@pytest.mark.parametrize("name", ["policy_gradient", "reverse_kl"])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_under_autocast(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, name: str) -> None:
+    """A float32 model has its products in 16 bits, into float32."""
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_dtype("cuda", dtype)
+    torch.set_autocast_enabled("cuda", True)  # torch.autocast would look for a device first
+    try:
+        device = evaluate(monkeypatch, name, dtype, NEEDS["all"], model=FP32)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", before)
+    assert device.products.into_fp32 > 0
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=str)
+def test_functions_without_a_gradient(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    plain, device = make_problem(SHAPE, V, D, dtype), Device(monkeypatch, dtype)
+    with fake_tensors(monkeypatch), device.products:
+        p = on_device(plain)
+        ids, logprobs = loss.linear_top_k(p.hidden, p.weight, 7, bias=p.bias, chunk_size=20, softcap=2.0)
+        ranks = loss.linear_ranks(p.hidden, p.weight, p.tokens, bias=p.bias, vocab_size=300)
+        advantages = loss.reverse_kl_advantages(p.sampler_logprobs, p.teacher_logprobs, discount=0.5)
+    assert (ids.shape, ids.dtype, logprobs.dtype) == ((*SHAPE, 7), torch.int64, compute_dtype(dtype))
+    assert (ranks.shape, ranks.dtype) == (SHAPE, torch.int64)
+    assert (advantages.shape, advantages.dtype) == (SHAPE, p.sampler_logprobs.dtype)
+    assert all(t.is_cuda for t in (ids, logprobs, ranks, advantages))
