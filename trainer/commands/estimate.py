@@ -12,14 +12,14 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from fastkl.trainer.commands import memory
+from fastkl.trainer.commands.memory import Shape
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.config.training import DistillConfig, RunConfig
 from fastkl.trainer.data.batching import Layout, batches
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.models.sizes import memory
 from fastkl.trainer.models.sizes.flops import cost_of, sampling_flops, scoring_flops, training_flops
-from fastkl.trainer.models.sizes.memory import Shape
 from fastkl.trainer.runs import processes
 
 GIB = 2**30

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastkl import cli
+from fastkl.trainer.commands import memory
+from fastkl.trainer.commands.memory import Shape
 from fastkl.trainer.config.models import LoraConfig, ModelConfig, StudentConfig
 from fastkl.trainer.models.loading import load_student, outline_of_student
 from fastkl.trainer.models.modes import updating
 from fastkl.trainer.models.pretrained import outline
-from fastkl.trainer.models.sizes import memory
-from fastkl.trainer.models.sizes.memory import Shape
 
 
 def table(line: list[str], capsys: pytest.CaptureFixture[str]) -> str:
