@@ -49,6 +49,7 @@ class RunFolder:
     def __init__(self, config: RunConfig) -> None:
         self.path = Path(config.run)
         self.student = self.path / "student"
+        self._student_aside = self.path / f"student{INCOMPLETE}"
         self._checkpoints = self.path / "checkpoints"
         self._config = config
         self._made: list[Path] = []
@@ -182,20 +183,16 @@ class RunFolder:
 
         What else is in that folder stays there.
         """
-        aside, old = (self.path / f"student.{name}" for name in ("incomplete", "old"))
+        aside, old = self._student_aside, self.path / "student.old"
 
         def save() -> None:
             shutil.rmtree(aside, ignore_errors=True)
             write(aside)
+            _move_rest(old, self.student)  # of a save that was killed
             if self.student.exists():
-                shutil.rmtree(old, ignore_errors=True)
                 os.rename(self.student, old)
             os.rename(aside, self.student)
-            if old.exists():
-                for path in old.iterdir():
-                    if not (self.student / path.name).exists():
-                        os.rename(path, self.student / path.name)
-                shutil.rmtree(old)
+            _move_rest(old, self.student)
 
         with self.room_for("student"):
             processes.on_main(save)
@@ -218,7 +215,7 @@ class RunFolder:
             yield
         except (OSError, SafetensorError) as error:
             if processes.rank() == 0:
-                for left in (self._checkpoints / INCOMPLETE, self.path / "student.incomplete"):
+                for left in (self._checkpoints / INCOMPLETE, self._student_aside):
                     shutil.rmtree(left, ignore_errors=True)
             raise RunError(
                 f"{what} could not be written in {self.path}: {error}. Earlier checkpoints are whole; make room, and the "
@@ -251,6 +248,17 @@ def flat_settings(config: RunConfig) -> dict[str, str | int | float | bool]:
 def _unusable(path: Path, error: Exception) -> ConfigError:
     reason = getattr(error, "strerror", None) or error
     return ConfigError(f"run is {str(path)!r}, where nothing can be written ({reason}); choose another run folder")
+
+
+def _move_rest(old: Path, new: Path) -> None:
+    """Moves what only an old folder has into the new one, or all of it where there is no new one; then it is gone."""
+    if not new.exists() and old.exists():
+        os.rename(old, new)
+    if old.exists():
+        for path in old.iterdir():
+            if not (new / path.name).exists():
+                os.rename(path, new / path.name)
+        shutil.rmtree(old)
 
 
 def _put_aside(checkpoint: Path, damage: Damaged) -> str:

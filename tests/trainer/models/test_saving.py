@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from run_cases import refusal
-from run_settings import training
+from run_settings import config, training
 from tiny_models import causal_lm, tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -18,6 +19,7 @@ from fastkl.trainer.errors import ConfigError, RunError
 from fastkl.trainer.models import saving
 from fastkl.trainer.models.adapters import adapted
 from fastkl.trainer.models.text_path import text_path
+from fastkl.trainer.runs.folder import RunFolder
 
 IDS = torch.arange(3, 35).view(2, 16)
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -146,3 +148,46 @@ def test_an_adapter_that_merges_into_something_else_ends_the_run(
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-000001"}
     assert (tmp_path / "run/student.incomplete/adapter/adapter_model.safetensors").is_file()
     assert not (tmp_path / "run/student").exists()
+
+
+def put(text: str) -> Callable[[Path], None]:
+    def write(aside: Path) -> None:
+        aside.mkdir()
+        (aside / "config.json").write_text(text)
+
+    return write
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("killed", ["", "before-the-new-one", "before-the-rest"])
+def test_a_student_is_replaced_at_once(killed: str, folder: Path, tmp_path: Path) -> None:
+    """Whatever else somebody put beside it stays."""
+    with RunFolder(config("sft", training(tmp_path / "run", folder))) as run:
+        run.save_student(put("first"))
+        (run.student / "notes.txt").write_text("mine")
+        if killed:
+            run.student.rename(run.path / "student.old")
+        if killed == "before-the-rest":
+            put("second")(run.student)
+        run.save_student(put("last"))
+        assert content(run.student) == {"config.json": "last", "notes.txt": "mine"}
+        assert not [path for path in run.path.iterdir() if path.name.startswith("student.")]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RunError("other weights")], ids=["disk", "weights"]
+)
+def test_a_student_that_is_not_whole_replaces_none(error: Exception, folder: Path, tmp_path: Path) -> None:
+    def fail(aside: Path) -> None:
+        put("half")(aside)
+        raise error
+
+    with RunFolder(config("sft", training(tmp_path / "run", folder))) as run:
+        run.save_student(put("first"))
+        with pytest.raises(RunError, match=r"No space left|other weights"):
+            run.save_student(fail)
+        assert content(run.student) == {"config.json": "first"}
+        assert (run.path / "student.incomplete").exists() == isinstance(error, RunError)
