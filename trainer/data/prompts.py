@@ -13,7 +13,7 @@ from fastkl.trainer.data.chat import ChatTemplate, chat_template, end_of_turn
 from fastkl.trainer.data.replies import reply_text
 from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.data.samples import Sample, make_sample
-from fastkl.trainer.data.text import continuation_ids, prompt_ids
+from fastkl.trainer.data.text import continuation_ids, encode
 from fastkl.trainer.errors import ConfigError
 
 AT_ONCE = 8192  # prompts that are encoded together
@@ -55,7 +55,7 @@ def encode_prompts(
         templates = [template if config.chat_template or not isinstance(row.prompt, str) else None for row in rows]
         pairs = list(zip(rows, templates, strict=True))
         texts = [str(row.prompt) if chat is None else chat.prompt(row) for row, chat in pairs]
-        ids = prompt_ids(tokenizer, texts, [chat is None for chat in templates])
+        ids = encode(tokenizer, texts, [chat is None for chat in templates])
         for (row, chat), tokens in zip(pairs, ids, strict=True):
             if config.max_prompt_tokens is None or len(tokens) <= config.max_prompt_tokens:
                 encoded.append(EncodedPrompt(row, array("i", tokens), first + len(encoded), dataset, chat))
@@ -78,9 +78,14 @@ def encode_completions(prompts: Sequence[EncodedPrompt], tokenizer: PreTrainedTo
         if prompt.row.completion is None:
             raise ConfigError(f"{prompt.row.source}: no `completion`; each row needs one here")
     befores = [str(p.row.prompt) if p.chat is None else p.chat.prompt(p.row) for p in prompts]
-    afters = [str(p.row.completion) if p.chat is None else reply_text(p.chat, p.row) for p in prompts]
+    afters = [
+        str(p.row.completion) if p.chat is None else reply_text(p.chat, p.row, before)
+        for p, before in zip(prompts, befores, strict=True)
+    ]
+    texts = [before + after for before, after in zip(befores, afters, strict=True)]
+    wholes = encode(tokenizer, texts, [p.chat is None for p in prompts])
+    completions = continuation_ids(tokenizer, [p.ids for p in prompts], wholes, afters)
     turn_end = end_of_turn(tokenizer)
-    completions = continuation_ids(tokenizer, befores, afters)
     for prompt, completion in zip(prompts, completions, strict=True):
         ended = bool(completion) and completion[-1] in (tokenizer.eos_token_id, turn_end)
         if not ended and tokenizer.eos_token_id is not None:

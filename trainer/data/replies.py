@@ -12,15 +12,15 @@ from fastkl.trainer.errors import ConfigError
 _OPENED = re.compile(r"<(\w+)>\s*\Z")  # a tag that a prompt leaves open, as <think>
 
 
-def reply_text(chat: ChatTemplate, row: Prompt) -> str:
-    """What the template writes after the prompt for the row's completion, up to and with the end of the turn.
+def reply_text(chat: ChatTemplate, row: Prompt, prompt: str) -> str:
+    """What the template writes after the `prompt` for the row's completion, up to and with the end of the turn.
 
     Without a token that ends turns, up to the end of the text. An end that the completion itself has is not written twice.
 
     Raises:
         ConfigError: Naming the row, where the template would write something else than the completion.
     """
-    prompt, turn = chat.prompt(row), row.reply_turn
+    turn = row.reply_turn
     opened = _OPENED.search(prompt)
     content = _without_end(chat, turn["content"])
     if opened is not None:

@@ -9,38 +9,37 @@ from transformers import PreTrainedTokenizerBase
 _PROBE = "text"
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], plain: Sequence[bool]) -> list[list[int]]:
-    """Ids of texts that a completion follows; what the tokenizer puts first (a BOS) stands before the plain ones, once.
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], begin: Sequence[bool] | None = None
+) -> list[list[int]]:
+    """Ids of texts. What the tokenizer puts first (a BOS) stands before those that are to `begin`, once.
 
     What it puts last (an end of sequence) is left out.
     """
     if not texts:
         return []
+    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    if begin is None:
+        return encoded
     first = _special_before(tokenizer)
-    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return [
-        [*first, *ids] if alone and ids[: len(first)] != first else list(ids)
-        for ids, alone in zip(encoded, plain, strict=True)
+        [*first, *ids] if begins and ids[: len(first)] != first else ids
+        for ids, begins in zip(encoded, begin, strict=True)
     ]
 
 
 def continuation_ids(
-    tokenizer: PreTrainedTokenizerBase, befores: Sequence[str], afters: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, heads: Sequence[list[int]], wholes: Sequence[list[int]], texts: Sequence[str]
 ) -> list[list[int]]:
-    """Ids of texts that follow others: those of the whole text after the ids of its beginning.
+    """Ids of texts that follow `heads`: those of the whole text after the ids of its head.
 
-    Where a token would reach over the seam, the two are encoded apart, as a model that has read the beginning writes it.
+    Where a token would reach over the seam, the two are encoded apart, as a model that has read the head writes it.
     """
-    if not befores:
-        return []
-    wholes = [before + after for before, after in zip(befores, afters, strict=True)]
-    heads, ids, apart = (
-        tokenizer(list(texts), add_special_tokens=False)["input_ids"] for texts in (befores, wholes, afters)
-    )
-    return [
-        list(whole[len(head) :]) if whole[: len(head)] == head else list(alone)
-        for head, whole, alone in zip(heads, ids, apart, strict=True)
+    found = [
+        whole[len(head) :] if whole[: len(head)] == head else None for head, whole in zip(heads, wholes, strict=True)
     ]
+    apart = iter(encode(tokenizer, [text for text, ids in zip(texts, found, strict=True) if ids is None]))
+    return [next(apart) if ids is None else ids for ids in found]
 
 
 def _special_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
