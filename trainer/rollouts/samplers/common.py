@@ -49,7 +49,7 @@ def check_distribution(logprobs: Tensor, token: int) -> None:
     Raises:
         RunError: Naming the token.
     """
-    if logprobs.logsumexp(-1).isnan().any():
+    if logprobs.amax(-1).isnan().any():
         raise RunError(
             f"the model's logits for token {token + 1} of a completion are not finite: there is nothing to sample from. "
             f"Begin from weights that are whole, lower optim.lr, or use a dtype of more range (bfloat16 instead of float16)"

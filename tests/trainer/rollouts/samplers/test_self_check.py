@@ -87,6 +87,16 @@ def test_smaller_batches_where_padding_is_read(
     assert all(len({len(prompts[place]) for place in places}) == 1 for places in found)
 
 
+@pytest.mark.parametrize("engine", ["generate", "continuous_batching"])
+def test_the_check_is_cheap(engine: Any) -> None:
+    """Models are large, and it is made at every start."""
+    model, tokens = odd_model("llama"), []
+    model.register_forward_pre_hook(lambda _, args, given: tokens.append(given["input_ids"].numel()), with_kwargs=True)
+    local_sampler(model, eos_token_ids=[], settings=SamplingConfig(engine=engine))
+    assert len(tokens) <= 10
+    assert sum(tokens) <= 400
+
+
 def test_a_model_that_cannot_be_sampled_from_is_refused() -> None:
     model = odd_model("llama")
     forward = model.forward
