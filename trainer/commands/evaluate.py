@@ -72,6 +72,6 @@ def _answer(
 
 
 def _row(answer: Answer) -> dict[str, object]:
-    row = {name: value for name, value in vars(answer.prompt.row).items() if value is not None}
+    row = {name: value for name, value in dataclasses.asdict(answer.prompt.row).items() if value is not None}
     graded = {"completion": answer.text, "score": answer.score}
     return {**row, **graded, "tokens": answer.tokens, "truncated": answer.truncated}
