@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from composites import COMPOSITES, composite
 from families import make_model
 from peft import LoraConfig, get_peft_model
 from run_cases import Run, run, tuned
@@ -63,6 +64,17 @@ def test_layers_with_heads_of_different_width() -> None:
     widths = [layer.head_dim for layer in model.config.per_layer_config]
     assert widths[0] != widths[1]
     assert cost_of(model).pair == 4 * 4 * sum(widths) / 2
+
+
+@pytest.mark.parametrize("kind", COMPOSITES)
+def test_what_text_does_not_reach_costs_nothing(kind: str) -> None:
+    model = composite(kind)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.arange(LENGTH)[None] % 60, use_cache=False)
+    cost = cost_of(model)
+    found = counter.get_flop_counts()["Global"]
+    products = found[torch.ops.aten.mm] + found.get(torch.ops.aten.addmm, 0)
+    assert (cost.blocks + cost.head) * LENGTH == pytest.approx(products, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -35,7 +35,7 @@ def cost_of(model: PreTrainedModel) -> Cost:
     head = model.get_output_embeddings().weight
     lookups = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     blocks = trained = 0.0
-    for matrix in model.parameters():
+    for matrix in _reader_of_text(model).parameters():
         if matrix.dim() >= 2 and matrix is not head and id(matrix) not in lookups:
             flops = 2 * matrix.numel() * _active_share(config, matrix.shape)
             blocks += flops
@@ -50,6 +50,14 @@ def cost_of(model: PreTrainedModel) -> Cost:
         windows=windows,
         recomputed=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
     )
+
+
+def _reader_of_text(model: Any) -> nn.Module:
+    """The model, or the part of a composite one that reads text."""
+    if model.config.get_text_config() is model.config:
+        return model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.get_decoder()
 
 
 def sampling_flops(cost: Cost, samples: Sequence[Sample]) -> float:
