@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -38,6 +38,9 @@ class ChatTemplate:
         Raises:
             Refusal: What the template says against it.
         """
+        return self._render(map(_in_parts, turns) if self._wants_parts else turns, tools, to_answer)
+
+    def _render(self, turns: Iterable[Turn], tools: list[dict[str, Any]] | None, to_answer: bool) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
                 list(turns), tools=tools, add_generation_prompt=to_answer, tokenize=False, **self.variables
@@ -45,6 +48,17 @@ class ChatTemplate:
         except Exception as error:  # a template raises what it likes
             raise Refusal(f"the chat template refuses the conversation: {str(error)[:300]!r}") from error
         return text
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether it reads contents as lists of parts alone, as templates of models that see may do."""
+        found = []
+        for turn in (ASKED, _in_parts(ASKED)):
+            try:
+                found.append(ASKED["content"] in self._render([turn], None, True))
+            except Refusal:
+                found.append(False)
+        return found == [False, True]
 
     def prompt(self, row: Prompt) -> str:
         """A row up to where the answer begins.
@@ -123,7 +137,10 @@ class ChatTemplate:
                 )
 
     def _reads(self, tools: list[dict[str, Any]] | None) -> set[str]:
-        return template_variables(self.tokenizer.get_chat_template(None, tools))
+        try:
+            return template_variables(self.tokenizer.get_chat_template(None, tools))
+        except ValueError as error:  # several templates, and none is the default
+            raise ConfigError(f"the tokenizer's chat template: {str(error)[:300]!r}") from error
 
 
 def chat_template(source: str, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> ChatTemplate:
@@ -143,6 +160,10 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     token = "" if tokenizer.chat_template is None else ChatTemplate(tokenizer).end_token
     found: int | None = tokenizer.convert_tokens_to_ids(token) if token else None
     return found
+
+
+def _in_parts(turn: Turn) -> Turn:
+    return turn | {"content": [{"type": "text", "text": turn["content"]}]}
 
 
 def _any_of(tokens: set[str]) -> re.Pattern[str]:

@@ -137,6 +137,8 @@ def _check_encodable(source: str, row: Mapping[str, Any]) -> None:
 
 def _hint(row: Mapping[str, Any]) -> str:
     found = [name for name in FOREIGN if name in row]
+    if not found and not {"prompt", "messages"} & {*row}:
+        return ". data.columns reads one under another name, as {prompt: question} does"
     if not found:
         return ""
     return f". Rename `{found[0]}` to `messages`, or set data.columns to {{messages: {found[0]}}}"

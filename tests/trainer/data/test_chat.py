@@ -174,6 +174,30 @@ def test_whatever_a_template_raises_is_one_sentence(template: str, message: str)
     assert "\n" not in str(error.value)
 
 
+def test_a_template_that_wants_parts_gets_them() -> None:
+    """As templates of models that see: a text would be left out."""
+    parts = "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+    words = family_tokenizer("smollm", template=FAMILIES["smollm"].template.replace("{{ m.content }}", parts))
+    row = parse_row("d.jsonl:1", {"messages": [user("q"), assistant("4")]})
+    prompts = encode_prompts([row], words, DataConfig(path="p"))
+    assert words.decode(prompts[0].ids).endswith("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n")
+    assert words.decode(encode_completions(prompts, words)[0]) == "4<|im_end|>"
+
+
+def test_a_tokenizer_with_several_templates() -> None:
+    words = family_tokenizer("qwen")
+    words.chat_template = {"default": FAMILIES["smollm"].template, "tool_use": FAMILIES["qwen"].template}
+    rows = [parse_row("d.jsonl:1", {"prompt": "q"}), parse_row("d.jsonl:2", {"prompt": "q", "tools": TOOLS})]
+    plain, with_tools = encode_prompts(rows, words, DataConfig(path="p"))
+    assert words.decode(plain.ids).startswith("<|im_start|>system\nBe helpful")
+    assert '"add"' in words.decode(with_tools.ids)
+    words.chat_template = {"tool_use": FAMILIES["qwen"].template}
+    with pytest.raises(ConfigError, match=r"d\.jsonl:1: the chat template refuses"):
+        encode_prompts(rows, words, DataConfig(path="p"))
+    with pytest.raises(ConfigError, match="the tokenizer's chat template"):
+        encode_prompts(rows, words, DataConfig(path="p", template_kwargs={"enable_thinking": True}))
+
+
 def test_variables_and_tools_reach_the_template() -> None:
     row = {"prompt": "q", "completion": "4", "tools": TOOLS}
     before, after = written("qwen", row, template_kwargs={"enable_thinking": False})
