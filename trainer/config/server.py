@@ -9,6 +9,7 @@ from urllib.parse import SplitResult, urlsplit
 from fastkl.trainer.config.rules import at_least, positive, unchanged
 from fastkl.trainer.errors import ConfigError, require
 
+LONGEST_TIMEOUT = 1e6  # seconds; the clocks of sockets and threads have their limits
 EXAMPLE = "http://127.0.0.1:8000/v1"
 
 
@@ -37,6 +38,10 @@ class ServerConfig:
     def __post_init__(self) -> None:
         at_least(1, self, "server.", "concurrency")
         positive(self, "server.", "timeout")
+        require(
+            self.timeout <= LONGEST_TIMEOUT,
+            f"server.timeout is {self.timeout:g}; it must be at most {LONGEST_TIMEOUT:g} seconds",
+        )
         at_least(0, self, "server.", "retries")
         require(
             self.api_key_env is None or re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env, re.ASCII) is not None,

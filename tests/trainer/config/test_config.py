@@ -47,6 +47,7 @@ REFUSED_BY_DISTILL: list[tuple[dict[str, object], list[str]]] = [
     (SERVED | {"teacher.server.url": ""}, ["server.model is 'm'", "server.url is empty"]),
     (SERVED | {"teacher.server.concurrency": 0}, ["server.concurrency is 0", "at least 1"]),
     (SERVED | {"teacher.server.sequences_per_request": 0}, ["server.sequences_per_request is 0", "at least 1"]),
+    (SERVED | {"teacher.server.timeout": 1e12}, ["server.timeout is 1e+12", "at most 1e+06 seconds"]),
     (SERVED | {"teacher.server.recheck_every": -1}, ["server.recheck_every is -1", "at least 0"]),
     (SERVED | {"teacher.server.timeout": 0}, ["server.timeout is 0", "> 0"]),
     (SERVED | {"teacher.server.retries": -1}, ["server.retries is -1", "at least 0"]),
