@@ -24,7 +24,7 @@ def batch_layout(config: BatchConfig, fused: FusedCausalLM, probe: Probe) -> Lay
     rows; where those fail, one sequence in a forward pass. All processes come to the same.
 
     Raises:
-        ConfigError: For packed rows that are asked for and fail, and for a fused head that fails on one sequence.
+        ConfigError: For packed rows that are asked for and fail, and for a model that fails on one sequence.
     """
     first: Layout = config.layout if config.layout != "auto" else _quickest(fused)
     ways: list[Layout] = ["packed", "padded", "single"]
@@ -39,7 +39,10 @@ def batch_layout(config: BatchConfig, fused: FusedCausalLM, probe: Probe) -> Lay
             )
         if layout != "single":
             note(f"the {probe.name} reads its sequences {WAYS[ways[ways.index(layout) + 1]]}, because {reason}")
-    raise ConfigError(f"the fused head of the {probe.name} is not its own: {reason}. Please report the model")
+    raise ConfigError(
+        f"the {probe.name} cannot be read: {reason} in its own forward pass. Its head, or how it counts its positions, is "
+        f"unlike other models'; use another model"
+    )
 
 
 def _quickest(fused: FusedCausalLM) -> Layout:

@@ -92,6 +92,19 @@ def test_one_at_a_time_where_not_even_padded_rows_are_right(
     assert said in capsys.readouterr().err
 
 
+def test_a_model_that_counts_its_positions_in_its_own_way_is_refused() -> None:
+    """As RoBERTa does, which begins behind its padding id."""
+    model = causal_lm()
+    forward = model.forward
+    model.forward = lambda **inputs: forward(
+        **{"position_ids": torch.arange(7, 7 + inputs["input_ids"].shape[1])[None] ** 2, **inputs}
+    )
+    with pytest.raises(
+        ConfigError, match="the student cannot be read: log-probs of LlamaForCausalLM in single rows are"
+    ):
+        layout_of(model)
+
+
 @pytest.mark.parametrize("broken", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
 def test_weights_that_are_not_finite_are_named(broken: str) -> None:
     model = causal_lm(tie_word_embeddings=False)
