@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -55,6 +56,21 @@ def test_no_synchronisation(name: str, needs: tuple[str, ...]) -> None:
         found = step()
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+
+
+@names
+def test_deterministic_algorithms_refuse_nothing(name: str) -> None:
+    """But for products, if CUBLAS_WORKSPACE_CONFIG is not set."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with_gradients(fused, name, problem(torch.bfloat16), **HOW)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    texts = [str(warning.message) for warning in caught]
+    assert not [text for text in texts if "deterministic" in text and "CuBLAS" not in text]
 
 
 @pytest.mark.parametrize("op", ["logprobs", "policy_gradient", "reverse_kl"])
