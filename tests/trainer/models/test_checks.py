@@ -125,6 +125,13 @@ def test_chat_templates_are_compared_on_every_prompt() -> None:
         checks.check_chat(student, teacher, encoded(student, "1+1=", CHAT[1:], CHAT))
 
 
+def test_a_teachers_template_that_refuses_a_prompt_is_named() -> None:
+    student, teacher = tokenizer(), tokenizer()
+    teacher.chat_template = "{{ raise_exception('no system') if messages[0].role == 'system' }}" + CHAT_TEMPLATE
+    with pytest.raises(ConfigError, match=r"p\.jsonl:2: of the teacher, the chat template refuses.*'no system'"):
+        checks.check_chat(student, teacher, encoded(student, "1+1=", CHAT))
+
+
 def test_chat_templates_that_do_not_matter_pass() -> None:
     student, teacher = tokenizer(), tokenizer()
     teacher.chat_template = OTHER_TEMPLATE
