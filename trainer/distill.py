@@ -16,6 +16,7 @@ from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.mixture import DataSet, read_data_sets, step_prompts
 from fastkl.trainer.data.prompts import EncodedPrompt
+from fastkl.trainer.data.remarks import remark_on_data_sets, remark_on_length
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.data.step_metrics import rollout_metrics
 from fastkl.trainer.loop import fit
@@ -150,6 +151,9 @@ def prepare(config: DistillConfig) -> Prepared:
     environment = make_environment(config.environment)
     data_sets = read_data_sets(config, tokenizer)
     prompts = [prompt for data_set in data_sets for prompt in data_set.prompts]
+    note(f"{len(prompts)} prompts read and encoded")
+    remark_on_data_sets(data_sets, config.sampling.prompts_per_step)
+    remark_on_length(max(len(p.tokens) for p in prompts) + config.sampling.max_new_tokens, config.batch.max_tokens)
     top_k = teacher_top_k(config.loss)
     judge = make_judge(config.reward, tokenizer, environment, prompts)
     eval_prompts = load_eval_prompts(config.eval, tokenizer)

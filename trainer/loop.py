@@ -72,6 +72,8 @@ def fit(
             progress.note(f"{processes.count()} processes, {'FSDP 2' if student.sharded else 'DDP'}")
         if checkpoint is None:
             metrics: dict[str, float] = {}
+            if eval_prompts:
+                progress.note(f"answering {len(eval_prompts)} prompts of eval.data before the first step")
             grade(metrics)
             if metrics:
                 _log(student, folder, 0, metrics)

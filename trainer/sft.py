@@ -12,6 +12,7 @@ from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.config.training import SftConfig
 from fastkl.trainer.data.order import batch_indices
 from fastkl.trainer.data.prompts import encode_prompts, given_samples
+from fastkl.trainer.data.remarks import remark_on_length, remark_on_rows
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.data.sources import load_prompts
 from fastkl.trainer.errors import ConfigError
@@ -21,6 +22,7 @@ from fastkl.trainer.models.ends import end_of_sequence
 from fastkl.trainer.models.loading import context_length
 from fastkl.trainer.models.pretrained import load_tokenizer
 from fastkl.trainer.models.withheld import withholds_routers
+from fastkl.trainer.notes import note
 from fastkl.trainer.objectives.policy_gradient import PolicyGradient
 from fastkl.trainer.rollouts.evaluation import load_eval_prompts
 from fastkl.trainer.rollouts.samplers.local import local_sampler
@@ -64,6 +66,9 @@ def _sft(config: SftConfig, accelerator: Accelerator, folder: RunFolder, listene
     tokenizer = load_tokenizer(config.student)
     prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
     examples = given_samples(prompts, tokenizer)
+    note(f"{len(examples)} examples read and encoded")
+    remark_on_rows(len(examples), config.examples_per_step, "data", "examples_per_step")
+    remark_on_length(max(len(example.ids) for example in examples), config.batch.max_tokens)
     for example in examples:
         example.advantages = [float(counted) for counted in example.loss_mask]
     eval_prompts = load_eval_prompts(config.eval, tokenizer)

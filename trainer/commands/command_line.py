@@ -121,7 +121,8 @@ def load(name: str, dry: bool = False) -> Callable[[Any], object]:
     command = COMMANDS[name]
     module, function = (command.dry_run if dry else command.function).split(":")
     found: Callable[[Any], object] = getattr(importlib.import_module(f"fastkl.trainer.{module}"), function)
-    if transformers := sys.modules.get("transformers"):
+    transformers = sys.modules.get("transformers")
+    if transformers is not None and not sys.stderr.isatty():  # its bars are for a terminal
         transformers.logging.disable_progress_bar()
     return found
 

@@ -15,12 +15,11 @@ from fastkl.trainer.models import checks
 from fastkl.trainer.models.ends import end_of_sequence
 from fastkl.trainer.models.loading import context_length
 from fastkl.trainer.models.pretrained import load_model, load_tokenizer
-from fastkl.trainer.notes import note
+from fastkl.trainer.notes import Count, note
 from fastkl.trainer.rollouts.evaluation import Answer, evaluate, load_eval_prompts, summary
 from fastkl.trainer.rollouts.samplers.local import local_sampler
 from fastkl.trainer.rollouts.single_turn import SingleTurn
 from fastkl.trainer.runs import processes
-from fastkl.trainer.runs.counting import Count
 from fastkl.trainer.runs.identity import rows_fingerprint, weights_fingerprint
 
 # Prompts that are answered and written at once: as many as a CPU samples in one batch; a GPU is kept busy by more.
@@ -35,7 +34,7 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, float]:
     )
     tokenizer = load_tokenizer(config.model)
     prompts = load_eval_prompts(config.eval, tokenizer)
-    note(f"loading {config.model.path} for {len(prompts)} prompts")
+    note(f"{len(prompts)} prompts read and encoded; loading {config.model.path}")
     model = load_model(config.model).to(device)
     checks.check_vocabulary(tokenizer, {"model": model})
     checks.check_eval_room(prompts, config.eval, "model", model)

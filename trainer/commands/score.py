@@ -22,8 +22,7 @@ from fastkl.trainer.models.loading import (
 )
 from fastkl.trainer.models.self_checks.layouts import batch_layout
 from fastkl.trainer.models.self_checks.probe import Probe
-from fastkl.trainer.notes import note
-from fastkl.trainer.runs.counting import Count
+from fastkl.trainer.notes import Count, note
 from fastkl.trainer.runs.identity import rows_fingerprint, weights_fingerprint
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.served import connect
@@ -42,7 +41,7 @@ def score_completions(config: ScoreConfig) -> None:
     assert tokenizer is not None  # ScoreConfig demands one
     prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
     samples = given_samples(prompts, tokenizer)
-    note(f"loading {config.model.path or config.model.server.url} for {len(samples)} completions")
+    note(f"{len(samples)} completions read and encoded")
     scorer = _scorer(config, tokenizer, prompts, samples)
     weights = weights_fingerprint(scorer.model) if isinstance(scorer, LocalTeacher) else "a server's"
     output.begin(len(samples), rows=rows_fingerprint(prompts), weights=weights)

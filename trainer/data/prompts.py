@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.data.samples import Sample, make_sample
 from fastkl.trainer.data.text import continuation_ids, encode
 from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.notes import Count
 
 AT_ONCE = 8192  # prompts that are encoded together
 
@@ -50,8 +52,7 @@ def encode_prompts(
             f"data.chat_template is false; unset it"
         )
     encoded: list[EncodedPrompt] = []
-    for start in range(0, len(prompts), AT_ONCE):
-        rows = prompts[start : start + AT_ONCE]
+    for rows in _pieces(prompts):
         templates = [template if config.chat_template or not isinstance(row.prompt, str) else None for row in rows]
         pairs = list(zip(rows, templates, strict=True))
         texts = [str(row.prompt) if chat is None else chat.prompt(row) for row, chat in pairs]
@@ -65,6 +66,15 @@ def encode_prompts(
             f"{config.path or config.dataset} is as short as that"
         )
     return encoded
+
+
+def _pieces(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
+    """Prompts that are encoded together; where there are many, it is shown how far that has come."""
+    with Count("encoded", len(prompts)) if len(prompts) > AT_ONCE else nullcontext() as count:
+        for start in range(0, len(prompts), AT_ONCE):
+            yield prompts[start : start + AT_ONCE]
+            if count is not None:
+                count.at(min(start + AT_ONCE, len(prompts)))
 
 
 def encode_completions(prompts: Sequence[EncodedPrompt], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

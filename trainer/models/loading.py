@@ -18,6 +18,7 @@ from fastkl.trainer.models.pretrained import load_model, load_tokenizer, outline
 from fastkl.trainer.models.sizes.layers import most_positions
 from fastkl.trainer.models.text_path import TextPath, assumed_path, freeze_unreached, text_path
 from fastkl.trainer.models.withheld import keep_weights
+from fastkl.trainer.notes import note
 
 
 def load_teacher_tokenizer(config: TeacherConfig) -> PreTrainedTokenizerBase | None:
@@ -44,6 +45,7 @@ def teacher_device(config: TeacherConfig, default: torch.device) -> torch.device
 def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel:
     """A model that never gets a gradient."""
     quantized = _quantized(config, device)
+    note(f"loading the teacher {config.path}")
     model = load_model(config, **quantized).requires_grad_(False)
     return model if quantized else model.to(device)
 
@@ -88,6 +90,7 @@ def load_student(config: StudentConfig, device: torch.device) -> PreTrainedModel
             f"student.path is {config.path!r}, whose weights are quantised ({method}) and cannot be trained; take the "
             f"model that was quantised"
         )
+    note(f"loading the student {config.path}")
     model = load_model(config).to(device)
     keep_weights(model)
     return _as_student(model, config, text_path(model, context_length(model)))

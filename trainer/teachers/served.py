@@ -14,6 +14,7 @@ from fastkl.trainer.config.teacher import TeacherConfig, TeacherServerConfig
 from fastkl.trainer.data.batching import PAD_ID
 from fastkl.trainer.data.samples import UNKNOWN, Sample
 from fastkl.trainer.models.tokenizers import vocabulary
+from fastkl.trainer.notes import note
 from fastkl.trainer.runs import processes
 from fastkl.trainer.servers.answers import BadAnswer, Unscored
 from fastkl.trainer.servers.check import check_server
@@ -138,6 +139,7 @@ def connect(
     top_k: int | None = None,
 ) -> ServedTeacher:
     """A teacher whose server has shown what `check_server` asks of it."""
+    note(f"asking the teacher's server {config.server.url}")
     server = CompletionsServer(config.server.model, Connection(config.server, "the teacher's server"))
     reference = check_server(
         server,

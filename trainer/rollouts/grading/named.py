@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.notes import note
 from fastkl.trainer.rollouts.grading.graders import GRADERS, Grader
 from fastkl.trainer.rollouts.grading.trusted import imported
 
 RowGrader = Callable[[str, Prompt], float]
+LOOKED_AT = 1000  # rows whose own answer is graded at the start
+RIGHT = {"last_number": "{}", "boxed": r"\boxed{{}}"}
 PATTERNS = ("math_verify", "regex:PATTERN", "reasoning_gym[:DATASET]", "function:MODULE.NAME")
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
@@ -26,6 +29,7 @@ class NamedGrader:
     name: str
     grade: RowGrader
     needs: tuple[str, ...] = ()
+    right: str = ""  # how a completion gives the answer, for example "<answer>{}</answer>"; empty: that is not known
 
     def __call__(self, completion: str, row: Prompt) -> float:
         score = self.grade(completion, row)
@@ -33,11 +37,22 @@ class NamedGrader:
             return float(score)
         raise ValueError(f"{row.source}: the grader {self.name} gave {score!r}; a score is a finite number")
 
-    def check_rows(self, prompts: Iterable[EncodedPrompt], purpose: str) -> None:
+    def check_rows(self, prompts: Sequence[EncodedPrompt], purpose: str) -> None:
         for prompt in prompts:
             for name in self.needs:
                 if getattr(prompt.row, name) in (None, {}):
                     raise ConfigError(f"{prompt.row.source}: no `{name}`; {purpose} needs one in each row")
+        self._remark(prompts[:LOOKED_AT], purpose)
+
+    def _remark(self, prompts: Sequence[EncodedPrompt], purpose: str) -> None:
+        """Says where even the answer itself would score 0: a word, where the grader reads numbers."""
+        rows = [prompt.row for prompt in prompts] if self.right else []
+        lost = [row for row in rows if self.grade(self.right.replace("{}", row.answer or ""), row) <= 0]
+        if lost:
+            note(
+                f"{purpose}: the grader {self.name} gives 0 even to the answer itself in {len(lost)} of {len(rows)} rows, "
+                f"for example {lost[0].source}: {lost[0].answer!r}; name another grader or mend these answers"
+            )
 
 
 def named_grader(option: str, name: str, *, trusted: bool) -> NamedGrader:
@@ -50,9 +65,9 @@ def named_grader(option: str, name: str, *, trusted: bool) -> NamedGrader:
     if trusted and kind != "function":
         raise ConfigError(f"{_trust(option)} is true but {option} is {name!r}, which is no function of yours; unset it")
     if name in GRADERS:
-        return _of_answers(name, GRADERS[name])
+        return _of_answers(name, GRADERS[name], RIGHT.get(name, ""))
     if name == "math_verify":
-        return _of_answers(name, _math_verify(option))
+        return _of_answers(name, _math_verify(option), r"\boxed{{}}")
     if kind == "regex" and argument:
         return _regex(option, name, argument)
     if kind == "reasoning_gym" and (argument or name == kind):
@@ -66,8 +81,8 @@ def _trust(option: str) -> str:
     return option.replace("grader", "trust_grader")
 
 
-def _of_answers(name: str, grade: Grader) -> NamedGrader:
-    return NamedGrader(name, lambda completion, row: grade(completion, row.answer or ""), needs=("answer",))
+def _of_answers(name: str, grade: Grader, right: str) -> NamedGrader:
+    return NamedGrader(name, lambda completion, row: grade(completion, row.answer or ""), ("answer",), right)
 
 
 def _math_verify(option: str) -> Grader:
@@ -127,4 +142,4 @@ def _reasoning_gym(option: str, name: str, dataset: str) -> NamedGrader:
         answers = _ANSWER_TAG.findall(completion)
         return float(verifier(of)(answer=(answers[-1] if answers else completion).strip(), entry=entry))
 
-    return NamedGrader(name, grade, needs=("answer", "metadata"))
+    return NamedGrader(name, grade, ("answer", "metadata"), "<answer>{}</answer>")
