@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 Settings = dict[str, Any]
@@ -75,6 +81,14 @@ MAMBA: Settings = {
 MIXED: Settings = {"layer_types": ["linear_attention", "full_attention"]}
 HYBRID: Settings = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}
 SLIDING: Settings = {"layer_types": ["sliding_attention", "full_attention"]}
+SECTIONS: Settings = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+INDEXED: Settings = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}
 ABSENT: Any = object()  # a usual name that the family refuses
 
 # What differs from the usual sizes, by family.
@@ -112,6 +126,7 @@ SETTINGS: dict[str, Settings] = {
         "laurel_rank": 8,
     },
     "glm4_moe_lite": LATENT,
+    "glm4v_text": SECTIONS,
     "glm_moe_dsa": LATENT,
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     "gpt_oss": SLIDING,
@@ -122,16 +137,21 @@ SETTINGS: dict[str, Settings] = {
     "kimi_linear": {**MIXED, **LATENT, "linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": LATENT,
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 16},
     "minicpm3": {**LATENT, "dim_model_base": 32, "scale_emb": 1.0},
     "minimax": MIXED,
+    "moshi": {"sliding_window": CONTEXT},
     "nemotron_h": {"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 8},
     "olmo3": SLIDING,
     "olmo_hybrid": MIXED,
+    "qwen2_5_vl_text": SECTIONS,
+    "qwen2_vl_text": SECTIONS,
     "qwen3_5_moe_text": MIXED,
     "qwen3_5_text": MIXED,
     "qwen3_next": MIXED,
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"], **INDEXED},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {"axial_pos_embds": False},
     "roc_bert": {
@@ -143,7 +163,7 @@ SETTINGS: dict[str, Settings] = {
     "xlnet": {"max_position_embeddings": ABSENT},
     "xlstm": {"v_head_dim": ABSENT},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
-    "youtu": LATENT,
+    "youtu": {**LATENT, "pad_token_id": None},  # it loads a padding row as zeros
     "zamba": {**HYBRID, "attn_layer_period": 2, "attn_layer_offset": 1, "n_mamba_heads": 2},
     "zamba2": {
         **HYBRID,
@@ -172,22 +192,28 @@ VISION: Settings = {
     "fullatt_block_indexes": [0],
     "projection_dim": 32,
 }
-# Models of text and images, by the family of their text part.
-COMPOSITES: dict[str, str] = {
-    "fuyu": "persimmon",
-    "gemma3": "gemma3_text",
-    "gemma4": "gemma4_text",
-    "llama4": "llama4_text",
-    "gemma4_unified": "gemma4_unified_text",
-    "qwen3_5": "qwen3_5_text",
-    "qwen3_5_moe": "qwen3_5_moe_text",
-    "qwen4_exp": "qwen4_exp_text",
-    "cohere_compass": "cohere_compass_text",
-    "dots3_note": "dots3_note_text",
-    "emu3": "emu3_text_model",
-    "mllama": "mllama_text_model",
-    "got_ocr2": "qwen2",
-    "git": "git",
+# Models of text and images, by the family of their text part, with what differs in their vision part.
+COMPOSITES: dict[str, tuple[str, Settings]] = {
+    "cohere_compass": ("cohere_compass_text", {}),
+    "fuyu": ("persimmon", {}),
+    "gemma3": ("gemma3_text", {}),
+    "gemma4": ("gemma4_text", {}),
+    "glm4v": ("glm4v_text", {}),
+    "got_ocr2": ("qwen2", {}),
+    "idefics3": ("llama", {}),
+    "internvl": ("qwen2", {}),
+    "llama4": ("llama4_text", {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}),
+    "llava": ("llama", {}),
+    "mistral3": ("mistral", {}),
+    "mllama": ("mllama_text_model", {}),
+    "paligemma": ("gemma", {}),
+    "qwen2_5_vl": ("qwen2_5_vl_text", {}),
+    "qwen2_vl": ("qwen2_vl_text", {"embed_dim": 16, "hidden_size": 32}),
+    "qwen3_5": ("qwen3_5_text", {}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {}),
+    "qwen3_vl": ("qwen3_vl_text", {}),
+    "qwen3_vl_moe": ("qwen3_vl_moe_text", {}),
+    "smolvlm": ("llama", {}),
 }
 
 
@@ -200,27 +226,32 @@ def settings(family: str) -> Settings:
 
 def _has(config: Any, name: str) -> bool:
     try:
-        return hasattr(config, name)
+        found = getattr(config, name, ABSENT)
     except Exception:  # it has one for each layer
         return True
+    unused = name == "sliding_window" and found is None  # inherited, and the cache alone would heed it
+    return found is not ABSENT and not unused
 
 
 def make_config(family: str, **more: Any) -> Any:
-    if family in COMPOSITES:
-        parts = {"text_config": settings(COMPOSITES[family]), "vision_config": dict(VISION)}
-        return AutoConfig.for_model(family, **parts, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, **more)
-    return AutoConfig.for_model(family, **settings(family) | more)
+    if family not in COMPOSITES:
+        return AutoConfig.for_model(family, **settings(family) | more)
+    text, vision = COMPOSITES[family]
+    parts = {"text_config": settings(text) | {"model_type": text}, "vision_config": VISION | vision}
+    return AutoConfig.for_model(family, **parts | more)
 
 
 def make_model(family: str, seed: int = 0, **more: Any) -> PreTrainedModel:
     """A random model in float32, with weights large enough that its distributions are far from flat."""
     config = make_config(family, **more)
+    whole = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING  # not its text part alone
+    kind: Any = AutoModelForMultimodalLM if whole else AutoModelForCausalLM
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(parameter.numel() for parameter in kind.from_config(copy.deepcopy(config)).parameters())
     if size > 5e6:
         raise ValueError(f"{family} has {size:,} weights with the sizes of SETTINGS; make it smaller")
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = kind.from_config(config)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Embedding):
@@ -234,4 +265,6 @@ def make_model(family: str, seed: int = 0, **more: Any) -> PreTrainedModel:
 
 def _is_matrix(module: nn.Module, weight: Tensor) -> bool:
     """A product's matrix, or a stack of experts' matrices; not a convolution or a state's decay."""
-    return isinstance(module, nn.Linear | Conv1D) if weight.dim() == 2 else weight.dim() == 3 and min(weight.shape) >= 4
+    if weight.dim() == 2:
+        return isinstance(module, nn.Linear | Conv1D) or not weight.any()  # a router of zeros would choose at random
+    return weight.dim() == 3 and min(weight.shape) >= 4
