@@ -6,6 +6,7 @@ launchers of this project, with tensors that say they are on a GPU.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import struct
 from collections.abc import Callable, Iterator
@@ -68,50 +69,46 @@ class Seen(NamedTuple):
     kernel: Any  # triton's CompiledKernel
     launch: Launch
     maps: list[TensorMap]
+    parameters: list[bytes]  # what the kernel must be given, in the order of its own parameters
 
 
-Run = Callable[[Variant, torch.device], list[Seen]]
-
-
-@pytest.fixture(scope="module")
-def run(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """(variant, device) -> its launches, which have come as far as the driver."""
+@pytest.fixture(scope="session")
+def all_seen(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
+    """The launches of every variant, which have come as far as the driver."""
     if torch.cuda.is_available():
         pytest.skip("a GPU is here, with a driver of its own")
-    if triton.__version__ < "3.7":
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
         pytest.skip(f"triton {triton.__version__} is older than the launcher that the stub was written for, 3.7")
     if compiler() is None:
         pytest.skip("no C compiler, or no Python.h, with which Triton builds its launcher")
     folder = tmp_path_factory.mktemp("stub")
-    library, stub, seen = load_stub(folder), StubCuda(ARCHS), []
+    library, stub, seen, launched = load_stub(folder), StubCuda(ARCHS), [], set()
     library.listen(stub.listener)
+    original = JITFunction.run
     with pytest.MonkeyPatch.context() as patch, fake_tensors(patch):
         patch.setenv("TRITON_LIBCUDA_PATH", str(folder))
         patch.setenv("TRITON_CACHE_DIR", str(compiled))
         machine = Machine(patch, *ARCHS)
         _use_driver(patch, machine)
-        original = JITFunction.run
 
         def spied(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
             stub.context, known = 1 + machine.current, len(stub.maps)
             kernel = original(self, *args, grid=grid, warmup=warmup, **options)
-            seen.append(Seen(kernel_name(self), options, kernel, stub.launches[-1], stub.maps[known:]))
+            assert not stub.errors
+            maps = stub.maps[known:]
+            expected = list(parameters(kernel, options, maps))
+            seen.append(Seen(kernel_name(self), options, kernel, stub.launches[-1], maps, expected))
             launched.add(self)
 
-        def run(one: Variant, device: torch.device) -> list[Seen]:
-            seen.clear()
-            stub.errors.clear()
+        patch.setattr(JITFunction, "run", spied)
+        for one, device in launched_variants():
             with torch.device(device):
                 one.launch(n=3, offset=1)
-            assert not stub.errors
-            return list(seen)
-
-        launched: set[Any] = set()
-        patch.setattr(JITFunction, "run", spied)
-        yield run
+    library.listen(None)
     for function in launched:
         function.device_caches.clear()
     triton.compiler.compiler.max_shared_mem.cache_clear()
+    return seen
 
 
 def _use_driver(patch: pytest.MonkeyPatch, machine: Machine) -> None:
@@ -159,11 +156,6 @@ def launched_variants() -> list[tuple[Variant, torch.device]]:
     """On sm_90, and what scores on sm_80 too, which has no tensor descriptors."""
     here = [(variant(name, **options), HERE) for name, each in LAUNCHED.items() for options in each]
     return here + [(variant(name), THERE) for name in ("score.token_nll", "score.reverse_kl")]
-
-
-@pytest.fixture(scope="module")
-def all_seen(run: Run) -> list[Seen]:
-    return [seen for one, device in launched_variants() for seen in run(one, device)]
 
 
 def test_every_kernel_is_launched(all_seen: list[Seen]) -> None:
@@ -226,22 +218,23 @@ def place(seen: Seen) -> str:
 def test_arguments_arrive(all_seen: list[Seen]) -> None:
     """As many as the binary has, each at its place, of its size, with its value."""
     for seen in all_seen:
-        expected = list(parameters(seen))
-        assert len(expected) == len(seen.kernel.run.kernel_signature) + 2, seen.name  # what the launcher counts
-        assert [len(one) for one in expected] == seen.launch.function.sizes, seen.name
-        assert seen.launch.parameters == expected, seen.name
+        assert len(seen.parameters) == len(seen.kernel.run.kernel_signature) + 2, seen.name  # what the launcher counts
+        assert [len(one) for one in seen.parameters] == seen.launch.function.sizes, seen.name
+        assert seen.launch.parameters == seen.parameters, seen.name
 
 
-def parameters(seen: Seen) -> Iterator[bytes]:
-    """What the kernel must be given, in the order of its own parameters."""
+def parameters(kernel: Any, arguments: dict[str, Any], maps: list[TensorMap]) -> Iterator[bytes]:
+    """What a kernel must be given; each descriptor must have been made of its own tensor."""
     formats = {"i32": "<i", "i64": "<q", "fp32": "<f"}
-    maps = iter(seen.maps)
-    for name, kind in seen.kernel.src.signature.items():
-        value = seen.arguments[name]
+    remaining = iter(maps)
+    for name, kind in kernel.src.signature.items():
+        value = arguments[name]
         if kind == "constexpr":
             assert value is None or isinstance(value, bool) or value == 1 or name.isupper(), name
         elif isinstance(value, TensorDescriptor):
-            yield next(maps).content
+            one = next(remaining)
+            assert one.address == value.base.data_ptr()
+            yield one.content
             yield from (struct.pack("<i", size) for size in value.shape)
             yield from (struct.pack("<q", stride) for stride in value.strides)
         elif kind.startswith("*"):
@@ -302,10 +295,32 @@ def test_descriptors_are_of_their_tensors(all_seen: list[Seen]) -> None:
         descriptors = [value for value in values if isinstance(value, TensorDescriptor)]
         for descriptor, one in zip(descriptors, seen.maps, strict=True):
             base, (rows, columns) = descriptor.base, descriptor.block_shape
-            assert (one.type, one.address) == (types[base.dtype], base.data_ptr())
+            assert one.type == types[base.dtype]
             assert one.sizes == tuple(reversed(base.shape))
             assert one.strides == (base.stride(0) * base.itemsize,)
             assert one.box == (min(columns, 128 // base.itemsize), rows)
             assert one.swizzle == 3
             count += 1
     assert count == 2 + 4
+
+
+def refused_map(address: int = 2**40, stride: int = 1024, box: tuple[int, int] = (64, 128), swizzle: int = 3) -> bool:
+    """Of a bf16 tensor [16, 512]."""
+    sizes, strides = (ctypes.c_uint64 * 2)(512, 16), (ctypes.c_uint64 * 1)(stride)
+    sides, steps, room = (ctypes.c_uint32 * 2)(*box), (ctypes.c_uint32 * 2)(1, 1), ctypes.create_string_buffer(256)
+    place = -(-ctypes.addressof(room) // 64) * 64
+    pointers = [ctypes.addressof(array) for array in (sizes, strides, sides, steps)]
+    return StubCuda(ARCHS).cuTensorMapEncodeTiled([place, 9, 2, address, *pointers, 0, swizzle, 2, 0]) != 0
+
+
+def test_the_stub_refuses_what_a_device_refuses() -> None:
+    assert not refused_map()
+    assert refused_map(address=2**40 + 8)
+    assert refused_map(stride=1026)
+    assert refused_map(stride=512)
+    assert refused_map(box=(64, 512))
+    assert refused_map(box=(128, 128))
+    assert refused_map(box=(64, 128), swizzle=2)
+    stub = StubCuda(ARCHS)
+    stub.context = 1 + ARCHS.index(80)
+    assert stub.cuFuncSetAttribute([1, 8, 200 * 1024]) != 0
