@@ -127,8 +127,8 @@ HEAD = """\
 # Models
 
 Student and teacher may be any causal language model of Transformers, or a model that reads images or sound as well as text.
-This page says what is checked, and what works for which family. [students.md](students.md) says which weights are trained
-and saved.
+This page says what works for which family, and which tokenizers fit together. [students.md](students.md) says which weights
+are trained and saved.
 
 ## What you may bring
 
@@ -138,24 +138,12 @@ and saved.
 | a model with code of its own | set `trust_remote_code` |
 | a head that is not one linear layer, or logits changed in other ways than by a scale or a soft-cap | it is refused |
 | a GGUF file | convert it to a folder first, as [recipes/smollm2](../recipes/smollm2/make.py) does |
-| a quantised folder | it can be a teacher, not a student |
+| a quantised folder | it can be a teacher: see [teachers.md](teachers.md#where-a-teacher-is) |
 
 ## What is checked at the start
 
-What goes wrong differs between families. So the model itself is asked about a few short texts before the run. Its plain
-forward pass of one text is right by definition. Everything else must agree with it.
-
-| what | if it disagrees |
-|---|---|
-| the fused head | the run is refused |
-| continuous batching | `sampling.engine: auto` takes `generate`; `continuous_batching` is refused |
-| `generate` with padded prompts | a batch has prompts of one length, or one prompt; if that fails too, the run is refused |
-| packed rows | `batch.layout: packed` is refused; `auto` takes padded rows |
-| padded rows | sequences are read one by one |
-| the forward pass of an update | the run is refused. Dropout is off, unless `student.dropout` is `keep` |
-| the saved folder | the run ends with an error, and the checkpoint is kept |
-
-A line on stderr says what was chosen and why. A model that is in no table below is checked in the same way.
+What goes wrong differs between families. So it is not a family's name that decides, but the model's answers to a few short
+texts: see [rollouts.md](rollouts.md#one-distribution). A model that is in no table below is checked in the same way.
 
 ## Student and teacher together
 
