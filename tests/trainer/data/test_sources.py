@@ -50,7 +50,7 @@ def load(path: Path, **settings: Any) -> list[Prompt]:
         ("d.json", LINES, ":1 :2"),
         ("d.json", json.dumps(ROWS).encode(), "#1 #2"),
         ("d.JSON", b"\xef\xbb\xbf\n " + json.dumps(ROWS, indent=1).encode(), "#1 #2"),
-        ("d.jsonl.gz", gzip.compress(LINES), ":1 :2"),
+        ("d.jsonl.gz", gzip.compress(LINES, mtime=0), ":1 :2"),
         ("d.json.gz", gzip.compress(json.dumps(ROWS).encode()), "#1 #2"),
     ],
 )
@@ -73,10 +73,10 @@ def test_one_object_over_many_lines(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("d.jsonl", b"PAR1....", "is not JSON but a Parquet file; let its name end in .parquet"),
-        ("d.jsonl", gzip.compress(LINES), "is not JSON but compressed by gzip; let its name end in .gz"),
+        ("d.jsonl", gzip.compress(LINES, mtime=0), "is not JSON but compressed by gzip; let its name end in .gz"),
         ("d.jsonl", b"PK\x03\x04...", "is not JSON but a ZIP archive"),
         ("d.jsonl.gz", LINES, "is no whole gzip file"),
-        ("d.jsonl.gz", gzip.compress(LINES)[:-9], "is no whole gzip file"),
+        ("d.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "is no whole gzip file"),
         (
             "d.jsonl",
             json.dumps(ROWS, indent=1).encode(),
