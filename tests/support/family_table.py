@@ -85,7 +85,7 @@ GROUPS = (
     Group(
         {**UNPACKED, **ONE_LENGTH},
         """
-        bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart recurrent_gemma roformer
+        bart bigbird_pegasus blenderbot blenderbot-small marian mbart minimax mvp pegasus plbart recurrent_gemma roformer
         trocr
         """,
     ),
@@ -105,7 +105,7 @@ GROUPS = (
 CACHE = "Transformers' forward pass with a cache gives other log-probs than the one without"
 POSITIONS = "encoders used as decoders, whose positions do not begin at 0"
 REFUSED_FAMILIES = {
-    **dict.fromkeys(("cpmant", "minimax", "paligemma", "xlm", "xlnet"), CACHE),
+    **dict.fromkeys(("cpmant", "paligemma", "xlm", "xlnet"), CACHE),
     **dict.fromkeys(("camembert", "data2vec-text", "roberta", "roberta-prelayernorm"), POSITIONS),
     **dict.fromkeys(("xlm-roberta", "xlm-roberta-xl", "xmod"), POSITIONS),
     "xlstm": "`generate` fails on it",
