@@ -186,6 +186,7 @@ def _phases(plan: Plan, passes: Passes, shard: int) -> Iterator[tuple[str, list[
         ]
         if teacher.device is None:
             yield "teacher", parts
+    yield "saving", [Part("the student's tensors as bytes", memory.weights(student))]
     heads = 1 if _sampled_objective(config) else 2
     yield (
         "update",

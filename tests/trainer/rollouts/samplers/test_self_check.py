@@ -59,7 +59,7 @@ def test_generate_where_continuous_batching_lies_or_crashes(
     check_samples(model, sampler)
     lines = capfd.readouterr().err.splitlines()
     said = f"it fails on {type(model).__name__} (" if kind in CRASHES else "its log-probs are "
-    assert lines[0].startswith(f"sampling by generate, not by continuous batching: {said}")
+    assert lines[0].startswith(f"fastkl: sampling by generate, not by continuous batching: {said}")
     assert len(lines) == 1 + (kind in READS_PADDING)  # no traceback of the engine's
 
 
