@@ -36,7 +36,9 @@ a first run:
 Any setting of CONFIG.yaml can be given as --name value too; `fastkl COMMAND --help` lists them."""
 
 DRY_RUN = "--dry-run"
-DRY_RUN_HELP = "Check everything and estimate a step's FLOPs and memory (docs/memory.md). Nothing is loaded or written."
+DRY_RUN_HELP = (
+    "Check everything and estimate a step's FLOPs and memory (docs/accounting.md). Nothing is loaded or written."
+)
 
 
 def _add_settings(parser: argparse.ArgumentParser, config: type) -> None:
