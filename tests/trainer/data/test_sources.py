@@ -51,7 +51,7 @@ def load(path: Path, **settings: Any) -> list[Prompt]:
         ("d.json", json.dumps(ROWS).encode(), "#1 #2"),
         ("d.JSON", b"\xef\xbb\xbf\n " + json.dumps(ROWS, indent=1).encode(), "#1 #2"),
         ("d.jsonl.gz", gzip.compress(LINES, mtime=0), ":1 :2"),
-        ("d.json.gz", gzip.compress(json.dumps(ROWS).encode()), "#1 #2"),
+        ("d.json.gz", gzip.compress(json.dumps(ROWS).encode(), mtime=0), "#1 #2"),
     ],
 )
 def test_files_of_json(name: str, content: bytes, sources: str, tmp_path: Path) -> None:
