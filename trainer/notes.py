@@ -7,9 +7,6 @@ import sys
 import time
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 PAUSE = 10.0  # seconds between two lines of a log
 
 
@@ -34,6 +31,9 @@ class Count:
     """
 
     def __init__(self, title: str, total: int, done: int = 0) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         self._title, self._total, self._first = title, total, done
         self._start = self._said = time.perf_counter()
         console = Console(stderr=True, quiet=not _first())

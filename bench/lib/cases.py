@@ -168,7 +168,7 @@ def make_case(
         weight.requires_grad_(head == "trainable"),
         tokens,
         normal(n),
-        logprobs + SAMPLER_STD * normal(n),
+        (logprobs + SAMPLER_STD * normal(n)).clamp(max=0.0),
         teacher_hidden,
         teacher_weight,
     )
