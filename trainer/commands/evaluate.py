@@ -8,7 +8,7 @@ import json
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastkl.trainer.commands.output import Output
+from fastkl.trainer.commands.output import Fields, Output
 from fastkl.trainer.config.offline import EvaluateConfig
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.models import checks
@@ -24,22 +24,23 @@ from fastkl.trainer.runs.identity import rows_fingerprint, weights_fingerprint
 
 # Prompts that are answered and written at once: as many as a CPU samples in one batch; a GPU is kept busy by more.
 AT_ONCE = {"cpu": 64, "accelerator": 512}
+FIELDS: Fields = {"score": (int, float), "tokens": int, "truncated": bool}  # of a row, what the summary reads
 
 
 def evaluate_model(config: EvaluateConfig) -> dict[str, float]:
     """Prints `eval/*` as one JSON line; writes the graded answers as they come, if asked to, and goes on with a file."""
     device = PartialState().device
-    output = Output(
-        config.output, {name: value for name, value in dataclasses.asdict(config).items() if name != "output"}
-    )
-    tokenizer = load_tokenizer(config.model)
-    prompts = load_eval_prompts(config.eval, tokenizer)
-    note(f"{len(prompts)} prompts read and encoded; loading {config.model.path}")
-    model = load_model(config.model).to(device)
-    checks.check_vocabulary(tokenizer, {"model": model})
-    checks.check_eval_room(prompts, config.eval, "model", model)
-    output.begin(len(prompts), rows=rows_fingerprint(prompts), weights=weights_fingerprint(model))
-    _answer(config, model, tokenizer, prompts, output)
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "output"}
+    with Output(config.output, settings, FIELDS) as output:
+        tokenizer = load_tokenizer(config.model)
+        prompts = load_eval_prompts(config.eval, tokenizer)
+        note(f"{len(prompts)} prompts read and encoded; loading {config.model.path}")
+        model = load_model(config.model).to(device)
+        checks.check_vocabulary(tokenizer, {"model": model})
+        checks.check_eval_room(prompts, config.eval, "model", model)
+        sources = [prompt.row.source for prompt in prompts]
+        output.begin(sources, rows=rows_fingerprint(prompts), weights=weights_fingerprint(model))
+        _answer(config, model, tokenizer, prompts, output)
     metrics = summary(output.rows)
     if processes.rank() == 0:
         print(json.dumps(metrics), flush=True)

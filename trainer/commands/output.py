@@ -5,36 +5,65 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fastkl.trainer.config.settings import flat
 from fastkl.trainer.errors import ConfigError, RunError
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.files import write_text
 
+Fields = Mapping[str, type | tuple[type, ...]]  # what a row has, with the type
+
 
 class Output:
     """Rows in a file, with a note beside it of what they were made from. Every method is called by all processes.
 
+    While the context is open, no other command writes to the file.
+
     Args:
         name: The file; None: the rows are kept in memory alone.
         settings: What the rows depend on. A file with other ones is refused, and so is a file that is none of this.
+        fields: What every row has besides its `source`, with the type.
     """
 
-    def __init__(self, name: str | None, settings: Mapping[str, Any]) -> None:
+    def __init__(self, name: str | None, settings: Mapping[str, Any], fields: Fields) -> None:
         self.path = None if name is None else Path(name)
-        self.total = 0
         self.rows: list[dict[str, Any]] = []
+        self._sources: Sequence[str] = ()
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
-        if self.path is not None:
-            processes.on_main(self._check)
+        self._fields: Fields = {"source": str, **fields}
+        self._made: list[Path] = []
+        self._lock: FileLock | None = None
 
-    def begin(self, total: int, **content: str) -> None:
-        """Reads the rows that are there already: of so many, made from `content` (fingerprints by name)."""
-        self.total = total
+    def __enter__(self) -> Output:
+        if self.path is not None:
+            processes.on_main(self._open)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is None:
+            return
+        assert self.path is not None
+        self._lock.release()
+        if not self.path.exists():  # the command was refused, or ended before its first row
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            for folder in self._made:
+                with suppress(OSError):  # something else is in it now
+                    folder.rmdir()
+
+    @property
+    def total(self) -> int:
+        """How many rows there will be."""
+        return len(self._sources)
+
+    def begin(self, sources: Sequence[str], **content: str) -> None:
+        """Reads the rows that are there already: of these sources, made from `content` (fingerprints by name)."""
+        self._sources = sources
         self._settings |= content
         if self.path is not None:
             self.rows = processes.on_main(self._rows_before)
@@ -67,6 +96,23 @@ class Output:
         assert self.path is not None
         return self.path.with_name(f".{self.path.name}.config")
 
+    def _open(self) -> None:
+        """Checks the file, and takes it."""
+        assert self.path is not None
+        self._check()
+        self._made = [folder for folder in self.path.absolute().parents if not folder.exists()]
+        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(
+                f"output {self.path}: another process is writing to it; wait for it or choose another name"
+            ) from error
+        except (OSError, NotImplementedError) as error:
+            raise _unusable(self.path, error) from error
+        self._lock = lock
+
     def _check(self) -> None:
         """The file is not there yet, or comes from the same settings; a new one can be written."""
         assert self.path is not None
@@ -78,9 +124,7 @@ class Output:
                 open(self.path, "ab").close()
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise ConfigError(
-                f"output {self.path} cannot be written ({error}); name a file in a folder of yours"
-            ) from error
+            raise _unusable(self.path, error) from error
 
     def _rows_before(self) -> list[dict[str, Any]]:
         assert self.path is not None
@@ -88,8 +132,39 @@ class Output:
             return []
         self._compare(self._read_note())
         lines = self._whole_lines()
+        if len(lines) > self.total:
+            raise ConfigError(
+                f"output {self.path} holds {len(lines)} rows, but the data has {self.total}; move the file away or choose "
+                f"another name"
+            )
+        rows = [self._row(number, line) for number, line in enumerate(lines, start=1)]
         os.truncate(self.path, sum(len(line) + 1 for line in lines))
-        return [json.loads(line) for line in lines]
+        return rows
+
+    def _row(self, number: int, line: bytes) -> dict[str, Any]:
+        """A row that was written before, checked."""
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row, fault = {}, "is not JSON"
+        else:
+            fault = self._fault(row, self._sources[number - 1])
+        if fault:
+            raise ConfigError(
+                f"{self.path}:{number} {fault}, so the output is damaged; take out this line and all after it, and the "
+                f"same command goes on, or choose another name"
+            )
+        found: dict[str, Any] = row
+        return found
+
+    def _fault(self, row: Any, source: str) -> str:
+        """What is wrong with a row; empty where nothing is."""
+        if not isinstance(row, dict):
+            return f"is a {type(row).__name__}, not an object"
+        for name, kind in self._fields.items():
+            if not isinstance(row.get(name), kind):
+                return f"has no {name}" if name not in row else f"has the {name} {str(row[name])[:40]!r}"
+        return "" if row["source"] == source else f"is of {row['source']}, and {source} comes here"
 
     def _read_note(self) -> dict[str, Any]:
         try:
@@ -122,7 +197,6 @@ class Output:
     def _append(self, rows: list[dict[str, Any]]) -> None:
         assert self.path is not None
         if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             write_text(self._note, json.dumps(self._settings))
         with open(self.path, "ab") as file:
             file.write(b"".join(map(_line, rows)))
@@ -138,6 +212,10 @@ class Output:
                 f"output {self.path} could not be written: {error}. The first {len(self.rows)} of {self.total} rows are in "
                 f"it; make room, and the same command goes on after them"
             ) from error
+
+
+def _unusable(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"output {path} cannot be written ({error}); name a file in a folder of yours")
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.trainer.commands.output import Output
+from fastkl.trainer.commands.output import Fields, Output
 from fastkl.trainer.config.offline import ScoreConfig
 from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, given_samples
 from fastkl.trainer.data.samples import Sample
@@ -29,6 +29,7 @@ from fastkl.trainer.teachers.served import connect
 from fastkl.trainer.teachers.teacher import Teacher
 
 AT_ONCE = 256  # completions that are scored and written at once
+FIELDS: Fields = {"ids": list, "loss_mask": list, "logprobs": list, "sum": (int, float)}
 
 
 def score_completions(config: ScoreConfig) -> None:
@@ -36,21 +37,22 @@ def score_completions(config: ScoreConfig) -> None:
 
     The completion is scored with the end-of-sequence token after it, as one that is finished.
     """
-    output = Output(config.output, _settings(config))
-    tokenizer = load_teacher_tokenizer(config.model)
-    assert tokenizer is not None  # ScoreConfig demands one
-    prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
-    samples = given_samples(prompts, tokenizer)
-    note(f"{len(samples)} completions read and encoded")
-    scorer = _scorer(config, tokenizer, prompts, samples)
-    weights = weights_fingerprint(scorer.model) if isinstance(scorer, LocalTeacher) else "a server's"
-    output.begin(len(samples), rows=rows_fingerprint(prompts), weights=weights)
-    with Count("scored", len(samples), len(output.rows)) as count, output.interruptible():
-        while len(output.rows) < len(samples):
-            piece = samples[len(output.rows) : len(output.rows) + AT_ONCE]
-            scorer.score(piece)
-            output.add(_row(sample, prompts[sample.prompt_index]) for sample in piece)
-            count.at(len(output.rows))
+    with Output(config.output, _settings(config), FIELDS) as output:
+        tokenizer = load_teacher_tokenizer(config.model)
+        assert tokenizer is not None  # ScoreConfig demands one
+        prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
+        samples = given_samples(prompts, tokenizer)
+        note(f"{len(samples)} completions read and encoded")
+        scorer = _scorer(config, tokenizer, prompts, samples)
+        weights = weights_fingerprint(scorer.model) if isinstance(scorer, LocalTeacher) else "a server's"
+        sources = [prompts[sample.prompt_index].row.source for sample in samples]
+        output.begin(sources, rows=rows_fingerprint(prompts), weights=weights)
+        with Count("scored", len(samples), len(output.rows)) as count, output.interruptible():
+            while len(output.rows) < len(samples):
+                piece = samples[len(output.rows) : len(output.rows) + AT_ONCE]
+                scorer.score(piece)
+                output.add(_row(sample, prompts[sample.prompt_index]) for sample in piece)
+                count.at(len(output.rows))
     print(f"{len(samples)} rows written to {output.path}")
 
 

@@ -14,6 +14,7 @@ from tiny_data import read_jsonl, sums, write_jsonl
 from fastkl import cli
 from fastkl.trainer.commands import evaluate, score
 from fastkl.trainer.commands.output import Output
+from fastkl.trainer.errors import ConfigError
 
 COMMANDS = ("eval", "score")
 SOURCE = {"eval": "eval.data.path", "score": "data.path"}
@@ -151,14 +152,75 @@ def test_an_output_that_cannot_be_is_refused_first(
 
 def test_any_text_is_written(tmp_path: Path) -> None:
     """JSON can spell half of a surrogate pair, which UTF-8 cannot."""
-    output = Output(str(tmp_path / "o.jsonl"), {})
-    output.begin(1)
-    row = {"answer": "\ud800", "metadata": {"\udfff": ["ä", {"x": "\u2028"}]}}
-    output.add([row])
+    row = {"source": "d:1", "answer": "\ud800", "metadata": {"\udfff": ["ä", {"x": "\u2028"}]}}
+    with Output(str(tmp_path / "o.jsonl"), {}, {}) as output:
+        output.begin(["d:1"])
+        output.add([row])
     assert read_jsonl(tmp_path / "o.jsonl") == [row]
-    again = Output(str(tmp_path / "o.jsonl"), {})
-    again.begin(1)
-    assert again.rows == [row]
+    with Output(str(tmp_path / "o.jsonl"), {}, {}) as again:
+        again.begin(["d:1"])
+        assert again.rows == [row]
+
+
+def rows_of(file: Path, total: int) -> list[dict[str, object]]:
+    """What a command that answers so many rows finds in the file."""
+    with Output(str(file), {}, {"score": (int, float)}) as output:
+        output.begin([f"d:{line}" for line in range(1, total + 1)])
+        return output.rows
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    """A file with three rows."""
+    with Output(str(tmp_path / "o.jsonl"), {}, {}) as output:
+        output.begin(["d:1", "d:2", "d:3"])
+        output.add([{"source": f"d:{line}", "score": 1.0} for line in (1, 2, 3)])
+    return tmp_path / "o.jsonl"
+
+
+def test_one_command_at_a_time_writes(tmp_path: Path, three: Path) -> None:
+    """The second is refused at once; where nothing was written nothing is left."""
+    for file in (three, tmp_path / "new" / "deep" / "o.jsonl"):
+        with Output(str(file), {}, {}):
+            with pytest.raises(ConfigError, match=f"output {file}: another process is writing to it"):
+                Output(str(file), {}, {}).__enter__()
+            with Output(str(file.with_name("other.jsonl")), {}, {}):
+                pass
+    assert not (tmp_path / "new").exists()
+    assert len(rows_of(three, 4)) == 3
+
+
+def test_more_rows_than_the_data_has_are_refused(three: Path) -> None:
+    with pytest.raises(ConfigError, match="holds 3 rows, but the data has 2"):
+        rows_of(three, 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("garbage", "is not JSON"),
+        ("\0\0", "is not JSON"),
+        ("", "is not JSON"),
+        ("[1]", "is a list, not an object"),
+        ('{"a": 1}', "has no source"),
+        ('{"source": "d:2"}', "has no score"),
+        ('{"source": "d:2", "score": "x"}', "has the score 'x'"),
+        ('{"source": "d:1", "score": 1}', "is of d:1, and d:2 comes here"),
+    ],
+)
+def test_a_damaged_row_is_named(damage: str, said: str, three: Path) -> None:
+    """Which is left as it is; a last line that was cut short is dropped."""
+    whole = three.read_text()
+    three.write_text(whole + '{"sour')
+    assert len(rows_of(three, 4)) == 3
+    lines = whole.splitlines()
+    three.write_text("\n".join([lines[0], damage, lines[2], '{"sour']))
+    before = three.read_bytes()
+    with pytest.raises(ConfigError) as refused:
+        rows_of(three, 4)
+    assert f"{three}:2 {said}" in str(refused.value)
+    assert "take out this line and all after it" in str(refused.value)
+    assert three.read_bytes() == before
 
 
 @pytest.fixture(scope="module")
