@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,15 +15,33 @@ from run_cases import Run, run, tuned
 from run_settings import training
 from tiny_models import causal_lm, save_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import CONFIG_MAPPING, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from fastkl.trainer.data.samples import make_sample
-from fastkl.trainer.models.sizes.flops import Cost, cost_of, sampling_flops, scoring_flops, training_flops
+from fastkl.trainer.models.sizes.flops import EXPERTS as EXPERT_NAMES
+from fastkl.trainer.models.sizes.flops import (
+    VISITED,
+    Cost,
+    _active_share,
+    _numbers,
+    cost_of,
+    sampling_flops,
+    scoring_flops,
+    training_flops,
+)
 from fastkl.trainer.runs.report.data import FLOPS, run_data
 
 LENGTH = 24
 WHOLE = make_sample([], list(range(LENGTH)), 0)  # every token counts
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3_text", "mistral", "mixtral", "gpt2")
+
+
+MIXTURES = (
+    *("afmoe", "aria_text", "deepseek_v3", "ernie4_5_moe", "flex_olmo", "glm4_moe", "gpt_oss", "granitemoe"),
+    *("jamba", "jetmoe", "llama4_text", "longcat_flash", "minimax_m2", "mixtral", "nemotron_h", "olmoe", "phimoe"),
+    *("qwen2_moe", "qwen3_moe", "qwen3_next"),
+)
+EXPERTS = {"num_hidden_layers": 2, "num_experts": 4}
 
 
 def model_of(kind: str, layers: int = 2) -> PreTrainedModel:
@@ -139,6 +158,31 @@ def test_sampling_costs_what_torch_counts_token_by_token() -> None:
     assert weights == cost.blocks * (len(sample.ids) - 1) + cost.head * len(completion)
     masked = cost.pair * len(cost.windows) * len(prompt) * (len(prompt) - 1) / 2  # of the prefill
     assert sampling_flops(cost, [sample]) == pytest.approx(weights + pairs - masked, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        (EXPERTS | {"num_experts_per_tok": 2}, 0.5),
+        (EXPERTS | {"top_k_experts": 2}, 0.5),  # Gemma 4
+        (EXPERTS | {"moe_topk": [1, 2]}, 0.375),  # Hunyuan: one for each layer
+        ({"num_hidden_layers": 2, "moe_num_experts": [4, 4], "moe_k": 1}, 0.25),  # Ernie
+        ({"num_hidden_layers": 2, "n_routed_experts": 4, "num_experts_per_token": 1}, 0.25),
+        (EXPERTS | {"top_k_experts": None}, 1.0),
+        (EXPERTS | {"visits": 2}, 1.0),  # no known name: all are counted
+    ],
+)
+def test_a_token_visits_some_experts(settings: dict[str, Any], share: float) -> None:
+    config: Any = SimpleNamespace(**settings)
+    found = _active_share((4, 8, 8), _numbers(config, EXPERT_NAMES), _numbers(config, VISITED))
+    assert found == share
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_every_mixture_of_transformers_is_known(kind: str) -> None:
+    config = CONFIG_MAPPING[kind]().get_text_config()
+    experts, visited = _numbers(config, EXPERT_NAMES), _numbers(config, VISITED)
+    assert 0 < _active_share((int(experts[0]), 8, 8), experts, visited) < 1
 
 
 def test_what_does_not_count_has_no_head() -> None:

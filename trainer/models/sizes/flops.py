@@ -15,6 +15,17 @@ from transformers import PreTrainedModel
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.models.sizes.layers import attends, layer_kinds, layer_settings
 
+# What the families call the experts of a layer, and those of them that a token visits. Without a known name all count.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+VISITED = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -34,10 +45,11 @@ def cost_of(model: PreTrainedModel) -> Cost:
     config: Any = model.config.get_text_config()
     head = model.get_output_embeddings().weight
     lookups = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    experts, visited = _numbers(config, EXPERTS), _numbers(config, VISITED)
     blocks = trained = 0.0
     for matrix in _reader_of_text(model).parameters():
         if matrix.dim() >= 2 and matrix is not head and id(matrix) not in lookups:
-            flops = 2 * matrix.numel() * _active_share(config, matrix.shape)
+            flops = 2 * matrix.numel() * _active_share(matrix.shape, experts, visited)
             blocks += flops
             trained += flops * matrix.requires_grad
     windows = _windows(config)
@@ -106,7 +118,19 @@ def _windows(config: Any) -> tuple[int | None, ...]:
     return tuple(window if "sliding" in kind else None for kind, window in layers if attends(kind))
 
 
-def _active_share(config: Any, shape: Sequence[int]) -> float:
+def _active_share(shape: Sequence[int], experts: Sequence[float], visited: Sequence[float]) -> float:
     """A stack of experts [E, ., .]: a token visits some of them. Other matrices see every token."""
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    return config.num_experts_per_tok / experts if len(shape) == 3 and shape[0] == experts else 1.0
+    if len(shape) != 3 or shape[0] not in experts or not visited:
+        return 1.0
+    return min(1.0, sum(visited) / len(visited) / shape[0])
+
+
+def _numbers(config: Any, names: Sequence[str]) -> list[float]:
+    """The first of these settings that the config has: of each layer a number, or several."""
+    for name in names:
+        values = layer_settings(config, name)
+        found = [n for value in values for n in (value if isinstance(value, list | tuple) else [value])]
+        numbers = [n for n in found if isinstance(n, int | float) and n > 0]
+        if numbers:
+            return numbers
+    return []
