@@ -22,6 +22,7 @@ from transformers import (
 
 from fastkl.trainer.config.models import ModelConfig
 from fastkl.trainer.errors import ConfigError, brief
+from fastkl.trainer.models.ends import check_declared_ends
 from fastkl.trainer.models.withheld import withhold
 
 T = TypeVar("T")
@@ -47,6 +48,7 @@ def load_model(config: ModelConfig, **placed: Any) -> PreTrainedModel:
         ConfigError: Also for weights that the files do not hold, or in another shape: Transformers would make random ones.
     """
     path, kind = _checked_path(config, "config.json"), _auto_class(config)
+    check_declared_ends(path, read_config(config).get_text_config().vocab_size)
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), **_trust(config), **placed}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are named below
     if config.attn_implementation is not None:

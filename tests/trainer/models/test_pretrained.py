@@ -23,7 +23,7 @@ from fastkl.trainer.models.loading import load_student
 from fastkl.trainer.models.pretrained import load_tokenizer
 from fastkl.trainer.runs.start import start_run
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, GENERATION = "model.safetensors", "config.json", "generation_config.json"
 Damage = Callable[[Path], object]
 
 
@@ -129,6 +129,27 @@ def test_a_damaged_folder(damage: Damage, part: str, here: Path) -> None:
     assert f"could be loaded from '{here}/bad': " in said
     assert part in said
     assert not Path("harmed").exists()
+
+
+@pytest.mark.parametrize("value", ["<eos>", [1, "<eos>"], {"id": 1}, 1.0, -1, True, 10_000, [1, None]], ids=str)
+def test_an_end_that_is_no_id(value: object, here: Path) -> None:
+    (here / "bad" / GENERATION).write_text(json.dumps({"eos_token_id": value}))
+    said = read(here / "bad")
+    assert f"{GENERATION} has eos_token_id {json.dumps(value)}, but " in said
+    assert "write a token's id, a list of ids, or null" in said
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_a_generation_config_that_is_no_object(text: str, here: Path) -> None:
+    (here / "bad" / GENERATION).write_text(text)
+    assert GENERATION in (said := read(here / "bad"))
+    assert said.endswith("download it again, or delete it")
+
+
+@pytest.mark.parametrize("text", ["{}", '{"eos_token_id": null}', '{"eos_token_id": [0, 1]}', '{"eos_token_id": 1}'])
+def test_a_generation_config_that_can_be_used(text: str, here: Path) -> None:
+    (here / "s" / GENERATION).write_text(text)
+    assert load_student(StudentConfig(str(here / "s")), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("command", READERS)
