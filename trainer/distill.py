@@ -83,6 +83,8 @@ class OnPolicy:
             metrics["flops/sampling"] = sampling_flops(self._student.cost, [s for s in written if not s.given])
         mine = processes.my_share(samples)
         self._objective.prepare(mine, self._student, clock)
+        if self._teachers is not None and step + 1 == self._config.optim.steps:
+            processes.raise_together(self._teachers.recheck)  # no later step would find a server that has changed
         samples = processes.gather(mine)
         metrics |= {} if self._teachers is None else self._teachers.flops(samples)
         with clock("ranks"):

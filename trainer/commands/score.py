@@ -51,6 +51,8 @@ def score_completions(config: ScoreConfig) -> None:
             while len(output.rows) < len(samples):
                 piece = samples[len(output.rows) : len(output.rows) + AT_ONCE]
                 scorer.score(piece)
+                if len(output.rows) + len(piece) == len(samples):
+                    scorer.recheck()
                 output.add(_row(sample, prompts[sample.prompt_index]) for sample in piece)
                 count.at(len(output.rows))
     print(f"{len(samples)} rows written to {output.path}")

@@ -20,8 +20,8 @@ class TeacherServerConfig(ServerConfig):
     Args:
         api: Ask in this way: prompt_logprobs (vLLM), echo (with logprobs), or auto, the first of them that works.
         sequences_per_request: Send this many samples in one request.
-        recheck_every: Compare the server's log-probs of a text with those at the start after this many steps, and after
-            every lost connection. 0: only then.
+        recheck_every: Compare the server's log-probs of a text with those at the start after this many steps, after
+            every lost connection, and after the last step. 0: only after those.
     """
 
     api: Literal["auto", "prompt_logprobs", "echo"] = "auto"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fastkl.trainer.errors import ServerError
+from fastkl.trainer.servers.answers import Unscored
 from fastkl.trainer.servers.completions import Api, CompletionsServer, Scores
 from fastkl.trainer.servers.quoting import quote_value
 
@@ -41,7 +42,7 @@ class Recheck:
     """Asks the probe again, and ends the run if the answer is another one.
 
     Args:
-        every: After so many steps without a reason; 0: only with one.
+        every: After so many steps without a reason; 0: only with one, and at the end.
     """
 
     def __init__(self, server: CompletionsServer, reference: Reference, every: int) -> None:
@@ -51,12 +52,17 @@ class Recheck:
     def after_step(self, tokens: Sequence[int], logprobs: Sequence[float], vocabulary: int) -> None:
         """Checks the server once it has scored a step's tokens; a ServerError says what has changed."""
         self._steps += 1
-        failures, suspicious = self._server.failures, _suspicious(logprobs, vocabulary)
-        if suspicious or failures != self._failures or (self._every and self._steps >= self._every):
+        suspicious = _suspicious(logprobs, vocabulary)
+        failed = self._server.failures != self._failures
+        if suspicious or failed or (self._every and self._steps >= self._every):
             self._compare()
-            self._failures, self._steps = failures, 0
         if suspicious and _meaningless(tokens, logprobs):
             raise self._ended(f"gives all {len(tokens)} tokens of a step the same log-prob, {logprobs[0]:.2f}")
+
+    def at_the_end(self) -> None:
+        """Checks the server once more if it has scored a step since the last check; a ServerError as in `after_step`."""
+        if self._steps:
+            self._compare()
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._reference._asdict(), "scores": self._reference.scores._asdict()}
@@ -74,17 +80,24 @@ class Recheck:
             self._compare()
 
     def _compare(self) -> None:
-        limit = GROWTH * self._reference.noise + MARGIN
+        limit, failures = GROWTH * self._reference.noise + MARGIN, self._server.failures
         for _ in range(ATTEMPTS):
-            again = self._reference.ask(self._server)
+            again = self._ask()
             self._compare_texts(again)
             error = distance(again.logprobs, self._reference.scores.logprobs)
             if error <= limit:
+                self._failures, self._steps = failures, 0
                 return
         raise self._ended(
             f"is not what it was when the run began: its log-probs of a text are {error:.3f} off (nats, on average; "
             f"{limit:.3f} is let pass)"
         )
+
+    def _ask(self) -> Scores:
+        try:
+            return self._reference.ask(self._server)
+        except Unscored as error:
+            raise self._ended(f"gives no log-probs any more: {error}") from error
 
     def _compare_texts(self, again: Scores) -> None:
         for token, before, now in zip(self._reference.ids, self._reference.scores.texts, again.texts, strict=True):

@@ -77,6 +77,9 @@ class LocalTeacher:
     def rank(self, samples: Sequence[Sample], vocab_size: int) -> None:
         self._scatter(samples, "teacher_ranks", lambda batch: batch_ranks(self._fused, batch, vocab_size))
 
+    def recheck(self) -> None:
+        pass  # nobody can have replaced it
+
     def _scatter(self, samples: Sequence[Sample], field: str, values: Callable[[Batch], Tensor]) -> None:
         with self._as_teacher():
             scatter_values(self._fused, batches(samples, self._max_tokens, self._layout, self._device), field, values)

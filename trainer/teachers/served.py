@@ -71,6 +71,9 @@ class ServedTeacher:
     def rank(self, samples: Sequence[Sample], vocab_size: int) -> None:
         pass  # see `score`: to ask again could fail, and would tell the same
 
+    def recheck(self) -> None:
+        self._recheck.at_the_end()
+
     def _likeliest(self, places: list[dict[int, float]]) -> TopK:
         """The lists of some places as tensors. Ids beyond the tokenizer, and what a list is short of, are padding."""
         assert self._top_k is not None

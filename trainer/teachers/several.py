@@ -32,6 +32,10 @@ class RoutedTeacher(Generic[T]):
         for group in self.groups(samples):
             self.of(group).rank(group, vocab_size)
 
+    def recheck(self) -> None:
+        for teacher in {id(teacher): teacher for teacher in self.by_data_set.values()}.values():
+            teacher.recheck()
+
     def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
         parts = [self.of(group).flops(group) for group in self.groups(samples)]
         known = [part["flops/teacher"] for part in parts if part]

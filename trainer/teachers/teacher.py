@@ -31,6 +31,14 @@ class Teacher(Protocol):
         """
         ...
 
+    def recheck(self) -> None:
+        """Sees once more, after the last step was scored, that all scores are of the teacher that the run began with.
+
+        Raises:
+            ServerError: If its server has changed. A model here cannot.
+        """
+        ...
+
     def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
         """`flops/teacher`, what scoring these samples costs; nothing where that cannot be known."""
         ...

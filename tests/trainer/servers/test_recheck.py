@@ -23,6 +23,7 @@ from fastkl.trainer.servers.completions import Api, CompletionsServer, Scores
 from fastkl.trainer.servers.connection import Connection
 from fastkl.trainer.servers.recheck import Recheck, Reference
 from fastkl.trainer.teachers.served import ServedTeacher, connect
+from fastkl.trainer.teachers.several import RoutedTeacher
 
 WORDS = tokenizer()
 OTHER_WORDS = tokenizer(CHARACTERS[::-1])
@@ -130,6 +131,24 @@ def test_how_often_it_is_asked(stub: StubServer) -> None:
         for _ in range(6):
             teacher.score(samples())
         assert len(stub.bodies) - 6 == wanted
+
+
+@CHANGED
+@pytest.mark.parametrize("every", [0, 5])
+def test_the_end_is_compared_too(
+    stub: StubServer, every: int, change: Callable[[StubServer], None], message: str
+) -> None:
+    teacher = connected(stub, recheck_every=every)
+    teachers = RoutedTeacher({"a": teacher, "b": teacher})
+    teacher.score(samples())
+    teachers.recheck()
+    asked = len(stub.bodies)
+    teachers.recheck()  # nothing has been scored since
+    assert len(stub.bodies) == asked
+    teacher.score(samples())
+    change(stub)
+    with pytest.raises(ServerError, match=message):
+        teachers.recheck()
 
 
 @pytest.mark.parametrize("api", APIS)

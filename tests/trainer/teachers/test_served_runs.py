@@ -112,6 +112,46 @@ def test_a_server_that_comes_back_with_another_model(
     check_equal(distilled(run | {"teacher.server.recheck_every": 1}), whole)
 
 
+def test_a_server_that_changes_after_the_last_check(
+    tmp_path: Path, dropout: Path, stub: StubServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the last step of a run, resumed or not, that is shorter than `recheck_every`."""
+    answer, own = stub.answer, stub.model
+    other, left = llama(own.config.vocab_size, seed=9), [3 + 3]  # before the run, and in the first step
+
+    def changing(path: str, body: dict[str, object]) -> tuple[int, object]:
+        left[0] -= path == "/v1/completions"
+        if left[0] < 0:
+            stub.model = other
+        return answer(path, body)
+
+    monkeypatch.setattr(stub, "answer", changing)
+    run = settings(dropout, tmp_path / "run", stub, optim__steps=2)
+    message = f"server at {stub.url} is not what it was when the run began"
+    refusal(capsys, "distill", run, message, "the run goes on")
+    assert [entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
+    stub.model, left[0] = own, 3 + 1  # and for the comparison with the run's beginning
+    refusal(capsys, "distill", run, message)
+    stub.model, left[0] = own, 100
+    assert log(distilled(run))[-1]["step"] == 2
+
+
+def test_a_server_that_changes_while_completions_are_scored(
+    tmp_path: Path, dropout: Path, stub: StubServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer, other, asked = stub.answer, llama(stub.model.config.vocab_size, seed=9), iter(range(100))
+
+    def changing(path: str, body: dict[str, object]) -> tuple[int, object]:
+        if path == "/v1/completions" and next(asked) == 3:
+            stub.model = other
+        return answer(path, body)
+
+    monkeypatch.setattr(stub, "answer", changing)
+    server = {"model.server.url": stub.url, "model.server.model": "stub", "model.tokenizer": dropout / "teacher"}
+    given = {"data.path": dropout / "sums.jsonl", "output": tmp_path / "scores.jsonl"}
+    refusal(capsys, "score", server | given, "is not what it was when the run began")
+
+
 def test_the_key_is_written_nowhere(
     tmp_path: Path, dropout: Path, stub: StubServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
