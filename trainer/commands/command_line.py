@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from fastkl import __version__
-from fastkl.trainer.commands.given import Place, Settings
+from fastkl.trainer.commands.given import Place, Settings, expanded
 from fastkl.trainer.commands.help_page import add_config_file, add_settings
 from fastkl.trainer.commands.run_folder import settings_of_run
 from fastkl.trainer.commands.schema import full_names, settings_of
@@ -146,7 +146,7 @@ def parse(argv: list[str]) -> tuple[str, Any]:
     if command is None or not command.takes_settings or {"-h", "--help"} & {*argv}:
         values = vars(parser().parse_args(argv))
         name = values.pop("command")
-        return name, COMMANDS[name].config(**values)
+        return name, COMMANDS[name].config(**(_with_paths(values) if name == "report" else values))
     return argv[0], _with_settings(argv[0], argv[1:])
 
 
@@ -176,6 +176,15 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
+def _with_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `fastkl report`, which are all paths."""
+    output = values["output"]
+    return {
+        "runs": [expanded(run, "RUN") for run in values["runs"]],
+        "output": None if output is None else expanded(output, "--output"),
+    }
+
+
 def _with_settings(name: str, words: list[str]) -> Any:
     """The config of a command that takes settings."""
     if not words:
@@ -199,15 +208,25 @@ def _places(name: str, words: list[str]) -> Iterator[tuple[str, yaml.Node | str,
         setting, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--"):
             raise ConfigError(f"{word!r} is no setting; write --name value, or one CONFIG.yaml before all settings")
+        if setting.replace("_", "-") == DRY_RUN.removeprefix("--"):
+            raise ConfigError(f"{word} is no setting; {_dry_run(name)}")
         if not equals:
             value = next(left, "--")
             if value.startswith("--"):
                 raise ConfigError(f"--{setting} has no value; write --{setting} value")
         if setting == "config":
-            path = Path(value).expanduser()
+            path = Path(expanded(value, "config"))
             yield from settings_of_run(name, path) if path.is_dir() else read_file(path)
         else:
             yield setting, value, Place()
+
+
+def _dry_run(name: str) -> str:
+    """Which commands can be tried without a run."""
+    if COMMANDS[name].dry_run:
+        return f"did you mean {DRY_RUN}?"
+    having = " and ".join(f"fastkl {other}" for other, command in COMMANDS.items() if command.dry_run)
+    return f"{having} have {DRY_RUN}, fastkl {name} has not"
 
 
 def _elsewhere(name: str, setting: str) -> str:

@@ -6,12 +6,12 @@ import difflib
 import os
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_origin
 
 import yaml
 
-from fastkl.trainer.commands.schema import REQUIRED, entry_of, full_names, group_of, in_words, settings_of
-from fastkl.trainer.commands.values import NULL, Misfit, as_written, read
+from fastkl.trainer.commands.schema import REQUIRED, alternatives, entry_of, full_names, group_of, in_words, settings_of
+from fastkl.trainer.commands.values import NULL, Misfit, as_written, fits, read
 from fastkl.trainer.errors import ConfigError
 
 PATHS = (
@@ -21,6 +21,13 @@ PATHS = (
     "tokenizer",
     "weights",
 )  # settings of these names are paths: ~ and $NAME are filled in
+ELSEWHERE_NAMED = {  # by other trainers, and here
+    "learning_rate": "lr",
+    "max_steps": "steps",
+    "lr_scheduler_type": "schedule",
+    "output_dir": "run",
+    "model_name_or_path": "path",
+}
 USUAL = ("path", "url", "data", "name", "grader", "objective")  # what a group is given first
 
 
@@ -106,9 +113,9 @@ class Settings:
         try:
             value = read(node, kind)
         except Misfit:
-            raise ConfigError(f"{place.of(name)} is {as_written(node)}; it must be {_wanted(node, kind)}") from None
+            raise ConfigError(f"{place.of(name)} is {as_written(node)}; {_wanted(node, kind)}") from None
         if name.rpartition(".")[2] in PATHS and isinstance(value, str):
-            value = _expanded(value, name, place)
+            value = expanded(value, place.of(name))
         self.given[name] = Given(value, place)
 
     def _build(self, config: type, group: str) -> Any:
@@ -143,8 +150,9 @@ class Settings:
 
     def _unknown(self, name: str, place: Place) -> str:
         """A name that no setting has, and those that may be meant."""
-        known = list(full_names(self._config, groups=True))
+        known = self._known(name)
         last = name.rpartition(".")[2]
+        last = ELSEWHERE_NAMED.get(last, last)
         meant = [one for one in known if one.rpartition(".")[2] == last] or difflib.get_close_matches(name, known, 1)
         meant = meant or [one for one in known if difflib.get_close_matches(last, [one.rpartition(".")[2]], 1, 0.75)]
         if elsewhere := self._elsewhere(name):
@@ -154,6 +162,14 @@ class Settings:
         else:
             hint = "--help lists all settings"
         return f"{place.of(name)} is no setting; {hint}"
+
+    def _known(self, name: str) -> list[str]:
+        """The names that may be meant: within an entry with a name of the user's own, those of that entry."""
+        first, entry, *rest = [*name.split("."), "", ""]
+        kind = entry_of(settings_of(self._config)[first].kind) if first in settings_of(self._config) else None
+        if rest[0] and group_of(kind) is not None:
+            return list(full_names(group_of(kind) or type, f"{first}.{entry}.", groups=True))
+        return list(full_names(self._config, groups=True))
 
 
 def _at(place: Place, key: yaml.Node) -> Place:
@@ -174,18 +190,22 @@ def _as_group(name: str, node: yaml.Node, kind: Any) -> str:
 
 
 def _wanted(node: yaml.Node, kind: Any) -> str:
-    words = in_words(kind)
+    words = f"it must be {in_words(kind)}"
     if "a list" in words and isinstance(node, yaml.ScalarNode):
         return f"{words}, for example [{node.value}]"
+    for one in alternatives(kind) if isinstance(node, yaml.SequenceNode) else ():
+        for number, entry in enumerate(node.value if get_origin(one) is list else (), start=1):
+            if not fits(entry, get_args(one)[0]):
+                return f"its entry {number} is {as_written(entry)}, and must be {in_words(get_args(one)[0])}"
     return words
 
 
-def _expanded(text: str, name: str, place: Place) -> str:
-    """A path with the home folder and the variables of the environment filled in."""
+def expanded(text: str, name: str) -> str:
+    """A path with the home folder and the variables of the environment filled in; `name` is for the refusal."""
     path = os.path.expandvars(os.path.expanduser(text))
     missing = re.search(r"\$(\w+|\{\w+\})", path)
     if missing and missing[0] in text:
-        raise ConfigError(f"{place.of(name)} is {text!r}, but {missing[0]} is not set in the environment")
+        raise ConfigError(f"{name} is {text!r}, but {missing[0]} is not set in the environment")
     return path
 
 

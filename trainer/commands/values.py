@@ -31,6 +31,15 @@ def read(node: yaml.Node, kind: Any) -> Any:
     raise Misfit
 
 
+def fits(node: yaml.Node, kind: Any) -> bool:
+    """Whether a value is of the type."""
+    try:
+        read(node, kind)
+    except Misfit:
+        return False
+    return True
+
+
 def node_of(text: str, kind: Any) -> yaml.Node:
     """A word of the command line, as the node that it would be in a file; where text is wanted, the word as it is."""
     kinds = alternatives(kind)

@@ -30,7 +30,11 @@ class EvaluateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(bool(self.model.path), "model.path is empty; give a model folder or a Hub id")
+        require(bool(self.model.path.strip()), "model.path is empty; give a model folder or a Hub id")
+        require(
+            self.output is None or bool(self.output.strip()),
+            "output is empty; name a JSONL file, or unset it",
+        )
         check_source("eval.data", self.eval.data)
 
 
@@ -63,7 +67,7 @@ class ScoreConfig:
             f"model.tokenizer is {self.model.tokenizer!r} and model.server.url is {self.model.server.url!r}, but the "
             f"completions are encoded here; give the tokenizer's folder or Hub id",
         )
-        require(bool(self.output), "output is empty; name the JSONL file to write")
+        require(bool(self.output.strip()), "output is empty; name the JSONL file to write")
         positive(self, "", "temperature")
         check_source("data", self.data)
 
@@ -98,6 +102,8 @@ class ReportConfig:
     output: str | None = None
 
     def __post_init__(self) -> None:
+        require(all(run.strip() for run in self.runs), "RUN is empty; name a run folder")
+        require(self.output is None or bool(self.output.strip()), "output is empty; name the page to write")
         require(
             self.output is not None or len(self.runs) == 1,
             f"output is not set and there are {len(self.runs)} runs; name the page to write with --output FILE",

@@ -54,8 +54,8 @@ class RunConfig:
     resume: Literal["same", "change"] = "same"
 
     def __post_init__(self) -> None:
-        require(bool(self.run), "run is empty; name the run folder, for example runs/first")
-        require(bool(self.student.path), "student.path is empty; give a model folder or a Hub id")
+        require(bool(self.run.strip()), "run is empty; name the run folder, for example runs/first")
+        require(bool(self.student.path.strip()), "student.path is empty; give a model folder or a Hub id")
         at_least(0, self, "", "log_samples")
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from fastkl.trainer.config.rules import default_of
 from fastkl.trainer.config.settings import flat, refuse_renamed
-from fastkl.trainer.config.training import RunConfig, as_dict
+from fastkl.trainer.config.training import DistillConfig, RunConfig, SftConfig, as_dict
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.runs.files import read_jsonl
 
@@ -27,6 +27,7 @@ FREE = re.compile(
 )
 # With another one of these it is another run.
 FIXED = re.compile(r"seed|(student|teacher|data|mixture|environment|eval\.data)(\..*)?")
+KINDS: dict[type, str] = {DistillConfig: "a distill run", SftConfig: "an sft run"}
 GONE = "no setting of this version"
 
 
@@ -48,6 +49,7 @@ def check_settings(path: Path, config: RunConfig) -> list[Change]:
         ConfigError: For a change that makes it another run, and for the others unless `config.resume` allows them.
     """
     before = read_settings(path / "config.yaml")
+    _check_kind(path, before, config)
     changes = [change for change in _differences(before, config) if not FREE.fullmatch(change.setting)]
     if not changes:
         return []
@@ -64,6 +66,18 @@ def check_settings(path: Path, config: RunConfig) -> list[Change]:
             f"another run folder"
         )
     return changes
+
+
+def _check_kind(path: Path, before: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuses a run of another command: one that has settings of that command, and none of this one."""
+    common = {field.name for field in dataclasses.fields(RunConfig)}
+    own = {kind: {field.name for field in dataclasses.fields(kind)} - common for kind in KINDS}
+    for kind, name in KINDS.items():
+        if own[kind] & before.keys() and not own.get(type(config), common) & before.keys():
+            raise ConfigError(
+                f"{path} holds {name}, not {KINDS[type(config)]}; choose another run folder (student.path "
+                f"{path / 'student'} goes on from the trained student, if it is there)"
+            )
 
 
 def read_settings(file: Path) -> dict[str, Any]:

@@ -130,6 +130,16 @@ def test_home_and_variables_in_paths(empty_folder: Path, monkeypatch: pytest.Mon
     assert (parsed.eval.data.path, parsed.eval.grader) == ("/scratch/e", "regex:^$HOME")
 
 
+def test_home_and_variables_in_arguments(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In those that stand without a setting's name too."""
+    monkeypatch.setenv("HOME", str(empty_folder))
+    Path("run.yaml").write_text(YAML)
+    for word in ("~/run.yaml", "$HOME/run.yaml"):
+        assert parse(["distill", word]) == parse(["distill", "run.yaml"])
+    report = parse(["report", "~/a", "${HOME}/b", "--output", "~/c.html"])[1]
+    assert (report.runs, report.output) == ([f"{empty_folder}/a", f"{empty_folder}/b"], f"{empty_folder}/c.html")
+
+
 # a file, more words, what is said
 REFUSED: list[tuple[str, list[str], list[str]]] = [
     (YAML + "  lrr: 1\n", [], ["run.yaml:11: optim.lrr is no setting", "did you mean optim.lr?"]),
@@ -154,6 +164,13 @@ REFUSED: list[tuple[str, list[str], list[str]]] = [
     (YAML, ["--loss.method", "dpo"], ["--loss.method is 'dpo'", "one of importance_sampling"]),
     (YAML, ["--trackers", "wandb"], ["--trackers is 'wandb'", "a list of texts, for example [wandb]"]),
     (YAML, ["--optim.betas", "0.9"], ["--optim.betas is 0.9", "a list of numbers, for example [0.9]"]),
+    (YAML, ["--optim.betas", "[0.9,x]"], ["--optim.betas is a list; its entry 2 is 'x', and must be a number"]),
+    (YAML, ["--learning_rate", "1"], ["--learning_rate is no setting; did you mean optim.lr?"]),
+    (YAML, ["--optim.learning_rate", "1"], ["did you mean optim.lr?"]),
+    (YAML, ["--mixture.a.weigth", "1"], ["--mixture.a.weigth is no setting; did you mean mixture.a.weight?"]),
+    (YAML, ["--mixture.a.data.pth", "d"], ["did you mean mixture.a.data.path?"]),
+    (YAML, ["--dry_run"], ["--dry_run is no setting; did you mean --dry-run?"]),
+    (YAML, ["--run", " "], ["run is empty", "runs/first"]),
     (YAML, ["--optim.max_grad_norm", "x"], ["--optim.max_grad_norm is 'x'", "a number or null"]),
     (YAML, ["--teacher.quantization", "2bit"], ["--teacher.quantization is '2bit'", "one of 8bit, 4bit or null"]),
     (YAML, ["--student.trust_remote_code", "maybe"], ["--student.trust_remote_code is 'maybe'", "true or false"]),
@@ -205,6 +222,11 @@ def test_refusals_name_line_setting_and_remedy(
             ["score", "run.yaml"],
             ["belongs to fastkl distill and sft", "CONFIG.yaml | RUN", "takes output, model, data"],
         ),
+        (["eval", "run.yaml", "--dry-run"], ["fastkl distill and fastkl sft have --dry-run, fastkl eval has not"]),
+        (["score", "--dry_run"], ["fastkl distill and fastkl sft have --dry-run, fastkl score has not"]),
+        (["eval", "$NOWHERE/run"], ["config is '$NOWHERE/run', but $NOWHERE is not set"]),
+        (["report", "$NOWHERE/run"], ["RUN is '$NOWHERE/run', but $NOWHERE is not set"]),
+        (["report", " "], ["RUN is empty"]),
         (["sft", "run.yaml"], ["run.yaml:6: teacher is no setting", "belongs to fastkl distill"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,

@@ -52,6 +52,14 @@ def test_every_setting_is_free_fixed_or_changes_when_asked_to(kind: type, folder
     assert {"optim", "eval"} <= asked <= {f.name for f in dataclasses.fields(kind)}
 
 
+def test_a_run_of_another_command_is_named(folder: Path, run: Path) -> None:
+    with pytest.raises(ConfigError, match="holds a distill run, not an sft run; choose another run folder"):
+        check_run_folder(config("sft", training(run, folder)))
+    (run / "config.yaml").write_text(yaml.safe_dump(as_dict(config("sft", training(run, folder)))))
+    with pytest.raises(ConfigError, match="holds an sft run, not a distill run"):
+        check_run_folder(config("distill", distillation(run, folder)))
+
+
 FREELY: dict[str, Settings] = {
     "logs-and-checkpoints": {"log_samples": 2, "eval__every": 1, "checkpoint__every": 1, "checkpoint__keep": 3},
     "less-memory": {"batch__max_tokens": 40, "student__gradient_checkpointing": "true"},
