@@ -47,7 +47,8 @@ def _run(command: Callable[[Any], object], config: Any) -> int:
     from fastkl.trainer.errors import ConfigError, RunError
 
     try:
-        command(config)
+        with _terminated_in_a_line():
+            command(config)
     except (ConfigError, RunError) as error:
         return _say(f"fastkl: {error}", 2, aloud=_failed_first())
     except KeyboardInterrupt as stopped:  # a run's own says where it goes on, and which signal it was
@@ -96,6 +97,25 @@ def _interrupted_at_once() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _terminated_in_a_line() -> Iterator[None]:
+    """While open, SIGTERM ends the process at once, in one line; the steps of a run have a better way (`runs/stop.py`)."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        if _first_of_launch():
+            os.write(2, b"fastkl: ended by SIGTERM; the same command goes on from what is written, if anything is\n")
+        os._exit(128 + signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -53,11 +53,11 @@ def fit(
     listener: Listener,
 ) -> None:
     """Runs the steps that are left: samples, update, log, evaluate, checkpoint; at the end, the student and a report."""
-    config, checkpoint = student.config, folder.latest_checkpoint()
+    config, checkpoint = student.config, folder.checkpoint
     if checkpoint is not None:
         student.restore(checkpoint.path)
     steps_done = None if checkpoint is None else checkpoint.steps_done
-    folder.begin(steps_done)
+    said = folder.begin()
     start_trackers(student.accelerator, config, folder.path, steps_done)
     start = steps_done or 0
 
@@ -70,6 +70,8 @@ def fit(
     with ProgressBar(config.optim.steps, start) as progress, StopSignals() as stop:
         if processes.count() > 1:
             progress.note(f"{processes.count()} processes, {'FSDP 2' if student.sharded else 'DDP'}")
+        for line in said:
+            progress.note(line)
         if checkpoint is None:
             metrics: dict[str, float] = {}
             if eval_prompts:
@@ -80,8 +82,7 @@ def fit(
                 progress.step(0, metrics)
                 listener.on_step(0, metrics, [])
         else:
-            for note in (*checkpoint.notes, f"resumed {config.run} after step {start}"):
-                progress.note(note)
+            progress.note(f"resumed {config.run} after step {start}")
         for step in range(start, config.optim.steps):
             clock, done = Clock(listener, stop.check), step + 1
             with _checkpoint_at_the_end(student, folder, step):

@@ -143,9 +143,8 @@ class Student:
                     totals["loss"] += output.loss.item() / optim.substeps
                     if len(batch.tokens):
                         add_policy_metrics(totals, output.metrics, len(batch.tokens) / tokens / optim.substeps)
-                    if first == 0 and batch.samples[0].sampler_logprobs and output.logprobs is not None:
-                        difference = output.logprobs - batch.per_token("sampler_logprobs")
-                        mismatch.append(difference[~batch.given].cpu())
+                    if first == 0 and output.logprobs is not None:
+                        mismatch.append(batch.sampler_mismatch(output.logprobs).cpu())
                 norms.append(self._clip())
                 self._step(step, norms[-1], coarse)
                 self.version += 1

@@ -16,8 +16,8 @@ def at_least(low: int, config: Any, prefix: str, *names: str) -> None:
     for name in names:
         value, or_null = getattr(config, name), _or_null(config, name)
         require(
-            (value is None and bool(or_null)) or value >= low,
-            f"{prefix}{name} is {value}; it must be at least {low}{or_null}",
+            (value is None and bool(or_null)) or low <= value < float("inf"),
+            f"{prefix}{name} is {value}; it must be at least {low}{' and finite' * (value == float('inf'))}{or_null}",
         )
 
 

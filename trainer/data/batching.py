@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -39,7 +39,18 @@ class Batch:
     @property
     def given(self) -> Tensor:
         """[n] which tokens are of completions that the data give."""
-        values = [sample.given for sample in self.samples for _ in range(sample.loss_tokens)]
+        return self._which(lambda sample: sample.given)
+
+    def sampler_mismatch(self, logprobs: Tensor) -> Tensor:
+        """[m] of log-probs [n]: how far they are from the sampler's, for the tokens that the student sampled."""
+        sampled = [sample for sample in self.samples if sample.sampler_logprobs and not sample.given]
+        known = {id(sample) for sample in sampled}
+        sampler = dataclasses.replace(self, samples=sampled).per_token("sampler_logprobs")
+        return logprobs[self._which(lambda sample: id(sample) in known)] - sampler
+
+    def _which(self, chosen: Callable[[Sample], bool]) -> Tensor:
+        """[n] which tokens are of samples that are chosen."""
+        values = [chosen(sample) for sample in self.samples for _ in range(sample.loss_tokens)]
         return torch.tensor(values, dtype=torch.bool, device=self.tokens.device)
 
     def top_k(self) -> TopK:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from fastkl.trainer.config.rules import default_of
 from fastkl.trainer.config.settings import flat, refuse_renamed
 from fastkl.trainer.config.training import DistillConfig, RunConfig, SftConfig, as_dict
 from fastkl.trainer.errors import ConfigError
-from fastkl.trainer.runs.files import read_jsonl
+from fastkl.trainer.runs.files import read_jsonl, write_text
 
 NAME = "changes.jsonl"
 OWN = ("run", "resume")  # of a command, not of a run: a run may be moved
@@ -110,12 +111,18 @@ def read_changes(path: Path) -> list[dict[str, Any]]:
     return [row for row in read_jsonl(path / NAME) if {"step", "setting", "was", "is"} <= row.keys()]
 
 
-def add_changes(path: Path, changes: list[Change], step: int) -> None:
-    """Appends what was changed after a step; a row that is there already, from a start that was cut short, is not added."""
-    known = read_changes(path)
-    rows = [{"step": step, "setting": change.setting, "was": change.was, "is": change.now} for change in changes]
-    with open(path / NAME, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row not in known)
+def record_changes(path: Path, changes: list[Change], step: int) -> None:
+    """Writes down what is changed after a step. What was changed after a later one, which is taken again, counts from here.
+
+    A row that is there already, from a start that was cut short, is not added.
+    """
+    before = read_changes(path)
+    rows = [row | {"step": min(row["step"], step)} for row in before]
+    for setting, was, now in changes:
+        row = {"step": step, "setting": setting, "was": was, "is": now}
+        rows += [] if row in rows else [row]
+    if rows != before:
+        write_text(path / NAME, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _differences(before: Mapping[str, Any], config: Any, prefix: str = "") -> Iterator[Change]:
@@ -135,8 +142,13 @@ def _changes(name: str, was: Any, now: Any) -> Iterator[Change]:
     elif isinstance(was, dict) and isinstance(now, dict) and any(map(dataclasses.is_dataclass, now.values())):
         for key in sorted({*was, *now}):
             yield from _changes(f"{name}.{key}", was.get(key), now.get(key))
-    elif was != _plain(now):
+    elif was != _plain(now) and not (name.endswith("path") and _same_path(was, now)):
         yield Change(name, was, _plain(now))
+
+
+def _same_path(was: Any, now: Any) -> bool:
+    """One file or folder by two names; what is in it has a fingerprint."""
+    return isinstance(was, str) and isinstance(now, str) and os.path.realpath(was) == os.path.realpath(now)
 
 
 def _plain(value: Any) -> Any:

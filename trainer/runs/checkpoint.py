@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_map_only
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.runs import processes
 
+WEIGHTS, OPTIMIZER, STATE = FILES = ("model.safetensors", "optimizer.bin", "state.pt")
+
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """What is trained, once: no frozen base under a LoRA adapter, no second name of a tied weight."""
@@ -35,9 +37,9 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, other
 
     def write() -> None:
         try:
-            save_file(weights, folder / "model.safetensors")
-            torch.save(moments, folder / "optimizer.bin")
-            torch.save({"random": random, **states}, folder / "state.pt")
+            save_file(weights, folder / WEIGHTS)
+            torch.save(moments, folder / OPTIMIZER)
+            torch.save({"random": random, **states}, folder / STATE)
         except (SafetensorError, RuntimeError) as error:  # their words for a full disk
             raise OSError(str(error)) from error
 
@@ -46,7 +48,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, other
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, others: dict[str, Any]) -> None:
     """Every process reads the files and takes its shards. Random states are restored where there are as many as then."""
-    weights, parameters = load_file(folder / "model.safetensors"), trained(model)
+    weights, parameters = load_file(folder / WEIGHTS), trained(model)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     wanted = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     if shapes != wanted:
@@ -58,8 +60,8 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, other
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(_like(parameter, weights[name]))
-    optimizer.load_state_dict(_split(optimizer, torch.load(folder / "optimizer.bin", map_location="cpu")))
-    states = torch.load(folder / "state.pt", map_location="cpu")
+    optimizer.load_state_dict(_split(optimizer, torch.load(folder / OPTIMIZER, map_location="cpu")))
+    states = torch.load(folder / STATE, map_location="cpu")
     for name, other in others.items():
         if name in states:  # an older version knew fewer
             other.load_state_dict(states[name])

@@ -24,7 +24,8 @@ from fastkl.trainer.config.settings import flat
 from fastkl.trainer.config.training import RunConfig, as_dict
 from fastkl.trainer.errors import ConfigError, RunError
 from fastkl.trainer.runs import processes
-from fastkl.trainer.runs.changes import Change, add_changes, check_settings, read_settings, settings_text
+from fastkl.trainer.runs.changes import Change, check_settings, record_changes, settings_text
+from fastkl.trainer.runs.checkpoint import FILES
 from fastkl.trainer.runs.files import read_jsonl, write_text
 from fastkl.trainer.runs.seal import Damaged, check_seal, seal, sync
 
@@ -36,11 +37,10 @@ _LEFTOVERS = {".lock", ".config.yaml.new"}  # of a run that never began
 
 
 class Checkpoint(NamedTuple):
-    """The steps that are done in it, where it is, and what is to be said of newer ones."""
+    """The steps that are done in it, and where it is."""
 
     steps_done: int
     path: Path
-    notes: tuple[str, ...] = ()
 
 
 class RunFolder:
@@ -51,13 +51,15 @@ class RunFolder:
         self.student = self.path / "student"
         self._student_aside = self.path / f"student{INCOMPLETE}"
         self._checkpoints = self.path / "checkpoints"
+        self._had_checkpoint = self.path / ".checkpoint"  # there as soon as one was complete, and when all are gone
         self._config = config
         self._made: list[Path] = []
         self._lock = FileLock(self.path / ".lock")
-        self._changes: list[Change] = processes.on_main(self._open)
+        self.changes, self.checkpoint, self._damaged = processes.on_main(self._open)
         processes.raise_together(self._check_shared)
 
-    def _open(self) -> list[Change]:
+    def _open(self) -> tuple[list[Change], Checkpoint | None, list[tuple[Path, Damaged]]]:
+        """Locks the folder; what was changed, where the run goes on, and newer checkpoints that are damaged."""
         check_run_folder(self._config)
         self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
@@ -69,7 +71,22 @@ class RunFolder:
             ) from error
         except (OSError, NotImplementedError) as error:
             raise _unusable(self.path, error) from error
-        return check_run_folder(self._config)  # again, now that no other process can start a run here
+        try:
+            changes = check_run_folder(self._config)  # again, now that no other process can start a run here
+            if self.student.is_symlink() or self.student.is_file():
+                raise ConfigError(f"{self.student} is a link or a file, where the run writes a folder; move it away")
+            checkpoint, damaged = self._newest_checkpoint()
+            if checkpoint is None:
+                self._check_unbegun()
+            elif changes and checkpoint.steps_done >= self._config.optim.steps:
+                raise ConfigError(
+                    f"{self.path} has done {checkpoint.steps_done} steps, and optim.steps is {self._config.optim.steps}: "
+                    f"nothing is left to do with {'; '.join(map(str, changes))}. Raise optim.steps to go on"
+                )
+        except (ConfigError, RunError):
+            self._lock.release()
+            raise
+        return changes, checkpoint, damaged
 
     def _check_shared(self) -> None:
         if not (self.path / ".lock").is_file():
@@ -88,33 +105,26 @@ class RunFolder:
                 with suppress(OSError):  # another run has begun beside it
                     parent.rmdir()
 
-    def begin(self, steps_done: int | None) -> None:
-        """Drops what the logs hold beyond a checkpoint, and writes down the settings; None: there is no checkpoint.
+    def begin(self) -> list[str]:
+        """Drops what the logs hold beyond the checkpoint, and writes down the settings; returns what is to be said."""
+        start = -1 if self.checkpoint is None else self.checkpoint.steps_done
 
-        Raises:
-            ConfigError: Where the run has gone further than its checkpoints say: they were taken away.
-        """
-
-        def write() -> None:
-            if steps_done is None:
-                self._check_unbegun()
+        def write() -> list[str]:
             with self.room_for("config.yaml"):
-                if self._changes:
-                    add_changes(self.path, self._changes, steps_done or 0)
+                put_aside = [_put_aside(path, damage) for path, damage in self._damaged]
+                record_changes(self.path, self.changes, max(0, start))
                 write_text(self.path / "config.yaml", settings_text(self.path, self._config))
                 self._checkpoints.mkdir(exist_ok=True)
+            return [*put_aside, *(f"{change} from here on" for change in self.changes)]
 
-        processes.on_main(write)
-        self.rewind(-1 if steps_done is None else steps_done)
+        said = processes.on_main(write)
+        self.rewind(start)
+        return said
 
     def _check_unbegun(self) -> None:
-        """No checkpoint was ever complete: logs go no further than the step of the first one, and there is no student."""
-        if not (self.path / "config.yaml").is_file():
-            return
-        logged = max((row["step"] for row in _rows(self.path / LOGS[0])), default=0)
-        checkpoint = read_settings(self.path / "config.yaml").get("checkpoint")
-        every = checkpoint.get("every") if isinstance(checkpoint, dict) else None
-        if self.student.exists() or (every and logged > every):
+        """No checkpoint was ever complete, and there is no student."""
+        if self._had_checkpoint.exists() or self.student.exists():
+            logged = max((row["step"] for row in _rows(self.path / LOGS[0])), default=0)
             raise ConfigError(
                 f"{self.path} holds a run of {logged} steps, but its checkpoints are gone: it cannot go on, and would be "
                 f"begun again. Bring {self._checkpoints.name}/ back, or choose another run folder (student.path "
@@ -130,30 +140,26 @@ class RunFolder:
 
         processes.on_main(append)
 
-    def latest_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole. A damaged one gets another name, and the one before it is taken.
+    def _newest_checkpoint(self) -> tuple[Checkpoint | None, list[tuple[Path, Damaged]]]:
+        """The newest checkpoint that is whole, and the damaged ones after it.
 
         Raises:
             RunError: If there are checkpoints and all are damaged.
         """
-        return processes.on_main(self._find_checkpoint)
-
-    def _find_checkpoint(self) -> Checkpoint | None:
         damaged: list[tuple[Path, Damaged]] = []
         for checkpoint in reversed(_checkpoints_in(self._checkpoints)):
             try:
-                check_seal(checkpoint.path)
+                check_seal(checkpoint.path, FILES)
             except Damaged as damage:
                 damaged.append((checkpoint.path, damage))
                 continue
-            with self.room_for("checkpoints"):
-                return checkpoint._replace(notes=tuple(_put_aside(path, damage) for path, damage in damaged))
+            return checkpoint, damaged
         if damaged:
             raise RunError(
                 f"no checkpoint in {self._checkpoints} is whole ({'; '.join(f'{p.name}: {d}' for p, d in damaged)}). Bring "
                 f"one back from a copy, or choose another run folder"
             )
-        return None
+        return None, []
 
     def save_checkpoint(self, write: Callable[[Path], None], steps_done: int) -> None:
         """Has a checkpoint written aside, renames it into place, then drops the oldest ones."""
@@ -170,6 +176,7 @@ class RunFolder:
             seal(aside)
             os.rename(aside, target)
             sync(self._checkpoints)
+            self._had_checkpoint.touch()
             for old in _checkpoints_in(self._checkpoints)[: -self._config.checkpoint.keep]:
                 shutil.rmtree(old.path)
 
@@ -218,8 +225,8 @@ class RunFolder:
                 for left in (self._checkpoints / INCOMPLETE, self._student_aside):
                     shutil.rmtree(left, ignore_errors=True)
             raise RunError(
-                f"{what} could not be written in {self.path}: {error}. Earlier checkpoints are whole; make room, and the "
-                f"same command goes on from the last one"
+                f"{what} could not be written in {self.path}: {error}. Is the disk full? Then make room. Checkpoints "
+                f"that are there are whole: the same command goes on from the last one"
             ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 NAME = "checksums.json"
@@ -24,12 +25,12 @@ def seal(folder: Path) -> None:
     sync(folder)
 
 
-def check_seal(folder: Path) -> None:
-    """Raises Damaged unless every file is as it was sealed."""
+def check_seal(folder: Path, files: Iterable[str] = ()) -> None:
+    """Raises Damaged unless every file is as it was sealed, and all of `files` are among them."""
     try:
         sums = json.loads((folder / NAME).read_text(encoding="utf-8"))
         expected = {name: (entry["bytes"], entry["crc32"]) for name, entry in sums.items()}
-        if not expected:
+        if not expected or not {*files} <= expected.keys():
             raise KeyError(NAME)
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"{NAME} is missing or cannot be read") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from typing import Any, get_args
@@ -213,3 +214,14 @@ def test_a_teacher_that_is_not_finite_for_some_text_ends_the_run(top_k: int | No
     sample = make_sample([5, 9, 7], [8, 6], 0)
     with pytest.raises(RunError, match="the teacher gives 2 of 2 tokens a log-prob that is not finite"):
         teacher.score([sample])
+
+
+def test_a_mismatch_is_that_of_sampled_tokens_alone() -> None:
+    """Completions of the data stand in the same batch, with and without log-probs of their own."""
+    given = dataclasses.replace(make_sample([1], [2, 3], 0), given=True)
+    filled = dataclasses.replace(make_sample([1], [2], 1, [-9.0]), given=True)
+    sampled = make_sample([1, 2], [3, 4], 2, [-1.0, -2.0])
+    for order in itertools.permutations([given, sampled, filled]):
+        batch = collate(list(order), "padded", torch.device("cpu"))
+        found = batch.sampler_mismatch(torch.full((5,), -0.5))
+        assert found.tolist() == [0.5, 1.5]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from fastkl.trainer.config.training import DistillConfig, SftConfig, as_dict
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.runs.changes import FIXED, FREE
 from fastkl.trainer.runs.folder import RunFolder, check_run_folder
+from fastkl.trainer.student import Student
 
 NEVER = {"student.path", "teacher.path", "data.path", "seed", "mixture", "environment.name", "student.lora.rank"}
 AT_ONCE = {"log_samples", "trackers", "eval.every", "checkpoint.every", "checkpoint.keep", "batch.max_tokens"}
@@ -180,6 +183,59 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     refusal(capsys, "distill", settings(folder, run), "a run of 4 steps, but its checkpoints are gone")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_was_stopped_is_not_begun_again_either(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint came before the first that was due."""
+    same = settings(folder, tmp_path / "run", checkpoint__every=50)
+    with monkeypatch.context() as patch:
+        patch.setattr(Student, "update", lambda self, *_: os.kill(os.getpid(), signal.SIGTERM) or {})
+        assert cli.main(arguments("distill", same)) == 143
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(ConfigError, match="a run of 1 steps, but its checkpoints are gone"):
+        RunFolder(config("distill", same))
+
+
+def test_nothing_is_left_to_change(folder: Path, run: Path) -> None:
+    before = (run / "config.yaml").read_bytes()
+    for changed in ({"optim.steps": 3}, {"optim.lr": 0.1}):
+        with pytest.raises(ConfigError, match="nothing is left to do with optim"):
+            RunFolder(config("distill", settings(folder, run) | changed | {"resume": "change"}))
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_a_change_counts_from_the_step_that_is_taken_again(
+    folder: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint that it was made after is damaged."""
+    same = settings(folder, tmp_path / "two", checkpoint__keep=5)
+    distilled(same)
+    changed = same | {"optim.steps": 6, "resume": "change"}
+    with RunFolder(config("distill", changed)) as opened:
+        opened.begin()
+    (tmp_path / "two" / "checkpoints" / "step-000004" / "state.pt").unlink()
+    assert cli.main(arguments("distill", changed)) == 0
+    assert "resumed" in capsys.readouterr().err
+    assert [row["step"] for row in read_jsonl(tmp_path / "two" / "changes.jsonl")] == [2]
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_student_that_is_no_folder_is_left_alone(folder: Path, run: Path, tmp_path: Path, kind: str) -> None:
+    (run / "student").rename(tmp_path / "elsewhere")
+    if kind == "link":
+        (run / "student").symlink_to(tmp_path / "elsewhere")
+    else:
+        (run / "student").write_text("mine")
+    with pytest.raises(ConfigError, match="is a link or a file"):
+        RunFolder(config("distill", settings(folder, run, optim__steps=6, resume="change")))
+
+
+def test_a_path_may_be_written_in_another_way(folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    same = settings(folder, run) | {"student.path": "student", "data.path": "./sums.jsonl"}
+    assert check_run_folder(config("distill", same)) == []
 
 
 @pytest.mark.parametrize("place", ["file/run", "dangling", "n" * 300, "/proc/run", "/sys/run"], ids=lambda p: p[:9])
