@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastkl.head import FusedCausalLM
 from fastkl.loss import policy_gradient_loss
-from fastkl.trainer.data.batching import Batch, Layout, batches
+from fastkl.trainer.data.batching import Batch, Layout, batches, collate
 from fastkl.trainer.data.samples import UNKNOWN, Sample, make_sample
 from fastkl.trainer.errors import RunError
 from fastkl.trainer.teachers.local import LocalTeacher
