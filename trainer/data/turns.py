@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,6 +11,14 @@ from fastkl.trainer.errors import ConfigError
 
 Turn = dict[str, Any]  # `role`, `content` (text), and what else the template may read: tool_calls, name, …
 
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# What other formats call them.
+OTHER_NAMES = {
+    "assistant": ("ai", "answer", "bot", "chatbot", "chatgpt", "claude", "gpt", "llm", "model", "output", "response"),
+    "user": ("customer", "human", "input", "instruction", "prompter", "question"),
+    "system": ("context", "instructions"),
+    "tool": ("environment", "ipython", "observation", "tool_response", "tool_result"),
+}
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # where a turn keeps it
 _THINKING = re.compile(r"</?think>")  # templates take a content apart here
@@ -36,13 +45,24 @@ def read_turns(source: str, name: str, value: Any) -> list[Turn]:
             )
         if not isinstance(turn.get("role"), str):
             raise ConfigError(f"{wanted}; turn {number} has the role {turn.get('role')!r}")
+        if turn["role"] not in ROLES:
+            raise ConfigError(
+                f"{source}: turn {number} of `{name}` has the role {turn['role']!r}; rename it to {_role(turn['role'])}"
+            )
     return [_turn(f"{source}: turn {number} ({turn['role']})", turn) for number, turn in enumerate(value, start=1)]
+
+
+def _role(name: str) -> str:
+    """What a role of another name is to be called."""
+    plain = name.strip().lower()
+    same = [role for role in ROLES if plain in (role, *OTHER_NAMES.get(role, ()))]
+    return same[0] if same else f"one of {', '.join(ROLES)}"
 
 
 def _turn(place: str, turn: Turn) -> Turn:
     given = {key: value for key, value in turn.items() if value is not None}
     if "content" not in given:
-        if turn["role"] == "assistant" and turn.get("tool_calls"):
+        if turn["role"] == "assistant" and (turn.get("tool_calls") or turn.get("function_call")):
             return {**given, "content": ""}  # the calls are what it says
         raise ConfigError(f"{place} has no `content`; give it text, or leave the row out")
     return {**given, "content": _text(place, given["content"])}

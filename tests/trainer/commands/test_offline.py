@@ -139,8 +139,11 @@ def test_score_refuses_rows_without_a_completion(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": [{"role": "\x1b[2J", "content": "q"}]}, r"d.jsonl:1: `messages` has no turn of a user"),
-        ({"messages": [{"role": "\x1b[2J", "content": None}]}, r"d.jsonl:1: turn 1 (\x1b[2J) has no `content`"),
+        (
+            {"messages": [{"role": "\x1b[2J", "content": "q"}]},
+            r"d.jsonl:1: turn 1 of `messages` has the role '\x1b[2J'",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "\x1b[2J"}]}]}, r"a part of the type '\x1b[2J'"),
         (
             {"prompt": "q", "tools": [{"name": "f"}]},
             "d.jsonl:1: the row has `tools`, which the chat template does not read",
