@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.data.template_variables import template_variables
-from fastkl.trainer.data.turns import Turn, left_out, make_turn, marked
+from fastkl.trainer.data.turns import Turn, calls_as_text, left_out, make_turn, marked
 from fastkl.trainer.errors import ConfigError
 
 ASKED, ANSWER = make_turn("user", "first-text"), "second-text"  # nothing that a template would change
@@ -38,7 +38,14 @@ class ChatTemplate:
         Raises:
             Refusal: What the template says against it.
         """
-        return self._render(map(_in_parts, turns) if self._wants_parts else turns, tools, to_answer)
+        turns = [_in_parts(turn) if self._wants_parts else turn for turn in turns]
+        try:
+            return self._render(turns, tools, to_answer)
+        except Refusal:
+            as_text = [calls_as_text(turn) for turn in turns]
+            if as_text == turns:
+                raise
+            return self._render(as_text, tools, to_answer)
 
     def _render(self, turns: Iterable[Turn], tools: list[dict[str, Any]] | None, to_answer: bool) -> str:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fastkl.trainer.errors import ConfigError
@@ -63,9 +63,47 @@ def _turn(place: str, turn: Turn) -> Turn:
     given = {key: value for key, value in turn.items() if value is not None}
     if "content" not in given:
         if turn["role"] == "assistant" and (turn.get("tool_calls") or turn.get("function_call")):
-            return {**given, "content": ""}  # the calls are what it says
+            return _with_calls(given | {"content": ""}, _from_text)  # the calls are what it says
         raise ConfigError(f"{place} has no `content`; give it text, or leave the row out")
-    return {**given, "content": _text(place, given["content"])}
+    return _with_calls(given | {"content": _text(place, given["content"])}, _from_text)
+
+
+def calls_as_text(turn: Turn) -> Turn:
+    """The turn with the arguments of its calls as JSON text, which some templates want."""
+    return _with_calls(
+        turn,
+        lambda function: (
+            function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+            if isinstance(function.get("arguments"), dict)
+            else function
+        ),
+    )
+
+
+def _from_text(function: dict[str, Any]) -> dict[str, Any]:
+    """A call with its arguments as an object, where they are JSON text of one."""
+    text = function.get("arguments")
+    try:
+        read = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return function
+    return function | {"arguments": read} if isinstance(read, dict) else function
+
+
+def _with_calls(turn: Turn, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Turn:
+    """The turn with each call of a tool changed: `tool_calls`, with or without `function`, and `function_call`."""
+    new = dict(turn)
+    if isinstance(calls := turn.get("tool_calls"), list):
+        new["tool_calls"] = [_changed(call, change) for call in calls]
+    if isinstance(call := turn.get("function_call"), dict):
+        new["function_call"] = change(call)
+    return new
+
+
+def _changed(call: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    if not isinstance(call, dict):
+        return call
+    return call | {"function": change(call["function"])} if isinstance(call.get("function"), dict) else change(call)
 
 
 def _text(place: str, content: Any) -> str:

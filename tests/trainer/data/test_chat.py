@@ -184,6 +184,21 @@ def test_a_template_that_wants_parts_gets_them() -> None:
     assert words.decode(encode_completions(prompts, words)[0]) == "4<|im_end|>"
 
 
+@pytest.mark.parametrize("shown", ["call.function.arguments | tojson", "'' + call.function.arguments"])
+@pytest.mark.parametrize("given", [{"a": 1}, '{"a": 1}'], ids=["object", "text"])
+def test_arguments_reach_templates_that_want_objects_or_text(shown: str, given: Any) -> None:
+    calls = (
+        "{% for call in m.tool_calls or [] %}{{ call.function.name }}{{ "
+        + shown
+        + " }}{% endfor %}<|im_end|>\n{% endfor"
+    )
+    words = family_tokenizer("smollm", template=FAMILIES["smollm"].template.replace("<|im_end|>\n{% endfor", calls))
+    call = {"function": {"name": "add", "arguments": given}}
+    row = parse_row("d.jsonl:1", {"messages": [user("q"), assistant(None, tool_calls=[call])]})
+    prompts = encode_prompts([row], words, DataConfig(path="p"))
+    assert words.decode(encode_completions(prompts, words)[0]) == 'add{"a": 1}<|im_end|>'
+
+
 def test_a_tokenizer_with_several_templates() -> None:
     words = family_tokenizer("qwen")
     words.chat_template = {"default": FAMILIES["smollm"].template, "tool_use": FAMILIES["qwen"].template}

@@ -60,6 +60,23 @@ def test_a_completion_that_is_more_than_text_stays_a_turn() -> None:
     assert parse_row("d:1", earlier).turns[1] == turn("assistant", "", tool_calls=[CALL])
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [('{"a": 1}', {"a": 1}), ({"a": 1}, {"a": 1}), ("", ""), ("[1]", "[1]"), ("{a: 1}", "{a: 1}"), (None, None)],
+)
+def test_arguments_of_a_call_are_an_object(given: Any, wanted: Any) -> None:
+    """Also where they are JSON text of one, in each form of a call."""
+    forms: list[Row] = [
+        {"tool_calls": [{"function": {"name": "f", "arguments": given}}, {"name": "g", "arguments": given}]},
+        {"function_call": {"name": "f", "arguments": given}},
+    ]
+    for form in forms:
+        turns = parse_row("d:1", chat(USER, turn("assistant", None, **form), USER)).turns
+        assert turns[1] == json.loads(
+            json.dumps(turn("assistant", "", **form)).replace(json.dumps(given), json.dumps(wanted))
+        )
+
+
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), [json.dumps(TOOLS[0])]], ids=["list", "text", "texts"])
 def test_tools_are_schemas_or_their_json(tools: Any) -> None:
     assert parse_row("d:1", {"prompt": "q", "tools": tools}).tools == TOOLS
