@@ -34,9 +34,13 @@ def dry_distill(config: DistillConfig) -> None:
     models = {"student": student} | {f"teacher {teacher.path}": model for teacher, model in teachers.items()}
     checks.check_vocabulary(found.tokenizer, models)
     new = config.sampling.max_new_tokens
+    sampled = [prompt for data_set in found.data_sets if not data_set.given for prompt in data_set.prompts]
+    checks.check_one_rope(sampled, new, {"student": student})
     for data_set in found.data_sets:
         own = {name: model for name, model in models.items() if name in ("student", f"teacher {data_set.teacher.path}")}
         checks.check_room(data_set.prompts, new, own, checks.SHORTER.format("sampling", data_set.setting))
+        if not data_set.given:
+            checks.check_one_rope(data_set.prompts, new, own)
     checks.check_eval_room(found.eval_prompts, config.eval, "student", student)
     prompts = step_prompts(found.data_sets, config.sampling.prompts_per_step, 0, config.seed)
     samples = [

@@ -13,6 +13,7 @@ from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models.ends import declared_ends, end_of_sequence, tokenizer_ends
 from fastkl.trainer.models.loading import context_length
+from fastkl.trainer.models.sizes.layers import rope_switch
 from fastkl.trainer.models.tokenizers import (
     SAMPLE_TEXT,
     compare_vocabularies,
@@ -145,6 +146,22 @@ def check_room(
             raise ConfigError(
                 f"{longest.row.source} has {len(longest.tokens)} tokens; with {new} new ones it exceeds the "
                 f"{name}'s context of {limit}. {remedy}"
+            )
+
+
+def check_one_rope(prompts: list[EncodedPrompt], max_new_tokens: int, models: dict[str, PreTrainedModel]) -> None:
+    """No model computes otherwise while a text grows, nor for the batch it is in: all texts are on one side of a switch."""
+    by_length = sorted(prompts, key=lambda prompt: len(prompt.tokens))
+    for name, model in models.items():
+        switch = rope_switch(model.config.get_text_config())
+        if switch is None or not by_length or len(by_length[0].tokens) > switch:
+            continue
+        if (longest := len(by_length[-1].tokens) + max_new_tokens) > switch:
+            raise ConfigError(
+                f"the {name} rotates positions otherwise in a batch longer than {switch} tokens (rope_type longrope), and "
+                f"texts have {len(by_length[0].tokens)} to {longest} tokens: what is sampled and what is scored would be "
+                f"two distributions. Keep prompts and sampling.max_new_tokens within {switch} together, with "
+                f"max_prompt_tokens of the data, or take prompts that are all longer"
             )
 
 

@@ -78,6 +78,9 @@ def open_teachers(
     None where the run has no teacher. `top_k` is how many of its likeliest tokens each finds; None: none.
     """
     teachers: dict[TeacherConfig, Teacher] = {**served}
+    new = config.sampling.max_new_tokens
+    sampled = [prompt for data_set in data_sets if not data_set.given for prompt in data_set.prompts]
+    checks.check_one_rope(sampled, new, {"student": student.model})
     for data_set in data_sets:
         if config.has_teacher and data_set.teacher not in teachers:
             teachers[data_set.teacher] = _load(config, data_set.teacher, tokenizer, student, top_k)
@@ -88,9 +91,11 @@ def open_teachers(
         checks.check_vocabulary(tokenizer, models)
         checks.check_end_of_sequence(student.model, local, tokenizer)
         remedy = checks.SHORTER.format("sampling", data_set.setting)
-        checks.check_room(data_set.prompts, config.sampling.max_new_tokens, models, remedy)
+        checks.check_room(data_set.prompts, new, models, remedy)
         if data_set.given:
             checks.check_given(data_set.prompts, data_set.given, models)
+        else:
+            checks.check_one_rope(data_set.prompts, new, models)
     if not teachers:
         return None
     sharded_base = student.sharded and any(teacher.base_of_student for teacher in teachers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from chat_templates import family_tokenizer
 from run_cases import distilled, tuned
 from run_settings import distillation, training
 from tiny_data import sums, write_jsonl
-from tiny_models import CHARACTERS, CHAT_TEMPLATE, llama, save_model, tokenizer
+from tiny_models import CHARACTERS, CHAT_TEMPLATE, causal_lm, llama, save_model, tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from fastkl.trainer.config.data import DataConfig
@@ -192,6 +193,20 @@ def test_room_in_the_context() -> None:
         checks.check_room(prompts, 13, {"student": student, "teacher": teacher}, "Do this.")
     for part in ("p.jsonl:2 has 20 tokens", "with 13 new ones", "teacher's context of 32", "Do this."):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "new", "refused"), [((5, 20), 12, False), ((5, 20), 13, True), ((33, 40), 9, False)]
+)
+def test_texts_on_both_sides_of_a_switch_of_frequencies(prompts: tuple[int, int], new: int, refused: bool) -> None:
+    words = tokenizer()
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    settings: dict[str, Any] = {"original_max_position_embeddings": 32, "rope_parameters": rope | factors}
+    model = causal_lm("phi3", vocab_size=len(words), **settings)
+    refusal = pytest.raises(ConfigError, match=r"5 to 33 tokens: .* within 32 together")
+    with refusal if refused else nullcontext():
+        checks.check_one_rope(encoded(words, *("1" * n for n in prompts), chat_template=False), new, {"student": model})
 
 
 def test_a_context_without_an_end_has_room() -> None:

@@ -28,3 +28,14 @@ def most_positions(config: Any) -> int | None:
     """How many tokens a text may have; None where nothing limits it, which some configs write as −1."""
     limit: int | None = getattr(config, "max_position_embeddings", None)
     return limit if limit is not None and limit > 0 else None
+
+
+def rope_switch(config: Any) -> int | None:
+    """LongRoPE: a batch with more positions than this is rotated by other frequencies, all of it; None: never."""
+    found = getattr(config, "rope_parameters", None) or {}
+    kinds = [
+        found,
+        *(value for value in found.values() if isinstance(value, dict)),
+    ]  # one, or one for each kind of layer
+    switches = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min((switch for switch in switches if switch), default=None)
