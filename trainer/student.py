@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from fastkl.trainer.config.training import RunConfig
 from fastkl.trainer.data.batching import Batch, batches
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.data.step_metrics import add_policy_metrics, merge_metrics, mismatch_metrics
+from fastkl.trainer.data.step_metrics import add_policy_metrics, merge_metrics, mismatch_metrics, remark_on_mismatch
 from fastkl.trainer.errors import RunError
 from fastkl.trainer.models.loading import fuse, load_student
 from fastkl.trainer.models.modes import updating
@@ -160,7 +160,10 @@ class Student:
         }
         self.scheduler.step()
         _exchange(samples, scattered)
-        return {**metrics, **mismatch_metrics([part for _, own, _ in parts for part in own])}
+        mismatches = mismatch_metrics([part for _, own, _ in parts for part in own])
+        if step == 0 and self.config.student.dropout == "off":
+            remark_on_mismatch(mismatches)
+        return {**metrics, **mismatches}
 
     def _in_step(self, groups: list[list[Sample]]) -> Iterator[tuple[Batch, bool]]:
         """Batches of this process's samples, as many as on every other: one that has fewer adds some that do not count.

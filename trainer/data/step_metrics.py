@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.notes import note
 
+LARGE_MISMATCH = 0.05  # nats
 EXTREMES: dict[str, Callable[[float, float], float]] = {"min": min, "max": max}  # by the end of a metric's name
 
 
@@ -51,6 +53,16 @@ def mismatch_metrics(differences: Sequence[Tensor]) -> dict[str, float]:
         "sampler_mismatch/p95_abs": difference.abs().quantile(0.95).item(),
         "sampler_mismatch/outside_0.9_1.1": ((ratio < 0.9) | (ratio > 1.1)).float().mean().item(),
     }
+
+
+def remark_on_mismatch(metrics: dict[str, float]) -> None:
+    """One line where the first step samples another distribution than it trains."""
+    if (mean := metrics.get("sampler_mismatch/mean_abs", 0.0)) > LARGE_MISMATCH:
+        note(
+            f"sampler_mismatch/mean_abs is {mean:.2f} nats in the first step: the update sees another distribution than was "
+            f"sampled from. A server or sampling in fewer bits can cause it; otherwise set student.dtype to float32, or "
+            f"try sampling.engine: generate"
+        )
 
 
 def add_policy_metrics(totals: dict[str, float], metrics: dict[str, Tensor], token_share: float) -> None:
