@@ -60,8 +60,8 @@ def remark_on_mismatch(metrics: dict[str, float]) -> None:
     if (mean := metrics.get("sampler_mismatch/mean_abs", 0.0)) > LARGE_MISMATCH:
         note(
             f"sampler_mismatch/mean_abs is {mean:.2f} nats in the first step: the update sees another distribution than "
-            f"was sampled from. A server or sampling in fewer bits can cause it; otherwise set student.dtype to float32, or "
-            f"try sampling.engine: generate"
+            f"was sampled from. A server or sampling in fewer bits can cause it; otherwise set student.dtype to float32, "
+            f"or try sampling.engine: generate"
         )
 
 
