@@ -17,7 +17,7 @@ import yaml
 from fastkl import __version__
 from fastkl.trainer.commands.given import Place, Settings, expanded
 from fastkl.trainer.commands.help_page import add_config_file, add_settings
-from fastkl.trainer.commands.run_folder import settings_of_run
+from fastkl.trainer.commands.run_folder import note_of_student, settings_of_run
 from fastkl.trainer.commands.schema import full_names, settings_of
 from fastkl.trainer.commands.values import node_of
 from fastkl.trainer.commands.yaml_file import read_file
@@ -196,7 +196,11 @@ def _with_settings(name: str, words: list[str]) -> Any:
     for setting, value, place in found:
         node = node_of(value, settings.kind_of(setting, place)) if isinstance(value, str) else value
         settings.add(setting, node, place)
-    return settings.build()
+    config = settings.build()
+    for setting, (value, _) in settings.given.items():
+        if setting.rpartition(".")[2] == "path" and isinstance(value, str):
+            note_of_student(Path(value))
+    return config
 
 
 def _places(name: str, words: list[str]) -> Iterator[tuple[str, yaml.Node | str, Place]]:

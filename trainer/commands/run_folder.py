@@ -11,8 +11,13 @@ from fastkl.trainer.commands.given import Place
 from fastkl.trainer.commands.values import TEXT
 from fastkl.trainer.commands.yaml_file import read_file
 from fastkl.trainer.config.models import ModelConfig
+from fastkl.trainer.config.settings import flat
 from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.notes import note
+from fastkl.trainer.runs.changes import read_settings
+from fastkl.trainer.runs.files import read_jsonl
 
+STUDENT = "student"
 Found = tuple[str, yaml.Node, Place]
 
 
@@ -30,11 +35,28 @@ def settings_of_run(command: str, folder: Path) -> list[Found]:
             f"{folder} is a run's folder; to go on with that run: fastkl {command} {file} --run {folder}; for another "
             f"one, give its CONFIG.yaml"
         )
-    student = folder / "student"
+    student = folder / STUDENT
     if not (student / "config.json").is_file():
         raise ConfigError(f"{folder} has no student yet; the run writes it after its last step")
     given = {name: (node, place) for name, node, place in read_file(file)}
     return [*_model(given["student"], student), *_rows(command, given)]
+
+
+def note_of_student(path: Path) -> None:
+    """Says of the student in a run's folder that the run has gone on since, or has begun to."""
+    file = path.parent / "config.yaml"
+    if path.name != STUDENT or not (path.is_dir() and file.is_file()):
+        return
+    try:
+        steps = dict(flat(read_settings(file))).get("optim.steps")
+    except ConfigError:
+        return  # the file need not be one of a run
+    logged = [row["step"] for row in read_jsonl(path.parent / "metrics.jsonl") if isinstance(row.get("step"), int)]
+    if logged and isinstance(steps, int) and logged[-1] < steps:
+        note(
+            f"{path.parent} is at step {logged[-1]} of {steps}: it is not finished, and its student is that of an earlier "
+            f"end"
+        )
 
 
 def _model(student: tuple[yaml.Node, Place], path: Path) -> list[Found]:

@@ -140,6 +140,24 @@ def test_home_and_variables_in_arguments(empty_folder: Path, monkeypatch: pytest
     assert (report.runs, report.output) == ([f"{empty_folder}/a", f"{empty_folder}/b"], f"{empty_folder}/c.html")
 
 
+@pytest.mark.parametrize(("steps", "logged", "said"), [(4, 4, False), (6, 5, True), (6, 0, False)])
+def test_a_student_of_an_earlier_end_is_noted(
+    steps: int, logged: int, said: bool, empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = Path("r/student")
+    student.mkdir(parents=True)
+    (student / "config.json").write_text("{}")
+    Path("r/config.yaml").write_text(YAML + f"  steps: {steps}\neval: {{data: {{path: e}}}}\n")
+    Path("r/metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, logged + 1)))
+    Path("run.yaml").write_text(YAML)
+    for line in (["eval", "r"], ["distill", "run.yaml", "--student.path", "r/student"]):
+        parse(line)
+        expected = [
+            f"fastkl: r is at step {logged} of {steps}: it is not finished, and its student is that of an earlier end"
+        ]
+        assert capsys.readouterr().err.splitlines() == expected * said
+
+
 # a file, more words, what is said
 REFUSED: list[tuple[str, list[str], list[str]]] = [
     (YAML + "  lrr: 1\n", [], ["run.yaml:11: optim.lrr is no setting", "did you mean optim.lr?"]),

@@ -65,3 +65,37 @@ def test_it_runs_as_it_is_printed(
     assert (config.sampling.prompts_per_step, config.sampling.max_new_tokens) == (3, 32)
     assert cli.main(["distill", "run.yaml", "--optim.steps=5"]) == 0
     assert len(Run.of(tmp_path / "runs" / "first").metrics) == 5
+
+
+def test_what_is_not_here_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init", "./s", "a/b/c", "d.jsonl"]) == 0
+    shown = capsys.readouterr()
+    names = ("STUDENT ./s", "TEACHER a/b/c", "DATA d.jsonl")
+    assert shown.err.splitlines() == [f"fastkl: {name} does not exist (looked in {tmp_path})" for name in names]
+    assert "does not exist" not in shown.out
+    (tmp_path / "d.jsonl").write_text("")
+    assert cli.main(["init", "org/student", URL, "d.jsonl"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+def test_a_runs_folder_is_its_student(end: str, tmp_path: Path) -> None:
+    student = tmp_path / "run" / "student"
+    student.mkdir(parents=True)
+    (student / "config.json").write_text('{"max_position_embeddings": 64}')
+    (tmp_path / "run" / "config.yaml").write_text("")
+    name = f"{tmp_path / 'run'}{end}"
+    config = read(starter(InitConfig(name, name, "d.jsonl", False)), tmp_path)
+    assert (config.student.path, config.teacher.path) == (str(student), str(student))
+    assert config.sampling.max_new_tokens == 32
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_chats_are_no_prompts_that_are_continued(chat: bool, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "d.jsonl", [{"messages": [{"role": "user", "content": "q"}]}])
+    text = starter(InitConfig("s", "t", str(data), chat))
+    assert "# messages go through the chat template" in text
+    assert "continued as they are" not in text
