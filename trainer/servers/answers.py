@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastkl.trainer.errors import ServerError
-from fastkl.trainer.servers.quoting import quote_value
+from fastkl.trainer.servers.quoting import quote, quote_value
 
 TOKEN_ID = "token_id:"  # how vLLM names tokens where it is asked for return_tokens_as_token_ids
 LOWEST = -9999.0  # what servers write for -inf, which JSON lacks
@@ -100,6 +100,9 @@ def id_of(name: str, prefix: str = "") -> int:
 def choices(answer: dict[str, Any], count: int) -> list[dict[str, Any]]:
     """One choice for each sequence of a request, in the order of the sequences."""
     found = answer.get("choices")
+    error = next((answer[name] for name in ("error", "message", "detail") if answer.get(name)), None)
+    if not found and error is not None:
+        raise BadAnswer(f"the server answered {count} sequences with an error: {_said(error)}")
     if not isinstance(found, list) or len(found) != count:
         given = f"{len(found)} choices" if isinstance(found, list) else f"choices: {quote_value(found)}"
         raise BadAnswer(f"the server answered {count} sequences with {given}")
@@ -110,3 +113,9 @@ def choices(answer: dict[str, Any], count: int) -> list[dict[str, Any]]:
             f"which sequence is answered"
         )
     return sorted(found, key=lambda choice: choice["index"])
+
+
+def _said(error: object) -> str:
+    """The text of an error, which servers put into an object or not."""
+    text = error.get("message") if isinstance(error, dict) else error
+    return quote(text) if isinstance(text, str) else quote_value(error)

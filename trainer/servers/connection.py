@@ -15,7 +15,7 @@ import requests
 from fastkl.trainer.config.server import ServerConfig
 from fastkl.trainer.errors import ConfigError, ServerError
 from fastkl.trainer.servers.answers import BadAnswer
-from fastkl.trainer.servers.quoting import conceal, quote
+from fastkl.trainer.servers.quoting import conceal, quote, quote_address
 from fastkl.trainer.servers.transport import Answer, post
 
 RETRY_PAUSE, RETRY_LONGEST_PAUSE = 1.0, 30.0  # seconds: the first pause, which doubles, and the longest
@@ -129,6 +129,12 @@ class Connection:
         status = answer.status
         if status == 200:
             return answer
+        if 300 <= status < 400 and "Location" in answer.headers:
+            raise Refused(
+                f"HTTP {status} from {url}: it redirects to {quote_address(answer.headers['Location'])}, and redirects are "
+                f"not followed; set server.url to where the server is",
+                status,
+            )
         said = _quoted(answer)
         if status in RETRY_STATUS or (status >= 500 and status not in final):
             asked = answer.headers.get("Retry-After", "")

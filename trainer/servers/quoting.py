@@ -29,6 +29,12 @@ def quote(text: str, most: int = QUOTED) -> str:
     return shown if len(shown) <= most else shown[:most] + "…"
 
 
+def quote_address(url: str) -> str:
+    """The start of a URL; what may hold a secret is left out: a user with a password, a query."""
+    url = re.sub(r"//[^/?#\\]*@", "//***@", url)
+    return quote(re.sub(r"[?#].*", "?***", url, flags=re.DOTALL))
+
+
 def quote_value(value: object) -> str:
     """The start of a value that JSON can hold."""
     return quote(_QUOTER.repr(value), QUOTED_VALUE)

@@ -13,14 +13,12 @@ from typing import Any, NamedTuple
 from fastkl.trainer.errors import ServerError
 from fastkl.trainer.servers.answers import Unscored
 from fastkl.trainer.servers.completions import Api, CompletionsServer, Scores
+from fastkl.trainer.servers.constant import alike, meaningless
 from fastkl.trainer.servers.quoting import quote_value
 
 GROWTH, MARGIN = 3.0, 0.03  # so many times the noise at the start, and some nats: what a busy server does in 16 bits
 ATTEMPTS = 3  # noise is another one each time, another model is not
-FLAT = 0.01  # nats: log-probs of different tokens in different places are never this close, unless all are near 0
 NEAR_UNIFORM = 0.1  # nats from −ln V
-CERTAIN = -0.1  # nats: a text that the teacher knows by heart has log-probs above this
-MANY = 16  # tokens whose log-probs cannot be alike by chance
 REMEDY = "Serve the model that the run began with, and give the same command: the run goes on where it stopped"
 
 
@@ -56,7 +54,7 @@ class Recheck:
         failed = self._server.failures != self._failures
         if suspicious or failed or (self._every and self._steps >= self._every):
             self._compare()
-        if suspicious and _meaningless(tokens, logprobs):
+        if meaningless(tokens, logprobs):  # whatever it says of the probe
             raise self._ended(f"gives all {len(tokens)} tokens of a step the same log-prob, {logprobs[0]:.2f}")
 
     def at_the_end(self) -> None:
@@ -121,10 +119,4 @@ def _suspicious(logprobs: Sequence[float], vocabulary: int) -> bool:
     if len(logprobs) < 2:
         return False
     uniform = all(abs(value + math.log(vocabulary)) <= NEAR_UNIFORM for value in logprobs)
-    return uniform or max(logprobs) - min(logprobs) <= FLAT
-
-
-def _meaningless(tokens: Sequence[int], logprobs: Sequence[float]) -> bool:
-    """So many different tokens have one log-prob that no model says so, whatever it says of the probe."""
-    alike = max(logprobs) - min(logprobs) <= FLAT and max(logprobs) < CERTAIN
-    return alike and len(tokens) >= MANY and len(set(tokens)) > 1
+    return uniform or alike(logprobs)

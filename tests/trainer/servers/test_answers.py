@@ -226,3 +226,22 @@ def test_quotes_of_answers_have_no_keys_and_no_control_characters(value: Any) ->
             said = told(ask, replaced(sound(), path, value) if path else {"choices": value}, check)
             assert "sekret" not in said, path
             assert said.isprintable(), path
+
+
+ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "OpenAI's": ({"error": {"message": "Out of\nmemory sk-in-error", "code": 500}}, r"Out of memory \*\*\*$"),
+    "a text": ({"error": "busy\x1b[2J", "choices": []}, r"busy\\x1b\[2J$"),
+    "an object": ({"error": {"code": 7}, "choices": None}, r"\{'code': 7\}$"),
+    "vLLM's": ({"object": "error", "message": "no such model"}, "no such model$"),
+    "FastAPI's": ({"detail": [{"msg": "too long"}]}, "too long"),
+    "long": ({"error": "a" * 5000}, "a{300}…$"),
+}
+
+
+@pytest.mark.parametrize(("answer", "shown"), ERRORS.values(), ids=ERRORS)
+def test_an_error_in_place_of_choices_is_quoted(answer: dict[str, Any], shown: str) -> None:
+    conceal("sk-in-error")
+    with pytest.raises(BadAnswer, match=f"the server answered 2 sequences with an error: .*{shown}"):
+        CompletionsServer("m", Scripted(answer)).score(SEQUENCES, "echo", 1.0)
+    with pytest.raises(BadAnswer, match=f"answered 1 sequences with an error: .*{shown}"):
+        GenerationServer(Scripted(answer), VOCABULARY).likeliest("m", PROMPT, 1.0)

@@ -236,3 +236,24 @@ def test_keys_and_escape_sequences_are_never_shown(
             assert "***" in text
             assert "very" not in text.lower()
             assert (text + capfd.readouterr().err.replace("\n", "")).isprintable()
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+@pytest.mark.parametrize(
+    ("location", "shown"),
+    [
+        ("https://elsewhere.test/v1/completions", "https://elsewhere.test/v1/completions,"),
+        ("/login?next=secret#secret", r"/login\?\*\*\*,"),
+        ("https://me:secret@elsewhere.test/v1", r"https://\*\*\*@elsewhere.test/v1,"),
+        (f"http://a/{KEY}", r"http://a/\*\*\*,"),
+        ("http://a/" + "b" * 5000, r"http://a/b{291}…,"),
+    ],
+)
+def test_a_redirect_names_where_to(status: int, location: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVER_KEY", KEY)
+    reply = sent(answer(b"moved", f"Location: {location}").replace(b"200 OK", b"%d moved" % status))
+    with replying(reply) as (url, connections):
+        with pytest.raises(Refused, match=rf"HTTP {status} from .*: it redirects to {shown}.*set server\.url") as error:
+            ask(url, api_key_env="SERVER_KEY")
+        assert len(connections) == 1
+    assert "secret" not in str(error.value)

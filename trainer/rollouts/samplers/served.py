@@ -28,6 +28,7 @@ from fastkl.trainer.servers.check_sampling import check_sampling
 from fastkl.trainer.servers.completions import CompletionsServer
 from fastkl.trainer.servers.concurrency import gather
 from fastkl.trainer.servers.connection import Connection, Refused
+from fastkl.trainer.servers.constant import meaningless
 from fastkl.trainer.servers.generation import GenerationServer
 from fastkl.trainer.servers.weights import AdapterLoader, Loader, ModelLoader
 from fastkl.trainer.student import Student
@@ -138,6 +139,7 @@ class ServedSampler:
             try:
                 completions = gather(complete, range(len(prompts)), self._server.config.concurrency)
                 if self._server.connection.failures == failures or self._ask() == self._theirs:
+                    self._check_meaning(completions)
                     return completions
             except Refused:
                 if self._server.connection.failures == failures:
@@ -153,6 +155,16 @@ class ServedSampler:
         for folder in newest.parent.glob(f"{self._server.name}-*"):
             if folder != newest or not self._server.loader.rereads:
                 shutil.rmtree(folder)
+
+    def _check_meaning(self, completions: list[Completion]) -> None:
+        tokens = [token for completion in completions for token in completion.token_ids]
+        logprobs = [logprob for completion in completions for logprob in completion.logprobs]
+        if meaningless(tokens, logprobs):
+            raise ServerError(
+                f"the sampling server at {self._server.connection.url} gives all {len(tokens)} tokens that it sampled "
+                f"the same log-prob, {logprobs[0]:.2f}: they are not those of a model. Serve the student with vLLM, and "
+                f"give the same command: the run goes on where it stopped"
+            )
 
     def _check_loaded(self) -> None:
         """The server gives a text the log-probs that the student gives it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from fastkl.trainer.data.sources import load_prompts
 from fastkl.trainer.errors import ConfigError, ServerError
 from fastkl.trainer.rollouts.samplers.served import ServedSampler, connect_sampling
 from fastkl.trainer.runs.processes import start
-from fastkl.trainer.servers import connection
+from fastkl.trainer.servers import connection, generation
 from fastkl.trainer.servers.completions import BadAnswer
 from fastkl.trainer.student import Student
 
@@ -261,3 +262,19 @@ def test_answers_are_checked_during_the_run_too(tmp_path: Path, folder: Path, st
         stub.defect = defect
         with pytest.raises(BadAnswer):
             sample(sampler)
+
+
+@pytest.mark.parametrize("value", [-math.log(len(WORDS)), -3.0, -0.05])
+def test_log_probs_that_are_all_alike(
+    tmp_path: Path, folder: Path, stub: StubVllm, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end, unless the student may know the text by heart; few tokens may be alike by chance."""
+    _, _, sampler = made(folder, tmp_path / "run", stub, {})
+    sampler.refresh()
+    monkeypatch.setattr(generation, "_logprobs", lambda choice, prompt, tokens: [value] * len(tokens))
+    if value > -0.1:
+        sample(sampler)
+    else:
+        with pytest.raises(ServerError, match=rf"gives all \d\d tokens that it sampled the same log-prob, {value:.2f}"):
+            sample(sampler)
+    sampler.sample(PROMPTS, max_new_tokens=1, temperature=1.0, seed=5)
