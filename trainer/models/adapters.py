@@ -22,6 +22,9 @@ NO_PLAIN_LAYER = (
     "the model does not use it as a plain layer: it gives more than one tensor, or a kernel reads its weight"
 )
 
+EXPERTS = ("gate_proj", "up_proj", "down_proj")
+TOGETHER = "; of stacked experts, gate_proj, up_proj and down_proj are named together"
+
 
 def adapted(model: PreTrainedModel, config: LoraConfig, path: TextPath) -> PreTrainedModel:
     """The model with a LoRA adapter; its own weights are frozen.
@@ -38,12 +41,13 @@ def adapted(model: PreTrainedModel, config: LoraConfig, path: TextPath) -> PreTr
     everywhere = config.target_modules == ALL_LINEAR
     names = [name for name, _ in model.named_modules()]
     if not everywhere:
-        _check_fit(config.target_modules, names, unfit)
+        fit = [name for name in [*linear, *_embeddings(model)] if name not in unfit]
+        _check_fit(config.target_modules, names if isinstance(config.target_modules, list) else fit or names, unfit)
     aside = [name for name in linear if name in unfit and (everywhere or unfit[name] == UNREACHED)]
     adapter = PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
-        target_modules=config.target_modules,
+        target_modules=config.target_modules if everywhere else _narrowed(config.target_modules, fit),
         exclude_modules=aside or None,
         task_type="CAUSAL_LM",
     )
@@ -58,7 +62,7 @@ def adapted(model: PreTrainedModel, config: LoraConfig, path: TextPath) -> PreTr
         known = ", ".join(sorted({name.rpartition(".")[2] for name in linear if name not in unfit}))
         raise ConfigError(
             f"student.lora.target_modules has {unknown!r}, which names no layer of {type(model).__name__}; give "
-            f"{ALL_LINEAR}, or some of {known}"
+            f"{ALL_LINEAR}, or some of {known}{TOGETHER if unknown in EXPERTS else ''}"
         )
     return result
 
@@ -96,6 +100,12 @@ def _check_fit(targets: str | list[str], names: list[str], unfit: dict[str, str]
                 raise ConfigError(f"student.lora.target_modules adapts {name}, but {unfit[name]}. Leave it out")
 
 
+def _narrowed(targets: str | list[str], fit: list[str]) -> str | list[str]:
+    """An expression that matches whole blocks too means the layers in them that can be adapted."""
+    meant = [name for name in fit if isinstance(targets, str) and re.fullmatch(targets, name)]
+    return "|".join(re.escape(name) for name in meant) or targets
+
+
 def _unknown(targets: Any, names: list[str]) -> str | None:
     """A target that is no layer's name. What peft knows under another name, such as experts, it has taken out of them."""
     return next((t for t in _listed(targets) if not any(_matches(targets, t, name) for name in names)), None)
@@ -115,6 +125,10 @@ def _linear(model: PreTrainedModel) -> list[str]:
     head: Any = model.get_output_embeddings()
     modules = model.named_modules()
     return [name for name, module in modules if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
+
+
+def _embeddings(model: PreTrainedModel) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
 
 
 def _unfit(model: nn.Module, path: TextPath) -> Iterator[tuple[str, str]]:

@@ -110,6 +110,7 @@ def test_layers_that_need_a_longer_text_are_trained() -> None:
     assert [name for name in frozen if "indexer" not in name and "bias" not in name] == []
 
 
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MAMBA = {"state_size": 8, "head_dim": 16, "num_heads": 8, "n_groups": 1, "chunk_size": 8, "num_attention_heads": 8}
 LEFT_OUT: dict[str, tuple[str, dict[str, object], str, set[str]]] = {
     "phimoe": ("phimoe", EXPERTS, "router", {"q_proj", "k_proj", "v_proj", "o_proj"}),
@@ -148,6 +149,12 @@ def test_targets_that_are_no_layers(targets: str | list[str], message: str) -> N
 
 def test_an_expression_names_layers() -> None:
     assert layers(with_adapter(causal_lm(), r".*\.1\.self_attn\.[qv]_proj")) == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+def test_an_expression_that_matches_blocks_means_their_layers(kind: str) -> None:
+    block, parts = (".*attn.*", {"c_attn", "c_proj"}) if kind == "gpt2" else (".*self_attn.*", ATTENTION)
+    assert layers(with_adapter(causal_lm(kind), block)) == parts
 
 
 def test_experts_by_the_names_they_had() -> None:
