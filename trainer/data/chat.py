@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,10 +13,33 @@ from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.data.template_variables import template_variables
-from fastkl.trainer.data.turns import Turn, calls_as_text, left_out, make_turn, marked
+from fastkl.trainer.data.turns import Turn, calls_as_text, left_out, left_out_call, make_turn, marked
 from fastkl.trainer.errors import ConfigError
 
 ASKED, ANSWER = make_turn("user", "first-text"), "second-text"  # nothing that a template would change
+
+# Tokens that end a completion in some family of models, whatever else its tokenizer declares.
+USUAL_ENDS = frozenset(
+    {
+        "</s>",
+        "<eos>",
+        "<|eos|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|eot|>",
+        "<|eom|>",
+        "<|im_end|>",
+        "<end_of_turn>",
+        "<turn|>",
+        "<|end_of_turn|>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<|return|>",
+        "<｜end▁of▁sentence｜>",
+        "[|endofturn|]",
+    }
+)
 
 
 class Refusal(ValueError):
@@ -27,7 +51,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any] | None = None) -> None:
         self.tokenizer, self.variables = tokenizer, dict(variables or {})
-        self._whole: set[tuple[Any, ...]] = set()  # kinds of conversations that it writes without leaving anything out
+        self._whole: set[bytes] = set()  # marked conversations that it writes without leaving anything out
         added = tokenizer.added_tokens_decoder.values()
         self._special = _any_of({str(token) for token in added if token.special} | {tokenizer.eos_token or ""})
         self._added = _any_of({str(token) for token in added})
@@ -75,9 +99,15 @@ class ChatTemplate:
         """
         try:
             self._check(row)
-            return self.render(row.turns, row.tools, to_answer=True)
+            text = self.render(row.turns, row.tools, to_answer=True)
+            if end := next((end for end in self.ends if text.rstrip().endswith(end)), None):
+                raise Refusal(
+                    f"the chat template begins no answer after a turn of the role {row.turns[-1]['role']!r}: the prompt "
+                    f"would end in {end!r}; let the chat end with another turn"
+                )
         except Refusal as error:
             raise ConfigError(f"{row.source}: {error}") from error
+        return text
 
     @cached_property
     def after_answer(self) -> tuple[str, str]:
@@ -101,6 +131,13 @@ class ChatTemplate:
         tokens = self._added.findall(self.after_answer[0]) or self._special.findall(self.after_answer[0])
         return str(tokens[-1]) if tokens else ""
 
+    @cached_property
+    def ends(self) -> tuple[str, ...]:
+        """The tokens that end a completion: the template's, the tokenizer's, and the usual ones among its added tokens."""
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        found = {self.end_token, self.tokenizer.eos_token or "", *(added & USUAL_ENDS)}
+        return tuple(sorted((end for end in found if end), key=len, reverse=True))
+
     def ends_in_token(self, text: str) -> bool:
         """Whether a text ends with a token that no plain text has."""
         return any(found.end() == len(text) for found in self._added.finditer(text))
@@ -111,23 +148,23 @@ class ChatTemplate:
                 f"the text begins with {found[0]!r}, as a chat does that is rendered already; set data.chat_template to "
                 f"false"
             )
-        kind = (bool(row.tools), *((turn["role"], *sorted(turn)) for turn in row.turns))
+        turns = [marked(number, turn) for number, turn in enumerate(row.turns, start=1)]
+        kind = hashlib.sha256(repr((turns, row.tools)).encode()).digest()  # all that the check depends on
         if kind in self._whole:
             return
         if row.tools and "tools" not in self._reads(row.tools):
             raise Refusal("the row has `tools`, which the chat template does not read")
-        self._check_whole(row)
+        self._check_whole(turns, row.tools)
         self._whole.add(kind)
 
-    def _check_whole(self, row: Prompt) -> None:
-        """Every text of a conversation of this kind is in what the template writes, and every call of a tool."""
-        turns = [marked(number, turn) for number, turn in enumerate(row.turns, start=1)]
+    def _check_whole(self, turns: Sequence[Turn], tools: list[dict[str, Any]] | None) -> None:
+        """Every text of a marked conversation is in what the template writes, and every call of a tool."""
         try:
-            text = self.render(turns, row.tools, to_answer=True)
+            text = self.render(turns, tools, to_answer=True)
         except Refusal:  # it wants other texts; what it makes of the row's own is seen there
             return
         for number, turn in enumerate(turns, start=1):
-            if part := left_out(turn, text):
+            if part := left_out(turn, text) or left_out_call(turn, text):
                 raise Refusal(f"the chat template leaves out the {part} of turn {number} ({turn['role']})")
 
     def check_variables(self) -> None:

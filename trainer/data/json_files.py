@@ -45,6 +45,9 @@ def _bytes(path: Path) -> bytes:
 
 
 def _lines(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
+    beginning = content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    if path.suffix.lower() == ".txt" and beginning not in (b"", b"{"):
+        raise ConfigError(f"{path} is a text file without JSON; convert it to JSON Lines, an object on each line")
     for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.config.data import DataConfig
-from fastkl.trainer.data.chat import ChatTemplate, chat_template, end_of_turn
-from fastkl.trainer.data.replies import reply_text
+from fastkl.trainer.data.chat import ChatTemplate, chat_template
+from fastkl.trainer.data.replies import reply_text, text_reply
 from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.data.samples import Sample, make_sample
 from fastkl.trainer.data.text import continuation_ids, encode
@@ -88,16 +88,17 @@ def encode_completions(prompts: Sequence[EncodedPrompt], tokenizer: PreTrainedTo
         if prompt.row.completion is None:
             raise ConfigError(f"{prompt.row.source}: no `completion`; each row needs one here")
     befores = [str(p.row.prompt) if p.chat is None else p.chat.prompt(p.row) for p in prompts]
+    plain = ChatTemplate(tokenizer)
     afters = [
-        str(p.row.completion) if p.chat is None else reply_text(p.chat, p.row, before)
+        text_reply(plain, p.row) if p.chat is None else reply_text(p.chat, p.row, before)
         for p, before in zip(prompts, befores, strict=True)
     ]
     texts = [before + after for before, after in zip(befores, afters, strict=True)]
     wholes = encode(tokenizer, texts, [p.chat is None for p in prompts])
     completions = continuation_ids(tokenizer, [p.ids for p in prompts], wholes, afters)
-    turn_end = end_of_turn(tokenizer)
+    ends = tokenizer.convert_tokens_to_ids(list(plain.ends))
     for prompt, completion in zip(prompts, completions, strict=True):
-        ended = bool(completion) and completion[-1] in (tokenizer.eos_token_id, turn_end)
+        ended = bool(completion) and completion[-1] in ends
         if not ended and tokenizer.eos_token_id is not None:
             completion.append(tokenizer.eos_token_id)
         if not completion:

@@ -6,7 +6,7 @@ import re
 
 from fastkl.trainer.data.chat import ASKED, ChatTemplate, Refusal
 from fastkl.trainer.data.rows import Prompt
-from fastkl.trainer.data.turns import Turn, left_out
+from fastkl.trainer.data.turns import Turn, left_out, left_out_call, with_marked_calls
 from fastkl.trainer.errors import ConfigError
 
 _OPENED = re.compile(r"<(\w+)>\s*\Z")  # a tag that a prompt leaves open, as <think>
@@ -22,7 +22,7 @@ def reply_text(chat: ChatTemplate, row: Prompt, prompt: str) -> str:
     """
     turn = row.reply_turn
     opened = _OPENED.search(prompt)
-    content = _without_end(chat, turn["content"])
+    content = without_end(chat, row.source, turn["content"])[0]
     if opened is not None:
         content = re.sub(rf"^\s*<{opened[1]}>\s*", "", content)  # it stands in the prompt
     turn = turn | {"content": content}
@@ -30,7 +30,7 @@ def reply_text(chat: ChatTemplate, row: Prompt, prompt: str) -> str:
         written = _written(chat, row, prompt, turn)
     except Refusal as error:
         raise ConfigError(f"{row.source}: {error}") from error
-    if (part := left_out(turn, written)) is None:
+    if (part := left_out(turn, written) or _left_out_call(chat, row, prompt, turn)) is None:
         return _up_to_end(chat, written)
     if opened is not None and f"</{opened[1]}>" in content:  # the completion goes on from the open tag
         return content + chat.after_answer[0]
@@ -39,6 +39,13 @@ def reply_text(chat: ChatTemplate, row: Prompt, prompt: str) -> str:
         f"completion's {part} as it stands; give it another form, set data.template_kwargs, or render the chat into a text "
         f"`prompt` and set data.chat_template to false"
     )
+
+
+def text_reply(chat: ChatTemplate, row: Prompt) -> str:
+    """The row's completion of a text that is no chat, up to and with its first end, if it has one."""
+    text = str(row.completion)
+    bare, first = without_end(chat, row.source, text)
+    return text[: text.index(first, len(bare)) + len(first)] if first else text
 
 
 def _written(chat: ChatTemplate, row: Prompt, prompt: str, turn: Turn) -> str:
@@ -57,11 +64,24 @@ def _up_to_end(chat: ChatTemplate, written: str) -> str:
     return written.rstrip() if end and chat.ends_in_token(written.rstrip()) else written
 
 
-def _without_end(chat: ChatTemplate, text: str) -> str:
-    bare = text.rstrip()
-    ends = tuple(end for end in (chat.after_answer[0].strip(), chat.end_token, chat.tokenizer.eos_token) if end)
-    if not bare.endswith(ends):
-        return text
-    while bare.endswith(ends):
-        bare = bare[: -max(len(end) for end in ends if bare.endswith(end))].rstrip()
-    return bare
+def _left_out_call(chat: ChatTemplate, row: Prompt, prompt: str, turn: Turn) -> str | None:
+    marked = with_marked_calls(len(row.turns) + 1, turn)
+    return None if marked == turn else left_out_call(marked, _written(chat, row, prompt, marked))
+
+
+def without_end(chat: ChatTemplate, source: str, text: str) -> tuple[str, str]:
+    """A completion up to its own end, and the token that ends it first; without any, the text as it is and "".
+
+    Raises:
+        ConfigError: Naming the row, where text follows an end: no model that stops there writes it.
+    """
+    bare, first = text.rstrip(), ""
+    whole = chat.after_answer[0].strip()  # it may close a tag before the token
+    while end := next((end for end in (whole, *chat.ends) if end and bare.endswith(end)), ""):
+        bare = bare[: -len(end)].rstrip()
+        first = end
+    if inner := next((end for end in chat.ends if end in bare), None):
+        raise ConfigError(
+            f"{source}: `completion` goes on after {inner!r}, which ends it; cut it there, or make it turns of `messages`"
+        )
+    return (bare, first) if first else (text, "")

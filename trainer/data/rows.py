@@ -73,6 +73,8 @@ def _prompt(source: str, row: Mapping[str, Any]) -> tuple[str | list[Turn], Turn
             f"{source} must have exactly one of `prompt` and `messages`; it has {sorted(row)}{_hint(row)}"
         )
     if isinstance(text, str):
+        if _is_chat(text):
+            raise ConfigError(f"{source}: `prompt` is JSON text of messages; give the list itself, as `messages`")
         return text, None
     name, chat = ("messages", messages) if text is None else ("prompt", text)
     if text is not None and not isinstance(text, Sequence):
@@ -86,6 +88,18 @@ def _prompt(source: str, row: Mapping[str, Any]) -> tuple[str | list[Turn], Turn
     if turns[-1]["role"] == "assistant":
         raise ConfigError(f"{source}: `{name}` ends with two turns of the assistant; make them one")
     return turns, reply
+
+
+def _is_chat(text: str) -> bool:
+    try:
+        turns = json.loads(text) if text.lstrip().startswith("[") else None
+    except (ValueError, RecursionError):
+        return False
+    return (
+        isinstance(turns, list)
+        and turns != []
+        and all(isinstance(turn, dict) and {"role", "content"} <= {*turn} for turn in turns)
+    )
 
 
 def _completion(source: str, value: Any) -> Turn | None:

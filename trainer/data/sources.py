@@ -17,6 +17,24 @@ from fastkl.trainer.notes import note
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".parquet")  # read from a folder
 
+_CONVERT = "convert it to JSON Lines or Parquet"
+OTHER_FILES = {
+    ".csv": f"a CSV file; {_CONVERT}",
+    ".tsv": f"a TSV file; {_CONVERT}",
+    ".xlsx": f"an Excel file; {_CONVERT}",
+    ".yaml": f"a YAML file; {_CONVERT}",
+    ".yml": f"a YAML file; {_CONVERT}",
+    ".arrow": f"an Arrow file; give the folder that save_to_disk wrote, or {_CONVERT}",
+    ".feather": f"a Feather file; {_CONVERT}",
+    ".pkl": f"a pickle; {_CONVERT}",
+    ".bz2": "compressed by bzip2; unpack it",
+    ".xz": "compressed by xz; unpack it",
+    ".zst": "compressed by Zstandard; unpack it",
+    ".zip": "a ZIP archive; unpack it",
+    ".tar": "a tar archive; unpack it",
+    ".tgz": "a tar archive; unpack it",
+}
+
 
 def load_prompts(config: DataConfig) -> list[Prompt]:
     """The rows of a file, a folder or a data set, each checked; an error names the row.
@@ -51,6 +69,9 @@ def _rows(config: DataConfig) -> Iterable[tuple[str, Any]]:
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    for suffix, kind in OTHER_FILES.items():
+        if path.name.lower().removesuffix(".gz").endswith(suffix):
+            raise ConfigError(f"{path} is {kind}")
     return parquet_rows(path) if path.suffix.lower() == ".parquet" else json_rows(path)
 
 

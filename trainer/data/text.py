@@ -18,10 +18,13 @@ def encode(
     """
     if not texts:
         return []
+    first = _special_before(tokenizer) if begin is not None else []
+    if first:  # white space before a BOS would hide it
+        spelled = tokenizer.convert_ids_to_tokens(first[0])
+        texts = [text.lstrip() if text.lstrip().startswith(spelled) else text for text in texts]
     encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     if begin is None:
         return encoded
-    first = _special_before(tokenizer)
     return [
         [*first, *ids] if begins and ids[: len(first)] != first else ids
         for ids, begins in zip(encoded, begin, strict=True)

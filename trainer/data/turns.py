@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ OTHER_NAMES = {
     "tool": ("environment", "ipython", "observation", "tool_response", "tool_result"),
 }
 TEXT_PARTS = ("text", "input_text", "output_text")
+CALLS = ("tool_calls", "function_call")  # the second by the older form
 REASONING = ("reasoning_content", "reasoning", "thinking")  # where a turn keeps it
 _THINKING = re.compile(r"</?think>")  # templates take a content apart here
 
@@ -130,9 +132,24 @@ def _part(place: str, part: Any) -> str:
 
 def marked(number: int, turn: Turn) -> Turn:
     """The turn with a text and names of tools that are found again."""
-    calls = [call | {"function": call["function"] | {"name": f"call_{number}_call"}} for call in _calls(turn)]
-    content = f"text-{number}-text" if turn["content"] else ""
-    return turn | {"content": content} | ({"tool_calls": calls} if calls else {})
+    return with_marked_calls(number, turn | {"content": f"text-{number}-text" if turn["content"] else ""})
+
+
+def with_marked_calls(number: int, turn: Turn) -> Turn:
+    """The turn with names and arguments of its calls that are found again, other ones for each call."""
+    marks = (f"{number}_{call}" for call in itertools.count(1))
+    return _with_calls(turn, lambda function: _marked_call(next(marks), function))
+
+
+def _marked_call(mark: str, function: dict[str, Any]) -> dict[str, Any]:
+    given, new = function.get("arguments"), dict(function)
+    if "name" in function:
+        new["name"] = f"call_{mark}_call"
+    if isinstance(given, dict):
+        new["arguments"] = {key: f"value_{mark}_{index}_value" for index, key in enumerate(given)}
+    elif isinstance(given, str) and given:
+        new["arguments"] = f"value_{mark}_value"
+    return new
 
 
 def left_out(turn: Turn, text: str) -> str | None:
@@ -144,11 +161,24 @@ def left_out(turn: Turn, text: str) -> str | None:
 def _parts(turn: Turn) -> Iterator[tuple[str, str]]:
     yield from (("`content`", part) for part in _THINKING.split(turn["content"]))
     yield from ((f"`{key}`", str(turn[key])) for key in REASONING if key in turn)
-    yield from (("`tool_calls`", str(call["function"]["name"])) for call in _calls(turn))
 
 
-def _calls(turn: Turn) -> list[dict[str, Any]]:
-    """The calls of tools in a turn that have the usual form."""
-    calls = turn.get("tool_calls")
-    functions = [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
-    return [call for call in functions if isinstance(call.get("function"), dict) and "name" in call["function"]]
+def left_out_call(turn: Turn, text: str) -> str | None:
+    """As `left_out`, of a turn with marked calls: the first of them that is not in the text, with its arguments."""
+    for key in CALLS:
+        for number, call in enumerate(calls_of(turn, key), start=1):
+            given = call.get("arguments")
+            values = list(given.values()) if isinstance(given, dict) else [given] if isinstance(given, str) else []
+            if str(call.get("name", "")) not in text:
+                return f"`{key}` (call {number})"
+            if any(value not in text for value in values):
+                return f"`arguments` of `{key}` (call {number})"
+    return None
+
+
+def calls_of(turn: Turn, key: str) -> list[dict[str, Any]]:
+    """The calls of tools in a turn, each with `name` and `arguments`."""
+    given = turn.get(key)
+    calls = given if isinstance(given, list) else [given]
+    found = [call.get("function", call) for call in calls if isinstance(call, dict)]
+    return [call for call in found if isinstance(call, dict)]

@@ -11,6 +11,7 @@ from fastkl.trainer.config.data import DataConfig
 from fastkl.trainer.data.chat import end_of_turn
 from fastkl.trainer.data.prompts import encode_completions, encode_prompts
 from fastkl.trainer.data.rows import parse_row
+from fastkl.trainer.data.template_variables import template_variables
 from fastkl.trainer.errors import ConfigError
 
 Row = dict[str, Any]
@@ -101,7 +102,7 @@ COMPLETIONS: dict[str, tuple[str, Row, str, str]] = {
         "\n",
         "<response>\n4\n</response>\n<|im_end|>",
     ),
-    "an-end-in-it": ("smollm", {"prompt": "q", "completion": "4<|im_end|>5"}, "assistant\n", "4<|im_end|>5<|im_end|>"),
+    "qwen-other-end": ("qwen", {"prompt": "q", "completion": f"{THOUGHT}<|endoftext|>\n"}, "", f"{THOUGHT}<|im_end|>"),
     "later-turns": (
         "qwen",
         {"messages": [user("p"), assistant(THOUGHT), user("q"), assistant("5")]},
@@ -120,9 +121,64 @@ def test_a_completion_is_what_the_template_writes(name: str, row: Row, prompt: s
 
 
 def test_a_text_without_a_chat_ends_with_the_tokenizers_end() -> None:
-    for completion in ("4", "4<eos>", "4<end_of_turn>"):
+    for completion in ("4", "4<eos>", "4<end_of_turn>", "4<end_of_turn>\n", "4 <end_of_turn>\n<eos> "):
         _, after = written("gemma", {"prompt": "q", "completion": completion}, chat_template=False)
-        assert after == (completion if completion.endswith(">") else "4<eos>")
+        assert after == (f"{completion.partition('>')[0]}>" if ">" in completion else "4<eos>")
+    _, after = written("qwen", {"prompt": "q", "completion": "4<|endoftext|>\n"}, chat_template=False)
+    assert after == "4<|endoftext|>"
+    with pytest.raises(ConfigError, match=r"d\.jsonl:1: `completion` goes on after '<eos>'"):
+        written("gemma", {"prompt": "q", "completion": "4<eos>5"}, chat_template=False)
+
+
+CALLS = {
+    "all": ("{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}", None),
+    "first": ("{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}", "`tool_calls` (call 2)"),
+    "names": (
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}",
+        "`arguments` of `tool_calls` (call 1)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("shown", "message"), CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("reply", [True, False], ids=["reply", "earlier"])
+def test_each_call_is_written_whatever_rows_came_before(shown: str, message: str | None, reply: bool) -> None:
+    words = family_tokenizer(
+        "smollm", template=FAMILIES["smollm"].template.replace("{{ m.content }}", "{{ m.content }}" + shown)
+    )
+    more = [] if reply else [user("r"), assistant("4")]
+    bare = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    good = {"messages": [user("q"), assistant("", tool_calls=[bare]), *more]}
+    bad = {"messages": [user("q"), assistant("", tool_calls=[CALL, CALL]), *more]}
+    rows = [parse_row(f"d.jsonl:{number}", row) for number, row in enumerate((good, bad), start=1)]
+    if message is None:
+        assert len(encode_completions(encode_prompts(rows, words, DataConfig(path="p")), words)) == 2
+        return
+    with pytest.raises(ConfigError) as error:
+        encode_completions(encode_prompts(rows, words, DataConfig(path="p")), words)
+    assert str(error.value).startswith("d.jsonl:2: ")
+    assert message in str(error.value)
+
+
+def test_a_prompt_that_the_template_ends_is_refused() -> None:
+    """A template that begins an answer after a user's turn alone."""
+    template = FAMILIES["smollm"].template.replace(
+        "{% if add_generation_prompt %}", "{% if add_generation_prompt and messages[-1].role == 'user' %}"
+    )
+    words = family_tokenizer("smollm", template=template)
+    good, bad = [user("p"), assistant("4"), user("q")], [user("p"), assistant("4"), system("s")]
+    rows = [parse_row("d.jsonl:1", {"messages": good}), parse_row("d.jsonl:2", {"messages": bad})]
+    assert len(encode_prompts(rows[:1], words, DataConfig(path="p"))) == 1
+    with pytest.raises(ConfigError, match=r"d\.jsonl:2: .*begins no answer after a turn of the role 'system'"):
+        encode_prompts(rows, words, DataConfig(path="p"))
+
+
+def test_only_variables_are_called_variables() -> None:
+    template = (
+        "{% if x %}{% set content = 1 %}{% endif %}{{ content }}{{ raise_exception('') if y is defined }}"
+        "{% if not z is defined %}{% set z = 1 %}{% endif %}{{ z }}{% set n = namespace(a=1) %}{{ w | default(1) }}"
+    )
+    assert template_variables(template) == {"x", "y", "z", "w"}
 
 
 REFUSED: dict[str, tuple[str, Row, str]] = {
@@ -133,8 +189,15 @@ REFUSED: dict[str, tuple[str, Row, str]] = {
     "calls-left-out": (
         "llama",
         {"messages": [user("q"), assistant("", tool_calls=[CALL]), {"role": "tool", "content": "2"}]},
-        "leaves out the `tool_calls` of turn 2 (assistant)",
+        "leaves out the `tool_calls` (call 1) of turn 2 (assistant)",
     ),
+    "old-calls-left-out": (
+        "qwen",
+        {"messages": [user("q"), assistant(None, function_call=CALL["function"]), user("r")]},
+        "leaves out the `function_call` (call 1) of turn 2 (assistant)",
+    ),
+    "an-end-in-it": ("smollm", {"prompt": "q", "completion": "4<|im_end|>5"}, "goes on after '<|im_end|>'"),
+    "another-end-in-it": ("qwen", {"prompt": "q", "completion": "4<|endoftext|>5"}, "goes on after '<|endoftext|>'"),
     "rendered-already": ("llama", {"prompt": "<|bos|><|start_header_id|>user"}, "set data.chat_template to false"),
     "rendered-by-qwen": ("qwen", {"prompt": "<|im_start|>user\nq<|im_end|>"}, "begins with '<|im_start|>'"),
     "reasoning-left-out": (

@@ -182,6 +182,7 @@ def test_completion_ends_with_the_end_token(tmp_path: Path) -> None:
     [
         ("<s> $A", "1", "<s>1"),
         ("<s> $A", "<s>1", "<s>1"),
+        ("<s> $A", " \n<s>1", "<s>1"),
         ("<s> $A <eos>", "1", "<s>1"),
         ("$A <eos>", "1", "1"),
         ("<s> <u> $A", "1", "<s><u>1"),

@@ -132,6 +132,7 @@ BAD = {
     "sharegpt-renamed": (chat({"from": "human", "value": "q"}), "`from` and `value`: rename them", "human and gpt"),
     "text-as-tools": ({"prompt": "q", "tools": "add"}, "`tools` is text that is no JSON", ""),
     "names-as-tools": ({"prompt": "q", "tools": [1]}, "`tools` must be a list of JSON schemas", ""),
+    "chat-as-text": ({"prompt": json.dumps([USER])}, "`prompt` is JSON text of messages", "as `messages`"),
     "half-a-surrogate-in-an-answer": ({"prompt": "q", "answer": "\ud800"}, "`answer` holds half of a surrogate", ""),
     "half-a-surrogate-in-metadata": ({"prompt": "q", "metadata": {"a": "\ud800"}}, "`metadata` holds half", ""),
 }

@@ -244,3 +244,20 @@ def test_real_tables(tmp_path: Path) -> None:
     for name in ("d.parquet", "one"):
         with pytest.raises(ConfigError, match=f"{name} could not be"):
             load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("d.csv", "is a CSV file; convert it to JSON Lines or Parquet"),
+        ("d.CSV.gz", "is a CSV file"),
+        ("d.arrow", "is an Arrow file; give the folder"),
+        ("d.jsonl.bz2", "is compressed by bzip2; unpack it"),
+        ("d.txt", "is a text file without JSON"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_in_words(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"prompt,answer\n1,2\n")
+    with pytest.raises(ConfigError) as error:
+        load_prompts(DataConfig(path=str(tmp_path / name)))
+    assert message in str(error.value)
