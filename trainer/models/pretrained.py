@@ -27,12 +27,18 @@ from fastkl.trainer.models.withheld import withhold
 
 T = TypeVar("T")
 
+CUT_SHORT = "PytorchStreamReader"  # torch's reader of .bin files, on one that ends too early
 NAMED = 3  # of the weights that are missing
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     path = _checked_path(config, "config.json", "tokenizer_config.json")
-    return _read(config, "tokenizer", lambda: AutoTokenizer.from_pretrained(path, **_trust(config)))
+    try:
+        return _read(config, "tokenizer", lambda: AutoTokenizer.from_pretrained(path, **_trust(config)))
+    except ConfigError:
+        if Path(path, "config.json").is_file():
+            read_config(config)  # a tokenizer is read with the model's config: is that what is wrong?
+        raise
 
 
 def read_config(config: ModelConfig) -> Any:
@@ -83,8 +89,14 @@ def _read(config: ModelConfig, what: str, read: Callable[[], T]) -> T:
         return read()
     except Exception as error:
         where = "" if os.path.isdir(os.path.expanduser(config.path)) else ", neither a folder here nor on the Hub"
-        told = isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) and not isinstance(
-            error, JSONDecodeError
+        if "trust_remote_code=True" in str(error):
+            raise ConfigError(
+                f"no {what} could be loaded from {config.path!r}: it has Python code of its own, which is not run without "
+                f"leave. If you trust it, set trust_remote_code to true beside this path (student.trust_remote_code, "
+                f"teacher.trust_remote_code or model.trust_remote_code)"
+            ) from error
+        told = isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) and not (
+            isinstance(error, JSONDecodeError) or CUT_SHORT in str(error) or getattr(error, "errno", None) is not None
         )
         remedy = "" if told else ". Is every file of it whole?"
         raise ConfigError(f"no {what} could be loaded from {config.path!r}{where}: {brief(error)}{remedy}") from error

@@ -32,6 +32,13 @@ def cut(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
 
 
+def cut_bin(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+    content = (folder / "pytorch_model.bin").read_bytes()
+    (folder / "pytorch_model.bin").write_bytes(content[: len(content) // 2])
+
+
 def holds(name: str, text: str) -> Damage:
     return lambda folder: (folder / name).write_text(text)
 
@@ -69,6 +76,7 @@ def configured(**values: object) -> Damage:
 
 MODELS: dict[str, tuple[Damage, str]] = {
     "cut-short": (cut, "SafetensorError: Error while deserializing header"),
+    "cut-short-bin": (cut_bin, "Is every file of it whole?"),
     "empty": (holds(WEIGHTS, ""), "Is every file of it whole?"),
     "a-web-page": (holds(WEIGHTS, "<html>404"), "Is every file of it whole?"),
     "no-weights": (lambda folder: (folder / WEIGHTS).unlink(), "no file named model.safetensors"),
@@ -80,12 +88,16 @@ MODELS: dict[str, tuple[Damage, str]] = {
     "other-shapes": (configured(intermediate_size=40), "lack 3 weights of LlamaForCausalLM"),
     "harmful": (harmful, "UnpicklingError"),
     "no-json": (holds(CONFIG, "{"), "not a valid JSON file"),
-    "a-list": (holds(CONFIG, "[1]"), "Is every file of it whole?"),
+    "a-list": (holds(CONFIG, "[1]"), "Should have a `model_type` key in its config.json"),
     "wrong-type": (configured(hidden_size="big"), "'hidden_size' expected int, got str"),
     "negative": (configured(hidden_size=-4), "negative dimension -4"),
     "heads": (configured(num_attention_heads=3), "not a multiple of the number of attention heads (3)"),
     "activation": (configured(hidden_act="nosuch"), "KeyError: 'nosuch'. Is every file of it whole?"),
     "unknown-family": (configured(model_type="llama9"), "has model type `llama9` but Transformers does not"),
+    "own-code": (
+        configured(model_type="ours", auto_map={"AutoConfig": "ours.Config", "AutoModelForCausalLM": "ours.Model"}),
+        "student.trust_remote_code",
+    ),
     "no-language-model": (configured(model_type="t5"), "t5 is no causal language model of Transformers"),
 }
 TOKENIZERS: dict[str, tuple[Damage, str]] = {
@@ -159,6 +171,16 @@ def test_who_reads_it(damage: Damage, command: str, here: Path, capsys: pytest.C
     said = refusal(capsys, command, MINIMAL[command] | READERS[command], "could be loaded from 'bad'")
     assert said[said.rindex("fastkl: ") :].count("\n") == 1
     assert not Path("runs/a/config.yaml").exists()
+
+
+@pytest.mark.parametrize("damage", [holds(CONFIG, "{"), configured(hidden_size="big")], ids=["no-json", "wrong-type"])
+def test_a_bad_config_is_not_blamed_on_the_tokenizer(damage: Damage, here: Path) -> None:
+    damage(here / "bad")
+    with pytest.raises(ConfigError, match="no model could be loaded"):
+        (
+            load_tokenizer(StudentConfig(str(here / "bad"))),
+            load_student(StudentConfig(str(here / "bad")), torch.device("cpu")),
+        )
 
 
 @pytest.mark.parametrize("method", ["gguf", "gptq", "fp8", "nosuch"])
