@@ -133,9 +133,9 @@ class ChatTemplate:
 
     @cached_property
     def ends(self) -> tuple[str, ...]:
-        """The tokens that end a completion: the template's, the tokenizer's, and the usual ones among its added tokens."""
-        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
-        found = {self.end_token, self.tokenizer.eos_token or "", *(added & USUAL_ENDS)}
+        """The tokens that end a completion: the template's, the tokenizer's, and the usual ones among its special ones."""
+        special = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        found = {self.end_token, self.tokenizer.eos_token or "", *(special & USUAL_ENDS)}
         return tuple(sorted((end for end in found if end), key=len, reverse=True))
 
     def ends_in_token(self, text: str) -> bool:
