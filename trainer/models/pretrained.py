@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
@@ -24,6 +25,7 @@ from fastkl.trainer.config.models import ModelConfig
 from fastkl.trainer.errors import ConfigError, brief
 from fastkl.trainer.models.ends import check_declared_ends
 from fastkl.trainer.models.withheld import withhold
+from fastkl.trainer.notes import note
 
 T = TypeVar("T")
 
@@ -67,8 +69,48 @@ def load_model(config: ModelConfig, **placed: Any) -> PreTrainedModel:
             f"no model could be loaded from {config.path!r}: its files lack {len(lost)} weights of {type(model).__name__} "
             f"or have them in another shape ({named}); download or save it again"
         )
+    _check_unused(config, model, sorted(found["unexpected_keys"]))
     withhold(model)
     return model.eval()
+
+
+def _check_unused(config: ModelConfig, model: PreTrainedModel, unused: list[str]) -> None:
+    """No weights in the files are of the model's own layers, yet without a place by its config.
+
+    Others, such as a value head, are left out. What the class declares to ignore is not among `unused`.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        return
+    extra = int(
+        getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    )  # they follow the others
+    modules = dict(model.named_modules())
+    own = [name for name in unused if _is_bias(modules, name) or _is_layer_beyond(modules, name, extra)]
+    if own:
+        named = ", ".join(own[:NAMED]) + ", …" * (len(own) > NAMED)
+        raise ConfigError(
+            f"{config.path!r} holds {len(own)} weights that {type(model).__name__} has no place for by its config.json "
+            f"({named}); correct the config's layers or biases, or save the model again"
+        )
+    if unused:
+        named = ", ".join(unused[:NAMED]) + ", …" * (len(unused) > NAMED)
+        note(f"{len(unused)} weights in {config.path} are not the language model's and are left out ({named})")
+
+
+def _is_bias(modules: dict[str, Any], name: str) -> bool:
+    """Of a layer that the model has, with a weight."""
+    parent, _, own = name.rpartition(".")
+    return own == "bias" and parent in modules and "weight" in modules[parent]._parameters
+
+
+def _is_layer_beyond(modules: dict[str, Any], name: str, extra: int) -> bool:
+    """Of a layer after the last one of a list in the model, and after `extra` more."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        layers = modules.get(".".join(parts[:place]))
+        if part.isdigit() and isinstance(layers, nn.ModuleList):
+            return int(part) >= len(layers) + extra
+    return False
 
 
 def outline(config: ModelConfig) -> PreTrainedModel:

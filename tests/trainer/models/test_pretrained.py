@@ -143,6 +143,24 @@ def test_a_damaged_folder(damage: Damage, part: str, here: Path) -> None:
     assert not Path("harmed").exists()
 
 
+def with_a_weight(folder: Path, name: str) -> None:
+    weights = load_file(folder / WEIGHTS) | {name: torch.zeros(2)}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["model.layers.7.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"])
+def test_a_weight_without_a_place_in_the_model(name: str, here: Path) -> None:
+    with_a_weight(here / "bad", name)
+    assert f"holds 1 weights that LlamaForCausalLM has no place for by its config.json ({name})" in read(here / "bad")
+
+
+@pytest.mark.parametrize("name", ["v_head.weight", "model.layers.0.self_attn.bias"])
+def test_a_weight_of_something_else(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with_a_weight(here / "s", name)
+    load_student(StudentConfig(str(here / "s")), torch.device("cpu"))
+    assert f"are left out ({name})" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", ["<eos>", [1, "<eos>"], {"id": 1}, 1.0, -1, True, 10_000, [1, None]], ids=str)
 def test_an_end_that_is_no_id(value: object, here: Path) -> None:
     (here / "bad" / GENERATION).write_text(json.dumps({"eos_token_id": value}))
