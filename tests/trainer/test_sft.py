@@ -84,7 +84,7 @@ def test_supervised_stage_then_distillation(tmp_path: Path, folder: Path) -> Non
 
 def test_a_folder_of_the_other_command_is_refused(tmp_path: Path, folder: Path) -> None:
     path, _ = run(folder, tmp_path / "run", optim__steps=1)
-    with pytest.raises(ConfigError, match="holds a run with another config"):
+    with pytest.raises(ConfigError, match="holds an sft run, not a distill run"):
         distilled(distillation(path, folder))
 
 
