@@ -25,7 +25,7 @@ class RunConfig:
     """What every training run has.
 
     Args:
-        run: Keep the run in this folder. The same config resumes in it; another one is refused.
+        run: Keep the run in this folder. The same config resumes in it; another one is refused (see resume).
         seed: Seed the order of the prompts, the sampling and the initialisation.
         student: Train this model.
         data: Read the prompts from here.
