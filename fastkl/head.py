@@ -161,7 +161,7 @@ def _find_head(model: nn.Module) -> nn.Linear:
     if hasattr(head, "base_layer"):  # a tuner layer of peft
         raise TypeError(
             f"the LM head of {_name(model)} has an adapter on it (peft's {type(head).__name__}) and cannot be fused; leave "
-            f"it out of target_modules"
+            f"it out of target_modules (your own code may train it in full, by peft's modules_to_save)"
         )
     plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
     if not plain or not head.weight.is_floating_point():
