@@ -145,9 +145,9 @@ are trained and saved.
 What goes wrong differs between families. So it is not a family's name that decides, but the model's answers to a few short
 texts: see [rollouts.md](rollouts.md#one-distribution). A model that is in no table below is checked in the same way.
 
-Phi-3 with 128k of context and others with `rope_type: longrope` rotate a whole batch by other frequencies as soon as one of
-its texts is longer than `original_max_position_embeddings`. A distillation is refused where some prompt is shorter than that
-and some prompt with `sampling.max_new_tokens` longer.
+Phi-3 with 128k of context and others with `rope_type: longrope` rotate a whole batch by other frequencies as soon as one
+of its texts is longer than `original_max_position_embeddings`. A distillation is refused where some prompt is shorter than
+that and some prompt with `sampling.max_new_tokens` longer.
 
 ## Student and teacher together
 
