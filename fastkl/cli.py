@@ -14,6 +14,7 @@ from typing import Any
 MISSING_EXTRA = "fastkl's trainer needs packages that are not installed ({0}): pip install 'fastkl[trainer]'"
 
 INTERRUPTED = "fastkl: interrupted; a training run goes on from its last checkpoint, if it has one, by the same command"
+TERMINATED = "fastkl: ended by SIGTERM; the same command goes on from what is written, if anything is"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Of several processes that end together, one says why.
     """
     try:
-        with _interrupted_at_once():
+        with _ended_at_once(signal.SIGINT, INTERRUPTED):
             from fastkl.trainer.errors import ConfigError
 
             try:
@@ -47,7 +48,7 @@ def _run(command: Callable[[Any], object], config: Any) -> int:
     from fastkl.trainer.errors import ConfigError, RunError
 
     try:
-        with _terminated_in_a_line():
+        with _ended_at_once(signal.SIGTERM, TERMINATED):
             command(config)
     except (ConfigError, RunError) as error:
         return _say(f"fastkl: {error}", 2, aloud=_failed_first())
@@ -81,41 +82,25 @@ def _first_of_launch() -> bool:
 
 
 @contextmanager
-def _interrupted_at_once() -> Iterator[None]:
-    """While open, Ctrl-C ends the process in one line: an import that is cut off may raise anything, or go on."""
+def _ended_at_once(by: signal.Signals, text: str) -> Iterator[None]:
+    """While open, a signal ends the process at once, in one line: an import that is cut off may raise anything, or go on.
 
-    def end(signum: int, frame: FrameType | None) -> None:
+    The steps of a run have a better way (`trainer/runs/stop.py`).
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
         if _first_of_launch():
-            os.write(2, f"{INTERRUPTED}\n".encode())
-        os._exit(130)
+            os.write(2, f"{text}\n".encode())
+        os._exit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, end)
+    before = signal.signal(by, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _terminated_in_a_line() -> Iterator[None]:
-    """While open, SIGTERM ends the process at once, in one line; the steps of a run have a better way (`runs/stop.py`)."""
-
-    def end(signum: int, frame: FrameType | None) -> None:
-        if _first_of_launch():
-            os.write(2, b"fastkl: ended by SIGTERM; the same command goes on from what is written, if anything is\n")
-        os._exit(128 + signum)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(by, before)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Checkpoint(NamedTuple):
 
 
 class RunFolder:
-    """A run's folder, locked for this run while the context is open. Nothing is written before `begin`."""
+    """A run's folder, locked for this run while the context is open. Before `begin` nothing but the lock is written."""
 
     def __init__(self, config: RunConfig) -> None:
         self.path = Path(config.run)

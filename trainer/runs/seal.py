@@ -30,10 +30,10 @@ def check_seal(folder: Path, files: Iterable[str] = ()) -> None:
     try:
         sums = json.loads((folder / NAME).read_text(encoding="utf-8"))
         expected = {name: (entry["bytes"], entry["crc32"]) for name, entry in sums.items()}
-        if not expected or not {*files} <= expected.keys():
-            raise KeyError(NAME)
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"{NAME} is missing or cannot be read") from error
+    if not expected or not {*files} <= expected.keys():
+        raise Damaged(f"{NAME} does not name every file")
     for name, (size, checksum) in expected.items():
         path = folder / name
         try:

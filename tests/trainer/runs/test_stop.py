@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launches import CONTEXT, give_samples, together
+from launches import CONTEXT, give_samples, run_python, together
 from run_cases import check_equal, check_same, distilled
 from run_settings import Settings, arguments, distillation, evaluated
 
@@ -113,3 +113,14 @@ def test_a_signal_to_one_process_stops_all(tmp_path: Path, folder: Path) -> None
     whole = arguments("distill", settings(folder, tmp_path / "whole"))
     assert together(whole, tmp_path / "errors", before=given)[0] == [0, 0]
     check_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_before_the_steps_a_signal_ends_it_in_one_line() -> None:
+    code = """import os, signal, time
+from fastkl import cli
+with cli._ended_at_once(signal.SIGTERM, cli.TERMINATED):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(9)"""
+    done = run_python(code)
+    assert done.returncode == 143
+    assert done.stderr.splitlines() == [cli.TERMINATED]
