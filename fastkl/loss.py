@@ -90,6 +90,7 @@ from fastkl._loss.likeliest import TopK, linear_ranks, linear_top_k
 from fastkl._loss.numbers import BadNumbers
 from fastkl._loss.output import LossOutput
 from fastkl._loss.policy_gradient import linear_logprobs, policy_gradient_loss, sampled_reverse_kl_loss
+from fastkl._loss.token_stats import TokenStats, linear_token_stats
 from fastkl._loss.top_k import top_k_kl_loss
 from fastkl.kernels.divergence.formula import PerToken
 from fastkl.kernels.options import Backward, Sparse
@@ -100,9 +101,11 @@ __all__ = [
     "LossOutput",
     "PerToken",
     "Sparse",
+    "TokenStats",
     "TopK",
     "linear_logprobs",
     "linear_ranks",
+    "linear_token_stats",
     "linear_top_k",
     "policy_gradient_loss",
     "reverse_kl_advantages",

@@ -6,8 +6,14 @@
 | `row_losses`, hidden only (frozen head) | values and unit gradient | upstream · unit gradient, O(N D)  | 2     |
 | `row_losses`, weight or bias too        | values                   | logits again, then both gradients | 4     |
 | `summed_loss` (upstream known inside)   | values and all gradients | upstream · gradients              | 2, 3  |
+| `token_values`, hidden only             | values                   | logits again, then the gradient   | 3     |
+| the same, entropies without a gradient  | values and unit gradient | two products over [N, D]          | 2     |
+| `token_values`, weight or bias too      | values                   | logits again, then both gradients | 4     |
 
 (GEMMs of one head; a teacher adds its own forward GEMM each time that logits are formed.)
+
+Log-prob and lse need one unit gradient: lse = z[y] − log p[y], and the gradient of z[y] is a row of the weight. That of
+the entropy is a product of its own: three with the logits, whether they are made in forward or in backward.
 
 From a subset of a fraction k of the columns, `spec.sparse`, the GEMM of a gradient costs k. `row_losses` then draws it in
 the forward pass for a weight too, and keeps what it drew: the backward pass needs no logits. Computed again are blocks of
@@ -23,8 +29,9 @@ import torch
 from torch import Tensor
 
 import fastkl.kernels.flops  # noqa: F401  for torch.utils.flop_counter, which asks whoever has registered
+from fastkl.kernels.gemm import scaled_rows
 from fastkl.kernels.operators import evaluate, evaluate_with_gradients, weight_gradients
-from fastkl.kernels.problem import Gradients, Inputs, Needs, Problem, Rows
+from fastkl.kernels.problem import Gradients, Inputs, Needs, Problem, RowLoss, Rows
 from fastkl.kernels.records import pack, unpack
 from fastkl.kernels.sparse.estimator import Estimates
 
@@ -37,11 +44,25 @@ class Losses(NamedTuple):
     statistics: Tensor | None = None  # [2], `ColumnSampler.statistics`, of a sparse backward drawn in the forward pass
 
 
+class TokenValues(NamedTuple):
+    """What kind "token_nll_entropy" says of each token, [N] each."""
+
+    nll: Tensor
+    entropies: Tensor
+    lse: Tensor
+    gap: Tensor  # max z − z[y], which has no gradient
+
+    @classmethod
+    def of(cls, values: Tensor) -> TokenValues:
+        nll, entropies, m, above, gap = values
+        return cls(nll, entropies, m + above, gap)
+
+
 def row_losses(problem: Problem, weight_grad: Tensor | None = None) -> Losses:
     """Losses [N], differentiable for any upstream gradient."""
     if not _wants_gradient(problem.inputs):
         return Losses(*_without_gradient(problem))
-    return _apply(_RowLosses, problem, weight_grad)
+    return Losses(*_apply(_RowLosses, problem, weight_grad))
 
 
 def summed_loss(problem: Problem, weight_grad: Tensor | None = None) -> Losses:
@@ -49,7 +70,18 @@ def summed_loss(problem: Problem, weight_grad: Tensor | None = None) -> Losses:
     if not _wants_gradient(problem.inputs):
         losses, values = _without_gradient(problem)
         return Losses(losses.sum(), values)
-    return _apply(_SummedLoss, problem, weight_grad)
+    return Losses(*_apply(_SummedLoss, problem, weight_grad))
+
+
+def token_values(problem: Problem, weight_grad: Tensor | None = None, entropy_gradient: bool = True) -> TokenValues:
+    """Differentiable for any upstream gradients, the entropies if `entropy_gradient`; the row loss says which rows count."""
+    inputs = problem.inputs
+    if not _wants_gradient(inputs):
+        return TokenValues.of(evaluate(problem))
+    head_is_frozen = not inputs.weight.requires_grad and (inputs.bias is None or not inputs.bias.requires_grad)
+    kept = head_is_frozen and not entropy_gradient
+    values = TokenValues(*_apply(_UnitTokenValues if kept else _TokenValues, problem, weight_grad))
+    return values if entropy_gradient else values._replace(entropies=values.entropies.detach())
 
 
 def _without_gradient(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -63,10 +95,10 @@ def _wants_gradient(inputs: Inputs) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:3])
 
 
-def _apply(function: Any, problem: Problem, weight_grad: Tensor | None) -> Losses:
+def _apply(function: Any, problem: Problem, weight_grad: Tensor | None) -> tuple[Tensor, ...]:
     """Autograd sees each tensor of the problem as an argument: hidden, weight and bias come first."""
     tensors, *others = pack(problem)
-    return Losses(*function.apply(others, weight_grad, *tensors))
+    return cast(tuple[Tensor, ...], function.apply(others, weight_grad, *tensors))
 
 
 def _refuse_double_backward() -> None:
@@ -180,3 +212,59 @@ class _SummedLoss(torch.autograd.Function):
         problem, _ = _saved(ctx)
         problem = problem._replace(rows=Rows(problem.rows.counted))
         return evaluate_with_gradients(problem, ctx.needs)[2]
+
+
+class _TokenValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, others: list[Any], weight_grad: Tensor | None, *tensors: Any) -> TokenValues:
+        problem = _begin(ctx, others, tensors)
+        ctx.weight_grad = weight_grad
+        _save(ctx, tensors)
+        return _token_values(ctx, evaluate(problem))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
+        some = [g for g in upstream[:3] if g is not None]
+        if not some:
+            return _input_gradients(ctx, None, None, None)
+        slopes = torch.stack([torch.zeros_like(some[0]) if g is None else g for g in upstream[:3]])
+        problem, _ = _saved(ctx)
+        problem = problem._replace(row_loss=RowLoss(slopes=slopes), rows=Rows(problem.rows.counted))
+        gradients, dtype = evaluate_with_gradients(problem, ctx.needs, ctx.weight_grad)[2], problem.inputs.weight.dtype
+        return _input_gradients(ctx, *[None if g is None else g.to(dtype) for g in gradients[:3]])
+
+
+class _UnitTokenValues(torch.autograd.Function):
+    """Of a frozen head, the entropies without a gradient: d lse = d(−log p[y]) + d z[y]."""
+
+    @staticmethod
+    def forward(ctx: Any, others: list[Any], weight_grad: Tensor | None, *tensors: Any) -> TokenValues:
+        problem = _begin(ctx, others, tensors)
+        values, _, unit = evaluate_with_gradients(problem, ctx.needs)
+        head = problem.spec.student
+        slope = torch.full_like(values[0], head.alpha)
+        if head.cap is not None:
+            slope = slope * (head.cap - (values[2] - values[4]).square() / head.cap)  # z[y] by its scaled score
+        ctx.save_for_backward(unit.hidden, problem.inputs.weight, problem.inputs.tokens, slope)
+        return _token_values(ctx, values)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
+        by_nll, _, by_lse, _ = upstream
+        some = [g for g in (by_nll, by_lse) if g is not None]
+        if not some:
+            return _input_gradients(ctx, None)
+        unit, weight, tokens, slope = ctx.saved_tensors
+        gradient = unit * sum(some)[:, None]
+        if by_lse is not None:
+            gradient = gradient + scaled_rows(weight[tokens], torch.where(by_lse == 0, 0.0, by_lse * slope))
+        return _input_gradients(ctx, gradient.to(unit.dtype))
+
+
+def _token_values(ctx: Any, values: Tensor) -> TokenValues:
+    found = TokenValues.of(values)
+    ctx.mark_non_differentiable(found.gap)
+    ctx.set_materialize_grads(False)
+    return found

@@ -103,9 +103,9 @@ def evaluate_with_gradients(
             rows, logits, tokens, gradient = chunk
             own_values = values[:, rows]
             evaluate_rows(logits, tokens, own_values, None if mixed else gradient)
-            losses[rows], slope, entropy_slope = row_loss.take(rows).losses_and_slopes(own_values)
+            losses[rows], slope, others = row_loss.take(rows).losses_and_slopes(own_values)
             if mixed is not None and tokens is not None:
-                weights = torch.stack([slope, torch.zeros_like(slope) if entropy_slope is None else entropy_slope])
+                weights = torch.cat([slope[None], slope.new_zeros(2, len(slope)) if others is None else others])
                 mixed(logits, tokens, own_values, weights, gradient)
                 slope = (weights != 0).any(0).to(slope.dtype)  # the weights are in the gradient
             clear(gradient, slope)

@@ -69,7 +69,7 @@ class Spec(NamedTuple):
         """K, the values that the row function gives per row; the first one carries the gradient."""
         if self.kind == "divergence":
             return ROWS_WITH_EXTRAS if self.extras else ROWS
-        return {"token_nll": 1, "token_nll_entropy": 4, "top_k": 2}[self.kind]
+        return {"token_nll": 1, "token_nll_entropy": 5, "top_k": 2}[self.kind]
 
 
 class Inputs(NamedTuple):
@@ -109,9 +109,10 @@ class RowLoss(NamedTuple):
 
         weights · values[0]                                                            without a surrogate
         weights · (surrogate(log-prob = −values[0]) − entropy_coef · values[1])        with one
+        slopes[0] · values[0] + slopes[1] · values[1] + slopes[2] · lse                with slopes, and nothing else
 
     Without weights: 1 each. A weight of 0 makes a loss of 0, whatever the values. The entropy is values[1] of kind
-    "token_nll_entropy", which an entropy_coef other than 0 wants.
+    "token_nll_entropy", which an entropy_coef other than 0 wants, and slopes too.
     """
 
     weights: Tensor | None = None  # [N]
@@ -119,19 +120,26 @@ class RowLoss(NamedTuple):
     old_logprobs: Tensor | None = None  # [N], of a surrogate; None: those of the current policy
     surrogate: Surrogate | None = None
     entropy_coef: float = 0.0
+    slopes: Tensor | None = None  # [3, N]
 
     def take(self, index: Tensor | slice | None) -> RowLoss:
         if index is None:
             return self
         weights, advantages, old = (_take(t, index) for t in self[:3])
-        return RowLoss(weights, advantages, old, *self[3:])
+        slopes = None if self.slopes is None else self.slopes[:, index]
+        return RowLoss(weights, advantages, old, self.surrogate, self.entropy_coef, slopes)
 
     def times(self, upstream: Tensor) -> RowLoss:
         """The losses multiplied by `upstream` [N]."""
         return self._replace(weights=upstream if self.weights is None else self.weights * upstream)
 
     def losses_and_slopes(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """For values [K, N] of the same rows: losses, d losses / d values[0], and by values[1] if that is not 0; [N]."""
+        """For values [K, N] of the same rows: losses [N], d losses / d values[0] [N], and by entropy and lse [2, N] if
+        those are not 0.
+        """
+        if self.slopes is not None:
+            terms_of = torch.stack([values[0], values[1], values[2] + values[3]])
+            return _weighted(self.slopes, terms_of).sum(0), self.slopes[0], self.slopes[1:]
         weights = torch.ones_like(values[0]) if self.weights is None else self.weights
         if self.surrogate is None:
             return _weighted(weights, values[0]), weights, None
@@ -140,7 +148,8 @@ class RowLoss(NamedTuple):
         if self.entropy_coef == 0.0:
             return _weighted(weights, terms.loss), -weights * terms.slope, None
         losses = _weighted(weights, terms.loss - self.entropy_coef * values[1])
-        return losses, -weights * terms.slope, -self.entropy_coef * weights
+        by_entropy = -self.entropy_coef * weights
+        return losses, -weights * terms.slope, torch.stack([by_entropy, torch.zeros_like(by_entropy)])
 
 
 class Rows(NamedTuple):

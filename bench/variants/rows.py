@@ -43,7 +43,7 @@ def _token_nll_entropy(n: int, offset: int, **options: Any) -> None:
 def _entropy_gradient(n: int, offset: int, **options: Any) -> None:
     logits, tokens, out, gradient = rows(n, offset, **options)
     assert gradient is not None
-    entropy_gradient(logits, tokens, out, torch.zeros(2, n), gradient)
+    entropy_gradient(logits, tokens, out, torch.zeros(3, n), gradient)
 
 
 def _clear_rows(n: int, offset: int, **options: Any) -> None:

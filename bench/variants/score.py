@@ -22,18 +22,18 @@ def _head(n: int, operands: tuple[torch.dtype, int], capped: bool, bias: bool, v
 
 
 def _token_nll(n: int, offset: int, entropy: bool, **head: Any) -> None:
-    token_nll(_head(n, **head), *_rows(n, offset), entropy)
+    token_nll(_head(n, **head), *_rows(n, offset, 5 if entropy else 1), entropy)
 
 
 def _reverse_kl(n: int, offset: int, capped: bool, capped_teacher: bool, tokens: bool, **head: Any) -> None:
     student, teacher = _head(n, capped=capped, **head), _head(n, capped=capped_teacher, **head)
-    ids, out = _rows(n, offset)
+    ids, out = _rows(n, offset, 2)
     reverse_kl(student, teacher, ids if tokens else None, out)
 
 
-def _rows(n: int, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _rows(n: int, offset: int, values: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and values."""
-    return torch.zeros(n + offset, dtype=torch.int64)[offset:], torch.empty(2, n + offset)[:, offset:]
+    return torch.zeros(n + offset, dtype=torch.int64)[offset:], torch.empty(values, n + offset)[:, offset:]
 
 
 COMMON: Options = {"operands": (BF16, 512), "capped": False, "bias": False, "vocabulary": 4096}

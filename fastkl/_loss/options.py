@@ -46,6 +46,11 @@ class LogprobOptions(HeadArguments, total=False):
     weight_grad: Annotated[Tensor | None, None]
 
 
+class TokenStatsOptions(LogprobOptions, total=False):
+    vocab_size: Annotated[int | None, None]
+    entropy_grad: Annotated[bool, True]
+
+
 class LossOptions(LogprobOptions, total=False):
     """Of what is reduced over tokens."""
 

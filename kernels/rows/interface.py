@@ -38,7 +38,7 @@ class ClearRows(Protocol):
 
 
 class EntropyGradient(Protocol):
-    """The gradient of weights[0] · out[0] + weights[1] · out[1] on the chunk that `token_nll_entropy` has just been given,
-    and has left as it likes."""
+    """The gradient of weights[0] · out[0] + weights[1] · out[1] + weights[2] · lse on the chunk that `token_nll_entropy`
+    has just been given, and has left as it likes; weights [3, n]."""
 
     def __call__(self, logits: Logits, tokens: Tensor, out: Tensor, weights: Tensor, gradient: Tensor) -> None: ...

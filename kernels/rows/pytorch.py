@@ -35,13 +35,17 @@ def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tens
 
 
 def token_nll_entropy(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> None:
-    """out[0] = −log p[y], out[1] = H = −Σ p log p, out[2] = m = max z, out[3] = lse(z) − m. The chunk becomes log p."""
+    """out[0] = −log p[y], out[1] = H = −Σ p log p, out[2] = m = max z, out[3] = lse(z) − m, out[4] = m − z[y].
+
+    The chunk becomes log p.
+    """
     assert tokens is not None
     assert gradient is None, "entropy_gradient makes it, once the weights are known"
     for rows in row_blocks(logits.student):
         block, y = logits.student[rows], tokens[rows, None]
         apply_cap(block, logits.student_cap, keep=False)
         out[2, rows] = block.amax(-1)
+        out[4, rows] = out[2, rows] - block.gather(1, y).squeeze(1)
         torch.log_softmax(block, -1, out=block)
         out[0, rows] = -block.gather(1, y).squeeze(1)
         out[1, rows] = torch.special.entr(block.exp()).sum(-1)
@@ -49,12 +53,13 @@ def token_nll_entropy(logits: Logits, tokens: Tensor | None, out: Tensor, gradie
 
 
 def entropy_gradient(logits: Logits, tokens: Tensor, out: Tensor, weights: Tensor, gradient: Tensor) -> None:
-    """w₀ (p − 1[y]) − w₁ p (log p + H), the gradient of w₀ out[0] + w₁ out[1]; weights [2, n]."""
+    """w₀ (p − 1[y]) − w₁ p (log p + H) + w₂ p, the gradient of w₀ out[0] + w₁ out[1] + w₂ lse; weights [3, n]."""
     for rows in row_blocks(logits.student):
-        log_p, (w_nll, w_entropy) = logits.student[rows], weights[:, rows, None]
+        log_p, (w_nll, w_entropy, w_lse) = logits.student[rows], weights[:, rows, None]
         p = log_p.exp()
         z = None if logits.student_cap is None else log_p + (out[2] + out[3])[rows, None]
-        log_p.clamp_(min=LOWEST_LOGPROB).mul_(-w_entropy).add_(w_nll - w_entropy * out[1, rows, None]).mul_(p)
+        of_p = w_nll + w_lse - w_entropy * out[1, rows, None]
+        log_p.clamp_(min=LOWEST_LOGPROB).mul_(-w_entropy).add_(of_p).mul_(p)
         log_p.scatter_add_(1, tokens[rows, None], -w_nll)
         undo_cap(log_p, z, logits.student_cap)
         hand_over(log_p, gradient[rows])

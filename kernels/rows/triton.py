@@ -4,8 +4,8 @@ With a = z − m, m = max z, l = Σ e^a and p = e^a / l:
 
     token_nll             out[0] = (m − z[y]) + log l
                           gradient p − 1[y]
-    token_nll_entropy     out[1] = H = log l − Σ e^a a / l          out[2] = m          out[3] = log l
-    entropy_gradient      log p = a − log l                         gradient w₀ (p − 1[y]) − w₁ p (log p + H)
+    token_nll_entropy     out[1] = H = log l − Σ e^a a / l     out[2] = m     out[3] = log l     out[4] = m − z[y]
+    entropy_gradient      log p = a − log l                    gradient w₀ (p − 1[y]) − w₁ p (log p + H) + w₂ p
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tens
 
 
 def token_nll_entropy(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> None:
-    """out[0] = −log p[y], out[1] = H = −Σ p log p, out[2] = m = max z, out[3] = lse(z) − m. The chunk stays."""
+    """out[0] = −log p[y], out[1] = H = −Σ p log p, out[2] = m = max z, out[3] = lse(z) − m, out[4] = m − z[y].
+
+    The chunk stays.
+    """
     assert tokens is not None
     assert gradient is None, "entropy_gradient makes it, once the weights are known"
     launch_rows(
@@ -50,7 +53,7 @@ def token_nll_entropy(logits: Logits, tokens: Tensor | None, out: Tensor, gradie
 
 
 def entropy_gradient(logits: Logits, tokens: Tensor, out: Tensor, weights: Tensor, gradient: Tensor) -> None:
-    """w₀ (p − 1[y]) − w₁ p (log p + H), the gradient of w₀ out[0] + w₁ out[1]; weights [2, n]."""
+    """w₀ (p − 1[y]) − w₁ p (log p + H) + w₂ p, the gradient of w₀ out[0] + w₁ out[1] + w₂ lse; weights [3, n]."""
     weights = weights.contiguous()
     launch_rows(
         _entropy_gradient_kernel,
@@ -131,7 +134,7 @@ def _token_nll_entropy_kernel(
     # data
     x_ptr: tl.tensor,  # [n, V]
     tokens_ptr: tl.tensor,  # [n]
-    out_ptr: tl.tensor,  # [4, n]
+    out_ptr: tl.tensor,  # [5, n]
     cap: tl.tensor,
     # shapes
     vocabulary: tl.tensor,
@@ -166,6 +169,7 @@ def _token_nll_entropy_kernel(
     tl.store(out_ptr + out_stride_value, log_total - tl.div_rn(tl.sum(weighted_lanes, 0), total))
     tl.store(out_ptr + 2 * out_stride_value, base)
     tl.store(out_ptr + 3 * out_stride_value, log_total)
+    tl.store(out_ptr + 4 * out_stride_value, base - target)
 
 
 @row_kernel
@@ -173,8 +177,8 @@ def _entropy_gradient_kernel(
     # data
     x_ptr: tl.tensor,  # [n, V]
     tokens_ptr: tl.tensor,  # [n]
-    out_ptr: tl.tensor,  # [4, n]: −log p[y], H, m, lse − m
-    weights_ptr: tl.tensor,  # [2, n]
+    out_ptr: tl.tensor,  # [5, n]: −log p[y], H, m, lse − m, m − z[y]
+    weights_ptr: tl.tensor,  # [3, n]
     u_ptr: tl.tensor,  # [n, V], x itself or apart from it
     cap: tl.tensor,
     # shapes
@@ -201,13 +205,14 @@ def _entropy_gradient_kernel(
     log_total = tl.load(out_ptr + 3 * out_stride_value)
     w_nll = tl.where(nll == nll, tl.load(weights_ptr + row), nll)  # NaN if there is no such token
     w_entropy = tl.load(weights_ptr + weights_stride_value + row)
+    w_p = w_nll + tl.load(weights_ptr + 2 * weights_stride_value + row) - w_entropy * entropy
     for start in range(0, vocabulary, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         z = load_block(x_ptr, columns, vocabulary, cap, CAPPED)
         log_p = (z - base) - log_total  # in this order: large logits cancel before anything is rounded
         p = tl.exp(log_p)
         log_p = tl.where(z == float("-inf"), 0.0, log_p)
-        u = p * (w_nll - w_entropy * (log_p + entropy)) - tl.where(columns == y, w_nll, 0.0)
+        u = p * (w_p - w_entropy * log_p) - tl.where(columns == y, w_nll, 0.0)
         store_gradient(u_ptr, columns, vocabulary, u, z, cap, CAPPED)
 
 

@@ -4,7 +4,7 @@ A tile of scores z [rows, TILE_COLUMNS] is made, reduced while it is in the cach
 vocabulary. With m the largest score of a row so far and e = exp(z − m),
 
     l = Σ e                         out[0] = m − z[y] + log l
-    s = Σ e (z − m)                 out[1] = log l − s / l          the entropy, if it is asked for
+    s = Σ e (z − m)                 out[1] = log l − s / l          the entropy, if it is asked for, with m, log l, m − z[y]
 
 A tile that raises m carries l and s over as `rows/walk.py` says.
 """
@@ -22,7 +22,7 @@ ROWS = 512  # of a tile: fewer read the weight too often, more leave the cache
 
 
 def token_nll(spec: Spec, inputs: Inputs, out: Tensor) -> None:
-    """out[0] = −log p[y]; of kind "token_nll_entropy" also out[1] = H, out[2] = m, out[3] = log l; out [K, N]."""
+    """out[0] = −log p[y]; of kind "token_nll_entropy" also out[1] = H, out[2] = m, out[3] = log l, out[4] = m − z[y]; [K, N]."""
     n = inputs.hidden.shape[0]
     step = even_rows(n, spec.chunk_size or ROWS)
     buffer = out.new_empty(min(n, step) * min(TILE_COLUMNS, inputs.weight.shape[0]))
@@ -64,4 +64,4 @@ def _score(spec: Spec, inputs: Inputs, buffer: Tensor, out: Tensor) -> None:
     out[0] = (m - target) + log_total  # in this order: large logits cancel before anything is rounded
     if entropy:
         out[1] = log_total - weighted / total
-        out[2], out[3] = m, log_total
+        out[2], out[3], out[4] = m, log_total, m - target

@@ -17,7 +17,7 @@ def merge_token_nll_kernel(
     partials_ptr: tl.tensor,  # [2 or 3, splits, n]
     targets_ptr: tl.tensor,  # [n]
     tokens_ptr: tl.tensor,  # [n]
-    out_ptr: tl.tensor,  # [1 or 2, n]
+    out_ptr: tl.tensor,  # [1 or 5, n]
     scale: tl.tensor,
     # shapes
     n: tl.tensor,
@@ -46,6 +46,9 @@ def merge_token_nll_kernel(
         weighted = _load_splits(partials_ptr + 2 * value_stride, rows, n, splits, 0.0, SPLITS)
         mean = tl.div_rn(tl.sum(carry_base2(weighted, totals, step, factor), 0), total)
         tl.store(out_ptr + out_stride_value, log_total - mean * LN_2, mask=inside)
+        tl.store(out_ptr + 2 * out_stride_value, base * scale, mask=inside)
+        tl.store(out_ptr + 3 * out_stride_value, log_total, mask=inside)
+        tl.store(out_ptr + 4 * out_stride_value, (base - target) * scale, mask=inside)
 
 
 @score_kernel

@@ -10,6 +10,7 @@ and, with subscript t, for the teacher:
     a = c (s − m)                     l = Σ 2^a         p = 2^a / l       lse = scale · m + log l
     token_nll    out[0] = scale (m − s[y]) + log l
                  out[1] = log l − log 2 · Σ 2^a a / l                     the entropy, lse − Σ p z
+                 out[2] = scale · m     out[3] = log l     out[4] = scale (m − s[y])
     reverse_kl   δ = a − a_t          out[0] = log 2 · Σ 2^a δ / l − log(l / l_t)
                                       out[1] = scale (m − s[y]) + log l
 
@@ -85,7 +86,9 @@ class Head(NamedTuple):
 
 
 def token_nll(head: Head, tokens: Tensor, out: Tensor, entropy: bool = False) -> None:
-    """out[0] = lse(z) − z[y]; with `entropy`, out[1] = lse(z) − Σ p z."""
+    """out[0] = lse(z) − z[y]; with `entropy` also out[1] = lse(z) − Σ p z, out[2] = max z, out[3] = lse(z) − max z,
+    out[4] = max z − z[y].
+    """
     _check_head(head)
     scale = {"scale": _scale(head)}
     sums = 3 if entropy else 2

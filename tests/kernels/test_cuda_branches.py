@@ -41,16 +41,19 @@ class Context:
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
         pass
 
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
 
 class Call(NamedTuple):
     function: Any
     context: Context
-    losses: Tensor
+    results: tuple[Tensor, ...]
 
     def backward(self) -> tuple[Tensor | None, ...]:
         """The gradients of hidden, weight and bias."""
         with torch.no_grad():
-            return self.function.backward(self.context, torch.empty_like(self.losses))[2:5]
+            return self.function.backward(self.context, *map(torch.empty_like, self.results))[2:5]
 
 
 class Device:
@@ -64,13 +67,13 @@ class Device:
         without_operators(monkeypatch)
         monkeypatch.setattr(autograd, "_apply", self.apply)
 
-    def apply(self, function: Any, problem: Any, weight_grad: Tensor | None) -> autograd.Losses:
+    def apply(self, function: Any, problem: Any, weight_grad: Tensor | None) -> tuple[Tensor, ...]:
         tensors, *others = pack(problem)
         context = Context((others, weight_grad, *tensors))
         with torch.no_grad():
             results = function.forward(context, others, weight_grad, *tensors)
-        self.calls.append(Call(function, context, results[0]))
-        return autograd.Losses(*results)
+        self.calls.append(Call(function, context, results))
+        return tuple(results)
 
 
 class Products(RefusesNonDeterminism):
@@ -209,6 +212,30 @@ def test_sparse(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, 
     assert {"sparse.column_squares", "sparse.count_columns", "sparse.list_columns", "sparse.compact"} <= launched
     assert ("sparse.hidden_gradient" in launched) == ("hidden" in needs)
     assert ("sparse.weight_gradient" in launched) == ("weight" in needs)
+
+
+@pytest.mark.parametrize("entropy_grad", [True, False])
+@each_need
+@each_dtype
+def test_token_stats(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, needs: tuple[str, ...], entropy_grad: bool
+) -> None:
+    """Scored without logits in 16 bits, but where the forward pass makes a unit gradient."""
+    plain, device = make_problem(SHAPE, V, D, dtype), Device(monkeypatch, dtype)
+    with fake_tensors(monkeypatch), device.products:
+        p = on_device(plain)
+        for field in needs:
+            getattr(p, field).requires_grad_()
+        own = {"bias": p.bias, "skip_zero_rows": False, "entropy_grad": entropy_grad, "softcap": 3.0}
+        stats = loss.linear_token_stats(p.hidden, p.weight, p.tokens, **own)
+        assert all(t.is_cuda and t.shape == SHAPE for t in stats)
+        assert [t.dtype for t in stats] == [compute_dtype(dtype)] * 3 + [torch.bool]
+        scored = any(kernel.startswith("score.") for kernel in device.kernels.launched)
+        assert scored == (dtype == BF16 and (entropy_grad or needs != NEEDS["frozen-head"]))
+        for call in device.calls:
+            for field, gradient in zip(("hidden", "weight", "bias"), call.backward(), strict=True):
+                check_gradient(getattr(p, field), gradient, dtype, field in needs)
+    assert len(device.calls) == (1 if needs else 0)
 
 
 class AnywhereGenerator(torch.Generator):

@@ -64,9 +64,19 @@ def test_functions_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
         loss.reverse_kl_advantages(p.sampler_logprobs, p.teacher_logprobs, discount=0.5, sequence_ids=IDS)
 
 
+@frozen_or_all
+@pytest.mark.parametrize("entropy_grad", [True, False])
+def test_token_stats(monkeypatch: pytest.MonkeyPatch, entropy_grad: bool, needs: tuple[str, ...]) -> None:
+    p = make_problem((2, 6), 40, dtype=torch.float32).leaves(needs)
+    with refused_non_determinism(monkeypatch) as mode:
+        stats = loss.linear_token_stats(p.hidden, p.weight, p.tokens, bias=p.bias, entropy_grad=entropy_grad)
+        (stats.logprobs + stats.lse).sum().backward()
+    assert {"addmm", "fill"} & mode.seen, "the mode has not seen the driver"
+
+
 def test_every_public_function_is_here() -> None:
     public = {name for name in loss.__all__ if inspect.isfunction(getattr(loss, name))}
-    without = {"linear_top_k", "linear_ranks", "reverse_kl_advantages"}
+    without = {"linear_top_k", "linear_ranks", "reverse_kl_advantages", "linear_token_stats"}
     assert public == without | {one.function.__name__ for one in LOSSES.values()}
 
 

@@ -69,13 +69,13 @@ def test_every_file_is_run() -> None:
     assert files >= {str(path.relative_to(TESTS)) for path in TESTS.rglob("test_*triton.py")}
 
 
-CHUNK, TOKENS, OUT = Logits(torch.zeros(2, 8)), torch.zeros(2, dtype=torch.int64), torch.zeros(4, 2)
+CHUNK, TOKENS, OUT = Logits(torch.zeros(2, 8)), torch.zeros(2, dtype=torch.int64), torch.zeros(5, 2)
 PAIR = CHUNK._replace(teacher=torch.zeros(2, 8))
 HEAD = Head(torch.zeros(2, 8), torch.zeros(5, 8), None, HeadOptions())
 LAUNCHES: dict[str, Callable[[], object]] = {
     "token_nll": lambda: rows_triton.token_nll(CHUNK, TOKENS, OUT, None),
     "token_nll_entropy": lambda: rows_triton.token_nll_entropy(CHUNK, TOKENS, OUT, None),
-    "entropy_gradient": lambda: rows_triton.entropy_gradient(CHUNK, TOKENS, OUT, OUT[:2], CHUNK.student),
+    "entropy_gradient": lambda: rows_triton.entropy_gradient(CHUNK, TOKENS, OUT, OUT[:3], CHUNK.student),
     "clear_rows": lambda: rows_triton.clear_rows(CHUNK.student, OUT[0]),
     "tail_sums": lambda: top_k_triton.tail_sums(CHUNK.student, None, OUT),
     "tail_gradient": lambda: top_k_triton.tail_gradient(CHUNK.student, None, OUT[0], OUT[1], CHUNK.student),

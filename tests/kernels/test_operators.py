@@ -48,6 +48,23 @@ def test_a_surrogate_comes_out_as_it_went_in(surrogate: Surrogate | None) -> Non
     assert unpack((RowLoss,), *pack(row_loss)) == [row_loss]
 
 
+def test_slopes_are_the_gradient() -> None:
+    """Of −log p[y], the entropy and the lse, of whole rows and of some."""
+    p, slopes = inputs(make_problem((6,)), False), torch.randn(3, 6, dtype=torch.float64)
+    spec, needs, rows = Spec("token_nll_entropy", HeadOptions()), Needs(True, True, True), torch.arange(6) % 3 != 1
+    x = [t.detach().requires_grad_() for t in (p.hidden, p.weight, p.bias)]
+    z = torch.nn.functional.linear(*x)
+    log_p = torch.log_softmax(z, -1)
+    nll, entropy = -log_p.gather(1, p.tokens[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
+    for some in (None, rows):
+        wanted = (slopes * torch.stack([nll, entropy, torch.logsumexp(z, -1)])).sum(0)
+        wanted = wanted if some is None else wanted.where(some, 0.0)
+        problem = Problem(p, spec, RowLoss(slopes=slopes), Rows(some))
+        _, losses, gradients = operators.evaluate_with_gradients(problem, needs)
+        torch.testing.assert_close(losses, wanted)
+        torch.testing.assert_close(gradients[:3], torch.autograd.grad(wanted.sum(), x, retain_graph=True))
+
+
 @pytest.mark.parametrize(
     "spec",
     [

@@ -69,19 +69,19 @@ class TestTokenNll(TritonContract):
 
 
 def entropy(module: ModuleType) -> RowFunction:
-    """The two passes as one row function, with weights of both signs on log-prob and entropy."""
+    """The two passes as one row function, with weights of both signs on log-prob, entropy and lse."""
 
     def function(logits: Logits, y: Tensor | None, out: Tensor, gradient: Tensor | None) -> None:
         module.token_nll_entropy(logits, y, out, None)
         if gradient is not None:
-            weights = torch.linspace(-1.0, 2.0, 2 * out.shape[1], dtype=out.dtype, device=out.device).reshape(2, -1)
+            weights = torch.linspace(-1.0, 2.0, 3 * out.shape[1], dtype=out.dtype, device=out.device).reshape(3, -1)
             module.entropy_gradient(logits, y, out, weights, gradient)
 
     return function
 
 
 def run_entropy(rows: Rows, apart: torch.dtype | None = None) -> Outcome:
-    return run(entropy(rows_triton), rows, torch.float32, 4, DEVICE, apart=apart)
+    return run(entropy(rows_triton), rows, torch.float32, 5, DEVICE, apart=apart)
 
 
 @pytest.mark.parametrize("cap", [None, 3.0])
@@ -89,14 +89,14 @@ def run_entropy(rows: Rows, apart: torch.dtype | None = None) -> Outcome:
 @pytest.mark.parametrize("apart", [None, torch.bfloat16, torch.float16], ids=str)
 def test_entropy(vocabulary: int, cap: float | None, apart: torch.dtype | None) -> None:
     rows = hard_rows(vocabulary, cap)
-    plain = [run(entropy(rows_pytorch), rows, dtype, 4) for dtype in (torch.float32, torch.float64)]
+    plain = [run(entropy(rows_pytorch), rows, dtype, 5) for dtype in (torch.float32, torch.float64)]
     assert_terms_accurate(run_entropy(rows, apart), *plain, 0.0 if apart is None else torch.finfo(apart).eps)
 
 
 @pytest.mark.parametrize("y", [-1, 5000])
 def test_entropy_of_a_token_outside_the_vocabulary_is_nan(y: int) -> None:
     values, gradient = run_entropy(random_rows(2, 50)._replace(y=torch.tensor([3, y])))
-    assert values[0].isnan().tolist() == [False, True]
+    assert values[0].isnan().tolist() == values[4].isnan().tolist() == [False, True]
     assert gradient[1].isnan().all()
     assert gradient[0].isfinite().all()
 

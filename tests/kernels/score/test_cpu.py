@@ -22,13 +22,18 @@ ENTROPY = NLL._replace(kind="token_nll_entropy")
 
 def expected(inputs: Inputs, options: HeadOptions) -> tuple[Tensor, Tensor]:
     """−log p[y] and the entropy in float64."""
+    log_p = logits(inputs, options).log_softmax(-1)
+    return -log_p.gather(1, inputs.tokens[:, None]).squeeze(1), torch.special.entr(log_p.exp()).sum(-1)
+
+
+def logits(inputs: Inputs, options: HeadOptions) -> Tensor:
+    """z [n, V] in float64."""
     z = options.alpha * (inputs.hidden.double() @ inputs.weight.double().t())
     if inputs.bias is not None:
         z = z + options.alpha * inputs.bias.double()
     if options.cap is not None:
         z = options.cap * torch.tanh(z)
-    log_p = z.log_softmax(-1)
-    return -log_p.gather(1, inputs.tokens[:, None]).squeeze(1), torch.special.entr(log_p.exp()).sum(-1)
+    return z
 
 
 def problem(n: int, vocabulary: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0) -> Inputs:
@@ -46,6 +51,10 @@ def test_scores_are_those_of_float64(vocabulary: int, dtype: torch.dtype, option
     values = evaluate(ENTROPY._replace(student=options, chunk_size=4), inputs)
     torch.testing.assert_close(values[:2].double(), torch.stack(expected(inputs, options)), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(evaluate(NLL._replace(student=options), inputs)[0], values[0], rtol=1e-6, atol=1e-5)
+    z = logits(inputs, options)
+    lse, gap = torch.logsumexp(z, -1), z.amax(-1) - z.gather(1, inputs.tokens[:, None]).squeeze(1)
+    torch.testing.assert_close((values[2] + values[3]).double(), lse, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(values[4].double(), gap, rtol=1e-5, atol=1e-5)
 
 
 @given(
@@ -108,7 +117,7 @@ def test_what_is_wrong_with_a_row_shows_in_it_alone(wrong: float) -> None:
 
 
 def test_no_rows() -> None:
-    assert evaluate(ENTROPY, problem(0, 1100)).shape == (4, 0)
+    assert evaluate(ENTROPY, problem(0, 1100)).shape == (5, 0)
 
 
 def test_memory_is_a_tile() -> None:

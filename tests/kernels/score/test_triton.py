@@ -35,7 +35,7 @@ HEADS = {
     "capped": HeadOptions(temperature=0.7, logit_scale=1.6, softcap=2.5),
     "wide-cap": HeadOptions(softcap=1000.0),
 }
-FUNCTIONS = ("token_nll", "reverse_kl")
+FUNCTIONS = {"token_nll": 5, "reverse_kl": 2}  # with how many values
 BLOCK = 64  # columns of a tile with float32 operands
 
 
@@ -86,10 +86,10 @@ def score(name: str, student: Head, teacher: Head, y: Tensor | None, out: Tensor
     return out.cpu()
 
 
-def run(name: str, case: Case, outputs: int = 2) -> Tensor:
+def run(name: str, case: Case, outputs: int | None = None) -> Tensor:
     """The values [K, n] of a scoring function."""
     student, teacher, y = case.each(on_device)
-    out = torch.full((outputs, len(student.hidden)), torch.nan, device=DEVICE)
+    out = torch.full((outputs or FUNCTIONS[name], len(student.hidden)), torch.nan, device=DEVICE)
     return score(name, student, teacher, None if y is None else y.to(DEVICE), out)
 
 
@@ -99,14 +99,25 @@ def expected(name: str, case: Case, dtype: torch.dtype) -> Tensor:
     log_p, log_q = torch.log_softmax(z, -1), torch.log_softmax(z_t, -1)
     p = log_p.exp()
     if name == "token_nll":
-        return torch.stack([nll, -torch.where(p == 0, 0.0, p * log_p).sum(-1)])
+        assert case.y is not None
+        m, target = z.amax(-1), z.gather(1, case.y[:, None]).squeeze(1)
+        entropy = -torch.where(p == 0, 0.0, p * log_p).sum(-1)
+        return torch.stack([nll, entropy, m, torch.logsumexp(z, -1) - m, m - target])
     return torch.stack([torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1), nll])
+
+
+def comparable(values: Tensor) -> Tensor:
+    """With the lse in place of its two parts. A row that is no distribution says so in the first two values alone."""
+    if len(values) < 5:
+        return values
+    nll, entropy, m, above, gap = values
+    return torch.stack([nll, entropy, *(t.masked_fill(entropy.isnan(), torch.nan) for t in (m + above, gap))])
 
 
 def assert_accurate(name: str, case: Case) -> None:
     """Infinities and NaN where float64 has them; elsewhere the rule of the losses, on the same operands."""
-    ours = run(name, case)
-    peer, exact = (expected(name, case, dtype) for dtype in (torch.float32, torch.float64))
+    ours = comparable(run(name, case))
+    peer, exact = (comparable(expected(name, case, dtype)) for dtype in (torch.float32, torch.float64))
     assert torch.equal(ours.isnan(), exact.isnan())
     assert torch.equal(ours.isinf(), exact.isinf())
     z, z_t = case.logits(torch.float64)
@@ -228,9 +239,9 @@ def test_a_student_like_its_teacher(options: HeadOptions, dtype: torch.dtype) ->
 @pytest.mark.parametrize("y", outside(WIDE))
 def test_a_token_outside_the_vocabulary_is_nan(y: int) -> None:
     case = make_case(2, WIDE)._replace(y=torch.tensor([5, y]))
-    nll, entropy = run("token_nll", case)
+    nll, entropy, *_, gap = run("token_nll", case)
     kl, nll_too = run("reverse_kl", case)
-    for values in (nll, nll_too):
+    for values in (nll, nll_too, gap):
         assert values.isnan().tolist() == [False, True]
     for values in (entropy, kl):
         assert values.isfinite().all()
@@ -250,7 +261,7 @@ def test_without_tokens() -> None:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_rows(name: str) -> None:
-    assert run(name, make_case(0, 12)).shape == (2, 0)
+    assert run(name, make_case(0, 12)).shape == (FUNCTIONS[name], 0)
 
 
 def in_eighths(head: Head) -> Head:
@@ -291,8 +302,8 @@ def test_strides(name: str) -> None:
     student, teacher, y = case.each(on_device)
     wide = torch.full((3, 50), 7.0, device=DEVICE)
     wide[:, :20] = student.hidden
-    buffer = torch.full((6, 4), 7.0, device=DEVICE)
-    out = buffer[::2, 1:3].t()
+    buffer = torch.full((6, FUNCTIONS[name] + 2), 7.0, device=DEVICE)
+    out = buffer[::2, 1:-1].t()
     found = score(name, student._replace(hidden=wide[:, :20]), teacher, y.to(DEVICE).repeat_interleave(2)[::2], out)
     assert torch.equal(found, run(name, case))
     assert int((buffer == 7.0).sum()) == buffer.numel() - out.numel()

@@ -1,0 +1,58 @@
+"""What the head says of each token, differentiable one by one (`fastkl.loss`)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fastkl._loss.options import TokenStatsOptions, takes
+from fastkl._loss.rows import flat_call
+from fastkl.kernels.autograd import token_values
+from fastkl.kernels.problem import Problem, RowLoss
+
+
+class TokenStats(NamedTuple):
+    """One entry per token, 0 or False at ignored ones. float32 (float64 for float64) but for `top1`."""
+
+    logprobs: Tensor  # log p of the token, nats
+    entropies: Tensor  # −Σ p log p, nats
+    lse: Tensor  # logsumexp(z): logprobs + lse is the token's logit
+    top1: Tensor  # bool: no other token has a greater logit, nor is one NaN
+
+
+@takes(TokenStatsOptions)
+def linear_token_stats(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    tokens: Tensor,  # [...] int64
+    **options: Unpack[TokenStatsOptions],
+) -> TokenStats:
+    """Log-probs of `tokens`, entropies and lse [...], each with a gradient, and whether a token is the likeliest.
+
+    With log_p = torch.log_softmax(z, -1) they equal
+
+        logprobs    log_p.gather(-1, tokens[..., None]).squeeze(-1)
+        entropies   -(log_p.exp() * log_p).sum(-1)
+        lse         torch.logsumexp(z, -1)
+        top1        z.gather(-1, tokens[..., None]).squeeze(-1) == z.amax(-1)
+
+    All ids of the largest logit are the likeliest, where `z.argmax(-1) == tokens` takes the first alone. Any loss can be built
+    on the first three: gradients honour each token's own upstream values, of one of them or of all.
+
+    vocab_size     Ids from this one on, a head's padding, are left out as if they did not exist.
+    entropy_grad   False: `entropies` are detached. Of a frozen head that saves a third, where entropies are only looked at.
+
+    Cost in GEMMs over the vocabulary: 1 without gradients. With a frozen head 3, and 2 under entropy_grad=False. With a
+    trainable weight or bias 4. None is made for gradients until backward is called, but under entropy_grad=False, where
+    the forward pass makes both. The other arguments are those of all losses (`fastkl.loss`).
+
+    Raises TypeError or ValueError for shapes, dtypes, devices or ids that do not fit, before anything is computed.
+    """
+    call = flat_call(hidden, weight, tokens, options, "token_nll_entropy")
+    problem = Problem(call.inputs, call.spec, RowLoss(call.token_weights), call.rows())
+    nll, entropies, lse, gap = token_values(problem, call.weight_grad, options["entropy_grad"])
+    numbers = [t.where(call.active, 0.0).reshape(call.shape) for t in (-nll, entropies, lse)]
+    top1 = (gap == 0) & ~lse.isnan() & call.active  # a kernel's maximum does not see a NaN
+    return TokenStats(*numbers, top1.reshape(call.shape))
