@@ -74,7 +74,10 @@ def summed_loss(problem: Problem, weight_grad: Tensor | None = None) -> Losses:
 
 
 def token_values(problem: Problem, weight_grad: Tensor | None = None, entropy_gradient: bool = True) -> TokenValues:
-    """Differentiable for any upstream gradients, the entropies if `entropy_gradient`; the row loss says which rows count."""
+    """Differentiable for any upstream gradients, the entropies if `entropy_gradient`.
+
+    A weight of 0 in the row loss leaves a row out; other weights say nothing here.
+    """
     inputs = problem.inputs
     if not _wants_gradient(inputs):
         return TokenValues.of(evaluate(problem))
@@ -257,7 +260,7 @@ class _UnitTokenValues(torch.autograd.Function):
         if not some:
             return _input_gradients(ctx, None)
         unit, weight, tokens, slope = ctx.saved_tensors
-        gradient = unit * sum(some)[:, None]
+        gradient = unit * torch.stack(some).sum(0)[:, None]
         if by_lse is not None:
             gradient = gradient + scaled_rows(weight[tokens], torch.where(by_lse == 0, 0.0, by_lse * slope))
         return _input_gradients(ctx, gradient.to(unit.dtype))

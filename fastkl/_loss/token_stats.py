@@ -38,8 +38,8 @@ def linear_token_stats(
         lse         torch.logsumexp(z, -1)
         top1        z.gather(-1, tokens[..., None]).squeeze(-1) == z.amax(-1)
 
-    All ids of the largest logit are the likeliest, where `z.argmax(-1) == tokens` takes the first alone. Any loss can be built
-    on the first three: gradients honour each token's own upstream values, of one of them or of all.
+    Every id of the largest logit is the likeliest; `z.argmax(-1) == tokens` would take the first alone. Any loss can be
+    built on the first three: gradients honour each token's own upstream values, of one of them or of all.
 
     vocab_size     Ids from this one on, a head's padding, are left out as if they did not exist.
     entropy_grad   False: `entropies` are detached. Of a frozen head that saves a third, where entropies are only looked at.
@@ -53,6 +53,6 @@ def linear_token_stats(
     call = flat_call(hidden, weight, tokens, options, "token_nll_entropy")
     problem = Problem(call.inputs, call.spec, RowLoss(call.token_weights), call.rows())
     nll, entropies, lse, gap = token_values(problem, call.weight_grad, options["entropy_grad"])
-    numbers = [t.where(call.active, 0.0).reshape(call.shape) for t in (-nll, entropies, lse)]
-    top1 = (gap == 0) & ~lse.isnan() & call.active  # a kernel's maximum does not see a NaN
-    return TokenStats(*numbers, top1.reshape(call.shape))
+    logprobs, entropies, lse = (t.where(call.active, 0.0).reshape(call.shape) for t in (-nll, entropies, lse))
+    top1 = ((gap == 0) & call.active).reshape(call.shape) & ~lse.isnan()  # a kernel's maximum does not see a NaN
+    return TokenStats(logprobs, entropies, lse, top1)

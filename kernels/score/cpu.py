@@ -22,7 +22,7 @@ ROWS = 512  # of a tile: fewer read the weight too often, more leave the cache
 
 
 def token_nll(spec: Spec, inputs: Inputs, out: Tensor) -> None:
-    """out[0] = −log p[y]; of kind "token_nll_entropy" also out[1] = H, out[2] = m, out[3] = log l, out[4] = m − z[y]; [K, N]."""
+    """out[0] = −log p[y]; of kind "token_nll_entropy" also H, m, log l and m − z[y]; out [K, N]."""
     n = inputs.hidden.shape[0]
     step = even_rows(n, spec.chunk_size or ROWS)
     buffer = out.new_empty(min(n, step) * min(TILE_COLUMNS, inputs.weight.shape[0]))
