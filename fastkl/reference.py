@@ -47,20 +47,67 @@ def reverse_kl_advantages(
     return -coef * future
 
 
+def importance_ratio(
+    logprobs: Tensor,  # [...], differentiable
+    old_logprobs: Tensor | None = None,
+    truncate_ratio: float | None = None,
+) -> Tensor:
+    """exp(logprobs − old_logprobs) [...], constant where the log-ratio is beyond ±20; truncated, the gradient goes on."""
+    log_ratio = _log_ratio(logprobs, logprobs.detach() if old_logprobs is None else old_logprobs)
+    ratio = torch.exp(log_ratio.clamp(-20.0, 20.0))
+    if truncate_ratio is None:
+        return ratio
+    return torch.where(ratio > truncate_ratio, truncate_ratio * torch.exp(log_ratio - log_ratio.detach()), ratio)
+
+
+def reference_kl(logprobs: Tensor, ref_logprobs: Tensor, ref_kl: str = "k3") -> Tensor:
+    """Per token [...], from the token alone; constant where the log-ratio is beyond ±20."""
+    d = _log_ratio(ref_logprobs, logprobs).clamp(-20.0, 20.0)
+    return {"k1": -d, "k2": 0.5 * d.square(), "k3": torch.expm1(d) - d}[ref_kl]
+
+
+def _log_ratio(logprobs: Tensor, others: Tensor) -> Tensor:
+    """Equal probabilities have the ratio 1, even of an impossible token."""
+    impossible = logprobs.isinf() & (logprobs == others)
+    return torch.where(impossible, 0.0, logprobs - others.where(~impossible, 0.0))
+
+
 def policy_gradient(
     logprobs: Tensor,  # [...], differentiable
     advantages: Tensor,
-    sampler_logprobs: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
     method: str = "importance_sampling",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     truncate_ratio: float | None = None,
+    ratio_bounds: tuple[float, float] = (0.0, float("inf")),
+    ref_logprobs: Tensor | None = None,
+    ref_kl_coef: float = 0.0,
+    ref_kl: str = "k3",
+    ref_kl_ratio: bool = False,
+    bonus: Tensor | float = 0.0,  # of a token's loss
 ) -> Tensor:
     """Loss per token [...]; its gradient by `logprobs` is autograd's."""
-    ratio = torch.exp(logprobs - (logprobs.detach() if sampler_logprobs is None else sampler_logprobs))
-    if truncate_ratio is not None:
-        ratio = ratio * (truncate_ratio / ratio).clamp(max=1.0).detach()
+    whole, ratio = (importance_ratio(logprobs, old_logprobs, cap) for cap in (None, truncate_ratio))
+    loss = _surrogate(logprobs, ratio, advantages, method, clip_low, clip_high, dual_clip, truncate_ratio) - bonus
+    if ref_logprobs is not None:
+        kl = reference_kl(logprobs, ref_logprobs, ref_kl)
+        loss = loss + ref_kl_coef * (ratio * kl if ref_kl_ratio else kl)
+    outside = (whole < ratio_bounds[0]) | (whole > ratio_bounds[1])
+    return loss.where(~outside, 0.0)
+
+
+def _surrogate(
+    logprobs: Tensor,
+    ratio: Tensor,
+    advantages: Tensor,
+    method: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    truncate_ratio: float | None,
+) -> Tensor:
     clip = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     if method == "importance_sampling":
         return -ratio * advantages

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 Method = Literal["importance_sampling", "reinforce", "ppo", "cispo"]
 METHODS: tuple[str, ...] = get_args(Method)
+KLEstimate = Literal["k1", "k2", "k3"]
+KL_ESTIMATES: tuple[KLEstimate, ...] = ("k1", "k2", "k3")
 Direction = Literal["reverse", "forward"]
 Tail = Literal["bucket", "renormalise", "drop"]
 DIRECTIONS: tuple[Direction, ...] = ("reverse", "forward")
@@ -15,22 +17,45 @@ TAILS: tuple[Tail, ...] = ("bucket", "renormalise", "drop")
 ERROR = 2e-3  # what rounding the gradient by the logits to bfloat16 costs
 
 
+class RatioBounds(NamedTuple):
+    low: float
+    high: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Surrogate:
-    """Which surrogate, and its clips. `clip_low = 1` means no lower clip."""
+    """Which surrogate, its clips, and the KL to a reference model. `clip_low = 1` means no lower clip."""
 
     method: Method = "importance_sampling"
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
     truncate_ratio: float | None = None
+    ratio_bounds: RatioBounds | None = None
+    ref_kl_coef: float = 0.0
+    ref_kl: KLEstimate = "k3"
+    ref_kl_ratio: bool = False
 
     def __post_init__(self) -> None:
-        low, high = self.clip_low, self.clip_high
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}; use one of {', '.join(METHODS)}")
-        if not 0 <= low <= 1 or not high >= 0:
-            raise ValueError(f"clip_low is {low}, clip_high is {high}; need 0 <= clip_low <= 1 and clip_high >= 0")
+        self._check_clips()
+        if self.truncate_ratio is not None and not self.truncate_ratio > 0:
+            raise ValueError(f"truncate_ratio is {self.truncate_ratio}; it must be > 0, or None")
+        if self.ratio_bounds is not None and not 0 <= self.ratio_bounds.low < self.ratio_bounds.high:
+            raise ValueError(f"ratio_bounds is {tuple(self.ratio_bounds)}; need 0 <= low < high")
+        if not 0 <= self.ref_kl_coef < float("inf"):
+            raise ValueError(f"ref_kl_coef is {self.ref_kl_coef}; it must be >= 0 and finite")
+        if self.ref_kl not in KL_ESTIMATES:
+            raise ValueError(f"ref_kl is {self.ref_kl!r}; use one of {', '.join(KL_ESTIMATES)}")
+
+    def _check_clips(self) -> None:
+        low, high = self.clip_low, self.clip_high
+        if not 0 <= low <= 1 or not (high >= 0 or (self.method == "cispo" and high > -1 and high >= -low)):
+            raise ValueError(
+                f"clip_low is {low}, clip_high is {high}; need 0 <= clip_low <= 1 and clip_high >= 0 (for cispo "
+                f"clip_high > -1 and clip_high >= -clip_low)"
+            )
         if self.method not in ("ppo", "cispo") and (low, high) != (Surrogate.clip_low, Surrogate.clip_high):
             raise ValueError(
                 f"clip_low is {low} and clip_high is {high}, but method {self.method!r} clips nothing; they belong to "
@@ -40,8 +65,6 @@ class Surrogate:
             raise ValueError(
                 f'dual_clip is {self.dual_clip} with method {self.method!r}; it belongs to "ppo" and must be > 1'
             )
-        if self.truncate_ratio is not None and not self.truncate_ratio > 0:
-            raise ValueError(f"truncate_ratio is {self.truncate_ratio}; it must be > 0, or None")
 
 
 @dataclasses.dataclass(frozen=True)

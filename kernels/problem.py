@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastkl.kernels.divergence.formula import ROWS, ROWS_WITH_EXTRAS
 from fastkl.kernels.options import Sparse, Surrogate
-from fastkl.kernels.surrogate import surrogate_terms
+from fastkl.kernels.surrogate import log_ratio, surrogate_terms
 
 Kind = Literal["token_nll", "token_nll_entropy", "divergence", "top_k"]
 Backend = Literal["auto", "triton", "torch"]
@@ -111,8 +111,9 @@ class RowLoss(NamedTuple):
         weights · (surrogate(log-prob = −values[0]) − entropy_coef · values[1])        with one
         slopes[0] · values[0] + slopes[1] · values[1] + slopes[2] · lse                with slopes, and nothing else
 
-    Without weights: 1 each. A weight of 0 makes a loss of 0, whatever the values. The entropy is values[1] of kind
-    "token_nll_entropy", which an entropy_coef other than 0 wants, and slopes too.
+    Without weights: 1 each. A weight of 0 makes a loss of 0, whatever the values, and so does a ratio that the surrogate
+    leaves out. The entropy is values[1] of kind "token_nll_entropy", which an entropy_coef other than 0 wants, and slopes
+    too.
     """
 
     weights: Tensor | None = None  # [N]
@@ -121,13 +122,14 @@ class RowLoss(NamedTuple):
     surrogate: Surrogate | None = None
     entropy_coef: float = 0.0
     slopes: Tensor | None = None  # [3, N]
+    log_ratios: Tensor | None = None  # [N], of a surrogate that takes these, in place of those to the old_logprobs
+    ref_logprobs: Tensor | None = None  # [N], of a surrogate with a KL to a reference
 
     def take(self, index: Tensor | slice | None) -> RowLoss:
         if index is None:
             return self
-        weights, advantages, old = (_take(t, index) for t in self[:3])
-        slopes = None if self.slopes is None else self.slopes[:, index]
-        return RowLoss(weights, advantages, old, self.surrogate, self.entropy_coef, slopes)
+        rows = [field[..., index] if isinstance(field, Tensor) else field for field in self]
+        return RowLoss._make(rows)
 
     def times(self, upstream: Tensor) -> RowLoss:
         """The losses multiplied by `upstream` [N]."""
@@ -144,12 +146,15 @@ class RowLoss(NamedTuple):
         if self.surrogate is None:
             return _weighted(weights, values[0]), weights, None
         assert self.advantages is not None
-        terms = surrogate_terms(self.surrogate, -values[0], self.old_logprobs, self.advantages)
+        logprobs = -values[0]
+        ratios = log_ratio(logprobs, self.old_logprobs) if self.log_ratios is None else self.log_ratios
+        terms = surrogate_terms(self.surrogate, logprobs, ratios, self.advantages, self.ref_logprobs)
+        weights = weights.where(~terms.outside, 0.0)
         if self.entropy_coef == 0.0:
-            return _weighted(weights, terms.loss), -weights * terms.slope, None
+            return _weighted(weights, terms.loss), -_weighted(weights, terms.slope), None
         losses = _weighted(weights, terms.loss - self.entropy_coef * values[1])
         by_entropy = -self.entropy_coef * weights
-        return losses, -weights * terms.slope, torch.stack([by_entropy, torch.zeros_like(by_entropy)])
+        return losses, -_weighted(weights, terms.slope), torch.stack([by_entropy, torch.zeros_like(by_entropy)])
 
 
 class Rows(NamedTuple):

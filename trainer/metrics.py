@@ -51,6 +51,7 @@ NATS, SECONDS = "nats per token", "seconds per step"
 OWN, DISTILL, EVALUATION = "completions of the student", "distillation", "`eval.data`, in the steps that evaluate"
 REWARD, SPARSE = "`reward.grader`", "`loss.backward: sparse`"
 POLICY = "`loss.objective: policy_gradient`, and sft"
+CLIPPED = "`loss.method: ppo` or `cispo`"
 COMPARED, WHOLE = "another objective", "a divergence over the whole vocabulary"
 MISMATCH = f"{OWN}; under another objective than `policy_gradient`, heads of one size"
 GIVEN = "`sampling.on_policy_fraction` below 1, `policy_gradient`"
@@ -129,6 +130,10 @@ GROUPS = (
         Metric("policy/DIVERGENCE_mean", NATS, COMPARED, "The divergence from the teacher.", "falls towards 0"),
         Metric("policy/clip_fraction", "fraction", POLICY,
                "Tokens whose gradient a clip or `loss.truncate_ratio` changed."),
+        Metric("policy/clip_high_fraction", "fraction", CLIPPED,
+               "Tokens with a ratio above 1 + `loss.clip_high` and a positive advantage."),
+        Metric("policy/clip_low_fraction", "fraction", CLIPPED,
+               "Tokens with a ratio below 1 − `loss.clip_low` and a negative advantage."),
         Metric("policy/grad_error", "relative error", SPARSE,
                "Expected error of the sparse gradient.", "at most `loss.sparse_error` (2e-3 by default)"),
         Metric("policy/k1", NATS, POLICY, "Mean of −log r, r the importance ratio. It estimates KL(old ‖ policy)."),

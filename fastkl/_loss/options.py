@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_type_hints
 from torch import Tensor
 
 from fastkl._loss import hints
-from fastkl.kernels.options import Backward, Direction, Method, Surrogate, Tail
+from fastkl.kernels.options import Backward, Direction, KLEstimate, Method, Surrogate, Tail
 from fastkl.kernels.problem import Backend, HeadOptions, TeacherChunks
 
 Ratio = Literal["token", "sequence"]
@@ -66,6 +66,11 @@ class PolicyOptions(LossOptions, total=False):
     dual_clip: Annotated[float | None, Surrogate.dual_clip]
     truncate_ratio: Annotated[float | None, Surrogate.truncate_ratio]
     ratio: Annotated[Ratio, "token"]
+    ratio_bounds: Annotated[tuple[float, float] | None, Surrogate.ratio_bounds]
+    ref_logprobs: Annotated[Tensor | None, None]
+    ref_kl_coef: Annotated[float, Surrogate.ref_kl_coef]
+    ref_kl: Annotated[KLEstimate, Surrogate.ref_kl]
+    ref_kl_ratio: Annotated[bool, Surrogate.ref_kl_ratio]
     entropy_coef: Annotated[float, 0.0]
     sequence_ids: Annotated[Tensor | None, None]
 

@@ -11,13 +11,20 @@ from fastkl._loss.advantages import reverse_kl_advantages
 from fastkl._loss.numbers import check_logprobs
 from fastkl._loss.options import LogprobOptions, PolicyOptions, Ratio, record, takes
 from fastkl._loss.output import LossOutput, masked_extreme, masked_mean, sparse_metrics
-from fastkl._loss.rows import flat_call, reduced_loss
+from fastkl._loss.rows import Call, flat_call, reduced_loss
 from fastkl._loss.sequences import Sequences
 from fastkl.kernels.autograd import row_losses
 from fastkl.kernels.operators import evaluate
-from fastkl.kernels.options import Surrogate
+from fastkl.kernels.options import RatioBounds, Surrogate
 from fastkl.kernels.problem import Kind, Problem, RowLoss
-from fastkl.kernels.surrogate import importance_ratio, surrogate_terms
+from fastkl.kernels.surrogate import (
+    bounded,
+    importance_ratio,
+    log_ratio,
+    outside_bounds,
+    reference_kl,
+    surrogate_terms,
+)
 
 RATIOS: tuple[Ratio, ...] = ("token", "sequence")
 REDUCTIONS = ("mean", "sum", "sequence_mean", "none")
@@ -61,20 +68,40 @@ def policy_gradient_loss(
     With ℓ = linear_logprobs(hidden, weight, tokens), r = exp(ℓ − old_logprobs) and A = advantages (a constant), the
     default equals `-(mask * r * A).sum() / mask.sum()`. `fastkl.kernels.surrogate` has the table of methods:
 
-    advantages        [...], real. Rows where it is 0 cost one forward GEMM, no more.
+    advantages        [...], real. Or one per row, [B] or [B, 1] for tokens [B, T], unless there are sequence_ids. Rows of
+                      zero advantage cost one forward GEMM, no more. Importance weights w, as those of a sampler with other
+                      numerics, belong here: `advantages * w`. In `mask` they would change what a mean divides by.
     old_logprobs      [...], log-probs under the policy that the ratio is taken against, usually the one that sampled, at
                       this temperature and without top-p or top-k.
                       None: the tokens come from the current policy, r = 1 (its gradient is not lost).
     mask              [...], bool or weights ≥ 0; None: every token counts.
     method            "importance_sampling", "reinforce" (r = 1), "ppo" or "cispo".
-    clip_low, clip_high   of ppo and cispo: the ratio is clipped to [1 − clip_low, 1 + clip_high].
-    dual_clip         of ppo, > 1: bounds the loss of a token with negative advantage at dual_clip · |A|.
+    clip_low, clip_high   of ppo and cispo: the ratio is clipped to [1 − clip_low, 1 + clip_high]. An upper bound b alone,
+                      as other libraries give it for CISPO, is clip_low=1, clip_high=b − 1; b may be below 1 there.
+    dual_clip         of ppo, > 1: bounds the loss of a token with negative advantage at dual_clip · |A|. Elsewhere it is
+                      called delta, for two-sided clipping, and is the same where delta ≥ 1 + clip_high.
     truncate_ratio    > 0: caps the ratio without cutting the token out (truncated importance sampling).
+    ratio_bounds      (low, high), 0 ≤ low < high: tokens whose ratio is outside are left out of the loss (IcePop; masked
+                      importance sampling). Their loss and gradient are 0, with all that is added to a loss below. They
+                      still count where a mean divides. With ratio="sequence" whole sequences are left out, and cost one
+                      forward GEMM. The ratio is the one before clips and truncate_ratio.
     ratio             "token", or "sequence": the geometric mean of a sequence's ratios in place of each of them (GSPO,
                       Zheng et al. 2025, in its per-token form). The log-probs are then needed before the loss can be
-                      formed, which costs a forward GEMM more.
+                      formed, which costs a forward GEMM more. Without old_logprobs it is what "token" is.
+                      Each token's gradient is weighted with its own advantage. Where advantages or weights differ within
+                      a sequence, that is not the gradient of the ratio times their mean, though the values are equal:
+                      average them over the sequence first if you mean that.
     entropy_coef      adds −entropy_coef · H to each token's loss, H the entropy in nats of its distribution over the
                       vocabulary, with its gradient. Rows of zero advantage then take part in the gradient.
+    ref_logprobs      [...], log-probs under a reference model, at this temperature.
+    ref_kl_coef       ≥ 0: adds ref_kl_coef · k to each token's loss, an estimate k of KL(policy ‖ reference) with its
+                      gradient (beta of GRPO, Shao et al. 2024). It is reduced as the loss is. Rows of zero advantage then
+                      take part in the gradient.
+    ref_kl            k, with d = ref_logprobs − ℓ: "k1", −d; "k2", ½ d²; "k3", exp(d) − d − 1, as in GRPO. On tokens of the
+                      policy itself the gradient of k1 is 0 on average, that of k2 is the KL's, and that of k3 is the one
+                      of KL(reference ‖ policy).
+    ref_kl_ratio      True: r · k in place of k, with the gradient of both. For k1 and k3 it is then on average the KL's, on
+                      tokens of the old policy too (DeepSeek-V3.2, 2025). Clips do not act on this r; truncate_ratio does.
     sequence_ids      [..., T] integers, for ratio="sequence" and reduction="sequence_mean": equal ids stand together and
                       are a sequence. None: a row along the last dimension is one. A sequence is never split between calls.
     reduction         "mean", "sum", "sequence_mean": the mean over sequences of the mean over their tokens, or "none": one
@@ -85,39 +112,48 @@ def policy_gradient_loss(
                       over what is not ignored, or the number of sequences, in this call. "mean" with a constant,
                       sequences · longest completion, is the normaliser of Dr. GRPO (Liu et al. 2025).
 
-    Metrics, over the tokens that take part: ratio_mean, ratio_min, ratio_max; clip_fraction, the share of tokens whose
-    gradient a clip or truncate_ratio changed; k1 and k3, the estimates of KL(old ‖ policy) of Schulman, "Approximating
-    KL divergence" (2020): mean log(1/r) and mean (r − 1 − log r); entropy if entropy_coef is not 0.
+    ℓ − old_logprobs and ref_logprobs − ℓ are clamped to ±20, so that no token makes a loss infinite: beyond that the ratio,
+    or k, is a constant without a gradient. A ratio that truncate_ratio caps keeps its gradient. With ratio="sequence" the
+    clamped log-ratio is the mean.
+
+    Metrics, over the tokens that take part, those outside the bounds among them: ratio_mean, ratio_min, ratio_max;
+    clip_fraction, the share of tokens whose gradient a clip or truncate_ratio changed; of ppo and cispo also
+    clip_low_fraction and clip_high_fraction, the shares with r below the lower bound and A < 0, and above the upper one and
+    A > 0; out_of_bounds_fraction, if there are ratio_bounds; k1 and k3, the estimates of KL(old ‖ policy) of Schulman,
+    "Approximating KL divergence" (2020): mean log(1/r) and mean (r − 1 − log r); ref_kl, the mean of k (of r · k with
+    ref_kl_ratio) if there are ref_logprobs; entropy if entropy_coef is not 0.
 
     Raises TypeError or ValueError for arguments that do not fit, before anything is computed.
     """
-    surrogate, ratio, entropy_coef = record(Surrogate, options), options["ratio"], options["entropy_coef"]
-    _check_old_logprobs(old_logprobs, ratio, surrogate)
+    surrogate, entropy_coef = _surrogate(options), options["entropy_coef"]
+    _check_what_belongs_together(old_logprobs, options)
     check.check_finite("entropy_coef", entropy_coef)
     kind: Kind = "token_nll" if entropy_coef == 0.0 else "token_nll_entropy"
     call = flat_call(hidden, weight, tokens, options, kind, reductions=REDUCTIONS)
     active, token_weights = call.active, call.token_weights
-    advantages = call.per_row(check.check_per_token("advantages", advantages, hidden))
-    old = None
-    if old_logprobs is not None:
-        old = call.per_row(check.check_per_token("old_logprobs", old_logprobs, hidden))
-        check_logprobs("old_logprobs", old)
+    advantages = call.per_row(_advantages("advantages", advantages, hidden, options["sequence_ids"]))
+    old = _logprobs(call, "old_logprobs", old_logprobs, hidden)
+    ref = _logprobs(call, "ref_logprobs", options["ref_logprobs"], hidden)
     sequences = _sequences(tokens, options, hidden)
 
-    ratio_to = old
-    if ratio == "sequence" and old is not None and sequences is not None:
+    graded = advantages != 0 if entropy_coef == 0.0 and surrogate.ref_kl_coef == 0.0 else None
+    log_ratios = None
+    if options["ratio"] == "sequence" and old is not None and sequences is not None:
         logprobs = -evaluate(Problem(call.inputs, call.spec, rows=call.rows()))[0]
-        ratio_to = logprobs - sequences.mean(logprobs - old, active)  # exp(ℓ − this) is the sequence's ratio
+        log_ratios = sequences.mean(log_ratio(logprobs, old), active)
+        if surrogate.ratio_bounds is not None:
+            inside = ~outside_bounds(surrogate, importance_ratio(surrogate, log_ratios).whole)
+            graded = inside if graded is None else graded & inside
     count = token_weights.sum()
     if call.reduction.kind == "sequence_mean" and sequences is not None:
         count = sequences.count(active).to(token_weights.dtype)
         token_weights = token_weights / sequences.sum(token_weights).where(active, 1.0)
-    row_loss = RowLoss(token_weights, advantages, ratio_to, surrogate, entropy_coef)
-    rows = call.rows(graded=advantages != 0 if entropy_coef == 0.0 else None)
-    loss, values, statistics = reduced_loss(call, row_loss, rows, count)
+    own_ref = ref if surrogate.ref_kl_coef != 0.0 else None
+    row_loss = RowLoss(token_weights, advantages, old, surrogate, entropy_coef, log_ratios, own_ref)
+    loss, values, statistics = reduced_loss(call, row_loss, call.rows(graded), count)
     logprobs = (-values[0]).where(active, 0.0)
-    clipped = surrogate_terms(surrogate, logprobs, ratio_to, advantages).clipped
-    metrics = {**_ratio_metrics(logprobs, old, ratio_to, clipped, active), **sparse_metrics(statistics)}
+    row_loss = row_loss._replace(ref_logprobs=ref)
+    metrics = {**_metrics(row_loss, logprobs, active), **sparse_metrics(statistics)}
     if entropy_coef != 0.0:
         metrics["entropy"] = masked_mean(values[1], active)
     return LossOutput(loss, logprobs.reshape(call.shape), metrics)
@@ -165,20 +201,56 @@ def sampled_reverse_kl_loss(
         baseline=baseline,
     )
     if env_advantages is not None:
-        advantages = advantages + check.check_per_token("env_advantages", env_advantages, hidden)
+        advantages = advantages + _advantages("env_advantages", env_advantages, hidden, options["sequence_ids"])
     output = policy_gradient_loss(hidden, weight, tokens, advantages, sampler_logprobs, **options)
     gap = sampler_logprobs.detach() - teacher_logprobs.detach()
     return output._replace(metrics={**output.metrics, "teacher_kl": masked_mean(gap, active)})
 
 
-def _check_old_logprobs(old_logprobs: Tensor | None, ratio: Ratio, surrogate: Surrogate) -> None:
-    """What needs a ratio needs old log-probs."""
-    if ratio not in RATIOS:
-        raise ValueError(f"ratio is {ratio!r}; use one of {', '.join(RATIOS)}")
-    if old_logprobs is None and ratio == "sequence":
-        raise ValueError('ratio is "sequence", which needs old_logprobs: without them every ratio is 1')
-    if old_logprobs is None and surrogate.truncate_ratio is not None:
-        raise ValueError(f"truncate_ratio is {surrogate.truncate_ratio} and needs old_logprobs")
+def _surrogate(options: PolicyOptions) -> Surrogate:
+    bounds = options["ratio_bounds"]
+    if bounds is None:
+        return record(Surrogate, options)
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise ValueError(f"ratio_bounds is {bounds!r}; expected (low, high)")
+    return record(Surrogate, {**options, "ratio_bounds": RatioBounds(*bounds)})
+
+
+def _check_what_belongs_together(old_logprobs: Tensor | None, options: PolicyOptions) -> None:
+    """What needs a ratio needs old log-probs, and a KL to a reference needs the reference's."""
+    if options["ratio"] not in RATIOS:
+        raise ValueError(f"ratio is {options['ratio']!r}; use one of {', '.join(RATIOS)}")
+    for name in ("truncate_ratio", "ratio_bounds"):
+        if old_logprobs is None and options.get(name) is not None:
+            raise ValueError(f"{name} is {options.get(name)} and needs old_logprobs: without them every ratio is 1")
+    if options["ref_kl_coef"] != 0.0 and options["ref_logprobs"] is None:
+        raise ValueError(
+            f"ref_kl_coef is {options['ref_kl_coef']} and needs ref_logprobs, those of the reference model"
+        )
+
+
+def _advantages(name: str, advantages: Tensor, hidden: Tensor, sequence_ids: Tensor | None) -> Tensor:
+    """One entry per token, detached; one per row along the last dimension is expanded."""
+    check.check_tensor(name, advantages)
+    shape = hidden.shape[:-1]
+    per_row = len(shape) > 0 and advantages.shape != shape and advantages.shape in (shape[:-1], (*shape[:-1], 1))
+    if per_row and sequence_ids is not None:
+        raise ValueError(
+            f"{name} is {list(advantages.shape)}, one per row, and sequence_ids says that a row holds several sequences: "
+            f"expected one entry per token, {list(shape)}"
+        )
+    if per_row:
+        advantages = advantages.reshape(*shape[:-1], 1).expand(shape)
+    return check.check_per_token(name, advantages, hidden)
+
+
+def _logprobs(call: Call, name: str, logprobs: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """Of the tokens under another policy, [N]."""
+    if logprobs is None:
+        return None
+    found = call.per_row(check.check_per_token(name, logprobs, hidden))
+    check_logprobs(name, found)
+    return found
 
 
 def _sequences(tokens: Tensor, options: PolicyOptions, hidden: Tensor) -> Sequences | None:
@@ -193,17 +265,33 @@ def _sequences(tokens: Tensor, options: PolicyOptions, hidden: Tensor) -> Sequen
     return Sequences(tokens, sequence_ids)
 
 
-def _ratio_metrics(
-    logprobs: Tensor, old_logprobs: Tensor | None, ratio_to: Tensor | None, clipped: Tensor, active: Tensor
-) -> dict[str, Tensor]:
-    """`ratio_to`: what the loss takes its ratio against; k1 and k3 are estimates from each token's own log-probs."""
-    ratio = importance_ratio(logprobs, ratio_to)
-    log_ratio = torch.zeros_like(logprobs) if old_logprobs is None else logprobs - old_logprobs
-    return {
-        "ratio_mean": masked_mean(ratio, active),
-        "ratio_min": masked_extreme(ratio, active, largest=False),
-        "ratio_max": masked_extreme(ratio, active, largest=True),
-        "clip_fraction": masked_mean(clipped.to(ratio.dtype), active),
-        "k1": masked_mean(-log_ratio, active),
-        "k3": masked_mean(torch.expm1(log_ratio) - log_ratio, active),
+def _metrics(row_loss: RowLoss, logprobs: Tensor, active: Tensor) -> dict[str, Tensor]:
+    """k1 and k3 are estimates from each token's own log-probs, whatever the loss takes its ratio of."""
+    _, advantages, old, surrogate, _, log_ratios, ref = row_loss
+    assert surrogate is not None
+    assert advantages is not None
+    own = log_ratio(logprobs, old)
+    log_ratios = own if log_ratios is None else log_ratios
+    ratio = importance_ratio(surrogate, log_ratios)
+    terms = surrogate_terms(surrogate, logprobs, log_ratios, advantages)
+    own = bounded(own)
+
+    def share(which: Tensor) -> Tensor:
+        return masked_mean(which.to(logprobs.dtype), active)
+
+    metrics = {
+        "ratio_mean": masked_mean(ratio.whole, active),
+        "ratio_min": masked_extreme(ratio.whole, active, largest=False),
+        "ratio_max": masked_extreme(ratio.whole, active, largest=True),
+        "clip_fraction": share(terms.clipped),
+        "k1": masked_mean(-own, active),
+        "k3": masked_mean(torch.expm1(own) - own, active),
     }
+    if surrogate.method in ("ppo", "cispo"):
+        metrics["clip_low_fraction"] = share((ratio.value < 1.0 - surrogate.clip_low) & (advantages < 0))
+        metrics["clip_high_fraction"] = share((ratio.value > 1.0 + surrogate.clip_high) & (advantages > 0))
+    if surrogate.ratio_bounds is not None:
+        metrics["out_of_bounds_fraction"] = share(terms.outside)
+    if ref is not None:
+        metrics["ref_kl"] = masked_mean(reference_kl(surrogate, logprobs, ref, ratio).value, active)
+    return metrics

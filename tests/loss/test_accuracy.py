@@ -15,6 +15,7 @@ from loss_cases import (
     NEEDS,
     POLICIES,
     REDUCED,
+    REFERENCE_KLS,
     Forms,
     Problem,
     Result,
@@ -113,6 +114,7 @@ EVERY_FORM: Forms = {
     "linear_logprobs": ("linear_logprobs", {}),
     **{policy: ("policy_gradient", options) for policy, options in POLICIES.items()},
     **{f"entropy-{method}": ("entropy", {"method": method}) for method in ("importance_sampling", "ppo", "reinforce")},
+    **{f"ref-{key}": ("reference_kl", options) for key, options in REFERENCE_KLS.items()},
     "sampled_reverse_kl": (
         "sampled_reverse_kl",
         {"discount": 0.6, "coef": 1.4, "env_advantages": ENVIRONMENT, "sequence_ids": IDS},
@@ -144,11 +146,17 @@ def test_every_form_equals_reference(name: str, options: dict[str, Any], needs: 
 
 
 @pytest.mark.parametrize(("needs", "reduction", "head"), PLANS)
-@pytest.mark.parametrize("policy", [policy for policy in POLICIES if not policy.endswith("truncated")])
+@pytest.mark.parametrize("policy", [p for p in (*POLICIES, "ref") if not p.endswith(("truncated", "bounded"))])
 def test_without_a_sampler(policy: str, needs: str, reduction: str, head: str) -> None:
-    p, options = make_problem((4, 8))._replace(sampler_logprobs=None), POLICIES[policy] | HEADS[head]
-    options["reduction"] = reduction
-    assert_same(*(with_gradients(f, "policy_gradient", p, NEEDS[needs], **options) for f in (fused, eager)))
+    """Every ratio is 1, and has its gradient."""
+    p, options = make_problem((4, 8))._replace(sampler_logprobs=None), POLICIES.get(policy, {}) | HEADS[head]
+    options["reduction"], name = reduction, "reference_kl" if policy == "ref" else "policy_gradient"
+    for ratio in ("token", "sequence"):
+        own = options | {"ratio": ratio}
+        theirs = own | {"ratio": "token"}
+        assert_same(
+            with_gradients(fused, name, p, NEEDS[needs], **own), with_gradients(eager, name, p, NEEDS[needs], **theirs)
+        )
 
 
 @pytest.mark.parametrize(

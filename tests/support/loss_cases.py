@@ -37,6 +37,16 @@ POLICIES: dict[str, dict[str, Any]] = {
     "ppo-truncated": {"method": "ppo", "truncate_ratio": 1.1},
     "cispo": {"method": "cispo", "clip_low": 1.0, "clip_high": 0.2},
     "cispo-truncated": {"method": "cispo", "truncate_ratio": 1.1},
+    "cispo-below-1": {"method": "cispo", "clip_low": 1.0, "clip_high": -0.1},
+    "importance_sampling-bounded": {"ratio_bounds": (0.8, 1.3)},
+    "ppo-bounded": {"method": "ppo", "ratio_bounds": (0.7, 1.5), "truncate_ratio": 1.4},
+}
+REFERENCE_KLS: dict[str, dict[str, Any]] = {
+    **{estimate: {"ref_kl": estimate, "ref_kl_ratio": False} for estimate in ("k1", "k2", "k3")},
+    "k2-ratio": {"ref_kl": "k2"},
+    "k3-ratio-ppo": {"method": "ppo", "dual_clip": 1.5},
+    "k3-ratio-truncated": {"method": "cispo", "truncate_ratio": 1.1},
+    "k3-ratio-bounded": {"method": "reinforce", "ratio_bounds": (0.7, 1.4), "entropy_coef": 0.1},
 }
 each_need = pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
 frozen_or_all = pytest.mark.parametrize("needs", [NEEDS["frozen-head"], NEEDS["all"]], ids=["frozen-head", "all"])
@@ -144,6 +154,10 @@ def _policy_arguments(p: Problem, options: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": p.tokens, "advantages": p.advantages, "old_logprobs": p.sampler_logprobs}
 
 
+def _reference_arguments(p: Problem, options: dict[str, Any]) -> dict[str, Any]:
+    return {**_policy_arguments(p, options), "ref_logprobs": p.teacher_logprobs}
+
+
 def _sampled_arguments(p: Problem, options: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": p.tokens, "teacher_logprobs": p.teacher_logprobs, "sampler_logprobs": p.sampler_logprobs}
 
@@ -166,8 +180,12 @@ def _policy_gradient(
         own, old = logprobs.detach(), old.clone()
         for row, where in of.sequences:
             old[row, where] = own[row, where] - (own - of.p.sampler_logprobs)[row, where].mean()
-    per_token = reference.policy_gradient(logprobs, of.p.advantages, old, **options)
-    return per_token - entropy_coef * reference.entropy(of.z) if entropy_coef else per_token
+    bonus = entropy_coef * reference.entropy(of.z) if entropy_coef else 0.0
+    return reference.policy_gradient(logprobs, of.p.advantages, old, bonus=bonus, **options)
+
+
+def _reference_kl(of: Plain, **options: Any) -> Tensor:
+    return _policy_gradient(of, ref_logprobs=of.p.teacher_logprobs, **options)
 
 
 def _sampled_reverse_kl(
@@ -208,6 +226,9 @@ LOSSES = {
     ),
     "policy_gradient": _POLICY,
     "entropy": _POLICY._replace(options={"entropy_coef": 0.3}),
+    "reference_kl": Loss(
+        loss.policy_gradient_loss, _reference_arguments, _reference_kl, {"ref_kl_coef": 0.3, "ref_kl_ratio": True}
+    ),
     "sampled_reverse_kl": Loss(loss.sampled_reverse_kl_loss, _sampled_arguments, _sampled_reverse_kl),
     "top_k": Loss(loss.top_k_kl_loss, _list_arguments, _top_k),
     **{name: _divergence(name) for name in DIVERGENCES},

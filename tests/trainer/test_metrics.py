@@ -24,7 +24,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "loss__old_logprobs": "recompute",
     },
     "given": {"sampling__on_policy_fraction": 0.5, "student__dtype": "bfloat16"},
-    "mixture": {"mixture": {"sums": {}, "other": {"weight": 2}}, "loss__backward": "sparse"},
+    "mixture": {
+        "mixture": {"sums": {}, "other": {"weight": 2}},
+        "loss__backward": "sparse",
+        "loss__method": "ppo",
+    },
     "divergence": {"loss__objective": "jsd"},
     "top_k": {"loss__objective": "top_k"},
 }

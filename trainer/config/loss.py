@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from fastkl.kernels.divergence.formula import Divergence, check_alpha, check_beta
@@ -12,7 +12,7 @@ from fastkl.trainer.errors import require
 
 ObjectiveName = Literal["policy_gradient", "top_k", Divergence]
 SERVED: tuple[ObjectiveName, ...] = ("policy_gradient", "top_k")  # they take a teacher that a server holds
-SURROGATE = tuple(field.name for field in fields(Surrogate))
+SURROGATE = ("method", "clip_low", "clip_high", "dual_clip", "truncate_ratio")
 # The objectives that an option belongs to. The others refuse another value than its default.
 OPTION_OF: dict[str, tuple[ObjectiveName, ...]] = {
     **dict.fromkeys((*SURROGATE, "kl_coef", "discount", "old_logprobs"), ("policy_gradient",)),

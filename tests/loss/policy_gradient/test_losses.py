@@ -133,6 +133,8 @@ def test_logprobs_and_metrics() -> None:
         "ratio_min": ratio.min(),
         "ratio_max": ratio.max(),
         "clip_fraction": clipped.double().mean(),
+        "clip_low_fraction": ((ratio < 0.8) & (advantages < 0)).double().mean(),
+        "clip_high_fraction": ((ratio > 1.2) & (advantages > 0)).double().mean(),
         "k1": -log_ratio.mean(),
         "k3": (ratio - 1 - log_ratio).mean(),
         "entropy": reference.entropy(reference_logits(p, temperature=0.8)[0])[active].mean(),
@@ -150,6 +152,8 @@ def test_clip_fraction_counts_the_tokens_that_a_clip_touched(policy: str) -> Non
     p, options = make_problem((4, 8))._replace(mask=None), POLICIES[policy]
     ratio = torch.exp(eager("linear_logprobs", p) - p.sampler_logprobs)
     clip = 1 - options.get("clip_low", 0.2), 1 + options.get("clip_high", 0.2)
+    low, high = options.get("ratio_bounds", (0.0, torch.inf))
+    outside = (ratio < low) | (ratio > high)
     touched = ratio > options.get("truncate_ratio", torch.inf)
     ratio = ratio.clamp(max=options.get("truncate_ratio", torch.inf))
     method, up = options.get("method"), p.advantages > 0
@@ -158,9 +162,11 @@ def test_clip_fraction_counts_the_tokens_that_a_clip_touched(policy: str) -> Non
     if method == "ppo":
         touched |= ((ratio > clip[1]) & up) | ((ratio < clip[0]) & ~up)
         touched |= (ratio > options.get("dual_clip", torch.inf)) & ~up
-    expected = touched[counted(p)].double().mean()
-    assert 0 < expected < 1
-    torch.testing.assert_close(fused_output("policy_gradient", p, **options).metrics["clip_fraction"], expected)
+    metrics = fused_output("policy_gradient", p, **options).metrics
+    expected = {"clip_fraction": touched, "out_of_bounds_fraction": outside}
+    expected = {name: which[counted(p)].double().mean() for name, which in expected.items() if which.any()}
+    assert all(0 < value < 1 for value in expected.values())
+    torch.testing.assert_close({name: metrics[name] for name in expected}, expected)
 
 
 def test_k3_is_the_samplers_under_any_ratio() -> None:
