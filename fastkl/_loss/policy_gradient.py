@@ -148,12 +148,12 @@ def policy_gradient_loss(
     if call.reduction.kind == "sequence_mean" and sequences is not None:
         count = sequences.count(active).to(token_weights.dtype)
         token_weights = token_weights / sequences.sum(token_weights).where(active, 1.0)
-    own_ref = ref if surrogate.ref_kl_coef != 0.0 else None
-    row_loss = RowLoss(token_weights, advantages, old, surrogate, entropy_coef, log_ratios, own_ref)
+    row_loss = RowLoss(token_weights, advantages, old, surrogate, entropy_coef, log_ratios=log_ratios)
+    if surrogate.ref_kl_coef != 0.0:
+        row_loss = row_loss._replace(ref_logprobs=ref)
     loss, values, statistics = reduced_loss(call, row_loss, call.rows(graded), count)
     logprobs = (-values[0]).where(active, 0.0)
-    row_loss = row_loss._replace(ref_logprobs=ref)
-    metrics = {**_metrics(row_loss, logprobs, active), **sparse_metrics(statistics)}
+    metrics = {**_metrics(row_loss._replace(ref_logprobs=ref), logprobs, active), **sparse_metrics(statistics)}
     if entropy_coef != 0.0:
         metrics["entropy"] = masked_mean(values[1], active)
     return LossOutput(loss, logprobs.reshape(call.shape), metrics)
@@ -267,11 +267,11 @@ def _sequences(tokens: Tensor, options: PolicyOptions, hidden: Tensor) -> Sequen
 
 def _metrics(row_loss: RowLoss, logprobs: Tensor, active: Tensor) -> dict[str, Tensor]:
     """k1 and k3 are estimates from each token's own log-probs, whatever the loss takes its ratio of."""
-    _, advantages, old, surrogate, _, log_ratios, ref = row_loss
+    surrogate, advantages, ref = row_loss.surrogate, row_loss.advantages, row_loss.ref_logprobs
     assert surrogate is not None
     assert advantages is not None
-    own = log_ratio(logprobs, old)
-    log_ratios = own if log_ratios is None else log_ratios
+    own = log_ratio(logprobs, row_loss.old_logprobs)
+    log_ratios = own if row_loss.log_ratios is None else row_loss.log_ratios
     ratio = importance_ratio(surrogate, log_ratios)
     terms = surrogate_terms(surrogate, logprobs, log_ratios, advantages)
     own = bounded(own)
