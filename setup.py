@@ -7,7 +7,7 @@ from setuptools import setup
 # that reads the source tree.
 ROOMS = sorted({str(file.parent) for room in ("kernels", "trainer") for file in Path(room).rglob("*.py")})
 setup(
-    packages=["fastkl", "fastkl._loss", *(f"fastkl.{room.replace('/', '.')}" for room in ROOMS)],
+    packages=["fastkl", "fastkl._check", "fastkl._loss", *(f"fastkl.{room.replace('/', '.')}" for room in ROOMS)],
     package_dir={"fastkl": "fastkl", "fastkl.kernels": "kernels", "fastkl.trainer": "trainer"},
     package_data={"fastkl": ["py.typed"], "fastkl.trainer.runs.report": ["html/*"]},
 )

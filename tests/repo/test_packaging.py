@@ -107,6 +107,10 @@ for name, module in list(sys.modules.items()):
 import importlib.util
 for name in ("kernels", "trainer"):
     assert importlib.util.find_spec(name) is None, name
+import fastkl.check
+from fastkl._check import problem, times
+problem.SIZES["cpu"] = times.SIZES["cpu"] = problem.Sizes(8, 16, 4112)
+assert fastkl.check.main(["--device", "cpu"]) == 0
 from fastkl.cli import main
 assert main(["--help"]) == 2  # the trainer is the one that says what to install
 """

@@ -1,0 +1,300 @@
+"""One variant of each kernel and dtype, against `fastkl.reference` in float64: what a backend makes of given logits.
+
+`run` only launches, so that it can be compiled in advance; `measure` compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkl import reference
+from fastkl._check.errors import GRADIENTS, ROUNDING, SCORES, VALUES, Check, Measured, of_entries, of_rows, of_values
+from fastkl._check.problem import NAMES, Problem
+from fastkl.kernels import backend
+from fastkl.kernels.divergence.formula import DIVERGENCES, Divergence
+from fastkl.kernels.gemm import gradient_dtype
+from fastkl.kernels.options import Sparse
+from fastkl.kernels.problem import Backend, HeadOptions, Inputs, Kind, Spec
+from fastkl.kernels.rows.interface import Logits
+from fastkl.kernels.sparse.estimator import ColumnSample, centre
+from fastkl.kernels.sparse.probabilities import row_weights, solve
+
+PARAMETERS = {"jsd": 0.4, "skewed_forward_kl": 0.2, "skewed_reverse_kl": 0.2}
+TOP_K_VARIANT = "reverse-bucket"
+ENTROPY_WEIGHT = -0.3
+SAMPLED_ERROR = 0.3  # of the sparse backward: most columns are left out
+DEVIATIONS = 6.0  # standard ones, that the number of columns may be away from the one expected
+START = 2.0**-8  # what the weight's gradient holds before it is added to
+TIED = 1e-4  # nats: where |log p − log q| is less, float32 may have the other sign
+
+
+class Setting(NamedTuple):
+    """What is tested, in one dtype."""
+
+    problem: Problem  # on the device
+    chunk: Tensor  # [N, V] float32, the student's logits, on the CPU
+    teacher_chunk: Tensor  # [N, V]
+    backend: Backend
+
+    @property
+    def inputs(self) -> Inputs:
+        p = self.problem
+        return Inputs(p.hidden, p.weight, None, p.tokens, p.teacher_hidden, p.teacher_weight)
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.problem.tokens.cpu()
+
+    def spec(self, kind: Kind, variant: str = "", sparse: Sparse | None = None) -> Spec:
+        """Of `kind`, on logits as they are."""
+        teacher = HeadOptions() if kind == "divergence" else None
+        return Spec(
+            kind,
+            HeadOptions(),
+            teacher,
+            self.backend,
+            variant=variant,
+            parameter=PARAMETERS.get(variant, 0.0),
+            sparse=sparse,
+        )
+
+    def logits(self) -> Logits:
+        """A copy, which a row function may overwrite."""
+        p, device = self.problem, self.problem.hidden.device
+        student, teacher = (chunk.to(device, copy=True) for chunk in (self.chunk, self.teacher_chunk))
+        return Logits(student, None, teacher, None, p.top_ids, p.top_logprobs)
+
+    def place(self, logits: Logits) -> Tensor:
+        """Where the driver would have the gradient written."""
+        dtype = gradient_dtype(self.problem.hidden)
+        return logits.student if dtype == logits.student.dtype else torch.empty_like(logits.student, dtype=dtype)
+
+    def values(self, count: int) -> Tensor:
+        return torch.empty(count, self.chunk.shape[0], device=self.problem.hidden.device)
+
+    def exact(self) -> tuple[Tensor, Tensor]:
+        """Logits of student and teacher in float64, of which the first is a leaf."""
+        return self.chunk.double().requires_grad_(), self.teacher_chunk.double()
+
+
+def checks(problem: Problem, dtype: torch.dtype, device: str, backend: Backend) -> Iterator[Check]:
+    """All that the backend has for a dtype."""
+    rounded = problem.to(dtype, "cpu")
+    chunk = rounded.hidden.float() @ rounded.weight.float().t()
+    teacher_chunk = rounded.teacher_hidden.float() @ rounded.teacher_weight.float().t()
+    setting = Setting(rounded.to(dtype, device), chunk, teacher_chunk, backend)
+    for check in (_token_nll, _entropy, _top_k, *map(_divergence, DIVERGENCES), _score, _reverse_kl_score, _sparse):
+        if (found := check(setting)) is not None:
+            kernels, run, measure = found
+            yield Check(kernels, NAMES[dtype], run, measure)
+
+
+_Parts = tuple[tuple[str, ...], Callable[[], Any], Callable[[Any], list[Measured]]]
+
+
+def _rounded(dtype: torch.dtype) -> float:
+    """The bound of gradients that were made in float32 and rounded to a dtype."""
+    return GRADIENTS + ROUNDING[dtype]
+
+
+def _compared(kernel: str, value: Tensor, exact: Tensor) -> Measured:
+    return Measured(kernel, "values", of_values(value, exact), VALUES)
+
+
+def _gradient(kernel: str, found: Tensor, exact: Tensor, *logits: Tensor) -> Measured:
+    """Of a gradient by logits; in an entry the probabilities of all `logits` may cancel."""
+    scale = sum(z.detach().softmax(-1) for z in logits)
+    return Measured(kernel, "gradient", of_entries(found, exact, scale), _rounded(found.dtype))
+
+
+def _autograd(value: Tensor, leaf: Tensor) -> Tensor:
+    return torch.autograd.grad(value.sum(), leaf)[0]
+
+
+def _rows(s: Setting, spec: Spec, outputs: int) -> tuple[Tensor, Tensor]:
+    """Values and gradient by the row function of a spec."""
+    logits, out = s.logits(), s.values(outputs)
+    gradient = s.place(logits)
+    backend.row_function(spec, s.problem.hidden)(logits, s.problem.tokens, out, gradient)
+    return out, gradient
+
+
+def _token_nll(s: Setting) -> _Parts:
+    """With the rows of zero advantage cleared, as the driver does."""
+    spec = s.spec("token_nll")
+    slope = s.problem.advantages
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        out, gradient = _rows(s, spec, 1)
+        cleared = gradient.clone()
+        backend.clear_rows(spec, s.problem.hidden)(cleared, slope)
+        return out, gradient, cleared
+
+    def measure(found: tuple[Tensor, Tensor, Tensor]) -> list[Measured]:
+        out, gradient, cleared = found
+        z, _ = s.exact()
+        value = -reference.logprobs(z, s.tokens)
+        expected = torch.where(slope.cpu()[:, None] == 0, 0.0, gradient.cpu())
+        return [
+            _compared("rows.token_nll", out[0], value.detach()),
+            _gradient("rows.token_nll", gradient, _autograd(value, z), z),
+            Measured("rows.clear_rows", "gradient", of_values(cleared, expected), 0.0),
+        ]
+
+    return ("rows.token_nll", "rows.clear_rows"), run, measure
+
+
+def _entropy(s: Setting) -> _Parts:
+    spec = s.spec("token_nll_entropy")
+
+    def run() -> tuple[Tensor, Tensor]:
+        logits, out = s.logits(), s.values(spec.outputs)
+        weights = torch.ones_like(out[:2])
+        weights[1] = ENTROPY_WEIGHT
+        gradient = s.place(logits)
+        backend.row_function(spec, s.problem.hidden)(logits, s.problem.tokens, out, None)
+        backend.entropy_gradient(spec, s.problem.hidden)(logits, s.problem.tokens, out, weights, gradient)
+        return out, gradient
+
+    def measure(found: tuple[Tensor, Tensor]) -> list[Measured]:
+        out, gradient = found
+        z, _ = s.exact()
+        values = torch.stack([-reference.logprobs(z, s.tokens), reference.entropy(z)])
+        exact = _autograd(values[0] + ENTROPY_WEIGHT * values[1], z)
+        return [
+            _compared("rows.token_nll_entropy", out[:2], values.detach()),
+            _gradient("rows.entropy_gradient", gradient, exact, z),
+        ]
+
+    return ("rows.token_nll_entropy", "rows.entropy_gradient"), run, measure
+
+
+def _top_k(s: Setting) -> _Parts:
+    def measure(found: tuple[Tensor, Tensor]) -> list[Measured]:
+        (out, gradient), (z, _) = found, s.exact()
+        value = reference.top_k_kl(z, s.problem.top_ids.cpu(), s.problem.top_logprobs.cpu().double())
+        return [
+            _compared("top_k.tail_sums", out[0], value.detach()),
+            _gradient("top_k.tail_gradient", gradient, _autograd(value, z), z),
+        ]
+
+    spec = s.spec("top_k", TOP_K_VARIANT)
+    return ("top_k.tail_sums", "top_k.tail_gradient"), lambda: _rows(s, spec, 2), measure
+
+
+def _divergence(name: Divergence) -> Callable[[Setting], _Parts]:
+    kernel = f"divergence.{name}"
+
+    def parts(s: Setting) -> _Parts:
+        spec = s.spec("divergence", name)
+
+        def measure(found: tuple[Tensor, Tensor]) -> list[Measured]:
+            (out, gradient), (z, z_teacher) = found, s.exact()
+            options = (PARAMETERS[name],) if name in PARAMETERS else ()
+            value = getattr(reference, name)(z, z_teacher, *options)
+            exact, nll = _autograd(value, z), -reference.logprobs(z, s.tokens)
+            if name == "total_variation":  # its gradient jumps where p = q
+                tied = (z.log_softmax(-1) - z_teacher.log_softmax(-1)).abs() < TIED
+                gradient, exact = gradient.cpu().masked_fill(tied, 0.0), exact.masked_fill(tied, 0.0)
+            return [
+                _compared(kernel, out[:2], torch.stack([value, nll]).detach()),
+                _gradient(kernel, gradient, exact, z, z_teacher),
+            ]
+
+        return (kernel,), lambda: _rows(s, spec, spec.outputs), measure
+
+    return parts
+
+
+def _score(s: Setting) -> _Parts | None:
+    """Log-probs, with the entropy and without, from hidden states."""
+    plain, full = s.spec("token_nll"), s.spec("token_nll_entropy")
+    scorers = backend.scorer(plain, s.inputs), backend.scorer(full, s.inputs)
+    if None in scorers:
+        return None
+
+    def run() -> tuple[Tensor, Tensor]:
+        outs = s.values(plain.outputs), s.values(full.outputs)
+        for scorer, out in zip(scorers, outs, strict=True):
+            assert scorer is not None
+            scorer(out)
+        return outs
+
+    def measure(found: tuple[Tensor, Tensor]) -> list[Measured]:
+        nll, both = found
+        z = _logits(s.problem.hidden, s.problem.weight)
+        exact = torch.stack([-reference.logprobs(z, s.tokens), reference.entropy(z)])
+        error = max(of_values(nll[0], exact[0]), of_values(both[:2], exact))
+        return [Measured("score.token_nll", "values", error, SCORES)]
+
+    return ("score.token_nll",), run, measure
+
+
+def _reverse_kl_score(s: Setting) -> _Parts | None:
+    spec = s.spec("divergence", "reverse_kl")
+    scorer = backend.scorer(spec, s.inputs)
+    if scorer is None:
+        return None
+
+    def run() -> Tensor:
+        out = s.values(spec.outputs)
+        scorer(out)
+        return out
+
+    def measure(out: Tensor) -> list[Measured]:
+        p = s.problem
+        z, z_teacher = _logits(p.hidden, p.weight), _logits(p.teacher_hidden, p.teacher_weight)
+        exact = torch.stack([reference.reverse_kl(z, z_teacher), -reference.logprobs(z, s.tokens)])
+        return [Measured("score.reverse_kl", "values", of_values(out[:2], exact), SCORES)]
+
+    return ("score.reverse_kl",), run, measure
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    return reference.logits(hidden.cpu().double(), weight.cpu().double())
+
+
+def _sparse(s: Setting) -> _Parts:
+    """The sample of columns, and the products that are made from it."""
+    sparse = Sparse(seed=1, error=SAMPLED_ERROR)
+    spec, p = s.spec("token_nll", sparse=sparse), s.problem
+    u, _ = s.exact()
+    u = _autograd(-reference.logprobs(u, s.tokens), u).to(gradient_dtype(p.hidden))
+    slope = p.advantages
+
+    def run() -> tuple[ColumnSample, Tensor, Tensor]:
+        sampler = backend.column_sampler(spec, s.inputs)
+        assert sampler is not None
+        sample = sampler.sample(u.to(p.hidden.device, copy=True), slope, [p.tokens])
+        hidden_gradient = sample.hidden_gradient()
+        accumulator = torch.full_like(p.weight, START, dtype=torch.float32)
+        sample.add_to_weight_gradient(accumulator, p.hidden)
+        return sample, hidden_gradient, accumulator
+
+    def measure(found: tuple[ColumnSample, Tensor, Tensor]) -> list[Measured]:
+        sample, hidden_gradient, accumulator = found
+        estimate = sample.estimate(slice(0, u.shape[0]))
+        if estimate is None:
+            return [Measured("sparse.sample", "columns", torch.inf, 0.0, "all columns were kept")]
+        ids, kept, weights = estimate.ids.cpu(), estimate.gradient.cpu(), slope.double().cpu()
+        squares = u.double().square().t() @ row_weights(weights.clone())
+        w, tau, *_ = solve(sparse, squares, [s.tokens])
+        chances = (w / tau).clamp(max=1.0)
+        expected, deviation = chances.sum().item(), (chances * (1 - chances)).sum().sqrt().item()
+        exact = kept.double()
+        centred = exact @ p.weight.cpu()[ids].double() - torch.outer(exact.sum(1), centre(p.weight.cpu().double()))
+        rows = torch.zeros(p.weight.shape, dtype=torch.float64)
+        rows[ids] = exact.t() @ (weights[:, None] * p.hidden.cpu().double())
+        bound = _rounded(p.hidden.dtype)
+        return [
+            Measured("sparse.sample", "columns", abs(len(ids) / expected - 1), DEVIATIONS * deviation / expected),
+            _gradient("sparse.sample", kept, u[:, ids].double() / chances[ids]),
+            Measured("sparse.hidden_gradient", "gradient", of_rows(hidden_gradient, weights[:, None] * centred), bound),
+            Measured("sparse.weight_gradient", "gradient", of_rows(accumulator.double() - START, rows), bound),
+        ]
+
+    return ("sparse.sample", "sparse.hidden_gradient", "sparse.weight_gradient"), run, measure
