@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-import fastkl
+from fastkl import __version__
 from fastkl._check import kernels, losses, machine, report
 from fastkl._check.compiling import compile_launches, cores
 from fastkl._check.errors import Check, Measured
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start, device = time.perf_counter(), arguments.device
     choice, dtypes = machine.choose_backend(device), machine.dtypes(device)
     found: dict[str, Any] = {
-        "fastkl": fastkl.__version__,
+        "fastkl": __version__,
         "versions": machine.versions("triton", "transformers"),
         "device": machine.describe_device(device),
         "backend": choice.backend,
