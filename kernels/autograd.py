@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import fastkl.kernels.flops  # noqa: F401  for torch.utils.flop_counter, which asks whoever has registered
-from fastkl.kernels.gemm import scaled_rows
+from fastkl.kernels.gemm import scaled_into, scaled_rows
 from fastkl.kernels.operators import evaluate, evaluate_with_gradients, weight_gradients
 from fastkl.kernels.problem import Gradients, Inputs, Needs, Problem, RowLoss, Rows
 from fastkl.kernels.records import pack, unpack
@@ -145,7 +145,16 @@ def _input_gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None
 
 def _times(unit: Tensor, upstream: Tensor) -> Tensor:
     """The unit gradient [N, D] times each row's upstream value, in its dtype."""
-    return (unit * upstream[:, None]).to(unit.dtype)
+    return torch.mul(unit, upstream[:, None], out=torch.empty_like(unit))
+
+
+def _finished(gradient: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A gradient times `upstream`, 0-dim, in the dtype of its input: in place, or in one pass over it."""
+    if gradient is None:
+        return None
+    if gradient.dtype == dtype:
+        return gradient.mul_(upstream)
+    return scaled_into(torch.empty_like(gradient, dtype=dtype), gradient, upstream.reshape(1))
 
 
 class _RowLosses(torch.autograd.Function):
@@ -198,7 +207,7 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients are scaled in place and handed over: a copy would cost a second weight gradient.
+        """The gradients are scaled in place and handed over, or cast: a copy would cost a second weight gradient.
 
         A second backward pass (retain_graph=True) finds them gone and computes them again.
         """
@@ -208,7 +217,7 @@ class _SummedLoss(torch.autograd.Function):
         if ctx.weight_grad is not None and gradients.weight is not None:
             ctx.weight_grad.addcmul_(gradients.weight, upstream)
             gradients = gradients._replace(weight=None)
-        return _input_gradients(ctx, *[None if g is None else g.mul_(upstream).to(ctx.dtype) for g in gradients[:3]])
+        return _input_gradients(ctx, *[_finished(gradient, upstream, ctx.dtype) for gradient in gradients[:3]])
 
     @staticmethod
     def _recompute(ctx: Any) -> Gradients:

@@ -15,47 +15,85 @@ row function (`rows/interface.py`); plans, chunking and gradients are here and o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkl.kernels.backend import clear_rows, column_sampler, entropy_gradient, row_function, scorer
-from fastkl.kernels.gemm import add_weight_gradient, compute_dtype, even_rows, gradient_dtype, hidden_gradient, project
+from fastkl.kernels.gemm import (
+    add_bias_gradient,
+    add_weight_gradient,
+    compute_dtype,
+    even_chunks,
+    gradient_dtype,
+    hidden_gradient,
+    most_rows,
+    project,
+    scaled_into,
+)
 from fastkl.kernels.problem import Gradients, HeadOptions, Inputs, Needs, RowLoss, Spec
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.sparse.estimator import ColumnSampler, Estimates, block_rows, blocks, device_kind
 from fastkl.kernels.sparse.pytorch import add_to_weight_gradient, merged
 
-# What the logits of a chunk may take. On a GPU large chunks keep the GEMMs at full speed (1024-4096 rows at V = 150k).
+# What the logits of a chunk may take, and its gradient. On a GPU large chunks keep the GEMMs at full speed.
 WORKSPACE_BYTES = {"cpu": 128 * 2**20, "accelerator": 2**30}
 # With fewer the GEMMs of a CPU read the weight too often; at V = 150k these are 160 MB.
 LEAST_ROWS = {"cpu": 256, "accelerator": 1}
+# Rows of a tile of the GEMMs' result, the largest first.
+TILE_ROWS = {"cpu": (1,), "accelerator": (256, 128, 1)}
+# Over this many rows a product that is added to the weight's gradient has far more to multiply than to read and write.
+LONG_PRODUCT_ROWS = 5120
+
+
+def row_chunks(spec: Spec, inputs: Inputs, gradient: bool) -> list[slice]:
+    """The rows of each chunk: at most `spec.chunk_size`, or what the workspace budget holds, spread evenly.
+
+    On an accelerator they are whole tiles of the GEMMs where that many fit: a part of one costs as much as all of it.
+    For a sparse backward they are whole blocks too, unless `spec.chunk_size` is less than one.
+    """
+    return even_chunks(inputs.hidden.shape[0], *_limit_and_multiple(spec, inputs, gradient))
 
 
 def chunk_rows(spec: Spec, inputs: Inputs, gradient: bool) -> int:
-    """Rows per chunk: `spec.chunk_size`, or what the workspace budget holds, spread evenly over the chunks.
+    """Rows of the workspace: those of the largest of `row_chunks`, whole tiles of them where there are several."""
+    n, (limit, multiple) = inputs.hidden.shape[0], _limit_and_multiple(spec, inputs, gradient)
+    return n if n <= limit else -(-most_rows(even_chunks(n, limit, multiple)) // multiple) * multiple
 
-    For a sparse backward it is whole blocks, unless `spec.chunk_size` is less than one.
-    """
-    n, kind = inputs.hidden.shape[0], device_kind(inputs.hidden.device)
+
+def _limit_and_multiple(spec: Spec, inputs: Inputs, gradient: bool) -> tuple[int, int]:
+    """How many rows a chunk may have, and what they are to be a multiple of."""
+    kind = device_kind(inputs.hidden.device)
     block = block_rows(inputs.hidden.device) if gradient and spec.sparse is not None else 1
     limit = spec.chunk_size
     if limit is None:
         budget = WORKSPACE_BYTES[kind] // workspace_bytes_per_row(spec, inputs, gradient)
         limit = max(budget, block, LEAST_ROWS[kind])
-    if limit >= n:
-        return max(1, n)
-    if limit < block:
-        block = 1
-    return -(-even_rows(n, limit - limit % block) // block) * block
+    multiples = [math.lcm(tile, block if limit >= block else 1) for tile in TILE_ROWS[kind]]
+    return limit, next(multiple for multiple in multiples if multiple <= limit)
+
+
+def products(spec: Spec, inputs: Inputs, needs: Needs) -> list[list[slice]]:
+    """The chunks whose gradients are multiplied at once, as one long product.
+
+    A product that is added to the weight's gradient reads and writes all of it. So the 16-bit gradients of several chunks
+    are kept side by side until about `LONG_PRODUCT_ROWS` are there. Not where a gradient takes the place of its logits, a
+    sample is taken of each chunk, or `spec.chunk_size` says how many rows there may be.
+    """
+    chunks = row_chunks(spec, inputs, gradient=True)
+    if not needs.weight or not _apart(inputs) or spec.sparse is not None or spec.chunk_size is not None:
+        return [[rows] for rows in chunks]
+    count = max(1, -(-inputs.hidden.shape[0] // LONG_PRODUCT_ROWS))
+    return [chunks[group] for group in even_chunks(len(chunks), -(-len(chunks) // count))]
 
 
 def workspace_bytes_per_row(spec: Spec, inputs: Inputs, gradient: bool) -> int:
     """Logits of the student, of the teacher if there is one, and the gradient where it needs a place of its own."""
     logits, low = compute_dtype(inputs.hidden.dtype), gradient_dtype(inputs.hidden)
-    apart = low.itemsize if gradient and low != logits else 0
+    apart = low.itemsize if gradient and _apart(inputs) else 0
     return inputs.weight.shape[0] * (logits.itemsize * (1 if spec.teacher is None else 2) + apart)
 
 
@@ -67,8 +105,9 @@ def evaluate(spec: Spec, inputs: Inputs) -> Tensor:
         score(values)
         return values
     evaluate_rows = row_function(spec, inputs.hidden)
+    workspace = _Workspace(spec, inputs, chunk_rows(spec, inputs, gradient=False))
     with _full_precision(inputs):
-        for chunk in _chunks(spec, inputs, gradient=False):
+        for chunk in map(workspace.chunk, row_chunks(spec, inputs, gradient=False)):
             evaluate_rows(chunk.logits, chunk.tokens, values[:, chunk.rows], None)
     return values
 
@@ -92,32 +131,45 @@ def evaluate_with_gradients(
     losses = values.new_zeros(values.shape[1])
     grad_hidden = torch.empty_like(hidden) if needs.hidden else None
     grad_weight = _new_weight_gradient(spec, inputs) if weight_grad is None and needs.weight else weight_grad
-    grad_bias = values.new_zeros(weight.shape[0]) if needs.bias else None
-    sums = Gradients(grad_hidden, grad_weight, grad_bias)
+    sums = Gradients(grad_hidden, grad_weight, values.new_zeros(weight.shape[0]) if needs.bias else None)
     sampler = column_sampler(spec, inputs)
-    evaluate_rows = row_function(spec, hidden)
-    mixed = entropy_gradient(spec, hidden) if spec.kind == "token_nll_entropy" else None
-    clear = clear_rows(spec, hidden)
+    groups = products(spec, inputs, needs)
+    most = chunk_rows(spec, inputs, gradient=True)
+    workspace = _Workspace(spec, inputs, most, max(most, most_rows([_span(group) for group in groups])))
+    row_pass, slopes = _row_pass(spec, inputs, row_loss), torch.empty_like(losses)
     with _full_precision(inputs):
-        for chunk in _chunks(spec, inputs, gradient=True):
-            rows, logits, tokens, gradient = chunk
-            own_values = values[:, rows]
-            evaluate_rows(logits, tokens, own_values, None if mixed else gradient)
-            losses[rows], slope, others = row_loss.take(rows).losses_and_slopes(own_values)
-            if mixed is not None and tokens is not None:
-                weights = torch.cat([slope[None], slope.new_zeros(2, len(slope)) if others is None else others])
-                mixed(logits, tokens, own_values, weights, gradient)
-                slope = (weights != 0).any(0).to(slope.dtype)  # the weights are in the gradient
-            clear(gradient, slope)
-            slope = slope * spec.student.alpha
-            if grad_bias is not None:  # first, for a sampler may overwrite the gradient
-                grad_bias.addmv_(gradient.t().to(grad_bias.dtype), slope)
+        for group in groups:
+            span = _span(group)
+            for rows in group:
+                chunk = workspace.chunk(rows, rows.start - span.start)
+                losses[rows], slopes[rows] = row_pass(chunk, values[:, rows])
+            u, slope = workspace.gradient[: span.stop - span.start], slopes[span]
+            if sums.bias is not None:  # first, for a sampler may overwrite the gradient
+                add_bias_gradient(sums.bias, u, slope)
             if sampler is None:
-                fresh = weight_grad is None and rows.start == 0
-                _add_products(sums, inputs, rows, gradient, slope, overwrite=fresh)
-            else:
+                _add_products(sums, inputs, span, u, slope, overwrite=weight_grad is None and span.start == 0)
+            else:  # of the group's only chunk
                 _add_sparse_products(sums, inputs, chunk, slope, sampler, estimates)
     return values, losses, sums if sampler is None else sums._replace(statistics=sampler.statistics())
+
+
+def _row_pass(spec: Spec, inputs: Inputs, row_loss: RowLoss) -> Callable[[_Chunk, Tensor], tuple[Tensor, Tensor]]:
+    """What makes values [K, n] and the gradient of a chunk from its logits: losses and slopes by the scores, [n] each."""
+    evaluate_rows, clear = row_function(spec, inputs.hidden), clear_rows(spec, inputs.hidden)
+    mixed = entropy_gradient(spec, inputs.hidden) if spec.kind == "token_nll_entropy" else None
+
+    def row_pass(chunk: _Chunk, values: Tensor) -> tuple[Tensor, Tensor]:
+        rows, logits, tokens, gradient = chunk
+        evaluate_rows(logits, tokens, values, None if mixed else gradient)
+        losses, slope, others = row_loss.take(rows).losses_and_slopes(values)
+        if mixed is not None and tokens is not None:
+            weights = torch.cat([slope[None], slope.new_zeros(2, len(slope)) if others is None else others])
+            mixed(logits, tokens, values, weights, gradient)
+            slope = (weights != 0).any(0).to(slope.dtype)  # the weights are in the gradient
+        clear(gradient, slope)
+        return losses, slope * spec.student.alpha
+
+    return row_pass
 
 
 def _add_products(
@@ -125,7 +177,7 @@ def _add_products(
 ) -> None:
     """The two products of `rows`, into the sums; `overwrite`: whatever the weight's held."""
     if sums.hidden is not None:
-        sums.hidden[rows] = hidden_gradient(gradient, inputs.weight).mul_(slope[:, None])
+        torch.mul(hidden_gradient(gradient, inputs.weight), slope[:, None], out=sums.hidden[rows])
     if sums.weight is not None:
         add_weight_gradient(sums.weight, gradient, inputs.hidden[rows], slope, overwrite=overwrite)
 
@@ -207,24 +259,39 @@ class _Chunk(NamedTuple):
     gradient: Tensor  # where the row function leaves it; of no use without one
 
 
-def _chunks(spec: Spec, inputs: Inputs, gradient: bool) -> Iterator[_Chunk]:
-    """The chunks of a problem; their logits share one workspace per head."""
-    hidden, step = inputs.hidden, chunk_rows(spec, inputs, gradient)
-    student = _workspace(inputs, step, compute_dtype(hidden.dtype))
-    teacher = None if spec.teacher is None else torch.empty_like(student)
-    low = gradient_dtype(hidden)
-    into = student if not gradient or low == student.dtype else _workspace(inputs, step, low)
-    for start in range(0, hidden.shape[0], step):
-        rows = slice(start, min(start + step, hidden.shape[0]))
-        n = rows.stop - start
-        project(hidden[rows], inputs.weight, inputs.bias, spec.student.alpha, student[:n])
-        logits = Logits(student[:n], spec.student.cap)
-        if teacher is not None and spec.teacher is not None:
-            _teacher_scores(inputs, rows, spec.teacher, teacher[:n])
-            logits = logits._replace(teacher=teacher[:n], teacher_cap=spec.teacher.cap)
+class _Workspace:
+    """Logits of the chunks, one after the other, and gradients of those that are multiplied together."""
+
+    def __init__(self, spec: Spec, inputs: Inputs, rows: int, product_rows: int = 0) -> None:
+        self.spec, self.inputs = spec, inputs
+        dtype = compute_dtype(inputs.hidden.dtype)
+        self.student = _workspace(inputs, rows, dtype)
+        self.teacher = None if spec.teacher is None else _workspace(inputs, rows, dtype)
+        apart = product_rows > 0 and _apart(inputs)
+        self.gradient = _workspace(inputs, product_rows, gradient_dtype(inputs.hidden)) if apart else self.student
+
+    def chunk(self, rows: slice, place: int = 0) -> _Chunk:
+        """The logits of `rows`, with `place` as the first row of their gradient."""
+        inputs, n = self.inputs, rows.stop - rows.start
+        project(inputs.hidden[rows], inputs.weight, inputs.bias, self.spec.student.alpha, self.student[:n])
+        logits = Logits(self.student[:n], self.spec.student.cap)
+        if self.teacher is not None and self.spec.teacher is not None:
+            _teacher_scores(inputs, rows, self.spec.teacher, self.teacher[:n])
+            logits = logits._replace(teacher=self.teacher[:n], teacher_cap=self.spec.teacher.cap)
         if inputs.top_ids is not None and inputs.top_logprobs is not None:
             logits = logits._replace(top_ids=inputs.top_ids[rows], top_logprobs=inputs.top_logprobs[rows])
-        yield _Chunk(rows, logits, None if inputs.tokens is None else inputs.tokens[rows], into[:n])
+        tokens = None if inputs.tokens is None else inputs.tokens[rows]
+        return _Chunk(rows, logits, tokens, self.gradient[place : place + n])
+
+
+def _span(chunks: list[slice]) -> slice:
+    """The rows of neighbouring chunks."""
+    return slice(chunks[0].start, chunks[-1].stop)
+
+
+def _apart(inputs: Inputs) -> bool:
+    """Whether the gradient of a chunk cannot take the place of its logits."""
+    return gradient_dtype(inputs.hidden) != compute_dtype(inputs.hidden.dtype)
 
 
 def _teacher_scores(inputs: Inputs, rows: slice, options: HeadOptions, out: Tensor) -> None:
@@ -235,10 +302,12 @@ def _teacher_scores(inputs: Inputs, rows: slice, options: HeadOptions, out: Tens
     logits = inputs.teacher_logits
     assert logits is not None
     scores = logits(torch.arange(rows.start, rows.stop, device=out.device)) if callable(logits) else logits[rows]
-    out.copy_(scores[:, : out.shape[1]])
-    if options.alpha != 1.0:
-        out.mul_(options.alpha)
+    scores = scores[:, : out.shape[1]]
+    if options.alpha == 1.0:
+        out.copy_(scores)
+    else:
+        scaled_into(out, scores, out.new_full((1,), options.alpha))
 
 
-def _workspace(inputs: Inputs, step: int, dtype: torch.dtype) -> Tensor:
-    return inputs.hidden.new_empty(min(step, inputs.hidden.shape[0]), inputs.weight.shape[0], dtype=dtype)
+def _workspace(inputs: Inputs, rows: int, dtype: torch.dtype) -> Tensor:
+    return inputs.hidden.new_empty(rows, inputs.weight.shape[0], dtype=dtype)

@@ -10,6 +10,7 @@ is the user's choice for all of a process, and none of the driver's.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -19,6 +20,7 @@ UPCAST_BLOCK_BYTES = 32 * 2**20
 # Columns of the logits that a CPU makes at a time. They and their rows of the weight stay in its cache: the product and the
 # copy take less time than a product that writes among all columns.
 TILE_COLUMNS = 512
+CAST_BYTES = 2**20  # of what a CPU casts at a time
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,19 +28,32 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def even_rows(n: int, limit: int) -> int:
-    """Rows per GEMM, at most `limit` and spread evenly over as few GEMMs as that takes: one of a few rows is slow."""
-    return max(1, -(-n // max(1, -(-n // limit))))
+def even_chunks(n: int, limit: int, multiple: int = 1) -> list[slice]:
+    """Rows 0 … n in as few chunks of at most `limit` as there can be, all but the last a multiple of `multiple`.
+
+    They are as even as that allows, for a GEMM of a few rows is slow. `limit` is at least `multiple`.
+    """
+    if n <= limit:
+        return [slice(0, n)] if n > 0 else []
+    units, most = -(-n // multiple), limit // multiple
+    count = -(-units // most)
+    # The multiple nearest to an even split, unless what is left would be more than the limit.
+    even = [(2 * n * i + count * multiple) // (2 * count * multiple) for i in range(count)]
+    starts = [multiple * max(unit, units - most * (count - i)) for i, unit in enumerate(even)]
+    return [slice(start, stop) for start, stop in itertools.pairwise([*starts, n])]
+
+
+def most_rows(chunks: list[slice]) -> int:
+    """The rows of the largest chunk."""
+    return max((rows.stop - rows.start for rows in chunks), default=0)
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, out: Tensor) -> None:
     """out = alpha (hidden weightᵀ + bias); hidden [n, D], weight [V, D], bias [V], out [n, V] in the compute dtype."""
     if _writes_fp32(hidden):
-        torch.mm(hidden, weight.t(), out.dtype, out=out)
+        torch.addmm(out, hidden, weight.t(), out.dtype, beta=0.0, alpha=alpha, out=out)
         if bias is not None:
-            out.add_(bias)
-        if alpha != 1.0:
-            out.mul_(alpha)
+            out.add_(bias, alpha=alpha)
         return
     hidden = hidden.to(out.dtype)
     scratch = out.new_empty(out.shape[0] * TILE_COLUMNS) if out.is_cpu and out.shape[1] > TILE_COLUMNS else None
@@ -84,6 +99,34 @@ def add_weight_gradient(
         torch.addmm(accumulator, gradient.t(), low, accumulator.dtype, beta=beta, out=accumulator)
     else:
         torch.addmm(accumulator, gradient.t(), scaled, beta=beta, out=accumulator)
+
+
+def add_bias_gradient(accumulator: Tensor, gradient: Tensor, scale: Tensor) -> None:
+    """accumulator += gradientᵀ scale; accumulator [V] and scale [n] in the compute dtype, gradient in `gradient_dtype`.
+
+    The scale goes into 16 bits as a sum of three numbers, in one product: two have too few bits, and a sum over all tokens
+    keeps what they lack. They are a fraction of the largest scale, so that float16 holds them.
+    """
+    if gradient.dtype == accumulator.dtype:
+        accumulator.addmv_(gradient.t(), scale)
+        return
+    size = scale.abs().amax().clamp(min=torch.finfo(scale.dtype).tiny)
+    parts, rest = scale.new_empty(3, scale.shape[0], dtype=gradient.dtype), scale / size
+    for part in parts:
+        part.copy_(rest)
+        rest = rest - part
+    accumulator.addcmul_(torch.mm(parts, gradient, accumulator.dtype).sum(0), size)
+
+
+def scaled_into(out: Tensor, tensor: Tensor, factor: Tensor) -> Tensor:
+    """out = factor · tensor, in the compute dtype and in one pass; factor [1] in it, tensor and out [n, ...].
+
+    A CPU casts a copy, of what then is a few rows: they stay in its cache.
+    """
+    step = max(1, CAST_BYTES // max(1, tensor[:1].numel() * factor.itemsize)) if tensor.is_cpu else max(1, len(tensor))
+    for source, target in zip(tensor.split(step), out.split(step), strict=True):
+        torch.mul(source, factor, out=target)
+    return out
 
 
 def scaled_rows(hidden: Tensor, scale: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from typing_extensions import Unpack
 
 from fastkl._loss import arguments as check
 from fastkl._loss.options import LikeliestOptions, record, takes
-from fastkl.kernels.driver import chunk_rows
-from fastkl.kernels.gemm import compute_dtype, project
+from fastkl.kernels.driver import row_chunks
+from fastkl.kernels.gemm import compute_dtype, most_rows, project
 from fastkl.kernels.problem import HeadOptions, Inputs, Spec
 from fastkl.kernels.rows.pytorch import apply_cap
 
@@ -93,12 +93,10 @@ def _inputs(
 def _logits(inputs: Inputs, options: HeadOptions, chunk_size: int | None) -> Iterator[tuple[slice, Tensor]]:
     """Rows, and their logits [n, V] in the compute dtype: one workspace, which the next chunk overwrites."""
     hidden, weight, bias = inputs[:3]
-    step = chunk_rows(Spec("token_nll", options, None, "torch", chunk_size), inputs, gradient=False)
-    n = hidden.shape[0]
-    workspace = hidden.new_empty(min(n, step), weight.shape[0], dtype=compute_dtype(hidden.dtype))
-    for start in range(0, n, step):
-        rows = slice(start, min(start + step, n))
-        z = workspace[: rows.stop - start]
+    chunks = row_chunks(Spec("token_nll", options, None, "torch", chunk_size), inputs, gradient=False)
+    workspace = hidden.new_empty(most_rows(chunks), weight.shape[0], dtype=compute_dtype(hidden.dtype))
+    for rows in chunks:
+        z = workspace[: rows.stop - rows.start]
         with torch.autocast(hidden.device.type, enabled=False):
             project(hidden[rows], weight, bias, options.alpha, z)
         apply_cap(z, options.cap, keep=False)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkl.kernels.gemm import TILE_COLUMNS, even_rows, project
+from fastkl.kernels.gemm import TILE_COLUMNS, even_chunks, most_rows, project
 from fastkl.kernels.problem import Inputs, Spec
 from fastkl.kernels.rows.pytorch import apply_cap
 
@@ -24,11 +24,10 @@ ROWS = 512  # of a tile: fewer read the weight too often, more leave the cache
 def token_nll(spec: Spec, inputs: Inputs, out: Tensor) -> None:
     """out[0] = −log p[y]; of kind "token_nll_entropy" also H, m, log l and m − z[y]; out [K, N]."""
     n = inputs.hidden.shape[0]
-    step = even_rows(n, spec.chunk_size or ROWS)
-    buffer = out.new_empty(min(n, step) * min(TILE_COLUMNS, inputs.weight.shape[0]))
+    chunks = even_chunks(n, spec.chunk_size or ROWS)
+    buffer = out.new_empty(most_rows(chunks) * min(TILE_COLUMNS, inputs.weight.shape[0]))
     assert inputs.tokens is not None
-    for start in range(0, n, step):
-        rows = slice(start, start + step)
+    for rows in chunks:
         part = inputs._replace(hidden=inputs.hidden[rows].to(out.dtype), tokens=inputs.tokens[rows])
         _score(spec, part, buffer, out[:, rows])
 

@@ -6,6 +6,7 @@ Whatever made the host wait for a device would raise. Triton's launcher itself i
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import loss_cases
@@ -14,7 +15,7 @@ import torch
 from determinism import RefusesNonDeterminism, without_operators
 from fake_cuda import Machine, fake_tensors
 from fake_kernels import FakeKernels
-from loss_cases import LOSSES, NEEDS, WAYS, Problem, fused_output, make_problem, unreduced
+from loss_cases import DIVERGENCES, LOSSES, NEEDS, WAYS, Problem, fused_output, make_problem, unreduced
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -82,9 +83,12 @@ class Products(RefusesNonDeterminism):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(values=False)
         self.dtype, self.into_fp32 = dtype, 0
+        self.large: Counter[str] = Counter()  # operators that give logits, or a gradient, of all tokens
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
+        if isinstance(result, Tensor) and result.shape == (SHAPE[0] * SHAPE[1], V) and not func.is_view:
+            self.large[func.overloadpacket.__name__] += 1
         if func.overloadpacket.__name__ in ("mm", "addmm"):
             self.check(func, [t for t in args if isinstance(t, Tensor)][-2:], args, result)
         return result
@@ -118,18 +122,25 @@ def evaluate(
     dtype: torch.dtype,
     needs: tuple[str, ...],
     model: torch.dtype | None = None,
+    has_bias: bool = True,
     **options: Any,
 ) -> Device:
     """Forward and backward with operands of `dtype`, with every result checked; under autocast the model has another."""
     monkeypatch.setattr(loss_cases, "teacher_list", empty_list)
     plain, device = make_problem(SHAPE, V, D, model or dtype), Device(monkeypatch, dtype)
     with fake_tensors(monkeypatch), device.products:
-        p = on_device(plain)
+        p = on_device(plain if has_bias else plain._replace(bias=None, teacher_bias=None))
         for field in needs:
             getattr(p, field).requires_grad_()
+        if isinstance(logits := options.get("teacher_logits"), torch.dtype):
+            options["teacher_logits"] = torch.empty(*SHAPE, V, dtype=logits, device="cuda")
         output = fused_output(name, p, **{"skip_zero_rows": False, **options})
         check_output(output, p, dtype, reduced=name != "linear_logprobs" and options.get("reduction") != "none")
-        own = p._asdict() | {field: getattr(p, field)[: options.get("vocab_size")] for field in ("weight", "bias")}
+        own = p._asdict() | {
+            field: t[: options.get("vocab_size")]
+            for field in ("weight", "bias")
+            if (t := getattr(p, field)) is not None
+        }
         for call in device.calls:
             for field, gradient in zip(("hidden", "weight", "bias"), call.backward(), strict=True):
                 check_gradient(own[field], gradient, dtype, field in needs)
@@ -147,9 +158,9 @@ def check_output(output: loss.LossOutput, p: Problem, dtype: torch.dtype, reduce
     assert all(t.is_cuda and t.dtype == compute_dtype(dtype) for t in found)
 
 
-def check_gradient(tensor: Tensor, gradient: Tensor | None, dtype: torch.dtype, wanted: bool) -> None:
+def check_gradient(tensor: Tensor | None, gradient: Tensor | None, dtype: torch.dtype, wanted: bool) -> None:
     assert (gradient is not None) == wanted
-    if gradient is not None:
+    if gradient is not None and tensor is not None:
         flat = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor  # the rows, as the operators see them
         assert (gradient.shape, gradient.dtype, gradient.device) == (flat.shape, dtype, flat.device)
 
@@ -180,6 +191,25 @@ def test_losses(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) 
     """float64 goes to PyTorch alone."""
     device = evaluate(monkeypatch, name, dtype, NEEDS["all"])
     assert bool(device.kernels.launched) == (dtype == FP16)
+
+
+TEACHERS = {"teacher's logits": FP32, "teacher's 16-bit logits": BF16}
+ROOM = {"empty", "new_empty", "empty_like"}
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["frozen", "trained-with-bias"])
+@pytest.mark.parametrize("name", [*LOSSES, *TEACHERS])
+def test_no_pass_over_the_logits(monkeypatch: pytest.MonkeyPatch, name: str, has_bias: bool) -> None:
+    """But for products and kernels of rows, and a teacher's logits that are copied: whatever temperature and scale."""
+    options = {"temperature": 0.7, "logit_scale": 1.6}
+    if name in TEACHERS:
+        options["teacher_logits"] = TEACHERS[name]
+    needs, loss_name = NEEDS["all" if has_bias else "frozen-head"], "jsd" if name in TEACHERS else name
+    device = evaluate(monkeypatch, loss_name, BF16, needs, has_bias=has_bias, **options)
+    heads = 2 if name in DIVERGENCES else 1
+    others = {"mul": 1} if name in TEACHERS else {"scatter_": 2} if name == "top_k" else {}  # of the list's entries
+    bias = {"add_": heads} if has_bias else {}
+    assert {k: v for k, v in device.products.large.items() if k not in ROOM} == {"addmm": heads, **bias, **others}
 
 
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from largest_tensor import LargestTensor
 from loss_cases import Problem, each_need, frozen_or_all, fused, fused_output, make_problem
+from property_settings import PROPERTY
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastkl.kernels import driver, gemm
 from fastkl.kernels import operators as ops
 from fastkl.kernels.options import Sparse
-from fastkl.kernels.problem import HeadOptions, Inputs, Spec
+from fastkl.kernels.problem import HeadOptions, Inputs, Needs, Spec
 from fastkl.kernels.sparse import estimator as sparse_estimator
 
 Gemms = dict[str, list[int]]
@@ -75,7 +79,7 @@ def test_nobody_needs_a_gradient(gemms: Gemms, form: tuple[str, dict[str, Any], 
 
 def test_chunks_are_even(gemms: Gemms) -> None:
     """10 rows with room for 9: two halves rather than 9 + 1, for a GEMM of one row is slow."""
-    for limit, expected in ((4, [4, 4, 2]), (9, [5, 5]), (10, [10]), (1, [1] * 10), (1000, [10])):
+    for limit, expected in ((4, [3, 4, 3]), (9, [5, 5]), (10, [10]), (1, [1] * 10), (1000, [10])):
         fused("linear_logprobs", full_problem(), chunk_size=limit)
         assert gemms["project"] == expected
         rows(gemms)
@@ -103,6 +107,72 @@ def test_chunks_of_a_sample_are_even_and_whole_blocks(monkeypatch: pytest.Monkey
     inputs = Inputs(torch.zeros(30, 2), torch.zeros(10, 2))
     for limit, expected in ((30, 30), (29, 16), (16, 16), (12, 12), (7, 4), (4, 4), (3, 3)):
         assert driver.chunk_rows(spec._replace(chunk_size=limit), inputs, gradient=True) == expected
+
+
+def on_a_gpu(n: int, vocabulary: int, dim: int, dtype: torch.dtype) -> Inputs:
+    with FakeTensorMode():
+        return Inputs(*(torch.empty(rows, dim, dtype=dtype, device="cuda") for rows in (n, vocabulary)))
+
+
+SPECS = {
+    "one head": Spec("token_nll", HeadOptions()),
+    "two heads": Spec("divergence", HeadOptions(), HeadOptions(), variant="reverse_kl"),
+    "sample": Spec("token_nll", HeadOptions(), sparse=Sparse(0)),
+}
+
+
+@PROPERTY
+@given(
+    spec=st.sampled_from(list(SPECS.values())),
+    n=st.integers(1, 20000),
+    vocabulary=st.sampled_from([1000, 32000, 49152, 151665, 151936, 256000, 1000003]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    gradient=st.booleans(),
+    chunk_size=st.none() | st.integers(1, 5000),
+)
+def test_chunks_on_a_gpu_are_whole_tiles(
+    spec: Spec, n: int, vocabulary: int, dtype: torch.dtype, gradient: bool, chunk_size: int | None
+) -> None:
+    """Of 256 rows, or of 128 where no more fit; then no more rows are padded than one product of all would have."""
+    inputs, spec = on_a_gpu(n, vocabulary, 64, dtype), spec._replace(chunk_size=chunk_size)
+    chunks = driver.row_chunks(spec, inputs, gradient)
+    sizes = [rows.stop - rows.start for rows in chunks]
+    assert sum(sizes) == n
+    sampled = gradient and spec.sparse is not None
+    budget = driver.WORKSPACE_BYTES["accelerator"] // driver.workspace_bytes_per_row(spec, inputs, gradient)
+    limit = max(budget, 1024 if sampled else 1) if chunk_size is None else chunk_size
+    block = 1024 if sampled and limit >= 1024 else 256 if limit >= 256 else 128 if limit >= 128 else 1
+    assert all(size % block == 0 for size in sizes[:-1])
+    assert len(sizes) == (1 if n <= limit else -(-n // (limit - limit % block)))
+    rows = driver.chunk_rows(spec, inputs, gradient)
+    assert max(sizes) <= rows <= limit
+    assert rows % block == 0 or rows == n
+    if block > 1:
+        assert sum(-size % 128 for size in sizes) == -n % 128
+
+
+@PROPERTY
+@given(
+    n=st.integers(1, 40000),
+    vocabulary=st.sampled_from([32000, 151936, 256000, 1000003]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    spec=st.sampled_from(list(SPECS.values())),
+    chunk_size=st.none() | st.integers(1, 5000),
+    trained=st.booleans(),
+)
+def test_products_of_a_trained_head_are_long(
+    spec: Spec, n: int, vocabulary: int, dtype: torch.dtype, chunk_size: int | None, trained: bool
+) -> None:
+    inputs, spec = on_a_gpu(n, vocabulary, 64, dtype), spec._replace(chunk_size=chunk_size)
+    chunks = driver.row_chunks(spec, inputs, gradient=True)
+    groups = driver.products(spec, inputs, Needs(True, trained, False))
+    assert [rows for group in groups for rows in group] == chunks
+    if dtype == torch.float32 or not trained or spec.sparse is not None or chunk_size is not None:
+        assert len(groups) == len(chunks)
+    else:
+        longest = max(group[-1].stop - group[0].start for group in groups)
+        assert longest < driver.LONG_PRODUCT_ROWS + driver.chunk_rows(spec, inputs, gradient=True)
+        assert len(groups) == min(len(chunks), -(-n // driver.LONG_PRODUCT_ROWS))
 
 
 def test_a_gradient_in_low_precision_counts_in_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:

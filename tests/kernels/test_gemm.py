@@ -9,11 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from loss_cases import generator
+from property_settings import PROPERTY
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkl.kernels import driver, gemm
-from fastkl.kernels.gemm import TILE_COLUMNS, even_rows, project
+from fastkl.kernels.gemm import TILE_COLUMNS, even_chunks, most_rows, project
 from fastkl.kernels.problem import HeadOptions, Inputs, Needs, RowLoss, Spec
 
 biases = pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
@@ -87,10 +88,87 @@ def test_rounding_of_float32_operands_is_the_users_choice(precision: str) -> Non
     assert seen == 3 * [precision]
 
 
-@given(st.integers(0, 3000), st.integers(1, 700))
-def test_rows_are_spread_evenly(n: int, limit: int) -> None:
-    step = even_rows(n, limit)
-    assert 1 <= step <= limit
-    parts = [min(step, n - start) for start in range(0, n, step)]
-    assert sum(parts) == n
-    assert len(parts) == -(-n // limit)
+@PROPERTY
+@given(st.integers(0, 3000), st.integers(1, 300), st.sampled_from([1, 4, 16]))
+def test_rows_are_spread_evenly(n: int, limit: int, multiple: int) -> None:
+    limit = max(limit, multiple)
+    sizes = [rows.stop - rows.start for rows in even_chunks(n, limit, multiple)]
+    assert sum(sizes) == n
+    assert most_rows(even_chunks(n, limit, multiple)) == max(sizes, default=0) <= limit
+    assert len(sizes) == (n > 0 if n <= limit else -(-n // (limit - limit % multiple)))
+    if len(sizes) > 1:
+        *others, last = sizes
+        assert all(size % multiple == 0 for size in others)
+        assert max(others) - min(others) <= multiple
+        full = limit - limit % multiple
+        assert last > 0
+        assert 2 * abs(last - n / len(sizes)) <= multiple or set(others) <= {full - multiple, full}
+
+
+def fake_addmm(calls: list[dict[str, Any]]) -> Any:
+    """`torch.addmm` into another dtype, which a CPU has not; it writes down what it is given."""
+
+    def addmm(self: Tensor, first: Tensor, second: Tensor, out_dtype: torch.dtype, **options: Any) -> Tensor:
+        calls.append({"self": self, "operands": (first, second), "out_dtype": out_dtype, **options})
+        product = first.to(out_dtype) @ second.to(out_dtype)
+        return options["out"].copy_(options["alpha"] * product)
+
+    return addmm
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@alphas
+@biases
+def test_alpha_is_in_the_product(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, alpha: float, has_bias: bool
+) -> None:
+    """As on CUDA: one product into fp32, whatever is in the way of it, and no pass over its result for alpha."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(gemm, "_writes_fp32", lambda operand: True)
+    monkeypatch.setattr(torch, "addmm", fake_addmm(calls))
+    h, w, b = (t.to(dtype) for t in operands(4, 11, 5)[:3])
+    out = torch.full((4, 11), torch.nan)
+    project(h, w, b if has_bias else None, alpha, out)
+    expected = alpha * (h.float() @ w.float().t() + (b.float() if has_bias else 0))
+    torch.testing.assert_close(out, expected)
+    (call,) = calls
+    assert call["self"] is call["out"] is out
+    assert call["out_dtype"] == torch.float32
+    assert (call["beta"], call["alpha"]) == (0.0, alpha)
+    assert [t.dtype for t in call["operands"]] == [dtype, dtype]
+
+
+@pytest.mark.parametrize("into", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scaled_into(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, into: torch.dtype) -> None:
+    """One rounding, by blocks of rows or not, of matrices and of vectors."""
+    monkeypatch.setattr(gemm, "CAST_BYTES", 3 * 7 * 4)
+    factor = torch.tensor([1 / 3])
+    for shape in ((0, 7), (10, 7), (25,)):
+        tensor = torch.randn(shape, generator=generator(0)).to(dtype)
+        out = gemm.scaled_into(torch.full(shape, torch.nan, dtype=into), tensor, factor)
+        assert torch.equal(out, (tensor.float() * factor).to(into))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e6])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_bias_gradient_of_16_bits_is_that_of_fp32(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: float
+) -> None:
+    """Scales that 16 bits do not hold, all of one sign: their errors would add up."""
+    seen: list[int] = []
+
+    def mm(first: Tensor, second: Tensor, out_dtype: torch.dtype) -> Tensor:
+        assert first.dtype == second.dtype == dtype
+        seen.append(first.shape[0])
+        return first.to(out_dtype) @ second.to(out_dtype)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    n, vocabulary = 300, 17
+    u = torch.randn(n, vocabulary, generator=generator(0)).abs().to(dtype)
+    for scale in (torch.full((n,), size / 3), size * torch.randn(n, generator=generator(1)), torch.zeros(n)):
+        accumulator = torch.full((vocabulary,), size)
+        gemm.add_bias_gradient(accumulator, u, scale)
+        expected = size + u.double().t() @ scale.double()
+        torch.testing.assert_close(accumulator.double(), expected, rtol=1e-6, atol=n * size * 1e-7)
+    assert seen == [3] * 3
