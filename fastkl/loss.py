@@ -16,8 +16,10 @@ All losses share these keyword arguments. linear_top_k and linear_ranks take tho
     logit_scale     > 0. Granite: 1 / logits_scaling. Cohere: logit_scale.
     softcap         > 0, or None. Gemma 2: final_logit_softcapping.
     ignore_index    Token id that marks ignored tokens. Their log-probs and gradients are 0.
-    chunk_size      Tokens per chunk. Default: what fits into 1 GiB (on a CPU 128 MiB, but at least 256 tokens). Results
-                    depend on it only by the rounding of sums.
+    chunk_size      Tokens per chunk, at most. Default: what fits into 1 GiB (on a CPU 128 MiB, but at least 256 tokens). On
+                    an accelerator chunks are whole tiles of 256 tokens, or 128, where they fit. There a trained 16-bit head
+                    has the gradients of up to about 5120 tokens more by default (2 V bytes each), for long products.
+                    Results depend on it only by the rounding of sums.
     skip_zero_rows  True: masked and ignored tokens are left out of every GEMM, and tokens of zero advantage out of the
                     GEMMs of gradients. Their number must be known on the host, which costs one or more synchronisations
                     per call on an accelerator. False: no synchronisation, as a CUDA graph needs. All rows are then

@@ -2,6 +2,7 @@
 
     python -m bench count                                    the shapes of four models, bf16
     python -m bench count --kept 0.01,0.05,0.2               and the sparse backward, by the fraction of u that is kept
+    python -m bench count --bias                             of heads with a bias
     python -m bench count --shape 4096,1024,65536 --json count.json
 
 Columns of the table, keys of the JSON rows:
@@ -11,18 +12,23 @@ Columns of the table, keys of the JSON rows:
                         gradient, which forms the logits twice. "+ teacher": with a second head
     kept                fraction of the columns that the sparse backward in Triton keeps of each block; null: exact
     gemm_units          floating-point operations, in units of 2·N·D·V
+    tile_units          the same with whole tiles of TILE × TILE results: what is done for a part of one too
     passes              how often the row kernels, and those that draw columns, read or write N·V elements (float32 read,
                         gradient in the inputs' dtype); compaction counts as one whole read, because it reads in scattered
                         places
     row_gb, gemm_gb     bytes that the row kernels and the GEMMs move at least (1e9), chunk by chunk
+    other_gb            bytes of passes by PyTorch over N·V or V·D elements: the weight's gradient times the upstream one,
+                        in the weight's dtype; a bias and its gradient. Temperature and scale are in the GEMM
+    accumulator_passes  how often the weight's gradient is read or written while it is summed
     chunk_rows          rows per chunk
-    workspace_mb        logits and gradient of a chunk (1e6 bytes), without the columns that "composed" keeps
+    product_rows        rows of the longest product that is added to the weight's gradient; 0 without one, or with a sample
+    workspace_mb        logits of a chunk and gradients of a product (1e6 bytes), without the columns that "composed" keeps
     units_low, _high    the time in units at the two rates in RATES, if every GEMM hides its traffic and if none does.
                         An estimate to compare a measurement with. Products of drawn columns gather rows in Triton and
                         hardly reach the vendor's rate
 
-Left out: launches, products over [N, D], what a GEMM reads twice, and PyTorch's operations over [V] for each block of the
-sparse backward. All rows take part.
+Left out: launches, products and passes over [N, D], what a GEMM reads twice, and PyTorch's operations over [V] for each
+block of the sparse backward. All rows take part.
 """
 
 from __future__ import annotations
@@ -41,7 +47,7 @@ from fastkl.kernels.flops import gemm_flops
 from fastkl.kernels.gemm import compute_dtype, gradient_dtype
 from fastkl.kernels.options import Sparse
 from fastkl.kernels.problem import HeadOptions, Inputs, Needs, Spec
-from fastkl.kernels.sparse.estimator import SPLIT, blocks
+from fastkl.kernels.sparse.estimator import SPLIT, blocks, device_kind
 
 SHAPES: dict[str, Shape] = {
     "Qwen3-8B": (8192, 4096, 151936),
@@ -58,6 +64,10 @@ FORMS: dict[str, tuple[Needs | None, ...]] = {
 }
 # Of one H200 through PyTorch: a bf16 product of 8192³ random numbers, and a copy (bytes read and written).
 RATES = {"flops": 790e12, "bytes": 4.3e12}
+TILE = {
+    "cpu": 1,
+    "accelerator": 128,
+}  # rows and columns of the smallest tile of a result that is multiplied at full speed
 
 
 class Work(NamedTuple):
@@ -65,6 +75,7 @@ class Work(NamedTuple):
 
     flops: int
     bytes: int
+    tile_flops: int = 0  # with whole tiles
 
 
 class Count(NamedTuple):
@@ -75,10 +86,17 @@ class Count(NamedTuple):
     passes: float
     chunk_rows: int
     workspace: int  # bytes
+    others: int = 0  # bytes of PyTorch's passes over N·V or V·D elements
+    accumulator_passes: int = 0
+    product_rows: int = 0
 
     @property
     def flops(self) -> int:
         return sum(work.flops for work in self.gemms)
+
+    @property
+    def tile_flops(self) -> int:
+        return sum(work.tile_flops for work in self.gemms)
 
     @property
     def gemm_bytes(self) -> int:
@@ -93,6 +111,7 @@ def count(
     chunk_size: int | None = None,
     device: str = "cuda",
     kept: float | None = None,
+    bias: bool = False,
 ) -> Count:
     """The work of a form; the teacher's hidden size is the student's. Nothing is allocated, no device is needed.
 
@@ -106,49 +125,88 @@ def count(
         spec = spec._replace(sparse=Sparse(0))  # with whatever error keeps this many
     with FakeTensorMode():
         hidden, weight = (torch.empty(rows, d, dtype=dtype, device=device) for rows in (n, vocabulary))
-        inputs = Inputs(hidden, weight, None, None, *((hidden, weight) if teacher else ()))
+        head_bias = torch.empty(vocabulary, dtype=dtype, device=device) if bias else None
+        inputs = Inputs(hidden, weight, head_bias, None, *((hidden, weight, head_bias) if teacher else ()))
         if form == "composed" and kept is not None:
             counts = _sparse_composed(spec, inputs, kept)
         else:
-            counts = [_call(spec, inputs, needs, kept) for needs in FORMS[form]]
+            counts = [_call(spec, inputs, _with_bias(needs, bias), kept) for needs in FORMS[form]]
+        finish = _finish(inputs, upstream=form != "composed") if form in ("trainable", "composed") else 0
     return Count(
         [gemm for part in counts for gemm in part.gemms],
         Work(0, sum(part.rows.bytes for part in counts)),
         sum(part.passes for part in counts),
         min(part.chunk_rows for part in counts),
         max(part.workspace for part in counts),
+        finish + sum(part.others for part in counts),
+        sum(part.accumulator_passes for part in counts),
+        max(part.product_rows for part in counts),
     )
+
+
+def _with_bias(needs: Needs | None, bias: bool) -> Needs | None:
+    """A trained head's bias is trained too."""
+    return needs and needs._replace(bias=bias and needs.weight)
 
 
 def _call(spec: Spec, inputs: Inputs, needs: Needs | None, kept: float | None = None) -> Count:
     """One call of the driver."""
     (n, d), vocabulary = inputs.hidden.shape, inputs.weight.shape[0]
     heads = 1 if spec.teacher is None else 2
-    step = driver.chunk_rows(spec, inputs, needs is not None)
-    workspace = step * driver.workspace_bytes_per_row(spec, inputs, needs is not None)
-    chunks = -(-n // step)
     operand, full, low = _item_sizes(inputs.hidden)
     once, hidden, weight = n * vocabulary, n * d, vocabulary * d
     flops = gemm_flops(n, vocabulary, d)
-    gemms = [Work(flops, hidden * operand + chunks * weight * operand + once * full)] * heads
+    chunks = driver.row_chunks(spec, inputs, needs is not None)
+    step = driver.chunk_rows(spec, inputs, needs is not None)
+    workspace = step * driver.workspace_bytes_per_row(spec, inputs, needs is not None)
+    tiles = 2 * _whole(inputs, *_rows_of(chunks)) * _whole(inputs, vocabulary) * d
+    gemms = [Work(flops, hidden * operand + len(chunks) * weight * operand + once * full, tiles)] * heads
+    others = 0 if inputs.bias is None else heads * 2 * once * full
     if needs is None:
-        return Count(gemms, Work(0, heads * once * full), heads, step, workspace)
+        return Count(gemms, Work(0, heads * once * full), heads, step, workspace, others)
     # A row kernel reads the logits twice, for the values and for the gradient, and writes the gradient.
-    forward = Count(gemms, Work(0, 2 * heads * once * full + once * low), 2 * heads + 1, step, workspace)
+    rows = Work(0, 2 * heads * once * full + once * low)
+    others += once * low if needs.bias else 0
+    forward = Count(gemms, rows, 2 * heads + 1, step, workspace, others)
     if kept is not None:
-        return _sparse_call(forward, inputs, needs, kept)
+        return _sparse_call(forward, spec, inputs, needs, kept)
+    spans = [slice(group[0].start, group[-1].stop) for group in driver.products(spec, inputs, needs)]
     if needs.hidden:
-        gemms.append(Work(flops, once * low + chunks * weight * operand + hidden * full))
-    if needs.weight:  # the first chunk writes the accumulator, the others read and write it
-        gemms.append(Work(flops, once * low + hidden * operand + (2 * chunks - 1) * weight * full))
-    return forward
+        tiles = 2 * _whole(inputs, *_rows_of(spans)) * _whole(inputs, d) * vocabulary
+        gemms.append(Work(flops, once * low + len(spans) * weight * operand + hidden * full, tiles))
+    if not needs.weight:
+        return forward
+    longest, passes = max(_rows_of(spans)), 2 * len(spans) - 1  # the first product is written, others are added
+    tiles = 2 * _whole(inputs, vocabulary) * _whole(inputs, d) * n
+    gemms.append(Work(flops, once * low + hidden * operand + passes * weight * full, tiles))
+    if low != full:
+        workspace += (longest - step) * vocabulary * low
+    return forward._replace(workspace=workspace, others=others, accumulator_passes=passes, product_rows=longest)
 
 
-def _sparse_call(forward: Count, inputs: Inputs, needs: Needs, kept: float) -> Count:
+def _finish(inputs: Inputs, upstream: bool) -> int:
+    """Bytes of the pass that makes the weight's gradient what its owner gets: by the upstream gradient, in its dtype."""
+    operand, full, _ = _item_sizes(inputs.hidden)
+    if operand != full:
+        return inputs.weight.numel() * (full + operand)
+    return inputs.weight.numel() * 2 * full if upstream else 0
+
+
+def _rows_of(parts: list[slice]) -> list[int]:
+    return [rows.stop - rows.start for rows in parts]
+
+
+def _whole(inputs: Inputs, *sizes: int) -> int:
+    """The sum of sizes of products, in whole tiles each."""
+    tile = TILE[device_kind(inputs.hidden.device)]
+    return sum(-(-size // tile) * tile for size in sizes)
+
+
+def _sparse_call(forward: Count, spec: Spec, inputs: Inputs, needs: Needs, kept: float) -> Count:
     """A call whose gradients come from drawn columns of each block, as `kernels/sparse/triton.py` makes them."""
     (n, d), vocabulary = inputs.hidden.shape, inputs.weight.shape[0]
     operand, full, low = _item_sizes(inputs.hidden)
-    sizes = _blocks(n, forward.chunk_rows, inputs.hidden.device)
+    sizes = _blocks(spec, inputs)
     once, columns = n * vocabulary, len(sizes) * vocabulary
     entries, kept_rows = kept * once * low, kept * columns * d
     splits = sum(-(-size // SPLIT) for size in sizes)
@@ -157,9 +215,9 @@ def _sparse_call(forward: Count, inputs: Inputs, needs: Needs, kept: float) -> C
     compaction = once * low + entries
     gemms, flops = list(forward.gemms), round(kept * gemm_flops(n, vocabulary, d))
     if needs.hidden:
-        gemms.append(Work(flops, round(entries + kept_rows * operand + n * d * operand)))
+        gemms.append(Work(flops, round(entries + kept_rows * operand + n * d * operand), flops))
     if needs.weight:  # an accumulator of zeros; its kept rows are read and written
-        gemms.append(Work(flops, round(entries + n * d * low + 2 * kept_rows * full) + vocabulary * d * full))
+        gemms.append(Work(flops, round(entries + n * d * low + 2 * kept_rows * full) + vocabulary * d * full, flops))
     rows = Work(0, forward.rows.bytes + round(squares + selection + compaction))
     return forward._replace(gemms=gemms, rows=rows, passes=forward.passes + 2 + kept)
 
@@ -170,7 +228,7 @@ def _sparse_composed(spec: Spec, inputs: Inputs, kept: float) -> list[Count]:
     operand, full, low = _item_sizes(inputs.hidden)
     first = _call(spec, inputs, Needs(True, False, False), kept)
     room, with_room = float(vocabulary * d), []
-    for size in _blocks(n, first.chunk_rows, inputs.hidden.device):
+    for size in _blocks(spec, inputs):
         if size * kept * vocabulary <= room:
             room -= size * kept * vocabulary
             with_room.append(size)
@@ -179,7 +237,8 @@ def _sparse_composed(spec: Spec, inputs: Inputs, kept: float) -> list[Count]:
     # The product is written by itself; it and the accumulator's rows are read, and those are written.
     moved = entries + rows * d * operand + 4 * kept * len(with_room) * vocabulary * d * full
     zeros = vocabulary * d * full if rows == n else 0
-    product = Work(round(kept * gemm_flops(rows, vocabulary, d)), round(moved) + zeros)
+    flops = round(kept * gemm_flops(rows, vocabulary, d))
+    product = Work(flops, round(moved) + zeros, flops)
     parts = [first, Count([product], Work(0, round(2 * entries)), 2 * kept * rows / n, first.chunk_rows, 0)]
     if rows < n:
         hidden = torch.empty(n - rows, d, dtype=inputs.hidden.dtype, device=inputs.hidden.device)
@@ -194,18 +253,18 @@ def _item_sizes(hidden: torch.Tensor) -> tuple[int, int, int]:
     return hidden.itemsize, compute_dtype(hidden.dtype).itemsize, gradient_dtype(hidden).itemsize
 
 
-def _blocks(n: int, chunk_rows: int, device: torch.device) -> list[int]:
+def _blocks(spec: Spec, inputs: Inputs) -> list[int]:
     """The rows of each block of a call."""
-    chunks = [min(chunk_rows, n - start) for start in range(0, n, chunk_rows)]
-    return [block.stop - block.start for rows in chunks for block in blocks(rows, device)]
+    chunks = _rows_of(driver.row_chunks(spec, inputs, gradient=True))
+    return [block for rows in chunks for block in _rows_of(list(blocks(rows, inputs.hidden.device)))]
 
 
 def units(work: Count, shape: Shape) -> tuple[float, float]:
     """Estimated time over that of one GEMM: the least, and without any overlap."""
     n, d, vocabulary = shape
     unit = 2 * n * d * vocabulary / RATES["flops"]
-    rows = work.rows.bytes / RATES["bytes"]
-    pairs = [(gemm.flops / RATES["flops"], gemm.bytes / RATES["bytes"]) for gemm in work.gemms]
+    rows = (work.rows.bytes + work.others) / RATES["bytes"]
+    pairs = [(gemm.tile_flops / RATES["flops"], gemm.bytes / RATES["bytes"]) for gemm in work.gemms]
     return (rows + sum(map(max, pairs))) / unit, (rows + sum(map(sum, pairs))) / unit
 
 
@@ -221,6 +280,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FRACTIONS",
         help="count the sparse backward too, with these fractions of the columns kept",
     )
+    parser.add_argument("--bias", action="store_true", help="count heads that have a bias, trained where the weight is")
     checked.add_json(parser)
 
 
@@ -228,7 +288,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     shapes = SHAPES if arguments.shape is None else {",".join(map(str, arguments.shape)): arguments.shape}
     rows: list[dict[str, Any]] = []
     for name, shape in shapes.items():
-        of_model = _rows(name, shape, arguments.chunk_size, arguments.kept)
+        of_model = _rows(name, shape, arguments)
         _print(of_model)
         rows += of_model
     write_report(arguments.json, {"rows": rows, "rates": RATES, "counted": True})
@@ -237,36 +297,48 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 def _print(rows: list[dict[str, Any]]) -> None:
     """The table of one model."""
     print(f"{rows[0]['model']}, N,D,V = {','.join(map(str, rows[0]['shape']))}, bf16: counted, not measured")
-    print(f"{'form':32}{'GEMMs':>6}{'passes':>8}{'rows GB':>9}{'GEMM GB':>9}{'chunk':>7}{'MB':>6}   units at RATES")
+    print(
+        f"{'form':32}{'GEMMs':>6}{'tiles':>6}{'passes':>8}{'rows GB':>9}{'GEMM GB':>9}{'other GB':>9}{'dW':>4}"
+        f"{'chunk':>7}{'product':>8}{'MB':>6}   units at RATES"
+    )
     for row in rows:
         print(
-            f"{row['form']:32}{row['gemm_units']:>6.2f}{row['passes']:>8.4g}{row['row_gb']:>9.1f}{row['gemm_gb']:>9.1f}"
-            f"{row['chunk_rows']:>7}{row['workspace_mb']:>6.0f}   {row['units_low']:.2f} … {row['units_high']:.2f}"
+            f"{row['form']:32}{row['gemm_units']:>6.2f}{row['tile_units']:>6.2f}{row['passes']:>8.4g}{row['row_gb']:>9.1f}"
+            f"{row['gemm_gb']:>9.1f}{row['other_gb']:>9.1f}{row['accumulator_passes']:>4}{row['chunk_rows']:>7}"
+            f"{row['product_rows']:>8}{row['workspace_mb']:>6.0f}   {row['units_low']:.2f} … {row['units_high']:.2f}"
         )
 
 
-def _rows(model: str, shape: Shape, chunk_size: int | None, fractions: list[float]) -> list[dict[str, Any]]:
+def _rows(model: str, shape: Shape, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     teachers = False, True
     plans: list[tuple[str, bool, float | None]] = [(form, teacher, None) for teacher in teachers for form in FORMS]
-    plans += [(form, teacher, kept) for teacher in teachers for kept in fractions for form in FORMS if form != "values"]
-    return [_row(model, shape, chunk_size, *plan) for plan in plans]
+    plans += [
+        (form, teacher, kept) for teacher in teachers for kept in arguments.kept for form in FORMS if form != "values"
+    ]
+    return [_row(model, shape, arguments.chunk_size, arguments.bias, *plan) for plan in plans]
 
 
 def _row(
-    model: str, shape: Shape, chunk_size: int | None, form: str, teacher: bool, kept: float | None
+    model: str, shape: Shape, chunk_size: int | None, bias: bool, form: str, teacher: bool, kept: float | None
 ) -> dict[str, Any]:
-    work = count(form, shape, teacher=teacher, chunk_size=chunk_size, kept=kept)
+    work = count(form, shape, teacher=teacher, chunk_size=chunk_size, kept=kept, bias=bias)
+    unit = gemm_flops(shape[0], shape[2], shape[1])
     low, high = units(work, shape)
     return {
         "model": model,
         "shape": list(shape),
         "form": form + " + teacher" * teacher + ("" if kept is None else f", {100 * kept:g} % kept"),
         "kept": kept,
-        "gemm_units": work.flops / gemm_flops(shape[0], shape[2], shape[1]),
+        "bias": bias,
+        "gemm_units": work.flops / unit,
+        "tile_units": work.tile_flops / unit,
         "passes": work.passes,
         "row_gb": work.rows.bytes / 1e9,
         "gemm_gb": work.gemm_bytes / 1e9,
+        "other_gb": work.others / 1e9,
+        "accumulator_passes": work.accumulator_passes,
         "chunk_rows": work.chunk_rows,
+        "product_rows": work.product_rows,
         "workspace_mb": work.workspace / 1e6,
         "units_low": low,
         "units_high": high,

@@ -187,13 +187,13 @@ def _phases(plan: Plan, passes: Passes, shard: int) -> Iterator[tuple[str, list[
         if teacher.device is None:
             yield "teacher", parts
     yield "saving", [Part("the student's tensors as bytes", memory.weights(student))]
-    heads = 1 if _sampled_objective(config) else 2
+    heads, products = 1 if _sampled_objective(config) else 2, autocast or student.dtype
     yield (
         "update",
         [
             Part("gradients", memory.gradients(student) / shard),
             Part("activations", memory.activations(student, largest, passes.layout, autocast, config.student.dropout)),
-            Part("chunks of logits", memory.head_workspace(student, largest.counted, device, heads)),
+            Part("chunks of logits", memory.head_workspace(student, largest.counted, device, heads, products)),
         ],
     )
 

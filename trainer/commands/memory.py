@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from fastkl.kernels.driver import LEAST_ROWS, WORKSPACE_BYTES
+from fastkl.kernels.driver import LEAST_ROWS, LONG_PRODUCT_ROWS, WORKSPACE_BYTES
 from fastkl.trainer.data.batching import Layout
 from fastkl.trainer.models.modes import Dropout, updating
 from fastkl.trainer.models.sizes.layers import attends, layer_kinds, layer_settings
@@ -82,11 +82,19 @@ def activations(
     return sum(kept.values()) + shape.counted * model.get_output_embeddings().weight.shape[1] * 4.0
 
 
-def head_workspace(model: PreTrainedModel, counted: int, device: torch.device, heads: int) -> float:
-    """The logits of a chunk, in float32, and the gradient by the weight where it is trained."""
+def head_workspace(
+    model: PreTrainedModel, counted: int, device: torch.device, heads: int, products: torch.dtype | None = None
+) -> float:
+    """The logits of a chunk, in float32, and the 16-bit gradients of several where a GPU updates the head.
+
+    `products`: the dtype that the head of a student is multiplied in.
+    """
     kind, weight = "cpu" if device.type == "cpu" else "accelerator", model.get_output_embeddings().weight
     chunk = max(WORKSPACE_BYTES[kind], LEAST_ROWS[kind] * weight.shape[0] * 4 * heads)
-    return float(min(chunk, counted * weight.shape[0] * 4 * heads))
+    size = float(min(chunk, counted * weight.shape[0] * 4 * heads))
+    if weight.requires_grad and kind == "accelerator" and products in (torch.bfloat16, torch.float16):
+        size += min(counted, LONG_PRODUCT_ROWS) * weight.shape[0] * 2
+    return size
 
 
 def cache(model: PreTrainedModel, sequences: int, width: int, itemsize: int) -> float:
