@@ -25,7 +25,7 @@ from fastkl.kernels.sparse.probabilities import row_weights, solve
 
 PARAMETERS = {"jsd": 0.4, "skewed_forward_kl": 0.2, "skewed_reverse_kl": 0.2}
 TOP_K_VARIANT = "reverse-bucket"
-ENTROPY_WEIGHT = -0.3
+MIXTURE = (1.0, -0.3, 0.1)  # of −log p[y], entropy and lse, whose gradient is checked
 SAMPLED_ERROR = 0.3  # of the sparse backward: most columns are left out
 DEVIATIONS = 6.0  # standard ones, that the number of columns may be away from the one expected
 START = 2.0**-8  # what the weight's gradient holds before it is added to
@@ -149,12 +149,12 @@ def _token_nll(s: Setting) -> _Parts:
 
 
 def _entropy(s: Setting) -> _Parts:
+    """−log p[y], the entropy and lse, and the gradient of a mixture of the three."""
     spec = s.spec("token_nll_entropy")
 
     def run() -> tuple[Tensor, Tensor]:
         logits, out = s.logits(), s.values(spec.outputs)
-        weights = torch.ones_like(out[:2])
-        weights[1] = ENTROPY_WEIGHT
+        weights = out.new_tensor(MIXTURE)[:, None].expand(-1, out.shape[1]).contiguous()
         gradient = s.place(logits)
         backend.row_function(spec, s.problem.hidden)(logits, s.problem.tokens, out, None)
         backend.entropy_gradient(spec, s.problem.hidden)(logits, s.problem.tokens, out, weights, gradient)
@@ -163,10 +163,11 @@ def _entropy(s: Setting) -> _Parts:
     def measure(found: tuple[Tensor, Tensor]) -> list[Measured]:
         out, gradient = found
         z, _ = s.exact()
-        values = torch.stack([-reference.logprobs(z, s.tokens), reference.entropy(z)])
-        exact = _autograd(values[0] + ENTROPY_WEIGHT * values[1], z)
+        values = torch.stack([-reference.logprobs(z, s.tokens), reference.entropy(z), z.logsumexp(-1)])
+        exact = _autograd(values.new_tensor(MIXTURE) @ values, z)
+        lse = out[2] + out[3]
         return [
-            _compared("rows.token_nll_entropy", out[:2], values.detach()),
+            _compared("rows.token_nll_entropy", torch.cat([out[:2], lse[None]]), values.detach()),
             _gradient("rows.entropy_gradient", gradient, exact, z),
         ]
 
