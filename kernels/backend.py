@@ -65,7 +65,7 @@ def scorer(spec: Spec, inputs: Inputs) -> Callable[[Tensor], None] | None:
     """
     if not _is_triton(spec.backend, inputs.hidden) and inputs.hidden.is_cpu:
         return partial(cpu_score.token_nll, spec, inputs) if spec.kind in LOGPROBS else None
-    if not _is_triton(spec.backend, inputs.hidden) or inputs.hidden.element_size() != 2:
+    if not _is_triton(spec.backend, inputs.hidden) or inputs.hidden.element_size() != 2 or inputs.hidden.shape[1] == 0:
         return None
     score = _imported("score", spec.backend)
     student = score.Head(inputs.hidden, inputs.weight, inputs.bias, spec.student)

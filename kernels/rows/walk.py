@@ -15,7 +15,7 @@ The rules of `pytorch.py` at the edges: a token with z = −inf or p = 0 adds no
 NaN here.
 
 Sums are taken per lane and then in a tree, without atomics: the same row gives the same bits, whatever rows surround it.
-`score/tile_kernels.py` has `carry` and `tanh` of its own: in powers of 2, which have other bits.
+`score/tiles.py` has `carry` and `tanh` of its own: in powers of 2, which have other bits.
 """
 
 from __future__ import annotations

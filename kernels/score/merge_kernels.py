@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from fastkl.kernels.rows.walk import finite_or_zero
-from fastkl.kernels.score.tile_kernels import LOG2_E, carry_base2, load_tokens, score_kernel
+from fastkl.kernels.score.tile_kernels import score_kernel
+from fastkl.kernels.score.tiles import LOG2_E, carry_base2, load_tokens
 
 LN_2 = tl.constexpr(0.6931471805599453)
 

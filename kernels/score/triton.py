@@ -1,6 +1,7 @@
 """Values straight from hidden states and the weight of the LM head, in Triton: no logits in memory.
 
-Here are the formulas, the schedule and the launches. `tile_kernels.py` multiplies and reduces, `merge_kernels.py` merges.
+Here are the formulas, the schedule and the launches. `tile_kernels.py` multiplies and reduces, by `tiles.py` tile by tile;
+`merge_kernels.py` merges.
 
 A program multiplies a tile of rows with one tile of the vocabulary after the other and reduces each product while it is
 in registers. The score of a token is kept as s = h·w + b, or tanh(alpha (h·w + b)) where the head has a soft-cap, so
@@ -33,9 +34,9 @@ group the row tiles of one split are neighbours: they want the same piece of the
 hidden states of a group, at most GROUP_BYTES, stay in the L2 cache while the weight goes by once per group. At
 N, D, V = 8192, 4096, 151936 in bf16 a group is 16 tiles of 128 rows: the weight is read from memory 4 times and the
 hidden states once, 5.0 GB, or 1.2 ms of an H200 beside 12.9 ms of multiplication (10.2 TFLOP). A split is a single
-software pipeline over its tiles and the steps of D in them (`flatten`): the operands of the next tile arrive while the
-last one is reduced. There are far more programs than multiprocessors (7616 there) and each runs long: the hardware's
-queue serves as a persistent loop.
+software pipeline over its tiles and the steps of D in them, of one head after the other: the operands of the next tile
+arrive while the last one is reduced. There are far more programs than multiprocessors (7616 there) and each runs long:
+the hardware's queue serves as a persistent loop.
 
 Cost over a plain GEMM at that shape on sm_90, by counting, not measured: reducing a tile of 128 × 256 takes about 3000
 cycles beside the 65536 in which the tensor cores make it: 5 %, twice that at D = 2048. The steps read 119 GB from the L2
@@ -58,6 +59,7 @@ from fastkl.kernels.launch import (
     check_rows,
     launch,
     product_config,
+    register_limit,
     suits_vectors,
     target_of,
     token_ids,
@@ -105,6 +107,11 @@ def reverse_kl(student: Head, teacher: Head, tokens: Tensor | None, out: Tensor)
             f"student and teacher must have the same rows and vocabulary: {shape[0]} and {shape[1]} for the student, "
             f"{shape_t[0]} and {shape_t[1]} for the teacher"
         )
+    if student.hidden.dtype != teacher.hidden.dtype:
+        raise TypeError(
+            f"student and teacher must have one dtype: {student.hidden.dtype} for the student, {teacher.hidden.dtype} for "
+            f"the teacher"
+        )
     scales = {"scale": _scale(student), "scale_t": _scale(teacher)}
     _score(reverse_kl_kernel, merge_reverse_kl_kernel, [student, teacher], tokens, out, 6, scales)
 
@@ -144,6 +151,7 @@ def _score(
         width=width,
         group=_group(heads, config),
         TMA=access == "descriptors",
+        **register_limit(device, config.num_warps, 1),
         **_head_arguments(heads[0], access, config),
         **(_head_arguments(heads[1], access, config, "_t") if len(heads) > 1 else {}),
         **common,
@@ -173,8 +181,7 @@ def _plan(heads: list[Head]) -> tuple[Access, LaunchConfig]:
     target = target_of(heads[0].hidden.device)
     arch = target.arch // 10 if target.backend == "cuda" else None
     access = _access([t for head in heads for t in (head.hidden, head.weight)], arch)
-    dtypes = [head.hidden.dtype for head in heads]
-    dtype = torch.float32 if torch.float32 in dtypes else dtypes[0]
+    dtype = heads[0].hidden.dtype
     config = product_config(target, dtype, vectors=access != "scalars")
     if dtype == torch.float32 or access == "scalars":
         return access, config
@@ -237,5 +244,7 @@ def _check_head(head: Head) -> None:
             "the Triton scoring kernels take hidden states and weight of one dtype, bfloat16, float16 or float32, "
             f"not {hidden.dtype} and {weight.dtype}"
         )
+    if hidden.shape[1] == 0:
+        raise ValueError('the Triton scoring kernels need a hidden size of at least 1, not 0: pass backend="torch"')
     check_rows("hidden states", hidden)
     check_rows("weight", weight)

@@ -27,6 +27,7 @@ from fastkl.kernels.sparse.triton_kernels import (
 SQUARES = LaunchConfig(8, 1024)
 DRAW = LaunchConfig(block_n=1024)
 COMPACT = LaunchConfig(block_n=2048, num_warps=8)
+HELD = 192  # of the inner length of dh: three buffers of 64, with which two programs share a multiprocessor of sm_90
 PROGRAMS = 2  # per multiprocessor, that take the tiles of dW
 
 
@@ -120,6 +121,7 @@ def hidden_gradient(
     n, dim = gradient.shape[0], weight.shape[1]
     out = weight.new_empty(n, dim)
     config = _product_config(gradient, weight)
+    config = config._replace(num_stages=min(config.num_stages or 1, HELD // config.block_k))
     launch(
         hidden_gradient_kernel,
         (triton.cdiv(n, config.block_m) * triton.cdiv(dim, config.block_n),),

@@ -211,10 +211,13 @@ def hidden_gradient_kernel(
     owned = tl.minimum(rows, n - 1).to(tl.int64)  # rows beyond the end are read as the last one
     u_ptrs = u_ptr + owned[:, None] * u_stride_row + inner[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # The ids come a step ahead. Loaded in the step that gathers by them, they would take a buffer's place in the pipeline.
+    next_ids = tl.load(ids_ptr + inner, mask=inner < count, other=0)
     for start in range(0, count, BLOCK_K):
         places = start + inner
         kept = places < count
-        ids = tl.load(ids_ptr + places, mask=kept, other=0).to(tl.int64)
+        ids = next_ids.to(tl.int64)
+        next_ids = tl.load(ids_ptr + places + BLOCK_K, mask=places + BLOCK_K < count, other=0)
         a = tl.load(u_ptrs + start, mask=(places < vocabulary)[None, :], other=0.0)  # 0 beyond K
         b = tl.load(
             w_ptr + ids[:, None] * w_stride_row + columns[None, :],

@@ -170,11 +170,40 @@ def test_operands_travel_by_descriptor(launch: Launch) -> None:
     assert "cp.async.cg" in launch("sm_80", like("score.token_nll"))[0].asm["ptx"]
 
 
-def test_tiles_share_one_pipeline(launch: Launch) -> None:
-    """The loop over tiles is flattened: the steps of D that fill the pipeline are issued once, before the loop."""
-    ptx = launch("sm_90", like("score.token_nll"))[0].asm["ptx"]
+@pytest.mark.parametrize("name", ["token_nll", "reverse_kl"])
+def test_tiles_share_one_pipeline(launch: Launch, name: str) -> None:
+    """Of one head or two: the steps of D that fill the pipeline are issued once, before the loop."""
+    kernel = launch("sm_90", like(f"score.{name}"))[0]
+    ptx, ttgir = kernel.asm["ptx"], kernel.asm["ttgir"]
+    assert ttgir.count("scf.for") == 1
     assert ptx.count("wgmma.mma_async") == 4  # a step of 64 in products of 16
     assert ptx.count("cp.async.bulk.tensor") == 2 * 4  # two operands; 3 steps ahead, and the loop's own
+    assert buffers(kernel) == [4, 4]
+
+
+@pytest.mark.parametrize("name", ["token_nll", "reverse_kl"])
+def test_products_are_waited_for_where_they_are_read(launch: Launch, name: str) -> None:
+    """A step waits for the one before; where a tile ends each branch that reads the product waits for all."""
+    ttgir = launch("sm_90", like(f"score.{name}"))[0].asm["ttgir"]
+    loop = ttgir[ttgir.index("scf.for") :]
+    waits = re.findall(r"warp_group_dot_wait .*?pendings = (\d)", loop)
+    branches = {"token_nll": 1, "reverse_kl": 2}[name]
+    assert waits == ["1", *["0"] * branches, "0"]  # and after the loop
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
+def test_gathered_rows_are_three_steps_ahead(launch: Launch, chip: str) -> None:
+    """The ids that they are gathered by take no buffer; two programs share a multiprocessor."""
+    (kernel,) = launch(chip, like("sparse.hidden_gradient"))
+    assert buffers(kernel) == [3, 3]
+    assert 2 * resources(kernel).shared_bytes <= CHIPS[chip].shared_memory
+
+
+def buffers(kernel: Any) -> list[int]:
+    """How many steps of each operand shared memory holds."""
+    return [
+        int(count) for count in re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d)x\d+x\d+x", kernel.asm["ttgir"])
+    ]
 
 
 @pytest.mark.parametrize("capped", [False, True], ids=["plain", "capped"])

@@ -40,6 +40,7 @@ def test_what_is_scored_without_logits() -> None:
         assert scorer(spec._replace(backend="triton"), half) is not None
         assert (scorer(spec._replace(backend="auto"), half) is None) == (spec is kl)
         assert scorer(spec._replace(backend="triton"), Inputs(HIDDEN, WEIGHT, None, TOKENS, HIDDEN, WEIGHT)) is None
+    assert scorer(NLL._replace(backend="triton"), half._replace(hidden=HIDDEN[:, :0].half())) is None
     logits = half._replace(teacher_hidden=None, teacher_weight=None, teacher_logits=torch.zeros(3, 7))
     for spec, inputs in ((kl._replace(variant="jsd"), half), (kl._replace(extras=True), half), (kl, logits)):
         assert scorer(spec, inputs) is None

@@ -160,7 +160,7 @@ def test_hidden_sizes(name: str, dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("few_splits", "descriptors")
 def test_descriptors(name: str, dim: int, dtype: torch.dtype) -> None:
     case = make_case(3, 900, dim, dtype)
-    hidden, weight = (t[:, :dim].contiguous() for t in case.teacher[:2])
+    hidden, weight = (t[:, : dim + 8].contiguous() for t in case.teacher[:2])  # one step of D more than the student
     assert_accurate(name, case._replace(teacher=case.teacher._replace(hidden=hidden, weight=weight)))
 
 
@@ -319,5 +319,9 @@ def test_what_is_refused() -> None:
         score_triton.token_nll(good._replace(weight=weight.bfloat16()), y, out)
     with pytest.raises(ValueError, match=r"row of the weight must lie side by side"):
         score_triton.token_nll(good._replace(weight=weight.t().contiguous().t()), y, out)
+    with pytest.raises(ValueError, match=r"hidden size of at least 1, not 0: pass backend=.torch"):
+        score_triton.token_nll(good._replace(hidden=hidden[:, :0], weight=weight[:, :0]), y, out)
+    with pytest.raises(TypeError, match=r"torch.float32 for the student, torch.float16 for the teacher"):
+        score_triton.reverse_kl(good, good._replace(hidden=hidden.half(), weight=weight.half()), y, out)
     with pytest.raises(ValueError, match=r"2 and 5 for the student, 2 and 4 for the teacher"):
         score_triton.reverse_kl(good, good._replace(weight=weight[:4]), y, out)
