@@ -5,9 +5,10 @@ from setuptools import setup
 # kernels/ and trainer/ sit beside fastkl/ in the repository and inside it once installed: neither name may ever become a
 # top-level package (`kernels` is also a Hugging Face distribution). The symlinks in fastkl/ say the same to every tool
 # that reads the source tree.
-ROOMS = sorted({str(file.parent) for room in ("kernels", "trainer") for file in Path(room).rglob("*.py")})
+ROOMS = {str(file.parent) for room in ("kernels", "trainer") for file in Path(room).rglob("*.py")}
+ROOMS |= {file.parent.name for file in Path("fastkl").glob("*/*.py")}
 setup(
-    packages=["fastkl", "fastkl._check", "fastkl._loss", *(f"fastkl.{room.replace('/', '.')}" for room in ROOMS)],
+    packages=["fastkl", *(f"fastkl.{room.replace('/', '.')}" for room in sorted(ROOMS))],
     package_dir={"fastkl": "fastkl", "fastkl.kernels": "kernels", "fastkl.trainer": "trainer"},
     package_data={"fastkl": ["py.typed"], "fastkl.trainer.runs.report": ["html/*"]},
 )

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from fastkl.trainer.models.scoring import batch_logprobs, batch_ranks, check_fin
 from fastkl.trainer.models.self_checks.layouts import batch_layout
 from fastkl.trainer.models.self_checks.probe import Probe
 from fastkl.trainer.models.self_checks.update import check_update
-from fastkl.trainer.models.sharding import GatheredCopy
+from fastkl.trainer.models.sharding import GatheredCopy, name_layers
 from fastkl.trainer.models.sizes.flops import cost_of, training_flops
 from fastkl.trainer.runs import checkpoint, processes
 from fastkl.trainer.runs.identity import weights_fingerprint
@@ -49,18 +50,20 @@ class Student:
         self.accelerator = accelerator
         set_seed(config.seed)
         self.config = config
-        self.model = load_student(config.student, self.device)
+        self.model = fuse(load_student(config.student, self.device), "student")
         self.fingerprint = weights_fingerprint(self.model)  # before the first update
         self.version = 0  # of the weights: another one after every change
         self.cost = cost_of(self.model)
         self._gathered_copy = GatheredCopy(self.model) if accelerator.is_fsdp2 else None
-        fused = fuse(self.model, "student")
         probe = Probe(self.model, "student")
-        self.layout = batch_layout(config.batch, fused, probe)
+        self.layout = batch_layout(config.batch, self.model, probe)
         check_update(probe, config.student.dropout)
         optimizer = make_optimizer(config.optim, self.model)
         self.scheduler = learning_rate_schedule(config.optim, optimizer)
-        self.fused, self.optimizer = self.accelerator.prepare(fused, optimizer)
+        name_layers(self.model)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        # Without accelerate's autocast: what samples has the model's own dtype. Scores and updates enter `_autocast`.
+        self.plain = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         if self._gathered_copy is not None:
             self.model = self._gathered_copy.model
         self._skipped = 0  # optimizer steps in a row
@@ -75,18 +78,13 @@ class Student:
     def gathered(self) -> Iterator[None]:
         """While open, `model` has its current weights; entered and left by all processes together."""
         copied = self._gathered_copy
-        with contextlib.nullcontext() if copied is None else copied.gathered(self.plain.model):
+        with contextlib.nullcontext() if copied is None else copied.gathered(self.plain):
             yield
-
-    @property
-    def plain(self) -> Any:
-        """The FusedCausalLM that is trained; under DDP, inside it."""
-        return getattr(self.fused, "module", self.fused)
 
     @property
     def sharded(self) -> bool:
         """Whether FSDP holds the weights in shards."""
-        return any(isinstance(parameter, DTensor) for parameter in self.fused.parameters())
+        return any(isinstance(parameter, DTensor) for parameter in self.wrapped.parameters())
 
     def save(self, folder: Path) -> None:
         checkpoint.save(folder, self.plain, self.optimizer, self._others)
@@ -108,15 +106,24 @@ class Student:
     def score(self, samples: list[Sample], field: str, temperature: float) -> None:
         """Writes the log-probs of this process's samples into their list `field`, as the coming update sees them."""
         self._scatter(
-            samples, field, lambda batch: check_finite(batch_logprobs(self.fused, batch, temperature), "student")
+            samples, field, lambda batch: check_finite(batch_logprobs(self.wrapped, batch, temperature), "student")
         )
 
     def rank(self, samples: list[Sample], vocab_size: int) -> None:
         """Writes `student_ranks` of this process's samples, as the coming update sees them: see `batch_ranks`."""
-        self._scatter(samples, "student_ranks", lambda batch: batch_ranks(self.fused, batch, vocab_size))
+        self._scatter(samples, "student_ranks", lambda batch: batch_ranks(self.wrapped, batch, vocab_size))
 
     def _scatter(self, samples: list[Sample], field: str, values: Callable[[Batch], Tensor]) -> None:
-        scatter_values(self.fused, (batch for batch, _ in self._in_step([samples])), field, values)
+        with self._autocast():
+            scatter_values(self.wrapped, (batch for batch, _ in self._in_step([samples])), field, values)
+
+    def _forward(self, **inputs: Any) -> Any:
+        with self._autocast():
+            return self.wrapped(**inputs)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """That of `mixed_precision`; FSDP has a policy of its own instead."""
+        return contextlib.nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.autocast()
 
     def update(self, samples: list[Sample], objective: Objective, step: int) -> dict[str, float]:
         """One step: `substeps` optimizer steps, each on the mean over its tokens, accumulated batch by batch.
@@ -129,13 +136,13 @@ class Student:
         scattered: dict[int, set[str]] = {}  # by a sample's identity: its fields that the objective wrote
         # A new one for each batch of a run.
         seeds = itertools.count(((self.config.seed * 1_000_003 + step) << 20) + processes.rank(), processes.count())
-        with updating(self.plain.model, self.config.student.dropout):
+        with updating(self.plain, self.config.student.dropout):
             for first in range(optim.substeps):
                 minibatch = sorted(samples[first :: optim.substeps], key=lambda sample: len(sample.ids))
                 tokens = max(1, sum(sample.loss_tokens for sample in minibatch))
                 own = minibatch[processes.rank() :: processes.count()]
                 for batch, counts in self._in_step(objective.groups(own)):
-                    output = objective(self.fused, batch, tokens, next(seeds))
+                    output = objective(self._forward, batch, tokens, next(seeds))
                     self.accelerator.backward(output.loss * processes.count() * counts)
                     if not counts:
                         continue
@@ -177,7 +184,7 @@ class Student:
         filler = min(itertools.chain(*fillers), key=lambda sample: len(sample.ids), default=None)
         for index in range(max(counts)):
             last = index == max(counts) - 1 or self._gathered_copy is not None
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.fused):
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 if index < len(own):
                     yield own[index], True
                 elif filler is not None:
@@ -200,7 +207,7 @@ class Student:
 
     def _clip(self) -> float:
         limit = self.config.optim.max_grad_norm
-        norm = self.accelerator.clip_grad_norm_(self.fused.parameters(), float("inf") if limit is None else limit)
+        norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), float("inf") if limit is None else limit)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 

@@ -35,7 +35,7 @@ OTHER_NAMES = {
     ("epsilon_low",): "clip_low",
     ("epsilon_high",): "clip_high",
 }
-HIDDEN = "what the LM head receives (fastkl.head.FusedCausalLM hands it over)"
+HIDDEN = "what the LM head receives (fastkl.head.fuse hands it over)"
 
 
 def of_keyword(name: str, known: Collection[str], function: str) -> str:

@@ -13,7 +13,8 @@ from launches import run_python
 from tiny_models import causal_lm
 from torch import Tensor, nn
 
-from fastkl.head import FusedCausalLM, LogitTransform, measure_logit_transform
+from fastkl._head.transform import LogitTransform, measure_logit_transform
+from fastkl.head import fuse
 from fastkl.loss import linear_logprobs
 
 TEMPERATURE = 0.7
@@ -61,14 +62,11 @@ def plain_logprobs(model: nn.Module, ids: Tensor) -> Tensor:
     return scores.gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 
-def fused_logprobs(fused: FusedCausalLM, ids: Tensor) -> Tensor:
-    return fused(
-        lambda hidden, weight, **head: linear_logprobs(
-            hidden[:, :-1], weight, ids[:, 1:], temperature=TEMPERATURE, **head
-        ),
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-    )
+def fused_logprobs(model: nn.Module, ids: Tensor, **inputs: Any) -> Any:
+    def logprobs(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:
+        return linear_logprobs(hidden[:, :-1], weight, ids[:, 1:], temperature=TEMPERATURE, **head)
+
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), fused=logprobs, **inputs)
 
 
 def gradients(model: nn.Module, logprobs: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -86,8 +84,8 @@ def check_same(model: nn.Module) -> None:
     """Fused and plain agree on one model, in values and in the set and the values of gradients."""
     ids = token_ids()
     values, wanted = gradients(model, lambda: plain_logprobs(model, ids))
-    fused = FusedCausalLM(model)
-    fused_values, found = gradients(model, lambda: fused_logprobs(fused, ids))
+    fuse(model)
+    fused_values, found = gradients(model, lambda: fused_logprobs(model, ids))
     torch.testing.assert_close(fused_values, values, atol=2e-5, rtol=1e-5)
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
@@ -109,8 +107,8 @@ def test_bfloat16_errs_no_more_than_the_unfused_model(family: str) -> None:
     exact.double()
     truth, true_gradients = gradients(exact, lambda: plain_logprobs(exact, ids))
     values, plain = gradients(model, lambda: plain_logprobs(model, ids))
-    fused = FusedCausalLM(model)
-    fused_values, found = gradients(model, lambda: fused_logprobs(fused, ids))
+    fuse(model)
+    fused_values, found = gradients(model, lambda: fused_logprobs(model, ids))
 
     def rms(a: Tensor, b: Tensor) -> float:
         return float((a.double() - b.double()).square().mean().sqrt())
@@ -157,7 +155,7 @@ def test_measured_transform_of_any_scale_and_cap(scale: float, cap: float | None
 
 def test_gradient_checkpointing_equals_without() -> None:
     model = build("qwen3")
-    ids, fused = token_ids(), FusedCausalLM(model)
+    ids, fused = token_ids(), fuse(model)
     values, wanted = gradients(model, lambda: fused_logprobs(fused, ids))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     again, found = gradients(model, lambda: fused_logprobs(fused, ids))
@@ -188,7 +186,7 @@ def test_lora_all_linear_leaves_the_head_out() -> None:
 def test_head_in_modules_to_save_is_trained_in_full() -> None:
     model = lora(build("llama"), modules_to_save=["lm_head"])
     check_same(model)
-    _, found = gradients(model, lambda: fused_logprobs(FusedCausalLM(model), token_ids()))
+    _, found = gradients(model, lambda: fused_logprobs(fuse(model), token_ids()))
     assert any("lm_head.modules_to_save" in name for name in found)
 
 
@@ -197,7 +195,7 @@ def test_head_in_modules_to_save_with_the_adapter_off() -> None:
     model, ids = lora(build("llama"), modules_to_save=["lm_head"]), token_ids()
     with torch.no_grad():
         model.get_output_embeddings().modules_to_save["default"].weight.mul_(2)
-        fused = FusedCausalLM(model)
+        fused = fuse(model)
         on = fused_logprobs(fused, ids)
         with model.disable_adapter():
             off = fused_logprobs(fused, ids)
@@ -207,7 +205,7 @@ def test_head_in_modules_to_save_with_the_adapter_off() -> None:
 
 def test_lora_on_the_head_is_refused_with_the_remedy() -> None:
     with pytest.raises(TypeError, match=r"LlamaForCausalLM.*target_modules"):
-        FusedCausalLM(lora(build("llama"), target_modules=["q_proj", "lm_head"]))
+        fuse(lora(build("llama"), target_modules=["q_proj", "lm_head"]))
 
 
 class Doubling(nn.Linear):
@@ -232,7 +230,7 @@ def test_a_head_that_is_no_plain_linear_layer_is_refused(head: nn.Module) -> Non
     model = build("llama")
     model.lm_head = head
     with pytest.raises(TypeError, match=f"LlamaForCausalLM is {type(head).__name__}"):
-        FusedCausalLM(model)
+        fuse(model)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +248,7 @@ def test_unknown_treatment_of_the_logits_is_refused(change: Callable[[Tensor], T
     model = build("llama")
     change_logits(model, change)
     with pytest.raises(ValueError, match=r"LlamaForCausalLM.*cannot be fused"):
-        FusedCausalLM(model)
+        fuse(model)
     assert "forward" not in vars(model.lm_head)
 
 
@@ -280,7 +278,7 @@ def test_a_logit_that_depends_on_its_id_is_refused(
     model = build("llama").to(dtype)
     change_logits(model, change)
     with pytest.raises(ValueError, match=rf"LlamaForCausalLM.*{message}"):
-        FusedCausalLM(wrap(model))
+        fuse(wrap(model))
 
 
 def test_weights_that_are_not_finite_are_named() -> None:
@@ -288,14 +286,15 @@ def test_weights_that_are_not_finite_are_named() -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
     with pytest.raises(ValueError, match=r"LlamaForCausalLM are not finite.*model.layers.1.mlp.up_proj.weight"):
-        FusedCausalLM(model)
+        fuse(model)
 
 
 def test_the_model_is_as_before_afterwards() -> None:
     model, ids = build("llama"), token_ids()
     before = plain_logprobs(model, ids)
+    fuse(model)
     modules = [(name, type(module), set(vars(module))) for name, module in model.named_modules()]
-    gradients(model, lambda: fused_logprobs(FusedCausalLM(model), ids))
+    gradients(model, lambda: fused_logprobs(model, ids))
     assert [(name, type(module), set(vars(module))) for name, module in model.named_modules()] == modules
     assert "forward" not in vars(model.lm_head)
     assert torch.equal(plain_logprobs(model, ids), before)
@@ -303,13 +302,13 @@ def test_the_model_is_as_before_afterwards() -> None:
 
 def test_an_exception_in_the_function_leaves_the_head_restored() -> None:
     model, ids = build("llama"), token_ids()
-    fused, before = FusedCausalLM(model), plain_logprobs(model, ids)
+    before = plain_logprobs(fuse(model), ids)
 
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("in the loss")
 
     with pytest.raises(ZeroDivisionError, match="in the loss"):
-        fused(broken, input_ids=ids)
+        model(input_ids=ids, fused=broken)
     assert "forward" not in vars(model.lm_head)
     assert torch.equal(plain_logprobs(model, ids), before)
 
@@ -317,14 +316,14 @@ def test_an_exception_in_the_function_leaves_the_head_restored() -> None:
 def test_a_forward_that_someone_else_put_on_the_head_is_put_back() -> None:
     model, ids = build("llama"), token_ids()
     own = model.lm_head.forward = lambda hidden: nn.functional.linear(hidden, model.lm_head.weight)
-    fused_logprobs(FusedCausalLM(model), ids)
+    fused_logprobs(fuse(model), ids)
     assert model.lm_head.forward is own
 
 
 def test_hooks_on_the_head_fire_and_see_the_hidden_states() -> None:
     """DDP, FSDP2, ZeRO-3 and peft gather, cast and release weights in these hooks."""
     model, ids, seen = build("llama"), token_ids(), []
-    fused = FusedCausalLM(model)
+    fused = fuse(model)
     model.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(("before", inputs[0].shape)))
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(("after", output.shape)))
     fused_logprobs(fused, ids)
@@ -334,30 +333,33 @@ def test_hooks_on_the_head_fire_and_see_the_hidden_states() -> None:
 def test_one_inside_another() -> None:
     """A teacher may be run from within the student's function; each has its own head back afterwards."""
     outer, inner, ids = build("llama"), build("qwen2"), token_ids()
-    fused_outer, fused_inner = FusedCausalLM(outer), FusedCausalLM(inner)
+    fused_outer, fused_inner = fuse(outer), fuse(inner)
     alone = fused_logprobs(fused_outer, ids), fused_logprobs(fused_inner, ids)
 
     def both(hidden: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor, Tensor]:
         scores = linear_logprobs(hidden[:, :-1], weight, ids[:, 1:], temperature=TEMPERATURE, **head)
         return scores, fused_logprobs(fused_inner, ids)
 
-    together = fused_outer(both, input_ids=ids, attention_mask=torch.ones_like(ids))
+    together = fused_outer(input_ids=ids, attention_mask=torch.ones_like(ids), fused=both)
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     assert "forward" not in vars(outer.lm_head)
     assert "forward" not in vars(inner.lm_head)
 
 
-def test_a_model_that_never_runs_its_head_is_an_error() -> None:
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_model_that_runs_its_head_another_number_of_times_is_an_error(times: int) -> None:
     model = build("llama")
-    fused = FusedCausalLM(model)
-    model.forward = lambda **_: None
-    with pytest.raises(RuntimeError, match="LlamaForCausalLM ran its LM head 0 times"):
-        fused(lambda hidden, weight, **head: hidden.sum(), input_ids=token_ids())
+    plain, calls = model.forward, [1]
+    model.forward = lambda **inputs: [plain(**inputs) for _ in range(calls[0])][-1] if calls[0] else None
+    fuse(model)
+    calls[0] = times
+    with pytest.raises(RuntimeError, match=f"LlamaForCausalLM ran its LM head {times} times"):
+        model(input_ids=token_ids(), fused=lambda hidden, weight, **head: hidden.sum())
 
 
 def test_saved_model_loads_without_fastkl(tmp_path: Path) -> None:
     model, ids = build("gemma2-softcap"), token_ids()
-    gradients(model, lambda: fused_logprobs(FusedCausalLM(model), ids))
+    gradients(model, lambda: fused_logprobs(fuse(model), ids))
     with torch.no_grad():  # as a training step would have
         for parameter in model.parameters():
             parameter -= 1e-3 * parameter.grad

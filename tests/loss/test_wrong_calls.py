@@ -14,7 +14,7 @@ from tiny_models import causal_lm
 from torch import nan, nn, ones, zeros
 
 from fastkl import loss
-from fastkl.head import FusedCausalLM
+from fastkl.head import fuse
 from fastkl.loss import BadNumbers, policy_gradient_loss, reverse_kl_loss, sampled_reverse_kl_loss
 
 P = make_problem((2, 4), vocabulary=50, dim=16, dtype=torch.float32)
@@ -23,7 +23,6 @@ H, W, IDS, A, LP = P.hidden.clone().requires_grad_(), P.weight, P.tokens, P.adva
 TH, TW, LOGITS = P.teacher_hidden, P.teacher_weight, zeros(2, 4, 50)
 OUTPUT = policy_gradient_loss(H, W, IDS, A, LP)
 PROMPT = ones(1, 4, dtype=torch.long)
-FUSES = "FusedCausalLM is called with a function first / **head / for logits call the model itself"
 TENSOR = "TypeError: a LossOutput is no tensor / output.loss"
 
 
@@ -66,7 +65,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "student-logits": (
         lambda: reverse_kl_loss(student_logits=LOGITS, teacher_logits=LOGITS),
-        "TypeError: 'student_logits'; it takes hidden states, what the LM head receives (fastkl.head.FusedCausalLM",
+        "TypeError: 'student_logits'; it takes hidden states, what the LM head receives (fastkl.head.fuse",
     ),
     "sampler-logprobs": (
         lambda: policy_gradient_loss(H, W, IDS, A, sampler_logprobs=LP),
@@ -148,39 +147,41 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "minus": (lambda: -OUTPUT, TENSOR),
     "float": (lambda: float(OUTPUT), TENSOR),
     # The fused head.
-    "like-the-model": (lambda: FusedCausalLM(model())(input_ids=PROMPT), f"TypeError: {FUSES}"),
-    "like-the-model-by-position": (lambda: FusedCausalLM(model())(PROMPT), f"TypeError: {FUSES}"),
+    "fused-is-no-function": (
+        lambda: fuse(model())(PROMPT, fused=True),
+        "TypeError: fused is bool, and takes a function / **head / for logits call the model without it",
+    ),
     "with-labels": (
-        lambda: FusedCausalLM(model())(lambda hidden, weight, **head: None, input_ids=PROMPT, labels=PROMPT),
-        "TypeError: labels are for a model that makes its own loss out of logits",
+        lambda: fuse(model())(PROMPT, labels=PROMPT, fused=lambda hidden, weight, **head: None),
+        "TypeError: labels and fused exclude each other / with labels a model makes its own loss out of logits",
     ),
     "function-without-head": (
-        lambda: FusedCausalLM(model())(lambda hidden, weight: None, input_ids=PROMPT),
+        lambda: fuse(model())(PROMPT, fused=lambda hidden, weight: None),
         "TypeError: yours takes (hidden, weight) / let it take (hidden, weight, **head), and pass **head on to the loss",
     ),
     "function-of-hidden": (
-        lambda: FusedCausalLM(model())(lambda hidden: None, input_ids=PROMPT),
+        lambda: fuse(model())(PROMPT, fused=lambda hidden: None),
         "TypeError: yours takes (hidden)",
     ),
     "headless": (
-        lambda: FusedCausalLM(model().model),
+        lambda: fuse(model().model),
         "TypeError: LlamaModel has no LM head; give the model with its head, as AutoModelForCausalLM.from_pretrained",
     ),
     "lora-on-the-head": (
-        lambda: FusedCausalLM(lora_on_the_head()),
+        lambda: fuse(lora_on_the_head()),
         "TypeError: LlamaForCausalLM has an adapter on it (peft's Linear) / target_modules / modules_to_save",
     ),
     "wrapped": (
-        lambda: FusedCausalLM(nn.DataParallel(model())),
-        "TypeError: DataParallel wraps the model; fuse first, then wrap: DataParallel(FusedCausalLM(model))",
+        lambda: fuse(nn.DataParallel(model())),
+        "TypeError: DataParallel has been wrapped (DataParallel) / fuse first, then wrap: DataParallel(fuse(model))",
     ),
-    "fused-twice": (lambda: FusedCausalLM(FusedCausalLM(model())), "TypeError: is a FusedCausalLM already"),
+    "fuse-of-a-function": (lambda: fuse(lambda ids: ids), "TypeError: takes a model, not function"),  # type: ignore[type-var]
     "name-of-a-model": (
-        lambda: FusedCausalLM("Qwen/Qwen3-0.6B"),  # type: ignore[arg-type]
+        lambda: fuse("Qwen/Qwen3-0.6B"),  # type: ignore[type-var]
         "TypeError: takes a model, not str; load one with AutoModelForCausalLM.from_pretrained",
     ),
     "another-module": (
-        lambda: FusedCausalLM(nn.Linear(3, 4)),
+        lambda: fuse(nn.Linear(3, 4)),
         "TypeError: Linear is no causal LM of Transformers / call a loss of fastkl.loss",
     ),
 }
@@ -196,9 +197,9 @@ def test_the_sentence_that_helps(call: Callable[[], Any], message: str) -> None:
 
 
 def test_a_function_takes_the_head_by_name_or_by_stars() -> None:
-    fused_model = FusedCausalLM(model())
-    named = fused_model(lambda hidden, weight, bias, logit_scale, softcap: hidden.shape, input_ids=PROMPT)
-    assert named == fused_model(lambda *given, **head: given[0].shape, input_ids=PROMPT) == (1, 4, 64)
+    fused_model = fuse(model())
+    named = fused_model(PROMPT, fused=lambda hidden, weight, bias, logit_scale, softcap: hidden.shape)
+    assert named == fused_model(PROMPT, fused=lambda *given, **head: given[0].shape) == (1, 4, 64)
 
 
 @pytest.mark.filterwarnings("default:neither hidden")

@@ -88,6 +88,5 @@ def _scorer(
     model = load_teacher(config.model, device)
     checks.check_vocabulary(tokenizer, {"model": model})
     checks.check_given(prompts, samples, {"model": model})
-    fused = fuse(model, "model")
-    layout = batch_layout(config.batch, fused, Probe(model, "model"))
-    return LocalTeacher(fused, layout, config.batch.max_tokens, config.temperature, device)
+    layout = batch_layout(config.batch, fuse(model, "model"), Probe(model, "model"))
+    return LocalTeacher(model, layout, config.batch.max_tokens, config.temperature, device)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastkl.head import FusedCausalLM
+from fastkl import head
 from fastkl.trainer.config.models import ModelConfig, StudentConfig
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.errors import ConfigError
@@ -123,10 +123,10 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
         ) from error
 
 
-def fuse(model: PreTrainedModel, name: str) -> FusedCausalLM:
-    """The model with a fused head; a head that cannot be fused is a ConfigError naming the model's part in the run."""
+def fuse(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """`fastkl.head.fuse`; a head that cannot be fused is a ConfigError naming the model's part in the run."""
     try:
-        return FusedCausalLM(model)
+        return head.fuse(model)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name}: {error}") from error
 

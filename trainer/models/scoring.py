@@ -89,22 +89,21 @@ def call_with_rows(
     """What `function(rows [n, D], weight [V, D], **head)` says, with the hidden states that predict the counted tokens.
 
     Args:
-        model: A FusedCausalLM, or what DDP or FSDP made of it.
+        model: A fused one, or what DDP or FSDP made of it.
         inputs: The model's, if not the batch's own.
     """
 
     def on_rows(hidden: Tensor, weight: Tensor, **head: Any) -> T:
         return function(hidden.flatten(0, 1)[batch.rows], weight, **head)
 
-    return model(on_rows, **(batch.inputs if inputs is None else inputs))
+    return model(fused=on_rows, **(batch.inputs if inputs is None else inputs))
 
 
 def readable(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """A batch's inputs, with PAD_ID instead of ids that the model has no embedding for."""
-    fused: Any = getattr(model, "module", model)  # under DDP
-    config = fused.model.config
+    plain: Any = getattr(model, "module", model)  # under DDP
     ids = batch.inputs["input_ids"]
-    return {**batch.inputs, "input_ids": ids.where(ids < config.get_text_config().vocab_size, PAD_ID)}
+    return {**batch.inputs, "input_ids": ids.where(ids < plain.config.get_text_config().vocab_size, PAD_ID)}
 
 
 def _token_logprobs(rows: Tensor, weight: Tensor, tokens: Tensor, temperature: float, head: dict[str, Any]) -> Tensor:

@@ -5,10 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+
+def name_layers(model: Any) -> None:
+    """Leaves the classes of its layers, which FSDP shards as units, to a model: it may name others of its family."""
+    has = {type(module).__name__ for module in model.modules()}
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base._no_split_modules = [name for name in base._no_split_modules or [] if name in has] or None
 
 
 class GatheredCopy:

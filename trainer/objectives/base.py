@@ -37,7 +37,7 @@ class Objective(Protocol):
         What it scatters into the batch's samples reaches all processes after the update.
 
         Args:
-            model: Calls a function with hidden states and head, as `FusedCausalLM` does.
+            model: A fused one (`fastkl.head.fuse`), or what it became: `model(fused=function, **inputs)`.
             normalizer: The tokens of the optimizer step, on all processes.
             seed: That of a sparse backward.
         """

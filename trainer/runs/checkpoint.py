@@ -24,8 +24,11 @@ WEIGHTS, OPTIMIZER, STATE = FILES = ("model.safetensors", "optimizer.bin", "stat
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained, once: no frozen base under a LoRA adapter, no second name of a tied weight."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """What is trained, once: no frozen base under a LoRA adapter, no second name of a tied weight.
+
+    The names begin with what older versions put around a model: their checkpoints stay readable.
+    """
+    return {f"model.{name}": parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, others: dict[str, Any]) -> None:

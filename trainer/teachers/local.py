@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from fastkl.head import FusedCausalLM
 from fastkl.trainer.data.batching import Batch, Layout, batches, in_order
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.models.scoring import (
@@ -39,7 +39,7 @@ class LocalTeacher:
     """Scores with forward passes of a model (see `Teacher`).
 
     Args:
-        fused: The model with its head.
+        model: A fused one.
         layout: How sequences share a forward pass: see `batch_layout`.
         max_tokens: At most so many tokens in one.
         temperature: That of the log-probs.
@@ -51,7 +51,7 @@ class LocalTeacher:
 
     def __init__(
         self,
-        fused: FusedCausalLM,
+        model: PreTrainedModel,
         layout: Layout,
         max_tokens: int,
         temperature: float,
@@ -61,8 +61,8 @@ class LocalTeacher:
         vocab_size: int | None = None,
         as_teacher: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self.model, self.vocab_size = fused.model, vocab_size
-        self._fused, self._device, self._top_k, self._as_teacher = fused, device, top_k, as_teacher
+        self.model, self.vocab_size = model, vocab_size
+        self._device, self._top_k, self._as_teacher = device, top_k, as_teacher
         self._layout, self._max_tokens, self._temperature = layout, max_tokens, temperature
         cost = cost_of(self.model)
         self._cost = dataclasses.replace(cost, blocks=cost.blocks - cost.trained_blocks)  # an adapter is off
@@ -75,21 +75,21 @@ class LocalTeacher:
             self._scatter(samples, "teacher_logprobs", partial(self._with_top_k, k=self._top_k))
 
     def rank(self, samples: Sequence[Sample], vocab_size: int) -> None:
-        self._scatter(samples, "teacher_ranks", lambda batch: batch_ranks(self._fused, batch, vocab_size))
+        self._scatter(samples, "teacher_ranks", lambda batch: batch_ranks(self.model, batch, vocab_size))
 
     def recheck(self) -> None:
         pass  # nobody can have replaced it
 
     def _scatter(self, samples: Sequence[Sample], field: str, values: Callable[[Batch], Tensor]) -> None:
         with self._as_teacher():
-            scatter_values(self._fused, batches(samples, self._max_tokens, self._layout, self._device), field, values)
+            scatter_values(self.model, batches(samples, self._max_tokens, self._layout, self._device), field, values)
 
     def _logprobs(self, batch: Batch) -> Tensor:
-        return check_finite(batch_logprobs(self._fused, batch, self._temperature), "teacher")
+        return check_finite(batch_logprobs(self.model, batch, self._temperature), "teacher")
 
     def _with_top_k(self, batch: Batch, k: int) -> Tensor:
         """The log-probs; the likeliest tokens go into the samples."""
-        logprobs, likeliest = batch_top_k(self._fused, batch, self._temperature, k, self.vocab_size)
+        logprobs, likeliest = batch_top_k(self.model, batch, self._temperature, k, self.vocab_size)
         batch.scatter_top_k(likeliest)
         return check_finite(logprobs, "teacher")
 
@@ -98,15 +98,16 @@ class LocalTeacher:
 
     def head(self, samples: list[Sample], device: torch.device) -> TeacherHead:
         """Hidden states of the samples, in their order, on a device."""
-        heads: list[TeacherHead] = []  # past what accelerate does to results: it casts them up, the weight too
 
-        def keep(rows: Tensor, weight: Tensor, *, bias: Tensor | None, **options: Any) -> None:
+        def keep(rows: Tensor, weight: Tensor, *, bias: Tensor | None, **options: Any) -> TeacherHead:
             bias = None if bias is None else self._on_device(bias, device)
-            heads.append(TeacherHead(rows.to(device), self._on_device(weight, device), {"bias": bias, **options}))
+            return TeacherHead(rows.to(device), self._on_device(weight, device), {"bias": bias, **options})
 
-        with self._as_teacher(), scoring(self._fused):
-            for batch in in_order(samples, self._layout, self._device):
-                call_with_rows(self._fused, batch, keep, readable(self._fused, batch))
+        with self._as_teacher(), scoring(self.model):
+            heads = [
+                call_with_rows(self.model, batch, keep, readable(self.model, batch))
+                for batch in in_order(samples, self._layout, self._device)
+            ]
         return heads[0]._replace(hidden=torch.cat([head.hidden for head in heads]))
 
     def _on_device(self, parameter: Tensor, device: torch.device) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.head import FusedCausalLM
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.batching import PAD_ID
@@ -111,26 +110,17 @@ def _load(
     top_k: int | None,
 ) -> LocalTeacher:
     if teacher.base_of_student:
-        fused, layout, device = _base_of(student), student.layout, student.device
+        model, layout, device = student.model, student.layout, student.device
         options: dict[str, Any] = {"as_teacher": partial(_without_adapter, student)}
     else:
         options, device = {}, teacher_device(teacher, student.device)
-        fused = fuse(load_teacher(teacher, device), "teacher")
-        layout = batch_layout(config.batch, fused, Probe(fused.model, "teacher"))
-        models: list[Any] = [student.model, fused.model]
-        ours, theirs = (model.get_output_embeddings().weight.shape[0] for model in models)
+        model = fuse(load_teacher(teacher, device), "teacher")
+        layout = batch_layout(config.batch, model, Probe(model, "teacher"))
+        models: list[Any] = [student.model, model]
+        ours, theirs = (each.get_output_embeddings().weight.shape[0] for each in models)
         options["vocab_size"] = None if ours == theirs else min(ours, theirs, vocabulary(tokenizer))
     tokens, temperature = config.batch.max_tokens, config.sampling.temperature
-    return LocalTeacher(fused, layout, tokens, temperature, device, top_k=top_k, **options)
-
-
-def _base_of(student: Student) -> FusedCausalLM:
-    """The student itself; where it is sharded, its gathered copy."""
-    if not student.sharded:
-        plain: FusedCausalLM = student.plain
-        return plain
-    with student.gathered():
-        return fuse(student.model, "teacher")
+    return LocalTeacher(model, layout, tokens, temperature, device, top_k=top_k, **options)
 
 
 @contextmanager

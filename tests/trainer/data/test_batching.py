@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_models import causal_lm
 from torch import Tensor
 
-from fastkl.head import FusedCausalLM
+from fastkl.head import fuse
 from fastkl.loss import policy_gradient_loss
 from fastkl.trainer.data.batching import Batch, Layout, batches, collate
 from fastkl.trainer.data.samples import UNKNOWN, Sample, make_sample
@@ -24,7 +24,7 @@ from fastkl.trainer.teachers.local import LocalTeacher
 LAYOUTS: list[Layout] = list(get_args(Layout))
 CPU = torch.device("cpu")
 FUSED = {  # sliding windows must not look across sequences either
-    kind: FusedCausalLM(causal_lm(kind, sliding_window=4) if kind == "mistral" else causal_lm(kind))
+    kind: fuse(causal_lm(kind, sliding_window=4) if kind == "mistral" else causal_lm(kind))
     for kind in ("llama", "qwen3", "mistral", "gemma3_text")
 }
 lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=7)
@@ -66,7 +66,7 @@ def scored(samples: list[Sample], layout: Layout, max_tokens: int, kind: str = "
 def test_scores_are_those_of_each_sample_alone(layout: Layout, kind: str) -> None:
     samples = make_samples([(3, 8), (1, 1), (9, 2), (2, 9), (5, 5)])
     for sample, values in zip(samples, scored(samples, layout, 24, kind), strict=True):
-        wanted = alone(FUSED[kind].model.eval(), sample, temperature=0.8).tolist()
+        wanted = alone(FUSED[kind].eval(), sample, temperature=0.8).tolist()
         assert values == pytest.approx([0.0] * (len(values) - len(wanted)) + wanted, abs=2e-5)
 
 
@@ -74,7 +74,7 @@ def test_scores_are_those_of_each_sample_alone(layout: Layout, kind: str) -> Non
 def test_environment_tokens_are_context_and_do_not_count(layout: Layout) -> None:
     samples = [multi_turn(sample) for sample in make_samples([(3, 8), (1, 7), (4, 9)])]
     for sample, values in zip(samples, scored(samples, layout, 100), strict=True):
-        wanted = alone(FUSED["llama"].model.eval(), sample, temperature=0.8).tolist()
+        wanted = alone(FUSED["llama"].eval(), sample, temperature=0.8).tolist()
         assert [v for v, counted in zip(values, sample.loss_mask, strict=True) if counted] == pytest.approx(
             wanted, abs=2e-5
         )
@@ -91,8 +91,8 @@ def test_scores_do_not_depend_on_the_batching(pairs: list[tuple[int, int]], max_
 
 def update(samples: list[Sample], layout: Layout, max_tokens: int) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the policy-gradient step, accumulated over the batches as the trainer does it."""
-    fused, total = FUSED["llama"], 0.0
-    fused.train().zero_grad()
+    model, total = FUSED["llama"], 0.0
+    model.train().zero_grad()
     tokens = sum(sample.loss_tokens for sample in samples)
     for batch in batches(samples, max_tokens, layout, CPU):
 
@@ -107,10 +107,10 @@ def update(samples: list[Sample], layout: Layout, max_tokens: int) -> tuple[floa
                 **head,
             ).loss
 
-        loss = fused(function, **batch.inputs)
+        loss = model(fused=function, **batch.inputs)
         loss.backward()
         total += loss.item()
-    return total, {name: p.grad.clone() for name, p in fused.named_parameters() if p.grad is not None}
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @settings(max_examples=10, deadline=None)
@@ -202,15 +202,15 @@ def test_a_teachers_hidden_states_are_in_the_order_of_the_samples(layout: Layout
     rows = logits.log_softmax(-1).gather(
         1, torch.tensor([i for s in samples for i in s.ids[-s.loss_tokens :]])[:, None]
     )
-    torch.testing.assert_close(rows[:, 0], torch.cat([alone(FUSED["qwen3"].model, s) for s in samples]))
+    torch.testing.assert_close(rows[:, 0], torch.cat([alone(FUSED["qwen3"], s) for s in samples]))
 
 
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_a_teacher_that_is_not_finite_for_some_text_ends_the_run(top_k: int | None) -> None:
-    fused = FusedCausalLM(causal_lm())
+    fused = fuse(causal_lm())
     teacher = LocalTeacher(fused, "padded", 100, 1.0, CPU, top_k=top_k)
     with torch.no_grad():
-        fused.model.get_input_embeddings().weight[9] = torch.nan  # type: ignore[union-attr, operator]
+        fused.get_input_embeddings().weight[9] = torch.nan  # type: ignore[union-attr, operator]
     sample = make_sample([5, 9, 7], [8, 6], 0)
     with pytest.raises(RunError, match="the teacher gives 2 of 2 tokens a log-prob that is not finite"):
         teacher.score([sample])

@@ -14,7 +14,7 @@ from tiny_models import causal_lm, save_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from fastkl.head import FusedCausalLM
+from fastkl.head import fuse
 from fastkl.loss import linear_ranks
 from fastkl.trainer.data.batching import Layout, batches
 from fastkl.trainer.data.samples import make_sample
@@ -111,7 +111,7 @@ def test_ranks_of_a_models_batch(model: Any, layout: Layout) -> None:
     samples = [make_sample(row[:2], row[2:], index) for index, row in enumerate(rows)]
     with torch.no_grad():
         for batch in batches(samples, 16, layout, CPU):
-            batch.scatter(batch_ranks(FusedCausalLM(plain), batch, size), "student_ranks")
+            batch.scatter(batch_ranks(fuse(plain), batch, size), "student_ranks")
         for sample in samples:
             ids = torch.tensor(sample.ids)
             logits = plain(ids[None]).logits[0, 1:-1, :size]
@@ -120,7 +120,7 @@ def test_ranks_of_a_models_batch(model: Any, layout: Layout) -> None:
 
 
 def test_a_teacher_is_left_as_it_was() -> None:
-    fused = FusedCausalLM(causal_lm()).train()
+    fused = fuse(causal_lm()).train()
     sample = make_sample([5, 6], [7, 8], 0)
     LocalTeacher(fused, "padded", 16384, 1.0, CPU).rank([sample], 64)
     assert fused.training

@@ -14,7 +14,7 @@ from stub_server import StubServer, Trouble, serving
 from tiny_models import CHARACTERS, llama, save_model, tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from fastkl.head import FusedCausalLM
+from fastkl.head import fuse
 from fastkl.trainer.config.teacher import TeacherConfig, TeacherServerConfig
 from fastkl.trainer.data.samples import UNKNOWN, Sample, make_sample
 from fastkl.trainer.errors import ConfigError, ServerError
@@ -64,7 +64,7 @@ def scores(teacher: Any, given: list[Sample]) -> list[list[float]]:
 
 
 def local(stub: StubServer, temperature: float = 1.0) -> LocalTeacher:
-    return LocalTeacher(FusedCausalLM(stub.model), "padded", 16384, temperature, torch.device("cpu"))
+    return LocalTeacher(fuse(stub.model), "padded", 16384, temperature, torch.device("cpu"))
 
 
 def check_equal(found: list[list[float]], wanted: list[list[float]]) -> None:
@@ -82,7 +82,7 @@ def test_scores_are_those_of_the_model(stub: StubServer, api: str, size: int) ->
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("k", [1, 4])
 def test_the_likeliest_tokens_are_those_of_the_model(stub: StubServer, api: str, k: int) -> None:
-    here = LocalTeacher(FusedCausalLM(stub.model), "padded", 16384, 1.0, torch.device("cpu"), top_k=k)
+    here = LocalTeacher(fuse(stub.model), "padded", 16384, 1.0, torch.device("cpu"), top_k=k)
     ours, theirs = samples(), samples()
     check_equal(scores(connected(stub, api=api, top_k=k), ours), scores(here, theirs))
     for a, b in zip(ours, theirs, strict=True):

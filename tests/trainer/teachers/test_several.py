@@ -22,7 +22,7 @@ from tiny_models import llama, save_model, tokenizer
 from transformers import AutoModelForCausalLM
 
 from fastkl import cli
-from fastkl.head import FusedCausalLM
+from fastkl.head import fuse
 from fastkl.trainer.commands import command_line as commands
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.data.mixture import apportion
@@ -233,14 +233,14 @@ def test_the_base_of_a_lora_student_is_its_teacher_without_a_copy(
 def test_the_base_under_a_head_that_is_trained_in_full() -> None:
     base = llama(56, tie_word_embeddings=False)
     samples = [make_sample([5, 6, 7], [8, 9, 10], 0)]
-    LocalTeacher(FusedCausalLM(base), "padded", 16384, 1.0, CPU).score(samples)
+    LocalTeacher(fuse(base), "padded", 16384, 1.0, CPU).score(samples)
     wanted = samples[0].teacher_logprobs
     model: Any = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "modules_to_save" in name or "lora_B" in name:
                 parameter.add_(torch.randn_like(parameter))
-    fused = FusedCausalLM(model)
+    fused = fuse(model)
     teacher = LocalTeacher(fused, "padded", 16384, 1.0, CPU, as_teacher=model.disable_adapter)
     teacher.score(samples)
     assert samples[0].teacher_logprobs == pytest.approx(wanted, abs=1e-5)
@@ -263,7 +263,7 @@ def test_a_teacher_on_a_device_of_its_own(tmp_path: Path, models: Path) -> None:
 def test_what_a_teacher_elsewhere_gives_is_brought_to_the_student(models: Path) -> None:
     """The meta device stands for another one: no numbers, but places."""
     model = AutoModelForCausalLM.from_pretrained(models / "adder").requires_grad_(False)
-    teacher = LocalTeacher(FusedCausalLM(model), "padded", 16384, 1.0, CPU)
+    teacher = LocalTeacher(fuse(model), "padded", 16384, 1.0, CPU)
     first, again = (teacher.head([make_sample([5, 6], [7, 8, 9], 0)], torch.device("meta")) for _ in range(2))
     assert first.hidden.device.type == first.weight.device.type == "meta"
     assert first.hidden.shape == (3, 24)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedModel
 
-from fastkl.head import FusedCausalLM
 from fastkl.trainer.config.optim import BatchConfig
 from fastkl.trainer.data.batching import Layout, batches
 from fastkl.trainer.data.samples import make_sample
@@ -17,7 +17,7 @@ from fastkl.trainer.runs import processes
 WAYS: dict[Layout, str] = {"padded": "in padded rows", "single": "one at a time"}
 
 
-def batch_layout(config: BatchConfig, fused: FusedCausalLM, probe: Probe) -> Layout:
+def batch_layout(config: BatchConfig, model: PreTrainedModel, probe: Probe) -> Layout:
     """`batch.layout` for a model, as far as two sequences in one forward pass are what each is alone.
 
     `auto` is packed rows with flash attention, which computes them without waste. Where packed rows fail, it is padded
@@ -26,10 +26,10 @@ def batch_layout(config: BatchConfig, fused: FusedCausalLM, probe: Probe) -> Lay
     Raises:
         ConfigError: For packed rows that are asked for and fail, and for a model that fails on one sequence.
     """
-    first: Layout = config.layout if config.layout != "auto" else _quickest(fused)
+    first: Layout = config.layout if config.layout != "auto" else _quickest(model)
     ways: list[Layout] = ["packed", "padded", "single"]
     for layout in ways[ways.index(first) :]:
-        reason = next(iter(processes.gather(_faults(fused, layout, probe))), None)
+        reason = next(iter(processes.gather(_faults(model, layout, probe))), None)
         if reason is None:
             return layout
         if layout == config.layout == "packed":
@@ -45,17 +45,17 @@ def batch_layout(config: BatchConfig, fused: FusedCausalLM, probe: Probe) -> Lay
     )
 
 
-def _quickest(fused: FusedCausalLM) -> Layout:
-    return "packed" if "flash" in str(fused.model.config._attn_implementation) else "padded"  # type: ignore[union-attr]
+def _quickest(model: PreTrainedModel) -> Layout:
+    return "packed" if "flash" in str(model.config._attn_implementation) else "padded"
 
 
-def _faults(fused: FusedCausalLM, layout: Layout, probe: Probe) -> list[str]:
+def _faults(model: PreTrainedModel, layout: Layout, probe: Probe) -> list[str]:
     """What is wrong with a layout, in words; nothing if it is right."""
     samples = [make_sample(ids[:1], ids[1:], index) for index, ids in enumerate(probe.texts)]
     kind, device = type(probe.model).__name__, probe.model.device
     try:
         found = batches(samples, sum(len(sample.ids) for sample in samples) * 2, layout, device)
-        scatter_values(fused, found, "teacher_logprobs", lambda batch: batch_logprobs(fused, batch, 1.0))
+        scatter_values(model, found, "teacher_logprobs", lambda batch: batch_logprobs(model, batch, 1.0))
     except Exception as error:
         return [f"{kind} fails on {layout} rows ({failure(error)})"]
     worst = max(

@@ -9,7 +9,7 @@ import torch
 from odd_models import odd_model
 from tiny_models import causal_lm
 
-from fastkl.head import FusedCausalLM
+from fastkl.head import fuse
 from fastkl.trainer.config.optim import BatchConfig
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models.self_checks import layouts
@@ -24,7 +24,7 @@ CASES = [(kind, kind in PACKS) for kind in (*PACKS, *LEAKS)]
 
 
 def layout_of(model: Any, layout: Any = "auto") -> str:
-    return batch_layout(BatchConfig(layout=layout), FusedCausalLM(model), Probe(model, "student"))
+    return batch_layout(BatchConfig(layout=layout), fuse(model), Probe(model, "student"))
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def test_rounding_is_no_fault(kind: str, packs: bool, dtype: torch.dtype, flash:
     [("sdpa", "padded"), ("flash_attention_2", "packed"), ("kernels-community/flash-attn2", "packed")],
 )
 def test_what_is_tried_first(attention: str, wanted: str) -> None:
-    fused = FusedCausalLM(causal_lm())
-    fused.model.config._attn_implementation = attention  # type: ignore[union-attr]
+    fused = fuse(causal_lm())
+    fused.config._attn_implementation = attention  # type: ignore[union-attr]
     assert layouts._quickest(fused) == wanted
 
 

@@ -10,7 +10,7 @@ from odd_models import odd_model
 from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 
-from fastkl.head import FusedCausalLM
+from fastkl.head import fuse
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models.modes import updating
 from fastkl.trainer.models.self_checks.probe import Probe
@@ -116,7 +116,7 @@ def test_rwkv_keeps_its_weights() -> None:
     """Its class divides them in eval mode, in place: a student would be saved so."""
     model = odd_model("rwkv", num_hidden_layers=2, rescale_every=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    FusedCausalLM(model)
+    fuse(model)
     Probe(model, "student")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.config.rescale_every == 1

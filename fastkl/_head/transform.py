@@ -1,0 +1,76 @@
+"""What a model does to its head's output, measured."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastkl._head.call import head_computes
+from fastkl._head.model import find_head, first_not_finite
+
+# Values that the head pretends to have computed, to see what the model makes of them.
+PROBES = (-1e6, -40.0, -3.0, -0.01, 0.01, 0.5, 7.0, 90.0, 1e6)
+
+
+class LogitTransform(NamedTuple):
+    """What a model does to its head's output: softcap · tanh(logit_scale · x / softcap), or logit_scale · x."""
+
+    logit_scale: float
+    softcap: float | None
+
+
+def measure_logit_transform(model: nn.Module) -> LogitTransform:
+    """Scale and soft-cap between the head and the logits, read off what the model's forward makes of known values.
+
+    Measured rather than read from the config, because configs disagree on names and on meaning: `logits_scaling` divides in
+    Granite and multiplies in others. Each known value stands in one row, for every id of the vocabulary: what depends on
+    the id shows as well.
+    """
+    name = type(model).__name__
+    probes = torch.tensor(PROBES, dtype=torch.float64)
+    head = find_head(model)
+    shape = len(PROBES), head.weight.shape[0]
+
+    def pretend(hidden: Tensor, _: nn.Linear) -> Tensor:
+        if not hidden.isfinite().all():
+            raise ValueError(_not_finite(model))
+        return probes.to(hidden.device)[:, None, None].expand(*hidden.shape[:-1], shape[1]).clone()
+
+    with torch.no_grad(), head_computes(model, pretend, replace_logits=True):
+        ids = torch.zeros(len(PROBES), 1, dtype=torch.long, device=head.weight.device)
+        # past what compiles the model: it would compile for these few tokens
+        logits = model.forward(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1]
+    if logits.shape != shape:
+        raise ValueError(
+            f"{name} makes logits of shape {list(logits.shape)} of {list(shape)} that its head gives; it cannot be fused"
+        )
+    seen = logits.double().cpu()
+    usual = seen.nanmedian(-1).values  # over the ids: one that is treated apart does not count
+    scale = float(usual[4] / probes[4])
+    softcap = float(usual[-1]) if usual[-1] < 0.5 * scale * probes[-1] else None
+    if softcap is not None:
+        scale *= 1.0 + (scale * PROBES[4] / softcap) ** 2 / 3  # tanh(x) ≈ x (1 − x²/3) at the probe near 0
+    known = probes * scale if softcap is None else softcap * torch.tanh(probes * scale / softcap)
+    rtol = max(1e-3, 2 * torch.finfo(logits.dtype).eps)
+    if not (scale > 0 and torch.allclose(usual, known, rtol=rtol)):
+        raise ValueError(
+            f"{name} does something to its logits that is neither a scale nor a soft-cap ({PROBES[5]} becomes "
+            f"{float(usual[5]):.4g}, {PROBES[7]} becomes {float(usual[7]):.4g}) and cannot be fused"
+        )
+    odd = (~torch.isclose(seen, known[:, None], rtol=rtol)).T.nonzero()  # [n, 2] id, row
+    if len(odd):
+        token, row = odd[0].tolist()
+        raise ValueError(
+            f"{name} treats {len(odd[:, 0].unique())} ids of its vocabulary apart after the head: the logit of id {token} "
+            f"becomes {float(seen[row, token]):.4g} where {float(known[row]):.4g} was expected; a model whose logits "
+            f"depend on the id (masked ids, a bias) cannot be fused"
+        )
+    return LogitTransform(*(None if v is None else float(f"{v:.7g}") for v in (scale, softcap)))  # type: ignore[arg-type]
+
+
+def _not_finite(model: nn.Module) -> str:
+    found = first_not_finite(model)
+    cause = "though its weights are" if found is None else f"and neither is its weight {found}: the weights are damaged"
+    return f"the hidden states of {type(model).__name__} are not finite for one token, {cause}"
