@@ -31,7 +31,9 @@ from fastkl.kernels.gemm import (
     gradient_dtype,
     hidden_gradient,
     most_rows,
+    new_scores,
     project,
+    row_length,
     scaled_into,
 )
 from fastkl.kernels.problem import Gradients, HeadOptions, Inputs, Needs, RowLoss, Spec
@@ -94,7 +96,8 @@ def workspace_bytes_per_row(spec: Spec, inputs: Inputs, gradient: bool) -> int:
     """Logits of the student, of the teacher if there is one, and the gradient where it needs a place of its own."""
     logits, low = compute_dtype(inputs.hidden.dtype), gradient_dtype(inputs.hidden)
     apart = low.itemsize if gradient and _apart(inputs) else 0
-    return inputs.weight.shape[0] * (logits.itemsize * (1 if spec.teacher is None else 2) + apart)
+    length = row_length(inputs.weight.shape[0], inputs.hidden.device)
+    return length * (logits.itemsize * (1 if spec.teacher is None else 2) + apart)
 
 
 @torch.no_grad()
@@ -310,4 +313,4 @@ def _teacher_scores(inputs: Inputs, rows: slice, options: HeadOptions, out: Tens
 
 
 def _workspace(inputs: Inputs, rows: int, dtype: torch.dtype) -> Tensor:
-    return inputs.hidden.new_empty(rows, inputs.weight.shape[0], dtype=dtype)
+    return new_scores(inputs.hidden, rows, inputs.weight.shape[0], dtype)

@@ -21,6 +21,7 @@ UPCAST_BLOCK_BYTES = 32 * 2**20
 # copy take less time than a product that writes among all columns.
 TILE_COLUMNS = 512
 CAST_BYTES = 2**20  # of what a CPU casts at a time
+ROW_MULTIPLE = {"cpu": 1, "accelerator": 64}  # elements
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -46,6 +47,21 @@ def even_chunks(n: int, limit: int, multiple: int = 1) -> list[slice]:
 def most_rows(chunks: list[slice]) -> int:
     """The rows of the largest chunk."""
     return max((rows.stop - rows.start for rows in chunks), default=0)
+
+
+def new_scores(hidden: Tensor, n: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    """Room for something of n rows by the vocabulary, on the device of `hidden`.
+
+    On an accelerator rows begin ROW_MULTIPLE elements apart or a multiple of that: products and row kernels move 16 bytes
+    at a time, and an odd vocabulary must not keep them from it. What lies between two rows is nobody's.
+    """
+    return hidden.new_empty(n, row_length(vocabulary, hidden.device), dtype=dtype)[:, :vocabulary]
+
+
+def row_length(vocabulary: int, device: torch.device) -> int:
+    """Elements from one row of `new_scores` to the next."""
+    multiple = ROW_MULTIPLE["cpu" if device.type == "cpu" else "accelerator"]
+    return -(-vocabulary // multiple) * multiple
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, alpha: float, out: Tensor) -> None:

@@ -92,9 +92,10 @@ def target_of(device: torch.device) -> GPUTarget:
         return triton.runtime.driver.active.get_current_target()
 
 
-def suits_vectors(x: Tensor) -> bool:
-    """Can rows be read 16 bytes at a time? Triton sees the alignment of a number of elements from 16 on."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0
+def suits_vectors(x: Tensor, width: int | None = None) -> bool:
+    """Can rows, or `width` elements of each, be read 16 bytes at a time? Triton sees the alignment of 16 elements."""
+    width = x.shape[1] if width is None else width
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and width % 16 == 0
 
 
 def check_device(what: str, x: Tensor) -> None:

@@ -44,7 +44,7 @@ from bench.lib.arguments import Shape
 from bench.lib.report import write_report
 from fastkl.kernels import driver
 from fastkl.kernels.flops import gemm_flops
-from fastkl.kernels.gemm import compute_dtype, gradient_dtype
+from fastkl.kernels.gemm import compute_dtype, gradient_dtype, row_length
 from fastkl.kernels.options import Sparse
 from fastkl.kernels.problem import HeadOptions, Inputs, Needs, Spec
 from fastkl.kernels.sparse.estimator import SPLIT, blocks, device_kind
@@ -180,7 +180,7 @@ def _call(spec: Spec, inputs: Inputs, needs: Needs | None, kept: float | None = 
     tiles = 2 * _whole(inputs, vocabulary) * _whole(inputs, d) * n
     gemms.append(Work(flops, once * low + hidden * operand + passes * weight * full, tiles))
     if low != full:
-        workspace += (longest - step) * vocabulary * low
+        workspace += (longest - step) * row_length(vocabulary, inputs.hidden.device) * low
     return forward._replace(workspace=workspace, others=others, accumulator_passes=passes, product_rows=longest)
 
 

@@ -9,6 +9,8 @@ Columns of the table, keys of the JSON rows:
     registers                  per thread (vector registers on a gfx chip)
     spill_bytes                local memory per thread: 0, or the variant is a mistake
     shared_bytes               shared memory per program
+    load_bytes, store_bytes    the widest access of a thread to global memory, not counting cp.async and descriptors, which
+                               is 16 where rows move in vectors; the id of a token has 8
     tensor_core                family of the matrix instructions: wgmma, mma, tcgen05 or mfma; null: none
     code_bytes                 machine code
 
@@ -25,6 +27,10 @@ from bench.lib import arguments as checked
 from bench.lib.machine import describe_versions
 from bench.lib.report import write_report
 
+HEADINGS = {
+    **{"kernel": "kernel", "target": "target", "registers": "reg", "spill_bytes": "spill", "shared_bytes": "shared"},
+    **{"load_bytes": "load", "store_bytes": "store", "tensor_core": "tensor", "code_bytes": "code"},
+}
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
@@ -52,16 +58,17 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     except argparse.ArgumentTypeError as error:
         parser.error(f"argument --kernel: {error}")
     chosen = [v for v in VARIANTS if (arguments.all or v.representative) and v.kernel in kernels]
-    print(f"{'kernel':23} {'target':7} {'reg':>4} {'spill':>6} {'shared':>7} {'tensor':>7} {'code':>7}  config")
+    print(f"{_line(list(HEADINGS.values()))}  config")
     rows = []
     for row in _rows(chosen, arguments.target):
-        print(
-            f"{row['kernel']:23} {row['target']:7} {row['registers']:>4} {row['spill_bytes']:>6} {row['shared_bytes']:>7} "
-            f"{row['tensor_core'] or '-':>7} {row['code_bytes']:>7}  {row['config']}",
-            flush=True,
-        )
+        print(f"{_line([row[key] for key in HEADINGS])}  {row['config']}", flush=True)
         rows.append(row)
     write_report(arguments.json, {"rows": rows, "versions": describe_versions()})
+
+
+def _line(cells: list[Any]) -> str:
+    kernel, target, *others = ("-" if cell is None else cell for cell in cells)
+    return f"{kernel:23} {target:7}" + "".join(f" {cell:>7}" for cell in others)
 
 
 def _rows(variants: list[Any], targets: list[str]) -> Iterator[dict[str, Any]]:

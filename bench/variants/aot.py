@@ -51,6 +51,8 @@ class Resources(NamedTuple):
     registers: int  # per thread; vector registers on a gfx chip
     spill_bytes: int  # local memory per thread, a stack included
     shared_bytes: int  # per program
+    load_bytes: int | None  # the widest access of a thread to global memory, by its address; None on a gfx chip
+    store_bytes: int | None
     tensor_core: str | None  # the family of its matrix instructions
     code_bytes: int
 
@@ -117,7 +119,16 @@ def resources(kernel: Any) -> Resources:
         usage = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\n", assembly)}
         registers, spill = usage["vgpr_count"], usage["private_segment_fixed_size"]
     family = next((name for text, name in INSTRUCTIONS.items() if text in assembly), None)
-    return Resources(registers, spill, kernel.metadata.shared, family, code_bytes(binary))
+    load, store = (widest_access(kernel.asm.get("ptx"), kind) for kind in ("ld", "st"))
+    return Resources(registers, spill, kernel.metadata.shared, load, store, family, code_bytes(binary))
+
+
+def widest_access(ptx: str | None, kind: str) -> int | None:
+    """Bytes; 0 if there is none."""
+    if ptx is None:
+        return None
+    found = re.findall(rf"\b{kind}\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", ptx)
+    return max((int(count or 1) * int(bits) // 8 for count, bits in found), default=0)
 
 
 def _usage_of_cubin(cubin: bytes) -> dict[str, int]:

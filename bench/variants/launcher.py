@@ -11,6 +11,7 @@ import torch
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 BOTH = (False, True)
 WIDTHS = (151936, 50257)  # a multiple of 16, with vectorised loads, and an odd one
+CUT = 151665  # an odd one whose rows lie as the driver's workspace has them: vectorised as well
 
 Options = dict[str, Any]
 
@@ -51,6 +52,12 @@ class Variant(NamedTuple):
 
     def but(self, **options: Any) -> Variant:
         return Variant(self.launcher, self.options | options)
+
+
+def chunk(n: int, vocabulary: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros [n, V], side by side but for `CUT`."""
+    length = -(-vocabulary // 64) * 64 if vocabulary == CUT else vocabulary
+    return torch.zeros(n, length, dtype=dtype)[:, :vocabulary]
 
 
 def grid(**axes: Sequence[Any]) -> list[Options]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.variants.launcher import BF16, BOTH, FP16, FP32, WIDTHS, Launcher, Options, grid
+from bench.variants.launcher import BF16, BOTH, CUT, FP16, FP32, WIDTHS, Launcher, Options, chunk, grid
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.rows.triton import clear_rows, entropy_gradient, token_nll, token_nll_entropy
 from fastkl.kernels.top_k.triton import tail_gradient, tail_sums
@@ -15,7 +15,7 @@ from fastkl.kernels.top_k.triton import tail_gradient, tail_sums
 # The dtypes of chunk and gradient, without one and with one.
 VALUES: list[tuple[torch.dtype, torch.dtype | None]] = [(FP32, None), (BF16, None)]
 GRADIENTS: list[tuple[torch.dtype, torch.dtype | None]] = [(FP32, FP32), (BF16, BF16), (FP32, BF16), (FP32, FP16)]
-ROW_WIDTHS = (*WIDTHS, 1)  # 1 is a case of its own to Triton
+ROW_WIDTHS = (*WIDTHS, CUT, 1)  # 1 is a case of its own to Triton
 
 
 class Rows(NamedTuple):
@@ -27,9 +27,10 @@ class Rows(NamedTuple):
 
 def rows(n: int, offset: int, dtypes: tuple[torch.dtype, torch.dtype | None], capped: bool, vocabulary: int) -> Rows:
     """A chunk and what belongs to it."""
-    x = torch.zeros(n, vocabulary, dtype=dtypes[0])
+    x = chunk(n, vocabulary, dtypes[0])
     tokens, out = torch.zeros(n + offset, dtype=torch.int64)[offset:], torch.zeros(8, n + offset)[:, offset:]
-    return Rows(Logits(x, 0.5 + n if capped else None), tokens, out, None if dtypes[1] is None else x.to(dtypes[1]))
+    gradient = None if dtypes[1] is None else x if dtypes[1] == x.dtype else chunk(n, vocabulary, dtypes[1])
+    return Rows(Logits(x, 0.5 + n if capped else None), tokens, out, gradient)
 
 
 def _token_nll(n: int, offset: int, **options: Any) -> None:
@@ -75,7 +76,7 @@ LAUNCHERS = [
         _token_nll,
         _variants(VALUES + GRADIENTS),
         [  # one that is common, one that is heavy, and one that is neither
-            {"dtypes": (FP32, BF16), "capped": False, "vocabulary": 151936},
+            {"dtypes": (FP32, BF16), "capped": False, "vocabulary": CUT},
             HEAVY_GRADIENT,
             {"dtypes": (BF16, None), "capped": False, "vocabulary": 50257},
         ],

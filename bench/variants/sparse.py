@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from bench.variants.launcher import BF16, BOTH, FP16, FP32, WIDTHS, Launcher, grid
+from bench.variants.launcher import BF16, BOTH, CUT, FP16, FP32, WIDTHS, Launcher, chunk, grid
 from fastkl.kernels.sparse import steps
 
 DTYPES = (FP32, BF16, FP16)
@@ -19,7 +19,7 @@ def _selection(vocabulary: int) -> steps.Selection:
 
 
 def _column_squares(n: int, offset: int, dtype: torch.dtype, vocabulary: int) -> None:
-    steps.column_squares(torch.empty(n, vocabulary, dtype=dtype), torch.empty(n + offset)[offset:])
+    steps.column_squares(chunk(n, vocabulary, dtype), torch.empty(n + offset)[offset:])
 
 
 def _select_columns(n: int, offset: int, vocabulary: int) -> None:
@@ -27,24 +27,25 @@ def _select_columns(n: int, offset: int, vocabulary: int) -> None:
 
 
 def _compact(n: int, offset: int, dtype: torch.dtype, vocabulary: int, capped: bool) -> None:
-    steps.compact(torch.empty(n, vocabulary, dtype=dtype), _selection(vocabulary), capped)
+    steps.compact(chunk(n, vocabulary, dtype), _selection(vocabulary), capped)
 
 
 def _hidden_gradient(n: int, offset: int, dtype: torch.dtype, vocabulary: int, dim: int) -> None:
-    u, weight = torch.empty(n, vocabulary, dtype=dtype), torch.empty(vocabulary, dim, dtype=dtype)
+    u, weight = chunk(n, vocabulary, dtype), torch.empty(vocabulary, dim, dtype=dtype)
     slope = excess = torch.empty(n + offset)[offset:]
     steps.hidden_gradient(u, weight, _selection(vocabulary), slope, excess, torch.empty(dim))
 
 
 def _add_to_weight_gradient(n: int, offset: int, dtype: torch.dtype, vocabulary: int, dim: int) -> None:
-    u, hidden = torch.empty(n, vocabulary, dtype=dtype), torch.empty(n, dim, dtype=dtype)
+    u, hidden = chunk(n, vocabulary, dtype), torch.empty(n, dim, dtype=dtype)
     steps.add_to_weight_gradient(torch.empty(vocabulary, dim), u, hidden, _selection(vocabulary))
 
 
-STEPS = grid(dtype=DTYPES, vocabulary=WIDTHS)
-COMPACTIONS = grid(dtype=DTYPES, vocabulary=WIDTHS, capped=BOTH)
-PRODUCTS = grid(dtype=DTYPES, vocabulary=WIDTHS, dim=(512, 513))
-COMMON = {"dtype": BF16, "vocabulary": 151936}
+WITH_CUT = (*WIDTHS, CUT)
+STEPS = grid(dtype=DTYPES, vocabulary=WITH_CUT)
+COMPACTIONS = grid(dtype=DTYPES, vocabulary=WITH_CUT, capped=BOTH)
+PRODUCTS = grid(dtype=DTYPES, vocabulary=WITH_CUT, dim=(512, 513))
+COMMON = {"dtype": BF16, "vocabulary": CUT}
 PRODUCT = COMMON | {"dim": 512}
 ODD_PRODUCT = {"dtype": FP16, "vocabulary": 50257, "dim": 513}
 # Representative: each step as it is most often, and what is heaviest.

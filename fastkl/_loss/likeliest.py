@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from fastkl._loss import arguments as check
 from fastkl._loss.options import LikeliestOptions, record, takes
 from fastkl.kernels.driver import row_chunks
-from fastkl.kernels.gemm import compute_dtype, most_rows, project
+from fastkl.kernels.gemm import compute_dtype, most_rows, new_scores, project
 from fastkl.kernels.problem import HeadOptions, Inputs, Spec
 from fastkl.kernels.rows.pytorch import apply_cap
 
@@ -94,7 +94,7 @@ def _logits(inputs: Inputs, options: HeadOptions, chunk_size: int | None) -> Ite
     """Rows, and their logits [n, V] in the compute dtype: one workspace, which the next chunk overwrites."""
     hidden, weight, bias = inputs[:3]
     chunks = row_chunks(Spec("token_nll", options, None, "torch", chunk_size), inputs, gradient=False)
-    workspace = hidden.new_empty(most_rows(chunks), weight.shape[0], dtype=compute_dtype(hidden.dtype))
+    workspace = new_scores(hidden, most_rows(chunks), weight.shape[0], compute_dtype(hidden.dtype))
     for rows in chunks:
         z = workspace[: rows.stop - rows.start]
         with torch.autocast(hidden.device.type, enabled=False):

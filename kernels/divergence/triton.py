@@ -132,9 +132,8 @@ def _divergence_kernel(
     )  # the largest z among tokens that the teacher cannot emit
     lost_t_lanes = tl.full([BLOCK_N], float("-inf"), tl.float32)  # the largest z_t among those that the student cannot
     for start in range(0, vocabulary, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        z = load_block(x_ptr, columns, vocabulary, cap, CAPPED)
-        z_t = load_block(x_t_ptr, columns, vocabulary, cap_t, CAPPED_T)
+        z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
+        z_t = load_block(x_t_ptr, start, vocabulary, cap_t, CAPPED_T, BLOCK_N)
         m_before, m_t_before = m, m_t
         m, base, step = raise_max(m, z, 1.0, 0)
         m_t, base_t, step_t = raise_max(m_t, z_t, 1.0, 0)
@@ -199,9 +198,9 @@ def _divergence_kernel(
         value_lanes = tl.zeros([BLOCK_N], tl.float32)
         mean_lanes = tl.zeros([BLOCK_N], tl.float32)
         for done in range(0, vocabulary, BLOCK_N):  # from the end: what was read last is still in the L2 cache
-            columns = last - done + tl.arange(0, BLOCK_N)
-            z = load_block(x_ptr, columns, vocabulary, cap, CAPPED)
-            z_t = load_block(x_t_ptr, columns, vocabulary, cap_t, CAPPED_T)
+            start = last - done
+            z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
+            z_t = load_block(x_t_ptr, start, vocabulary, cap_t, CAPPED_T, BLOCK_N)
             p = tl.exp(z - base) * scale
             q = tl.exp(z_t - base_t) * scale_t
             r = _log_ratio(z - base, z_t - base_t, log_total_ratio)
@@ -214,9 +213,8 @@ def _divergence_kernel(
     if u_ptr is not None:
         for done in range(0, vocabulary, BLOCK_N):  # from where the walk before it ended
             start = done if TWO_WALKS else last - done
-            columns = start + tl.arange(0, BLOCK_N)
-            z = load_block(x_ptr, columns, vocabulary, cap, CAPPED)
-            z_t = load_block(x_t_ptr, columns, vocabulary, cap_t, CAPPED_T)
+            z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
+            z_t = load_block(x_t_ptr, start, vocabulary, cap_t, CAPPED_T, BLOCK_N)
             p = tl.exp(z - base) * scale
             q = tl.exp(z_t - base_t) * scale_t
             if KIND == "forward_kl":
@@ -227,7 +225,7 @@ def _divergence_kernel(
                 r = _log_ratio(z - base, z_t - base_t, log_total_ratio)
                 phi, s = _terms(p, q, r, weight, weight_t, KIND)
                 u = p * (s - mean)
-            store_gradient(u_ptr, columns, vocabulary, u, z, cap, CAPPED)
+            store_gradient(u_ptr, start, vocabulary, u, z, cap, CAPPED, BLOCK_N)
 
 
 @triton.jit

@@ -22,11 +22,14 @@ CHUNKS = ("x", "x_t", "u")  # how the parameters of a row kernel that say where 
 
 
 def row_kernel(function: Callable[..., None]) -> Any:
-    """Declares a row kernel. Where a chunk lies is alike from call to call; its other pointers and strides vary."""
+    """Declares a row kernel. Where a chunk lies is alike from call to call; its other pointers and strides vary.
+
+    So does the vocabulary, of which nothing depends: an odd one has the kernel of an even one where rows lie as far apart.
+    """
     names = [name for name in signature(function).parameters if not name.startswith(tuple(f"{c}_" for c in CHUNKS))]
     return triton.jit(
         function,
-        do_not_specialize=[name for name in names if "_stride" in name],
+        do_not_specialize=["vocabulary", *[name for name in names if "_stride" in name]],
         do_not_specialize_on_alignment=[name for name in names if name.endswith("_ptr")],
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastkl.kernels.launch import check_device, launch, token_ids
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.rows.launch import launch_rows, row_config, row_kernel, written_to
-from fastkl.kernels.rows.walk import carry, finite_or_zero, load_block, load_one, raise_max, store_gradient
+from fastkl.kernels.rows.walk import carry, finite_or_zero, load_block, load_one, raise_max, store_block, store_gradient
 
 
 def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> None:
@@ -112,7 +112,7 @@ def _token_nll_kernel(
     m = float("-inf")
     l_lanes = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, vocabulary, BLOCK_N):
-        z = load_block(x_ptr, start + tl.arange(0, BLOCK_N), vocabulary, cap, CAPPED)
+        z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
         m, base, step = raise_max(m, z, 1.0, 0)
         l_lanes = tl.fma(l_lanes, tl.exp(step), tl.exp(z - base))
     base = finite_or_zero(m)
@@ -123,10 +123,10 @@ def _token_nll_kernel(
         scale = tl.where(target == target, tl.div_rn(1.0, total), target)  # NaN if there is no such token
         last = (vocabulary - 1) // BLOCK_N * BLOCK_N
         for done in range(0, vocabulary, BLOCK_N):  # from the end: what was read last is still in the L2 cache
-            columns = last - done + tl.arange(0, BLOCK_N)
-            z = load_block(x_ptr, columns, vocabulary, cap, CAPPED)
-            u = tl.exp(z - base) * scale - tl.where(columns == y.to(tl.int32), 1.0, 0.0)
-            store_gradient(u_ptr, columns, vocabulary, u, z, cap, CAPPED)
+            start = last - done
+            z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
+            u = tl.exp(z - base) * scale - tl.where(start + tl.arange(0, BLOCK_N) == y.to(tl.int32), 1.0, 0.0)
+            store_gradient(u_ptr, start, vocabulary, u, z, cap, CAPPED, BLOCK_N)
 
 
 @row_kernel
@@ -156,7 +156,7 @@ def _token_nll_entropy_kernel(
     l_lanes = tl.zeros([BLOCK_N], tl.float32)
     weighted_lanes = tl.zeros([BLOCK_N], tl.float32)  # Σ e^a a
     for start in range(0, vocabulary, BLOCK_N):
-        z = load_block(x_ptr, start + tl.arange(0, BLOCK_N), vocabulary, cap, CAPPED)
+        z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
         m, base, step = raise_max(m, z, 1.0, 0)
         a = z - base
         e, factor = tl.exp(a), tl.exp(step)
@@ -207,13 +207,12 @@ def _entropy_gradient_kernel(
     w_entropy = tl.load(weights_ptr + weights_stride_value + row)
     w_p = w_nll + tl.load(weights_ptr + 2 * weights_stride_value + row) - w_entropy * entropy
     for start in range(0, vocabulary, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        z = load_block(x_ptr, columns, vocabulary, cap, CAPPED)
+        z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
         log_p = (z - base) - log_total  # in this order: large logits cancel before anything is rounded
         p = tl.exp(log_p)
         log_p = tl.where(z == float("-inf"), 0.0, log_p)
-        u = p * (w_p - w_entropy * log_p) - tl.where(columns == y, w_nll, 0.0)
-        store_gradient(u_ptr, columns, vocabulary, u, z, cap, CAPPED)
+        u = p * (w_p - w_entropy * log_p) - tl.where(start + tl.arange(0, BLOCK_N) == y, w_nll, 0.0)
+        store_gradient(u_ptr, start, vocabulary, u, z, cap, CAPPED, BLOCK_N)
 
 
 @row_kernel
@@ -232,5 +231,4 @@ def _clear_rows_kernel(
     if tl.load(slope_ptr + row) == 0.0:
         u_ptr += row * u_stride_row
         for start in range(0, vocabulary, BLOCK_N):
-            columns = start + tl.arange(0, BLOCK_N)
-            tl.store(u_ptr + columns, tl.zeros([BLOCK_N], tl.float32), mask=columns < vocabulary)
+            store_block(u_ptr, start, vocabulary, tl.zeros([BLOCK_N], tl.float32), BLOCK_N)

@@ -8,6 +8,9 @@ m − m' for a itself) makes that
 
     l ← e^(m − m') l                  Σ e^a x ← e^(m − m') (Σ e^a x + d l)
 
+The block at the end of the vocabulary alone is masked. The others move 16 bytes at a time wherever the distances of rows
+are multiples of 16 elements, however odd the vocabulary; what lies between two rows is neither read nor written.
+
 A soft-cap, z = cap · tanh(x), is applied after each load, and dz/dx = (cap − z)(cap + z) / cap before the store.
 
 The rules of `pytorch.py` at the edges: a token with z = −inf or p = 0 adds nothing; NaN, +inf and rows of nothing but
@@ -26,14 +29,41 @@ import triton.language as tl
 
 @triton.jit
 def load_block(
-    x_ptr: tl.tensor, columns: tl.tensor, vocabulary: tl.tensor, cap: tl.tensor, CAPPED: tl.constexpr
+    x_ptr: tl.tensor,
+    start: tl.tensor,
+    vocabulary: tl.tensor,
+    cap: tl.tensor,
+    CAPPED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
-    """The logits z at `columns`; −inf beyond the vocabulary."""
-    inside = columns < vocabulary
-    z = tl.load(x_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    """The logits z of a block; −inf beyond the vocabulary."""
+    z = load_scores(x_ptr, start, vocabulary, float("-inf"), BLOCK_N)
     if CAPPED:
-        z = tl.where(inside, cap * tanh(z), float("-inf"))
+        z = tl.where(start + tl.arange(0, BLOCK_N) < vocabulary, cap * tanh(z), float("-inf"))
     return z
+
+
+@triton.jit
+def load_scores(
+    x_ptr: tl.tensor, start: tl.tensor, vocabulary: tl.tensor, beyond: tl.constexpr, BLOCK_N: tl.constexpr
+) -> tl.tensor:
+    """A block as it is stored, in float32; `beyond` where the vocabulary ends, which the last block alone looks for."""
+    columns = start + tl.arange(0, BLOCK_N)
+    if start + BLOCK_N <= vocabulary:
+        x = tl.load(x_ptr + columns)
+    else:
+        x = tl.load(x_ptr + columns, mask=columns < vocabulary, other=beyond)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def store_block(u_ptr: tl.tensor, start: tl.tensor, vocabulary: tl.tensor, u: tl.tensor, BLOCK_N: tl.constexpr) -> None:
+    """Stores a block, and nothing beyond the vocabulary."""
+    columns = start + tl.arange(0, BLOCK_N)
+    if start + BLOCK_N <= vocabulary:
+        tl.store(u_ptr + columns, u)
+    else:
+        tl.store(u_ptr + columns, u, mask=columns < vocabulary)
 
 
 @triton.jit
@@ -48,17 +78,18 @@ def load_one(x_ptr: tl.tensor, y: tl.tensor, vocabulary: tl.tensor, cap: tl.tens
 @triton.jit
 def store_gradient(
     u_ptr: tl.tensor,
-    columns: tl.tensor,
+    start: tl.tensor,
     vocabulary: tl.tensor,
     u: tl.tensor,
     z: tl.tensor,
     cap: tl.tensor,
     CAPPED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ) -> None:
-    """Stores u · dz/dx at `columns`."""
+    """Stores u · dz/dx of a block."""
     if CAPPED:
         u *= (cap - z) * (cap + z) * (1.0 / cap)
-    tl.store(u_ptr + columns, u, mask=columns < vocabulary)
+    store_block(u_ptr, start, vocabulary, u, BLOCK_N)
 
 
 @triton.jit

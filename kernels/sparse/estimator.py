@@ -51,7 +51,10 @@ class ColumnSampler(Protocol):
     """Draws the columns of one block after the other, and keeps count."""
 
     def sample(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> ColumnSample:
-        """Of a block: gradient [B, V] in `gradient_dtype`, which it may overwrite, slope [B]; keeps ids in `always`."""
+        """Of a block: gradient [B, V] in `gradient_dtype`, slope [B]; keeps ids in `always`.
+
+        It may overwrite the gradient, and what lies between its rows.
+        """
 
     def statistics(self) -> Tensor:
         """The fraction of u that was kept, and the expected relative error of û, [2]."""

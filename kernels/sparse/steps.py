@@ -1,7 +1,7 @@
 """The steps of a block in the sparse backward (`triton.py`), each a launch or two of `triton_kernels.py`.
 
-The rows of W are gathered through pointers, 16 bytes per thread where V, D and the distances of rows are multiples of 16;
-tensor descriptors cannot gather on sm_90. Nothing here was measured.
+The rows of W are gathered through pointers, 16 bytes per thread where D and the distances of rows are multiples of 16, and
+u has room up to one after V, as the driver's has; tensor descriptors cannot gather on sm_90. Nothing here was measured.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from fastkl.kernels.launch import LaunchConfig, check_device, launch, product_co
 from fastkl.kernels.rows.launch import GRADIENT_DTYPES
 from fastkl.kernels.sparse.estimator import SPLIT
 from fastkl.kernels.sparse.triton_kernels import (
+    PAD,
     column_squares_kernel,
     compact_kernel,
     count_columns_kernel,
@@ -109,6 +110,7 @@ def compact(gradient: Tensor, columns: Selection, capped: bool) -> Tensor:
         tau_ptr=columns.tau,
         excess_ptr=excess,
         vocabulary=vocabulary,
+        width=_width(gradient),
         CAPPED=capped,
     )
     return excess
@@ -162,7 +164,7 @@ def _estimate_arguments(gradient: Tensor, columns: Selection) -> dict[str, Any]:
         "u_ptr": gradient,
         "u_stride_row": gradient.stride(0),
         "n": gradient.shape[0],
-        "vocabulary": gradient.shape[1],
+        "width": _width(gradient),
         "ids_ptr": columns.ids,
         "count_ptr": columns.kept,
     }
@@ -170,7 +172,16 @@ def _estimate_arguments(gradient: Tensor, columns: Selection) -> dict[str, Any]:
 
 def _product_config(gradient: Tensor, other: Tensor) -> LaunchConfig:
     """Blind to what was drawn, too."""
-    return product_config(target_of(gradient.device), gradient.dtype, suits_vectors(gradient) and suits_vectors(other))
+    vectors = suits_vectors(gradient, _width(gradient)) and suits_vectors(other)
+    return product_config(target_of(gradient.device), gradient.dtype, vectors)
+
+
+def _width(gradient: Tensor) -> int:
+    """Elements of a row that are its own: V, and those up to a multiple of PAD that lie before the next row."""
+    (n, vocabulary), stride = gradient.shape, gradient.stride(0)
+    width = triton.cdiv(vocabulary, PAD.value) * PAD.value
+    room = gradient.untyped_storage().nbytes() // gradient.itemsize - gradient.storage_offset()
+    return width if width <= stride and (n - 1) * stride + width <= room else vocabulary
 
 
 def _programs(device: torch.device) -> int:

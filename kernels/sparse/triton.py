@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkl.kernels.gemm import scaled_rows
+from fastkl.kernels.gemm import new_scores, scaled_rows
 from fastkl.kernels.launch import check_device, check_rows
 from fastkl.kernels.options import Sparse
 from fastkl.kernels.sparse.estimator import Estimate, centre
@@ -96,4 +96,7 @@ class TritonColumnSample(NamedTuple):
         drawn, expected = torch.cat([self.columns.kept, self.expected.reshape(1)]).tolist()  # exact up to 2²⁴ columns
         count = int(drawn)
         ids = self.columns.ids[:count].to(torch.int64)
-        return Estimate(rows, ids, self.gradient[:, :count].clone(), self.slope, expected)
+        kept = new_scores(self.gradient, self.gradient.shape[0], count, self.gradient.dtype).copy_(
+            self.gradient[:, :count]
+        )
+        return Estimate(rows, ids, kept, self.slope, expected)

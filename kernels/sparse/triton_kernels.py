@@ -11,11 +11,13 @@ from typing import Any
 import triton
 import triton.language as tl
 
-PAD = tl.constexpr(64)  # û is followed by zeros up to a multiple of this, or the end of the row
+from fastkl.kernels.rows.walk import load_scores
+
+PAD = tl.constexpr(64)  # û is followed by zeros up to a multiple of this, or the end of the row's room
 
 # Declares a kernel of this room. These are the parameters that vary from call to call.
 step_kernel: Callable[[Any], Any] = triton.jit(
-    do_not_specialize=["n", "seed_low", "seed_high", "block"],
+    do_not_specialize=["n", "vocabulary", "seed_low", "seed_high", "block"],
     do_not_specialize_on_alignment=[
         *("weights_ptr", "partials_ptr", "norms_ptr", "tau_ptr", "counts_ptr", "ends_ptr", "ids_ptr", "inverse_ptr"),
         *("count_ptr", "slope_ptr", "excess_ptr", "centre_ptr"),
@@ -45,8 +47,12 @@ def column_squares_kernel(
     total = tl.zeros([BLOCK_N], tl.float32)
     for start in range(first, min(first + SPLIT, n), BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        inside = (rows < n)[:, None] & (columns < vocabulary)[None, :]
-        u = tl.load(u_ptr + rows.to(tl.int64)[:, None] * u_stride_row + columns[None, :], mask=inside, other=0.0)
+        inside = (rows < n)[:, None]
+        u_ptrs = u_ptr + rows.to(tl.int64)[:, None] * u_stride_row + columns[None, :]
+        if tl.program_id(0) * BLOCK_N + BLOCK_N <= vocabulary:
+            u = tl.load(u_ptrs, mask=inside, other=0.0)
+        else:
+            u = tl.load(u_ptrs, mask=inside & (columns < vocabulary)[None, :], other=0.0)
         u = u.to(tl.float32)
         weights = tl.load(weights_ptr + rows, mask=rows < n, other=0.0)
         total += tl.sum(u * u * weights[:, None], 0)
@@ -136,6 +142,7 @@ def compact_kernel(
     excess_ptr: tl.tensor,  # [n], Σ û − Σ u
     # shapes
     vocabulary: tl.tensor,
+    width: tl.tensor,  # elements of a row that may be written, V or the next multiple of PAD
     # strides
     u_stride_row: tl.tensor,
     # constants
@@ -161,10 +168,9 @@ def compact_kernel(
         if CAPPED:
             lanes = tl.zeros([BLOCK_N], tl.float32)
             for start in range(0, vocabulary, BLOCK_N):
-                columns = start + tl.arange(0, BLOCK_N)
-                lanes -= tl.load(u_ptr + columns, mask=columns < vocabulary, other=0.0).to(tl.float32)
+                lanes -= load_scores(u_ptr, start, vocabulary, 0.0, BLOCK_N)
             excess += tl.sum(lanes, 0)
-        end = min(tl.cdiv(count, PAD) * PAD, vocabulary)
+        end = min(tl.cdiv(count, PAD) * PAD, width)
         for start in range(0, end, BLOCK_N):
             places = start + tl.arange(0, BLOCK_N)
             kept = places < count
@@ -175,6 +181,9 @@ def compact_kernel(
             excess += tl.sum(stored.to(tl.float32), 0)  # before the barrier: see above
             tl.debug_barrier()
             tl.store(u_ptr + places, stored, mask=places < end)
+    else:
+        beyond = vocabulary + tl.arange(0, PAD)
+        tl.store(u_ptr + beyond, tl.zeros([PAD], tl.float32), mask=beyond < width)
     tl.store(excess_ptr + row, excess)
 
 
@@ -191,7 +200,7 @@ def hidden_gradient_kernel(
     out_ptr: tl.tensor,  # [n, D]
     # shapes
     n: tl.tensor,
-    vocabulary: tl.tensor,
+    width: tl.tensor,  # elements of a row of û that may be read
     dim: tl.tensor,
     # strides
     u_stride_row: tl.tensor,
@@ -218,7 +227,7 @@ def hidden_gradient_kernel(
         kept = places < count
         ids = next_ids.to(tl.int64)
         next_ids = tl.load(ids_ptr + places + BLOCK_K, mask=places + BLOCK_K < count, other=0)
-        a = tl.load(u_ptrs + start, mask=(places < vocabulary)[None, :], other=0.0)  # 0 beyond K
+        a = tl.load(u_ptrs + start, mask=(places < width)[None, :], other=0.0)  # 0 beyond K
         b = tl.load(
             w_ptr + ids[:, None] * w_stride_row + columns[None, :],
             mask=kept[:, None] & (columns < dim)[None, :],
@@ -246,7 +255,7 @@ def weight_gradient_kernel(
     accumulator_ptr: tl.tensor,  # [V, D]
     # shapes
     n: tl.tensor,
-    vocabulary: tl.tensor,
+    width: tl.tensor,  # elements of a row of û that may be read
     dim: tl.tensor,
     # strides
     u_stride_row: tl.tensor,
@@ -271,7 +280,7 @@ def weight_gradient_kernel(
             inside = (rows < n)[:, None]
             a = tl.load(
                 u_ptr + rows[:, None] * u_stride_row + places[None, :],
-                mask=inside & (places < vocabulary)[None, :],  # beyond K is what nobody stores
+                mask=inside & (places < width)[None, :],  # beyond K is what nobody stores
                 other=0.0,
             )
             b = tl.load(

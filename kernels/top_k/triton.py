@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkl.kernels.rows.launch import launch_rows, row_kernel, written_to
-from fastkl.kernels.rows.walk import finite_or_zero, raise_max, store_gradient, tanh
+from fastkl.kernels.rows.walk import finite_or_zero, load_scores, raise_max, store_gradient, tanh
 
 
 def tail_sums(x: Tensor, cap: float | None, out: Tensor) -> None:
@@ -44,7 +44,7 @@ def _tail_sums_kernel(
     m = float("-inf")
     l_lanes = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, vocabulary, BLOCK_N):
-        z = _load_entries(x_ptr, start + tl.arange(0, BLOCK_N), vocabulary, cap, CAPPED)
+        z = _load_entries(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
         m, base, step = raise_max(m, z, 1.0, 0)
         l_lanes = tl.fma(l_lanes, tl.exp(step), tl.exp(z - base))
     tl.store(out_ptr + row, m)
@@ -73,18 +73,22 @@ def _tail_gradient_kernel(
     u_ptr += row * u_stride_row
     base, scale = finite_or_zero(tl.load(m_ptr + row)), tl.load(scale_ptr + row)
     for start in range(0, vocabulary, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        z = _load_entries(x_ptr, columns, vocabulary, cap, CAPPED)
+        z = _load_entries(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
         u = scale * tl.exp(z - base)
-        store_gradient(u_ptr, columns, vocabulary, u, tl.where(z == float("-inf"), 0.0, z), cap, CAPPED)
+        store_gradient(u_ptr, start, vocabulary, u, tl.where(z == float("-inf"), 0.0, z), cap, CAPPED, BLOCK_N)
 
 
 @triton.jit
 def _load_entries(
-    x_ptr: tl.tensor, columns: tl.tensor, vocabulary: tl.tensor, cap: tl.tensor, CAPPED: tl.constexpr
+    x_ptr: tl.tensor,
+    start: tl.tensor,
+    vocabulary: tl.tensor,
+    cap: tl.tensor,
+    CAPPED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
-    """The logits z at `columns`; −inf beyond the vocabulary and where x is −inf, which a cap would bring back."""
-    x = tl.load(x_ptr + columns, mask=columns < vocabulary, other=float("-inf")).to(tl.float32)
+    """The logits z of a block; −inf beyond the vocabulary and where x is −inf, which a cap would bring back."""
+    x = load_scores(x_ptr, start, vocabulary, float("-inf"), BLOCK_N)
     if CAPPED:
         x = tl.where(x == float("-inf"), x, cap * tanh(x))
     return x

@@ -116,7 +116,7 @@ def test_workspace_is_what_is_allocated(form: str, teacher: bool) -> None:
 
 def test_on_a_gpu_the_gradient_of_bf16_lies_apart() -> None:
     counted = count("frozen", (4096, 64, 1000), chunk_size=1024)
-    assert counted.workspace == 1024 * 1000 * (4 + 2)
+    assert counted.workspace == 1024 * 1024 * (4 + 2)  # rows of 1000 logits have room for 1024
     assert counted.rows.bytes == 4096 * 1000 * (4 + 4 + 2)
     assert counted.passes == 3
 

@@ -28,8 +28,10 @@ def test_bench_lists_what_the_compiler_made(tmp_path: Path, capsys: pytest.Captu
     for row in rows:
         assert list(row) == [
             *("kernel", "config", "target", "registers"),
-            *("spill_bytes", "shared_bytes", "tensor_core", "code_bytes"),
+            *("spill_bytes", "shared_bytes", "load_bytes", "store_bytes", "tensor_core", "code_bytes"),
         ]
+        expected = (16 if "151665" in row["config"] else 8) if row["target"] == "sm_90" else None
+        assert row["load_bytes"] == expected
         assert row["registers"] > 0
         assert row["spill_bytes"] == 0
         assert row["tensor_core"] is None

@@ -14,7 +14,8 @@ import pytest
 
 from bench.variants import LAUNCHERS, VARIANTS
 from bench.variants.aot import CHIPS, compiler, resources
-from bench.variants.launcher import BF16, FP32, Variant
+from bench.variants.launcher import BF16, CUT, FP32, Variant
+from fastkl.kernels.divergence.formula import DIVERGENCES
 from fastkl.kernels.rows.launch import row_config
 
 Launch = Callable[..., list[Any]]
@@ -123,6 +124,30 @@ def test_rows_move_in_vectors(launch: Launch, variant: Variant, walks: int, chun
     assert len(re.findall(r"st\.global[.\w:]*\.v4", ptx)) == vectors * writes
 
 
+VECTORS = [  # the kernels that walk over rows: read, written
+    (like("rows.token_nll"), 16, 16),
+    (like("rows.token_nll_entropy"), 16, 4),
+    (like("rows.entropy_gradient"), 16, 16),
+    (like("rows.clear_rows"), 4, 16),
+    (like("top_k.tail_sums"), 16, 4),
+    (like("top_k.tail_gradient"), 16, 16),
+    *[(like("divergence.divergence", kind=kind), 16, 8) for kind in DIVERGENCES],
+    (like("sparse.column_squares"), 16, 4),
+    (like("sparse.compact"), 16, 16),
+    (like("sparse.hidden_gradient"), 4, 16),  # operands come by cp.async
+    (like("sparse.weight_gradient"), 16, 16),
+]
+
+
+@pytest.mark.parametrize(("variant", "loads", "stores"), VECTORS, ids=lambda v: getattr(v, "kernel", None))
+def test_an_odd_vocabulary_keeps_vectors(launch: Launch, variant: Variant, loads: int, stores: int) -> None:
+    """Where rows lie as in the driver's workspace; and the kernel is that of an even one."""
+    (kernel,) = launch("sm_90", variant.but(vocabulary=CUT))
+    used = resources(kernel)
+    assert (used.load_bytes, used.store_bytes) == (loads, stores)
+    assert launch("sm_90", variant.but(vocabulary=151936)) == [kernel]
+
+
 ANOTHER_CALL = [(1, 0), (16, 0), (17, 1), (3, 5), (32, 16)]  # rows, and where results and tokens stand in their buffers
 ROWS = [
     like("rows.token_nll", dtypes=(FP32, None), capped=True, vocabulary=32000),
@@ -208,12 +233,14 @@ def buffers(kernel: Any) -> list[int]:
 
 @pytest.mark.parametrize("capped", [False, True], ids=["plain", "capped"])
 def test_compaction_loads_before_it_stores(launch: Launch, capped: bool) -> None:
-    """On a chip whose barriers do not wait for loads: all have arrived before a barrier, and the one store follows one."""
+    """On a chip whose barriers do not wait for loads: all have arrived before a barrier, and the store of û follows one."""
     assembly = launch("gfx942", like("sparse.compact", capped=capped))[0].asm["amdgcn"]
-    store = assembly.index("buffer_store")
-    assert assembly.count("buffer_store") == 1
-    block = assembly[assembly.rindex(".LBB0_", 0, store) : store]
-    assert "s_barrier" in block
-    assert "buffer_load" not in block
+    places = [place.start() for place in re.finditer("buffer_store", assembly)]
+    blocks = [assembly[assembly.rindex(".LBB0_", 0, place) : place] for place in places]
+    assert ["s_barrier" in block for block in blocks].count(
+        True
+    ) == 1  # the other one is of zeros beyond the vocabulary
+    assert len(blocks) == 2
+    assert not any("buffer_load" in block for block in blocks)
     after_loads = assembly.rpartition("buffer_load")[2]
     assert re.search(r"vmcnt\(0\).*?s_barrier", after_loads, re.DOTALL)

@@ -27,6 +27,7 @@ from fastkl.kernels.sparse import estimator
 from fastkl.loss import Sparse
 
 SHAPE, V, D = (2, 24), 320, 48
+CUT = 301  # an odd vocabulary
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
@@ -82,7 +83,7 @@ class Products(RefusesNonDeterminism):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(values=False)
-        self.dtype, self.into_fp32 = dtype, 0
+        self.dtype, self.into_fp32, self.wide = dtype, 0, 0
         self.large: Counter[str] = Counter()  # operators that give logits, or a gradient, of all tokens
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -100,6 +101,12 @@ class Products(RefusesNonDeterminism):
         assert result.dtype == compute_dtype(self.dtype), func
         assert result.is_cuda
         assert any(t.stride(-1) == 1 or t.stride(-2) == 1 for t in operands)
+        for t in (*operands, result):
+            if (
+                t.numel() == SHAPE[0] * SHAPE[1] * CUT and t.stride(t.shape.index(CUT)) == 1
+            ):  # logits, or their gradient
+                assert t.stride(1 - t.shape.index(CUT)) % 64 == 0, func
+                self.wide += 1
         if self.dtype in (BF16, FP16):
             assert func._overloadname.startswith("dtype"), func
             assert args[2 if func.overloadpacket.__name__ == "mm" else 3] == FP32
@@ -123,11 +130,12 @@ def evaluate(
     needs: tuple[str, ...],
     model: torch.dtype | None = None,
     has_bias: bool = True,
+    vocabulary: int = V,
     **options: Any,
 ) -> Device:
     """Forward and backward with operands of `dtype`, with every result checked; under autocast the model has another."""
     monkeypatch.setattr(loss_cases, "teacher_list", empty_list)
-    plain, device = make_problem(SHAPE, V, D, model or dtype), Device(monkeypatch, dtype)
+    plain, device = make_problem(SHAPE, vocabulary, D, model or dtype), Device(monkeypatch, dtype)
     with fake_tensors(monkeypatch), device.products:
         p = on_device(plain if has_bias else plain._replace(bias=None, teacher_bias=None))
         for field in needs:
@@ -217,7 +225,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "chunks": ("jsd", {"chunk_size": 20}),
     "head": ("policy_gradient", {"temperature": 0.7, "logit_scale": 1.6, "softcap": 2.5}),
     "teacher's head": ("reverse_kl", {"teacher_temperature": 0.7, "teacher_softcap": 2.5, "per_token": True}),
-    "vocab_size": ("forward_kl", {"vocab_size": 301}),
+    "vocab_size": ("forward_kl", {"vocab_size": CUT}),
     "discount": ("sampled_reverse_kl", {"discount": 0.9}),
     "sequences": ("policy_gradient", {"ratio": "sequence", "reduction": "sequence_mean"}),
     "drop": ("top_k", {"direction": "forward", "tail": "drop", "squared_temperature": True, "temperature": 0.5}),
@@ -266,6 +274,17 @@ def test_token_stats(
             for field, gradient in zip(("hidden", "weight", "bias"), call.backward(), strict=True):
                 check_gradient(getattr(p, field), gradient, dtype, field in needs)
     assert len(device.calls) == (1 if needs else 0)
+
+
+@pytest.mark.parametrize("backward", ["exact", Sparse(1)], ids=["exact", "sparse"])
+@each_dtype
+@pytest.mark.parametrize("name", ["policy_gradient", "entropy", "reverse_kl", "top_k"])
+def test_rows_of_an_odd_vocabulary_are_aligned(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, backward: Any
+) -> None:
+    """Products, of logits, both gradients and a teacher's logits, refuse others; so do kernels (`fake_kernels.py`)."""
+    device = evaluate(monkeypatch, name, dtype, NEEDS["all"], vocabulary=CUT, backward=backward)
+    assert device.products.wide >= 1 + 2 * (backward == "exact") + (name == "reverse_kl")
 
 
 class AnywhereGenerator(torch.Generator):

@@ -12,6 +12,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.variants.aot import kernel_name
+from fastkl.kernels.gemm import ROW_MULTIPLE
 
 DECLARED = re.compile(r"^    (\w+): tl\.tensor,  # \[([^\]]+)\]", re.MULTILINE)  # name_ptr: tl.tensor,  # [n, V]
 SIZES = {"n": "n", "vocabulary": "V", "dim": "D", "dim_t": "D_t", "splits": "splits"}  # by the names of parameters
@@ -54,6 +55,8 @@ class FakeKernels:
             where = f"{parameter} of {name}, {list(tensor.shape)} of {tensor.dtype}"
             assert tensor.is_cuda, where
             self.check_dtype(name, parameter, tensor, where)
+            if parameter in ("x_ptr", "x_t_ptr", "u_ptr"):
+                assert tensor.stride(0) % ROW_MULTIPLE["accelerator"] == 0, f"{where}, strides {tensor.stride()}"
             if parameter in declared:
                 self.check_shape(declared[parameter], tensor, sizes, where)
                 self.check_strides(declared[parameter], parameter, tensor, given, where)

@@ -236,6 +236,17 @@ def edges(width: int, block: int) -> dict[str, Rows]:
     return {name: Rows(x[None], x_t[None], torch.tensor([y])) for name, (x, x_t, y) in cases.items()}
 
 
+def apart(t: Tensor) -> Tensor:
+    """A copy of [n, V] whose rows begin at multiples of 64 elements, as those of a workspace; between them is NaN."""
+    n, width = t.shape
+    return t.new_full((n, -(-width // 64) * 64 + 64), torch.nan)[:, :width].copy_(t)
+
+
+def gap(t: Tensor) -> Tensor:
+    """What lies between the rows of `apart`."""
+    return t.as_strided((t.shape[0], t.stride(0)), t.stride())[:, t.shape[1] :]
+
+
 def rows_far_apart(device: str, folder: Path) -> Tensor:
     """[3, 50] bf16; the third row starts 2³¹ + 32 elements after the first. On a CPU the 4 GB are a file, mostly hole."""
     stride, width = 2**30 + 16, 50

@@ -14,6 +14,7 @@ import torch
 from determinism import refused_non_determinism
 from devices import INTERPRETED, triton_device
 from loss_cases import TRAINABLE, frozen_or_all, fused, fused_output, generator, with_gradients
+from row_cases import apart, gap
 from sparse_cases import bias_over_noise, peaked_problem, relative_error, use_small_blocks
 from torch import Tensor
 
@@ -57,17 +58,24 @@ def make(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, 
 
 @dtypes
 @shapes
-@pytest.mark.parametrize("capped", [False, True], ids=["plain", "capped"])
-def test_widths(shape: tuple[int, int, int, int], dtype: torch.dtype, capped: bool) -> None:
-    """All products of a block, against float64 on the û that the plain version makes of the same selection."""
+@pytest.mark.parametrize(("capped", "room"), [(False, True), (True, False)], ids=["room", "capped"])
+def test_widths(shape: tuple[int, int, int, int], dtype: torch.dtype, capped: bool, room: bool) -> None:
+    """All products of a block, against float64 on the û that the plain version makes of the same selection.
+
+    Rows lie side by side, or between them is NaN, of which nothing is used.
+    """
     u, weight, hidden, slope, columns = make(shape, dtype)
+    u = apart(u) if room else u
     count, vocabulary = shape[3], shape[1]
     ids = columns.ids[:count].long()
     expected = (u.index_select(1, ids).float() * columns.inverse[:count]).to(dtype)
     before = u.double().sum(1)
     excess = steps.compact(u, columns, capped)
     assert torch.equal(u[:, :count], expected)
-    assert not u[:, count : min(-(-count // 64) * 64, vocabulary)].any()
+    end = -(-count // 64) * 64
+    whole = u.as_strided((shape[0], u.stride(0)), u.stride())
+    assert not whole[:, count : end if room else min(end, vocabulary)].any()
+    assert whole[:, max(vocabulary, end) :].isnan().all()
     kept = expected.double()
     own = kept.sum(1) - (before if capped else 0.0)
     torch.testing.assert_close(excess.double(), own, rtol=1e-4, atol=1e-2 if capped else 1e-3)
@@ -96,14 +104,14 @@ def test_a_column_major_accumulator() -> None:
 @dtypes
 @pytest.mark.parametrize("n", [1, 9, 128, 300])
 def test_column_squares(dtype: torch.dtype, n: int) -> None:
-    u = torch.randn(n, 1103, generator=generator(n)).to(dtype).to(DEVICE)
+    u = apart(torch.randn(n, 1103, generator=generator(n)).to(dtype).to(DEVICE))
     weights = torch.rand(n, generator=generator(1)).to(DEVICE)
     exact = (u.double().square() * weights.double()[:, None]).sum(0)
     torch.testing.assert_close(steps.column_squares(u, weights).double(), exact, rtol=1e-5, atol=1e-6)
 
 
 def test_all_columns_stay_as_they_are() -> None:
-    u = torch.randn(3, 2100, generator=generator(0)).to(DEVICE)
+    u = apart(torch.randn(3, 2100, generator=generator(0)).to(DEVICE))
     w = torch.rand(2100, generator=generator(1)).to(DEVICE)
     w[5], w[7] = torch.nan, 0.0
     columns = steps.select_columns(w, torch.tensor([-1.0], device=DEVICE), 0, 0)
@@ -113,6 +121,8 @@ def test_all_columns_stay_as_they_are() -> None:
     before = u.clone()
     assert not steps.compact(u, columns, True).any()
     assert torch.equal(u, before)
+    assert torch.equal(gap(u).isnan().sum(1).cpu(), torch.full((3,), 64))  # zeros up to a multiple of 64
+    assert (gap(u)[:, :12] == 0).all()
 
 
 def select(w: Tensor, seed: int, block: int = 0) -> Tensor:
