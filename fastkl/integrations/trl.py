@@ -1,0 +1,190 @@
+"""fastkl under TRL's trainers.
+
+    from fastkl.integrations.trl import use
+
+    use()  # once, before training; or `with use(): …`
+
+TRL's trainers then compute with `fastkl.loss`: DistillationTrainer its divergence; SFTTrainer, GRPOTrainer, RLOOTrainer,
+DPOTrainer, KTOTrainer, and whatever else calls `trl.trainer.utils.add_fused_lm_head`, their log-probs and entropies. Values
+and gradients are TRL's own. docs/integrations.md says what stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+try:
+    import trl
+except ImportError as error:
+    raise ImportError(f"fastkl.integrations.trl needs TRL 1.16 or later ({error}): pip install 'trl>=1.16'") from error
+
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from fastkl.integrations.bindings import DoesNotFit, check_is_called, check_same_call, find, swap
+from fastkl.loss import jsd_loss, linear_logprobs
+
+__all__ = ["use"]
+
+
+def use() -> ExitStack:
+    """Puts fastkl under TRL's trainers, those that were imported or built before included. A second call changes nothing.
+
+    Returns what undoes it: `use().close()`, or the end of `with use():`. A model keeps the fused head that TRL gave it,
+    which calls whatever is in place when it runs.
+
+    Raises RuntimeError, and changes nothing, if the installed TRL is not built as this needs.
+    """
+    try:
+        replacements = [replacement for part in _PARTS if (replacement := part.replacement()) is not None]
+    except DoesNotFit as error:
+        raise RuntimeError(
+            f"fastkl.integrations.trl does not fit TRL {trl.__version__}: {error}. Use TRL 1.16, or a fastkl that knows "
+            f"this version"
+        ) from None
+    undo = ExitStack()
+    for replacement in replacements:
+        swap("trl", replacement.theirs, replacement)
+        undo.callback(swap, "trl", replacement, replacement.theirs)
+    return undo
+
+
+class _Replacement:
+    """What stands in the place of a function of TRL's, or of an autograd function."""
+
+    def __init__(self, theirs: Any, ours: Callable[..., Any]) -> None:
+        self.theirs, self.ours = theirs, ours
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """What fastkl gives, or TRL where that does not know such a call."""
+        found = self.ours(*arguments, **named)
+        return getattr(self.theirs, "apply", self.theirs)(*arguments, **named) if found is NotImplemented else found
+
+    apply = __call__
+
+
+class _Part(NamedTuple):
+    """A function of TRL's, or an autograd function, that a module of TRL's calls by name."""
+
+    module: str
+    name: str
+    ours: Callable[..., Any]  # with the same signature; NotImplemented: left to TRL
+
+    def replacement(self) -> _Replacement | None:
+        """None if one is in place. Raises DoesNotFit."""
+        theirs = find(self.module, self.name)
+        if isinstance(theirs, _Replacement):
+            return None
+        if hasattr(theirs, "apply"):
+            check_same_call(theirs.forward, self.ours, f"{self.name}.apply", ignored=1)  # all but ctx
+        else:
+            check_same_call(theirs, self.ours, self.name)
+        check_is_called(self.module, self.name)
+        return _Replacement(theirs, self.ours)
+
+
+def _divergence(
+    student_hidden_states: Tensor,  # [..., D]
+    teacher_hidden_states: Tensor,  # [..., D_t]
+    student_lm_head_weight: Tensor,  # [V, D]
+    teacher_lm_head_weight: Tensor,  # [V, D_t]
+    completion_mask: Tensor,  # [...], 0 leaves a position out
+    beta: float,
+    num_items_in_batch: Tensor | int | None = None,
+    student_lm_head_bias: Tensor | None = None,
+    teacher_lm_head_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_final_logit_softcapping: float | None = None,
+    teacher_final_logit_softcapping: float | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, the sum of the student's entropies, and the number of positions, each 0-dim."""
+    student = _head(student_hidden_states, student_lm_head_weight, student_lm_head_bias)
+    with torch.no_grad():
+        teacher = _head(teacher_hidden_states, teacher_lm_head_weight, teacher_lm_head_bias)
+    numbers = temperature, student_logit_scale, teacher_logit_scale
+    softcaps = student_final_logit_softcapping, teacher_final_logit_softcapping
+    if not _known(numbers, softcaps) or len(student.weight) > len(teacher.weight):
+        return NotImplemented
+    active = completion_mask != 0
+    count = active.sum()
+    out = jsd_loss(
+        student.hidden,
+        student.weight,
+        teacher.hidden.detach(),
+        teacher.weight.detach(),
+        bias=student.bias,
+        teacher_bias=None if teacher.bias is None else teacher.bias.detach(),
+        beta=beta,
+        mask=active,
+        temperature=temperature,
+        logit_scale=student_logit_scale,
+        teacher_logit_scale=teacher_logit_scale,
+        softcap=student_final_logit_softcapping,
+        teacher_softcap=teacher_final_logit_softcapping,
+        vocab_size=len(student.weight),  # TRL looks at no more of the teacher's
+        reduction="sum",
+        per_token=True,
+    )
+    assert out.per_token is not None
+    divisor = count.clamp(min=1) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=out.loss.device)
+    return out.loss / divisor, out.per_token.student_entropy.sum(), count
+
+
+TokenFields = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _token_fields(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [N]
+    temperature: float,
+    chunk_size: int,
+    final_logit_softcapping: float | None = None,
+    logit_scale: float = 1.0,
+    outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+) -> TokenFields:
+    """Log-probs [N], and those fields that `outputs` names: entropies, log Σ p², mean logits, whether a target is top."""
+    if not _known((temperature, logit_scale), (final_logit_softcapping,)) or set(outputs) - {"log_probs"}:
+        return NotImplemented
+    head = _head(hidden, weight, bias)
+    options = {"temperature": temperature, "logit_scale": logit_scale, "softcap": final_logit_softcapping}
+    return linear_logprobs(head.hidden, head.weight, targets, bias=head.bias, **options), None, None, None, None
+
+
+class _Head(NamedTuple):
+    hidden: Tensor  # [..., D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+
+
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Head:
+    """A head in the dtype of its input, as TRL casts it, and whole: sharded weights are gathered."""
+
+    def operand(tensor: Tensor) -> Tensor:
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return whole.to(hidden.dtype)
+
+    return _Head(hidden, operand(weight), None if bias is None else operand(bias))
+
+
+def _known(positive: tuple[float, ...], softcaps: tuple[float | None, ...]) -> bool:
+    """Whether fastkl takes such a call. Weights that DeepSpeed's ZeRO-3 partitions are gathered by TRL's own code only."""
+    return (
+        not is_deepspeed_zero3_enabled()
+        and all(number > 0 for number in positive)
+        and all(softcap is None or softcap > 0 for softcap in softcaps)
+    )
+
+
+_PARTS = (
+    _Part("trl.trainer.distillation_trainer", "_chunked_divergence_loss", _divergence),
+    _Part("trl.trainer.utils", "_ChunkedLogProbFunction", _token_fields),
+)

@@ -1,0 +1,262 @@
+"""What `fastkl.integrations.trl` puts in the place of TRL's functions: the same values, and where they are found."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from launches import run_python
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+trl = pytest.importorskip("trl", minversion="1.16")
+from trl.trainer import distillation_trainer, utils  # noqa: E402
+
+from fastkl import reference  # noqa: E402
+from fastkl.integrations import trl as integration  # noqa: E402
+
+VOCABULARY, DIM, TEACHER_DIM = 53, 16, 24
+OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # the order of TRL's fields
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def functions() -> tuple[Any, Any]:
+    """What is in place: the divergence, and the autograd function of the fused head."""
+    return distillation_trainer._chunked_divergence_loss, utils._ChunkedLogProbFunction
+
+
+def both(name: str) -> tuple[Any, Any]:
+    """TRL's function and ours."""
+    index = ("divergence", "head").index(name)
+    theirs = functions()[index]
+    with integration.use():
+        ours = functions()[index]
+    assert ours is not theirs
+    return (theirs, ours) if index == 0 else (theirs.apply, ours.apply)
+
+
+class Heads:
+    """A student and a teacher on 2 × 9 tokens, with logits of standard deviation 2."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, *, bias: bool = True, weight_dtype: torch.dtype | None = None):
+        g = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = weight_dtype or dtype) -> Tensor:
+            return (torch.randn(shape, generator=g) * scale).to(dtype)
+
+        self.hidden = normal(2, 9, DIM, dtype=dtype).requires_grad_()
+        self.teacher_hidden = normal(2, 9, TEACHER_DIM, dtype=dtype)
+        self.weight = normal(VOCABULARY, DIM, scale=2 / DIM**0.5).requires_grad_()
+        self.teacher_weight = torch.nn.Parameter(normal(VOCABULARY, TEACHER_DIM, scale=2 / TEACHER_DIM**0.5))
+        self.bias = normal(VOCABULARY).requires_grad_() if bias else None
+        self.teacher_bias = torch.nn.Parameter(normal(VOCABULARY)) if bias else None
+        self.tokens = torch.randint(VOCABULARY, (2, 9), generator=g)
+        self.mask = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 1, 1], [1, 0, 0, 0, 1, 1, 1, 1, 1]])
+
+    @property
+    def trained(self) -> list[Tensor]:
+        return [t for t in (self.hidden, self.weight, self.bias) if t is not None]
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """Zeros where TRL says that there is none."""
+        found = torch.autograd.grad(loss, self.trained, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for g, t in zip(found, self.trained, strict=True)]
+
+    def logits(self, who: str = "", **options: Any) -> Tensor:
+        """In float64, of the numbers as they are."""
+        parts = [getattr(self, f"{who}{name}") for name in ("hidden", "weight", "bias")]
+        return reference.logits(*[None if t is None else t.double() for t in parts], **options)
+
+
+# A head's options by TRL's names, of the student, of the teacher, and of both.
+HEAD_OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "scales": {"student_logit_scale": 0.5, "teacher_logit_scale": 2.0},
+    "softcaps": {"student_final_logit_softcapping": 3.0, "teacher_final_logit_softcapping": 5.0},
+    "all": {
+        "temperature": 1.6,
+        "student_logit_scale": 0.5,
+        "teacher_logit_scale": 2.0,
+        "student_final_logit_softcapping": 3.0,
+        "teacher_final_logit_softcapping": 5.0,
+    },
+}
+
+
+def divergence(function: Any, heads: Heads, beta: float, items: Any = None, **options: Any) -> Any:
+    student, teacher = heads.hidden, heads.teacher_hidden
+    weights = heads.weight, heads.teacher_weight
+    biases = {"student_lm_head_bias": heads.bias, "teacher_lm_head_bias": heads.teacher_bias}
+    return function(student, teacher, *weights, heads.mask, beta, items, **biases, **options)
+
+
+@pytest.mark.parametrize("masked", ["some", "all", "none"])
+@pytest.mark.parametrize("items", [None, 7, torch.tensor(9)], ids=["mean", "number", "tensor"])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_the_divergence_is_that_of_trl(beta: float, items: Any, masked: str) -> None:
+    theirs, ours = both("divergence")
+    for bias, options in itertools.product((False, True), HEAD_OPTIONS.values()):
+        heads = Heads(bias=bias)
+        heads.mask = {"some": heads.mask, "all": heads.mask * 0, "none": torch.ones_like(heads.mask)}[masked]
+        expected = divergence(theirs, heads, beta, items, **options)
+        found = divergence(ours, heads, beta, items, **options)
+        torch.testing.assert_close(found, expected, **FLOAT32)
+        torch.testing.assert_close(heads.gradients(found[0]), heads.gradients(expected[0]), **FLOAT32)
+
+
+def exact_divergence(heads: Heads, beta: float, options: dict[str, Any]) -> Tensor:
+    """In float64 of the same numbers."""
+
+    def of(who: str, prefix: str) -> Tensor:
+        names = {"logit_scale": f"{prefix}_logit_scale", "softcap": f"{prefix}_final_logit_softcapping"}
+        own = {name: options[theirs] for name, theirs in names.items() if theirs in options}
+        return heads.logits(who, temperature=options.get("temperature", 1.0), **own)
+
+    z, z_teacher = of("", "student"), of("teacher_", "teacher").detach()
+    ends = {0.0: reference.forward_kl, 1.0: reference.reverse_kl}
+    value = ends[beta](z, z_teacher) if beta in ends else reference.jsd(z, z_teacher, beta)
+    return (value * heads.mask).sum() / heads.mask.sum()
+
+
+def errors(heads: Heads, loss: Tensor, exact: list[Tensor]) -> list[float]:
+    """Of the value and the gradients, relative to the norms of the exact ones."""
+    found = [loss.detach(), *heads.gradients(loss)]
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+
+
+def assert_no_further(heads: Heads, ours: Tensor, theirs: Tensor, exact: Tensor, factor: float = 1.3) -> None:
+    """From the exact value and gradients; roundings that neither avoids may fall this way or that."""
+    truth = [exact.detach(), *[g.double() for g in heads.gradients(exact)]]
+    by_us, by_trl = errors(heads, ours, truth), errors(heads, theirs, truth)
+    assert all(e <= factor * t + 1e-5 for e, t in zip(by_us, by_trl, strict=True)), (by_us, by_trl)
+
+
+# A hidden state in bfloat16 under a head in bfloat16; under one in float32; in float32 under autocast.
+PRECISIONS = {"bfloat16": (torch.bfloat16, None, False), "float32-head": (torch.bfloat16, torch.float32, False)}
+PRECISIONS["autocast"] = (torch.float32, None, True)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("options", HEAD_OPTIONS.values(), ids=HEAD_OPTIONS)
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_in_bfloat16_the_divergence_is_no_further_from_the_truth(
+    beta: float, options: dict[str, Any], precision: str
+) -> None:
+    theirs, ours = both("divergence")
+    dtype, weight_dtype, autocast = PRECISIONS[precision]
+    heads = Heads(dtype, weight_dtype=weight_dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, expected = (divergence(function, heads, beta, **options)[0] for function in (ours, theirs))
+    # A float32 head's gradients are rounded to bfloat16 once, as F.linear's are under autocast, and TRL's are not.
+    factor = 1.3 if precision == "bfloat16" else 2.5
+    assert_no_further(heads, found, expected, exact_divergence(heads, beta, options), factor)
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """A process group of this process alone, for tensors that are sharded over it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def test_sharded_weights_are_gathered() -> None:
+    theirs, ours = both("divergence")
+    heads = Heads()
+    expected = divergence(theirs, heads, 0.5)
+    wanted = heads.gradients(expected[0])
+    with one_process():
+        mesh = dist.init_device_mesh("cpu", (1,))
+        for name in ("weight", "teacher_weight", "bias", "teacher_bias"):
+            whole = getattr(heads, name)
+            sharded = distribute_tensor(whole.detach(), mesh, [Shard(0)])
+            setattr(heads, name, sharded.requires_grad_(whole.requires_grad))
+        found = divergence(ours, heads, 0.5)
+        gradients = [g.full_tensor() if isinstance(g, DTensor) else g for g in heads.gradients(found[0])]
+    torch.testing.assert_close(found, expected, **FLOAT32)
+    torch.testing.assert_close(gradients, wanted, **FLOAT32)
+
+
+def test_a_second_use_changes_nothing() -> None:
+    before = functions()
+    with integration.use():
+        inside = functions()
+        with integration.use():
+            assert functions() == inside
+        assert functions() == inside
+    assert functions() == before
+    undo = integration.use()
+    assert functions() != before
+    undo.close()
+    assert functions() == before
+
+
+def test_every_binding_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer that imported the function by name, under whatever name, before."""
+    theirs = functions()[1]
+    user = type(sys)("trl.trainer.of_tomorrow")
+    user.__dict__["Fused"] = theirs
+    monkeypatch.setitem(sys.modules, user.__name__, user)
+    with integration.use():
+        assert user.__dict__["Fused"] is functions()[1] is not theirs
+    assert user.__dict__["Fused"] is theirs
+
+
+def other_arguments(hidden: Tensor, weight: Tensor) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value", "said"),
+    [
+        (distillation_trainer, "_chunked_divergence_loss", None, "has no _chunked_divergence_loss"),
+        (utils, "_ChunkedLogProbFunction", None, "has no _ChunkedLogProbFunction"),
+        (distillation_trainer, "_chunked_divergence_loss", other_arguments, "takes other arguments"),
+        (utils, "add_fused_lm_head", other_arguments, "nothing in trl.trainer.utils calls"),
+    ],
+)
+def test_a_trl_that_does_not_fit_is_refused_by_version(
+    module: Any, name: str, value: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if value is None:
+        monkeypatch.delattr(module, name)
+    else:
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(trl, "__version__", "9.8.7")
+    before = dict(vars(distillation_trainer)), dict(vars(utils))
+    with pytest.raises(RuntimeError, match=rf"does not fit TRL 9\.8\.7: .*{said}"):
+        integration.use()
+    assert before == (dict(vars(distillation_trainer)), dict(vars(utils)))
+
+
+def test_another_field_of_the_head_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fields that TRL can ask for are the default of `outputs`."""
+    theirs = utils._ChunkedLogProbFunction
+
+    def forward(*arguments: Any) -> None: ...
+
+    signature = inspect.signature(theirs.forward)
+    *others, outputs = signature.parameters.values()
+    more = outputs.replace(default=(*outputs.default, "rank"))
+    forward.__signature__ = signature.replace(parameters=[*others, more])  # type: ignore[attr-defined]
+    monkeypatch.setattr(theirs, "forward", staticmethod(forward))
+    with pytest.raises(RuntimeError, match="_ChunkedLogProbFunction.apply takes other arguments"):
+        integration.use()
+
+
+@pytest.mark.parametrize("order", ["use-first", "import-first"])
+def test_the_order_of_imports_does_not_matter(order: str) -> None:
+    lines = ["from trl import SFTTrainer", "from fastkl.integrations.trl import use; use()"]
+    lines = lines[::-1] if order == "use-first" else lines
+    check = "import trl.trainer.utils as u; print(type(u._ChunkedLogProbFunction).__module__)"
+    done = run_python("\n".join([*lines, check]))
+    assert "fastkl.integrations.trl" in done.stdout, done.stderr
