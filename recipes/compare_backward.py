@@ -2,7 +2,7 @@
 
     python recipes/demo/run.py && python recipes/compare_backward.py demo          # each makes its pair of models first
     python recipes/smollm2/make.py && python recipes/compare_backward.py smollm2   # a shortened run
-    python recipes/compare_backward.py plot                               # docs/figures/sparse-training.png, and a table
+    python recipes/compare_backward.py plot                               # bench/figures/sparse-training.png, and a table
 
 Runs are kept in runs/compare_backward; one that is finished is not made again. Their metrics become
 bench/results/training/backward-PAIR.json.
@@ -23,7 +23,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent / "smo
 from heal import nats_per_token  # noqa: E402
 
 RUNS, RESULTS = Path("runs/compare_backward"), Path("bench/results/training")
-PLOT = Path("docs/figures/sparse-training.png")
+PLOT = Path("bench/figures/sparse-training.png")
 KEPT = ("step", "teacher_kl", "eval/accuracy", "policy/kept_fraction", "policy/grad_error", "time/train")
 LAST = 5  # steps that a final teacher_kl is the mean of: one step's is that of a few samples
 

@@ -54,7 +54,9 @@ def swap(package: str, old: Any, new: Any) -> None:
 def _code(module: ModuleType) -> Iterator[CodeType]:
     """The code of a module's functions and methods, and of the functions inside them."""
     functions = [value for value in vars(module).values() if inspect.isfunction(value)]
-    classes = [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__]
+    classes = [
+        value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__
+    ]
     functions += [value for kind in classes for value in vars(kind).values() if inspect.isfunction(value)]
     codes = [function.__code__ for function in functions]
     for code in codes:

@@ -27,9 +27,11 @@ except ImportError as error:
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from fastkl.integrations.bindings import DoesNotFit, check_is_called, check_same_call, find, swap
-from fastkl.loss import jsd_loss, linear_logprobs
+from fastkl.loss import jsd_loss, linear_logprobs, linear_token_stats
 
 __all__ = ["use"]
+
+MEAN_LOGITS_CHUNK = 1 << 25  # logits at a time, 128 MiB in float32
 
 
 def use() -> ExitStack:
@@ -133,7 +135,11 @@ def _divergence(
         per_token=True,
     )
     assert out.per_token is not None
-    divisor = count.clamp(min=1) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=out.loss.device)
+    divisor = (
+        count.clamp(min=1)
+        if num_items_in_batch is None
+        else torch.as_tensor(num_items_in_batch, device=out.loss.device)
+    )
     return out.loss / divisor, out.per_token.student_entropy.sum(), count
 
 
@@ -152,11 +158,35 @@ def _token_fields(
     outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
 ) -> TokenFields:
     """Log-probs [N], and those fields that `outputs` names: entropies, log Σ p², mean logits, whether a target is top."""
-    if not _known((temperature, logit_scale), (final_logit_softcapping,)) or set(outputs) - {"log_probs"}:
+    if not _known((temperature, logit_scale), (final_logit_softcapping,)):
         return NotImplemented
-    head = _head(hidden, weight, bias)
-    options = {"temperature": temperature, "logit_scale": logit_scale, "softcap": final_logit_softcapping}
-    return linear_logprobs(head.hidden, head.weight, targets, bias=head.bias, **options), None, None, None, None
+    head, wanted = _head(hidden, weight, bias), set(outputs)
+    numbers = _Numbers(temperature, logit_scale, final_logit_softcapping)
+    options = {"bias": head.bias, **numbers._asdict()}
+    logprobs = entropies = log_sum_squares = top1 = None
+    if wanted & {"entropy", "is_top1"}:
+        stats = linear_token_stats(head.hidden, head.weight, targets, entropy_grad="entropy" in wanted, **options)
+        logprobs, entropies, top1 = stats.logprobs, stats.entropies, stats.top1
+    else:
+        logprobs = linear_logprobs(head.hidden, head.weight, targets, **options)
+    if "log_sum_sq_probs" in wanted:
+        log_sum_squares = _log_sum_squares(head, targets, numbers, logprobs)
+    mean = _mean_logits(head, numbers) if "mean_logits" in wanted else None
+    return (
+        logprobs,
+        entropies if "entropy" in wanted else None,
+        log_sum_squares,
+        mean,
+        top1 if "is_top1" in wanted else None,
+    )
+
+
+class _Numbers(NamedTuple):
+    """By the names of `fastkl.loss`."""
+
+    temperature: float
+    logit_scale: float
+    softcap: float | None
 
 
 class _Head(NamedTuple):
@@ -173,6 +203,29 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Head:
         return whole.to(hidden.dtype)
 
     return _Head(hidden, operand(weight), None if bias is None else operand(bias))
+
+
+@torch.no_grad()
+def _log_sum_squares(head: _Head, targets: Tensor, numbers: _Numbers, logprobs: Tensor) -> Tensor:
+    """log Σ p² [N]: at half the temperature the log-prob of any token is 2 log p − log Σ p²."""
+    options = numbers._replace(temperature=numbers.temperature / 2)._asdict()
+    return 2 * logprobs - linear_logprobs(head.hidden, head.weight, targets, bias=head.bias, **options)
+
+
+@torch.no_grad()
+def _mean_logits(head: _Head, numbers: _Numbers) -> Tensor:
+    """Means [N] of the logits over the vocabulary, in float32. Without a soft-cap the weight's mean row gives them."""
+    softcap = numbers.softcap
+    if softcap is None:
+        with torch.autocast(head.hidden.device.type, enabled=False):
+            means = head.hidden.float() @ (head.weight.sum(0, dtype=torch.float32) / len(head.weight))
+            means = means if head.bias is None else means + head.bias.float().mean()
+        return means * (numbers.logit_scale / numbers.temperature)
+    chunks = []
+    for rows in head.hidden.split(max(1, MEAN_LOGITS_CHUNK // len(head.weight))):
+        z = torch.nn.functional.linear(rows, head.weight, head.bias).float() * numbers.logit_scale
+        chunks.append(softcap * torch.tanh(z / softcap).mean(-1) / numbers.temperature)
+    return torch.cat(chunks)
 
 
 def _known(positive: tuple[float, ...], softcaps: tuple[float | None, ...]) -> bool:
