@@ -57,7 +57,8 @@ def importance_ratio(
     ratio = torch.exp(log_ratio.clamp(-20.0, 20.0))
     if truncate_ratio is None:
         return ratio
-    return torch.where(ratio > truncate_ratio, truncate_ratio * torch.exp(log_ratio - log_ratio.detach()), ratio)
+    own = logprobs.where(ratio > truncate_ratio, 0.0)
+    return torch.where(ratio > truncate_ratio, truncate_ratio * torch.exp(own - own.detach()), ratio)
 
 
 def reference_kl(logprobs: Tensor, ref_logprobs: Tensor, ref_kl: str = "k3") -> Tensor:

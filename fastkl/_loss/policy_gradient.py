@@ -90,7 +90,7 @@ def policy_gradient_loss(
                       formed, which costs a forward GEMM more. Without old_logprobs it is what "token" is.
                       Each token's gradient is weighted with its own advantage. Where advantages or weights differ within
                       a sequence, that is not the gradient of the ratio times their mean, though the values are equal:
-                      average them over the sequence first if you mean that.
+                      average them over the sequence first if you mean that. It holds for r · k of ref_kl_ratio too.
     entropy_coef      adds −entropy_coef · H to each token's loss, H the entropy in nats of its distribution over the
                       vocabulary, with its gradient. Rows of zero advantage then take part in the gradient.
     ref_logprobs      [...], log-probs under a reference model, at this temperature.
