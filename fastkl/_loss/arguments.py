@@ -10,24 +10,13 @@ from torch.autograd import forward_ad
 
 from fastkl._loss import hints
 from fastkl._loss.numbers import visible
+from fastkl._loss.operands import is_sharded, operand_dtype
 from fastkl.kernels.backend import BACKENDS
 from fastkl.kernels.gemm import compute_dtype
 from fastkl.kernels.options import Backward, Sparse
 from fastkl.kernels.problem import Backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Operands as `F.linear` would see them: in the autocast dtype where autocast is on (float64 is left alone)."""
-    if not _autocasts(hidden, weight):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(hidden.device.type)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _autocasts(hidden: Tensor, weight: Tensor) -> bool:
-    return torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (hidden.dtype, weight.dtype)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, who: str = "") -> None:
@@ -53,11 +42,14 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, who: str = "
         if tensor is None:
             continue
         check_device(name, tensor, hidden, f"{who}hidden")
-        if tensor.dtype != hidden.dtype and not _autocasts(hidden, weight):
-            raise TypeError(
-                f"{who}hidden is {hidden.dtype} but {name} is {tensor.dtype}; cast one of them, "
-                f"or call under torch.autocast"
-            )
+    if is_sharded(hidden):
+        raise TypeError(f"{who}hidden is a DTensor; give the rows of this process, {who}hidden.to_local()")
+    if operand_dtype(hidden, weight, bias) is None:
+        third = "" if bias is None else f" and {bias_name} is {bias.dtype}"
+        raise TypeError(
+            f"{who}hidden is {hidden.dtype}, {who}weight is {weight.dtype}{third}; cast them to one dtype, or call under "
+            f"torch.autocast (float32 alone goes with bfloat16 or float16, and takes its dtype)"
+        )
 
 
 def check_tensor(name: str, value: Any) -> Tensor:
@@ -130,11 +122,6 @@ def check_vocab_size(vocab_size: int, sizes: dict[str, int]) -> None:
         raise ValueError(f"vocab_size is {vocab_size}; it must be in 1 … the smallest vocabulary ({listed})")
 
 
-def first_rows(tensor: Tensor | None, count: int | None) -> Tensor | None:
-    """The first `count` rows as a view; everything where it is None."""
-    return tensor if tensor is None or count is None else tensor[:count]
-
-
 def check_plan(backend: Backend, chunk_size: int | None, weight: Tensor, weight_grad: Tensor | None) -> None:
     """What says how the work is done: backend, chunk_size, weight_grad."""
     if backend not in BACKENDS:
@@ -152,6 +139,10 @@ def check_plan(backend: Backend, chunk_size: int | None, weight: Tensor, weight_
         )
     if not weight.requires_grad:
         raise ValueError("weight_grad is given but weight does not require a gradient: leave weight_grad out")
+    if is_sharded(weight):
+        raise ValueError(
+            "weight_grad is given but weight is a DTensor, whose gradient is sharded: leave weight_grad out"
+        )
     if weight_grad.shape != weight.shape or weight_grad.dtype != compute_dtype(weight.dtype):
         raise ValueError(
             f"weight_grad is {list(weight_grad.shape)} of {weight_grad.dtype}; expected {list(weight.shape)} of "
@@ -174,14 +165,28 @@ class Reduction(NamedTuple):
     normalizer: Tensor | float | None  # of a mean; None: what the call itself counts
 
     def factor(self, count: Tensor) -> Tensor | float:
-        """What the sum over tokens is multiplied by; `count` 0-dim is the divisor of its own call. No synchronisation."""
+        """What the sum over tokens is multiplied by; `count` 0-dim is the divisor of its own call. No synchronisation.
+
+        A normalizer of 0 is right where nothing counts. Elsewhere it is NaN, as what is below 0: never an infinity.
+        """
         if self.kind == "sum":
             return 1.0
         if isinstance(self.normalizer, Tensor):
-            return 1.0 / self.normalizer.to(torch.promote_types(count.dtype, torch.float32))
+            divisor = self.normalizer.to(torch.promote_types(count.dtype, torch.float32))
+            nothing = (divisor == 0) & (count == 0)
+            return torch.where(divisor > 0, 1.0 / divisor, torch.where(nothing, 0.0, torch.nan))
         if self.normalizer is not None:
             return 1.0 / self.normalizer
         return torch.where(count > 0, 1.0 / count, 0.0)
+
+    def check_count(self, count: Tensor) -> None:
+        """Refuses a normalizer of 0 where something counts, if both can be seen."""
+        if not isinstance(self.normalizer, Tensor) or not visible(self.normalizer) or not visible(count):
+            return
+        if bool(self.normalizer == 0) and bool(count > 0):
+            raise ValueError(
+                f"normalizer is 0, but this call counts {float(count):g}; it must be the global count, this call's included"
+            )
 
 
 def check_reduction(
@@ -196,6 +201,8 @@ def check_reduction(
     if isinstance(normalizer, Tensor):
         if normalizer.dim() != 0:
             raise ValueError(f"normalizer is {list(normalizer.shape)}; expected a number or a 0-dim tensor")
+        if normalizer.is_complex() or (visible(normalizer) and not bool(normalizer >= 0)):
+            raise ValueError(f"normalizer is {normalizer.item()}; it must be > 0 (the global count)")
         return Reduction(reduction, normalizer.detach())
     if not normalizer > 0:
         raise ValueError(f"normalizer is {normalizer}; it must be > 0 (the global count)")

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastkl._loss import arguments as check
+from fastkl._loss.operands import operands
 from fastkl._loss.options import LikeliestOptions, record, takes
 from fastkl.kernels.driver import row_chunks
 from fastkl.kernels.gemm import compute_dtype, most_rows, new_scores, project
@@ -80,13 +81,12 @@ def linear_ranks(
 def _inputs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int | None, chunk_size: int | None
 ) -> Inputs:
-    """Checked, with flat rows, without padding ids, in the autocast dtype where that is on."""
+    """Checked, with flat rows, without padding ids."""
     check.check_head(hidden, weight, bias)
     check.check_plan("auto", chunk_size, weight, None)
     if vocab_size is not None:
         check.check_vocab_size(vocab_size, {"weight": weight.shape[0]})
-        weight, bias = weight[:vocab_size], check.first_rows(bias, vocab_size)
-    hidden, weight, bias = check.autocast(hidden, weight, bias)
+    hidden, weight, bias = operands(hidden, weight, bias, vocab_size)
     return Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
 
 

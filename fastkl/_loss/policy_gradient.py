@@ -111,6 +111,8 @@ def policy_gradient_loss(
                       *global* count, of tokens for "mean", of sequences for "sequence_mean". By default the sum of `mask`
                       over what is not ignored, or the number of sequences, in this call. "mean" with a constant,
                       sequences · longest completion, is the normaliser of Dr. GRPO (Liu et al. 2025).
+                      A tensor may be 0 where nothing counts: the loss is then 0. Where something does, a normalizer that
+                      is not > 0 is refused on a CPU. On an accelerator nobody looks, and it makes the loss NaN.
 
     ℓ − old_logprobs and ref_logprobs − ℓ are clamped to ±20, so that no token makes a loss infinite: beyond that the ratio,
     or k, is a constant without a gradient. A ratio that truncate_ratio caps keeps its gradient. With ratio="sequence" the

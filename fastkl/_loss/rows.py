@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkl._loss import arguments as check
 from fastkl._loss import hints
+from fastkl._loss.operands import first_rows, operands
 from fastkl._loss.options import record
 from fastkl._loss.output import LossOutput, masked_extreme, masked_mean, sparse_metrics
 from fastkl.kernels.autograd import Losses, row_losses, summed_loss
@@ -57,15 +58,15 @@ def flat_call(
     check.check_plan(options["backend"], options["chunk_size"], weight, weight_grad)
     if vocab_size is not None:
         check.check_vocab_size(vocab_size, {f"{who}weight": weight.shape[0]})
-        weight = weight[:vocab_size]
-        bias, weight_grad = check.first_rows(bias, vocab_size), check.first_rows(weight_grad, vocab_size)
+        weight_grad = None if weight_grad is None else first_rows(weight_grad, vocab_size)
     token_weights = check.mask_weights(options.get("mask"), hidden, compute_dtype(hidden.dtype))
     if tokens is not None:
-        tokens = check.check_tokens(tokens, hidden, weight.shape[0], options["ignore_index"]).reshape(-1)
+        vocabulary = weight.shape[0] if vocab_size is None else vocab_size
+        tokens = check.check_tokens(tokens, hidden, vocabulary, options["ignore_index"]).reshape(-1)
         token_weights = token_weights.where(tokens != options["ignore_index"], 0.0)
     active = token_weights != 0
     shape = hidden.shape[:-1]
-    hidden, weight, bias = check.autocast(hidden, weight, bias)
+    hidden, weight, bias = operands(hidden, weight, bias, vocab_size)
     tokens = None if tokens is None else tokens.where(active, 0)
     inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, tokens)
     sparse = check.sparse(options["backward"])
@@ -76,6 +77,7 @@ def flat_call(
 def reduced_loss(call: Call, row_loss: RowLoss, rows: Rows, count: Tensor) -> Losses:
     """The losses of the rows [...], or their sum over what the reduction divides by: by default `count`, 0-dim."""
     hints.warn_without_gradient(call.inputs)
+    call.reduction.check_count(count)
     problem = Problem(call.inputs, call.spec, row_loss, rows)
     if call.reduction.kind == "none":
         losses = row_losses(problem, call.weight_grad)

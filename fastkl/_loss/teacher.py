@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkl._loss import arguments as check
+from fastkl._loss.operands import operands
 from fastkl.kernels.gemm import compute_dtype
 from fastkl.kernels.problem import Inputs, TeacherChunks
 
@@ -27,8 +28,9 @@ class Teacher(NamedTuple):
         """
         vocabulary, logits = inputs.weight.shape[0], self.logits
         if self.hidden is not None and self.weight is not None:
-            weight, bias = self.weight[:vocabulary], check.first_rows(self.bias, vocabulary)
-            hidden, weight, bias = check.autocast(self.hidden.reshape(-1, self.hidden.shape[-1]), weight, bias)
+            bias = None if self.bias is None else self.bias.detach()
+            hidden, weight, bias = operands(self.hidden.detach(), self.weight.detach(), bias, vocabulary)
+            hidden = hidden.reshape(-1, hidden.shape[-1])
             return inputs._replace(teacher_hidden=hidden, teacher_weight=weight, teacher_bias=bias)
         if isinstance(logits, Tensor):
             return inputs._replace(teacher_logits=_flat_logits(logits[..., :vocabulary]))
@@ -39,7 +41,7 @@ class Teacher(NamedTuple):
 def check_teacher(teacher: Teacher, hidden: Tensor, weight: Tensor, vocab_size: int | None) -> None:
     """Shapes, dtypes and devices against the student's; which forms go together."""
     _check_form(teacher, weight.shape[0])
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in teacher):
+    if torch.is_grad_enabled() and any(_wants_gradient(name, t) for name, t in teacher._asdict().items()):
         raise ValueError(
             "the teacher requires a gradient, and a divergence has none for it: run the teacher under torch.no_grad() "
             "or pass detached tensors (teacher_weight.detach())"
@@ -55,6 +57,11 @@ def check_teacher(teacher: Teacher, hidden: Tensor, weight: Tensor, vocab_size: 
     if callable(teacher.logits) and torch.compiler.is_compiling():
         raise ValueError("teacher_logits is a function, which torch.compile does not take: give a tensor or a head")
     _check_vocabularies(vocabularies, vocab_size)
+
+
+def _wants_gradient(name: str, tensor: Any) -> bool:
+    """In a graph; a Parameter alone only says that somebody trains it. Logits are nobody's Parameter."""
+    return isinstance(tensor, Tensor) and tensor.requires_grad and (name == "logits" or not tensor.is_leaf)
 
 
 def _check_form(teacher: Teacher, vocabulary: int) -> None:

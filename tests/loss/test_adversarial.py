@@ -97,6 +97,7 @@ NOTHING: dict[str, dict[str, Any]] = {
     "sum": {"reduction": "sum"},
     "mean": {},
     "mean-of-others": {"normalizer": 12.0},
+    "mean-of-nobody": {"normalizer": torch.tensor(0)},
     "none": {"reduction": "none"},
 }
 # linear_logprobs has no reduction. Of the others each one with each: it is the reduction that divides by nothing.

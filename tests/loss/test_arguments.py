@@ -37,13 +37,14 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (HEAD, {"weight": zeros(0, 5)}, "ValueError: weight [0, 5] / empty vocabulary"),
     (HEAD, {"weight": [[0.0]]}, "TypeError: weight / list"),
     (HEAD, {"weight": P.weight.to(META)}, "ValueError: weight is on meta / hidden is on cpu"),
-    (HEAD, {"weight": P.weight.half()}, "TypeError: hidden is torch.float32 / weight is torch.float16 / autocast"),
+    (HEAD, {"weight": P.weight.double()}, "TypeError: hidden is torch.float32, weight is torch.float64 / autocast"),
+    (HEAD, {"hidden": P.hidden.half(), "weight": P.weight.bfloat16()}, "TypeError: hidden is torch.float16 / bfloat16"),
     (HEAD, {"hidden": torch.tensor(1.0)}, "ValueError: hidden [] / [..., D]"),
     (HEAD, {"hidden": None}, "TypeError: hidden / NoneType"),
     (HEAD, {"hidden": zeros(2, 3, 5).long()}, "TypeError: hidden is torch.int64 / float32"),
     (HEAD, {"bias": zeros(5)}, "ValueError: bias [5] / weight [11, 5] / [V]"),
     (HEAD, {"bias": torch.tensor(0.0)}, "ValueError: bias [] / [V]"),
-    (HEAD, {"bias": zeros(11).half()}, "TypeError: torch.float32 / bias is torch.float16"),
+    (HEAD, {"bias": zeros(11).double()}, "TypeError: hidden is torch.float32 / bias is torch.float64"),
     (HEAD, {"bias": 0.5}, "TypeError: bias / float"),
     (ALL, {"temperature": 0.0}, "ValueError: temperature is 0.0 / > 0 / greedy"),
     (ALL, {"temperature": nan}, "ValueError: temperature is nan"),
@@ -136,6 +137,9 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (REDUCED, {"reduction": "none", "normalizer": 3.0}, "ValueError: reduction is 'none'"),
     (REDUCED, {"normalizer": 0}, "ValueError: normalizer is 0 / > 0"),
     (POLICY, {"reduction": "sequence_mean", "normalizer": -1.0}, "ValueError: normalizer is -1.0"),
+    (REDUCED, {"normalizer": torch.tensor(0)}, "ValueError: normalizer is 0, but this call counts 6; / global count"),
+    (REDUCED, {"normalizer": torch.tensor(-2.0)}, "ValueError: normalizer is -2.0 / > 0"),
+    (REDUCED, {"normalizer": torch.tensor(nan)}, "ValueError: normalizer is nan / > 0"),
     (REDUCED, {"normalizer": ones(2)}, "ValueError: normalizer is [2] / 0-dim"),
     # The teacher's head.
     (
@@ -232,13 +236,30 @@ def test_accepted(name: str) -> None:
 
 @pytest.mark.parametrize("field", ["teacher_hidden", "teacher_weight", "teacher_bias"])
 def test_teacher_that_requires_a_gradient(field: str) -> None:
+    """In a graph it is refused. A Parameter of a model that somebody trains is what people have: it is detached."""
     p = P._replace(teacher_bias=zeros(11))
-    p = p._replace(**{field: getattr(p, field).clone().requires_grad_()})
+    leaf = getattr(p, field).clone().requires_grad_()
     with pytest.raises(ValueError, match=r"the teacher requires a gradient.*no_grad.*detach"):
-        fused("reverse_kl", p)
+        fused("reverse_kl", p._replace(**{field: 1.0 * leaf}))
+    expected = fused("reverse_kl", p)
     with torch.no_grad():  # an evaluation with the trained model as its own teacher
-        expected = fused("reverse_kl", p)
-    assert torch.equal(fused("reverse_kl", p._replace(**{field: getattr(p, field).detach()})), expected)
+        assert torch.equal(fused("reverse_kl", p._replace(**{field: 1.0 * leaf})), expected)
+    q = p.leaves(("hidden", "weight"))
+    value = fused("reverse_kl", q._replace(**{field: leaf}))
+    assert torch.equal(value, expected)
+    value.backward()
+    assert leaf.grad is None
+    assert q.weight.grad is not None
+
+
+def test_a_head_that_teaches_itself() -> None:
+    """One Parameter for student and teacher: its gradient is the student's."""
+    head = torch.nn.Parameter(P.weight)
+    hidden = P.hidden + 0.1
+    fused("reverse_kl", P._replace(weight=head, teacher_hidden=hidden, teacher_weight=head)).backward()
+    copy = torch.nn.Parameter(P.weight)
+    fused("reverse_kl", P._replace(weight=copy, teacher_hidden=hidden, teacher_weight=P.weight)).backward()
+    assert torch.equal(head.grad, copy.grad)
 
 
 ADVANTAGES: list[tuple[dict[str, Any], str]] = [

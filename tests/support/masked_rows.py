@@ -46,6 +46,7 @@ def _fields(name: str) -> tuple[str, ...]:
     own = {
         "policy_gradient": ("advantages", "sampler_logprobs"),
         "entropy": ("advantages", "sampler_logprobs"),
+        "reference_kl": ("advantages", "sampler_logprobs", "teacher_logprobs"),
         "sampled_reverse_kl": ("sampler_logprobs", "teacher_logprobs"),
     }
     return "hidden", *own.get(name, ())
