@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from fake_products import into_fp32
 from hypothesis import given
 from hypothesis import strategies as st
 from largest_tensor import LargestTensor
-from loss_cases import Problem, each_need, frozen_or_all, fused, fused_output, make_problem
+from loss_cases import Problem, each_need, eager, frozen_or_all, fused, fused_output, make_problem, with_gradients
 from property_settings import PROPERTY
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -107,6 +108,9 @@ def test_chunks_of_a_sample_are_even_and_whole_blocks(monkeypatch: pytest.Monkey
     inputs = Inputs(torch.zeros(30, 2), torch.zeros(10, 2))
     for limit, expected in ((30, 30), (29, 16), (16, 16), (12, 12), (7, 4), (4, 4), (3, 3)):
         assert driver.chunk_rows(spec._replace(chunk_size=limit), inputs, gradient=True) == expected
+
+
+HEADS_OF_A_PROBLEM = ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias")
 
 
 def on_a_gpu(n: int, vocabulary: int, dim: int, dtype: torch.dtype) -> Inputs:
@@ -257,3 +261,28 @@ def test_accumulators_are_in_the_compute_dtype(monkeypatch: pytest.MonkeyPatch, 
     value.backward()
     assert seen == {torch.float64 if dtype == torch.float64 else torch.float32} == {value.dtype}
     assert {getattr(p, f).grad.dtype for f in ("hidden", "weight", "bias")} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["policy_gradient", "entropy", "reverse_kl", "top_k", "linear_logprobs"])
+def test_gradients_of_several_chunks_in_one_product(
+    monkeypatch: pytest.MonkeyPatch, gemms: Gemms, name: str, dtype: torch.dtype
+) -> None:
+    """As on CUDA: the same gradients as from a product for each chunk, up to the order of sums in fp32."""
+    into_fp32(monkeypatch)
+    p = full_problem()._replace(**{f: getattr(make_problem((N,), dtype=dtype), f) for f in HEADS_OF_A_PROBLEM})
+    found = {}
+    for long_rows, expected in ((1, [3, 4, 3]), (5, [7, 3]), (N, [N])):
+        monkeypatch.setitem(driver.LEAST_ROWS, "cpu", 4)
+        monkeypatch.setitem(driver.WORKSPACE_BYTES, "cpu", 1)
+        monkeypatch.setattr(driver, "LONG_PRODUCT_ROWS", long_rows)
+        rows(gemms)
+        found[long_rows] = with_gradients(fused, name, p)
+        assert gemms["add_weight_gradient"] == gemms["hidden_gradient"] == expected
+    exact = with_gradients(eager, name, p.double())
+    for result in found.values():
+        assert torch.equal(result.value, found[1].value)
+        for field, gradient in result.gradients.items():
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(gradient, found[1].gradients[field], rtol=2 * eps, atol=eps * 1e-2)
+            torch.testing.assert_close(gradient.double(), exact.gradients[field], rtol=0.1, atol=10 * eps)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_products import into_fp32
 from hypothesis import given
 from hypothesis import strategies as st
 from loss_cases import generator
@@ -105,17 +106,6 @@ def test_rows_are_spread_evenly(n: int, limit: int, multiple: int) -> None:
         assert 2 * abs(last - n / len(sizes)) <= multiple or set(others) <= {full - multiple, full}
 
 
-def fake_addmm(calls: list[dict[str, Any]]) -> Any:
-    """`torch.addmm` into another dtype, which a CPU has not; it writes down what it is given."""
-
-    def addmm(self: Tensor, first: Tensor, second: Tensor, out_dtype: torch.dtype, **options: Any) -> Tensor:
-        calls.append({"self": self, "operands": (first, second), "out_dtype": out_dtype, **options})
-        product = first.to(out_dtype) @ second.to(out_dtype)
-        return options["out"].copy_(options["alpha"] * product)
-
-    return addmm
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @alphas
 @biases
@@ -123,9 +113,7 @@ def test_alpha_is_in_the_product(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, alpha: float, has_bias: bool
 ) -> None:
     """As on CUDA: one product into fp32, whatever is in the way of it, and no pass over its result for alpha."""
-    calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(gemm, "_writes_fp32", lambda operand: True)
-    monkeypatch.setattr(torch, "addmm", fake_addmm(calls))
+    calls = into_fp32(monkeypatch)
     h, w, b = (t.to(dtype) for t in operands(4, 11, 5)[:3])
     out = torch.full((4, 11), torch.nan)
     project(h, w, b if has_bias else None, alpha, out)
@@ -156,14 +144,7 @@ def test_bias_gradient_of_16_bits_is_that_of_fp32(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, size: float
 ) -> None:
     """Scales that 16 bits do not hold, all of one sign: their errors would add up."""
-    seen: list[int] = []
-
-    def mm(first: Tensor, second: Tensor, out_dtype: torch.dtype) -> Tensor:
-        assert first.dtype == second.dtype == dtype
-        seen.append(first.shape[0])
-        return first.to(out_dtype) @ second.to(out_dtype)
-
-    monkeypatch.setattr(torch, "mm", mm)
+    calls = into_fp32(monkeypatch)
     n, vocabulary = 300, 17
     u = torch.randn(n, vocabulary, generator=generator(0)).abs().to(dtype)
     for scale in (torch.full((n,), size / 3), size * torch.randn(n, generator=generator(1)), torch.zeros(n)):
@@ -171,4 +152,4 @@ def test_bias_gradient_of_16_bits_is_that_of_fp32(
         gemm.add_bias_gradient(accumulator, u, scale)
         expected = size + u.double().t() @ scale.double()
         torch.testing.assert_close(accumulator.double(), expected, rtol=1e-6, atol=n * size * 1e-7)
-    assert seen == [3] * 3
+    assert [call["operands"][0].shape for call in calls] == [(3, n)] * 3

@@ -22,6 +22,9 @@ from loss_cases import (
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from bench.lib.measure import peak_allocated
+from fastkl.kernels import gemm
+
 COMPOSED = {name: form for name, form in FORMS.items() if name.endswith(("none", "logprobs"))}
 forms = each_of(FORMS)
 HEAD_FIELDS = ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias")
@@ -108,6 +111,36 @@ def test_second_backward_with_retain_graph(name: str, options: dict[str, Any], n
         g.zero_()  # an optimizer may do as it likes with what it got
     for ours, expected in zip(torch.autograd.grad(3.0 * total, tensors), kept, strict=True):
         torch.testing.assert_close(ours, 3.0 * expected)
+
+
+@each_of(FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_gradients_are_rounded_once(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """That of the weight by any upstream gradient: the fp32 sum times it, cast. A second backward pass gives the same."""
+    p = make_problem((2, 5), 40, dtype=dtype).leaves()
+    total = summed(name, p, **options)
+    fields = ("weight", "bias")
+    tensors, upstream = [getattr(p, f) for f in fields], torch.tensor(1 / 3, dtype=total.dtype)
+    found = [torch.autograd.grad(total, tensors, upstream, retain_graph=True) for _ in range(2)]
+    q = p._replace(**{f: getattr(p, f).detach().float() for f in HEAD_FIELDS}).leaves()
+    exact = torch.autograd.grad(summed(name, q, **options), [getattr(q, f) for f in fields], upstream)
+    for first, second, expected in zip(*found, exact, strict=True):
+        assert first.dtype == dtype
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_memory_of_a_trained_head(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """The backward pass holds the sum and the gradient in its own dtype, and nothing else of their size."""
+    vocabulary, dim = 4000, 64
+    monkeypatch.setattr(gemm, "CAST_BYTES", 2**14)
+    p = make_problem((10,), vocabulary, dim, dtype=dtype)._replace(bias=None).leaves(("hidden", "weight"))
+    total = fused("policy_gradient", p, chunk_size=2)
+    handed_over = vocabulary * dim * dtype.itemsize
+    peak = peak_allocated(total.backward, torch.device("cpu"))
+    assert p.weight.grad.numel() * p.weight.grad.itemsize == handed_over
+    assert peak <= (handed_over if dtype == torch.bfloat16 else 0) + 2**16
 
 
 @forms
