@@ -9,18 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from fake_cuda import Machine, fake_tensors
+from fake_kernels import FakeKernels
 from loss_cases import Problem, fused, make_problem
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.__main__ import main
 from bench.commands.count import FORMS, SHAPES, count, units
 from bench.lib.measure import peak_allocated
-from fastkl.kernels import driver
+from fastkl.kernels import autograd, driver
 from fastkl.kernels.flops import gemm_flops
 from fastkl.kernels.gemm import TILE_COLUMNS
+from fastkl.kernels.problem import HeadOptions, Inputs, Needs, RowLoss, Spec
 
 N, D, V = 10, 5, 3001
+SPEC = Spec("token_nll", HeadOptions())
 forms = pytest.mark.parametrize("form", FORMS)
 teachers = pytest.mark.parametrize("teacher", [False, True], ids=["alone", "teacher"])
 
@@ -119,6 +124,72 @@ def test_on_a_gpu_the_gradient_of_bf16_lies_apart() -> None:
     assert counted.workspace == 1024 * 1024 * (4 + 2)  # rows of 1000 logits have room for 1024
     assert counted.rows.bytes == 4096 * 1000 * (4 + 4 + 2)
     assert counted.passes == 3
+
+
+class Moved(TorchDispatchMode):
+    """What products multiply and move, and what other passes over as many numbers as a chunk or a weight has move."""
+
+    def __init__(self, least: int) -> None:
+        self.least, self.flops, self.gemm_bytes, self.others = least, 0, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name, tensors = func.overloadpacket.__name__, [t for t in args if isinstance(t, Tensor)]
+        large = [t for t in tensors if t.numel() >= self.least]
+        if name in ("mm", "addmm"):
+            first, second = tensors[-2:]
+            added = tensors[:-2] if (kwargs or {}).get("beta", 1) != 0 else []
+            moved = sum(t.numel() * t.itemsize for t in (first, second, *added, result))
+            if first.shape[0] > 3:
+                self.flops += 2 * first.shape[0] * first.shape[1] * second.shape[1]
+                self.gemm_bytes += moved
+            else:  # the gradient of a bias
+                self.others += second.numel() * second.itemsize
+        elif large and func.namespace == "aten" and not func.is_view and name not in ("new_empty", "empty_like"):
+            written = [result] if isinstance(result, Tensor) and result.numel() >= self.least else []
+            self.others += sum(t.numel() * t.itemsize for t in (*large, *written))
+        return result
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@teachers
+@pytest.mark.parametrize("form", ["frozen", "trainable"])
+@pytest.mark.parametrize("shape", [SHAPES["Qwen3-8B"], (3000, 896, 151665)], ids=str)
+def test_count_is_what_the_driver_does_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], form: str, teacher: bool, bias: bool
+) -> None:
+    """At the size of a model, on tensors without memory, a sparse backward apart."""
+    n, d, vocabulary = shape
+    Machine(monkeypatch, 90)
+    FakeKernels(monkeypatch, torch.bfloat16)
+    with fake_tensors(monkeypatch), Moved(min(n, d) * vocabulary // 16) as moved, torch.no_grad():
+        head = [torch.empty(s, dtype=torch.bfloat16, device="cuda") for s in ((n, d), (vocabulary, d), (vocabulary,))]
+        head[2:] = head[2:] if bias else [None]
+        tokens = torch.empty(n, dtype=torch.int64, device="cuda")
+        inputs = Inputs(*head, tokens, *(head if teacher else []))
+        spec = Spec("divergence", HeadOptions(), HeadOptions(), variant="reverse_kl") if teacher else SPEC
+        needs = Needs(True, form == "trainable", bias and form == "trainable")
+        values, _, gradients = driver.evaluate_with_gradients(spec, inputs, RowLoss(), needs)
+        upstream = values.new_empty(())
+        for gradient in gradients[:2]:
+            autograd._finished(gradient, upstream, torch.bfloat16)
+    counted = count(form, shape, teacher=teacher, bias=bias)
+    assert moved.flops == counted.flops
+    assert moved.gemm_bytes == counted.gemm_bytes
+    thin = (2 * 2 + 3 * 4) * 3 * n * d  # what is left out
+    assert counted.others <= moved.others <= counted.others + thin
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_no_tile_is_padded(shape: tuple[int, int, int]) -> None:
+    """These vocabularies are multiples of 128, and so are all chunks."""
+    for form in FORMS:
+        for teacher in (False, True):
+            counted = count(form, shape, teacher=teacher)
+            assert counted.tile_flops == counted.flops
+            assert counted.accumulator_passes == (3 if form in ("trainable", "composed") else 0)
+    ragged = count("frozen", (shape[0], shape[1], 151665), chunk_size=100)
+    assert ragged.tile_flops > 1.2 * ragged.flops
 
 
 @pytest.mark.parametrize("kept", [0.01, 0.05, 0.2, 1.0])
