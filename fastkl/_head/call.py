@@ -6,7 +6,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastkl._head.model import find_head
 
@@ -25,21 +27,57 @@ def head_computes(
     head = find_head(model)
     attributes = vars(head)
     own = attributes.get("forward")
+    hooked = bool(head._forward_hooks or model.get_output_embeddings()._forward_hooks)  # type: ignore[operator]
     results: list[T] = []
 
     def forward(hidden: Tensor) -> Any:
         _put_forward(attributes, own)
         try:
-            results.append(function(hidden, head))
+            result = function(hidden, head)
         finally:
             attributes["forward"] = forward
-        return results[-1] if replace_logits else hidden.new_empty(*hidden.shape[:-1], 0)
+        if replace_logits:
+            results.append(result)
+            return result
+        logits = hidden.new_empty(*hidden.shape[:-1], 0)
+        if hooked and torch.is_grad_enabled():
+            logits, result = _tied(logits, result)
+        results.append(result)
+        return logits
 
     attributes["forward"] = forward
     try:
         yield results
     finally:
         _put_forward(attributes, own)
+
+
+def _tied(logits: Tensor, result: T) -> tuple[Tensor, T]:
+    """Both the same, but that the gradient of what the function returned passes by the logits on its way.
+
+    FSDP gathers a head's weight again when a gradient reaches the head's output: before the function's own backward pass.
+    """
+    leaves, structure = tree_flatten(result)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not places:
+        return logits, result
+    logits, *tensors = _Tie.apply(logits, *(leaves[i] for i in places))
+    for i, tensor in zip(places, tensors, strict=True):
+        leaves[i] = tensor
+    return logits, tree_unflatten(leaves, structure)
+
+
+class _Tie(torch.autograd.Function):
+    """A copy; the outputs are of one node of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.clone() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients
 
 
 def _put_forward(attributes: dict[str, Any], own: Any) -> None:

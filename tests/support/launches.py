@@ -6,10 +6,12 @@ import importlib
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,39 @@ def _join(command_line: list[str], environment: dict[str, str], errors: Path, fi
     if first is not None:
         first()
     sys.exit(cli.main(command_line))
+
+
+def in_group(function: Callable[..., Any], *args: Any, count: int = 2, timeout: float = 240) -> list[Any]:
+    """What `function(rank, count, *args)`, importable from here, returns in each process of a group (gloo)."""
+    port, running = free_port(), []
+    for rank in range(count):
+        ours, theirs = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=_in_group, args=(theirs, function, rank, count, port, args))
+        process.start()
+        theirs.close()
+        running.append((process, ours))
+    results = []
+    for process, ours in running:
+        results.append(pickle.loads(ours.recv_bytes()) if ours.poll(timeout) else TimeoutError(f"none in {timeout} s"))
+        process.join(timeout)
+        process.kill()
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def _in_group(
+    answer: Any, function: Callable[..., Any], rank: int, count: int, port: int, args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+    try:
+        result = function(rank, count, *args)
+    except BaseException as error:
+        result = RuntimeError("".join(traceback.format_exception(error)))
+    answer.send_bytes(pickle.dumps(result))  # whole tensors, not where they lie: this process ends
+    torch.distributed.destroy_process_group()
 
 
 def give_samples() -> None:
