@@ -87,10 +87,11 @@ from __future__ import annotations
 
 from fastkl._loss import divergences
 from fastkl._loss.advantages import reverse_kl_advantages
+from fastkl._loss.cross_entropy import linear_cross_entropy
 from fastkl._loss.divergences import *  # noqa: F403  what its __all__ names
 from fastkl._loss.likeliest import TopK, linear_ranks, linear_top_k
 from fastkl._loss.numbers import BadNumbers
-from fastkl._loss.output import LossOutput
+from fastkl._loss.output import LossOutput, Predictions
 from fastkl._loss.policy_gradient import linear_logprobs, policy_gradient_loss, sampled_reverse_kl_loss
 from fastkl._loss.token_stats import TokenStats, linear_token_stats
 from fastkl._loss.top_k import top_k_kl_loss
@@ -102,9 +103,11 @@ __all__ = [
     "BadNumbers",
     "LossOutput",
     "PerToken",
+    "Predictions",
     "Sparse",
     "TokenStats",
     "TopK",
+    "linear_cross_entropy",
     "linear_logprobs",
     "linear_ranks",
     "linear_token_stats",

@@ -160,6 +160,25 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return 0.5 * (torch.softmax(student_logits, -1) - torch.softmax(teacher_logits, -1)).abs().sum(-1)
 
 
+def cross_entropy(
+    logits: Tensor,  # [..., V]
+    targets: Tensor,  # [...] int64
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    class_weight: Tensor | None = None,  # [V]
+    ignore_index: int = -100,
+) -> Tensor:
+    """(1 − ε) c[y] (−log p[y]) + ε/V Σ c (−log p) + z_loss lse² per row [...], 0 · ∞ = 0; 0 at ignored targets."""
+    c = torch.ones_like(logits) if class_weight is None else class_weight.to(logits.dtype).expand_as(logits)
+    counted = targets != ignore_index
+    costs = torch.where(c == 0, 0.0, -c * torch.log_softmax(logits, -1))
+    own = costs.gather(-1, targets.where(counted, 0)[..., None]).squeeze(-1)
+    smoothed = (1.0 - label_smoothing) * own if label_smoothing < 1.0 else torch.zeros_like(own)
+    if label_smoothing > 0.0:
+        smoothed = smoothed + label_smoothing * costs.mean(-1)
+    return (smoothed + z_loss * torch.logsumexp(logits, -1).square()).where(counted, 0.0)
+
+
 def entropy(logits: Tensor) -> Tensor:
     """−Σ p log p per row [...]; 0 · log 0 = 0."""
     log_p = torch.log_softmax(logits, -1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastkl.kernels.divergence import pytorch as pytorch_divergence
 from fastkl.kernels.problem import Backend, Inputs, Kind, Spec
 from fastkl.kernels.rows import pytorch as pytorch_rows
+from fastkl.kernels.rows.cross_entropy import pytorch as pytorch_cross_entropy
 from fastkl.kernels.rows.interface import ClearRows, EntropyGradient, RowFunction
 from fastkl.kernels.score import cpu as cpu_score
 from fastkl.kernels.sparse.estimator import ColumnSampler
@@ -23,6 +24,7 @@ LOGPROBS: tuple[Kind, ...] = ("token_nll", "token_nll_entropy")
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
 _PYTORCH = {
     "rows": pytorch_rows,
+    "rows.cross_entropy": pytorch_cross_entropy,
     "top_k": pytorch_rows,
     "divergence": pytorch_divergence,
 }  # in Triton each has a module
@@ -32,6 +34,8 @@ def row_function(spec: Spec, hidden: Tensor) -> RowFunction:
     """ "auto" is Triton on CUDA and HIP devices, PyTorch elsewhere and for float64. Nothing falls back in silence."""
     if spec.kind == "divergence":
         return partial(_module("divergence", spec, hidden).divergence, spec.variant, spec.parameter)
+    if spec.kind == "cross_entropy":
+        return partial(_module("rows.cross_entropy", spec, hidden).cross_entropy, spec.cross_entropy)
     if spec.kind == "top_k":
         return partial(top_k, spec.variant, _module("top_k", spec, hidden))
     return cast(RowFunction, getattr(_module("rows", spec, hidden), spec.kind))
@@ -60,9 +64,11 @@ def column_sampler(spec: Spec, inputs: Inputs) -> ColumnSampler | None:
 def scorer(spec: Spec, inputs: Inputs) -> Callable[[Tensor], None] | None:
     """What writes the values [K, N] without any logits, or None where that is the business of chunks.
 
-    Log-probs have one on a CPU, with the entropy or without. Triton has it for 16-bit heads, where the GEMMs of a vendor
-    are not far faster, and for the reverse KL of two heads alone too.
+    Log-probs have one on a CPU, with the entropy or without, and so has a cross-entropy without smoothing. Triton has it
+    for 16-bit heads, where the GEMMs of a vendor are not far faster, and for the reverse KL of two heads alone too.
     """
+    if spec.kind == "cross_entropy":
+        return _cross_entropy_scorer(spec, inputs)
     if not _is_triton(spec.backend, inputs.hidden) and inputs.hidden.is_cpu:
         return partial(cpu_score.token_nll, spec, inputs) if spec.kind in LOGPROBS else None
     if not _is_triton(spec.backend, inputs.hidden) or inputs.hidden.element_size() != 2 or inputs.hidden.shape[1] == 0:
@@ -76,6 +82,23 @@ def scorer(spec: Spec, inputs: Inputs) -> Callable[[Tensor], None] | None:
         return None
     teacher = score.Head(inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias, spec.teacher)
     return lambda out: score.reverse_kl(student, teacher, inputs.tokens, out)
+
+
+def _cross_entropy_scorer(spec: Spec, inputs: Inputs) -> Callable[[Tensor], None] | None:
+    """From the scores of the tokens, which say nothing of the other ids' mean nor which one is the likeliest."""
+    options, tokens = spec.cross_entropy, inputs.tokens
+    assert options is not None
+    assert tokens is not None
+    score = scorer(spec._replace(kind="token_nll_entropy"), inputs)
+    if score is None or spec.extras or options.label_smoothing != 0.0:
+        return None
+
+    def write(out: Tensor) -> None:
+        scores = out.new_empty(5, out.shape[1])
+        score(scores)
+        pytorch_cross_entropy.from_scores(options, scores, tokens, inputs.class_weight, out)
+
+    return write
 
 
 def _module(family: str, spec: Spec, hidden: Tensor) -> ModuleType:

@@ -277,7 +277,7 @@ class _Workspace:
         """The logits of `rows`, with `place` as the first row of their gradient."""
         inputs, n = self.inputs, rows.stop - rows.start
         project(inputs.hidden[rows], inputs.weight, inputs.bias, self.spec.student.alpha, self.student[:n])
-        logits = Logits(self.student[:n], self.spec.student.cap)
+        logits = Logits(self.student[:n], self.spec.student.cap, class_weight=inputs.class_weight)
         if self.teacher is not None and self.spec.teacher is not None:
             _teacher_scores(inputs, rows, self.spec.teacher, self.teacher[:n])
             logits = logits._replace(teacher=self.teacher[:n], teacher_cap=self.spec.teacher.cap)

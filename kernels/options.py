@@ -68,6 +68,20 @@ class Surrogate:
 
 
 @dataclasses.dataclass(frozen=True)
+class CrossEntropy:
+    """What is added to the cross-entropy of a token (`fastkl.loss.linear_cross_entropy`)."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1]")
+        if not 0.0 <= self.z_loss < float("inf"):
+            raise ValueError(f"z_loss is {self.z_loss}; it must be >= 0 and finite, the factor of lse²")
+
+
+@dataclasses.dataclass(frozen=True)
 class Sparse:
     """A sparse backward pass: gradients from a random subset of the vocabulary, without bias.
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fastkl.kernels.divergence.formula import ROWS, ROWS_WITH_EXTRAS
-from fastkl.kernels.options import Sparse, Surrogate
+from fastkl.kernels.options import CrossEntropy, Sparse, Surrogate
 from fastkl.kernels.surrogate import log_ratio, surrogate_terms
 
-Kind = Literal["token_nll", "token_nll_entropy", "divergence", "top_k"]
+Kind = Literal["token_nll", "token_nll_entropy", "cross_entropy", "divergence", "top_k"]
 Backend = Literal["auto", "triton", "torch"]
 TeacherChunks = Callable[[Tensor], Tensor]  # rows [n] of the N -> their teacher logits [n, V]
 
@@ -61,14 +61,17 @@ class Spec(NamedTuple):
     chunk_size: int | None = None  # rows; None: what the workspace budget holds
     variant: str = ""  # of a divergence: its name; of top_k: its direction and tail
     parameter: float = 0.0  # of a divergence
-    extras: bool = False  # a divergence's by-products
+    extras: bool = False  # a divergence's by-products, a cross-entropy's predictions
     sparse: Sparse | None = None  # None: the backward pass is exact
+    cross_entropy: CrossEntropy | None = None  # of that kind
 
     @property
     def outputs(self) -> int:
         """K, the values that the row function gives per row; the first one carries the gradient."""
         if self.kind == "divergence":
             return ROWS_WITH_EXTRAS if self.extras else ROWS
+        if self.kind == "cross_entropy":
+            return 5 if self.extras else 4
         return {"token_nll": 1, "token_nll_entropy": 5, "top_k": 2}[self.kind]
 
 
@@ -88,6 +91,7 @@ class Inputs(NamedTuple):
     teacher_logits: Tensor | TeacherChunks | None = None  # [N, V], before any scaling
     top_ids: Tensor | None = None  # [N, k] int64
     top_logprobs: Tensor | None = None  # [N, k], compute dtype
+    class_weight: Tensor | None = None  # [V], compute dtype
 
     def take(self, index: Tensor | None) -> Inputs:
         """The same problem on the rows of `index`; on all of them where it is None."""

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from bench.variants.launcher import BF16, BOTH, CUT, FP16, FP32, WIDTHS, Launcher, Options, chunk, grid
+from fastkl.kernels.options import CrossEntropy
+from fastkl.kernels.rows.cross_entropy.triton import cross_entropy
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.rows.triton import clear_rows, entropy_gradient, token_nll, token_nll_entropy
 from fastkl.kernels.top_k.triton import tail_gradient, tail_sums
@@ -41,6 +43,13 @@ def _token_nll_entropy(n: int, offset: int, **options: Any) -> None:
     token_nll_entropy(*rows(n, offset, **options))
 
 
+def _cross_entropy(n: int, offset: int, label_smoothing: float, class_weight: bool, ids: bool, **options: Any) -> None:
+    logits, tokens, out, gradient = rows(n, offset, **options)
+    c = torch.ones(logits.student.shape[1]) if class_weight else None
+    terms = CrossEntropy(label_smoothing, 0.5 / (n + offset))
+    cross_entropy(terms, logits._replace(class_weight=c), tokens, out[: 5 if ids else 4], gradient)
+
+
 def _entropy_gradient(n: int, offset: int, **options: Any) -> None:
     logits, tokens, out, gradient = rows(n, offset, **options)
     assert gradient is not None
@@ -68,6 +77,7 @@ def _variants(dtypes: list[tuple[torch.dtype, torch.dtype | None]]) -> list[Opti
     return grid(dtypes=dtypes, capped=BOTH, vocabulary=ROW_WIDTHS)
 
 
+PLAIN_TARGETS = {"label_smoothing": 0.0, "class_weight": False, "ids": False}
 HEAVY_VALUES = {"dtypes": (FP32, None), "capped": True, "vocabulary": 50257}
 HEAVY_GRADIENT = HEAVY_VALUES | {"dtypes": (FP32, BF16)}
 LAUNCHERS = [
@@ -82,6 +92,21 @@ LAUNCHERS = [
         ],
     ),
     Launcher("rows.token_nll_entropy", _token_nll_entropy, _variants(VALUES), [HEAVY_VALUES]),
+    Launcher(
+        "cross_entropy.cross_entropy",
+        _cross_entropy,
+        [
+            one | more
+            for one in _variants(VALUES + GRADIENTS)
+            for more in grid(label_smoothing=[0.0, 0.1], class_weight=BOTH, ids=BOTH)
+        ],
+        [
+            {"dtypes": (FP32, BF16), "capped": False, "vocabulary": 151936} | PLAIN_TARGETS,
+            HEAVY_GRADIENT | {"label_smoothing": 0.1, "class_weight": True, "ids": False},
+            HEAVY_GRADIENT | {"label_smoothing": 0.1, "class_weight": True, "ids": True},
+        ],
+        programs=1,  # all together need too many registers for two
+    ),
     Launcher("rows.entropy_gradient", _entropy_gradient, _variants(GRADIENTS), [HEAVY_GRADIENT]),
     Launcher(
         "rows.clear_rows",

@@ -98,18 +98,18 @@ def check_per_token(name: str, tensor: Tensor, hidden: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def check_tokens(tokens: Tensor, hidden: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
+def check_tokens(tokens: Tensor, hidden: Tensor, vocabulary: int, ignore_index: int, name: str = "tokens") -> Tensor:
     """Token ids [...] as int64. On an accelerator ids outside the vocabulary are left to the row functions:
     looking at them here would stall the device, and in a compiled graph nothing can be raised."""
-    tokens = check_per_token("tokens", tokens, hidden)
+    tokens = check_per_token(name, tokens, hidden)
     if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise TypeError(f"tokens is {tokens.dtype}; expected integer token ids (torch.int64)")
+        raise TypeError(f"{name} is {tokens.dtype}; expected integer token ids (torch.int64)")
     tokens = tokens.to(torch.int64)
     if visible(tokens):
         wrong = ((tokens < 0) | (tokens >= vocabulary)) & (tokens != ignore_index)
         if bool(wrong.any()):
             raise ValueError(
-                f"tokens holds the id {int(tokens[wrong][0])}, outside the vocabulary of weight (0 … {vocabulary - 1}) "
+                f"{name} holds the id {int(tokens[wrong][0])}, outside the vocabulary of weight (0 … {vocabulary - 1}) "
                 f"and not ignore_index ({ignore_index}); are the tokenizer and the model of one family?"
             )
     return tokens

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_type_hints
 from torch import Tensor
 
 from fastkl._loss import hints
-from fastkl.kernels.options import Backward, Direction, KLEstimate, Method, Surrogate, Tail
+from fastkl.kernels.options import Backward, CrossEntropy, Direction, KLEstimate, Method, Surrogate, Tail
 from fastkl.kernels.problem import Backend, HeadOptions, TeacherChunks
 
 Ratio = Literal["token", "sequence"]
@@ -59,6 +59,14 @@ class LossOptions(LogprobOptions, total=False):
     normalizer: Annotated[Tensor | float | None, None]
 
 
+class CrossEntropyOptions(LossOptions, total=False):
+    label_smoothing: Annotated[float, CrossEntropy.label_smoothing]
+    z_loss: Annotated[float, CrossEntropy.z_loss]
+    class_weight: Annotated[Tensor | None, None]
+    vocab_size: Annotated[int | None, None]
+    per_token: Annotated[bool, False]
+
+
 class PolicyOptions(LossOptions, total=False):
     method: Annotated[Method, Surrogate.method]
     clip_low: Annotated[float, Surrogate.clip_low]
@@ -99,7 +107,7 @@ class DivergenceOptions(SharedVocabularyOptions, total=False):
 
 # At import, because torch.compile does not trace `dataclasses.fields`.
 _FIELDS: dict[Any, list[str]] = {
-    kind: [field.name for field in dataclasses.fields(kind)] for kind in (HeadOptions, Surrogate)
+    kind: [field.name for field in dataclasses.fields(kind)] for kind in (HeadOptions, Surrogate, CrossEntropy)
 }
 
 

@@ -10,6 +10,13 @@ from torch import Tensor
 from fastkl.kernels.divergence.formula import PerToken
 
 
+class Predictions(NamedTuple):
+    """What a head says of each token, detached."""
+
+    ids: Tensor  # [...] int64, the likeliest one, the first of several; −1 where masked
+    lse: Tensor  # [...] float32 (float64 for float64), logsumexp(z), 0 where masked
+
+
 class LossOutput(NamedTuple):
     """What every loss returns, whatever its options. Its `loss` is the tensor: `output.loss.backward()`."""
 
@@ -18,7 +25,7 @@ class LossOutput(NamedTuple):
     # Log-prob of each token, float32 (float64 for float64), detached, 0 where masked; None where no tokens were given.
     logprobs: Tensor | None
     metrics: dict[str, Tensor]  # detached 0-dim tensors; reading one synchronises
-    per_token: PerToken | None = None  # of a divergence that was asked for it
+    per_token: PerToken | Predictions | None = None  # of a divergence or a cross-entropy that was asked for it
 
 
 def _no_such_attribute(_: LossOutput, name: str) -> NoReturn:

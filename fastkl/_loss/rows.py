@@ -49,6 +49,7 @@ def flat_call(
     kind: Kind,
     who: str = "",  # prefixes the names of hidden and weight in errors
     reductions: tuple[str, ...] = ("mean", "sum", "none"),
+    tokens_name: str = "tokens",
 ) -> Call:
     """Checks hidden [..., D], weight [V, D], tokens [...] and the options that all losses share; cuts the vocabulary."""
     bias, weight_grad, vocab_size = options["bias"], options["weight_grad"], options.get("vocab_size")
@@ -62,7 +63,7 @@ def flat_call(
     token_weights = check.mask_weights(options.get("mask"), hidden, compute_dtype(hidden.dtype))
     if tokens is not None:
         vocabulary = weight.shape[0] if vocab_size is None else vocab_size
-        tokens = check.check_tokens(tokens, hidden, vocabulary, options["ignore_index"]).reshape(-1)
+        tokens = check.check_tokens(tokens, hidden, vocabulary, options["ignore_index"], tokens_name).reshape(-1)
         token_weights = token_weights.where(tokens != options["ignore_index"], 0.0)
     active = token_weights != 0
     shape = hidden.shape[:-1]

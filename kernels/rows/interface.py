@@ -25,6 +25,7 @@ class Logits(NamedTuple):
     teacher_cap: float | None = None
     top_ids: Tensor | None = None  # [n, k] int64
     top_logprobs: Tensor | None = None  # [n, k], compute dtype
+    class_weight: Tensor | None = None  # [V], compute dtype
 
 
 class RowFunction(Protocol):

@@ -26,7 +26,7 @@ def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tens
         block, y = logits.student[rows], tokens[rows, None]
         z = apply_cap(block, logits.student_cap, keep=gradient is not None)
         target = block.gather(1, y).squeeze(1)
-        peak, top = _softmax_in_place(block)
+        peak, top = softmax_in_place(block)
         out[0, rows] = (peak - target) - top  # in this order: large logits cancel before anything is rounded
         if gradient is not None:
             block.scatter_add_(1, y, block.new_full((1, 1), -1.0).expand_as(y))
@@ -109,7 +109,7 @@ def row_blocks(chunk: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, n))
 
 
-def _softmax_in_place(z: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_in_place(z: Tensor) -> tuple[Tensor, Tensor]:
     """z becomes softmax(z). Returns max z and log max p, [n] each; lse(z) is their difference, well conditioned."""
     peak = z.amax(-1)
     torch.softmax(z, -1, out=z)

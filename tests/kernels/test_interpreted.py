@@ -17,9 +17,10 @@ import torch
 from devices import INTERPRETED
 
 from fastkl.kernels.divergence.triton import divergence
-from fastkl.kernels.options import Sparse
+from fastkl.kernels.options import CrossEntropy, Sparse
 from fastkl.kernels.problem import HeadOptions
 from fastkl.kernels.rows import triton as rows_triton
+from fastkl.kernels.rows.cross_entropy import triton as cross_entropy_triton
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.score import triton as score_triton
 from fastkl.kernels.score.triton import Head
@@ -35,6 +36,7 @@ slow = pytest.mark.slow
     ("file", "marker", "at_least"),
     [
         ("kernels/rows/test_triton.py", "not slow", 100),
+        ("kernels/rows/cross_entropy/test_triton.py", "not slow", 120),
         ("kernels/top_k/test_triton.py", "not slow", 60),
         ("kernels/score/test_triton.py", "not slow", 150),
         ("kernels/divergence/test_triton.py", "not slow", 260),
@@ -76,6 +78,7 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "token_nll": lambda: rows_triton.token_nll(CHUNK, TOKENS, OUT, None),
     "token_nll_entropy": lambda: rows_triton.token_nll_entropy(CHUNK, TOKENS, OUT, None),
     "entropy_gradient": lambda: rows_triton.entropy_gradient(CHUNK, TOKENS, OUT, OUT[:3], CHUNK.student),
+    "cross_entropy": lambda: cross_entropy_triton.cross_entropy(CrossEntropy(), CHUNK, TOKENS, OUT, None),
     "clear_rows": lambda: rows_triton.clear_rows(CHUNK.student, OUT[0]),
     "tail_sums": lambda: top_k_triton.tail_sums(CHUNK.student, None, OUT),
     "tail_gradient": lambda: top_k_triton.tail_gradient(CHUNK.student, None, OUT[0], OUT[1], CHUNK.student),

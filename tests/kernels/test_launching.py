@@ -134,6 +134,11 @@ LAUNCHED: dict[str, list[dict[str, Any]]] = {
     "rows.token_nll": [IN_PLACE | WIDE, APART | ODD, {"dtypes": (BF16, None), "vocabulary": 50257}],
     "rows.token_nll_entropy": [NONE | WIDE, NONE | ODD],
     "rows.entropy_gradient": [IN_PLACE | WIDE, APART | ODD],
+    "cross_entropy.cross_entropy": [
+        IN_PLACE | WIDE,
+        APART | ODD | {"label_smoothing": 0.1, "class_weight": True, "ids": True},
+        NONE | {"vocabulary": 50257},
+    ],
     "rows.clear_rows": [{**IN_PLACE, "vocabulary": 32000}, {**APART, "vocabulary": 50257}],
     "top_k.tail_sums": [NONE | WIDE, NONE | ODD],
     "top_k.tail_gradient": [IN_PLACE | WIDE, APART | ODD],

@@ -37,6 +37,8 @@ FORMS: Forms = {
     "policy_gradient": ("policy_gradient", {}),
     "entropy": ("entropy", {}),
     "ppo": ("policy_gradient", {"method": "ppo"}),
+    "cross_entropy": ("cross_entropy", {"per_token": True}),
+    "cross_entropy-plain": ("cross_entropy", {"label_smoothing": 0.0, "z_loss": 0.01}),
     "reverse_kl": ("reverse_kl", {}),
     "reverse_kl-per_token": ("reverse_kl", {"per_token": True}),
     "jsd": ("jsd", {}),
@@ -49,11 +51,12 @@ SCORED = {
     "policy_gradient": "token_nll",
     "entropy": "token_nll",
     "ppo": "token_nll",
+    "cross_entropy-plain": "token_nll",
     "reverse_kl": "reverse_kl",
 }
 # Each row function.
 MASKED: Forms = {
-    **{name: (name, {}) for name in ("linear_logprobs", "policy_gradient", "entropy", *DIVERGENCES)},
+    **{name: (name, {}) for name in ("linear_logprobs", "policy_gradient", "entropy", "cross_entropy", *DIVERGENCES)},
     **{f"top_k-{d}-{t}": ("top_k", {"direction": d, "tail": t}) for d in DIRECTIONS for t in TAILS},
 }
 forms = pytest.mark.parametrize("form", FORMS)

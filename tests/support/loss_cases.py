@@ -197,6 +197,10 @@ def _sampled_reverse_kl(
     return _policy_gradient(of._replace(p=of.p._replace(advantages=advantages)), **options)
 
 
+def _cross_entropy(of: Plain, **options: Any) -> Tensor:
+    return reference.cross_entropy(of.z, of.p.tokens, **options)
+
+
 def _top_k(of: Plain, k: int = 4, padded: int = 0, **options: Any) -> Tensor:
     return reference.top_k_kl(of.z, *teacher_list(of.p, k, padded), **options)
 
@@ -230,13 +234,25 @@ LOSSES = {
         loss.policy_gradient_loss, _reference_arguments, _reference_kl, {"ref_kl_coef": 0.3, "ref_kl_ratio": True}
     ),
     "sampled_reverse_kl": Loss(loss.sampled_reverse_kl_loss, _sampled_arguments, _sampled_reverse_kl),
+    "cross_entropy": Loss(
+        loss.linear_cross_entropy, lambda p, _: {"targets": p.tokens}, _cross_entropy, {"label_smoothing": 0.1}
+    ),
     "top_k": Loss(loss.top_k_kl_loss, _list_arguments, _top_k),
     **{name: _divergence(name) for name in DIVERGENCES},
 }
 REDUCED = tuple(name for name in LOSSES if name != "linear_logprobs")
 # One for each way through the code. Which divergence it is the row function alone knows (tests/kernels/divergence), but for
 # the reverse KL, which is scored without logits where no gradient is wanted.
-WAYS = ("linear_logprobs", "policy_gradient", "entropy", "sampled_reverse_kl", "top_k", "reverse_kl", "jsd")
+WAYS = (
+    "linear_logprobs",
+    "policy_gradient",
+    "entropy",
+    "sampled_reverse_kl",
+    "cross_entropy",
+    "top_k",
+    "reverse_kl",
+    "jsd",
+)
 each_way = pytest.mark.parametrize("name", WAYS)
 each_loss = pytest.mark.parametrize("name", LOSSES)
 Forms = dict[str, tuple[str, dict[str, Any]]]
@@ -244,6 +260,7 @@ Forms = dict[str, tuple[str, dict[str, Any]]]
 FORMS: Forms = {
     **{name: (name, {}) for name in WAYS},
     "policy_gradient-none": ("policy_gradient", {"reduction": "none"}),
+    "cross_entropy-plain": ("cross_entropy", {"label_smoothing": 0.0, "z_loss": 0.01}),
     "reverse_kl-none": ("reverse_kl", {"reduction": "none"}),
 }
 

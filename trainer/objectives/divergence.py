@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fastkl import loss as losses
-from fastkl.loss import LossOutput
+from fastkl.loss import LossOutput, PerToken
 from fastkl.trainer.config.loss import LossConfig, ObjectiveName
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.data.batching import Batch
@@ -73,7 +73,7 @@ class FullDivergence(Objective):
 
         output = call_with_rows(model, batch, loss)
         tokens = output.per_token
-        assert tokens is not None
+        assert isinstance(tokens, PerToken)
         assert tokens.teacher_logprobs is not None
         batch.scatter(check_finite(tokens.teacher_logprobs, "teacher").where(known, UNKNOWN), "teacher_logprobs")
         means = {"top1_agreement": tokens.top1_agreement.mean(), "teacher_entropy": tokens.teacher_entropy.mean()}

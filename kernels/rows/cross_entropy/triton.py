@@ -1,0 +1,139 @@
+"""The cross-entropy of a row with its target, smoothed and regularised, in Triton, in the way of `walk.py`.
+
+The formulas are those of `pytorch.py`. The smoothed part is summed as D = Σ c (z − r) with r = z[y], or 0 if that is −inf:
+a number that is known before the walk, so that large logits cancel and nothing is carried when the maximum is raised. Then
+Σ c (−log p) = C (lse − r) − D.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastkl.kernels.launch import token_ids
+from fastkl.kernels.options import CrossEntropy
+from fastkl.kernels.rows.interface import Logits
+from fastkl.kernels.rows.launch import launch_rows, row_kernel, written_to
+from fastkl.kernels.rows.walk import finite_or_zero, load_block, load_one, raise_max, store_gradient
+
+
+def cross_entropy(
+    options: CrossEntropy, logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None
+) -> None:
+    assert tokens is not None
+    smoothing, c = options.label_smoothing, logits.class_weight
+    launch_rows(
+        _cross_entropy_kernel,
+        logits.student,
+        logits.student_cap,
+        **token_ids(tokens),
+        **written_to(gradient),
+        class_weight_ptr=c,
+        class_total_ptr=None if c is None else c.sum(0, keepdim=True),
+        out_ptr=out,
+        out_stride_value=out.stride(0),
+        out_stride_row=out.stride(1),
+        kept=1.0 - smoothing,
+        share=smoothing / logits.student.shape[1],
+        z_loss=options.z_loss,
+        SMOOTH=smoothing != 0.0,
+        PREDICT=len(out) > 4,
+    )
+
+
+@row_kernel
+def _cross_entropy_kernel(
+    # data
+    x_ptr: tl.tensor,  # [n, V]
+    tokens_ptr: tl.tensor,  # [n]
+    class_weight_ptr: tl.tensor,  # [V] or None
+    class_total_ptr: tl.tensor,  # [1], their sum, or None
+    out_ptr: tl.tensor,  # [4 or 5, n]
+    u_ptr: tl.tensor,  # [n, V], the gradient: x itself or apart from it; or None
+    cap: tl.tensor,
+    kept: tl.tensor,  # 1 − ε
+    share: tl.tensor,  # ε / V
+    z_loss: tl.tensor,
+    # shapes
+    vocabulary: tl.tensor,
+    # strides
+    x_stride_row: tl.tensor,
+    tokens_stride: tl.tensor,
+    out_stride_value: tl.tensor,
+    out_stride_row: tl.tensor,
+    u_stride_row: tl.tensor,
+    # constants
+    CAPPED: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    PREDICT: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # logits held at a time
+) -> None:
+    row = tl.program_id(0).to(tl.int64)  # n · V exceeds int32
+    x_ptr += row * x_stride_row
+    out_ptr += row * out_stride_row
+    if u_ptr is not None:
+        u_ptr += row * u_stride_row
+    y = tl.load(tokens_ptr + row * tokens_stride)
+    target = load_one(x_ptr, y, vocabulary, cap, CAPPED)
+    b = kept
+    if class_weight_ptr is not None:
+        b *= tl.load(class_weight_ptr + y, mask=(y >= 0) & (y < vocabulary), other=float("nan"))
+    offset = tl.where(tl.abs(target) < float("inf"), target, 0.0)
+
+    m = float("-inf")
+    top = 0  # where m is found first
+    l_lanes = tl.zeros([BLOCK_N], tl.float32)
+    d_lanes = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, vocabulary, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        z = load_block(x_ptr, columns, vocabulary, cap, CAPPED)
+        m_before = m
+        m, base, step = raise_max(m, z, 1.0, 0)
+        l_lanes = tl.fma(l_lanes, tl.exp(step), tl.exp(z - base))
+        if SMOOTH:
+            c = _class_weights(class_weight_ptr, columns, vocabulary)
+            d_lanes += tl.where(c == 0.0, 0.0, c * (z - offset))
+        if PREDICT:  # noqa: SIM102  to the compiler this is a constant
+            if m > m_before:
+                top = start + tl.argmax(z, 0)
+    base = finite_or_zero(m)
+    total = tl.sum(l_lanes, 0)
+    log_total = tl.log(total)
+    nll = (base - target) + log_total
+    lse = base + log_total
+    value = tl.where(b == 0.0, 0.0, b * nll) + z_loss * lse * lse
+    a = b + 2.0 * z_loss * lse
+    if SMOOTH:
+        c_sum = vocabulary * 1.0
+        if class_weight_ptr is not None:
+            c_sum = tl.load(class_total_ptr)
+        value += share * (c_sum * ((base - offset) + log_total) - tl.sum(d_lanes, 0))
+        a += share * c_sum
+    tl.store(out_ptr, value)
+    tl.store(out_ptr + out_stride_value, nll)
+    tl.store(out_ptr + 2 * out_stride_value, lse)
+    tl.store(out_ptr + 3 * out_stride_value, base - target)
+    if PREDICT:
+        tl.store(out_ptr + 4 * out_stride_value, top + 0.0)
+
+    if u_ptr is not None:
+        scale = a * tl.where(target == target, tl.div_rn(1.0, total), target)  # NaN if there is no such token
+        last = (vocabulary - 1) // BLOCK_N * BLOCK_N
+        for done in range(0, vocabulary, BLOCK_N):  # from the end: what was read last is still in the L2 cache
+            columns = last - done + tl.arange(0, BLOCK_N)
+            z = load_block(x_ptr, columns, vocabulary, cap, CAPPED)
+            u = tl.exp(z - base) * scale - tl.where(columns == y.to(tl.int32), b, 0.0)
+            if SMOOTH:
+                u -= share * _class_weights(class_weight_ptr, columns, vocabulary)
+            store_gradient(u_ptr, columns, vocabulary, u, z, cap, CAPPED)
+
+
+@triton.jit
+def _class_weights(class_weight_ptr: tl.tensor, columns: tl.tensor, vocabulary: tl.tensor) -> tl.tensor:
+    """c at `columns`, 1 without class weights; 0 beyond the vocabulary."""
+    inside = columns < vocabulary
+    c = tl.where(inside, 1.0, 0.0)
+    if class_weight_ptr is not None:
+        c = tl.load(class_weight_ptr + columns, mask=inside, other=0.0)
+    return c
