@@ -20,6 +20,9 @@ OTHER_NAMES = {
     ("weight", "lm_head_weight", "lin_weight", "linear_weight"): "student_weight",
     ("student_weight", "lm_head_weight", "lin_weight", "linear_weight"): "weight",
     ("labels", "target", "targets", "target_ids", "input_ids", "completion_ids", "selected_token_ids"): "tokens",
+    ("labels", "target", "tokens", "target_ids", "input_ids", "completion_ids"): "targets",
+    ("ce_weight", "class_weights", "weights"): "class_weight",
+    ("lse_square_scale", "z_loss_weight", "z_loss_coef", "z_loss_multiplier"): "z_loss",
     ("attention_mask", "loss_mask", "completion_mask", "response_mask", "weights"): "mask",
     ("advantage",): "advantages",
     ("old_per_token_logps", "old_log_probs", "sampler_logprobs", "sampling_logprobs"): "old_logprobs",
@@ -75,6 +78,8 @@ def of_head(hidden: Tensor, weight: Tensor, who: str) -> str:
 
 def of_tokens(name: str, tensor: Tensor, hidden: Tensor) -> str:
     """For a tensor [...] with an entry per token that hidden states [..., D] do not have."""
+    if tensor.shape[:-1] == hidden.shape[:-1] and tensor.is_floating_point():
+        return "; forward_kl_loss takes a distribution, as teacher_logits=" if name == "targets" else ""
     if tensor.dim() == 0 or tensor.shape[:-1] != hidden.shape[:-2]:
         return ""
     if tensor.shape[-1] + 1 == hidden.shape[-2]:

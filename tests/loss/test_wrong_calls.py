@@ -72,6 +72,18 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         "TypeError: 'sampler_logprobs'; did you mean old_logprobs?",
     ),
     "num-items-in-batch": (lambda: reverse_kl_loss(H, W, TH, TW, num_items_in_batch=8), "TypeError: normalizer?"),
+    "labels-of-a-cross-entropy": (
+        lambda: loss.linear_cross_entropy(H, W, labels=IDS),
+        "TypeError: linear_cross_entropy() / 'labels'; did you mean targets?",
+    ),
+    "liger's-z-loss": (
+        lambda: loss.linear_cross_entropy(H, W, IDS, lse_square_scale=1e-4),
+        "TypeError: 'lse_square_scale'; did you mean z_loss?",
+    ),
+    "liger's-class-weights": (
+        lambda: loss.linear_cross_entropy(H, W, IDS, ce_weight=ones(50)),
+        "TypeError: 'ce_weight'; did you mean class_weight?",
+    ),
     # By position.
     "mask-by-position": (
         lambda: policy_gradient_loss(H, W, IDS, A, LP, ones(2, 4)),
@@ -116,6 +128,43 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         "TypeError: tokens must be a tensor, not ndarray; make it one with torch.as_tensor",
     ),
     "loss-output-as-advantages": (lambda: policy_gradient_loss(H, W, IDS, OUTPUT), "TypeError: pass its .loss"),
+    # Of a cross-entropy.
+    "probabilities-as-targets": (
+        lambda: loss.linear_cross_entropy(H, W, LOGITS.softmax(-1)),
+        "ValueError: targets is [2, 4, 50] / one entry per token / forward_kl_loss takes a distribution, as teacher_logits=",
+    ),
+    "floats-as-targets": (
+        lambda: loss.linear_cross_entropy(H, W, IDS.float()),
+        "TypeError: targets is torch.float32; expected integer token ids",
+    ),
+    "targets-outside": (
+        lambda: loss.linear_cross_entropy(H, W, IDS + 50),
+        "ValueError: targets holds the id / outside the vocabulary of weight (0 … 49)",
+    ),
+    "smoothing-in-percent": (
+        lambda: loss.linear_cross_entropy(H, W, IDS, label_smoothing=10),
+        "ValueError: label_smoothing is 10; it must be in [0, 1]",
+    ),
+    "a-negative-z-loss": (
+        lambda: loss.linear_cross_entropy(H, W, IDS, z_loss=-1e-4),
+        "ValueError: z_loss is -0.0001; it must be >= 0 and finite",
+    ),
+    "a-weight-per-token": (
+        lambda: loss.linear_cross_entropy(H, W, IDS, class_weight=ones(2, 4)),
+        "ValueError: class_weight is [2, 4] but weight is [50, 16]: expected one weight per id, [50]",
+    ),
+    "a-negative-class-weight": (
+        lambda: loss.linear_cross_entropy(H, W, IDS, class_weight=-ones(50)),
+        "ValueError: class_weight holds a weight that is negative or not finite; weights are >= 0",
+    ),
+    "a-list-of-class-weights": (
+        lambda: loss.linear_cross_entropy(H, W, IDS, class_weight=[1.0] * 50),
+        "TypeError: class_weight must be a tensor, not list; make it one with torch.as_tensor",
+    ),
+    "statistics-of-labels": (
+        lambda: loss.linear_token_stats(H, W, labels=IDS),
+        "TypeError: linear_token_stats() / 'labels'; did you mean tokens?",
+    ),
     # Shifts.
     "tokens-shifted-alone": (
         lambda: policy_gradient_loss(H, W, IDS[:, 1:], A[:, 1:]),

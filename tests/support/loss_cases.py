@@ -198,7 +198,8 @@ def _sampled_reverse_kl(
 
 
 def _cross_entropy(of: Plain, **options: Any) -> Tensor:
-    return reference.cross_entropy(of.z, of.p.tokens, **options)
+    z = of.z.float() if of.z.dtype == torch.float16 else of.z  # the sum over ids is beyond float16
+    return reference.cross_entropy(z, of.p.tokens, **options)
 
 
 def _top_k(of: Plain, k: int = 4, padded: int = 0, **options: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""The cross-entropy in PyTorch, which the kernel in Triton is measured against: its definition and the rules at the edges."""
+"""The cross-entropy in PyTorch, which the kernel in Triton is measured against: definition, and edges."""
 
 from __future__ import annotations
 
