@@ -40,6 +40,12 @@ The losses cannot be differentiated twice, nor in forward mode: backward with cr
 refused. Gradients of float16 hidden states are rounded to float16 before the upstream gradient (a loss scale) multiplies
 them. Use bfloat16 where they are tiny. `fastkl.reference` has the formula of each loss in plain PyTorch.
 
+Tokens
+------
+linear_cross_entropy is F.cross_entropy of a head. linear_logprobs gives log-probs of tokens, and linear_token_stats entropies
+and lse too, for losses of your own: they take any upstream gradients. policy_gradient_loss and sampled_reverse_kl_loss have
+the advantages inside, which saves a unit of a trained head.
+
 Sparse backward
 ---------------
 backward=Sparse(seed=…) makes the gradients of hidden and weight from a random subset of the vocabulary for each block of

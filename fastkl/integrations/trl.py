@@ -27,7 +27,7 @@ except ImportError as error:
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from fastkl.integrations.bindings import DoesNotFit, check_is_called, check_same_call, find, swap
-from fastkl.loss import jsd_loss, linear_logprobs, linear_token_stats
+from fastkl.loss import PerToken, jsd_loss, linear_logprobs, linear_token_stats
 
 __all__ = ["use"]
 
@@ -134,7 +134,7 @@ def _divergence(
         reduction="sum",
         per_token=True,
     )
-    assert out.per_token is not None
+    assert isinstance(out.per_token, PerToken)
     divisor = (
         count.clamp(min=1)
         if num_items_in_batch is None

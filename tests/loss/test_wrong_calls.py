@@ -131,7 +131,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     # Of a cross-entropy.
     "probabilities-as-targets": (
         lambda: loss.linear_cross_entropy(H, W, LOGITS.softmax(-1)),
-        "ValueError: targets is [2, 4, 50] / one entry per token / forward_kl_loss takes a distribution, as teacher_logits=",
+        "ValueError: targets is [2, 4, 50] / forward_kl_loss takes a distribution, as teacher_logits=",
     ),
     "floats-as-targets": (
         lambda: loss.linear_cross_entropy(H, W, IDS.float()),

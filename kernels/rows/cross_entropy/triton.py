@@ -87,13 +87,12 @@ def _cross_entropy_kernel(
     l_lanes = tl.zeros([BLOCK_N], tl.float32)
     d_lanes = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, vocabulary, BLOCK_N):
-        columns = start + tl.arange(0, BLOCK_N)
-        z = load_block(x_ptr, columns, vocabulary, cap, CAPPED)
+        z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
         m_before = m
         m, base, step = raise_max(m, z, 1.0, 0)
         l_lanes = tl.fma(l_lanes, tl.exp(step), tl.exp(z - base))
         if SMOOTH:
-            c = _class_weights(class_weight_ptr, columns, vocabulary)
+            c = _class_weights(class_weight_ptr, start, vocabulary, BLOCK_N)
             d_lanes += tl.where(c == 0.0, 0.0, c * (z - offset))
         if PREDICT:  # noqa: SIM102  to the compiler this is a constant
             if m > m_before:
@@ -122,17 +121,20 @@ def _cross_entropy_kernel(
         scale = a * tl.where(target == target, tl.div_rn(1.0, total), target)  # NaN if there is no such token
         last = (vocabulary - 1) // BLOCK_N * BLOCK_N
         for done in range(0, vocabulary, BLOCK_N):  # from the end: what was read last is still in the L2 cache
-            columns = last - done + tl.arange(0, BLOCK_N)
-            z = load_block(x_ptr, columns, vocabulary, cap, CAPPED)
-            u = tl.exp(z - base) * scale - tl.where(columns == y.to(tl.int32), b, 0.0)
+            start = last - done
+            z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
+            u = tl.exp(z - base) * scale - tl.where(start + tl.arange(0, BLOCK_N) == y.to(tl.int32), b, 0.0)
             if SMOOTH:
-                u -= share * _class_weights(class_weight_ptr, columns, vocabulary)
-            store_gradient(u_ptr, columns, vocabulary, u, z, cap, CAPPED)
+                u -= share * _class_weights(class_weight_ptr, start, vocabulary, BLOCK_N)
+            store_gradient(u_ptr, start, vocabulary, u, z, cap, CAPPED, BLOCK_N)
 
 
 @triton.jit
-def _class_weights(class_weight_ptr: tl.tensor, columns: tl.tensor, vocabulary: tl.tensor) -> tl.tensor:
-    """c at `columns`, 1 without class weights; 0 beyond the vocabulary."""
+def _class_weights(
+    class_weight_ptr: tl.tensor, start: tl.tensor, vocabulary: tl.tensor, BLOCK_N: tl.constexpr
+) -> tl.tensor:
+    """c of a block, 1 without class weights; 0 beyond the vocabulary."""
+    columns = start + tl.arange(0, BLOCK_N)
     inside = columns < vocabulary
     c = tl.where(inside, 1.0, 0.0)
     if class_weight_ptr is not None:
