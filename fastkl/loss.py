@@ -42,9 +42,9 @@ them. Use bfloat16 where they are tiny. `fastkl.reference` has the formula of ea
 
 Tokens
 ------
-linear_cross_entropy is F.cross_entropy of a head. linear_logprobs gives log-probs of tokens, and linear_token_stats entropies
-and lse too, for losses of your own: they take any upstream gradients. policy_gradient_loss and sampled_reverse_kl_loss have
-the advantages inside, which saves a unit of a trained head.
+linear_cross_entropy is F.cross_entropy of a head. linear_logprobs gives log-probs of tokens, and linear_token_stats gives
+entropies and lse too. Both take any upstream gradients, for losses of your own. policy_gradient_loss and
+sampled_reverse_kl_loss have the advantages inside, which saves a unit of a trained head.
 
 Sparse backward
 ---------------
