@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastkl import loss
+from fastkl._loss.arguments import check_reduction
 from fastkl.kernels import autograd
 from fastkl.kernels.gemm import compute_dtype
 from fastkl.kernels.records import pack
@@ -228,6 +229,8 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "vocab_size": ("forward_kl", {"vocab_size": CUT}),
     "discount": ("sampled_reverse_kl", {"discount": 0.9}),
     "sequences": ("policy_gradient", {"ratio": "sequence", "reduction": "sequence_mean"}),
+    "bounds": ("reference_kl", {"ratio_bounds": (0.5, 2.0), "method": "ppo", "ref_kl": "k2"}),
+    "sequence bounds": ("reference_kl", {"ratio_bounds": (0.5, 2.0), "ratio": "sequence", "truncate_ratio": 1.5}),
     "drop": ("top_k", {"direction": "forward", "tail": "drop", "squared_temperature": True, "temperature": 0.5}),
 }
 
@@ -237,6 +240,14 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_options(monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any], backend: str) -> None:
     device = evaluate(monkeypatch, name, BF16, NEEDS["all"], backend=backend, **options)
     assert bool(device.kernels.launched) == (backend == "auto")
+
+
+def test_a_normalizer_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_tensors(monkeypatch):
+        zero, count = (torch.empty((), device="cuda") for _ in range(2))
+        reduction = check_reduction("mean", zero)
+        reduction.check_count(count)
+        assert reduction.factor(count).is_cuda
 
 
 @pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)

@@ -41,7 +41,7 @@ def peaked_problem(n: int = 64, dtype: torch.dtype = torch.float64, vocabulary: 
         tokens=tokens,
         mask=None,
         sampler_logprobs=behaviour,
-        teacher_logprobs=behaviour + 0.3 * p.advantages,
+        teacher_logprobs=(behaviour + 0.3 * p.advantages).clamp(max=0.0),
         teacher_hidden=torch.cat([p.hidden + 0.3 * p.teacher_hidden[:, :24], torch.zeros(n, 2)], 1),
         teacher_weight=torch.cat([p.weight, torch.zeros(vocabulary, 2)], 1),
         teacher_bias=bias,

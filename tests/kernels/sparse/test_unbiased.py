@@ -21,6 +21,7 @@ from fastkl.kernels.sparse import pytorch as sparse_pytorch
 EACH: Forms = {
     **FORMS,
     "policy_gradient-ppo": ("policy_gradient", {"method": "ppo"}),
+    "reference_kl": ("reference_kl", {"ref_kl": "k3", "ratio_bounds": (0.0, 1.5)}),
     "entropy-none": ("entropy", {"reduction": "none"}),
     "sampled_reverse_kl": ("sampled_reverse_kl", {"discount": 0.5}),
     "top_k-none": ("top_k", {"reduction": "none"}),

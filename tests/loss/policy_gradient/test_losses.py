@@ -21,6 +21,7 @@ from loss_cases import (
 from torch import Tensor
 
 from fastkl import reference
+from fastkl._loss.arguments import Reduction
 
 IDS = torch.tensor([[7, 7, 7, 2, 2, 2], [4, 5, 5, 5, 5, 6]])
 PER_TOKEN = ("hidden", "tokens", "mask", "advantages", "sampler_logprobs")
@@ -167,6 +168,15 @@ def test_clip_fraction_counts_the_tokens_that_a_clip_touched(policy: str) -> Non
     expected = {name: which[counted(p)].double().mean() for name, which in expected.items() if which.any()}
     assert all(0 < value < 1 for value in expected.values())
     torch.testing.assert_close({name: metrics[name] for name in expected}, expected)
+
+
+def test_a_normalizer_of_zero() -> None:
+    """Nothing over nothing is 0. Where nobody looks, something over nothing is NaN, and never infinite."""
+    factor = Reduction("mean", torch.tensor(0)).factor
+    assert factor(torch.tensor(0.0)) == 0
+    assert factor(torch.tensor(3.0)).isnan()
+    assert Reduction("mean", torch.tensor(-2.0)).factor(torch.tensor(0.0)).isnan()
+    assert Reduction("mean", torch.tensor(torch.nan)).factor(torch.tensor(3.0)).isnan()
 
 
 def test_k3_is_the_samplers_under_any_ratio() -> None:
