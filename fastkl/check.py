@@ -25,6 +25,7 @@ from fastkl import __version__
 from fastkl._check import kernels, losses, machine, report
 from fastkl._check.compiling import compile_launches, cores
 from fastkl._check.errors import Check, Measured
+from fastkl._check.json_file import write_json
 from fastkl._check.problem import NAMES, SIZES, Sizes, make_problem
 from fastkl._check.times import timed
 from fastkl.kernels.problem import Backend
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "complete": False,
     }
     print("\n".join(_introduction(found, choice.reason)), flush=True)
-    report.write_json(arguments.json, found)
+    write_json(arguments.json, found)
     checks = make_checks(device, choice.backend, dtypes)
     if choice.backend == "triton":
         _compile(checks)
@@ -57,14 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kernel, cells in by_kernel(checks):
         print(report.errors_line(kernel, list(cells.values())), flush=True)
         found["checks"] += [report.record(dtype, one) for dtype, cell in cells.items() for one in cell]
-        report.write_json(arguments.json, found)
+        write_json(arguments.json, found)
     failed = [one for one in found["checks"] if not one["ok"]]
     if not failed:  # what is wrong has no speed
         unit, times = timed(device, torch.float32 if device == "cpu" else dtypes[1])
         found |= {"unit": unit._asdict(), "times": [one._asdict() for one in times]}
         print("\n".join(report.times_lines(unit, times)))
     found |= {"seconds": round(time.perf_counter() - start, 1), "complete": True}
-    report.write_json(arguments.json, found)
+    write_json(arguments.json, found)
     print("\n".join(report.conclusion(found["checks"], found["seconds"])))
     return 1 if failed else 0
 

@@ -41,7 +41,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.lib import arguments as checked
 from bench.lib.arguments import Shape
-from bench.lib.report import write_report
+from fastkl._check.json_file import write_json
 from fastkl.kernels import driver
 from fastkl.kernels.flops import gemm_flops
 from fastkl.kernels.gemm import compute_dtype, gradient_dtype, row_length
@@ -291,7 +291,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         of_model = _rows(name, shape, arguments)
         _print(of_model)
         rows += of_model
-    write_report(arguments.json, {"rows": rows, "rates": RATES, "counted": True})
+    write_json(arguments.json, {"rows": rows, "rates": RATES, "counted": True})
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from bench.lib import arguments as checked
 from bench.lib.machine import describe_versions
-from bench.lib.report import write_report
+from fastkl._check.json_file import write_json
 
 HEADINGS = {
     **{"kernel": "kernel", "target": "target", "registers": "reg", "spill_bytes": "spill", "shared_bytes": "shared"},
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     for row in _rows(chosen, arguments.target):
         print(f"{_line([row[key] for key in HEADINGS])}  {row['config']}", flush=True)
         rows.append(row)
-    write_report(arguments.json, {"rows": rows, "versions": describe_versions()})
+    write_json(arguments.json, {"rows": rows, "versions": describe_versions()})
 
 
 def _line(cells: list[Any]) -> str:

@@ -27,8 +27,9 @@ from bench import peers
 from bench.lib import arguments as checked
 from bench.lib.cases import DTYPES, ENTROPY, HEADS, OPS, make_case, max_entropy
 from bench.lib.compare import Comparison, compare
-from bench.lib.report import circumstances, write_report
+from bench.lib.report import circumstances
 from bench.lib.rows_arguments import add_rows_arguments, shapes_and_temperature
+from fastkl._check.json_file import write_json
 
 BACKWARDS = {"exact": "fastkl", "sparse": "fastkl_sparse"}  # the implementation of each
 
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[
         report["rows"] += result.rows
         report["skipped"] += result.skipped
         _print_table(arguments, result)
-        write_report(arguments.json, report)
+        write_json(arguments.json, report)
     _print_notes(report["rows"])
     return report
 

@@ -25,7 +25,7 @@ from bench.commands.count import SHAPES
 from bench.lib import arguments as checked
 from bench.lib.arguments import Shape
 from bench.lib.cases import DTYPES, HEADS
-from bench.lib.report import write_report
+from fastkl._check.json_file import write_json
 
 SMALL = {"small": (64, 32, 1000)}
 FIRST = ["fastkl", "fastkl_composed", "eager"]
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         except (Exception, SystemExit) as error:
             missing.append({"case": str(job), "reason": f"{type(error).__name__}: {error}"})
             print(f"{job}: {missing[-1]['reason']}", file=sys.stderr)
-        write_report(arguments.json, {"reports": reports, "missing": missing})
+        write_json(arguments.json, {"reports": reports, "missing": missing})
         _release(arguments.device)
     print(_table(reports))
     failed = sum(entry["reason"] != OUT_OF_TIME for entry in missing)

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from bench.lib import arguments as checked
 from bench.lib.cases import ENTROPY, Case, make_case, mean_entropy
-from bench.lib.report import circumstances, write_report
+from bench.lib.report import circumstances
 from bench.lib.rows_arguments import add_rows_arguments, shapes_and_temperature
+from fastkl._check.json_file import write_json
 from fastkl.kernels.sparse import estimator as sparse_estimator
 from fastkl.loss import Backward, Sparse, policy_gradient_loss
 
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         knob = f"error {row['error']:.0e}" if row["threshold"] is None else f"threshold {row['threshold']:.1e}"
         errors = "".join(f" {row[name]:>9.1e}" for name in ("claimed", "hidden", "weight"))
         print(f"{knob:>22} {row['block']:>6} {row['kept']:>7.2%}{errors}", flush=True)
-    write_report(arguments.json, report)
+    write_json(arguments.json, report)
 
 
 def measure(case: Case, blocks: list[int], seeds: int) -> Iterator[dict[str, Any]]:

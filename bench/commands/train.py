@@ -13,20 +13,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import trainers
 from bench.lib import arguments as checked
 from bench.lib.pair import Size, make_pair
-from bench.lib.report import circumstances, write_report
+from bench.lib.report import circumstances
 from bench.trainers import PHASES, Job
+from fastkl._check.json_file import write_json
 
 
 class Work(NamedTuple):
@@ -43,6 +47,8 @@ class Preset(NamedTuple):
     pair: Size
     work: Work
 
+
+POLL = 0.5  # seconds between two looks at what a trainer has done
 
 FULL = Preset(Size(151936, 1024, 12), Work(64, 128, 6))
 SMALL = Preset(Size(300, 64, 2), Work(8, 12, 3))
@@ -86,14 +92,17 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     with tempfile.TemporaryDirectory() as folder:
         pair = _prepare(Path(folder), arguments.pair, preset.pair, work.prompts)
         job = Job(str(pair), folder, arguments.device, *work, arguments.clock)
-        results = {name: _measure(name, job) for name in arguments.impl}
-    report = {
-        "trainers": results,
-        "job": {name: value for name, value in vars(job).items() if name not in ("pair", "folder")},
-        "pair": "generated" if arguments.pair is None else str(arguments.pair),
-        **circumstances(arguments.device, "transformers", "accelerate"),
-    }
-    write_report(arguments.json, report)
+        results: dict[str, dict[str, Any]] = {}
+        report = {
+            "trainers": results,
+            "job": {name: value for name, value in vars(job).items() if name not in ("pair", "folder")},
+            "pair": "generated" if arguments.pair is None else str(arguments.pair),
+            **circumstances(arguments.device, "transformers", "accelerate"),
+        }
+        write_json(arguments.json, report)
+        for name in arguments.impl:
+            known = functools.partial(_record, arguments.json, report, name)
+            known(_measure(name, job, known))
     _show(results)
     if all("skipped" in result for result in results.values()):
         sys.exit(1)
@@ -114,18 +123,33 @@ def _prepare(folder: Path, source: Path | None, size: Size, prompts: int) -> Pat
     return pair
 
 
-def _measure(name: str, job: Job) -> dict[str, Any]:
-    """Medians over the steps after the first, which warms up; or why there are none."""
+def _record(file: Path | None, report: dict[str, Any], name: str, result: dict[str, Any]) -> None:
+    report["trainers"][name] = result
+    write_json(file, report)
+
+
+def _measure(name: str, job: Job, known: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """Medians over the steps after the first, which warms up; or why there are none.
+
+    Meanwhile `known` is told of the steps that are done.
+    """
     folder = Path(job.folder, name)
     folder.mkdir()
     job_file, result_file = folder / "job.json", folder / "result.json"
     job_file.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(job, folder=str(folder)))))
     process = [sys.executable, "-m", "bench.trainers.process", name, str(job_file), str(result_file)]
-    done = subprocess.run(process, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
+    with (folder / "errors.txt").open("w+") as errors:
+        running = subprocess.Popen(process, stdout=sys.stderr, stderr=errors)
+        while running.poll() is None:
+            time.sleep(POLL)
+            if result_file.exists():
+                known(json.loads(result_file.read_text()))
+        errors.seek(0)
+        said = errors.read()
     shutil.rmtree(folder / "run", ignore_errors=True)
-    if done.returncode != 0:
-        print(done.stderr, file=sys.stderr)
-        return {"skipped": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
+    if running.returncode != 0:
+        print(said, file=sys.stderr)
+        return {"skipped": (said.strip().splitlines() or [f"exit status {running.returncode}"])[-1]}
     result: dict[str, Any] = json.loads(result_file.read_text())
     counted = result["steps"][1:]
     seconds = {phase: statistics.median(step.get(phase, 0.0) for step in counted) for phase in ("total", *PHASES)}

@@ -1,4 +1,4 @@
-"""What a report of any bench holds beside its figures, and where it is written."""
+"""What a report of any bench holds beside its figures, and where the committed ones are."""
 
 from __future__ import annotations
 
@@ -19,12 +19,6 @@ def circumstances(device: str, *packages: str) -> dict[str, Any]:
         "versions": describe_versions(*packages),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def write_report(file: Path | None, report: dict[str, Any]) -> None:
-    """Writes the report as JSON, unless no file was asked for."""
-    if file is not None:
-        file.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def read_result(name: str) -> dict[str, Any]:

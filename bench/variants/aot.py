@@ -76,7 +76,7 @@ def compiler() -> Iterator[Compile]:
 
     def compile_launch(chip: str, call: Callable[[], object]) -> list[Compiled]:
         seen.clear()
-        with mock.patch.object(triton.runtime.driver, "_active", _Driver(chip)):
+        with mock.patch.object(triton.runtime.driver, "_active", ChipDriver(chip)):
             call()
         return list(seen)
 
@@ -87,7 +87,7 @@ def compiler() -> Iterator[Compile]:
         yield compile_launch
 
 
-class _Driver:
+class ChipDriver:
     """As much of Triton's driver as a compilation asks for."""
 
     def __init__(self, chip: str) -> None:

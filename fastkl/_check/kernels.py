@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl._check.errors import GRADIENTS, ROUNDING, SCORES, VALUES, Check, Measured, of_entries, of_rows, of_values
-from fastkl._check.problem import NAMES, Problem
+from fastkl._check.problem import NAMES, Problem, copied
 from fastkl.kernels import backend
 from fastkl.kernels.divergence.formula import DIVERGENCES, Divergence
 from fastkl.kernels.gemm import gradient_dtype
@@ -65,7 +65,7 @@ class Setting(NamedTuple):
     def logits(self) -> Logits:
         """A copy, which a row function may overwrite."""
         p, device = self.problem, self.problem.hidden.device
-        student, teacher = (chunk.to(device, copy=True) for chunk in (self.chunk, self.teacher_chunk))
+        student, teacher = (copied(chunk, device) for chunk in (self.chunk, self.teacher_chunk))
         return Logits(student, None, teacher, None, p.top_ids, p.top_logprobs)
 
     def place(self, logits: Logits) -> Tensor:
@@ -270,7 +270,7 @@ def _sparse(s: Setting) -> _Parts:
     def run() -> tuple[ColumnSample, Tensor, Tensor]:
         sampler = backend.column_sampler(spec, s.inputs)
         assert sampler is not None
-        sample = sampler.sample(u.to(p.hidden.device, copy=True), slope, [p.tokens])
+        sample = sampler.sample(copied(u, p.hidden.device), slope, [p.tokens])
         hidden_gradient = sample.hidden_gradient()
         accumulator = torch.full_like(p.weight, START, dtype=torch.float32)
         sample.add_to_weight_gradient(accumulator, p.hidden)

@@ -40,8 +40,12 @@ class Problem(NamedTuple):
 
     def to(self, dtype: torch.dtype, device: torch.device | str) -> Problem:
         """A copy, with hidden states and weights in a dtype."""
-        heads = (tensor.to(device, dtype, copy=True) for tensor in self[:4])
-        return Problem(*heads, *(tensor.to(device, copy=True) for tensor in self[4:]))
+        return Problem(*(copied(t, device, dtype) for t in self[:4]), *(copied(t, device) for t in self[4:]))
+
+
+def copied(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """Of memory of its own, wherever it was."""
+    return torch.empty_like(tensor, device=device, dtype=dtype).copy_(tensor)
 
 
 def make_problem(sizes: Sizes, device: str = "cpu") -> Problem:

@@ -1,26 +1,14 @@
-"""The table that a reader sees and the JSON that a program reads; both grow while the checks run."""
+"""The tables of the checks as text, and what JSON has of them."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 from fastkl._check.errors import Measured
 from fastkl._check.times import HEADS, SPARSE, Timed, Unit
 
 NAME, CELL = 32, 16
-
-
-def write_json(file: Path | None, report: dict[str, Any]) -> None:
-    """Replaces the file at once, so that at any time it is whole; without one does nothing."""
-    if file is None:
-        return
-    aside = file.with_name(f".{file.name}.new")
-    aside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, file)
 
 
 def record(variant: str, one: Measured) -> dict[str, Any]:

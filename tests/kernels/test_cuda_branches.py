@@ -13,12 +13,13 @@ import loss_cases
 import pytest
 import torch
 from determinism import RefusesNonDeterminism, without_operators
-from fake_cuda import Machine, fake_tensors
+from fake_cuda import Machine
 from fake_kernels import FakeKernels
 from loss_cases import DIVERGENCES, LOSSES, NEEDS, WAYS, Problem, fused_output, make_problem, unreduced
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from bench.variants.fake_cuda import fake_tensors
 from fastkl import loss
 from fastkl._loss.arguments import check_reduction
 from fastkl.kernels import autograd
@@ -137,7 +138,7 @@ def evaluate(
     """Forward and backward with operands of `dtype`, with every result checked; under autocast the model has another."""
     monkeypatch.setattr(loss_cases, "teacher_list", empty_list)
     plain, device = make_problem(SHAPE, vocabulary, D, model or dtype), Device(monkeypatch, dtype)
-    with fake_tensors(monkeypatch), device.products:
+    with fake_tensors(), device.products:
         p = on_device(plain if has_bias else plain._replace(bias=None, teacher_bias=None))
         for field in needs:
             getattr(p, field).requires_grad_()
@@ -271,7 +272,7 @@ def test_token_stats(
 ) -> None:
     """Scored without logits in 16 bits, but where the forward pass makes a unit gradient."""
     plain, device = make_problem(SHAPE, V, D, dtype), Device(monkeypatch, dtype)
-    with fake_tensors(monkeypatch), device.products:
+    with fake_tensors(), device.products:
         p = on_device(plain)
         for field in needs:
             getattr(p, field).requires_grad_()
@@ -341,7 +342,7 @@ def test_under_autocast(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, nam
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=str)
 def test_functions_without_a_gradient(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     plain, device = make_problem(SHAPE, V, D, dtype), Device(monkeypatch, dtype)
-    with fake_tensors(monkeypatch), device.products:
+    with fake_tensors(), device.products:
         p = on_device(plain)
         ids, logprobs = loss.linear_top_k(p.hidden, p.weight, 7, bias=p.bias, chunk_size=20, softcap=2.0)
         ranks = loss.linear_ranks(p.hidden, p.weight, p.tokens, bias=p.bias, vocab_size=300)

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple, get_args
 import pytest
 import torch
 import triton
-from fake_cuda import PROCESSORS, Machine, fake_tensors
-from stub_cuda import SMALL_SHARED_MEMORY, Launch, StubCuda, TensorMap, compiler, load_stub
+from fake_cuda import PROCESSORS, Machine
+from stub_cuda import SMALL_SHARED_MEMORY, Launch, StubCuda, TensorMap, compiler, load_stub, use_driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.variants import variant
 from bench.variants.aot import kernel_name
+from bench.variants.fake_cuda import fake_tensors
 from bench.variants.launcher import BF16, FP16, FP32, Variant
 from fastkl.kernels import launch
 from fastkl.kernels.problem import HeadOptions
@@ -50,7 +51,7 @@ class TwoGenerations(Machine):
 def test_plans_are_for_the_chip_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two generations in one process, whichever is current; which afterwards is current again."""
     machine = TwoGenerations(monkeypatch)
-    with fake_tensors(monkeypatch):
+    with fake_tensors():
         for device, access, columns, step in ((HERE, "descriptors", 256, 64), (THERE, "vectors", 128, 32)):
             hidden, weight = (torch.empty(rows, 512, dtype=torch.bfloat16, device=device) for rows in (16, 512))
             plan = score._plan([score.Head(hidden, weight, None, HeadOptions())])
@@ -85,11 +86,11 @@ def all_seen(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> list[S
     library, stub, seen, launched = load_stub(folder), StubCuda(ARCHS), [], set()
     library.listen(stub.listener)
     original = JITFunction.run
-    with pytest.MonkeyPatch.context() as patch, fake_tensors(patch):
+    with pytest.MonkeyPatch.context() as patch, fake_tensors():
         patch.setenv("TRITON_LIBCUDA_PATH", str(folder))
         patch.setenv("TRITON_CACHE_DIR", str(compiled))
         machine = Machine(patch, *ARCHS)
-        _use_driver(patch, machine)
+        use_driver(patch, ARCHS, lambda: machine.current, STREAM)
 
         def spied(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
             stub.context, known = 1 + machine.current, len(stub.maps)
@@ -109,19 +110,6 @@ def all_seen(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> list[S
         function.device_caches.clear()
     triton.compiler.compiler.max_shared_mem.cache_clear()
     return seen
-
-
-def _use_driver(patch: pytest.MonkeyPatch, machine: Machine) -> None:
-    """Triton's driver for CUDA, in front of the stub."""
-    from triton.backends.nvidia.driver import CudaDriver, libcuda_dirs, library_dirs
-
-    for cached in (libcuda_dirs, library_dirs):
-        cached.cache_clear()
-    driver = CudaDriver()
-    patch.setattr(driver, "get_current_device", lambda: machine.current)
-    patch.setattr(driver, "get_device_capability", lambda index: divmod(ARCHS[index], 10))
-    patch.setattr(driver, "get_current_stream", lambda index: STREAM + index)
-    patch.setattr(triton.runtime.driver, "_active", driver)
 
 
 IN_PLACE, APART, NONE = {"dtypes": (FP32, FP32)}, {"dtypes": (FP32, BF16)}, {"dtypes": (FP32, None)}

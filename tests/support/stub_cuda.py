@@ -12,10 +12,11 @@ import shutil
 import struct
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import triton
 from fake_cuda import PROCESSORS
 
@@ -179,6 +180,19 @@ def load_stub(folder: Path) -> ctypes.CDLL:
     command = [compiler(), "-shared", "-fPIC", f"-Wl,-soname,{file.name}", "-I", headers, source, "-o", file]
     subprocess.run(command, check=True)  # type: ignore[arg-type]
     return ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
+
+
+def use_driver(patch: pytest.MonkeyPatch, archs: tuple[int, ...], current: Callable[[], int], stream: int) -> None:
+    """Triton's driver for CUDA, in front of the stub; device i has the stream `stream` + i."""
+    from triton.backends.nvidia.driver import CudaDriver, libcuda_dirs, library_dirs
+
+    for cached in (libcuda_dirs, library_dirs):
+        cached.cache_clear()
+    driver = CudaDriver()
+    patch.setattr(driver, "get_current_device", current)
+    patch.setattr(driver, "get_device_capability", lambda index: divmod(archs[index], 10))
+    patch.setattr(driver, "get_current_stream", lambda index: stream + index)
+    patch.setattr(triton.runtime.driver, "_active", driver)
 
 
 def write(address: int, kind: Any, value: int) -> int:
