@@ -32,11 +32,11 @@ bench: setup
 	$(BIN)/python -m bench loss --op policy_gradient --shape 1536,576,49152 --head trainable
 	$(BIN)/python -m bench loss --op policy_gradient --shape 1536,576,49152 --head frozen
 
-# Needs a GPU and no setup: runs with $(PYTHON) from the checkout. OUT=folder, WHEELS=folder, PAIR=folder, DRY_RUN=1: see
-# CONTRIBUTING.md.
+# Needs a GPU and no setup: runs with $(PYTHON) from the checkout. OUT=folder, WHEELS=folder, CACHE=folder, PAIR=folder,
+# DRY_RUN=1: see CONTRIBUTING.md.
 OUT ?= runs/gpu
 gpu:
-	$(PYTHON) -m bench gpu --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(PAIR),--pair $(PAIR)) $(if $(DRY_RUN),--dry-run)
+	$(PYTHON) -m bench gpu --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(CACHE),--cache $(CACHE)) $(if $(PAIR),--pair $(PAIR)) $(if $(DRY_RUN),--dry-run)
 
 clean:
 	rm -rf .venv build dist *.egg-info

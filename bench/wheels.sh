@@ -9,7 +9,7 @@
 #   PYTHON312   a Python 3.12 that builds the packages that come as source only (python3.12)
 set -euo pipefail
 
-tests=(pytest pluggy iniconfig pygments hypothesis sortedcontainers)
+tests=(pytest pytest-xdist execnet pluggy iniconfig pygments hypothesis sortedcontainers)
 trainer=(peft rich markdown-it-py mdurl)
 peers=(liger-kernel cut-cross-entropy)
 quack=(quack-kernels einops torch-c-dlpack-ext apache-tvm-ffi nvidia-cutlass-dsl

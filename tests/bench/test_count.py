@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda import Machine, fake_tensors
+from fake_cuda import Machine
 from fake_kernels import FakeKernels
 from loss_cases import Problem, fused, make_problem
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.__main__ import main
 from bench.commands.count import FORMS, SHAPES, count, units
 from bench.lib.measure import peak_allocated
+from bench.variants.fake_cuda import fake_tensors
 from fastkl.kernels import autograd, driver
 from fastkl.kernels.flops import gemm_flops
 from fastkl.kernels.gemm import TILE_COLUMNS
@@ -162,7 +163,7 @@ def test_count_is_what_the_driver_does_on_a_gpu(
     n, d, vocabulary = shape
     Machine(monkeypatch, 90)
     FakeKernels(monkeypatch, torch.bfloat16)
-    with fake_tensors(monkeypatch), Moved(min(n, d) * vocabulary // 16) as moved, torch.no_grad():
+    with fake_tensors(), Moved(min(n, d) * vocabulary // 16) as moved, torch.no_grad():
         head = [torch.empty(s, dtype=torch.bfloat16, device="cuda") for s in ((n, d), (vocabulary, d), (vocabulary,))]
         head[2:] = head[2:] if bias else [None]
         tokens = torch.empty(n, dtype=torch.int64, device="cuda")

@@ -7,7 +7,6 @@ launchers of this project, with tensors that say they are on a GPU.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple, get_args
 import pytest
 import torch
 import triton
+from all_kernels import kernels
 from fake_cuda import PROCESSORS, Machine
 from stub_cuda import SMALL_SHARED_MEMORY, Launch, StubCuda, TensorMap, compiler, load_stub, use_driver
 from triton.runtime.jit import JITFunction
@@ -161,22 +161,6 @@ def test_every_kernel_is_launched(all_seen: list[Seen]) -> None:
     for name, function in in_code.items():
         missing = ways(name, function) - found[name]
         assert not missing, f"{name} was launched without {missing}"
-
-
-def kernels() -> Iterator[Any]:
-    """Every kernel in the code; helpers, which kernels call, have other names."""
-    room = Path(launch.__file__).parent
-    for file in room.rglob("*.py"):
-        if "triton" not in file.read_text(encoding="utf-8"):
-            continue
-        module = importlib.import_module(".".join(("fastkl.kernels", *file.relative_to(room).with_suffix("").parts)))
-        for name, function in vars(module).items():
-            if (
-                isinstance(function, JITFunction)
-                and function.__module__ == module.__name__
-                and name.endswith("_kernel")
-            ):
-                yield function
 
 
 def ways(name: str, function: Any) -> set[str]:
