@@ -1,11 +1,12 @@
 """Distillation losses on hidden states and the LM-head weight. The [tokens × vocabulary] logits never exist.
 
 Every loss takes `hidden` [..., D], the head's `weight` [V, D] and per-token tensors [...]. The dtypes are float32, bfloat16
-or float16, or float64 throughout. `hidden`, `weight` and `bias` share a dtype, or torch.autocast casts them as it would for
-F.linear. Losses, log-probs and metrics are float32 (float64 for float64). Products sum in float32. The operands of float32
-products are rounded as torch.set_float32_matmul_precision says: not at all by default; under "high" or "medium" to what
-the device multiplies faster, TF32 or bfloat16, as in the model's own products. Triton kernels never round them. The logits
-are computed a chunk of tokens at a time:
+or float16, or float64 throughout. Where `hidden`, `weight` and `bias` differ, float32 is cast to the 16-bit dtype, as
+torch.autocast does it; gradients come back in the dtype of each tensor. Under torch.autocast its dtype is used. Losses,
+log-probs and metrics are float32 (float64 for float64). Products sum in float32. The operands of float32 products are
+rounded as torch.set_float32_matmul_precision says: not at all by default; under "high" or "medium" to what the device
+multiplies faster, TF32 or bfloat16, as in the model's own products. Triton kernels never round them. The logits are
+computed a chunk of tokens at a time:
 
     z = softcap((hidden weightᵀ + bias) · logit_scale) / temperature        softcap(x) = softcap · tanh(x / softcap)
 
@@ -29,6 +30,10 @@ All losses share these keyword arguments. linear_top_k and linear_ranks take tho
     weight_grad     [V, D] float32 (float64 for float64 weights). The backward pass adds the weight's gradient to it and
                     leaves weight.grad alone. Use it to sum over micro-batches in full precision, for example with
                     Megatron's weight.main_grad, or with weight.grad itself if that is float32. Not under torch.compile.
+
+weight, bias and those of a teacher may be DTensors, sharded by FSDP 2 or tensor parallelism. Each process then gathers all
+of the tensor for the call, and its gradient too before that is sharded again. Gradients of the processes are averaged, as
+FSDP does it. hidden and what is per token are the process's own, plain tensors.
 
 Arguments that do not fit raise TypeError or ValueError before anything is computed. The message names the argument. On a
 CPU this includes token ids outside the vocabulary, and, in tokens that take part, log-probs that are NaN or above 0. On an
@@ -72,7 +77,9 @@ student_hidden and student_weight are `hidden` and `weight`. The teacher is a he
                                      chunk, and not under torch.compile. The teacher's temperature, scale and soft-cap
                                      apply to these logits too.
 
-The teacher has no gradient. Tensors of it that require one raise ValueError. Further options:
+The teacher has no gradient. Parameters and other leaf tensors of its head are detached, so that student and teacher may
+share a head. A tensor of it that was computed under autograd raises ValueError, and so do logits that require a gradient.
+Further options:
 
     tokens               [...]. Tokens that are `ignore_index` are left out. `LossOutput.logprobs` has the student's
                          log-probs of the others; without tokens it is None.
