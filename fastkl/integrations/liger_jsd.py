@@ -64,7 +64,7 @@ class LigerFusedLinearJSDLoss(torch.nn.Module):
         ).loss
         hard = torch.zeros_like(soft)
         if self.weight_hard_loss != 0 or self.return_soft_hard_loss:
-            options = {"bias": student_bias, "ignore_index": self.ignore_index}
-            hard = linear_cross_entropy(student_input, student_weight, true_labels, **options).loss
+            heads = student_input, student_weight, true_labels
+            hard = linear_cross_entropy(*heads, bias=student_bias, ignore_index=self.ignore_index).loss
         loss = self.weight_hard_loss * hard + self.weight_soft_loss * soft
         return (loss, soft.detach(), hard.detach()) if self.return_soft_hard_loss else loss

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import itertools
 import random
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from launches import run_python
 from torch import Tensor
 
 from fastkl import reference
@@ -28,9 +29,9 @@ def settings(space: dict[str, tuple[Any, ...]], count: int | None, seed: int) ->
     yield from every if count is None else random.Random(seed).sample(every, min(count, len(every)))
 
 
-def how_many(fast: int) -> pytest.MarkDecorator:
-    """Some of the combinations; all of them in a slow test."""
-    return pytest.mark.parametrize("count", [fast, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "all"])
+def how_many(few: int, many: int | None) -> pytest.MarkDecorator:
+    """So many combinations; in a slow test more. None: all of them."""
+    return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)], ids=["few", "many"])
 
 
 class Tensors:
@@ -97,15 +98,17 @@ def grpo(package: Any, tensors: Tensors, kind: str, level: str, chosen: dict[str
 
 
 def assert_same(tensors: Tensors, found: Any, expected: Any, said: Any) -> None:
-    """Results, and the gradients of twice the first."""
-    torch.testing.assert_close(found, expected, **FLOAT32, msg=lambda text: f"{said}\n{text}")
+    """Results, and the gradients of twice the first; to 1e-5 of the largest entry."""
     pair = [result if isinstance(result, Tensor) else result[0] for result in (found, expected)]
     gradients = [torch.autograd.grad(2 * value, tensors.trained) for value in pair]
-    torch.testing.assert_close(*gradients, **FLOAT32, msg=lambda text: f"{said}\n{text}")
+    torch.testing.assert_close(found, expected, **FLOAT32, msg=lambda text: f"{said}\n{text}")
+    for ours_is, theirs_is in zip(*gradients, strict=True):
+        near = 1e-5 * max(1.0, float(theirs_is.abs().max()))
+        torch.testing.assert_close(ours_is, theirs_is, rtol=1e-5, atol=near, msg=lambda text: f"{said}\n{text}")
 
 
-@how_many(12)
-@pytest.mark.parametrize(("kind", "level"), KINDS, ids="-".join)
+@how_many(12, 400)
+@pytest.mark.parametrize(("kind", "level"), KINDS, ids=map("-".join, KINDS))
 def test_grpo(kind: str, level: str, count: int | None) -> None:
     high = {"cispo": (1.3, 0.8)}.get(kind, (0.3,))
     for chosen in settings({**GRPO, "epsilon_high": high}, count, seed=len(kind)):
@@ -199,7 +202,7 @@ def jsd(package: Any, tensors: Tensors, chosen: dict[str, Any]) -> Any:
     )
 
 
-@how_many(60)
+@how_many(60, None)
 def test_jsd(count: int | None) -> None:
     for chosen in settings(JSD, count, seed=0):
         tensors = Tensors(bias=chosen["bias"])
@@ -213,9 +216,10 @@ def test_a_smaller_student_is_refused() -> None:
         jsd(ours, tensors, {name: values[0] for name, values in JSD.items()})
 
 
-@pytest.mark.parametrize("name", ours.__all__)
+@pytest.mark.parametrize("name", [name for name in ours.__all__ if name.endswith("Loss")])
 def test_the_signatures_are_those_of_liger(name: str) -> None:
-    kind, other = getattr(ours, name), getattr(theirs, name)
+    module = "liger_kernel.transformers.fused_linear_cross_entropy" if "CrossEntropy" in name else theirs.__name__
+    kind, other = getattr(ours, name), getattr(importlib.import_module(module), name)
     for found, expected in ((kind, other), (kind.forward, other.forward)):
         pairs = [
             [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()] for f in (found, expected)
@@ -223,7 +227,8 @@ def test_the_signatures_are_those_of_liger(name: str) -> None:
         assert pairs[0] == pairs[1]
 
 
-def test_liger_need_not_be_installed() -> None:
-    code = "import sys; sys.modules['liger_kernel'] = None; import fastkl.integrations.liger"
-    done = run_python(code)
-    assert done.returncode == 0, done.stderr
+def test_liger_need_not_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith(("liger_kernel", "fastkl.integrations.liger"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    assert importlib.import_module("fastkl.integrations.liger") is not ours

@@ -44,6 +44,7 @@ slow = pytest.mark.slow
         ("kernels/sparse/test_triton.py", "not slow", 45),
         pytest.param("kernels/score/test_triton.py", "slow", 2, marks=slow),
         pytest.param("kernels/divergence/test_triton.py", "slow", 120, marks=slow),
+        pytest.param("integrations/test_liger_cross_entropy.py", "not slow", 15, marks=slow),
     ],
 )
 def test_in_the_interpreter(file: str, marker: str, at_least: int) -> None:
