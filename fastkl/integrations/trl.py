@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 try:
     import trl
@@ -26,6 +25,7 @@ except ImportError as error:
 
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from fastkl._loss.operands import whole
 from fastkl.integrations.bindings import DoesNotFit, check_is_called, check_same_call, find, swap
 from fastkl.loss import PerToken, jsd_loss, linear_logprobs, linear_token_stats
 
@@ -197,12 +197,7 @@ class _Head(NamedTuple):
 
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Head:
     """A head in the dtype of its input, as TRL casts it, and whole: sharded weights are gathered."""
-
-    def operand(tensor: Tensor) -> Tensor:
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        return whole.to(hidden.dtype)
-
-    return _Head(hidden, operand(weight), None if bias is None else operand(bias))
+    return _Head(hidden, whole(weight).to(hidden.dtype), None if bias is None else whole(bias).to(hidden.dtype))
 
 
 @torch.no_grad()
