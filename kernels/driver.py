@@ -81,15 +81,21 @@ def _limit_and_multiple(spec: Spec, inputs: Inputs, gradient: bool) -> tuple[int
 def products(spec: Spec, inputs: Inputs, needs: Needs) -> list[list[slice]]:
     """The chunks whose gradients are multiplied at once, as one long product.
 
-    A product that is added to the weight's gradient reads and writes all of it. So the 16-bit gradients of several chunks
-    are kept side by side until about `LONG_PRODUCT_ROWS` are there. Not where a gradient takes the place of its logits, a
-    sample is taken of each chunk, or `spec.chunk_size` says how many rows there may be.
+    Their 16-bit gradients are kept side by side, as far as the workspace budget has room beside the logits. A product that
+    is added to the weight's gradient reads and writes all of it: for one there are about `LONG_PRODUCT_ROWS`. Each chunk by
+    itself where a gradient takes the place of its logits, a sample is taken, or `spec.chunk_size` says how many rows there
+    may be.
     """
     chunks = row_chunks(spec, inputs, gradient=True)
-    if not needs.weight or not _apart(inputs) or spec.sparse is not None or spec.chunk_size is not None:
+    if len(chunks) < 2 or not _apart(inputs) or spec.sparse is not None or spec.chunk_size is not None:
         return [[rows] for rows in chunks]
-    count = max(1, -(-inputs.hidden.shape[0] // LONG_PRODUCT_ROWS))
-    return [chunks[group] for group in even_chunks(len(chunks), -(-len(chunks) // count))]
+    most = chunk_rows(spec, inputs, gradient=True)
+    logits = workspace_bytes_per_row(spec, inputs, gradient=False)
+    room = WORKSPACE_BYTES[device_kind(inputs.hidden.device)] - most * logits
+    together = max(1, room // (most * (workspace_bytes_per_row(spec, inputs, gradient=True) - logits)))
+    if needs.weight:
+        together = max(together, -(-len(chunks) // -(-inputs.hidden.shape[0] // LONG_PRODUCT_ROWS)))
+    return [chunks[group] for group in even_chunks(len(chunks), together)]
 
 
 def workspace_bytes_per_row(spec: Spec, inputs: Inputs, gradient: bool) -> int:

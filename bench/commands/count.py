@@ -2,7 +2,7 @@
 
     python -m bench count                                    the shapes of four models, bf16
     python -m bench count --kept 0.01,0.05,0.2               and the sparse backward, by the fraction of u that is kept
-    python -m bench count --bias                             of heads with a bias
+    python -m bench count --bias                             and heads with a bias
     python -m bench count --shape 4096,1024,65536 --json count.json
 
 Columns of the table, keys of the JSON rows:
@@ -21,7 +21,7 @@ Columns of the table, keys of the JSON rows:
                         in the weight's dtype; a bias and its gradient. Temperature and scale are in the GEMM
     accumulator_passes  how often the weight's gradient is read or written while it is summed
     chunk_rows          rows per chunk
-    product_rows        rows of the longest product that is added to the weight's gradient; 0 without one, or with a sample
+    product_rows        rows of the longest product that makes a gradient; 0 without one, or with a sample
     workspace_mb        logits of a chunk and gradients of a product (1e6 bytes), without the columns that "composed" keeps
     units_low, _high    the time in units at the two rates in RATES, if every GEMM hides its traffic and if none does.
                         An estimate to compare a measurement with. Products of drawn columns gather rows in Triton and
@@ -171,17 +171,19 @@ def _call(spec: Spec, inputs: Inputs, needs: Needs | None, kept: float | None = 
     if kept is not None:
         return _sparse_call(forward, spec, inputs, needs, kept)
     spans = [slice(group[0].start, group[-1].stop) for group in driver.products(spec, inputs, needs)]
+    longest = max(_rows_of(spans))
+    if low != full:
+        workspace += max(0, longest - step) * row_length(vocabulary, inputs.hidden.device) * low
+    forward = forward._replace(workspace=workspace, product_rows=longest)
     if needs.hidden:
         tiles = 2 * _whole(inputs, *_rows_of(spans)) * _whole(inputs, d) * vocabulary
         gemms.append(Work(flops, once * low + len(spans) * weight * operand + hidden * full, tiles))
     if not needs.weight:
         return forward
-    longest, passes = max(_rows_of(spans)), 2 * len(spans) - 1  # the first product is written, others are added
+    passes = 2 * len(spans) - 1  # the first product is written, others are added
     tiles = 2 * _whole(inputs, vocabulary) * _whole(inputs, d) * n
     gemms.append(Work(flops, once * low + hidden * operand + passes * weight * full, tiles))
-    if low != full:
-        workspace += (longest - step) * row_length(vocabulary, inputs.hidden.device) * low
-    return forward._replace(workspace=workspace, others=others, accumulator_passes=passes, product_rows=longest)
+    return forward._replace(accumulator_passes=passes)
 
 
 def _finish(inputs: Inputs, upstream: bool) -> int:
@@ -280,7 +282,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FRACTIONS",
         help="count the sparse backward too, with these fractions of the columns kept",
     )
-    parser.add_argument("--bias", action="store_true", help="count heads that have a bias, trained where the weight is")
+    parser.add_argument("--bias", action="store_true", help="count heads with a bias too, trained where the weight is")
     checked.add_json(parser)
 
 
@@ -310,12 +312,12 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 
 def _rows(model: str, shape: Shape, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    teachers = False, True
+    teachers, biases = (False, True), (False, True) if arguments.bias else (False,)
     plans: list[tuple[str, bool, float | None]] = [(form, teacher, None) for teacher in teachers for form in FORMS]
     plans += [
         (form, teacher, kept) for teacher in teachers for kept in arguments.kept for form in FORMS if form != "values"
     ]
-    return [_row(model, shape, arguments.chunk_size, arguments.bias, *plan) for plan in plans]
+    return [_row(model, shape, arguments.chunk_size, bias, *plan) for bias in biases for plan in plans]
 
 
 def _row(
@@ -327,7 +329,7 @@ def _row(
     return {
         "model": model,
         "shape": list(shape),
-        "form": form + " + teacher" * teacher + ("" if kept is None else f", {100 * kept:g} % kept"),
+        "form": form + " + teacher" * teacher + ", bias" * bias + ("" if kept is None else f", {100 * kept:g} % kept"),
         "kept": kept,
         "bias": bias,
         "gemm_units": work.flops / unit,

@@ -99,12 +99,38 @@ def trainers() -> str:
     return _table(header, rows, conditions, [report], "torch", "transformers")
 
 
+def counted_units() -> str:
+    """Counted estimates of the plans on a GPU, now and at an earlier commit."""
+    earlier, now = read_result("counted-before"), {(r["model"], r["form"]): r for r in read_result("counted")["rows"]}
+    rows = []
+    for before in earlier["rows"]:
+        model, form, variant = before["model"], before["form"], before["variant"]
+        after = now[model, form + ", bias" * (variant == "bias")]  # a temperature changes nothing
+        pairs = (
+            f"{before[key]:,.0f} → {after[key]:,.0f}" for key in ("accumulator_passes", "chunk_rows", "workspace_mb")
+        )
+        ranges = [
+            f"{r[f'{key}_low']:.2f} … {r[f'{key}_high']:.2f}" for r, key in ((before, "stated"), (before, "units"))
+        ]
+        rows.append(
+            [
+                f"{model}, {form}{variant and ', '}{variant}",
+                *ranges,
+                f"{after['units_low']:.2f} … {after['units_high']:.2f}",
+                *pairs,
+            ]
+        )
+    header = ["plan", "stated before", "all of it, before", "now", "passes over dW", "chunk, rows", "workspace, MB"]
+    return _markdown(header, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "losses": losses,
     "sparse": sparse,
     "sparse-times": sparse_times,
     "sparse-errors": sparse_errors,
     "trainers": trainers,
+    "counted": counted_units,
 }
 
 
@@ -141,10 +167,13 @@ def _table(
     header: Sequence[str], rows: Iterable[Sequence[str]], conditions: str, reports: Iterable[Report], *packages: str
 ) -> str:
     """Markdown, with a line on what the figures are of. The reports come from one machine and one set of versions."""
-    head, *body = (f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in (header, *rows))
-    text = f"{head}{'|---' * len(header)}|\n{''.join(body)}"
-    reports = list(reports)
+    text, reports = _markdown(header, rows), list(reports)
     (machine,) = {f"{r['machine']['cpu']}, {counted(r['machine']['threads'], 'thread')}" for r in reports}
     (versions,) = {", ".join(f"{p} {r['versions'][p]}" for p in packages or ("torch",)) for r in reports}
     dates = ", ".join(sorted({r["date"][:10] for r in reports}))
     return f"{text}\n{conditions}; {machine}; {versions}; {dates}.\n"
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head, *body = (f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in (header, *rows))
+    return f"{head}{'|---' * len(header)}|\n{''.join(body)}"

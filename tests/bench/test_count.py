@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.__main__ import main
 from bench.commands.count import FORMS, SHAPES, count, units
 from bench.lib.measure import peak_allocated
+from bench.lib.report import read_result
 from bench.variants.fake_cuda import fake_tensors
 from fastkl.kernels import autograd, driver
 from fastkl.kernels.flops import gemm_flops
@@ -259,3 +260,11 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = {row["form"]: row for row in json.loads(file.read_text())["rows"]}
     assert [row["gemm_units"] for row in rows.values()] == [1, 2, 3, 4, 2, 3, 4, 6]
     assert "counted, not measured" in capsys.readouterr().out
+
+
+def test_the_committed_count_is_that_of_the_code(tmp_path: Path) -> None:
+    """docs/speed.md is made from it."""
+    file = tmp_path / "counted.json"
+    main(["count", "--bias", "--json", str(file)])
+    command = "python -m bench count --bias --json bench/results/counted.json, then python -m bench table --write"
+    assert json.loads(file.read_text()) == read_result("counted"), f"run: {command}"

@@ -164,19 +164,26 @@ def test_chunks_on_a_gpu_are_whole_tiles(
     chunk_size=st.none() | st.integers(1, 5000),
     trained=st.booleans(),
 )
-def test_products_of_a_trained_head_are_long(
+def test_products_are_long(
     spec: Spec, n: int, vocabulary: int, dtype: torch.dtype, chunk_size: int | None, trained: bool
 ) -> None:
     inputs, spec = on_a_gpu(n, vocabulary, 64, dtype), spec._replace(chunk_size=chunk_size)
     chunks = driver.row_chunks(spec, inputs, gradient=True)
     groups = driver.products(spec, inputs, Needs(True, trained, False))
     assert [rows for group in groups for rows in group] == chunks
-    if dtype == torch.float32 or not trained or spec.sparse is not None or chunk_size is not None:
+    if dtype == torch.float32 or spec.sparse is not None or chunk_size is not None:
         assert len(groups) == len(chunks)
+        return
+    longest = max(group[-1].stop - group[0].start for group in groups)
+    most = driver.chunk_rows(spec, inputs, gradient=True)
+    logits = most * driver.workspace_bytes_per_row(spec, inputs, gradient=False)
+    taken = logits + max(most, longest) * gemm.row_length(vocabulary, inputs.hidden.device) * 2
+    if trained:
+        assert longest < driver.LONG_PRODUCT_ROWS + 4096
+        assert len(groups) <= -(-n // driver.LONG_PRODUCT_ROWS)
     else:
-        longest = max(group[-1].stop - group[0].start for group in groups)
-        assert longest < driver.LONG_PRODUCT_ROWS + driver.chunk_rows(spec, inputs, gradient=True)
-        assert len(groups) == min(len(chunks), -(-n // driver.LONG_PRODUCT_ROWS))
+        assert taken <= max(driver.WORKSPACE_BYTES["accelerator"], most * (logits // most + 2 * vocabulary + 128))
+        assert len(groups) == len(chunks) or longest > most
 
 
 def test_a_gradient_in_low_precision_counts_in_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
