@@ -244,7 +244,7 @@ def test_options(monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, 
 
 
 def test_a_normalizer_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    with fake_tensors(monkeypatch):
+    with fake_tensors():
         zero, count = (torch.empty((), device="cuda") for _ in range(2))
         reduction = check_reduction("mean", zero)
         reduction.check_count(count)
