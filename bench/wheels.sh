@@ -11,7 +11,7 @@ set -euo pipefail
 
 tests=(pytest pytest-xdist execnet pluggy iniconfig pygments hypothesis sortedcontainers)
 trainer=(peft rich markdown-it-py mdurl)
-peers=(liger-kernel cut-cross-entropy)
+peers=(liger-kernel cut-cross-entropy unsloth-zoo trl datasets multiprocess dill)
 quack=(quack-kernels einops torch-c-dlpack-ext apache-tvm-ffi nvidia-cutlass-dsl
   nvidia-cutlass-dsl-libs-base nvidia-cutlass-dsl-libs-core nvidia-cutlass-dsl-libs-cu13)
 # reasoning-gym, and what it imports at once in the versions that it asks for

@@ -1,7 +1,9 @@
 """The implementations that the benches compare: what each one says, what it does where it runs, how one is added."""
 
+import importlib.util
 import sys
 import textwrap
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -10,9 +12,9 @@ from bench_cases import bench_loss, case_of
 from bench import peers
 from bench.lib import measure
 from bench.lib.cases import HEADS, OPS
-from bench.peers import Unsupported, eager, liger, quack
+from bench.peers import Unsupported, eager, liger, quack, unsloth
 
-GPU_ONLY = ("cce", "cce_exact", "quack", "quack_full", "liger_triton")
+GPU_ONLY = ("cce", "cce_exact", "quack", "quack_full", "liger_triton", "trl_logits")
 
 
 @pytest.fixture
@@ -165,3 +167,41 @@ class TestLiger:
     def test_cross_entropy_needs_a_gpu(self):
         with pytest.raises(Unsupported, match="Triton kernels need a GPU"):
             peers.build("liger", case_of("logprobs"))
+
+
+class TestChunkedInBoth:
+    """TRL's kernels and Unsloth's, where they are installed: on a CPU they are PyTorch."""
+
+    def build(self, name, case):
+        try:
+            return peers.build(name, case)
+        except Unsupported as error:
+            pytest.skip(str(error))
+
+    @pytest.mark.parametrize("head", HEADS)
+    @pytest.mark.parametrize("op", [op for op in OPS if op != "top_k"])
+    @pytest.mark.parametrize("name", ["trl", "unsloth"])
+    def test_equals_eager_on_a_cpu(self, name, op, head):
+        case = case_of(op, head)
+        loss = self.build(name, case)
+        assert loss().item() == pytest.approx(eager.loss(case).item(), rel=1e-5, abs=1e-6)
+        assert measure.gradient_error(case, loss, measure.reference_gradients(case)) < 1e-5
+
+    @pytest.mark.parametrize("name", ["trl", "unsloth"])
+    def test_has_an_equal_for_every_op_but_the_list(self, name):
+        assert set(peers.load(name).ops) == set(OPS) - {"top_k"}
+
+    def test_unsloth_changes_nothing_else(self):
+        self.build("unsloth", case_of("logprobs"))
+        assert "unsloth_zoo" not in sys.modules
+
+    @pytest.mark.parametrize("package", [None, "elsewhere"])
+    def test_unsloth_that_is_not_there_or_another_one_is_a_reason(self, package, monkeypatch, tmp_path):
+        found = None if package is None else ModuleSpec("unsloth_zoo", None, is_package=True)
+        if found is not None:
+            found.submodule_search_locations.append(str(tmp_path))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+        unsloth.fused_linear.cache_clear()
+        reason = "No module named" if package is None else "has no fused_losses/fused_linear.py"
+        with pytest.raises(Unsupported, match=f"cannot be imported: .*{reason}"):
+            peers.build("unsloth", case_of("logprobs"))
