@@ -1,6 +1,7 @@
 """The implementations under test: ours, eager PyTorch's and other people's. One file each, imported only when asked for.
 
-A file `<name>.py` in this folder is what `--impl <name>` measures; nothing else has to know of it. It holds
+A file `<name>.py` in this folder, or in packages/ if it runs another package than PyTorch, is what `--impl <name>` measures;
+nothing else has to know of it. It holds
 
     PEER = Peer(build, ops=..., devices=..., ...)
 
@@ -14,6 +15,7 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -44,11 +46,18 @@ class Peer:
 
 def names() -> list[str]:
     """What `--impl` can name."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(_modules())
 
 
 def load(name: str) -> Peer:
-    return cast(Peer, importlib.import_module(f"{__name__}.{name}").PEER)
+    return cast(Peer, importlib.import_module(_modules()[name]).PEER)
+
+
+def _modules() -> dict[str, str]:
+    """By name."""
+    packages = Path(__file__).with_name("packages")
+    found = {module.name: f"{__name__}.packages.{module.name}" for module in pkgutil.iter_modules([str(packages)])}
+    return found | {module.name: f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__)}
 
 
 def build(name: str, case: Case) -> Loss:

@@ -12,7 +12,8 @@ from bench_cases import bench_loss, case_of
 from bench import peers
 from bench.lib import measure
 from bench.lib.cases import HEADS, OPS
-from bench.peers import Unsupported, eager, liger, quack, unsloth
+from bench.peers import Unsupported, eager
+from bench.peers.packages import liger, quack, unsloth
 
 GPU_ONLY = ("cce", "cce_exact", "quack", "quack_full", "liger_triton", "trl_logits")
 

@@ -40,7 +40,7 @@ def build(case: Case) -> Loss:
     module = fused_linear()
     head = case.hidden, case.weight
     if case.op in BETAS:
-        return lambda: module.fused_linear_jsd(*head, *case.teacher, beta=BETAS[case.op])  # type: ignore[no-any-return]
+        return lambda: module.fused_linear_jsd(*head, *case.teacher, beta=BETAS[case.op])
     if case.op != "entropy":
         return lambda: case.objective(module.fused_linear_logprobs(*head, case.tokens))
 

@@ -12,7 +12,8 @@ import math
 import torch
 
 from bench.lib.cases import BETAS, Case
-from bench.peers import Loss, Peer, liger_triton
+from bench.peers import Loss, Peer
+from bench.peers.packages import liger_triton
 
 
 def build(case: Case, compiled: bool = True) -> Loss:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from bench.lib.cases import Case
-from bench.peers import Loss, cce
+from bench.peers import Loss
+from bench.peers.packages import cce
 
 
 def build(case: Case) -> Loss:

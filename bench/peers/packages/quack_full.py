@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.lib.cases import Case
 from bench.peers import Loss, Peer
-from bench.peers.quack import check_alignment
+from bench.peers.packages.quack import check_alignment
 
 
 def build(case: Case) -> Loss:
