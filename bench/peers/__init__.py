@@ -1,7 +1,7 @@
 """The implementations under test: ours, eager PyTorch's and other people's. One file each, imported only when asked for.
 
-A file `<name>.py` is what `--impl <name>` measures; nothing else has to know of it. It is in this folder, or in packages/ if
-it runs a package of other people's. It holds
+A file `<name>.py` is what `--impl <name>` measures; nothing else has to know of it. It is in this folder, or in packages/
+if it runs a package of other people's. It holds
 
     PEER = Peer(build, ops=..., devices=..., ...)
 
