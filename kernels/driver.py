@@ -38,7 +38,7 @@ from fastkl.kernels.gemm import (
 )
 from fastkl.kernels.problem import Gradients, HeadOptions, Inputs, Needs, RowLoss, Spec
 from fastkl.kernels.rows.interface import Logits
-from fastkl.kernels.sparse.estimator import ColumnSampler, Estimates, block_rows, blocks, device_kind
+from fastkl.kernels.sparse.estimator import ColumnSample, ColumnSampler, Estimates, block_rows, blocks, device_kind
 from fastkl.kernels.sparse.pytorch import add_to_weight_gradient, merged
 
 # What the logits of a chunk may take, and its gradient. On a GPU large chunks keep the GEMMs at full speed.
@@ -151,32 +151,40 @@ def evaluate_with_gradients(
             span = _span(group)
             for rows in group:
                 chunk = workspace.chunk(rows, rows.start - span.start)
-                losses[rows], slopes[rows] = row_pass(chunk, values[:, rows])
+                losses[rows], slopes[rows], factor = row_pass(chunk, values[:, rows])
             u, slope = workspace.gradient[: span.stop - span.start], slopes[span]
             if sums.bias is not None:  # first, for a sampler may overwrite the gradient
                 add_bias_gradient(sums.bias, u, slope)
             if sampler is None:
                 _add_products(sums, inputs, span, u, slope, overwrite=weight_grad is None and span.start == 0)
             else:  # of the group's only chunk
-                _add_sparse_products(sums, inputs, chunk, slope, sampler, estimates)
+                _add_sparse_products(sums, inputs, chunk, slope, factor, sampler, estimates)
     return values, losses, sums if sampler is None else sums._replace(statistics=sampler.statistics())
 
 
-def _row_pass(spec: Spec, inputs: Inputs, row_loss: RowLoss) -> Callable[[_Chunk, Tensor], tuple[Tensor, Tensor]]:
-    """What makes values [K, n] and the gradient of a chunk from its logits: losses and slopes by the scores, [n] each."""
+def _row_pass(
+    spec: Spec, inputs: Inputs, row_loss: RowLoss
+) -> Callable[[_Chunk, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
+    """What makes values [K, n] and the gradient of a chunk from its logits.
+
+    It gives losses, slopes by the scores, and what of a slope the row function has left to do (`interface.py`), [n] each.
+    """
     evaluate_rows, clear = row_function(spec, inputs.hidden), clear_rows(spec, inputs.hidden)
     mixed = entropy_gradient(spec, inputs.hidden) if spec.kind == "token_nll_entropy" else None
 
-    def row_pass(chunk: _Chunk, values: Tensor) -> tuple[Tensor, Tensor]:
+    def row_pass(chunk: _Chunk, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         rows, logits, tokens, gradient = chunk
-        evaluate_rows(logits, tokens, values, None if mixed else gradient)
+        factor = evaluate_rows(logits, tokens, values, None if mixed else gradient)
         losses, slope, others = row_loss.take(rows).losses_and_slopes(values)
         if mixed is not None and tokens is not None:
             weights = torch.cat([slope[None], slope.new_zeros(2, len(slope)) if others is None else others])
             mixed(logits, tokens, values, weights, gradient)
             slope = (weights != 0).any(0).to(slope.dtype)  # the weights are in the gradient
         clear(gradient, slope)
-        return losses, slope * spec.student.alpha
+        if factor is not None:
+            factor = factor.where(slope != 0, 1.0)  # 0 · NaN = 0, as in the gradient
+            slope = slope * factor
+        return losses, slope * spec.student.alpha, factor
 
     return row_pass
 
@@ -192,13 +200,21 @@ def _add_products(
 
 
 def _add_sparse_products(
-    sums: Gradients, inputs: Inputs, chunk: _Chunk, slope: Tensor, sampler: ColumnSampler, estimates: Estimates | None
+    sums: Gradients,
+    inputs: Inputs,
+    chunk: _Chunk,
+    slope: Tensor,
+    factor: Tensor | None,
+    sampler: ColumnSampler,
+    estimates: Estimates | None,
 ) -> None:
     """`_add_products` of a chunk from a sample of columns for each block of its rows."""
-    drawn = (
-        (block, sampler.sample(chunk.gradient[block], slope[block], _named_tokens(chunk, block)))
-        for block in blocks(slope.shape[0], slope.device)
-    )
+
+    def draw(block: slice) -> ColumnSample:
+        left = None if factor is None else factor[block]
+        return sampler.sample(chunk.gradient[block], slope[block], _named_tokens(chunk, block), left)
+
+    drawn = ((block, draw(block)) for block in blocks(slope.shape[0], slope.device))
     for block, sample in merged(drawn, chunk.gradient, slope):
         rows = slice(chunk.rows.start + block.start, chunk.rows.start + block.stop)
         if sums.hidden is not None:

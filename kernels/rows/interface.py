@@ -5,6 +5,9 @@ A row function is given the logits of n rows, writes K values per row into `out`
 
     z = x            or            z = cap · tanh(x)   where the head has a soft-cap
 
+It may return a factor [n] that each row of the gradient is still to be multiplied by: what is known at the end of a walk
+over the logits needs no second walk then. None is a factor of 1.
+
 `gradient` is `logits.student` itself or apart from it, in a dtype of its own (what the next GEMM wants). The chunks are
 scratch space: nobody reads them afterwards. Nothing of their size is allocated. `out` is a view whose rows may lie apart.
 """
@@ -29,7 +32,9 @@ class Logits(NamedTuple):
 
 
 class RowFunction(Protocol):
-    def __call__(self, logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> None: ...
+    def __call__(
+        self, logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None
+    ) -> Tensor | None: ...
 
 
 class ClearRows(Protocol):

@@ -10,27 +10,52 @@ With a = z − m, m = max z, l = Σ e^a and p = e^a / l:
 
 from __future__ import annotations
 
+import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastkl.kernels.launch import check_device, launch, token_ids
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.rows.launch import launch_rows, row_config, row_kernel, written_to
-from fastkl.kernels.rows.walk import carry, finite_or_zero, load_block, load_one, raise_max, store_block, store_gradient
+from fastkl.kernels.rows.walk import (
+    carry,
+    exp,
+    finite_or_zero,
+    lane_max,
+    lane_sum,
+    lanes,
+    load_block,
+    load_one,
+    merge,
+    raise_lanes,
+    slope_of_cap,
+    spread,
+    store_block,
+    store_gradient,
+)
+
+FAR = tl.constexpr(20.0)
+LOWEST = tl.constexpr(-1e30)  # times a probability of 0 it is 0
 
 
-def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> None:
-    """out[0] = lse(z) − z[y]; gradient p − 1[y]."""
+def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """out[0] = lse(z) − z[y]; gradient p − 1[y], in bf16 apart from the logits but for the factor of each row, [n]."""
     assert tokens is not None
+    one_walk = gradient is not None and gradient.dtype == torch.bfloat16 and not _same_place(gradient, logits.student)
+    factor = out.new_empty(out.shape[1]) if one_walk else None
     launch_rows(
         _token_nll_kernel,
         logits.student,
         logits.student_cap,
+        programs=2,
         **token_ids(tokens),
         **written_to(gradient),
         out_ptr=out,
         out_stride_row=out.stride(1),
+        factor_ptr=factor,
     )
+    return factor
 
 
 def token_nll_entropy(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> None:
@@ -83,6 +108,10 @@ def clear_rows(gradient: Tensor, slope: Tensor) -> None:
     )
 
 
+def _same_place(gradient: Tensor, chunk: Tensor) -> bool:
+    return gradient.data_ptr() == chunk.data_ptr()
+
+
 @row_kernel
 def _token_nll_kernel(
     # data
@@ -90,6 +119,7 @@ def _token_nll_kernel(
     tokens_ptr: tl.tensor,  # [n]
     out_ptr: tl.tensor,  # [1, n]
     u_ptr: tl.tensor,  # [n, V], the gradient: x itself or apart from it; or None
+    factor_ptr: tl.tensor,  # [n], what u is still to be multiplied by; or None
     cap: tl.tensor,
     # shapes
     vocabulary: tl.tensor,
@@ -109,24 +139,60 @@ def _token_nll_kernel(
     y = tl.load(tokens_ptr + row * tokens_stride)
     target = load_one(x_ptr, y, vocabulary, cap, CAPPED)
 
-    m = float("-inf")
-    l_lanes = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(0, vocabulary, BLOCK_N):
-        z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
-        m, base, step = raise_max(m, z, 1.0, 0)
-        l_lanes = tl.fma(l_lanes, tl.exp(step), tl.exp(z - base))
-    base = finite_or_zero(m)
+    first = load_block(x_ptr, 0, vocabulary, cap, CAPPED, BLOCK_N)
+    r = finite_or_zero(tl.maximum(tl.max(first, 0), target))
+    m_lanes, l_lanes = _exponentials(x_ptr, u_ptr, factor_ptr, r, vocabulary, cap, CAPPED, BLOCK_N)
+    m = tl.max(m_lanes, 0)
+    if tl.abs(m - r) > FAR:
+        r = finite_or_zero(m)
+        m_lanes, l_lanes = _exponentials(x_ptr, u_ptr, factor_ptr, r, vocabulary, cap, CAPPED, BLOCK_N)
     total = tl.sum(l_lanes, 0)
-    tl.store(out_ptr + row * out_stride_row, (base - target) + tl.log(total))
+    tl.store(out_ptr + row * out_stride_row, (r - target) + tl.log(total))
 
     if u_ptr is not None:
         scale = tl.where(target == target, tl.div_rn(1.0, total), target)  # NaN if there is no such token
-        last = (vocabulary - 1) // BLOCK_N * BLOCK_N
-        for done in range(0, vocabulary, BLOCK_N):  # from the end: what was read last is still in the L2 cache
-            start = last - done
-            z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
-            u = tl.exp(z - base) * scale - tl.where(start + tl.arange(0, BLOCK_N) == y.to(tl.int32), 1.0, 0.0)
-            store_gradient(u_ptr, start, vocabulary, u, z, cap, CAPPED, BLOCK_N)
+        here = tl.where(target == target, y, 0).to(tl.int32)
+        if factor_ptr is not None:
+            tl.store(factor_ptr + row, scale)
+            # By the thread that has stored e there, after a barrier all the same.
+            start = here // BLOCK_N * BLOCK_N
+            u = exp(target - r) - total
+            if CAPPED:
+                u *= slope_of_cap(target, cap)
+            tl.debug_barrier()
+            columns = start + tl.arange(0, BLOCK_N)
+            tl.store(u_ptr + columns, tl.zeros([BLOCK_N], tl.float32) + u, mask=columns == here)
+        else:
+            last = (vocabulary - 1) // BLOCK_N * BLOCK_N
+            for done in range(0, vocabulary, BLOCK_N):  # from the end: what was read last is still in the L2 cache
+                start = last - done
+                z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
+                u = exp(z - r) * scale - tl.where(start + tl.arange(0, BLOCK_N) == here, 1.0, 0.0)
+                store_gradient(u_ptr, start, vocabulary, u, z, cap, CAPPED, BLOCK_N)
+
+
+@triton.jit
+def _exponentials(
+    x_ptr: tl.tensor,
+    u_ptr: tl.tensor,
+    factor_ptr: tl.tensor,
+    r: tl.tensor,
+    vocabulary: tl.tensor,
+    cap: tl.tensor,
+    CAPPED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """max z and Σ e^(z − r) of each lane; with a factor, e^(z − r) dz/dx is stored."""
+    m = lanes(float("-inf"), BLOCK_N)
+    total = lanes(0.0, BLOCK_N)
+    for start in range(0, vocabulary, BLOCK_N):
+        z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
+        e = exp(z - r)
+        m = tl.maximum(m, lane_max(z, BLOCK_N))
+        total += lane_sum(e, BLOCK_N)
+        if factor_ptr is not None:
+            store_gradient(u_ptr, start, vocabulary, e, z, cap, CAPPED, BLOCK_N)
+    return m, total
 
 
 @row_kernel
@@ -152,21 +218,24 @@ def _token_nll_entropy_kernel(
     out_ptr += row * out_stride_row
     target = load_one(x_ptr, tl.load(tokens_ptr + row * tokens_stride), vocabulary, cap, CAPPED)
 
-    m = float("-inf")
-    l_lanes = tl.zeros([BLOCK_N], tl.float32)
-    weighted_lanes = tl.zeros([BLOCK_N], tl.float32)  # Σ e^a a
+    m = lanes(float("-inf"), BLOCK_N)
+    l_lanes = lanes(0.0, BLOCK_N)
+    weighted = lanes(0.0, BLOCK_N)  # Σ e^a a
     for start in range(0, vocabulary, BLOCK_N):
         z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
-        m, base, step = raise_max(m, z, 1.0, 0)
-        a = z - base
-        e, factor = tl.exp(a), tl.exp(step)
-        weighted_lanes = carry(weighted_lanes, l_lanes, step, factor) + e * tl.where(a == float("-inf"), 0.0, a)
-        l_lanes = tl.fma(l_lanes, factor, e)
-    base = finite_or_zero(m)
-    total = tl.sum(l_lanes, 0)
+        m, base_lanes, step = raise_lanes(m, z, BLOCK_N)
+        a = z - spread(base_lanes, BLOCK_N)
+        e, factor = exp(a), exp(step)
+        # Where a = −inf, e is 0.
+        weighted = carry(weighted, l_lanes, step, factor) + lane_sum(e * tl.maximum(a, LOWEST), BLOCK_N)
+        l_lanes = tl.fma(l_lanes, factor, lane_sum(e, BLOCK_N))
+    base, step = merge(m)
+    factor = exp(step)
+    total = tl.sum(l_lanes * factor, 0)
+    weighted_total = tl.sum(carry(weighted, l_lanes, step, factor), 0)
     log_total = tl.log(total)
     tl.store(out_ptr, (base - target) + log_total)
-    tl.store(out_ptr + out_stride_value, log_total - tl.div_rn(tl.sum(weighted_lanes, 0), total))
+    tl.store(out_ptr + out_stride_value, log_total - tl.div_rn(weighted_total, total))
     tl.store(out_ptr + 2 * out_stride_value, base)
     tl.store(out_ptr + 3 * out_stride_value, log_total)
     tl.store(out_ptr + 4 * out_stride_value, base - target)
@@ -209,7 +278,7 @@ def _entropy_gradient_kernel(
     for start in range(0, vocabulary, BLOCK_N):
         z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
         log_p = (z - base) - log_total  # in this order: large logits cancel before anything is rounded
-        p = tl.exp(log_p)
+        p = exp(log_p)
         log_p = tl.where(z == float("-inf"), 0.0, log_p)
         u = p * (w_p - w_entropy * log_p) - tl.where(start + tl.arange(0, BLOCK_N) == y, w_nll, 0.0)
         store_gradient(u_ptr, start, vocabulary, u, z, cap, CAPPED, BLOCK_N)

@@ -8,6 +8,9 @@ m − m' for a itself) makes that
 
     l ← e^(m − m') l                  Σ e^a x ← e^(m − m') (Σ e^a x + d l)
 
+A maximum of the row would cost a barrier of all threads in every block. So each *lane*, LANE neighbours that one thread
+has, keeps a maximum and sums of its own, and after the walk the lanes are merged in the same way (`merge`).
+
 The block at the end of the vocabulary alone is masked. The others move 16 bytes at a time wherever the distances of rows
 are multiples of 16 elements, however odd the vocabulary; what lies between two rows is neither read nor written.
 
@@ -17,7 +20,8 @@ The rules of `pytorch.py` at the edges: a token with z = −inf or p = 0 adds no
 −inf end in NaN. Where `pytorch.py` hits a device-side assertion, for a token id outside the vocabulary, the row becomes
 NaN here.
 
-Sums are taken per lane and then in a tree, without atomics: the same row gives the same bits, whatever rows surround it.
+e^a is made as a power of 2, and is 0 below 2^−126. Sums are taken per lane and then in a tree, without atomics: the same
+row gives the same bits, whatever rows surround it.
 `score/tiles.py` has `carry` and `tanh` of its own: in powers of 2, which have other bits.
 """
 
@@ -25,6 +29,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+LANE = tl.constexpr(4)  # divides BLOCK_N; 16 bytes of float32
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -88,8 +95,57 @@ def store_gradient(
 ) -> None:
     """Stores u · dz/dx of a block."""
     if CAPPED:
-        u *= (cap - z) * (cap + z) * (1.0 / cap)
+        u *= slope_of_cap(z, cap)
     store_block(u_ptr, start, vocabulary, u, BLOCK_N)
+
+
+@triton.jit
+def slope_of_cap(z: tl.tensor, cap: tl.tensor) -> tl.tensor:
+    """dz/dx."""
+    return (cap - z) * (cap + z) * (1.0 / cap)
+
+
+@triton.jit
+def exp(a: tl.tensor) -> tl.tensor:
+    """e^a; `tl.exp` takes three more instructions for what is below 2^−126."""
+    return tl.exp2(a * LOG2E)
+
+
+@triton.jit
+def lanes(value: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:
+    """A number for each lane of a block."""
+    return tl.full([BLOCK_N // LANE], value, tl.float32)
+
+
+@triton.jit
+def lane_sum(x: tl.tensor, BLOCK_N: tl.constexpr) -> tl.tensor:
+    return tl.sum(tl.reshape(x, (BLOCK_N // LANE, LANE)), 1)
+
+
+@triton.jit
+def lane_max(x: tl.tensor, BLOCK_N: tl.constexpr) -> tl.tensor:
+    return tl.max(tl.reshape(x, (BLOCK_N // LANE, LANE)), 1)
+
+
+@triton.jit
+def spread(x: tl.tensor, BLOCK_N: tl.constexpr) -> tl.tensor:
+    """The number of each lane at each of its elements."""
+    return tl.reshape(tl.broadcast_to(x[:, None], (BLOCK_N // LANE, LANE)), (BLOCK_N,))
+
+
+@triton.jit
+def raise_lanes(m: tl.tensor, z: tl.tensor, BLOCK_N: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """`raise_max` of each lane by its part of a block."""
+    raised = tl.maximum(m, lane_max(z, BLOCK_N))
+    base = finite_or_zero(raised)
+    return raised, base, tl.where(m == float("-inf"), 0.0, m - base)
+
+
+@triton.jit
+def merge(m: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """For the row, what to subtract: the maximum of all lanes. And how far each lane's own lies below it, at most 0."""
+    base = finite_or_zero(tl.max(m, 0))
+    return base, tl.where(m == float("-inf"), 0.0, m - base)
 
 
 @triton.jit

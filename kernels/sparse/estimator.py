@@ -50,9 +50,13 @@ class ColumnSample(Protocol):
 class ColumnSampler(Protocol):
     """Draws the columns of one block after the other, and keeps count."""
 
-    def sample(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> ColumnSample:
+    def sample(
+        self, gradient: Tensor, slope: Tensor, always: list[Tensor], factor: Tensor | None = None
+    ) -> ColumnSample:
         """Of a block: gradient [B, V] in `gradient_dtype`, slope [B]; keeps ids in `always`.
 
+        `factor` [B] is the part of the slope that makes u of the gradient (`rows/interface.py`), without which it weighs no
+        row.
         It may overwrite the gradient, and what lies between its rows.
         """
 

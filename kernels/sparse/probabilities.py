@@ -14,8 +14,10 @@ SOLVED_COLUMNS = 2**13  # at least; τ is solved from every so many-th column
 LEAST_SLOPE = 1e-3  # of the block's root mean square: bounds û in rows that hardly count and share the others' columns
 
 
-def row_weights(slope: Tensor) -> Tensor:
-    """What the squares of a row are counted by, [B]."""
+def row_weights(slope: Tensor, factor: Tensor | None = None) -> Tensor:
+    """What the squares of a row are counted by, [B]; `factor` is the part of the slope that belongs to the row itself."""
+    if factor is not None:
+        return row_weights(slope / factor) * factor.square()
     weights = slope.square()
     return weights.add_(LEAST_SLOPE**2 * weights.mean())
 

@@ -41,13 +41,17 @@ class PyTorchColumnSampler:
         self.kept = self.seen = 0  # entries of u
         self.variance, self.square = (weight.new_zeros((), dtype=self.dtype) for _ in range(2))
 
-    def sample(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> ColumnSample:
-        columns = self.draw(gradient, slope, always)
+    def sample(
+        self, gradient: Tensor, slope: Tensor, always: list[Tensor], factor: Tensor | None = None
+    ) -> ColumnSample:
+        columns = self.draw(gradient, slope, always, factor)
         if columns is None:
             return _ExactSample(self.weight, gradient, slope)
         return _SparseSample(self, gradient, slope, columns, self.estimate(gradient, columns))
 
-    def draw(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> Columns | None:
+    def draw(
+        self, gradient: Tensor, slope: Tensor, always: list[Tensor], factor: Tensor | None = None
+    ) -> Columns | None:
         """The columns of a block; None: all of them, which is exact. Synchronisations on an accelerator.
 
         Whether a block is flat, and so exact, is a function of its gradient and of those before it, never of what was
@@ -56,12 +60,14 @@ class PyTorchColumnSampler:
         vocabulary = gradient.shape[1]
         self.seen += gradient.numel()
         if self.flat and gradient.shape[0] > PROBED:
-            probed = slope[::PROBED]
+            probed = row_weights(slope[::PROBED], None if factor is None else factor[::PROBED])
             few = solve(self.sparse, self._column_squares(gradient[::PROBED], probed), [])
             if not is_sparse(few.expected, vocabulary):
                 self._count_exact(gradient, few.total * (slope.shape[0] / probed.shape[0]))
                 return None
-        w, tau, total, lost, expected = solve(self.sparse, self._column_squares(gradient, slope), always)
+        w, tau, total, lost, expected = solve(
+            self.sparse, self._column_squares(gradient, row_weights(slope, factor)), always
+        )
         self.flat = not is_sparse(expected, vocabulary)
         if self.flat:
             self._count_exact(gradient, total)
@@ -95,9 +101,8 @@ class PyTorchColumnSampler:
         out = hidden_gradient(estimate, self.weight.index_select(0, ids))
         return out.addr_(excess, self.centre, alpha=-1.0)
 
-    def _column_squares(self, gradient: Tensor, slope: Tensor) -> Tensor:
+    def _column_squares(self, gradient: Tensor, weights: Tensor) -> Tensor:
         """w² [V], a part of the block's rows at a time."""
-        weights = row_weights(slope)
         out = weights.new_zeros(gradient.shape[1])
         if self.scratch is None:
             self.scratch = out.new_empty(self.scratch_rows, gradient.shape[1])

@@ -53,9 +53,11 @@ class TritonColumnSampler:
         self.kept = torch.zeros(1, dtype=torch.int64, device=weight.device)
         self.variance, self.square = (weight.new_zeros((), dtype=torch.float32) for _ in range(2))
 
-    def sample(self, gradient: Tensor, slope: Tensor, always: list[Tensor]) -> TritonColumnSample:
+    def sample(
+        self, gradient: Tensor, slope: Tensor, always: list[Tensor], factor: Tensor | None = None
+    ) -> TritonColumnSample:
         """The sample of a block; `gradient` is û from here on."""
-        squares = column_squares(gradient, row_weights(slope))
+        squares = column_squares(gradient, row_weights(slope, factor))
         w, tau, total, lost, expected = solve(self.sparse, squares, always)
         worth_it = is_sparse(expected, w.shape[0])
         columns = select_columns(w, torch.where(worth_it, tau, -1.0).reshape(1), self.sparse.seed, self.block)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from largest_tensor import LargestTensor
 from loss_cases import Problem, each_need, eager, frozen_or_all, fused, fused_output, make_problem, with_gradients
 from property_settings import PROPERTY
+from sparse_cases import peaked_problem, use_small_blocks
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,6 +20,7 @@ from fastkl.kernels import driver, gemm
 from fastkl.kernels import operators as ops
 from fastkl.kernels.options import Sparse
 from fastkl.kernels.problem import HeadOptions, Inputs, Needs, Spec
+from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.sparse import estimator as sparse_estimator
 
 Gemms = dict[str, list[int]]
@@ -252,6 +254,44 @@ def test_no_tensor_of_tokens_by_vocabulary(
     # The workspace of a chunk, and tensors of the size of an input.
     allowed = max(chunk * vocabulary, vocabulary * (dim + 2), n * (dim + 2))
     assert chunk * vocabulary <= seen.numel <= allowed < n * vocabulary / 50
+
+
+@pytest.mark.parametrize("backward", ["exact", Sparse(1, error=0.05)], ids=["exact", "sparse"])
+@frozen_or_all
+@pytest.mark.parametrize("name", ["linear_logprobs", "policy_gradient"])
+def test_a_row_function_may_leave_a_factor(
+    monkeypatch: pytest.MonkeyPatch, name: str, needs: tuple[str, ...], backward: Any
+) -> None:
+    """Of any size: losses and gradients are those without, the sample too. One of NaN in a row of no weight is none."""
+    use_small_blocks(monkeypatch)
+    p = peaked_problem(48, torch.float64, 300)
+    p.advantages[::5] = 0.0
+    options = {"backward": backward, "skip_zero_rows": False, "chunk_size": 16}
+    expected = with_gradients(fused, name, p, needs, **options)
+    original, seen = driver.row_function, []
+
+    def row_function(spec: Spec, hidden: Tensor) -> Any:
+        evaluate = original(spec, hidden)
+
+        def function(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> Tensor | None:
+            evaluate(logits, tokens, out, gradient)
+            if gradient is None:
+                return None
+            factor = torch.logspace(-9, 3, len(gradient), dtype=gradient.dtype)
+            gradient /= factor[:, None]
+            if name == "policy_gradient":
+                factor[(sum(seen) + torch.arange(len(factor))) % 5 == 0] = torch.nan
+            seen.append(len(factor))
+            return factor
+
+        return function
+
+    monkeypatch.setattr(driver, "row_function", row_function)
+    found = with_gradients(fused, name, p, needs, **options)
+    assert sum(seen) >= 48
+    torch.testing.assert_close(found.value, expected.value)
+    for field, gradient in expected.gradients.items():
+        torch.testing.assert_close(found.gradients[field], gradient, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -23,6 +23,7 @@ DTYPES = {
     **dict.fromkeys(("x_ptr", "x_t_ptr", "out_ptr", "value_ptr", "partials_ptr", "targets_ptr", "weights_ptr"), FLOAT),
     **dict.fromkeys(("class_weight_ptr", "class_total_ptr"), FLOAT),
     **dict.fromkeys(("norms_ptr", "tau_ptr", "inverse_ptr", "excess_ptr", "slope_ptr", "m_ptr", "scale_ptr"), FLOAT),
+    "factor_ptr": FLOAT,
     **dict.fromkeys(("centre_ptr", "accumulator_ptr"), FLOAT),
 }  # of the others: the dtype of the operands, as `u` has it
 

@@ -102,7 +102,9 @@ def run(
     out_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     out = torch.full((outputs, x.shape[0]), torch.nan, dtype=out_dtype, device=device)
     into = None if not gradient else x if apart is None else torch.full_like(x, torch.nan, dtype=apart)
-    function(Logits(x, rows.caps[0], rows.x_t.clone(), rows.caps[1]), rows.y, out, into)
+    factor = function(Logits(x, rows.caps[0], rows.x_t.clone(), rows.caps[1]), rows.y, out, into)
+    if factor is not None and into is not None:
+        into = into.float() * factor[:, None]
     return Outcome(out.cpu(), (x if into is None else into).cpu())
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from devices import triton_device
-from row_cases import Outcome, Rows, UnderTest, assert_terms_accurate, edges, hard_rows, random_rows, run
+from row_cases import INF, Outcome, Rows, UnderTest, assert_terms_accurate, edges, hard_rows, random_rows, run
 from row_contract import TritonContract, assert_far_apart_rows_are_right, outside
 from torch import Tensor
 
@@ -64,8 +64,38 @@ class TestTokenNll(TritonContract):
         assert gradient[0].isfinite().all()
         assert gradient[1].isnan().all()
 
+    @pytest.mark.parametrize("case", EDGES)
+    def test_one_walk(self, tested: UnderTest, case: str) -> None:
+        assert_rounded(tested, EDGES[case])
+
+    @pytest.mark.parametrize("vocabulary", [1, 2, 1009, BLOCK, WIDE])
+    @pytest.mark.parametrize("cap", [None, 30.0])
+    def test_one_walk_over_large_scores(self, tested: UnderTest, vocabulary: int, cap: float | None) -> None:
+        """First logits that say nothing of the row: far above others, far below, forbidden; tokens anywhere."""
+        rows = random_rows(5, vocabulary)
+        rows.x[:3] *= 0.1 if cap else 100.0
+        rows.x[3] -= 300.0
+        rows.x[4, : BLOCK + 1] = -INF if vocabulary > BLOCK + 1 else rows.x[4, : BLOCK + 1]
+        assert_rounded(tested, rows._replace(caps=(cap, None)))
+
+    def test_one_walk_in_a_wrong_row(self, tested: UnderTest) -> None:
+        """A token outside the vocabulary, NaN, +inf: NaN in its row alone."""
+        rows = random_rows(5, WIDE)._replace(y=torch.tensor([-1, WIDE, 3, 4, 5]))
+        rows.x[2, WIDE - 2], rows.x[3, 7] = INF, torch.nan
+        values, gradient = tested.run(rows, apart=torch.bfloat16)
+        assert values[0].isnan().tolist() == [True, True, True, True, False]
+        assert gradient.isnan().all(1).tolist() == gradient.isnan().any(1).tolist() == values[0].isnan().tolist()
+
     def test_offsets_beyond_int32(self, tested: UnderTest, tmp_path: Path) -> None:
         assert_far_apart_rows_are_right(tested, tmp_path)
+
+
+def assert_rounded(tested: UnderTest, rows: Rows) -> None:
+    """A gradient in bf16 is the exact one but for its rounding; beside 1, p has an error of float32's."""
+    ours, exact = tested.run(rows, apart=torch.bfloat16), tested.run_peer(rows, torch.float64)
+    assert torch.equal(ours.values, tested.run(rows).values)
+    steep = max(1.0, float(exact.gradient.abs().max()))
+    torch.testing.assert_close(ours.gradient.double(), exact.gradient, rtol=2**-7, atol=4e-7 * steep)
 
 
 def entropy(module: ModuleType) -> RowFunction:
