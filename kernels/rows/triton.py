@@ -2,10 +2,15 @@
 
 With a = z − m, m = max z, l = Σ e^a and p = e^a / l:
 
-    token_nll             out[0] = (m − z[y]) + log l
+    token_nll             out[0] = (r − z[y]) + log l       l = Σ e^(z − r)
                           gradient p − 1[y]
     token_nll_entropy     out[1] = H = log l − Σ e^a a / l     out[2] = m     out[3] = log l     out[4] = m − z[y]
     entropy_gradient      log p = a − log l                    gradient w₀ (p − 1[y]) − w₁ p (log p + H) + w₂ p
+
+`token_nll` takes for r what is known before the walk, the largest of z[y] and the first block. Any r near m is right; where
+it is more than FAR off, the walk is made again with m. So the walk itself can write e^(z − r) as a gradient in bf16, which
+only lacks the factor 1 / l, and l in the place of 1 at y. That saves a walk, and no digit is lost, for p would be rounded
+to bf16.
 """
 
 from __future__ import annotations
@@ -35,14 +40,14 @@ from fastkl.kernels.rows.walk import (
     store_gradient,
 )
 
-FAR = tl.constexpr(20.0)
+FAR = tl.constexpr(20.0)  # e^FAR costs no sum digits, and no product of u range
 LOWEST = tl.constexpr(-1e30)  # times a probability of 0 it is 0
 
 
 def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> Tensor | None:
-    """out[0] = lse(z) − z[y]; gradient p − 1[y], in bf16 apart from the logits but for the factor of each row, [n]."""
+    """out[0] = lse(z) − z[y]; gradient p − 1[y], where one walk makes it but for a factor of each row, [n]."""
     assert tokens is not None
-    one_walk = gradient is not None and gradient.dtype == torch.bfloat16 and not _same_place(gradient, logits.student)
+    one_walk = gradient is not None and _takes_one_walk(logits.student, gradient)
     factor = out.new_empty(out.shape[1]) if one_walk else None
     launch_rows(
         _token_nll_kernel,
@@ -108,8 +113,10 @@ def clear_rows(gradient: Tensor, slope: Tensor) -> None:
     )
 
 
-def _same_place(gradient: Tensor, chunk: Tensor) -> bool:
-    return gradient.data_ptr() == chunk.data_ptr()
+def _takes_one_walk(chunk: Tensor, gradient: Tensor) -> bool:
+    """bf16 reaches as far as float32; logits must survive a bad guess; without vectors, registers do not suffice."""
+    apart = gradient.data_ptr() != chunk.data_ptr()
+    return apart and gradient.dtype == torch.bfloat16 and chunk.stride(0) % 16 == gradient.stride(0) % 16 == 0
 
 
 @row_kernel

@@ -104,7 +104,8 @@ def plain(kernel: str, gradient: bool, **options: object) -> Variant:
 
 # Walks over the chunks, of which there are one or two; whether a gradient is written.
 WALKS: list[tuple[Variant, int, int, bool]] = [
-    (plain("rows.token_nll", gradient=True), 2, 1, True),
+    (plain("rows.token_nll", gradient=True), 4, 1, True),  # the first block, the sums, those again where it must, u
+    (like("rows.token_nll"), 3, 1, True),  # u in bf16, with the sums
     (plain("rows.token_nll_entropy", gradient=False), 1, 1, False),
     (plain("rows.entropy_gradient", gradient=True), 1, 1, True),
     (plain("cross_entropy.cross_entropy", gradient=True), 2, 1, True),
@@ -147,6 +148,24 @@ def test_an_odd_vocabulary_keeps_vectors(launch: Launch, variant: Variant, loads
     used = resources(kernel)
     assert (used.load_bytes, used.store_bytes) == (loads, stores)
     assert launch("sm_90", variant.but(vocabulary=151936)) == [kernel]
+
+
+LOOP = re.compile(r"^(\$L__BB\w+):(.*?)\bbra(?:\.uni)?\s+\1;", re.MULTILINE | re.DOTALL)
+WALKERS = [
+    plain("rows.token_nll", gradient=True),
+    like("rows.token_nll"),
+    plain("rows.token_nll_entropy", gradient=False),
+]
+
+
+@pytest.mark.parametrize("variant", WALKERS, ids=lambda v: f"{v.kernel}-{v.config}")
+def test_threads_walk_on_their_own(launch: Launch, variant: Variant) -> None:
+    """In no loop over blocks does a thread wait for another: rows are reduced once, at the end."""
+    loops = [body for _, body in LOOP.findall(launch("sm_90", variant)[0].asm["ptx"])]
+    assert len(loops) > 0
+    for body in loops:
+        assert "ld.global" in body
+        assert not re.search(r"bar\.sync|barrier|shfl", body)
 
 
 ANOTHER_CALL = [(1, 0), (16, 0), (17, 1), (3, 5), (32, 16)]  # rows, and where results and tokens stand in their buffers

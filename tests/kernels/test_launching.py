@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from bench.variants import variant
 from bench.variants.aot import kernel_name
 from bench.variants.fake_cuda import fake_tensors
-from bench.variants.launcher import BF16, FP16, FP32, Variant
+from bench.variants.launcher import BF16, CUT, FP16, FP32, Variant
 from fastkl.kernels import launch
 from fastkl.kernels.problem import HeadOptions
 from fastkl.kernels.rows.launch import launch_rows
@@ -119,7 +119,12 @@ ODD_PRODUCT = {"dtype": FP16, "vocabulary": 50257, "dim": 513}
 # Few, and such as test_ahead_of_time.py compiles too, in the same folder. test_every_kernel_is_launched says what is
 # missing.
 LAUNCHED: dict[str, list[dict[str, Any]]] = {
-    "rows.token_nll": [IN_PLACE | WIDE, APART | ODD, {"dtypes": (BF16, None), "vocabulary": 50257}],
+    "rows.token_nll": [
+        IN_PLACE | WIDE,
+        APART | ODD,
+        APART | {"vocabulary": CUT, "capped": False},
+        {"dtypes": (BF16, None), "vocabulary": 50257},
+    ],
     "rows.token_nll_entropy": [NONE | WIDE, NONE | ODD],
     "rows.entropy_gradient": [IN_PLACE | WIDE, APART | ODD],
     "cross_entropy.cross_entropy": [

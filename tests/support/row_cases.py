@@ -66,7 +66,7 @@ class UnderTest(NamedTuple):
     def run(
         self, rows: Rows, dtype: torch.dtype = torch.float32, gradient: bool = True, apart: torch.dtype | None = None
     ) -> Outcome:
-        """On a copy of `rows`, with the gradient in place or in a tensor of dtype `apart`."""
+        """On a copy of `rows`, with the gradient in place or in a tensor of dtype `apart`, then both as in a workspace."""
         return run(self.function, rows, dtype, self.outputs, self.device, gradient, apart)
 
     def run_peer(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Outcome:
@@ -98,10 +98,10 @@ def run(
     apart: torch.dtype | None = None,
 ) -> Outcome:
     rows = rows.to(dtype, device)
-    x = rows.x.clone()
+    x = rows.x.clone() if apart is None else laid_out(rows.x)
     out_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     out = torch.full((outputs, x.shape[0]), torch.nan, dtype=out_dtype, device=device)
-    into = None if not gradient else x if apart is None else torch.full_like(x, torch.nan, dtype=apart)
+    into = None if not gradient else x if apart is None else laid_out(torch.full_like(x, torch.nan, dtype=apart))
     factor = function(Logits(x, rows.caps[0], rows.x_t.clone(), rows.caps[1]), rows.y, out, into)
     if factor is not None and into is not None:
         into = into.float() * factor[:, None]
@@ -238,14 +238,14 @@ def edges(width: int, block: int) -> dict[str, Rows]:
     return {name: Rows(x[None], x_t[None], torch.tensor([y])) for name, (x, x_t, y) in cases.items()}
 
 
-def apart(t: Tensor) -> Tensor:
+def laid_out(t: Tensor) -> Tensor:
     """A copy of [n, V] whose rows begin at multiples of 64 elements, as those of a workspace; between them is NaN."""
     n, width = t.shape
     return t.new_full((n, -(-width // 64) * 64 + 64), torch.nan)[:, :width].copy_(t)
 
 
 def gap(t: Tensor) -> Tensor:
-    """What lies between the rows of `apart`."""
+    """What lies between the rows of `laid_out`."""
     return t.as_strided((t.shape[0], t.stride(0)), t.stride())[:, t.shape[1] :]
 
 

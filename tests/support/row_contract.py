@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from row_cases import INF, UnderTest, apart, gap, poisoned, random_rows, rows_far_apart
+from row_cases import INF, UnderTest, gap, laid_out, poisoned, random_rows, rows_far_apart
 
 from fastkl.kernels.rows.interface import Logits
 
@@ -56,7 +56,7 @@ class RowContract:
     def test_strides(self, tested: UnderTest, wide: bool) -> None:
         """Rows with a gap of NaN between them, results in the columns of a wider buffer, every second token."""
         rows = random_rows(3, self.wide if wide else WIDTH).to(torch.float32, tested.device)
-        chunk, teacher = apart(rows.x), apart(rows.x_t)
+        chunk, teacher = laid_out(rows.x), laid_out(rows.x_t)
         buffer = torch.full((6, 20), 7.0, device=tested.device)
         out = buffer[::2, 1::2].t()[: tested.outputs]
         assert rows.y is not None

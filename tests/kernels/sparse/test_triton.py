@@ -14,7 +14,7 @@ import torch
 from determinism import refused_non_determinism
 from devices import INTERPRETED, triton_device
 from loss_cases import TRAINABLE, frozen_or_all, fused, fused_output, generator, with_gradients
-from row_cases import apart, gap
+from row_cases import gap, laid_out
 from sparse_cases import bias_over_noise, peaked_problem, relative_error, use_small_blocks
 from torch import Tensor
 
@@ -65,7 +65,7 @@ def test_widths(shape: tuple[int, int, int, int], dtype: torch.dtype, capped: bo
     Rows lie side by side, or between them is NaN, of which nothing is used.
     """
     u, weight, hidden, slope, columns = make(shape, dtype)
-    u = apart(u) if room else u
+    u = laid_out(u) if room else u
     count, vocabulary = shape[3], shape[1]
     ids = columns.ids[:count].long()
     expected = (u.index_select(1, ids).float() * columns.inverse[:count]).to(dtype)
@@ -104,14 +104,14 @@ def test_a_column_major_accumulator() -> None:
 @dtypes
 @pytest.mark.parametrize("n", [1, 9, 128, 300])
 def test_column_squares(dtype: torch.dtype, n: int) -> None:
-    u = apart(torch.randn(n, 1103, generator=generator(n)).to(dtype).to(DEVICE))
+    u = laid_out(torch.randn(n, 1103, generator=generator(n)).to(dtype).to(DEVICE))
     weights = torch.rand(n, generator=generator(1)).to(DEVICE)
     exact = (u.double().square() * weights.double()[:, None]).sum(0)
     torch.testing.assert_close(steps.column_squares(u, weights).double(), exact, rtol=1e-5, atol=1e-6)
 
 
 def test_all_columns_stay_as_they_are() -> None:
-    u = apart(torch.randn(3, 2100, generator=generator(0)).to(DEVICE))
+    u = laid_out(torch.randn(3, 2100, generator=generator(0)).to(DEVICE))
     w = torch.rand(2100, generator=generator(1)).to(DEVICE)
     w[5], w[7] = torch.nan, 0.0
     columns = steps.select_columns(w, torch.tensor([-1.0], device=DEVICE), 0, 0)
