@@ -25,7 +25,7 @@ except ImportError as error:
 
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from fastkl._loss.operands import whole
+from fastkl._loss.operands import operands, whole
 from fastkl.integrations.bindings import DoesNotFit, check_is_called, check_same_call, find, swap
 from fastkl.loss import PerToken, jsd_loss, linear_logprobs, linear_token_stats
 
@@ -165,8 +165,12 @@ def _token_fields(
     options = {"bias": head.bias, **numbers._asdict()}
     logprobs = entropies = log_sum_squares = top1 = None
     if wanted & {"entropy", "is_top1"}:
-        stats = linear_token_stats(head.hidden, head.weight, targets, entropy_grad="entropy" in wanted, **options)
+        later = "entropy" in wanted and _is_frozen(head) and not torch.compiler.is_compiling()
+        entropy_grad = "entropy" in wanted and not later
+        stats = linear_token_stats(head.hidden, head.weight, targets, entropy_grad=entropy_grad, **options)
         logprobs, entropies, top1 = stats.logprobs, stats.entropies, stats.top1
+        if later:
+            entropies = _EntropiesOfAFrozenHead.apply(head.hidden, head.weight, targets, options, entropies)
     else:
         logprobs = linear_logprobs(head.hidden, head.weight, targets, **options)
     if "log_sum_sq_probs" in wanted:
@@ -196,8 +200,34 @@ class _Head(NamedTuple):
 
 
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Head:
-    """A head in the dtype of its input, as TRL casts it, and whole: sharded weights are gathered."""
-    return _Head(hidden, whole(weight).to(hidden.dtype), None if bias is None else whole(bias).to(hidden.dtype))
+    """A head in the dtype of its input, as TRL casts it, or that of autocast; and whole: sharded weights are gathered."""
+    bias = None if bias is None else whole(bias).to(hidden.dtype)
+    return _Head(*operands(hidden, whole(weight).to(hidden.dtype), bias))
+
+
+def _is_frozen(head: _Head) -> bool:
+    parameters = (head.weight,) if head.bias is None else (head.weight, head.bias)
+    return torch.is_grad_enabled() and head.hidden.requires_grad and not any(p.requires_grad for p in parameters)
+
+
+class _EntropiesOfAFrozenHead(torch.autograd.Function):
+    """Entropies whose gradient is made where a loss has them, which TRL's seldom have: most only log them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: dict[str, Any], entropies: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.options = options
+        return entropies.view_as(entropies)
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = hidden.detach().requires_grad_()
+            entropies = linear_token_stats(leaf, weight, targets, **ctx.options).entropies
+        return *torch.autograd.grad(entropies, leaf, above), None, None, None, None
 
 
 @torch.no_grad()

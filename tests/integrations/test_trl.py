@@ -214,6 +214,23 @@ def test_the_fields_of_a_token_are_those_of_trl(outputs: tuple[str, ...], option
             torch.testing.assert_close(gradients[0], gradients[1], **FLOAT32)
 
 
+def test_a_frozen_head_costs_two_products_where_entropies_are_only_looked_at(gemms: dict[str, list[int]]) -> None:
+    """As under LoRA. TRL's own code takes three."""
+    _, ours = both("head")
+    heads = Heads()
+    heads.weight.requires_grad_(False)
+    heads.bias = None
+    logprobs, entropies, *_ = fields(ours, heads, ("log_probs", "entropy"))
+    assert logprobs is not None
+    assert entropies is not None
+    (logprobs * entropies.detach()).sum().backward()
+    assert {name: len(rows) for name, rows in gemms.items()} == {
+        "project": 1,
+        "hidden_gradient": 1,
+        "add_weight_gradient": 0,
+    }
+
+
 def test_what_fastkl_refuses_is_left_to_trl() -> None:
     """A logit scale of 0, which makes every distribution flat."""
     theirs, ours = both("head")
