@@ -153,7 +153,8 @@ class RowLoss(NamedTuple):
         logprobs = -values[0]
         ratios = log_ratio(logprobs, self.old_logprobs) if self.log_ratios is None else self.log_ratios
         terms = surrogate_terms(self.surrogate, logprobs, ratios, self.advantages, self.ref_logprobs)
-        weights = weights.where(~terms.outside, 0.0)
+        if self.surrogate.ratio_bounds is not None:
+            weights = weights.where(~terms.outside, 0.0)
         if self.entropy_coef == 0.0:
             return _weighted(weights, terms.loss), -_weighted(weights, terms.slope), None
         losses = _weighted(weights, terms.loss - self.entropy_coef * values[1])

@@ -29,7 +29,7 @@ OTHER_NAMES = {
     ("old_logprobs", "old_log_probs", "student_logprobs", "sampling_logprobs"): "sampler_logprobs",
     ("ref_logprobs", "ref_per_token_logps", "teacher_logps", "teacher_log_probs"): "teacher_logprobs",
     ("ref_per_token_logps", "ref_log_probs", "ref_log_prob", "reference_policy_logprobs"): "ref_logprobs",
-    ("kl_coef", "kl_loss_coef", "reference_policy_kl_penalty"): "ref_kl_coef",
+    ("beta", "kl_coef", "kl_loss_coef", "reference_policy_kl_penalty"): "ref_kl_coef",
     ("use_bias_correction_kl", "use_importance_sampling_correction_kl"): "ref_kl_ratio",
     ("delta", "clip_ratio_c", "ratio_clip_c"): "dual_clip",
     ("importance_sampling_level",): "ratio",

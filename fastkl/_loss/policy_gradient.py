@@ -81,10 +81,10 @@ def policy_gradient_loss(
     dual_clip         of ppo, > 1: bounds the loss of a token with negative advantage at dual_clip · |A|. Elsewhere it is
                       called delta, for two-sided clipping, and is the same where delta ≥ 1 + clip_high.
     truncate_ratio    > 0: caps the ratio without cutting the token out (truncated importance sampling).
-    ratio_bounds      (low, high), 0 ≤ low < high: tokens whose ratio is outside are left out of the loss (IcePop; masked
+    ratio_bounds      (low, high), 0 ≤ low < high ≤ ∞: tokens whose ratio is outside are left out (IcePop; masked
                       importance sampling). Their loss and gradient are 0, with all that is added to a loss below. They
-                      still count where a mean divides. With ratio="sequence" whole sequences are left out, and cost one
-                      forward GEMM. The ratio is the one before clips and truncate_ratio.
+                      still count where a mean divides. With ratio="sequence" whole sequences are left out, and cost no
+                      GEMM of a gradient. The ratio is the one before clips and truncate_ratio.
     ratio             "token", or "sequence": the geometric mean of a sequence's ratios in place of each of them (GSPO,
                       Zheng et al. 2025, in its per-token form). The log-probs are then needed before the loss can be
                       formed, which costs a forward GEMM more. Without old_logprobs it is what "token" is.
@@ -141,8 +141,7 @@ def policy_gradient_loss(
     graded = advantages != 0 if entropy_coef == 0.0 and surrogate.ref_kl_coef == 0.0 else None
     log_ratios = None
     if options["ratio"] == "sequence" and old is not None and sequences is not None:
-        logprobs = -evaluate(Problem(call.inputs, call.spec, rows=call.rows()))[0]
-        log_ratios = sequences.mean(log_ratio(logprobs, old), active)
+        log_ratios = _sequence_log_ratios(call, old, sequences)
         if surrogate.ratio_bounds is not None:
             inside = ~outside_bounds(surrogate, importance_ratio(surrogate, log_ratios).whole)
             graded = inside if graded is None else graded & inside
@@ -213,8 +212,8 @@ def _surrogate(options: PolicyOptions) -> Surrogate:
     bounds = options["ratio_bounds"]
     if bounds is None:
         return record(Surrogate, options)
-    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-        raise ValueError(f"ratio_bounds is {bounds!r}; expected (low, high)")
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2 or None in bounds:
+        raise ValueError(f"ratio_bounds is {bounds!r}; expected (low, high), where 0 and inf leave a side open")
     return record(Surrogate, {**options, "ratio_bounds": RatioBounds(*bounds)})
 
 
@@ -265,6 +264,12 @@ def _sequences(tokens: Tensor, options: PolicyOptions, hidden: Tensor) -> Sequen
     if tokens.dim() == 0:
         raise ValueError("tokens is a single id, which makes no sequence: expected [..., T]")
     return Sequences(tokens, sequence_ids)
+
+
+def _sequence_log_ratios(call: Call, old: Tensor, sequences: Sequences) -> Tensor:
+    """Of each token [N] the mean log-ratio of its sequence, by a forward pass of its own."""
+    logprobs = -evaluate(Problem(call.inputs, call.spec, rows=call.rows()))[0]
+    return sequences.mean(log_ratio(logprobs, old), call.active)
 
 
 def _metrics(row_loss: RowLoss, logprobs: Tensor, active: Tensor) -> dict[str, Tensor]:

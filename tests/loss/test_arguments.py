@@ -115,6 +115,7 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (POLICY, {"ratio_bounds": (-0.5, 2.0)}, "ValueError: ratio_bounds is (-0.5, 2.0) / 0 <= low"),
     (POLICY, {"ratio_bounds": (nan, 2.0)}, "ValueError: ratio_bounds is (nan, 2.0)"),
     (POLICY, {"ratio_bounds": 2.0}, "ValueError: ratio_bounds is 2.0 / (low, high)"),
+    (POLICY, {"ratio_bounds": (None, 2.0)}, "ValueError: ratio_bounds is (None, 2.0) / 0 and inf"),
     (POLICY, {"ref_kl_coef": 0.1}, "ValueError: ref_kl_coef is 0.1 and needs ref_logprobs"),
     (POLICY, {"ref_kl_coef": -0.1, "ref_logprobs": -ones(2, 3)}, "ValueError: ref_kl_coef is -0.1 / >= 0"),
     (POLICY, {"ref_kl_coef": nan, "ref_logprobs": -ones(2, 3)}, "ValueError: ref_kl_coef is nan / finite"),

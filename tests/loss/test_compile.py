@@ -14,6 +14,7 @@ from fastkl.loss import policy_gradient_loss
 MORE_FORMS: Forms = {
     **FORMS,
     "policy_gradient-ppo": ("policy_gradient", {"method": "ppo", "dual_clip": 3.0}),
+    "reference-kl-and-bounds": ("reference_kl", {"ratio": "sequence", "ratio_bounds": (0.5, 1.5)}),
     "policy_gradient-all-rows": ("policy_gradient", {"skip_zero_rows": False}),
     "linear_logprobs-capped": ("linear_logprobs", {"softcap": 5.0, "temperature": 0.7}),
 }

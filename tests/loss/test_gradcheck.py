@@ -85,6 +85,14 @@ def test_policies(policy: str, reduction: str) -> None:
     check("policy_gradient", p, NEEDS["all"], reduction=reduction, **POLICIES[policy])
 
 
+@pytest.mark.parametrize("ref_kl", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("ratio", [False, True])
+def test_reference_kl(ratio: bool, ref_kl: str) -> None:
+    p = make_problem((6,), vocabulary=5, dim=2)
+    for options in ({}, {"reduction": "none", "ratio_bounds": (0.8, 1.5), "entropy_coef": 0.1}):
+        check("reference_kl", p, NEEDS["all"], ref_kl=ref_kl, ref_kl_ratio=ratio, chunk_size=4, **options)
+
+
 @each_need
 @pytest.mark.parametrize("changes", [{}, {"tokens": None}, {"teacher_bias": None}], ids=["", "no-tokens", "no-bias"])
 def test_teacher_options(changes: dict[str, None], needs: tuple[str, ...]) -> None:

@@ -84,6 +84,18 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: loss.linear_cross_entropy(H, W, IDS, ce_weight=ones(50)),
         "TypeError: 'ce_weight'; did you mean class_weight?",
     ),
+    "trl's-reference": (
+        lambda: policy_gradient_loss(H, W, IDS, A, LP, ref_per_token_logps=LP),
+        "TypeError: 'ref_per_token_logps'; did you mean ref_logprobs?",
+    ),
+    "trl's-beta": (
+        lambda: policy_gradient_loss(H, W, IDS, A, LP, ref_logprobs=LP, beta=0.04),
+        "TypeError: 'beta'; did you mean ref_kl_coef?",
+    ),
+    "two-sided-clipping": (
+        lambda: policy_gradient_loss(H, W, IDS, A, LP, method="ppo", delta=4.0),
+        "TypeError: 'delta'; did you mean dual_clip?",
+    ),
     # By position.
     "mask-by-position": (
         lambda: policy_gradient_loss(H, W, IDS, A, LP, ones(2, 4)),

@@ -65,6 +65,17 @@ def test_other_calls_and_options(mesh: DeviceMesh) -> None:
     assert torch.equal(ours, expected)
 
 
+def test_a_sharded_teacher_that_somebody_trains(mesh: DeviceMesh) -> None:
+    """Its Parameters are detached before they are gathered."""
+    p = make_problem((6,)).leaves()
+    q = sharded(p, mesh, [Shard(0)], ("teacher_weight", "teacher_bias"))
+    q = q._replace(teacher_weight=nn.Parameter(q.teacher_weight), teacher_bias=nn.Parameter(q.teacher_bias))
+    ours = fused("reverse_kl", q)
+    ours.backward()
+    assert torch.equal(ours, fused("reverse_kl", p))
+    assert q.teacher_weight.grad is None
+
+
 def test_refused(mesh: DeviceMesh) -> None:
     p = make_problem((6,), dtype=torch.float32).leaves()
     hidden = distribute_tensor(p.hidden, mesh, [Replicate()])

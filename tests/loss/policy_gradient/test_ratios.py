@@ -44,7 +44,7 @@ def with_log_ratio(p: Problem, log_ratio: float, place: int = 0) -> Problem:
 
 @methods
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
-@pytest.mark.parametrize("log_ratio", [19.9, 20.1, 100.0, 1e4, math.inf])
+@pytest.mark.parametrize("log_ratio", [19.9, 20.1, 100.0, math.inf])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_log_ratio_is_20_at_most(sign: float, log_ratio: float, ratio: str, options: dict[str, Any]) -> None:
     """In float32, where e^89 is infinite. The oracle clamps under autograd."""
