@@ -83,6 +83,11 @@ Further options:
 
     tokens               [...]. Tokens that are `ignore_index` are left out. `LossOutput.logprobs` has the student's
                          log-probs of the others; without tokens it is None.
+    hard_coef            ≥ 0. Adds hard_coef · (−log p¹ of the token) to each token's loss, in the same pass, at no GEMM. p¹
+                         is the student at temperature 1, whatever `temperature` is. It needs `tokens`; masked and ignored
+                         ones are left out of both parts, and the mean has one divisor. The recipe of Hinton et al.,
+                         α · CE + (1 − α) · T² · KL, is (1 − α) times forward_kl_loss(…, tokens=labels, temperature=T,
+                         squared_temperature=True, hard_coef=α / (1 − α)).loss.
     mask                 [...], bool or weights ≥ 0.
     vocab_size           Leaves out the ids from this one on, in both distributions. For two heads of one tokenizer that are
                          padded to different sizes (Qwen2.5: 151936 and 152064 for 151665 ids).
@@ -93,7 +98,8 @@ Further options:
     teacher_bias, teacher_logit_scale, teacher_softcap   As bias, logit_scale and softcap, of the teacher's head.
 
 Metrics, over the tokens that take part: <divergence>_mean, <divergence>_max. They are of the divergence itself: neither
-squared_temperature nor the option normalized of jsd_loss multiplies them.
+squared_temperature nor the option normalized of jsd_loss multiplies them, and hard_coef adds nothing to them. With a
+hard_coef also cross_entropy, the mean of −log p¹.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import cast
 from torch import Tensor
 
 from fastkl.kernels.divergence import pytorch as pytorch_divergence
+from fastkl.kernels.divergence.formula import HardTarget
 from fastkl.kernels.problem import Backend, Inputs, Kind, Spec
 from fastkl.kernels.rows import pytorch as pytorch_rows
 from fastkl.kernels.rows.cross_entropy import pytorch as pytorch_cross_entropy
@@ -32,12 +33,13 @@ _PYTORCH = {
 
 def row_function(spec: Spec, hidden: Tensor) -> RowFunction:
     """ "auto" is Triton on CUDA and HIP devices, PyTorch elsewhere and for float64. Nothing falls back in silence."""
+    hard = None if spec.hard_coef == 0.0 else HardTarget(spec.hard_coef, spec.student.temperature)
     if spec.kind == "divergence":
-        return partial(_module("divergence", spec, hidden).divergence, spec.variant, spec.parameter)
+        return partial(_module("divergence", spec, hidden).divergence, spec.variant, spec.parameter, hard=hard)
     if spec.kind == "cross_entropy":
         return partial(_module("rows.cross_entropy", spec, hidden).cross_entropy, spec.cross_entropy)
     if spec.kind == "top_k":
-        return partial(top_k, spec.variant, _module("top_k", spec, hidden))
+        return partial(top_k, spec.variant, _module("top_k", spec, hidden), hard=hard)
     return cast(RowFunction, getattr(_module("rows", spec, hidden), spec.kind))
 
 
@@ -77,7 +79,7 @@ def scorer(spec: Spec, inputs: Inputs) -> Callable[[Tensor], None] | None:
     student = score.Head(inputs.hidden, inputs.weight, inputs.bias, spec.student)
     if spec.kind in LOGPROBS:
         return lambda out: score.token_nll(student, inputs.tokens, out, entropy=spec.kind == "token_nll_entropy")
-    plain = spec.kind == "divergence" and spec.variant == "reverse_kl" and not spec.extras
+    plain = spec.kind == "divergence" and spec.variant == "reverse_kl" and not spec.extras and spec.hard_coef == 0.0
     if not plain or inputs.teacher_hidden is None or inputs.teacher_hidden.dtype != inputs.hidden.dtype:
         return None
     teacher = score.Head(inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias, spec.teacher)

@@ -64,15 +64,17 @@ class Spec(NamedTuple):
     extras: bool = False  # a divergence's by-products, a cross-entropy's predictions
     sparse: Sparse | None = None  # None: the backward pass is exact
     cross_entropy: CrossEntropy | None = None  # of that kind
+    hard_coef: float = 0.0  # of a divergence: of the cross-entropy at temperature 1 beside it
 
     @property
     def outputs(self) -> int:
         """K, the values that the row function gives per row; the first one carries the gradient."""
+        hard = 1 if self.hard_coef != 0.0 else 0
         if self.kind == "divergence":
-            return ROWS_WITH_EXTRAS if self.extras else ROWS
+            return (ROWS_WITH_EXTRAS if self.extras else ROWS) + hard
         if self.kind == "cross_entropy":
             return 5 if self.extras else 4
-        return {"token_nll": 1, "token_nll_entropy": 5, "top_k": 2}[self.kind]
+        return {"token_nll": 1, "token_nll_entropy": 5, "top_k": 2 + hard}[self.kind]
 
 
 class Inputs(NamedTuple):
@@ -111,7 +113,7 @@ class Inputs(NamedTuple):
 class RowLoss(NamedTuple):
     """Losses of rows from their values, and their derivatives by the values: one entry per row, in the compute dtype.
 
-        weights · values[0]                                                            without a surrogate
+        weights · (values[0] + hard_coef · values[−1])                                 without a surrogate
         weights · (surrogate(log-prob = −values[0]) − entropy_coef · values[1])        with one
         slopes[0] · values[0] + slopes[1] · values[1] + slopes[2] · lse                with slopes, and nothing else
 
@@ -128,6 +130,7 @@ class RowLoss(NamedTuple):
     slopes: Tensor | None = None  # [3, N]
     log_ratios: Tensor | None = None  # [N], of a surrogate that takes these, in place of those to the old_logprobs
     ref_logprobs: Tensor | None = None  # [N], of a surrogate with a KL to a reference
+    hard_coef: float = 0.0  # `Spec.hard_coef`, which the gradient of values[0] has in it
 
     def take(self, index: Tensor | slice | None) -> RowLoss:
         if index is None:
@@ -148,7 +151,8 @@ class RowLoss(NamedTuple):
             return _weighted(self.slopes, terms_of).sum(0), self.slopes[0], self.slopes[1:]
         weights = torch.ones_like(values[0]) if self.weights is None else self.weights
         if self.surrogate is None:
-            return _weighted(weights, values[0]), weights, None
+            value = values[0] if self.hard_coef == 0.0 else values[0] + self.hard_coef * values[-1]
+            return _weighted(weights, value), weights, None
         assert self.advantages is not None
         logprobs = -values[0]
         ratios = log_ratio(logprobs, self.old_logprobs) if self.log_ratios is None else self.log_ratios

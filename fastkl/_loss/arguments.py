@@ -115,6 +115,15 @@ def check_tokens(tokens: Tensor, hidden: Tensor, vocabulary: int, ignore_index: 
     return tokens
 
 
+def check_hard_coef(hard_coef: float, tokens: Tensor | None) -> None:
+    if not 0.0 <= hard_coef < float("inf"):
+        raise ValueError(
+            f"hard_coef is {hard_coef}; it must be >= 0 and finite, the factor of the tokens' cross-entropy"
+        )
+    if tokens is None:
+        raise ValueError(f"hard_coef is {hard_coef} and needs the tokens of the cross-entropy: pass tokens=")
+
+
 def check_vocab_size(vocab_size: int, sizes: dict[str, int]) -> None:
     """`sizes`: the vocabularies that are to be cut, by name."""
     if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or not 1 <= vocab_size <= min(sizes.values()):

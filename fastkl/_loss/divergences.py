@@ -177,7 +177,7 @@ def _divergence(
 
 def _per_token(values: Tensor, tokens: bool) -> PerToken | None:
     """The by-products among values [K, ...]; None if they were not asked for."""
-    _, token_nll, by_products = Outputs.of(values)
+    _, token_nll, by_products, _ = Outputs.of(values)
     if not by_products:
         return None
     per_token = PerToken(-token_nll, **by_products)

@@ -87,6 +87,7 @@ class SharedVocabularyOptions(LossOptions, total=False):
     """Of what compares distributions."""
 
     tokens: Annotated[Tensor | None, None]
+    hard_coef: Annotated[float, 0.0]
     vocab_size: Annotated[int | None, None]
     squared_temperature: Annotated[bool, False]
 

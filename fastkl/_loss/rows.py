@@ -72,6 +72,9 @@ def flat_call(
     inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, tokens)
     sparse = check.sparse(options["backward"])
     spec = Spec(kind, head, backend=options["backend"], chunk_size=options["chunk_size"], sparse=sparse)
+    if (hard_coef := options.get("hard_coef", 0.0)) != 0.0:
+        check.check_hard_coef(hard_coef, tokens)
+        spec = spec._replace(hard_coef=float(hard_coef))
     return Call(shape, inputs, spec, token_weights, active, reduction, options["skip_zero_rows"], weight_grad)
 
 
@@ -88,13 +91,19 @@ def reduced_loss(call: Call, row_loss: RowLoss, rows: Rows, count: Tensor) -> Lo
 
 
 def divergence_output(call: Call, name: str, factor: float) -> tuple[LossOutput, Tensor]:
-    """factor · values[0] of the rows, reduced, with metrics under `name`; and the values [K, ...], 0 where masked."""
-    row_loss = RowLoss(call.token_weights * factor)
+    """factor · values[0] of the rows, reduced, with metrics under `name`; and the values [K, ...], 0 where masked.
+
+    A hard target, `call.spec.hard_coef`, is multiplied by no factor.
+    """
+    hard_coef = call.spec.hard_coef / factor
+    call = call._replace(spec=call.spec._replace(hard_coef=hard_coef))
+    row_loss = RowLoss(call.token_weights * factor, hard_coef=hard_coef)
     loss, values, statistics = reduced_loss(call, row_loss, call.rows(), call.token_weights.sum())
     values = values.where(call.active, 0.0)
     metrics = {
         f"{name}_mean": masked_mean(values[0], call.active),
         f"{name}_max": masked_extreme(values[0], call.active, largest=True),
+        **({} if hard_coef == 0.0 else {"cross_entropy": masked_mean(values[-1], call.active)}),
         **sparse_metrics(statistics),
     }
     values = values.reshape(values.shape[0], *call.shape)

@@ -69,12 +69,24 @@ class Outputs(NamedTuple):
     value: Tensor  # the divergence, whose gradient is wanted
     token_nll: Tensor  # −log p[y], 0 without tokens
     by_products: dict[str, Tensor]  # those of `BY_PRODUCTS`, the teacher's log-probs 0 without tokens; or none
+    hard_nll: Tensor | None  # the loss of a `HardTarget`, or none
 
     @classmethod
     def of(cls, out: Tensor) -> Outputs:
-        """Views of `out`, [ROWS, n] or, with by-products, [ROWS_WITH_EXTRAS, n]."""
+        """Views of `out`, [ROWS, n] or, with by-products, [ROWS_WITH_EXTRAS, n]; with a hard target one row more."""
         value, token_nll, *rest = out
-        return cls(value, token_nll, dict(zip(BY_PRODUCTS, rest, strict=True)) if rest else {})
+        extras, hard = divmod(len(rest), len(BY_PRODUCTS))
+        by_products = dict(zip(BY_PRODUCTS, rest, strict=False)) if extras else {}
+        return cls(value, token_nll, by_products, rest[-1] if hard else None)
+
+
+class HardTarget(NamedTuple):
+    """Beside the divergence, coef · (−log p¹[y]) with p¹ = softmax(power · z): where z was divided by a temperature, p¹ is
+    the distribution without it, softmax(z · temperature). The gradient by z is coef · power · (p¹ − 1[y]).
+    """
+
+    coef: float
+    power: float
 
 
 class Mixture(NamedTuple):

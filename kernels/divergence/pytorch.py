@@ -12,29 +12,45 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastkl.kernels.divergence.formula import Divergence, Mixture, Outputs, mixture, without_mixture
+from fastkl.kernels.divergence.formula import Divergence, HardTarget, Mixture, Outputs, mixture, without_mixture
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.rows.pytorch import apply_cap, hand_over, row_blocks, undo_cap
 
 
 def divergence(
-    kind: Divergence, parameter: float, logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None
+    kind: Divergence,
+    parameter: float,
+    logits: Logits,
+    tokens: Tensor | None,
+    out: Tensor,
+    gradient: Tensor | None,
+    hard: HardTarget | None = None,
 ) -> None:
-    """out[0] = the divergence, the rest of `out`, 2 rows or 8, as `Outputs` has it."""
+    """out[0] = the divergence, the rest of `out`, 2 rows or 8 and one of the hard target, as `Outputs` has it.
+
+    The gradient is that of the divergence and of the hard target together.
+    """
     assert logits.teacher is not None
     formula, m = _FORMULAS[without_mixture(kind, parameter)], mixture(kind, parameter)
     for rows in row_blocks(logits.student):
         log_p, log_q = logits.student[rows], logits.teacher[rows]
         z = apply_cap(log_p, logits.student_cap, keep=gradient is not None)
         apply_cap(log_q, logits.teacher_cap, keep=False)
+        hard_log_p = None if hard is None else torch.log_softmax(log_p * hard.power, -1)
         torch.log_softmax(log_p, -1, out=log_p)
         torch.log_softmax(log_q, -1, out=log_q)
         y = None if tokens is None else tokens[rows, None]
-        value, token_nll, by_products = Outputs.of(out[:, rows])
+        value, token_nll, by_products, hard_nll = Outputs.of(out[:, rows])
         token_nll.copy_(_nll(log_p, y))
         if by_products:
             _describe(log_p, log_q, y, by_products)
         value.copy_(formula(log_p, log_q, m, gradient is not None))
+        if hard is not None and hard_log_p is not None and hard_nll is not None:
+            hard_nll.copy_(_nll(hard_log_p, y))
+            if gradient is not None and y is not None:
+                p = hard_log_p.exp_()
+                p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y))
+                log_p.add_(p, alpha=hard.coef * hard.power)
         if gradient is not None:
             undo_cap(log_p, z, logits.student_cap)
             hand_over(log_p, gradient[rows])

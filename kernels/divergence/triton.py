@@ -20,6 +20,8 @@ of the smaller one,
 Equal logits have r = 0, t = 1 and x = 1 exactly, and hence a value and a gradient of exactly 0. The compiler is not to fuse
 multiplications with additions: p − q would be off by the rounding of one of them.
 
+A hard target adds coef · power · (p¹ − 1[y]) to the gradient, p¹ = e^(power · a) / Σ e^(power · a).
+
 Otherwise the rules are those of `rows/walk.py`; a token id outside the vocabulary makes the log-probs NaN and nothing
 else, and the bits are the same whether by-products are wanted or not.
 """
@@ -30,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkl.kernels.divergence.formula import BY_PRODUCTS, Divergence, Outputs, mixture, without_mixture
+from fastkl.kernels.divergence.formula import BY_PRODUCTS, Divergence, HardTarget, Outputs, mixture, without_mixture
 from fastkl.kernels.launch import token_ids
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.rows.launch import chunk, launch_rows, row_kernel, written_to
@@ -38,27 +40,38 @@ from fastkl.kernels.rows.walk import carry, finite_or_zero, load_block, load_one
 
 
 def divergence(
-    kind: Divergence, parameter: float, logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None
+    kind: Divergence,
+    parameter: float,
+    logits: Logits,
+    tokens: Tensor | None,
+    out: Tensor,
+    gradient: Tensor | None,
+    hard: HardTarget | None = None,
 ) -> None:
-    """out[0] = the divergence, the rest of `out`, 2 rows or 8, as `Outputs` has it.
+    """out[0] = the divergence, the rest of `out`, 2 rows or 8 and one of the hard target, as `Outputs` has it.
 
-    The teacher's chunk is left as it is, and the student's where the gradient has a place of its own.
+    The gradient is that of the divergence and of the hard target together. The teacher's chunk is left as it is, and the
+    student's where the gradient has a place of its own.
     """
     assert logits.teacher is not None
-    value, token_nll, by_products = Outputs.of(out)
+    value, token_nll, by_products, hard_nll = Outputs.of(out)
+    coef, power = hard or HardTarget(0.0, 1.0)
     m = mixture(kind, parameter)
     launch_rows(
         _divergence_kernel,
         logits.student,
         logits.student_cap,
         chunks=2,
-        programs=1 if by_products else 2,  # by-products need too many registers for two
+        programs=1 if by_products or hard else 2,  # these need too many registers for two
         **chunk(logits.teacher, logits.teacher_cap, "_t"),
         **token_ids(tokens),
         **written_to(gradient),
         **{f"{name}_ptr": by_products.get(name) for name in BY_PRODUCTS},
         value_ptr=value,
         token_nll_ptr=token_nll,
+        hard_nll_ptr=hard_nll,
+        hard_coef=coef * power,
+        power=power,
         out_stride_row=out.stride(1),
         weight=m.student,
         weight_t=m.teacher,
@@ -76,6 +89,7 @@ def _divergence_kernel(
     tokens_ptr: tl.tensor,  # [n] or None
     value_ptr: tl.tensor,  # [n], as all results; by-products or None each
     token_nll_ptr: tl.tensor,
+    hard_nll_ptr: tl.tensor,  # or None
     teacher_logprobs_ptr: tl.tensor,
     student_entropy_ptr: tl.tensor,
     teacher_entropy_ptr: tl.tensor,
@@ -87,6 +101,8 @@ def _divergence_kernel(
     cap_t: tl.tensor,
     weight: tl.tensor,  # m = weight · p + weight_t · q
     weight_t: tl.tensor,
+    hard_coef: tl.tensor,  # of p¹ − 1[y], p¹ = softmax(power · z)
+    power: tl.tensor,
     # shapes
     vocabulary: tl.tensor,
     # strides
@@ -127,6 +143,7 @@ def _divergence_kernel(
     forward_lanes = tl.zeros([BLOCK_N], tl.float32)  # −Σ e^a_t δ
     entropy_lanes = tl.zeros([BLOCK_N], tl.float32)  # Σ e^a a
     entropy_t_lanes = tl.zeros([BLOCK_N], tl.float32)  # Σ e^a_t a_t
+    hard_lanes = tl.zeros([BLOCK_N], tl.float32)  # Σ e^(power · a)
     lost_lanes = tl.full(
         [BLOCK_N], float("-inf"), tl.float32
     )  # the largest z among tokens that the teacher cannot emit
@@ -156,6 +173,8 @@ def _divergence_kernel(
                 top = start + tl.argmax(z, 0)
             if m_t > m_t_before:
                 top_t = start + tl.argmax(z_t, 0)
+        if hard_nll_ptr is not None:
+            hard_lanes = tl.fma(hard_lanes, tl.exp(step * power), tl.exp(a * power))
         l_lanes = tl.fma(l_lanes, factor, e)
         l_t_lanes = tl.fma(l_t_lanes, factor_t, e_t)
     base = finite_or_zero(m)
@@ -175,6 +194,11 @@ def _divergence_kernel(
         tl.store(token_nll_ptr + out_place, 0.0)
         if EXTRAS:
             tl.store(teacher_logprobs_ptr + out_place, 0.0)
+    if hard_nll_ptr is not None:
+        hard_total = tl.sum(hard_lanes, 0)
+        tl.store(hard_nll_ptr + out_place, (base - target) * power + tl.log(hard_total))
+        hard_coef = tl.where(target == target, hard_coef, target)  # NaN if there is no such token
+        hard_scale = tl.div_rn(hard_coef, hard_total)
     if REVERSE:
         mean = _mean(reverse_lanes, total, lost_lanes, base) + undefined
         reverse = mean - log_total_ratio
@@ -225,6 +249,9 @@ def _divergence_kernel(
                 r = _log_ratio(z - base, z_t - base_t, log_total_ratio)
                 phi, s = _terms(p, q, r, weight, weight_t, KIND)
                 u = p * (s - mean)
+            if hard_nll_ptr is not None:
+                is_token = start + tl.arange(0, BLOCK_N) == y.to(tl.int32)
+                u += tl.exp((z - base) * power) * hard_scale - tl.where(is_token, hard_coef, 0.0)
             store_gradient(u_ptr, start, vocabulary, u, z, cap, CAPPED, BLOCK_N)
 
 

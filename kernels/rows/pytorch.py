@@ -74,19 +74,31 @@ def clear_rows(gradient: Tensor, slope: Tensor) -> None:
         gradient[idle] = 0.0
 
 
-def tail_sums(x: Tensor, cap: float | None, out: Tensor) -> None:
-    """out[0] = m = max z, out[1] = Σ exp(z − m) (`top_k/formula.TailFunctions`)."""
+def tail_sums(x: Tensor, cap: float | None, out: Tensor, power: float | None = None) -> None:
+    """out[0] = m = max z, out[1] = Σ exp(z − m), out[2] = Σ exp(power (z − m)) (`top_k/formula.TailFunctions`)."""
     for rows in row_blocks(x):
         z = _capped_entries(x[rows], cap)
         out[0, rows] = z.amax(-1)
         out[1, rows] = _exponentials(z, out[0, rows]).sum(-1)
+        if power is not None:
+            out[2, rows] = _exponentials(z, out[0, rows], power).sum(-1)
 
 
-def tail_gradient(x: Tensor, cap: float | None, m: Tensor, scale: Tensor, gradient: Tensor) -> None:
-    """gradient = scale exp(z − m) dz/dx (`top_k/formula.TailFunctions`)."""
+def tail_gradient(
+    x: Tensor,
+    cap: float | None,
+    m: Tensor,
+    scale: Tensor,
+    gradient: Tensor,
+    hard_scale: Tensor | None = None,
+    power: float = 1.0,
+) -> None:
+    """gradient = (scale exp(z − m) + hard_scale exp(power (z − m))) dz/dx (`top_k/formula.TailFunctions`)."""
     for rows in row_blocks(x):
         z = _capped_entries(x[rows], cap)
         e = _exponentials(z, m[rows]).mul_(scale[rows, None])
+        if hard_scale is not None:
+            e.addcmul_(_exponentials(z, m[rows], power), hard_scale[rows, None])
         undo_cap(e, z.masked_fill(z == -torch.inf, 0.0), cap)
         gradient[rows] = e
 
@@ -96,9 +108,10 @@ def _capped_entries(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else torch.tanh(x).mul_(cap).masked_fill_(x == -torch.inf, -torch.inf)
 
 
-def _exponentials(z: Tensor, m: Tensor) -> Tensor:
-    """exp(z − m), 0 throughout a row without entries."""
-    return torch.sub(z, m.clamp(min=torch.finfo(z.dtype).min)[:, None]).exp_()
+def _exponentials(z: Tensor, m: Tensor, power: float = 1.0) -> Tensor:
+    """exp(power (z − m)), 0 throughout a row without entries."""
+    a = torch.sub(z, m.clamp(min=torch.finfo(z.dtype).min)[:, None])
+    return (a if power == 1.0 else a.mul_(power)).exp_()
 
 
 def row_blocks(chunk: Tensor) -> Iterator[slice]:

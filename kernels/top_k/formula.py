@@ -26,17 +26,30 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastkl.kernels.divergence.formula import HardTarget
 from fastkl.kernels.rows.interface import Logits
 
 
 class TailFunctions(Protocol):
     """What is dense, and so a matter of the backend. Entries of −inf are left out, under a soft-cap too."""
 
-    def tail_sums(self, x: Tensor, cap: float | None, out: Tensor) -> None:
-        """out[0] = m = max z [n], out[1] = Σ exp(z − m), under the cap; −inf and 0 for no entries."""
+    def tail_sums(self, x: Tensor, cap: float | None, out: Tensor, power: float | None = None) -> None:
+        """out[0] = m = max z [n], out[1] = Σ exp(z − m), under the cap; −inf and 0 for no entries.
 
-    def tail_gradient(self, x: Tensor, cap: float | None, m: Tensor, scale: Tensor, gradient: Tensor) -> None:
-        """gradient = scale exp(z − m) dz/dx, [n, V]; m and scale [n]."""
+        With a power, out[2] = Σ exp(power (z − m)).
+        """
+
+    def tail_gradient(
+        self,
+        x: Tensor,
+        cap: float | None,
+        m: Tensor,
+        scale: Tensor,
+        gradient: Tensor,
+        hard_scale: Tensor | None = None,
+        power: float = 1.0,
+    ) -> None:
+        """gradient = (scale exp(z − m) + hard_scale exp(power (z − m))) dz/dx, [n, V]; m and scales [n]."""
 
 
 def top_k(
@@ -46,8 +59,11 @@ def top_k(
     tokens: Tensor | None,
     out: Tensor,
     gradient: Tensor | None,
+    hard: HardTarget | None = None,
 ) -> None:
     """out[0] = D of `variant`, with its gradient; out[1] = −log p[y], 0 without tokens.
+
+    With a hard target, which needs tokens, out[2] is its −log p¹[y], and the gradient is that of both together.
 
     Ids below 0 pad a list at its end. A list without an id, or with one outside the vocabulary, makes its row NaN, and such
     a token its log-prob.
@@ -58,10 +74,10 @@ def top_k(
     wrong = padding[:, 0] | (logits.top_ids >= x.shape[1]).any(1)
     ids = torch.where(padding, logits.top_ids[:, :1], logits.top_ids).masked_fill(wrong[:, None], 0)
     z, slope = _capped(x.gather(1, ids), cap)
-    target = None if tokens is None else _target(x, tokens, cap)
+    target, target_slope = (None, None) if tokens is None else _target(x, tokens, cap)
     x.scatter_(1, ids, -torch.inf)
-    sums = out.new_empty(2, out.shape[1])
-    dense.tail_sums(x, cap, sums)
+    sums = out.new_empty(2 if hard is None else 3, out.shape[1])
+    dense.tail_sums(x, cap, sums, None if hard is None else hard.power)
     z = z.masked_fill(padding, -torch.inf)
     peak = torch.maximum(sums[0], z.amax(1))  # taken off first: large logits cancel before anything is rounded
     z, log_tail = z - peak[:, None], sums[0] - peak + sums[1].log()
@@ -71,19 +87,44 @@ def top_k(
     value, u, tail_scale = _TERMS[variant](listed)
     out[0] = value.masked_fill(wrong, torch.nan)
     out[1] = 0.0 if target is None else (peak - target) + lse
+    share = tail_scale.where(sums[1] > 0, 0.0) / sums[1].where(sums[1] > 0, 1.0)
+    share = share.masked_fill(wrong, torch.nan)
+    if hard is None or tokens is None or target is None or target_slope is None:
+        if gradient is not None:
+            dense.tail_gradient(x, cap, sums[0], share, gradient)
+            _scatter_listed(gradient, ids, u * slope, padding, wrong)
+        return
+    # The hard target: log p¹ = power (z − peak) − hard_lse on S and in the tail.
+    log_tail = hard.power * (sums[0] - peak) + sums[2].log()
+    hard_lse = torch.logaddexp(log_tail, torch.logsumexp(hard.power * z, 1))
+    out[2] = hard.power * (peak - target) + hard_lse
     if gradient is None:
         return
-    share = tail_scale.where(sums[1] > 0, 0.0) / sums[1].where(sums[1] > 0, 1.0)
-    dense.tail_gradient(x, cap, sums[0], share.masked_fill(wrong, torch.nan), gradient)
-    u = (u * slope).masked_fill(wrong[:, None], torch.nan)
-    gradient.scatter_(1, ids, torch.where(padding, u[:, :1], u).to(gradient.dtype))
+    factor = torch.full_like(target, hard.coef * hard.power).masked_fill(target.isnan(), torch.nan)
+    hard_scale = factor * torch.exp(hard.power * (sums[0] - peak) - hard_lse)
+    dense.tail_gradient(x, cap, sums[0], share, gradient, hard_scale, hard.power)
+    is_token = (ids == tokens[:, None]) & ~padding
+    p = torch.exp(hard.power * z - hard_lse[:, None])
+    u = u + factor[:, None] * (p - is_token.to(p.dtype))
+    # The token as one more entry of the list: again the first one where it is listed, or where there is no such token.
+    again = is_token.any(1) | target.isnan()
+    in_tail = share * torch.exp(target - sums[0]) + factor * torch.expm1(-out[2])
+    u = torch.cat([u * slope, (in_tail * target_slope)[:, None]], 1)
+    ids = torch.cat([ids, torch.where(again, ids[:, 0], tokens)[:, None]], 1)
+    _scatter_listed(gradient, ids, u, torch.cat([padding, again[:, None]], 1), wrong)
 
 
-def _target(x: Tensor, tokens: Tensor, cap: float | None) -> Tensor:
-    """z[y], [n]; NaN for a token outside the vocabulary, which on a GPU nobody has looked for."""
+def _scatter_listed(gradient: Tensor, ids: Tensor, u: Tensor, padding: Tensor, wrong: Tensor) -> None:
+    """u [n, k] at the ids; padding repeats the first entry, and rows that are wrong become NaN."""
+    u = torch.where(padding, u[:, :1], u).masked_fill(wrong[:, None], torch.nan)
+    gradient.scatter_(1, ids, u.to(gradient.dtype))
+
+
+def _target(x: Tensor, tokens: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+    """z[y] and dz/dx there, [n]; NaN for a token outside the vocabulary, which on a GPU nobody has looked for."""
     wrong = (tokens < 0) | (tokens >= x.shape[1])
-    z, _ = _capped(x.gather(1, tokens.masked_fill(wrong, 0)[:, None]), cap)
-    return z.squeeze(1).masked_fill(wrong, torch.nan)
+    z, slope = _capped(x.gather(1, tokens.masked_fill(wrong, 0)[:, None]), cap)
+    return z.squeeze(1).masked_fill(wrong, torch.nan), slope.squeeze(1)
 
 
 class _Listed(NamedTuple):

@@ -13,29 +13,55 @@ from fastkl.kernels.rows.launch import launch_rows, row_kernel, written_to
 from fastkl.kernels.rows.walk import finite_or_zero, load_scores, raise_max, store_gradient, tanh
 
 
-def tail_sums(x: Tensor, cap: float | None, out: Tensor) -> None:
-    """out[0] = m = max z, out[1] = Σ exp(z − m) (`formula.TailFunctions`)."""
-    launch_rows(_tail_sums_kernel, x, cap, out_ptr=out, out_stride_value=out.stride(0))
+def tail_sums(x: Tensor, cap: float | None, out: Tensor, power: float | None = None) -> None:
+    """out[0] = m = max z, out[1] = Σ exp(z − m), out[2] = Σ exp(power (z − m)) (`formula.TailFunctions`)."""
+    launch_rows(
+        _tail_sums_kernel,
+        x,
+        cap,
+        out_ptr=out,
+        out_stride_value=out.stride(0),
+        power=1.0 if power is None else power,
+        HARD=power is not None,
+    )
 
 
-def tail_gradient(x: Tensor, cap: float | None, m: Tensor, scale: Tensor, gradient: Tensor) -> None:
-    """gradient = scale exp(z − m) dz/dx (`formula.TailFunctions`)."""
-    m, scale = m.contiguous(), scale.contiguous()
-    launch_rows(_tail_gradient_kernel, x, cap, **written_to(gradient), m_ptr=m, scale_ptr=scale)
+def tail_gradient(
+    x: Tensor,
+    cap: float | None,
+    m: Tensor,
+    scale: Tensor,
+    gradient: Tensor,
+    hard_scale: Tensor | None = None,
+    power: float = 1.0,
+) -> None:
+    """gradient = (scale exp(z − m) + hard_scale exp(power (z − m))) dz/dx (`formula.TailFunctions`)."""
+    launch_rows(
+        _tail_gradient_kernel,
+        x,
+        cap,
+        **written_to(gradient),
+        m_ptr=m.contiguous(),
+        scale_ptr=scale.contiguous(),
+        hard_scale_ptr=None if hard_scale is None else hard_scale.contiguous(),
+        power=power,
+    )
 
 
 @row_kernel
 def _tail_sums_kernel(
     # data
     x_ptr: tl.tensor,  # [n, V]; what is −inf is left out
-    out_ptr: tl.tensor,  # [2, n]
+    out_ptr: tl.tensor,  # [2 or 3, n]
     cap: tl.tensor,
+    power: tl.tensor,
     # shapes
     vocabulary: tl.tensor,
     # strides
     x_stride_row: tl.tensor,
     out_stride_value: tl.tensor,
     # constants
+    HARD: tl.constexpr,
     CAPPED: tl.constexpr,
     BLOCK_N: tl.constexpr,  # logits held at a time
 ) -> None:
@@ -43,12 +69,17 @@ def _tail_sums_kernel(
     x_ptr += row * x_stride_row
     m = float("-inf")
     l_lanes = tl.zeros([BLOCK_N], tl.float32)
+    hard_lanes = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, vocabulary, BLOCK_N):
         z = _load_entries(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
         m, base, step = raise_max(m, z, 1.0, 0)
         l_lanes = tl.fma(l_lanes, tl.exp(step), tl.exp(z - base))
+        if HARD:
+            hard_lanes = tl.fma(hard_lanes, tl.exp(step * power), tl.exp((z - base) * power))
     tl.store(out_ptr + row, m)
     tl.store(out_ptr + out_stride_value + row, tl.sum(l_lanes, 0))
+    if HARD:
+        tl.store(out_ptr + 2 * out_stride_value + row, tl.sum(hard_lanes, 0))
 
 
 @row_kernel
@@ -57,8 +88,10 @@ def _tail_gradient_kernel(
     x_ptr: tl.tensor,  # [n, V]; what is −inf is left out
     m_ptr: tl.tensor,  # [n]
     scale_ptr: tl.tensor,  # [n]
+    hard_scale_ptr: tl.tensor,  # [n] or None
     u_ptr: tl.tensor,  # [n, V], x itself or apart from it
     cap: tl.tensor,
+    power: tl.tensor,
     # shapes
     vocabulary: tl.tensor,
     # strides
@@ -72,9 +105,13 @@ def _tail_gradient_kernel(
     x_ptr += row * x_stride_row
     u_ptr += row * u_stride_row
     base, scale = finite_or_zero(tl.load(m_ptr + row)), tl.load(scale_ptr + row)
+    if hard_scale_ptr is not None:
+        hard_scale = tl.load(hard_scale_ptr + row)
     for start in range(0, vocabulary, BLOCK_N):
         z = _load_entries(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
         u = scale * tl.exp(z - base)
+        if hard_scale_ptr is not None:
+            u += hard_scale * tl.exp((z - base) * power)
         store_gradient(u_ptr, start, vocabulary, u, tl.where(z == float("-inf"), 0.0, z), cap, CAPPED, BLOCK_N)
 
 

@@ -89,7 +89,7 @@ class DivergenceContract(RowContract):
     def test_without_tokens(self, described: UnderTest) -> None:
         rows = random_rows(2, WIDTH)
         ours, expected = described.run(rows._replace(y=None)), described.run(rows)
-        (value, token_nll, _), extras = outputs_of(ours)
+        (value, token_nll, *_), extras = outputs_of(ours)
         assert (token_nll == 0).all()
         assert (extras["teacher_logprobs"] == 0).all()
         assert torch.equal(value, expected.values[0])
@@ -100,7 +100,7 @@ class DivergenceContract(RowContract):
     def test_extras_of_what_is_undefined(self, described: UnderTest, side: int, poison: str) -> None:
         """On either side, and in its row alone."""
         ours = described.run(poisoned(random_rows(2, WIDTH), poison, side))
-        (value, _, _), extras = outputs_of(ours)
+        (value, *_), extras = outputs_of(ours)
         own = extras["teacher_entropy"] if side else extras["student_entropy"]
         for t in (value, own, extras["reverse_kl"], extras["forward_kl"], extras["top1_agreement"]):
             assert t.isnan().tolist() == [False, True]

@@ -224,7 +224,7 @@ def test_no_skew_is_the_plain_divergence(kind: Kind) -> None:
 
 def test_outputs_name_the_rows() -> None:
     out = torch.arange(8.0)[:, None]
-    value, token_nll, by_products = Outputs.of(out)
+    value, token_nll, by_products, _ = Outputs.of(out)
     assert [float(t) for t in (value, token_nll, *by_products.values())] == list(range(8))
     assert list(by_products) == list(PerToken._fields[1:])
     assert not Outputs.of(out[:2]).by_products

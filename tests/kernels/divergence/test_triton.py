@@ -172,7 +172,7 @@ def test_a_token_that_one_side_forbids(column: int) -> None:
 def test_a_token_outside_the_vocabulary_is_nan(y: int) -> None:
     """Nothing is read there, nothing is written, and a wrong id cannot pass unseen."""
     ours = subject(ONCE).run(random_rows(2, WIDTH)._replace(y=torch.tensor([5, y])))
-    (value, token_nll, _), extras = outputs_of(ours)
+    (value, token_nll, *_), extras = outputs_of(ours)
     assert token_nll.isnan().tolist() == extras["teacher_logprobs"].isnan().tolist() == [False, True]
     assert value.isfinite().all()
     assert ours.gradient.isfinite().all()
