@@ -8,19 +8,27 @@ import torch
 
 from bench.variants.launcher import BF16, BOTH, CUT, FP32, Launcher, Options, chunk, grid
 from bench.variants.rows import GRADIENTS, ROW_WIDTHS, VALUES, rows
-from fastkl.kernels.divergence.formula import ROWS, ROWS_WITH_EXTRAS, Divergence
+from fastkl.kernels.divergence.formula import ROWS, ROWS_WITH_EXTRAS, Divergence, HardTarget
 from fastkl.kernels.divergence.triton import divergence
 
 
 def _call(
-    n: int, offset: int, kind: Divergence, capped_teacher: bool, tokens: bool, extras: bool, **options: Any
+    n: int,
+    offset: int,
+    kind: Divergence,
+    capped_teacher: bool,
+    tokens: bool,
+    extras: bool,
+    hard: bool = False,
+    **options: Any,
 ) -> None:
-    logits, ids, out, gradient = rows(n, offset, **options)
+    logits, ids, _, gradient = rows(n, offset, **options)
     teacher_cap = 0.5 + n if capped_teacher else None
     teacher = chunk(n, logits.student.shape[1], logits.student.dtype)
     logits = logits._replace(teacher=teacher, teacher_cap=teacher_cap)
-    values = out[: ROWS_WITH_EXTRAS if extras else ROWS]
-    divergence(kind, 0.125 / n, logits, ids if tokens else None, values, gradient)
+    values = torch.zeros(9, n + offset)[: (ROWS_WITH_EXTRAS if extras else ROWS) + hard, offset:]
+    target = HardTarget(0.25, 0.5 + n) if hard else None
+    divergence(kind, 0.125 / n, logits, ids if tokens else None, values, gradient, target)
 
 
 def _variants(extras: bool) -> list[Options]:
@@ -56,6 +64,13 @@ LAUNCHERS = [
         _call,
         _variants(extras=True),
         [_one("jsd", (FP32, BF16), 50257, capped=True, capped_teacher=True, tokens=True, extras=True)],
+        programs=1,
+    ),
+    Launcher(
+        "divergence.divergence",
+        _call,
+        [one | {"tokens": True, "hard": True} for extras in BOTH for one in _variants(extras) if one["tokens"]],
+        [_one("jsd", (FP32, BF16), 50257, capped=True, capped_teacher=True, tokens=True, extras=True, hard=True)],
         programs=1,
     ),
 ]

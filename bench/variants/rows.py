@@ -62,19 +62,24 @@ def _clear_rows(n: int, offset: int, **options: Any) -> None:
     clear_rows(gradient, out[0])
 
 
-def _tail_sums(n: int, offset: int, **options: Any) -> None:
+def _tail_sums(n: int, offset: int, hard: bool = False, **options: Any) -> None:
     logits, _, out, _ = rows(n, offset, **options)
-    tail_sums(logits.student, logits.student_cap, out)
+    tail_sums(logits.student, logits.student_cap, out, 0.5 + n if hard else None)
 
 
-def _tail_gradient(n: int, offset: int, **options: Any) -> None:
+def _tail_gradient(n: int, offset: int, hard: bool = False, **options: Any) -> None:
     logits, _, out, gradient = rows(n, offset, **options)
     assert gradient is not None
-    tail_gradient(logits.student, logits.student_cap, out[0], out[1], gradient)
+    tail_gradient(logits.student, logits.student_cap, out[0], out[1], gradient, out[2] if hard else None, 0.5 + n)
 
 
 def _variants(dtypes: list[tuple[torch.dtype, torch.dtype | None]]) -> list[Options]:
     return grid(dtypes=dtypes, capped=BOTH, vocabulary=ROW_WIDTHS)
+
+
+def _with_hard(dtypes: list[tuple[torch.dtype, torch.dtype | None]]) -> list[Options]:
+    """Without hard targets and with them."""
+    return [*_variants(dtypes), *(one | {"hard": True} for one in _variants(dtypes))]
 
 
 PLAIN_TARGETS = {"label_smoothing": 0.0, "class_weight": False, "ids": False}
@@ -114,6 +119,11 @@ LAUNCHERS = [
         grid(dtypes=GRADIENTS, vocabulary=ROW_WIDTHS),
         [{"dtypes": (FP32, BF16), "vocabulary": 50257}],
     ),
-    Launcher("top_k.tail_sums", _tail_sums, _variants(VALUES), [HEAVY_VALUES]),
-    Launcher("top_k.tail_gradient", _tail_gradient, _variants(GRADIENTS), [HEAVY_GRADIENT]),
+    Launcher("top_k.tail_sums", _tail_sums, _with_hard(VALUES), [HEAVY_VALUES, HEAVY_VALUES | {"hard": True}]),
+    Launcher(
+        "top_k.tail_gradient",
+        _tail_gradient,
+        _with_hard(GRADIENTS),
+        [HEAVY_GRADIENT, HEAVY_GRADIENT | {"hard": True}],
+    ),
 ]

@@ -17,7 +17,7 @@ from fastkl._check.problem import NAMES, Problem, copied
 from fastkl.kernels import backend
 from fastkl.kernels.divergence.formula import DIVERGENCES, Divergence
 from fastkl.kernels.gemm import gradient_dtype
-from fastkl.kernels.options import Sparse
+from fastkl.kernels.options import CrossEntropy, Sparse
 from fastkl.kernels.problem import Backend, HeadOptions, Inputs, Kind, Spec
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.sparse.estimator import ColumnSample, centre
@@ -26,6 +26,7 @@ from fastkl.kernels.sparse.probabilities import row_weights, solve
 PARAMETERS = {"jsd": 0.4, "skewed_forward_kl": 0.2, "skewed_reverse_kl": 0.2}
 TOP_K_VARIANT = "reverse-bucket"
 MIXTURE = (1.0, -0.3, 0.1)  # of −log p[y], entropy and lse, whose gradient is checked
+TERMS = CrossEntropy(label_smoothing=0.1, z_loss=0.01)
 SAMPLED_ERROR = 0.3  # of the sparse backward: most columns are left out
 DEVIATIONS = 6.0  # standard ones, that the number of columns may be away from the one expected
 START = 2.0**-8  # what the weight's gradient holds before it is added to
@@ -87,7 +88,16 @@ def checks(problem: Problem, dtype: torch.dtype, device: str, backend: Backend) 
     chunk = rounded.hidden.float() @ rounded.weight.float().t()
     teacher_chunk = rounded.teacher_hidden.float() @ rounded.teacher_weight.float().t()
     setting = Setting(rounded.to(dtype, device), chunk, teacher_chunk, backend)
-    for check in (_token_nll, _entropy, _top_k, *map(_divergence, DIVERGENCES), _score, _reverse_kl_score, _sparse):
+    for check in (
+        _token_nll,
+        _entropy,
+        _cross_entropy,
+        _top_k,
+        *map(_divergence, DIVERGENCES),
+        _score,
+        _reverse_kl_score,
+        _sparse,
+    ):
         if (found := check(setting)) is not None:
             kernels, run, measure = found
             yield Check(kernels, NAMES[dtype], run, measure)
@@ -172,6 +182,21 @@ def _entropy(s: Setting) -> _Parts:
         ]
 
     return ("rows.token_nll_entropy", "rows.entropy_gradient"), run, measure
+
+
+def _cross_entropy(s: Setting) -> _Parts:
+    spec = s.spec("cross_entropy")._replace(cross_entropy=TERMS)
+
+    def measure(found: tuple[Tensor, Tensor]) -> list[Measured]:
+        (out, gradient), (z, _) = found, s.exact()
+        value = reference.cross_entropy(z, s.tokens, TERMS.label_smoothing, TERMS.z_loss)
+        exact = torch.stack([value, -reference.logprobs(z, s.tokens), z.logsumexp(-1)])
+        return [
+            _compared("cross_entropy.cross_entropy", out[:3], exact.detach()),
+            _gradient("cross_entropy.cross_entropy", gradient, _autograd(value, z), z),
+        ]
+
+    return ("cross_entropy.cross_entropy",), lambda: _rows(s, spec, spec.outputs), measure
 
 
 def _top_k(s: Setting) -> _Parts:

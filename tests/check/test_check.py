@@ -19,12 +19,13 @@ from fastkl.kernels import driver
 from fastkl.kernels.divergence import pytorch as divergence
 from fastkl.kernels.divergence.formula import DIVERGENCES
 from fastkl.kernels.rows import pytorch as rows
+from fastkl.kernels.rows.cross_entropy import pytorch as cross_entropy
 from fastkl.kernels.score import cpu as score
 from fastkl.kernels.sparse import pytorch as sparse
 
 KERNELS = {
     *("rows.token_nll", "rows.clear_rows", "rows.token_nll_entropy", "rows.entropy_gradient"),
-    *("top_k.tail_sums", "top_k.tail_gradient", "score.token_nll"),
+    *("cross_entropy.cross_entropy", "top_k.tail_sums", "top_k.tail_gradient", "score.token_nll"),
     *(f"divergence.{name}" for name in DIVERGENCES),
     *("sparse.sample", "sparse.hidden_gradient", "sparse.weight_gradient"),
 }
@@ -83,8 +84,10 @@ def broken_divergence(name: str) -> Wrong:
     def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
         original = divergence.divergence
 
-        def function(kind: str, parameter: float, logits: Any, tokens: Any, out: Any, gradient: Any) -> None:
-            original(kind, parameter, logits, tokens, out, gradient)  # type: ignore[arg-type]
+        def function(
+            kind: str, parameter: float, logits: Any, tokens: Any, out: Any, gradient: Any, **options: Any
+        ) -> None:
+            original(kind, parameter, logits, tokens, out, gradient, **options)  # type: ignore[arg-type]
             if kind == name:
                 gradient[:, 4000:].mul_(1.01)  # in the tail alone, where a norm would not see it
 
@@ -98,6 +101,7 @@ BROKEN: dict[str, Wrong] = {
     "rows.clear_rows": lambda patch: patch.setattr(rows, "clear_rows", lambda *_: None),
     "rows.token_nll_entropy": broken(rows, "token_nll_entropy", 2),
     "rows.entropy_gradient": broken(rows, "entropy_gradient", 4),
+    "cross_entropy.cross_entropy": broken(cross_entropy, "cross_entropy", 3),
     "top_k.tail_sums": broken(rows, "tail_sums", 2),
     "top_k.tail_gradient": broken(rows, "tail_gradient", 4),
     "score.token_nll": broken(score, "token_nll", 2),

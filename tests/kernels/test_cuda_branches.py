@@ -232,6 +232,8 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "sequences": ("policy_gradient", {"ratio": "sequence", "reduction": "sequence_mean"}),
     "bounds": ("reference_kl", {"ratio_bounds": (0.5, 2.0), "method": "ppo", "ref_kl": "k2"}),
     "sequence bounds": ("reference_kl", {"ratio_bounds": (0.5, 2.0), "ratio": "sequence", "truncate_ratio": 1.5}),
+    "hard": ("jsd", {"hard_coef": 0.5, "temperature": 2.0, "per_token": True}),
+    "hard-top_k": ("top_k", {"hard_coef": 0.5, "temperature": 2.0}),
     "drop": ("top_k", {"direction": "forward", "tail": "drop", "squared_temperature": True, "temperature": 0.5}),
 }
 

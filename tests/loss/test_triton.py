@@ -44,6 +44,8 @@ FORMS: Forms = {
     "jsd": ("jsd", {}),
     "jsd-per_token": ("jsd", {"per_token": True}),
     "top_k": ("top_k", {}),
+    "hard-reverse_kl": ("reverse_kl", {"hard_coef": 0.5}),
+    "hard-top_k": ("top_k", {"hard_coef": 0.5}),
 }
 # What is scored without logits where no gradient is wanted, and by which function.
 SCORED = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastkl import reference
 from fastkl.kernels.divergence import pytorch as divergence_pytorch
-from fastkl.kernels.divergence.formula import ROWS, ROWS_WITH_EXTRAS, Divergence, Outputs
+from fastkl.kernels.divergence.formula import ROWS, ROWS_WITH_EXTRAS, Divergence, HardTarget, Outputs
 
 
 class Kind(NamedTuple):
@@ -53,6 +53,22 @@ def under_test(divergence: Callable[..., None], kind: Kind, extras: bool = False
     functions = partial(divergence, *kind), partial(divergence_pytorch.divergence, *kind)
     outputs, steps = ROWS_WITH_EXTRAS if extras else ROWS, kind.name == "total_variation"
     return UnderTest(*functions, kind.values, outputs, device, 3.0, steps)
+
+
+def with_hard_target(
+    divergence: Callable[..., None], kind: Kind, hard: HardTarget, device: str = "cpu", extras: bool = False
+) -> UnderTest:
+    """The divergence of a backend beside a cross-entropy; the definition's first value is the two together."""
+    tested = under_test(divergence, kind, extras, device)
+
+    def values(z: Tensor, z_t: Tensor, y: Tensor | None) -> Tensor:
+        assert y is not None
+        nll = -reference.logprobs(hard.power * z, y)
+        together, token_nll = kind.values(z, z_t, y)
+        return torch.stack([together + hard.coef * nll, token_nll, nll])
+
+    functions = (partial(function, hard=hard) for function in tested[:2])
+    return UnderTest(*functions, values, tested.outputs + 1, device, tested.slack, tested.steps)
 
 
 def outputs_of(outcome: Outcome) -> tuple[Outputs, dict[str, Tensor]]:

@@ -19,6 +19,7 @@ from divergence_cases import (
     kinds,
     outputs_of,
     under_test,
+    with_hard_target,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +27,7 @@ from loss_cases import DIVERGENCES, PARAMETERS, assert_as_accurate, largest
 from property_settings import PROPERTY
 from row_cases import INF, Caps, Outcome, Rows, UnderTest, assert_accurate, close_rows, edges, random_rows
 
-from fastkl.kernels.divergence.formula import Outputs, PerToken
+from fastkl.kernels.divergence.formula import HardTarget, Outputs, PerToken
 from fastkl.kernels.divergence.pytorch import divergence
 from fastkl.kernels.rows import pytorch as rows_pytorch
 
@@ -224,7 +225,30 @@ def test_no_skew_is_the_plain_divergence(kind: Kind) -> None:
 
 def test_outputs_name_the_rows() -> None:
     out = torch.arange(8.0)[:, None]
-    value, token_nll, by_products, _ = Outputs.of(out)
+    value, token_nll, by_products, hard_nll = Outputs.of(out)
+    assert hard_nll is None
+    assert Outputs.of(out[:3]).hard_nll is not None
+    assert not Outputs.of(out[:3]).by_products
     assert [float(t) for t in (value, token_nll, *by_products.values())] == list(range(8))
     assert list(by_products) == list(PerToken._fields[1:])
     assert not Outputs.of(out[:2]).by_products
+
+
+@pytest.mark.parametrize("extras", [False, True], ids=["", "extras"])
+@pytest.mark.parametrize("cap", [None, 2.5])
+@pytest.mark.parametrize("power", [1.0, 0.4, 2.5])
+@kinds
+def test_hard_targets(kind: Kind, power: float, cap: float | None, extras: bool) -> None:
+    """The gradient is that of the divergence and of coef · (−log softmax(power · z)[y]) together."""
+    hard, rows = HardTarget(0.7, power), random_rows(5, 40)._replace(caps=(cap, None))
+    tested = with_hard_target(divergence, kind, hard, extras=extras)
+    ours, exact = tested.run(rows, torch.float64), tested.defined(rows)
+    (value, token_nll, by_products, hard_nll), plain = Outputs.of(ours.values), under_test(divergence, kind, extras)
+    together, *others = exact.values
+    assert hard_nll is not None
+    torch.testing.assert_close(
+        torch.stack([value + hard.coef * hard_nll, token_nll, hard_nll]), torch.stack([together, *others])
+    )
+    torch.testing.assert_close(ours.gradient, exact.gradient, rtol=1e-10, atol=1e-13)
+    assert bool(by_products) == extras
+    torch.testing.assert_close(ours.values[:-1], plain.run(rows, torch.float64).values)

@@ -21,10 +21,12 @@ from divergence_cases import (
     kinds,
     outputs_of,
     under_test,
+    with_hard_target,
 )
 from row_cases import INF, LOWEST, Caps, Rows, UnderTest, close_rows, edges, ramp, random_rows
 from row_contract import WIDTH, TritonContract, assert_far_apart_rows_are_right, outside
 
+from fastkl.kernels.divergence.formula import HardTarget
 from fastkl.kernels.divergence.triton import divergence
 from fastkl.kernels.rows.launch import row_config
 
@@ -60,6 +62,28 @@ MORE_WIDTHS = [(width, dtype) for width in (2, BLOCK - 1, 2 * BLOCK + 17, 50257)
 @kinds
 def test_widths(kind: Kind, vocabulary: int, dtype: str) -> None:
     subject(kind).assert_right(random_rows(2, vocabulary), DTYPES[dtype])
+
+
+@pytest.mark.parametrize("power", [1.0, 2.5])
+@kinds
+def test_hard_targets(kind: Kind, power: float) -> None:
+    """The gradient has both parts in it; the divergence's values are what they are without."""
+    tested, rows = with_hard_target(divergence, kind, HardTarget(0.7, power), DEVICE), random_rows(2, WIDE)
+    ours = tested.assert_right(rows)
+    assert torch.equal(ours.values[:2], subject(kind, extras=False).run(rows).values)
+    tested.assert_right(rows._replace(caps=(2.5, 3.5)))
+
+
+@pytest.mark.parametrize("case", EDGES)
+def test_hard_targets_at_the_edges(case: str) -> None:
+    with_hard_target(divergence, ONCE, HardTarget(0.7, 0.5), DEVICE).assert_right(EDGES[case])
+
+
+def test_a_hard_target_outside_the_vocabulary_is_nan() -> None:
+    tested = with_hard_target(divergence, ONCE, HardTarget(0.7, 0.5), DEVICE)
+    values, gradient = tested.run(random_rows(2, 50)._replace(y=torch.tensor([3, 50])))
+    assert values[2].isnan().tolist() == [False, True]
+    assert gradient.isnan().all(1).tolist() == gradient.isnan().any(1).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("kind", EXTREME, ids=str)

@@ -14,6 +14,7 @@ from loss_cases import generator
 from row_cases import Outcome, Rows, assert_terms_accurate, hard_rows, random_rows, run
 from torch import Tensor
 
+from fastkl.kernels.divergence.formula import HardTarget
 from fastkl.kernels.options import DIRECTIONS, TAILS
 from fastkl.kernels.rows import pytorch as rows_pytorch
 from fastkl.kernels.rows.interface import Logits
@@ -28,18 +29,26 @@ caps = pytest.mark.parametrize("cap", [None, 3.0])
 
 
 def run_on(
-    module: ModuleType, variant: str, rows: Rows, ids: Tensor, q: Tensor, dtype: torch.dtype = torch.float32
+    module: ModuleType,
+    variant: str,
+    rows: Rows,
+    ids: Tensor,
+    q: Tensor,
+    dtype: torch.dtype = torch.float32,
+    hard: HardTarget | None = None,
 ) -> Outcome:
     def function(logits: Logits, y: Tensor | None, out: Tensor, gradient: Tensor | None) -> None:
         logits = logits._replace(top_ids=ids.to(out.device), top_logprobs=q.to(out.device, dtype))
-        top_k(variant, module, logits, y, out, gradient)
+        top_k(variant, module, logits, y, out, gradient, hard)
 
-    return run(function, rows, dtype, 2, DEVICE if module is top_k_triton else "cpu", apart=dtype)
+    return run(
+        function, rows, dtype, 2 if hard is None else 3, DEVICE if module is top_k_triton else "cpu", apart=dtype
+    )
 
 
-def assert_right(variant: str, rows: Rows, ids: Tensor, q: Tensor) -> None:
-    ours, peer = (run_on(module, variant, rows, ids, q) for module in (top_k_triton, rows_pytorch))
-    assert_terms_accurate(ours, peer, run_on(rows_pytorch, variant, rows, ids, q, torch.float64))
+def assert_right(variant: str, rows: Rows, ids: Tensor, q: Tensor, hard: HardTarget | None = None) -> None:
+    ours, peer = (run_on(module, variant, rows, ids, q, hard=hard) for module in (top_k_triton, rows_pytorch))
+    assert_terms_accurate(ours, peer, run_on(rows_pytorch, variant, rows, ids, q, torch.float64, hard))
 
 
 @caps
@@ -51,6 +60,30 @@ def test_widths(variant: str, vocabulary: int, cap: float | None) -> None:
     q, ids = torch.log_softmax(x + torch.randn(x.shape, generator=generator(1)), -1).topk(3)
     ids[2, 2] = -1
     assert_right(variant, rows._replace(x=x), ids, q)
+
+
+@caps
+@pytest.mark.parametrize("power", [1.0, 2.5])
+@pytest.mark.parametrize("vocabulary", [5, BLOCK + 1])
+@pytest.mark.parametrize("variant", ["reverse-bucket", "forward-renormalise"])
+def test_hard_targets(variant: str, vocabulary: int, power: float, cap: float | None) -> None:
+    """Of tokens that are listed, that are not, and that a list of everything has."""
+    rows = hard_rows(vocabulary, cap)
+    x = rows.x.clamp(min=-50.0)
+    q, ids = torch.log_softmax(x + torch.randn(x.shape, generator=generator(1)), -1).topk(3)
+    ids[2, 2] = -1
+    y = torch.where(torch.arange(6) % 2 == 0, ids[:, 0], rows.y)
+    assert_right(variant, rows._replace(x=x, y=y), ids, q, HardTarget(0.7, power))
+
+
+@pytest.mark.parametrize("module", [top_k_triton, rows_pytorch], ids=["triton", "torch"])
+def test_a_hard_target_outside_the_vocabulary_is_nan(module: ModuleType) -> None:
+    rows = random_rows(3, 9)
+    q, ids = torch.log_softmax(torch.randn(3, 9, generator=generator(1)).double(), -1).topk(3)
+    tokens = torch.tensor([2, 9, -5])
+    found = run_on(module, "reverse-bucket", rows._replace(y=tokens), ids, q, hard=HardTarget(0.7, 2.0))
+    assert found.values[2].isnan().tolist() == [False, True, True]
+    assert found.gradient.isnan().all(1).tolist() == found.gradient.isnan().any(1).tolist() == [False, True, True]
 
 
 @caps
