@@ -131,6 +131,7 @@ VECTORS = [  # the kernels that walk over rows: read, written
     (like("rows.token_nll_entropy"), 16, 4),
     (like("rows.entropy_gradient"), 16, 16),
     (like("rows.clear_rows"), 4, 16),
+    (like("cross_entropy.cross_entropy"), 16, 16),
     (like("top_k.tail_sums"), 16, 4),
     (like("top_k.tail_gradient"), 16, 16),
     *[(like("divergence.divergence", kind=kind), 16, 8) for kind in DIVERGENCES],
