@@ -43,13 +43,13 @@ def merge_token_nll_kernel(
     target = _load_targets(targets_ptr, tokens_ptr, rows, n, vocabulary, tokens_stride)
     out_ptr += rows * out_stride_row
     tl.store(out_ptr, (base - target) * scale + log_total, mask=inside)
-    if ENTROPY:
-        weighted = _load_splits(partials_ptr + 2 * value_stride, rows, n, splits, 0.0, SPLITS)
-        mean = tl.div_rn(tl.sum(carry_base2(weighted, totals, step, factor), 0), total)
-        tl.store(out_ptr + out_stride_value, log_total - mean * LN_2, mask=inside)
+    if ENTROPY:  # what is stored at once is held in no register
         tl.store(out_ptr + 2 * out_stride_value, base * scale, mask=inside)
         tl.store(out_ptr + 3 * out_stride_value, log_total, mask=inside)
         tl.store(out_ptr + 4 * out_stride_value, (base - target) * scale, mask=inside)
+        weighted = _load_splits(partials_ptr + 2 * value_stride, rows, n, splits, 0.0, SPLITS)
+        mean = tl.div_rn(tl.sum(carry_base2(weighted, totals, step, factor), 0), total)
+        tl.store(out_ptr + out_stride_value, log_total - mean * LN_2, mask=inside)
 
 
 @score_kernel
