@@ -382,13 +382,14 @@ def logit_scale(p: Problem, **options: Any) -> float:
 def assert_as_accurate(what: str, ours: Tensor, peer: Tensor, exact: Tensor, slack: float, factor: float = 2.0) -> None:
     """|ours − exact| ≤ factor · max |peer − exact| + slack, everywhere; the message has the worst place.
 
-    The maximum runs over the whole tensor: a peer that happens to be exact at one place says nothing about that place.
+    The maximum runs over the whole tensor: a peer that happens to be exact at one place says nothing about that place. Nor
+    does one that has NaN there.
     """
     assert ours.shape == exact.shape, f"{what}: {list(ours.shape)} instead of {list(exact.shape)}"
     if ours.numel() == 0:
         return
     error = (ours.double() - exact).abs()
-    allowed = float(factor * (peer.double() - exact).abs().max() + slack)
+    allowed = float(factor * (peer.double() - exact).abs().nan_to_num(nan=0.0).max() + slack)
     worst = int(error.nan_to_num(nan=torch.inf).argmax())
     values = [float(t.reshape(-1)[worst]) for t in (ours, peer, exact)]
     place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), ours.shape))
