@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fastkl._head.forward import BoundForward, FusedForward, is_fused
+from fastkl._head.forward import BoundForward, FusedForward, is_fused, place_of_forward
 from fastkl._head.model import causal_lm, first_not_finite
 from fastkl._head.transform import measure_logit_transform
 
@@ -54,10 +54,13 @@ def fuse(model: M) -> M:
     base: Any = causal_lm(model)
     if is_fused(base):
         return model
-    # Under a hook of accelerate (device_map), not over it: the hook's removal puts back what it found.
-    place = "_old_forward" if "_old_forward" in vars(base) else "forward"
+    if "_original_forward" in vars(base):  # where accelerate keeps the forward that it casts around
+        raise TypeError(
+            f"{type(base).__name__} has been prepared by accelerate for mixed precision; fuse first, then prepare: "
+            f"accelerator.prepare(fuse(model))"
+        )
+    place = place_of_forward(base)
     transform = measure_logit_transform(base)
-    forward = BoundForward(FusedForward(base, vars(base).get(place), transform), base)
-    vars(base)[place] = forward
+    forward = vars(base)[place] = BoundForward(FusedForward(base, vars(base).get(place), transform), base)
     vars(base)["_replicate_for_data_parallel"] = forward.replicate
     return model

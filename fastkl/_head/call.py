@@ -25,17 +25,13 @@ def head_computes(
     function runs, the head is its own again: the function may run the model.
     """
     head = find_head(model)
-    attributes = vars(head)
-    own = attributes.get("forward")
+    own = vars(head).get("forward")
     hooked = bool(head._forward_hooks or model.get_output_embeddings()._forward_hooks)  # type: ignore[operator]
     results: list[T] = []
 
     def forward(hidden: Tensor) -> Any:
-        _put_forward(attributes, own)
-        try:
+        with forward_replaced(head, own):
             result = function(hidden, head)
-        finally:
-            attributes["forward"] = forward
         if replace_logits:
             results.append(result)
             return result
@@ -45,11 +41,27 @@ def head_computes(
         results.append(result)
         return logits
 
-    attributes["forward"] = forward
-    try:
+    with forward_replaced(head, forward):
         yield results
+
+
+@contextlib.contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any] | None) -> Iterator[None]:
+    """While open, the module has this forward; None for that of its class."""
+    own = vars(module).get("forward")
+    _put_forward(module, forward)
+    try:
+        yield
     finally:
-        _put_forward(attributes, own)
+        _put_forward(module, own)
+
+
+def _put_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    # In its __dict__ by name: torch.compile loses count of attributes that are set and deleted again.
+    if forward is None:
+        del vars(module)["forward"]
+    else:
+        vars(module)["forward"] = forward
 
 
 def _tied(logits: Tensor, result: T) -> tuple[Tensor, T]:
@@ -78,10 +90,3 @@ class _Tie(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return gradients
-
-
-def _put_forward(attributes: dict[str, Any], own: Any) -> None:
-    if own is None:
-        del attributes["forward"]
-    else:
-        attributes["forward"] = own

@@ -85,11 +85,16 @@ class BoundForward:
         return replica
 
 
+def place_of_forward(model: nn.Module) -> str:
+    """The attribute that a fused forward takes: under a hook of accelerate (device_map), which puts back what it found."""
+    return "_old_forward" if "_old_forward" in vars(model) else "forward"
+
+
 def is_fused(model: nn.Module) -> bool:
     """Whether calls of the model's forward reach a fused one, through others that were put around it."""
-    forward: Any = model.forward
+    forward: Any = getattr(model, place_of_forward(model))
     while forward is not None:
-        if isinstance(forward, BoundForward) or isinstance(getattr(forward, "__func__", None), FusedForward):
+        if isinstance(getattr(forward, "__func__", forward), FusedForward):
             return True
         forward = getattr(forward, "__wrapped__", None)
     return False

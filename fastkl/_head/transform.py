@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastkl._head.call import head_computes
+from fastkl._head.call import forward_replaced, head_computes
 from fastkl._head.model import find_head, first_not_finite
 
 # Values that the head pretends to have computed, to see what the model makes of them.
@@ -29,24 +30,17 @@ def measure_logit_transform(model: nn.Module) -> LogitTransform:
     the id shows as well.
     """
     name = type(model).__name__
-    probes = torch.tensor(PROBES, dtype=torch.float64)
-    head = find_head(model)
-    shape = len(PROBES), head.weight.shape[0]
-
-    def pretend(hidden: Tensor, _: nn.Linear) -> Tensor:
-        if not hidden.isfinite().all():
-            raise ValueError(_not_finite(model))
-        return probes.to(hidden.device)[:, None, None].expand(*hidden.shape[:-1], shape[1]).clone()
-
-    with torch.no_grad(), head_computes(model, pretend, replace_logits=True):
-        ids = torch.zeros(len(PROBES), 1, dtype=torch.long, device=head.weight.device)
-        # past what compiles the model: it would compile for these few tokens
-        logits = model.forward(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1]
+    weight = find_head(model).weight
+    shape = len(PROBES), getattr(weight, "ds_shape", weight.shape)[0]  # that of ZeRO-3, which takes the weights away
+    absent = weight.is_meta or hasattr(weight, "ds_shape")
+    probes = torch.tensor(PROBES, dtype=torch.float64, device="cpu" if absent else weight.device)
+    logits = _logits_without_weights(model, probes, shape) if absent else _logits(model, probes, shape)
     if logits.shape != shape:
         raise ValueError(
             f"{name} makes logits of shape {list(logits.shape)} of {list(shape)} that its head gives; it cannot be fused"
         )
     seen = logits.double().cpu()
+    probes = probes.cpu()
     usual = seen.nanmedian(-1).values  # over the ids: one that is treated apart does not count
     scale = float(usual[4] / probes[4])
     softcap = float(usual[-1]) if usual[-1] < 0.5 * scale * probes[-1] else None
@@ -68,6 +62,48 @@ def measure_logit_transform(model: nn.Module) -> LogitTransform:
             f"depend on the id (masked ids, a bias) cannot be fused"
         )
     return LogitTransform(*(None if v is None else float(f"{v:.7g}") for v in (scale, softcap)))  # type: ignore[arg-type]
+
+
+def _logits(model: nn.Module, probes: Tensor, shape: tuple[int, int]) -> Tensor:
+    """[n, V], what the model makes of the n probes in the place of its logits of one token."""
+
+    def pretend(hidden: Tensor, _: nn.Linear) -> Tensor:
+        if not hidden.isfinite().all():
+            raise ValueError(_not_finite(model))
+        return probes.to(hidden.device)[:, None, None].expand(*hidden.shape[:-1], shape[1]).clone()
+
+    with torch.no_grad(), head_computes(model, pretend, replace_logits=True):
+        ids = torch.zeros(shape[0], 1, dtype=torch.long, device=probes.device)
+        # past what compiles the model: it would compile for these few tokens
+        logits: Tensor = model.forward(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[
+            :, -1
+        ]
+    return logits
+
+
+def _logits_without_weights(model: nn.Module, probes: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The same for a model whose weights come later, as FSDP's other processes load one: nothing before its head runs."""
+    hidden = torch.zeros(shape[0], 1, 1, device=probes.device)
+    bodies = [model.base_model, model.get_decoder()]  # type: ignore[operator]
+    try:
+        with contextlib.ExitStack() as stack:
+            for body in {id(body): body for body in bodies if body is not model}.values():
+                stack.enter_context(forward_replaced(body, lambda *_, **__: _BodyOutput((hidden,))))
+            return _logits(model, probes, shape)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{type(model).__name__} has no weights yet, and what it does to its logits cannot be seen without ({error}); "
+            f"load them before fuse"
+        ) from error
+
+
+class _BodyOutput(tuple[Tensor]):
+    """What a model's body gives to its head, in each way in which models ask for it; anything else is None."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        return self[0] if name == "last_hidden_state" else None
 
 
 def _not_finite(model: nn.Module) -> str:

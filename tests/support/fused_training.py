@@ -3,49 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import causal_lm
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers.modeling_outputs import CausalLMOutput
 
 from fastkl.head import fuse
 from fastkl.loss import linear_logprobs, policy_gradient_loss
 
 STEPS, RATE = 3, 0.05
+CHECKPOINTING = "-checkpointing"
 IDS = torch.randint(3, 64, (4, 9), generator=torch.Generator().manual_seed(0))
 TOKENS = IDS[:, 1:].numel()
 
 
-def model_of(kind: str) -> Any:
-    """`full`, with an untied head; `lora`, with peft before or after."""
-    model = causal_lm("qwen3", tie_word_embeddings=False)
-    if kind == "full":
-        return fuse(model)
-    settings = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    if kind == "lora-of-fused":
-        return get_peft_model(fuse(model), settings)
-    return fuse(get_peft_model(model, settings))
+def lora(model: Any, **options: Any) -> Any:
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    return get_peft_model(model, LoraConfig(**(settings | options)))
 
 
-def _sharded(model: Any, *, head: bool) -> Any:
+def model_of(kind: str, layers: int = 2) -> Any:
+    """Trained in full, with a head of its own; or `lora`, with peft before or after."""
+    model: Any = causal_lm("qwen3", tie_word_embeddings=False, num_hidden_layers=layers).train()
+    if kind.endswith(CHECKPOINTING):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    kind = kind.removesuffix(CHECKPOINTING)
+    return fuse(model) if kind == "full" else lora(fuse(model)) if kind == "lora-of-fused" else fuse(lora(model))
+
+
+def _sharded(model: Any, *, head: bool = False, **options: Any) -> Any:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for part in [*base.model.layers, *([base.lm_head] if head else [])]:
-        fully_shard(part)
-    return fully_shard(model)
+        fully_shard(part, **options)
+    return fully_shard(model, **options)
 
 
 WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "ddp": DistributedDataParallel,
     "ddp-unused": lambda model: DistributedDataParallel(model, find_unused_parameters=True),
-    "fsdp2": lambda model: _sharded(model, head=False),
+    "ddp-static": lambda model: DistributedDataParallel(model, static_graph=True),
+    "fsdp2": _sharded,
     "fsdp2-head": lambda model: _sharded(model, head=True),
-    "fsdp1": lambda model: FullyShardedDataParallel(model, use_orig_params=True),
+    "fsdp2-cast": lambda model: _sharded(
+        model, head=True, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float32)
+    ),
 }
+
+
+@dataclass
+class Result:
+    loss: Tensor
 
 
 def loss_of(model: nn.Module, ids: Tensor, form: str) -> Tensor:
@@ -56,10 +71,17 @@ def loss_of(model: nn.Module, ids: Tensor, form: str) -> Tensor:
         if form == "tensor":  # from log-probs: the head's weight is needed again in the backward pass
             return -linear_logprobs(hidden[:, :-1], weight, ids[:, 1:], **head).sum() / TOKENS
         found = policy_gradient_loss(hidden[:, :-1], weight, ids[:, 1:], torch.ones(ids[:, 1:].shape), **options)
-        return {"output": found, "tuple": (found.loss, "said"), "dict": {"loss": found.loss}}[form]
+        return {
+            "output": found,
+            "tuple": (found.loss, "said"),
+            "dict": {"loss": found.loss},
+            "model-output": CausalLMOutput(loss=found.loss),
+            "dataclass": Result(found.loss),
+        }[form]
 
     found = model(input_ids=ids, attention_mask=torch.ones_like(ids), fused=output)
-    loss: Tensor = found if form == "tensor" else found["loss"] if form == "dict" else found[0]
+    parts = {"tensor": lambda: found, "dict": lambda: found["loss"], "tuple": lambda: found[0]}
+    loss: Tensor = parts.get(form, lambda: found.loss)()
     return loss
 
 
@@ -80,11 +102,6 @@ def trained(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
-    if isinstance(model, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(model):
-            return {
-                name.removeprefix("_fsdp_wrapped_module."): p.detach().clone() for name, p in model.named_parameters()
-            }
     found = {name.removeprefix("module."): p.detach() for name, p in model.named_parameters()}
     return {name: p.full_tensor() if isinstance(p, DTensor) else p.clone() for name, p in found.items()}
 
