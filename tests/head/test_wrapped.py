@@ -98,11 +98,12 @@ def test_a_wrapped_model_is_refused(wrap: Any, said: str, late: bool, group: Non
         fuse(wrap(fuse(model) if late else model))
 
 
+@slow
 @pytest.mark.parametrize("kind", ["full", "fused-lora", "full-checkpointing"])
 def test_torch_compile(kind: str) -> None:
     """One graph, whatever function is given; the same numbers; the model is usable as before afterwards."""
     torch.compiler.reset()
-    model = model_of(kind)
+    model = model_of(kind, layers=1)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=kind == "full")
     for form in ("output", "tensor"):
         results = []
@@ -120,8 +121,8 @@ def test_torch_compile(kind: str) -> None:
 def test_torch_compile_in_place_and_new_functions_of_each_step() -> None:
     """Fusing compiles nothing; a new closure over new tensors of the same shapes needs no new graph."""
     torch.compiler.reset()
-    model = causal_lm("qwen3")
-    model.compile(backend="aot_eager")
+    model = causal_lm(num_hidden_layers=1)
+    model.compile(backend="aot_eager", fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "_compiled_call_impl", lambda *_, **__: pytest.fail("compiled"))
         fuse(model)
