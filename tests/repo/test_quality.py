@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from documents import blocks
 from launches import REPOSITORY
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import causal_lm
@@ -42,10 +43,6 @@ def test_rooms_are_no_packages(room: str) -> None:
 def test_the_rooms_are_links_in_the_package(name: str) -> None:
     assert (REPOSITORY / "fastkl" / name).is_symlink()
     assert (REPOSITORY / "fastkl" / name).resolve() == REPOSITORY / name
-
-
-def blocks(document: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
 
 
 def code_of_documents() -> Iterator[Any]:

@@ -100,11 +100,7 @@ def together(
     errors.mkdir(exist_ok=True)
     running = []
     for rank in range(count):
-        environment = {
-            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            **(FSDP if fsdp else {}),
-        }
+        environment = _environment(rank, count, port, fsdp)
         first = (before or {}).get(rank)
         process = CONTEXT.Process(target=_join, args=(command_line, environment, errors / f"{rank}.txt", first))
         process.start()
@@ -117,6 +113,15 @@ def together(
     return [process.exitcode for process in running], [(errors / f"{rank}.txt").read_text() for rank in range(count)]
 
 
+def _environment(rank: int, count: int, port: str, fsdp: bool) -> dict[str, str]:
+    """As a launcher gives it to a process."""
+    return {
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        **(FSDP if fsdp else {}),
+    }
+
+
 def _join(command_line: list[str], environment: dict[str, str], errors: Path, first: Callable[[], None] | None) -> None:
     os.environ.update(environment)
     with open(errors, "w") as file:
@@ -127,12 +132,16 @@ def _join(command_line: list[str], environment: dict[str, str], errors: Path, fi
     sys.exit(cli.main(command_line))
 
 
-def in_group(function: Callable[..., Any], *args: Any, count: int = 2, timeout: float = 240) -> list[Any]:
+def in_group(
+    function: Callable[..., Any], *args: Any, count: int = 2, fsdp: bool = False, timeout: float = 240
+) -> list[Any]:
     """What `function(rank, count, *args)`, importable from here, returns in each process of a group (gloo)."""
-    port, running = free_port(), []
+    port, running = str(free_port()), []
     for rank in range(count):
         ours, theirs = CONTEXT.Pipe(duplex=False)
-        process = CONTEXT.Process(target=_in_group, args=(theirs, function, rank, count, port, args))
+        process = CONTEXT.Process(
+            target=_in_group, args=(theirs, _environment(rank, count, port, fsdp), function, args)
+        )
         process.start()
         theirs.close()
         running.append((process, ours))
@@ -147,11 +156,11 @@ def in_group(function: Callable[..., Any], *args: Any, count: int = 2, timeout: 
     return results
 
 
-def _in_group(
-    answer: Any, function: Callable[..., Any], rank: int, count: int, port: int, args: tuple[Any, ...]
-) -> None:
+def _in_group(answer: Any, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+    torch.distributed.init_process_group("gloo")
+    rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
     try:
         result = function(rank, count, *args)
     except BaseException as error:
