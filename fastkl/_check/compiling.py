@@ -46,4 +46,5 @@ def _build_launcher(kernel: Any) -> None:
     from triton.runtime import driver
 
     with contextlib.suppress(Exception):
-        driver.active.launcher_cls(kernel.src, kernel.metadata)
+        compiled = kernel.result() if hasattr(kernel, "result") else kernel
+        driver.active.launcher_cls(compiled.src, compiled.metadata)

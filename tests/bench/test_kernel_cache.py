@@ -24,7 +24,7 @@ ARCHS = (90,)
 
 
 def few() -> Iterator[Callable[[], object]]:
-    """A row kernel or two, and scoring, with tensor descriptors."""
+    """Kernels of rows, and scoring, with tensor descriptors."""
     problem = kernel_cache.make_problem(kernel_cache.SIZES["cuda"])
     for check in kernel_cache.kernels.checks(problem, torch.bfloat16, "cuda", "triton"):
         if check.kernels[0] in ("rows.token_nll", "score.token_nll"):

@@ -41,6 +41,7 @@ slow = pytest.mark.slow
         ("kernels/score/test_triton.py", "not slow", 150),
         ("kernels/divergence/test_triton.py", "not slow", 260),
         ("loss/test_triton.py", "not slow", 70),
+        ("check/test_check_triton.py", "not slow", 12),
         ("kernels/sparse/test_triton.py", "not slow", 45),
         pytest.param("kernels/score/test_triton.py", "slow", 2, marks=slow),
         pytest.param("kernels/divergence/test_triton.py", "slow", 120, marks=slow),
