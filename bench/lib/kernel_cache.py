@@ -30,6 +30,7 @@ from fastkl._check.json_file import write_json
 from fastkl._check.problem import NAMES, SIZES, Problem, make_problem
 from fastkl.kernels import driver, launch
 from fastkl.kernels.divergence.formula import DIVERGENCES
+from fastkl.kernels.options import CrossEntropy
 from fastkl.kernels.problem import HeadOptions, Inputs, Needs, RowLoss, Spec
 
 RECORD = "kernels.json"
@@ -85,6 +86,7 @@ def _losses(p: Problem) -> Iterator[Callable[[], object]]:
     taught = plain._replace(teacher_hidden=p.teacher_hidden, teacher_weight=p.teacher_weight)
     of_list = plain._replace(top_ids=p.top_ids, top_logprobs=p.top_logprobs)
     problems = [(Spec(kind, head), plain) for kind in ("token_nll", "token_nll_entropy")]
+    problems += [(Spec("cross_entropy", head, cross_entropy=CrossEntropy()), plain)]
     problems += [(Spec("top_k", head, variant="reverse-bucket"), of_list)]
     for name in DIVERGENCES:
         spec = Spec("divergence", head, head, variant=name, parameter=0.5)

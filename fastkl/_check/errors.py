@@ -45,13 +45,13 @@ def of_values(found: Tensor, exact: Tensor) -> float:
     return _largest((found.double().cpu() - exact).abs() / (1.0 + exact.abs()))
 
 
-def of_entries(found: Tensor, exact: Tensor, scale: Tensor | float = 0.0) -> float:
-    """max |found − exact| / (|exact| + scale + the smallest normal number of the dtype found), [n, V].
+def of_entries(found: Tensor, exact: Tensor, scale: Tensor | float, dtype: torch.dtype) -> float:
+    """max |found − exact| / (|exact| + scale + the smallest normal number of `dtype`), [n, V], for what is kept in it.
 
     Nearly all entries of a gradient by logits are tail. A norm would not see them beside the few large ones. `scale` is of
     the terms that cancel in an entry, as the probabilities.
     """
-    size = exact.abs() + scale + torch.finfo(found.dtype).smallest_normal
+    size = exact.abs() + scale + torch.finfo(dtype).smallest_normal
     return _largest((found.double().cpu() - exact).abs() / size)
 
 

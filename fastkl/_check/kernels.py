@@ -115,22 +115,30 @@ def _compared(kernel: str, value: Tensor, exact: Tensor) -> Measured:
     return Measured(kernel, "values", of_values(value, exact), VALUES)
 
 
-def _gradient(kernel: str, found: Tensor, exact: Tensor, *logits: Tensor) -> Measured:
-    """Of a gradient by logits; in an entry the probabilities of all `logits` may cancel."""
+def _gradient(kernel: str, found: Tensor, exact: Tensor, *logits: Tensor, factor: Tensor | None = None) -> Measured:
+    """Of a gradient by logits, whose rows `factor` multiplies; in an entry the probabilities of all `logits` may cancel."""
     scale = sum(z.detach().softmax(-1) for z in logits)
-    return Measured(kernel, "gradient", of_entries(found, exact, scale), _rounded(found.dtype))
+    whole = found if factor is None else found.double() * factor[:, None].double()
+    return Measured(kernel, "gradient", of_entries(whole, exact, scale, found.dtype), _rounded(found.dtype))
 
 
 def _autograd(value: Tensor, leaf: Tensor) -> Tensor:
     return torch.autograd.grad(value.sum(), leaf)[0]
 
 
-def _rows(s: Setting, spec: Spec, outputs: int) -> tuple[Tensor, Tensor]:
-    """Values and gradient by the row function of a spec."""
+class _Rows(NamedTuple):
+    """What a row function gives."""
+
+    out: Tensor  # [K, N]
+    gradient: Tensor  # [N, V]
+    factor: Tensor | None  # [N], of the gradient's rows
+
+
+def _rows(s: Setting, spec: Spec, outputs: int) -> _Rows:
     logits, out = s.logits(), s.values(outputs)
     gradient = s.place(logits)
-    backend.row_function(spec, s.problem.hidden)(logits, s.problem.tokens, out, gradient)
-    return out, gradient
+    factor = backend.row_function(spec, s.problem.hidden)(logits, s.problem.tokens, out, gradient)
+    return _Rows(out, gradient, factor)
 
 
 def _token_nll(s: Setting) -> _Parts:
@@ -138,24 +146,41 @@ def _token_nll(s: Setting) -> _Parts:
     spec = s.spec("token_nll")
     slope = s.problem.advantages
 
-    def run() -> tuple[Tensor, Tensor, Tensor]:
-        out, gradient = _rows(s, spec, 1)
-        cleared = gradient.clone()
+    def run() -> tuple[_Rows, Tensor]:
+        rows = _rows(s, spec, 1)
+        cleared = rows.gradient.clone()
         backend.clear_rows(spec, s.problem.hidden)(cleared, slope)
-        return out, gradient, cleared
+        return rows, cleared
 
-    def measure(found: tuple[Tensor, Tensor, Tensor]) -> list[Measured]:
-        out, gradient, cleared = found
+    def measure(found: tuple[_Rows, Tensor]) -> list[Measured]:
+        (out, gradient, factor), cleared = found
         z, _ = s.exact()
         value = -reference.logprobs(z, s.tokens)
         expected = torch.where(slope.cpu()[:, None] == 0, 0.0, gradient.cpu())
         return [
             _compared("rows.token_nll", out[0], value.detach()),
-            _gradient("rows.token_nll", gradient, _autograd(value, z), z),
+            _gradient("rows.token_nll", gradient, _autograd(value, z), z, factor=factor),
             Measured("rows.clear_rows", "gradient", of_values(cleared, expected), 0.0),
         ]
 
     return ("rows.token_nll", "rows.clear_rows"), run, measure
+
+
+def _cross_entropy(s: Setting) -> _Parts:
+    """Smoothed and regularised."""
+    spec = s.spec("cross_entropy")._replace(cross_entropy=TERMS)
+
+    def measure(found: _Rows) -> list[Measured]:
+        (out, gradient, factor), (z, _) = found, s.exact()
+        value = reference.cross_entropy(z, s.tokens, TERMS.label_smoothing, TERMS.z_loss)
+        nll = -reference.logprobs(z, s.tokens)
+        exact = torch.stack([value, nll, z.logsumexp(-1)]).detach()
+        return [
+            _compared("cross_entropy.cross_entropy", out[:3], exact),
+            _gradient("cross_entropy.cross_entropy", gradient, _autograd(value, z), z, factor=factor),
+        ]
+
+    return ("cross_entropy.cross_entropy",), lambda: _rows(s, spec, spec.outputs), measure
 
 
 def _entropy(s: Setting) -> _Parts:
@@ -184,28 +209,13 @@ def _entropy(s: Setting) -> _Parts:
     return ("rows.token_nll_entropy", "rows.entropy_gradient"), run, measure
 
 
-def _cross_entropy(s: Setting) -> _Parts:
-    spec = s.spec("cross_entropy")._replace(cross_entropy=TERMS)
-
-    def measure(found: tuple[Tensor, Tensor]) -> list[Measured]:
-        (out, gradient), (z, _) = found, s.exact()
-        value = reference.cross_entropy(z, s.tokens, TERMS.label_smoothing, TERMS.z_loss)
-        exact = torch.stack([value, -reference.logprobs(z, s.tokens), z.logsumexp(-1)])
-        return [
-            _compared("cross_entropy.cross_entropy", out[:3], exact.detach()),
-            _gradient("cross_entropy.cross_entropy", gradient, _autograd(value, z), z),
-        ]
-
-    return ("cross_entropy.cross_entropy",), lambda: _rows(s, spec, spec.outputs), measure
-
-
 def _top_k(s: Setting) -> _Parts:
-    def measure(found: tuple[Tensor, Tensor]) -> list[Measured]:
-        (out, gradient), (z, _) = found, s.exact()
+    def measure(found: _Rows) -> list[Measured]:
+        (out, gradient, factor), (z, _) = found, s.exact()
         value = reference.top_k_kl(z, s.problem.top_ids.cpu(), s.problem.top_logprobs.cpu().double())
         return [
             _compared("top_k.tail_sums", out[0], value.detach()),
-            _gradient("top_k.tail_gradient", gradient, _autograd(value, z), z),
+            _gradient("top_k.tail_gradient", gradient, _autograd(value, z), z, factor=factor),
         ]
 
     spec = s.spec("top_k", TOP_K_VARIANT)
@@ -218,8 +228,8 @@ def _divergence(name: Divergence) -> Callable[[Setting], _Parts]:
     def parts(s: Setting) -> _Parts:
         spec = s.spec("divergence", name)
 
-        def measure(found: tuple[Tensor, Tensor]) -> list[Measured]:
-            (out, gradient), (z, z_teacher) = found, s.exact()
+        def measure(found: _Rows) -> list[Measured]:
+            (out, gradient, factor), (z, z_teacher) = found, s.exact()
             options = (PARAMETERS[name],) if name in PARAMETERS else ()
             value = getattr(reference, name)(z, z_teacher, *options)
             exact, nll = _autograd(value, z), -reference.logprobs(z, s.tokens)
@@ -228,7 +238,7 @@ def _divergence(name: Divergence) -> Callable[[Setting], _Parts]:
                 gradient, exact = gradient.cpu().masked_fill(tied, 0.0), exact.masked_fill(tied, 0.0)
             return [
                 _compared(kernel, out[:2], torch.stack([value, nll]).detach()),
-                _gradient(kernel, gradient, exact, z, z_teacher),
+                _gradient(kernel, gradient, exact, z, z_teacher, factor=factor),
             ]
 
         return (kernel,), lambda: _rows(s, spec, spec.outputs), measure

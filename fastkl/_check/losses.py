@@ -43,6 +43,10 @@ def _with_entropy(p: Problem, **options: Any) -> Tensor:
     return _policy_gradient(p, entropy_coef=ENTROPY_COEF, **options)
 
 
+def _cross_entropy(p: Problem, **options: Any) -> Tensor:
+    return loss.linear_cross_entropy(p.hidden, p.weight, p.tokens, **options).loss
+
+
 def _top_k(p: Problem, **options: Any) -> Tensor:
     return loss.top_k_kl_loss(p.hidden, p.weight, p.top_ids, p.top_logprobs, **options).loss
 
@@ -63,6 +67,7 @@ LOSSES = (
         _with_entropy,
         lambda p, z, q: _exact_policy_gradient(p, z, q) - ENTROPY_COEF * reference.entropy(z),
     ),
+    Loss("cross-entropy", _cross_entropy, lambda p, z, _: reference.cross_entropy(z, p.tokens)),
     Loss("top-k KL", _top_k, lambda p, z, _: reference.top_k_kl(z, p.top_ids, p.top_logprobs)),
     Loss("reverse KL", _divergence(loss.reverse_kl_loss), lambda _, z, q: reference.reverse_kl(z, q), 2),
     Loss("forward KL", _divergence(loss.forward_kl_loss), lambda _, z, q: reference.forward_kl(z, q), 2),
