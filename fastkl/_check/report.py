@@ -60,7 +60,7 @@ def times_lines(unit: Unit, times: list[Timed]) -> list[str]:
     return [
         header("time in units of one GEMM", list(HEADS)),
         *(f"{one.loss:{NAME}}" + "".join(f"{_units(one, name):>{CELL}}" for name in HEADS) for one in times),
-        f"one unit: [{n}, {dim}] × [{dim}, {vocabulary}], {unit.dtype}, {unit.milliseconds:.2f} ms; in brackets: at least",
+        f"1 unit = [{n}, {dim}] × [{dim}, {vocabulary}] in {unit.dtype} = {unit.milliseconds:.2f} ms; (n): at least n",
     ]
 
 
