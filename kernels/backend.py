@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastkl.kernels.divergence import pytorch as pytorch_divergence
 from fastkl.kernels.divergence.formula import HardTarget
-from fastkl.kernels.problem import Backend, Inputs, Kind, Spec
+from fastkl.kernels.epilogue.rule import is_faster
+from fastkl.kernels.problem import Backend, Inputs, Kind, RowLoss, Spec
 from fastkl.kernels.rows import pytorch as pytorch_rows
 from fastkl.kernels.rows.cross_entropy import pytorch as pytorch_cross_entropy
 from fastkl.kernels.rows.interface import ClearRows, EntropyGradient, RowFunction
@@ -22,7 +23,7 @@ from fastkl.kernels.sparse.pytorch import PyTorchColumnSampler
 from fastkl.kernels.top_k.formula import top_k
 
 LOGPROBS: tuple[Kind, ...] = ("token_nll", "token_nll_entropy")
-BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch")
+BACKENDS: tuple[Backend, ...] = ("auto", "triton", "torch", "epilogue")
 _PYTORCH = {
     "rows": pytorch_rows,
     "rows.cross_entropy": pytorch_cross_entropy,
@@ -103,6 +104,36 @@ def _cross_entropy_scorer(spec: Spec, inputs: Inputs) -> Callable[[Tensor], None
     return write
 
 
+def planned(spec: Spec, inputs: Inputs, row_loss: RowLoss) -> Spec:
+    """The same, with a backend that says how the gradients are made: "epilogue" for what has no logits in memory.
+
+    It needs log-probs to start from, so that it is for a policy gradient without an entropy, on 16-bit heads. "auto"
+    chooses it where it was measured to be faster. Asked for where it cannot be, it is "triton".
+    """
+    possible = (
+        spec.kind == "token_nll" and spec.sparse is None and row_loss.old_logprobs is not None
+        and inputs.hidden.element_size() == 2 and inputs.hidden.shape[1] > 0
+    )  # fmt: skip
+    if spec.backend == "epilogue":
+        return spec if possible else spec._replace(backend="triton")
+    faster = possible and _is_triton(spec.backend, inputs.hidden) and is_faster(inputs.hidden, inputs.weight)
+    return spec._replace(backend="epilogue") if faster and spec.backend == "auto" else spec
+
+
+def epilogue(spec: Spec, inputs: Inputs) -> Callable[[slice, Tensor, Tensor, Tensor], Tensor] | None:
+    """(rows, about their log-probs, out, u) -> a factor, as `epilogue/triton.py` has it; None: there are logits."""
+    if spec.backend != "epilogue":
+        return None
+    module = _imported("epilogue", spec.backend)
+
+    def token_nll(rows: slice, logprobs: Tensor, out: Tensor, u: Tensor) -> Tensor:
+        head = module.Head(inputs.hidden[rows], inputs.weight, inputs.bias, spec.student)
+        assert inputs.tokens is not None
+        return cast(Tensor, module.token_nll(head, inputs.tokens[rows], logprobs, out, u))
+
+    return token_nll
+
+
 def _module(family: str, spec: Spec, hidden: Tensor) -> ModuleType:
     if _is_triton(spec.backend, hidden):
         return _imported(family, spec.backend)
@@ -110,7 +141,7 @@ def _module(family: str, spec: Spec, hidden: Tensor) -> ModuleType:
 
 
 def _is_triton(backend: Backend, hidden: Tensor) -> bool:
-    return backend == "triton" or (backend == "auto" and hidden.is_cuda and hidden.element_size() < 8)
+    return backend in ("triton", "epilogue") or (backend == "auto" and hidden.is_cuda and hidden.element_size() < 8)
 
 
 def _imported(family: str, backend: Backend) -> ModuleType:

@@ -7,6 +7,7 @@
                            dW += uᵀ (slopes · h)             [V, D]   the thin side, never over the vocabulary
 
 A row whose slope is 0 has no gradient, whatever its logits are: its u becomes 0, and slopes · h is 0 there.
+With the backend "epilogue" x is in no memory: its product leaves u of the rows (`epilogue/triton.py`), times a factor.
 The last two are made from a random subset of the columns of u where `spec.sparse` says so (`sparse/estimator.py`).
 
 Nothing of size N × V exists: a chunk's logits live in the workspace and are gone with the next chunk. A new loss is a new
@@ -22,7 +23,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkl.kernels.backend import clear_rows, column_sampler, entropy_gradient, row_function, scorer
+from fastkl.kernels.backend import (
+    clear_rows,
+    column_sampler,
+    entropy_gradient,
+    epilogue,
+    planned,
+    row_function,
+    scorer,
+)
 from fastkl.kernels.gemm import (
     add_bias_gradient,
     add_weight_gradient,
@@ -101,6 +110,8 @@ def products(spec: Spec, inputs: Inputs, needs: Needs) -> list[list[slice]]:
 def workspace_bytes_per_row(spec: Spec, inputs: Inputs, gradient: bool) -> int:
     """Logits of the student, of the teacher if there is one, and the gradient where it needs a place of its own."""
     logits, low = compute_dtype(inputs.hidden.dtype), gradient_dtype(inputs.hidden)
+    if gradient and spec.backend == "epilogue":
+        return inputs.weight.shape[0] * low.itemsize
     apart = low.itemsize if gradient and _apart(inputs) else 0
     length = row_length(inputs.weight.shape[0], inputs.hidden.device)
     return length * (logits.itemsize * (1 if spec.teacher is None else 2) + apart)
@@ -136,6 +147,7 @@ def evaluate_with_gradients(
     goes what `weight_gradients` makes the gradients of weight and bias from later, without any logits.
     """
     hidden, weight = inputs.hidden, inputs.weight
+    spec = planned(spec, inputs, row_loss)
     values = _new_values(spec, inputs)
     losses = values.new_zeros(values.shape[1])
     grad_hidden = torch.empty_like(hidden) if needs.hidden else None
@@ -146,13 +158,19 @@ def evaluate_with_gradients(
     most = chunk_rows(spec, inputs, gradient=True)
     workspace = _Workspace(spec, inputs, most, max(most, most_rows([_span(group) for group in groups])))
     row_pass, slopes = _row_pass(spec, inputs, row_loss), torch.empty_like(losses)
+    epilogue_pass = _epilogue_pass(spec, inputs, row_loss)
     with _full_precision(inputs):
         for group in groups:
             span = _span(group)
-            for rows in group:
-                chunk = workspace.chunk(rows, rows.start - span.start)
-                losses[rows], slopes[rows], factor = row_pass(chunk, values[:, rows])
             u, slope = workspace.gradient[: span.stop - span.start], slopes[span]
+            for rows in group:
+                place = rows.start - span.start
+                if epilogue_pass is not None:
+                    own = u[place : place + rows.stop - rows.start]
+                    losses[rows], slopes[rows] = epilogue_pass(rows, own, values[:, rows])
+                else:
+                    chunk = workspace.chunk(rows, place)
+                    losses[rows], slopes[rows], factor = row_pass(chunk, values[:, rows])
             if sums.bias is not None:  # first, for a sampler may overwrite the gradient
                 add_bias_gradient(sums.bias, u, slope)
             if sampler is None:
@@ -185,6 +203,25 @@ def _row_pass(
             factor = factor.where(slope != 0, 1.0)  # 0 · NaN = 0, as in the gradient
             slope = slope * factor
         return losses, slope * spec.student.alpha, factor
+
+    return row_pass
+
+
+def _epilogue_pass(
+    spec: Spec, inputs: Inputs, row_loss: RowLoss
+) -> Callable[[slice, Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """What makes values and gradient of rows without logits, as `_row_pass` does from them; None: there are logits."""
+    token_nll, clear = epilogue(spec, inputs), clear_rows(spec, inputs.hidden)
+    if token_nll is None:
+        return None
+
+    def row_pass(rows: slice, gradient: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        own = row_loss.take(rows)
+        assert own.old_logprobs is not None
+        factor = token_nll(rows, own.old_logprobs, values, gradient)
+        losses, slope, _ = own.losses_and_slopes(values)
+        clear(gradient, slope)
+        return losses, (slope * spec.student.alpha * factor).where(slope != 0, 0.0)
 
     return row_pass
 
@@ -290,6 +327,9 @@ class _Workspace:
     def __init__(self, spec: Spec, inputs: Inputs, rows: int, product_rows: int = 0) -> None:
         self.spec, self.inputs = spec, inputs
         dtype = compute_dtype(inputs.hidden.dtype)
+        if product_rows > 0 and spec.backend == "epilogue":
+            self.gradient = _workspace(inputs, product_rows, gradient_dtype(inputs.hidden))
+            return
         self.student = _workspace(inputs, rows, dtype)
         self.teacher = None if spec.teacher is None else _workspace(inputs, rows, dtype)
         apart = product_rows > 0 and _apart(inputs)

@@ -18,7 +18,7 @@ from fastkl.kernels.options import CrossEntropy, Sparse, Surrogate
 from fastkl.kernels.surrogate import log_ratio, surrogate_terms
 
 Kind = Literal["token_nll", "token_nll_entropy", "cross_entropy", "divergence", "top_k"]
-Backend = Literal["auto", "triton", "torch"]
+Backend = Literal["auto", "triton", "torch", "epilogue"]
 TeacherChunks = Callable[[Tensor], Tensor]  # rows [n] of the N -> their teacher logits [n, V]
 
 

@@ -5,10 +5,16 @@ A family of kernels lists its launchers in a file of this folder. `bench kernels
 
 from __future__ import annotations
 
-from bench.variants import divergence, rows, score, sparse
+from bench.variants import divergence, epilogue, rows, score, sparse
 from bench.variants.launcher import Launcher, Variant
 
-LAUNCHERS: list[Launcher] = [*rows.LAUNCHERS, *divergence.LAUNCHERS, *score.LAUNCHERS, *sparse.LAUNCHERS]
+LAUNCHERS: list[Launcher] = [
+    *rows.LAUNCHERS,
+    *divergence.LAUNCHERS,
+    *score.LAUNCHERS,
+    *sparse.LAUNCHERS,
+    *epilogue.LAUNCHERS,
+]
 VARIANTS: list[Variant] = [Variant(launcher, options) for launcher in LAUNCHERS for options in launcher.variants]
 
 

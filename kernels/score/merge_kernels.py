@@ -37,17 +37,17 @@ def merge_token_nll_kernel(
     inside = rows < n
     value_stride = splits.to(tl.int64) * n
     base, step, factor = _merged_max(partials_ptr, rows, n, splits, scale, SPLITS)
-    totals = _load_splits(partials_ptr + value_stride, rows, n, splits, 0.0, SPLITS)
+    totals = load_splits(partials_ptr + value_stride, rows, n, splits, 0.0, SPLITS)
     total = tl.sum(totals * factor, 0)
     log_total = tl.log(total)
-    target = _load_targets(targets_ptr, tokens_ptr, rows, n, vocabulary, tokens_stride)
+    target = load_targets(targets_ptr, load_tokens(tokens_ptr, rows, n, vocabulary, tokens_stride), rows)
     out_ptr += rows * out_stride_row
     tl.store(out_ptr, (base - target) * scale + log_total, mask=inside)
     if ENTROPY:  # what is stored at once is held in no register
         tl.store(out_ptr + 2 * out_stride_value, base * scale, mask=inside)
         tl.store(out_ptr + 3 * out_stride_value, log_total, mask=inside)
         tl.store(out_ptr + 4 * out_stride_value, (base - target) * scale, mask=inside)
-        weighted = _load_splits(partials_ptr + 2 * value_stride, rows, n, splits, 0.0, SPLITS)
+        weighted = load_splits(partials_ptr + 2 * value_stride, rows, n, splits, 0.0, SPLITS)
         mean = tl.div_rn(tl.sum(carry_base2(weighted, totals, step, factor), 0), total)
         tl.store(out_ptr + out_stride_value, log_total - mean * LN_2, mask=inside)
 
@@ -78,10 +78,10 @@ def merge_reverse_kl_kernel(
     value_stride = splits.to(tl.int64) * n
     base, step, factor = _merged_max(partials_ptr, rows, n, splits, scale, SPLITS)
     _, step_t, factor_t = _merged_max(partials_ptr + 2 * value_stride, rows, n, splits, scale_t, SPLITS)
-    totals = _load_splits(partials_ptr + value_stride, rows, n, splits, 0.0, SPLITS)
-    totals_t = _load_splits(partials_ptr + 3 * value_stride, rows, n, splits, 0.0, SPLITS)
-    weighted = _load_splits(partials_ptr + 4 * value_stride, rows, n, splits, 0.0, SPLITS)
-    lost = _load_splits(partials_ptr + 5 * value_stride, rows, n, splits, float("-inf"), SPLITS)
+    totals = load_splits(partials_ptr + value_stride, rows, n, splits, 0.0, SPLITS)
+    totals_t = load_splits(partials_ptr + 3 * value_stride, rows, n, splits, 0.0, SPLITS)
+    weighted = load_splits(partials_ptr + 4 * value_stride, rows, n, splits, 0.0, SPLITS)
+    lost = load_splits(partials_ptr + 5 * value_stride, rows, n, splits, float("-inf"), SPLITS)
     total = tl.sum(totals * factor, 0)
     mean = tl.div_rn(tl.sum(carry_base2(weighted, totals, step - step_t, factor), 0), total)
     mean += tl.where(tl.exp2((tl.max(lost, 0) - base) * (scale * LOG2_E)) > 0.0, float("inf"), 0.0)
@@ -89,27 +89,19 @@ def merge_reverse_kl_kernel(
     tl.store(out_ptr, mean * LN_2 - tl.log(tl.div_rn(total, tl.sum(totals_t * factor_t, 0))), mask=inside)
     nll = tl.zeros([BLOCK_M], tl.float32)
     if tokens_ptr is not None:
-        target = _load_targets(targets_ptr, tokens_ptr, rows, n, vocabulary, tokens_stride)
+        target = load_targets(targets_ptr, load_tokens(tokens_ptr, rows, n, vocabulary, tokens_stride), rows)
         nll = (base - target) * scale + tl.log(total)
     tl.store(out_ptr + out_stride_value, nll, mask=inside)
 
 
 @triton.jit
-def _load_targets(
-    targets_ptr: tl.tensor,
-    tokens_ptr: tl.tensor,
-    rows: tl.tensor,
-    n: tl.tensor,
-    vocabulary: tl.tensor,
-    tokens_stride: tl.tensor,
-) -> tl.tensor:
-    """s[y]; NaN where there is no such token."""
-    y = load_tokens(tokens_ptr, rows, n, vocabulary, tokens_stride)
+def load_targets(targets_ptr: tl.tensor, y: tl.tensor, rows: tl.tensor) -> tl.tensor:
+    """s[y]; NaN where there is no such token, y = −1."""
     return tl.load(targets_ptr + rows, mask=y >= 0, other=float("nan"))
 
 
 @triton.jit
-def _load_splits(
+def load_splits(
     partials_ptr: tl.tensor, rows: tl.tensor, n: tl.tensor, splits: tl.tensor, other: float, SPLITS: tl.constexpr
 ) -> tl.tensor:
     """One partial value of `rows` [SPLITS, rows]; `other` beyond the last split."""
@@ -128,7 +120,7 @@ def _merged_max(
     SPLITS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """m' over all splits, or 0; d = c (m − m') of each split; 2^d."""
-    m = _load_splits(partials_ptr, rows, n, splits, float("-inf"), SPLITS)
+    m = load_splits(partials_ptr, rows, n, splits, float("-inf"), SPLITS)
     base = finite_or_zero(tl.max(m, 0))
     step = tl.where(m == float("-inf"), 0.0, (m - base[None, :]) * (scale * LOG2_E))
     return base, step, tl.exp2(step)

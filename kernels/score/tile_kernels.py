@@ -163,10 +163,10 @@ def reverse_kl_kernel(
         if (done == steps - 1) | (done == steps + steps_t - 1):
             if students:
                 s = finished(product, bias_ptr, alpha, start, vocabulary, CAPPED, BLOCK_N)
-            else:
-                s_t = finished(product, bias_t_ptr, alpha_t, start, vocabulary, CAPPED_T, BLOCK_N)
                 if tokens_ptr is not None:
                     store_targets(targets_ptr, s, y, rows, start, BLOCK_N)
+            else:
+                s_t = finished(product, bias_t_ptr, alpha_t, start, vocabulary, CAPPED_T, BLOCK_N)
                 m, base, shift = raise_max(m, s, scale * LOG2_E, 1)
                 m_t, base_t, shift_t = raise_max(m_t, s_t, scale_t * LOG2_E, 1)
                 a = (s - base[:, None]) * (scale * LOG2_E)

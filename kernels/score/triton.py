@@ -91,16 +91,16 @@ def token_nll(head: Head, tokens: Tensor, out: Tensor, entropy: bool = False) ->
     """out[0] = lse(z) − z[y]; with `entropy` also out[1] = lse(z) − Σ p z, out[2] = max z, out[3] = lse(z) − max z,
     out[4] = max z − z[y].
     """
-    _check_head(head)
-    scale = {"scale": _scale(head)}
+    check_head(head)
+    scale = {"scale": scale_of(head)}
     sums = 3 if entropy else 2
     _score(token_nll_kernel, merge_token_nll_kernel, [head], tokens, out, sums, scale, ENTROPY=entropy)
 
 
 def reverse_kl(student: Head, teacher: Head, tokens: Tensor | None, out: Tensor) -> None:
     """out[0] = Σ p (log p − log q); out[1] = −log p[y], 0 without tokens."""
-    _check_head(student)
-    _check_head(teacher)
+    check_head(student)
+    check_head(teacher)
     shape, shape_t = ((head.hidden.shape[0], head.weight.shape[0]) for head in (student, teacher))
     if shape != shape_t:
         raise ValueError(
@@ -112,7 +112,7 @@ def reverse_kl(student: Head, teacher: Head, tokens: Tensor | None, out: Tensor)
             f"student and teacher must have one dtype: {student.hidden.dtype} for the student, {teacher.hidden.dtype} for "
             f"the teacher"
         )
-    scales = {"scale": _scale(student), "scale_t": _scale(teacher)}
+    scales = {"scale": scale_of(student), "scale_t": scale_of(teacher)}
     _score(reverse_kl_kernel, merge_reverse_kl_kernel, [student, teacher], tokens, out, 6, scales)
 
 
@@ -130,7 +130,7 @@ def _score(
     (n, _), vocabulary, device = heads[0].hidden.shape, heads[0].weight.shape[0], out.device
     if n == 0:
         return
-    access, config = _plan(heads)
+    access, config = plan(heads)
     count, width = splits(vocabulary, config.block_n)
     common = {
         "partials_ptr": torch.empty(sums, count, n, dtype=torch.float32, device=device),
@@ -149,11 +149,11 @@ def _score(
         config,
         device,
         width=width,
-        group=_group(heads, config),
+        group=group_of(heads, config),
         TMA=access == "descriptors",
         **register_limit(device, config.num_warps, 1),
-        **_head_arguments(heads[0], access, config),
-        **(_head_arguments(heads[1], access, config, "_t") if len(heads) > 1 else {}),
+        **head_arguments(heads[0], access, config),
+        **(head_arguments(heads[1], access, config, "_t") if len(heads) > 1 else {}),
         **common,
     )
     launch(
@@ -176,11 +176,11 @@ def splits(vocabulary: int, block_n: int) -> tuple[int, int]:
     return triton.cdiv(tiles, tiles_each), tiles_each * block_n
 
 
-def _plan(heads: list[Head]) -> tuple[Access, LaunchConfig]:
-    """How the operands are read, and the shape of a program: the widest tiles of which no variant spills registers."""
+def plan(heads: list[Head], *results: Tensor) -> tuple[Access, LaunchConfig]:
+    """How operands are read and `results` written, and the shape of a program: the widest tiles that spill no registers."""
     target = target_of(heads[0].hidden.device)
     arch = target.arch // 10 if target.backend == "cuda" else None
-    access = _access([t for head in heads for t in (head.hidden, head.weight)], arch)
+    access = _access([*(t for head in heads for t in (head.hidden, head.weight)), *results], arch)
     dtype = heads[0].hidden.dtype
     config = product_config(target, dtype, vectors=access != "scalars")
     if dtype == torch.float32 or access == "scalars":
@@ -204,14 +204,14 @@ def _suits_descriptors(t: Tensor) -> bool:
     return t.data_ptr() % 16 == 0 and t.stride(0) * t.itemsize % 16 == 0 and t.stride(0) >= t.shape[1] > 0
 
 
-def _head_arguments(head: Head, access: Access, config: LaunchConfig, suffix: str = "") -> dict[str, Any]:
+def head_arguments(head: Head, access: Access, config: LaunchConfig, suffix: str = "") -> dict[str, Any]:
     """A head as arguments of a kernel that multiplies."""
     hidden, weight = head.hidden, head.weight
     dim = hidden.shape[1]
     tensors = access != "descriptors"
     return {
-        f"h{suffix}": hidden if tensors else _descriptor(hidden, config.block_m, config.block_k),
-        f"w{suffix}": weight if tensors else _descriptor(weight, config.block_n, config.block_k),
+        f"h{suffix}": hidden if tensors else descriptor(hidden, config.block_m, config.block_k),
+        f"w{suffix}": weight if tensors else descriptor(weight, config.block_n, config.block_k),
         f"bias{suffix}_ptr": head.bias,
         f"alpha{suffix}": head.options.alpha,
         f"dim{suffix}": dim,
@@ -222,21 +222,21 @@ def _head_arguments(head: Head, access: Access, config: LaunchConfig, suffix: st
     }
 
 
-def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x, [rows, columns])
 
 
-def _scale(head: Head) -> float:
+def scale_of(head: Head) -> float:
     return head.options.alpha if head.options.cap is None else head.options.cap
 
 
-def _group(heads: list[Head], config: LaunchConfig) -> int:
+def group_of(heads: list[Head], config: LaunchConfig) -> int:
     """Row tiles of a group."""
     row_bytes = sum(head.hidden.shape[1] * head.hidden.itemsize for head in heads)
     return max(1, GROUP_BYTES // max(1, config.block_m * row_bytes))
 
 
-def _check_head(head: Head) -> None:
+def check_head(head: Head) -> None:
     hidden, weight = head.hidden, head.weight
     check_device("hidden states are", hidden)
     if hidden.dtype not in DTYPES or weight.dtype != hidden.dtype:

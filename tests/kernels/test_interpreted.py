@@ -17,6 +17,7 @@ import torch
 from devices import INTERPRETED
 
 from fastkl.kernels.divergence.triton import divergence
+from fastkl.kernels.epilogue import triton as epilogue_triton
 from fastkl.kernels.options import CrossEntropy, Sparse
 from fastkl.kernels.problem import HeadOptions
 from fastkl.kernels.rows import triton as rows_triton
@@ -43,6 +44,8 @@ slow = pytest.mark.slow
         ("loss/test_triton.py", "not slow", 70),
         ("check/test_check_triton.py", "not slow", 12),
         ("kernels/sparse/test_triton.py", "not slow", 45),
+        ("kernels/epilogue/test_triton.py", "not slow", 110),
+        pytest.param("kernels/epilogue/test_triton.py", "slow", 1, marks=slow),
         pytest.param("kernels/score/test_triton.py", "slow", 2, marks=slow),
         pytest.param("kernels/divergence/test_triton.py", "slow", 120, marks=slow),
         pytest.param("integrations/test_liger_cross_entropy.py", "not slow", 15, marks=slow),
@@ -87,6 +90,7 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "divergence": lambda: divergence("jsd", 0.5, PAIR, None, OUT[:2], None),
     "score.token_nll": lambda: score_triton.token_nll(HEAD, TOKENS, OUT),
     "score.reverse_kl": lambda: score_triton.reverse_kl(HEAD, HEAD, TOKENS, OUT),
+    "epilogue.token_nll": lambda: epilogue_triton.token_nll(HEAD, TOKENS, OUT[0], OUT, CHUNK.student),
     "sparse.TritonColumnSampler": lambda: sparse_triton.TritonColumnSampler(Sparse(0, error=0.1), HEAD.weight, False),
     "sparse.column_squares": lambda: sparse_steps.column_squares(CHUNK.student, OUT[0]),
 }

@@ -54,7 +54,7 @@ def test_plans_are_for_the_chip_of_the_tensors(monkeypatch: pytest.MonkeyPatch) 
     with fake_tensors():
         for device, access, columns, step in ((HERE, "descriptors", 256, 64), (THERE, "vectors", 128, 32)):
             hidden, weight = (torch.empty(rows, 512, dtype=torch.bfloat16, device=device) for rows in (16, 512))
-            plan = score._plan([score.Head(hidden, weight, None, HeadOptions())])
+            plan = score.plan([score.Head(hidden, weight, None, HeadOptions())])
             assert (plan[0], plan[1].block_n) == (access, columns)
             assert steps._product_config(weight, hidden).block_k == step
             launch_rows(machine, hidden, None, programs=2)
@@ -143,6 +143,7 @@ LAUNCHED: dict[str, list[dict[str, Any]]] = {
     ],
     "score.token_nll": [{}, {"operands": (BF16, 513)}],
     "score.reverse_kl": [{}, {"operands": (BF16, 513)}],
+    "epilogue.reference": [{}, {"operands": (BF16, 513), "vocabulary": 4097}],
     "sparse.count_columns": [{}],
     "sparse.column_squares": [{}, {"vocabulary": 50257}],
     "sparse.compact": [{}, {"vocabulary": 50257}],
@@ -154,7 +155,7 @@ LAUNCHED: dict[str, list[dict[str, Any]]] = {
 def launched_variants() -> list[tuple[Variant, torch.device]]:
     """On sm_90, and what scores on sm_80 too, which has no tensor descriptors."""
     here = [(variant(name, **options), HERE) for name, each in LAUNCHED.items() for options in each]
-    return here + [(variant(name), THERE) for name in ("score.token_nll", "score.reverse_kl")]
+    return here + [(variant(name), THERE) for name in ("score.token_nll", "score.reverse_kl", "epilogue.reference")]
 
 
 def test_every_kernel_is_launched(all_seen: list[Seen]) -> None:
@@ -246,6 +247,8 @@ GRIDS: dict[str, Callable[[dict[str, Any]], tuple[int, ...]]] = {
     "score.reverse_kl": score_grid,
     "score.merge_token_nll": lambda a: (1,),
     "score.merge_reverse_kl": lambda a: (1,),
+    "epilogue.product": score_grid,
+    "epilogue.merge": lambda a: (1,),
     "sparse.column_squares": lambda a: (cdiv(a["vocabulary"], 1024), cdiv(3, SPLIT)),
     "sparse.count_columns": tiles,
     "sparse.list_columns": tiles,
@@ -284,7 +287,7 @@ def test_descriptors_are_of_their_tensors(all_seen: list[Seen]) -> None:
             assert one.box == (min(columns, 128 // base.itemsize), rows)
             assert one.swizzle == 3
             count += 1
-    assert count == 2 + 4
+    assert count == 2 + 4 + 2 * 3  # the product without logits is launched twice
 
 
 def refused_map(address: int = 2**40, stride: int = 1024, box: tuple[int, int] = (64, 128), swizzle: int = 3) -> bool:

@@ -27,6 +27,7 @@ from loss_cases import (
 from masked_rows import clean_and_dirty, masked_problem
 from torch import Tensor
 
+from fastkl.kernels.epilogue import triton as epilogue_triton
 from fastkl.kernels.options import DIRECTIONS, TAILS
 from fastkl.kernels.score import triton as score_triton
 
@@ -109,15 +110,57 @@ def test_no_gradients(monkeypatch: pytest.MonkeyPatch, form: str, dtype: torch.d
 @pytest.mark.parametrize(("name", "options"), MASKED.values(), ids=MASKED)
 def test_garbage_in_masked_rows_stays_there(name: str, options: dict[str, Any]) -> None:
     """Without skipping, so that it goes through the kernels: NaN in them would show."""
-    p, out = masked_problem((4,), 20, 16, dtype=torch.float32)
+    check_masked_rows(name, options, torch.float32, "triton")
+
+
+def test_garbage_in_masked_rows_stays_there_without_logits() -> None:
+    check_masked_rows("policy_gradient", {}, torch.float16, "epilogue")
+
+
+def check_masked_rows(name: str, options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
+    p, out = masked_problem((4,), 20, 16, dtype=dtype)
     if name == "linear_logprobs":  # it has no mask
         p = p._replace(tokens=p.tokens.where(~out, -100))
     for argument, *given in clean_and_dirty(name, p.to(DEVICE), out.to(DEVICE), torch.nan):
         clean, dirty = (
-            with_gradients(fused, name, q, backend="triton", skip_zero_rows=False, **options, **own) for q, own in given
+            with_gradients(fused, name, q, backend=backend, skip_zero_rows=False, **options, **own) for q, own in given
         )
         assert clean.value.isfinite().all(), argument
         assert_same(dirty, clean)
+
+
+# What the plan without logits does, and what it leaves to the ordinary one.
+WITHOUT_LOGITS: Forms = {
+    "policy_gradient": ("policy_gradient", {}),
+    "policy_gradient-none": ("policy_gradient", {"reduction": "none"}),
+    "ppo": ("policy_gradient", {"method": "ppo", "clip_low": 0.01, "clip_high": 0.01}),  # slopes of 0
+    "sampled_reverse_kl": ("sampled_reverse_kl", {"skip_zero_rows": False}),
+}
+WITH_LOGITS: Forms = {
+    "on policy": ("policy_gradient", {"old_logprobs": None}),
+    "entropy": ("entropy", {}),
+    "logprobs": ("linear_logprobs", {}),
+    "jsd": ("jsd", {}),
+}
+
+
+@pytest.mark.parametrize("head", [HEADS["plain"], HEADS["all-chunked"]], ids=["plain", "all-chunked"])
+@pytest.mark.parametrize("form", [*WITHOUT_LOGITS, *WITH_LOGITS])
+def test_epilogue(monkeypatch: pytest.MonkeyPatch, form: str, head: dict[str, Any]) -> None:
+    """Values and gradients of all of a head, as they are with logits."""
+    name, options = {**WITHOUT_LOGITS, **WITH_LOGITS}[form]
+    p, calls, original = problem(torch.float16, head), [], epilogue_triton.token_nll
+    p = p if "old_logprobs" not in options else p._replace(sampler_logprobs=None)
+    options = {k: v for k, v in options.items() if k != "old_logprobs"}
+    monkeypatch.setattr(epilogue_triton, "token_nll", lambda *args: calls.append(form) or original(*args))
+    ours, other = (with_gradients(fused, name, p, backend=b, **options, **head) for b in ("epilogue", "torch"))
+    assert bool(calls) == (form in WITHOUT_LOGITS)
+    near = rounding(p, head)
+    torch.testing.assert_close(ours.value, other.value, rtol=near, atol=near)
+    for field in TRAINABLE:
+        expected = other.gradients[field]
+        own = near + 2 * torch.finfo(torch.float16).eps
+        torch.testing.assert_close(ours.gradients[field], expected, rtol=own, atol=own * largest(expected))
 
 
 def record_scoring(monkeypatch: pytest.MonkeyPatch) -> list[str]:
