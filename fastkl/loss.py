@@ -26,6 +26,8 @@ All losses share these keyword arguments. linear_top_k and linear_ranks take tho
                     per call on an accelerator. False: no synchronisation, as a CUDA graph needs. All rows are then
                     computed. Either way masked rows may hold anything, NaN included: nothing of them reaches a result.
     backend         "triton", "torch", or "auto": Triton on CUDA and HIP devices, PyTorch elsewhere and for float64.
+                    "epilogue": Triton, and a policy gradient with old_logprobs of a 16-bit head without logits in memory.
+                    No GPU has measured it yet. docs/speed.md has more.
     backward        "exact", or Sparse(seed=…). See below.
     weight_grad     [V, D] float32 (float64 for float64 weights). The backward pass adds the weight's gradient to it and
                     leaves weight.grad alone. Use it to sum over micro-batches in full precision, for example with

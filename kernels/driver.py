@@ -108,12 +108,15 @@ def products(spec: Spec, inputs: Inputs, needs: Needs) -> list[list[slice]]:
 
 
 def workspace_bytes_per_row(spec: Spec, inputs: Inputs, gradient: bool) -> int:
-    """Logits of the student, of the teacher if there is one, and the gradient where it needs a place of its own."""
+    """Logits of the student, of the teacher if there is one, and the gradient where it needs a place of its own.
+
+    The gradient alone where it leaves the product as such.
+    """
     logits, low = compute_dtype(inputs.hidden.dtype), gradient_dtype(inputs.hidden)
-    if gradient and spec.backend == "epilogue":
-        return inputs.weight.shape[0] * low.itemsize
     apart = low.itemsize if gradient and _apart(inputs) else 0
     length = row_length(inputs.weight.shape[0], inputs.hidden.device)
+    if gradient and spec.backend == "epilogue":
+        return length * low.itemsize
     return length * (logits.itemsize * (1 if spec.teacher is None else 2) + apart)
 
 

@@ -2,6 +2,7 @@
 
     python -m bench count                                    the shapes of four models, bf16
     python -m bench count --kept 0.01,0.05,0.2               and the sparse backward, by the fraction of u that is kept
+    python -m bench count --epilogue                         and the plan of the policy gradient without logits in memory
     python -m bench count --bias                             and heads with a bias
     python -m bench count --shape 4096,1024,65536 --json count.json
 
@@ -9,7 +10,8 @@ Columns of the table, keys of the JSON rows:
 
     form                values: no gradient, by way of logits (16-bit heads on a GPU are scored without any);
                         frozen: gradient of hidden; trainable: of the weight too; composed: the same for any upstream
-                        gradient, which forms the logits twice. "+ teacher": with a second head
+                        gradient, which forms the logits twice. "+ teacher": with a second head. "epilogue": a product in
+                        Triton whose epilogue is the row pass; the units are as if it were as fast as the vendor's
     kept                fraction of the columns that the sparse backward in Triton keeps of each block; null: exact
     gemm_units          floating-point operations, in units of 2·N·D·V
     tile_units          the same with whole tiles of TILE × TILE results: what is done for a part of one too
@@ -46,7 +48,7 @@ from fastkl.kernels import driver
 from fastkl.kernels.flops import gemm_flops
 from fastkl.kernels.gemm import compute_dtype, gradient_dtype, row_length
 from fastkl.kernels.options import Sparse
-from fastkl.kernels.problem import HeadOptions, Inputs, Needs, Spec
+from fastkl.kernels.problem import Backend, HeadOptions, Inputs, Needs, Spec
 from fastkl.kernels.sparse.estimator import SPLIT, blocks, device_kind
 
 SHAPES: dict[str, Shape] = {
@@ -112,13 +114,15 @@ def count(
     device: str = "cuda",
     kept: float | None = None,
     bias: bool = False,
+    backend: Backend = "auto",
 ) -> Count:
     """The work of a form; the teacher's hidden size is the student's. Nothing is allocated, no device is needed.
 
+    `backend` "epilogue": gradients without logits (`kernels/epilogue/triton.py`), of what has no teacher and no sample.
     `kept`: the sparse backward in Triton keeps this fraction of each block's columns; None: the exact backward.
     """
     n, d, vocabulary = shape
-    spec = Spec("token_nll", HeadOptions(), None, "auto", chunk_size)
+    spec = Spec("token_nll", HeadOptions(), None, backend, chunk_size)
     if teacher:
         spec = Spec("divergence", HeadOptions(), HeadOptions(), "auto", chunk_size, "reverse_kl")
     if kept is not None:
@@ -165,9 +169,12 @@ def _call(spec: Spec, inputs: Inputs, needs: Needs | None, kept: float | None = 
     if needs is None:
         return Count(gemms, Work(0, heads * once * full), heads, step, workspace, others)
     # A row kernel reads the logits twice, for the values and for the gradient, and writes the gradient.
-    rows = Work(0, 2 * heads * once * full + once * low)
+    rows, passes = Work(0, 2 * heads * once * full + once * low), 2 * heads + 1
+    if spec.backend == "epilogue":  # the product writes the gradient, and adds the bias; a row of W goes to each token
+        gemms = [Work(flops, gemms[0].bytes - once * (full - low) + 2 * hidden * operand, gemms[0].tile_flops)]
+        rows, passes, others = Work(0, 0), 0, 0
     others += once * low if needs.bias else 0
-    forward = Count(gemms, rows, 2 * heads + 1, step, workspace, others)
+    forward = Count(gemms, rows, passes, step, workspace, others)
     if kept is not None:
         return _sparse_call(forward, spec, inputs, needs, kept)
     spans = [slice(group[0].start, group[-1].stop) for group in driver.products(spec, inputs, needs)]
@@ -282,6 +289,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FRACTIONS",
         help="count the sparse backward too, with these fractions of the columns kept",
     )
+    parser.add_argument(
+        "--epilogue", action="store_true", help="count the policy gradient without logits in memory too"
+    )
     parser.add_argument("--bias", action="store_true", help="count heads with a bias too, trained where the weight is")
     checked.add_json(parser)
 
@@ -313,23 +323,32 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 def _rows(model: str, shape: Shape, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     teachers, biases = (False, True), (False, True) if arguments.bias else (False,)
-    plans: list[tuple[str, bool, float | None]] = [(form, teacher, None) for teacher in teachers for form in FORMS]
+    plans: list[tuple[Any, ...]] = [(form, teacher, None) for teacher in teachers for form in FORMS]
     plans += [
         (form, teacher, kept) for teacher in teachers for kept in arguments.kept for form in FORMS if form != "values"
     ]
+    plans += [(form, False, None, "epilogue") for form in ("frozen", "trainable") if arguments.epilogue]
     return [_row(model, shape, arguments.chunk_size, bias, *plan) for bias in biases for plan in plans]
 
 
 def _row(
-    model: str, shape: Shape, chunk_size: int | None, bias: bool, form: str, teacher: bool, kept: float | None
+    model: str,
+    shape: Shape,
+    chunk_size: int | None,
+    bias: bool,
+    form: str,
+    teacher: bool,
+    kept: float | None,
+    backend: Backend = "auto",
 ) -> dict[str, Any]:
-    work = count(form, shape, teacher=teacher, chunk_size=chunk_size, kept=kept, bias=bias)
+    work = count(form, shape, teacher=teacher, chunk_size=chunk_size, kept=kept, bias=bias, backend=backend)
     unit = gemm_flops(shape[0], shape[2], shape[1])
     low, high = units(work, shape)
+    plan = ("" if kept is None else f", {100 * kept:g} % kept") + f", {backend}" * (backend != "auto")
     return {
         "model": model,
         "shape": list(shape),
-        "form": form + " + teacher" * teacher + ", bias" * bias + ("" if kept is None else f", {100 * kept:g} % kept"),
+        "form": form + " + teacher" * teacher + ", bias" * bias + plan,
         "kept": kept,
         "bias": bias,
         "gemm_units": work.flops / unit,

@@ -254,6 +254,23 @@ def test_report_of_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "no list of fractions" in capsys.readouterr().err
 
 
+def test_without_logits(tmp_path: Path) -> None:
+    """What leaves the product are 16 bits of each logit; there is no row pass, and twice the rows per byte of room."""
+    n, d, vocabulary = 8192, 2048, 151936
+    for form in ("frozen", "trainable"):
+        ordinary, ours = (count(form, (n, d, vocabulary), backend=backend) for backend in ("auto", "epilogue"))
+        assert (ours.rows.bytes, ours.passes) == (0, 0)
+        assert ours.flops == ordinary.flops
+        assert ours.chunk_rows > 2 * ordinary.chunk_rows
+        for less, more in zip(*(units(one, (n, d, vocabulary)) for one in (ours, ordinary)), strict=True):
+            assert less < more - 0.3
+    file = tmp_path / "count.json"
+    main(["count", "--shape", "8192,4096,151936", "--epilogue", "--json", str(file)])
+    rows = {row["form"]: row for row in json.loads(file.read_text())["rows"]}
+    assert rows["frozen, epilogue"]["gemm_units"] == 2
+    assert rows["trainable, epilogue"]["workspace_mb"] > rows["frozen, epilogue"]["workspace_mb"]
+
+
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "count.json"
     main(["count", "--shape", "8192,4096,151936", "--json", str(file)])

@@ -124,6 +124,11 @@ def test_needs_a_gpu(name):
         peers.build(name, case_of("logprobs", dtype=torch.bfloat16))
 
 
+def test_the_epilogue_needs_a_gpu():
+    with pytest.raises(Unsupported, match="the device is cpu; it can do cuda"):
+        peers.build("fastkl_epilogue", case_of(dtype=torch.bfloat16))
+
+
 def test_quack_wants_aligned_shapes():
     with pytest.raises(Unsupported, match="N,D,V = 40,16,300; it needs multiples of 8"):
         quack.check_alignment(case_of())

@@ -238,6 +238,19 @@ def test_products_are_waited_for_where_they_are_read(launch: Launch, name: str) 
     assert waits == ["1", *["0"] * branches, "0"]  # and after the loop
 
 
+def test_probabilities_leave_by_descriptor(launch: Launch) -> None:
+    """The product of the epilogue plan is pipelined as scores are, again where a row was wrong; no float32 is stored."""
+    _, first, merge, again, _ = launch("sm_90", like("epilogue.reference"))
+    for product in (first, again):
+        ptx, ttgir = product.asm["ptx"], product.asm["ttgir"]
+        loop = ttgir[ttgir.index("scf.for") :]
+        assert re.findall(r"warp_group_dot_wait .*?pendings = (\d)", loop) == ["1", "0", "0"]
+        assert buffers(product) == [4, 4]
+        assert "cp.async.bulk.tensor.2d.global" in ptx
+        assert resources(product).tensor_core == "wgmma"
+    assert resources(merge).tensor_core is None
+
+
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
 def test_gathered_rows_are_three_steps_ahead(launch: Launch, chip: str) -> None:
     """The ids that they are gathered by take no buffer; two programs share a multiprocessor."""

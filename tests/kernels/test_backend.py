@@ -7,10 +7,13 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
-from fastkl.kernels.backend import BACKENDS, row_function, scorer
+from fastkl.kernels.backend import BACKENDS, planned, row_function, scorer
 from fastkl.kernels.divergence import pytorch as divergence_pytorch
-from fastkl.kernels.problem import HeadOptions, Inputs, Spec
+from fastkl.kernels.epilogue import rule
+from fastkl.kernels.options import Sparse, Surrogate
+from fastkl.kernels.problem import HeadOptions, Inputs, RowLoss, Spec
 from fastkl.kernels.rows import pytorch as rows_pytorch
 from fastkl.loss import linear_logprobs
 
@@ -21,7 +24,7 @@ NLL = Spec("token_nll", HeadOptions())
 
 
 def test_auto_is_pytorch_on_a_cpu() -> None:
-    for backend in set(BACKENDS) - {"triton"}:
+    for backend in set(BACKENDS) - {"triton", "epilogue"}:
         assert row_function(NLL._replace(backend=backend), HIDDEN) is rows_pytorch.token_nll
         divergence = row_function(Spec("divergence", HeadOptions(), HeadOptions(), backend, None, "jsd", 0.5), HIDDEN)
         assert isinstance(divergence, partial)
@@ -46,6 +49,41 @@ def test_what_is_scored_without_logits() -> None:
         assert scorer(spec, inputs) is None
 
 
+class Device(Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+def test_the_epilogue_is_off_until_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for, it is what it can be. By itself it is chosen where the table says so."""
+    row_loss = RowLoss(None, torch.ones(3), torch.zeros(3), Surrogate())
+    half = Inputs(HIDDEN.half().as_subclass(Device), WEIGHT.half(), None, TOKENS)
+    asked = NLL._replace(backend="epilogue")
+    assert rule.MEASURED == ()
+    assert planned(NLL, half, row_loss).backend == "auto"
+    assert planned(asked, half, row_loss).backend == "epilogue"
+    impossible = [
+        (asked._replace(kind="token_nll_entropy"), half, row_loss),
+        (asked._replace(sparse=Sparse(0)), half, row_loss),
+        (asked, half, row_loss._replace(old_logprobs=None)),
+        (asked, half._replace(hidden=HIDDEN), row_loss),
+    ]
+    assert [planned(*one).backend for one in impossible] == ["triton"] * len(impossible)
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a chip")
+    entry = rule.Entry("a chip", torch.float16, range(1, 5), range(1, 8))
+    monkeypatch.setattr(rule, "MEASURED", (entry,))
+    assert planned(NLL, half, row_loss).backend == "epilogue"
+    assert planned(NLL._replace(backend="triton"), half, row_loss).backend == "triton"
+    assert [planned(one[0]._replace(backend="auto"), *one[1:]).backend for one in impossible] == ["auto"] * len(
+        impossible
+    )
+    for other in (entry._replace(chip="another"), entry._replace(vocabularies=range(1, 7))):
+        monkeypatch.setattr(rule, "MEASURED", (other,))
+        assert planned(NLL, half, row_loss).backend == "auto"
+
+
 def test_triton_is_refused_on_a_cpu() -> None:
     with pytest.raises(ValueError, match='need a CUDA or HIP device and the chunk is on cpu: pass backend="torch"'):
         linear_logprobs(HIDDEN, WEIGHT, TOKENS, backend="triton")
@@ -58,5 +96,5 @@ def test_triton_that_cannot_be_imported_says_so(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="backend is 'cuda'; use one of auto, triton, torch"):
+    with pytest.raises(ValueError, match="backend is 'cuda'; use one of auto, triton, torch, epilogue"):
         linear_logprobs(HIDDEN, WEIGHT, TOKENS, backend="cuda")  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from fake_kernels import FakeKernels
 from loss_cases import DIVERGENCES, LOSSES, NEEDS, WAYS, Problem, fused_output, make_problem, unreduced
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.variants.fake_cuda import fake_tensors
 from fastkl import loss
@@ -299,6 +300,37 @@ def test_rows_of_an_odd_vocabulary_are_aligned(
     """Products, of logits, both gradients and a teacher's logits, refuse others; so do kernels (`fake_kernels.py`)."""
     device = evaluate(monkeypatch, name, dtype, NEEDS["all"], vocabulary=CUT, backward=backward)
     assert device.products.wide >= 1 + 2 * (backward == "exact") + (name == "reverse_kl")
+
+
+class Scores(TorchDispatchMode):
+    """Notes the dtypes of whatever an operation gives back that has a number for each row and word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        found = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor) and t.is_cuda]
+        self.dtypes |= {t.dtype for t in found if t.dim() == 2 and t.shape[0] > 3 and t.shape[1] >= V}
+        return out
+
+
+@pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_the_epilogue_leaves_no_logits(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, needs: tuple[str, ...]
+) -> None:
+    """What there is of the size of logits has 16 bits. A loss that it is not made for has them."""
+    for name, backend, expected in (
+        ("policy_gradient", "epilogue", {dtype}),
+        ("policy_gradient", "auto", {dtype, FP32}),
+        ("entropy", "epilogue", {dtype, FP32}),
+    ):
+        with monkeypatch.context() as patch, Scores() as scores:
+            device = evaluate(patch, name, dtype, needs, backend=backend, softcap=2.5)
+        assert scores.dtypes == expected
+        assert ("epilogue.product" in device.kernels.launched) == (expected == {dtype})
 
 
 class AnywhereGenerator(torch.Generator):
