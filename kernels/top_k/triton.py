@@ -10,7 +10,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkl.kernels.rows.launch import launch_rows, row_kernel, written_to
-from fastkl.kernels.rows.walk import finite_or_zero, load_scores, raise_max, store_gradient, tanh
+from fastkl.kernels.rows.walk import (
+    exp,
+    finite_or_zero,
+    lane_sum,
+    lanes,
+    load_scores,
+    merge,
+    raise_lanes,
+    spread,
+    store_gradient,
+    tanh,
+)
 
 
 def tail_sums(x: Tensor, cap: float | None, out: Tensor, power: float | None = None) -> None:
@@ -67,19 +78,21 @@ def _tail_sums_kernel(
 ) -> None:
     row = tl.program_id(0).to(tl.int64)  # n · V exceeds int32
     x_ptr += row * x_stride_row
-    m = float("-inf")
-    l_lanes = tl.zeros([BLOCK_N], tl.float32)
-    hard_lanes = tl.zeros([BLOCK_N], tl.float32)
+    m = lanes(float("-inf"), BLOCK_N)
+    l_lanes = lanes(0.0, BLOCK_N)
+    hard_lanes = lanes(0.0, BLOCK_N)
     for start in range(0, vocabulary, BLOCK_N):
         z = _load_entries(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
-        m, base, step = raise_max(m, z, 1.0, 0)
-        l_lanes = tl.fma(l_lanes, tl.exp(step), tl.exp(z - base))
+        m, base, step = raise_lanes(m, z, BLOCK_N)
+        a = z - spread(base, BLOCK_N)
+        l_lanes = tl.fma(l_lanes, exp(step), lane_sum(exp(a), BLOCK_N))
         if HARD:
-            hard_lanes = tl.fma(hard_lanes, tl.exp(step * power), tl.exp((z - base) * power))
-    tl.store(out_ptr + row, m)
-    tl.store(out_ptr + out_stride_value + row, tl.sum(l_lanes, 0))
+            hard_lanes = tl.fma(hard_lanes, exp(step * power), lane_sum(exp(a * power), BLOCK_N))
+    _, step = merge(m)
+    tl.store(out_ptr + row, tl.max(m, 0))
+    tl.store(out_ptr + out_stride_value + row, tl.sum(l_lanes * exp(step), 0))
     if HARD:
-        tl.store(out_ptr + 2 * out_stride_value + row, tl.sum(hard_lanes, 0))
+        tl.store(out_ptr + 2 * out_stride_value + row, tl.sum(hard_lanes * exp(step * power), 0))
 
 
 @row_kernel
@@ -109,9 +122,9 @@ def _tail_gradient_kernel(
         hard_scale = tl.load(hard_scale_ptr + row)
     for start in range(0, vocabulary, BLOCK_N):
         z = _load_entries(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
-        u = scale * tl.exp(z - base)
+        u = scale * exp(z - base)
         if hard_scale_ptr is not None:
-            u += hard_scale * tl.exp((z - base) * power)
+            u += hard_scale * exp((z - base) * power)
         store_gradient(u_ptr, start, vocabulary, u, tl.where(z == float("-inf"), 0.0, z), cap, CAPPED, BLOCK_N)
 
 
