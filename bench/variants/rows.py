@@ -110,7 +110,7 @@ LAUNCHERS = [
             HEAVY_GRADIENT | {"label_smoothing": 0.1, "class_weight": True, "ids": False},
             HEAVY_GRADIENT | {"label_smoothing": 0.1, "class_weight": True, "ids": True},
         ],
-        programs=1,  # with smoothing, class weights or ids need too many registers for two
+        programs=1,  # smoothing or ids need too many registers for two
     ),
     Launcher("rows.entropy_gradient", _entropy_gradient, _variants(GRADIENTS), [HEAVY_GRADIENT]),
     Launcher(

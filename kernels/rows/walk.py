@@ -142,6 +142,14 @@ def raise_lanes(m: tl.tensor, z: tl.tensor, BLOCK_N: tl.constexpr) -> tuple[tl.t
 
 
 @triton.jit
+def first_maxima(top: tl.tensor, m: tl.tensor, z: tl.tensor, start: tl.tensor, BLOCK_N: tl.constexpr) -> tl.tensor:
+    """Where each lane has its maximum first: in this block, if that raises m, or at `top`."""
+    best = lane_max(z, BLOCK_N)
+    columns = tl.where(z == spread(best, BLOCK_N), start + tl.arange(0, BLOCK_N), 2**31 - 1)
+    return tl.where(best > m, tl.min(tl.reshape(columns, (BLOCK_N // LANE, LANE)), 1), top)
+
+
+@triton.jit
 def merge(m: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """For the row, what to subtract: the maximum of all lanes. And how far each lane's own lies below it, at most 0."""
     base = finite_or_zero(tl.max(m, 0))

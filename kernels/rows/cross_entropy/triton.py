@@ -15,7 +15,19 @@ from fastkl.kernels.launch import token_ids
 from fastkl.kernels.options import CrossEntropy
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.rows.launch import launch_rows, row_kernel, written_to
-from fastkl.kernels.rows.walk import finite_or_zero, load_block, load_one, raise_max, store_gradient
+from fastkl.kernels.rows.walk import (
+    LANE,
+    exp,
+    first_maxima,
+    lane_sum,
+    lanes,
+    load_block,
+    load_one,
+    merge,
+    raise_lanes,
+    spread,
+    store_gradient,
+)
 
 
 def cross_entropy(
@@ -27,7 +39,7 @@ def cross_entropy(
         _cross_entropy_kernel,
         logits.student,
         logits.student_cap,
-        programs=1 if smoothing != 0.0 and (c is not None or len(out) > 4) else 2,  # those need too many registers
+        programs=1 if smoothing != 0.0 or len(out) > 4 else 2,  # those need too many registers for two
         **token_ids(tokens),
         **written_to(gradient),
         class_weight_ptr=c,
@@ -82,23 +94,22 @@ def _cross_entropy_kernel(
         b *= tl.load(class_weight_ptr + y, mask=(y >= 0) & (y < vocabulary), other=float("nan"))
     offset = tl.where(tl.abs(target) < float("inf"), target, 0.0)
 
-    m = float("-inf")
-    top = 0  # where m is found first
-    l_lanes = tl.zeros([BLOCK_N], tl.float32)
-    d_lanes = tl.zeros([BLOCK_N], tl.float32)
+    m = lanes(float("-inf"), BLOCK_N)
+    l_lanes = lanes(0.0, BLOCK_N)
+    d_lanes = lanes(0.0, BLOCK_N)
+    if PREDICT:
+        top = tl.zeros([BLOCK_N // LANE], tl.int32)  # where m is found first
     for start in range(0, vocabulary, BLOCK_N):
         z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
-        m_before = m
-        m, base, step = raise_max(m, z, 1.0, 0)
-        l_lanes = tl.fma(l_lanes, tl.exp(step), tl.exp(z - base))
+        if PREDICT:
+            top = first_maxima(top, m, z, start, BLOCK_N)
+        m, base_lanes, step = raise_lanes(m, z, BLOCK_N)
+        l_lanes = l_lanes * exp(step) + lane_sum(exp(z - spread(base_lanes, BLOCK_N)), BLOCK_N)
         if SMOOTH:
             c = _class_weights(class_weight_ptr, start, vocabulary, BLOCK_N)
-            d_lanes += tl.where(c == 0.0, 0.0, c * (z - offset))
-        if PREDICT:  # noqa: SIM102  to the compiler this is a constant
-            if m > m_before:
-                top = start + tl.argmax(z, 0)
-    base = finite_or_zero(m)
-    total = tl.sum(l_lanes, 0)
+            d_lanes += lane_sum(tl.where(c == 0.0, 0.0, c * (z - offset)), BLOCK_N)
+    base, step = merge(m)
+    total = tl.sum(l_lanes * exp(step), 0)
     log_total = tl.log(total)
     nll = (base - target) + log_total
     lse = base + log_total
@@ -115,7 +126,8 @@ def _cross_entropy_kernel(
     tl.store(out_ptr + 2 * out_stride_value, lse)
     tl.store(out_ptr + 3 * out_stride_value, base - target)
     if PREDICT:
-        tl.store(out_ptr + 4 * out_stride_value, top + 0.0)
+        first = tl.min(tl.where(m == tl.max(m, 0), top, vocabulary), 0)
+        tl.store(out_ptr + 4 * out_stride_value, first + 0.0)
 
     if u_ptr is not None:
         scale = a * tl.where(target == target, tl.div_rn(1.0, total), target)  # NaN if there is no such token
@@ -123,7 +135,7 @@ def _cross_entropy_kernel(
         for done in range(0, vocabulary, BLOCK_N):  # from the end: what was read last is still in the L2 cache
             start = last - done
             z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
-            u = tl.exp(z - base) * scale - tl.where(start + tl.arange(0, BLOCK_N) == y.to(tl.int32), b, 0.0)
+            u = exp(z - base) * scale - tl.where(start + tl.arange(0, BLOCK_N) == y.to(tl.int32), b, 0.0)
             if SMOOTH:
                 u -= share * _class_weights(class_weight_ptr, start, vocabulary, BLOCK_N)
             store_gradient(u_ptr, start, vocabulary, u, z, cap, CAPPED, BLOCK_N)
