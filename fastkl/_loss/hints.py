@@ -22,6 +22,7 @@ OTHER_NAMES = {
     ("labels", "target", "targets", "target_ids", "input_ids", "completion_ids", "selected_token_ids"): "tokens",
     ("labels", "target", "tokens", "target_ids", "input_ids", "completion_ids"): "targets",
     ("ce_weight", "class_weights", "weights"): "class_weight",
+    ("weight_hard_loss", "hard_loss_weight", "ce_coef", "ce_weight"): "hard_coef",
     ("lse_square_scale", "z_loss_weight", "z_loss_coef", "z_loss_multiplier"): "z_loss",
     ("attention_mask", "loss_mask", "completion_mask", "response_mask", "weights"): "mask",
     ("advantage",): "advantages",

@@ -96,6 +96,14 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: policy_gradient_loss(H, W, IDS, A, LP, method="ppo", delta=4.0),
         "TypeError: 'delta'; did you mean dual_clip?",
     ),
+    "liger's-hard-loss": (
+        lambda: reverse_kl_loss(H, W, TH, TW, tokens=IDS, weight_hard_loss=0.5),
+        "TypeError: 'weight_hard_loss'; did you mean hard_coef?",
+    ),
+    "hard-targets-without-tokens": (
+        lambda: reverse_kl_loss(H, W, TH, TW, hard_coef=0.5),
+        "ValueError: hard_coef is 0.5 and needs the tokens of the cross-entropy: pass tokens=",
+    ),
     # By position.
     "mask-by-position": (
         lambda: policy_gradient_loss(H, W, IDS, A, LP, ones(2, 4)),

@@ -216,3 +216,11 @@ def test_a_low_precision_head() -> None:
         plain = linear_cross_entropy(p.hidden, p.weight, p.tokens, label_smoothing=0.1)
         assert found.loss.dtype == torch.float32
         torch.testing.assert_close(found.loss, plain.loss)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has none")
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"reduction": "none"}], ids=str)
+def test_torchs_fused_one(options: dict[str, Any]) -> None:
+    p, q = make_problem((9,)).leaves(), make_problem((9,)).leaves()
+    theirs = F.linear_cross_entropy(q.hidden, q.weight, q.tokens, linear_bias=q.bias, ignore_index=-100, **options)
+    assert_same(result(ours(p, **options).loss, p, NEEDS["all"]), result(theirs, q, NEEDS["all"]))
