@@ -75,3 +75,32 @@ def test_nothing_is_compiled_again(name: str, tmp_path: Path) -> None:
     assert found["True"] == found["count"] >= (3 if name == "few" else 80)
     assert found["launches"] >= found["count"]
     assert found["line"] == f"{found['count']} kernels for sm_90 from {tmp_path / 'moved'}: as compiled here"
+
+
+def folder_of(tmp_path: Path, **other: str) -> Path:
+    """As made elsewhere, with one kernel; `other` differs from here."""
+    made = tmp_path / "made"
+    kernel = made / "KEY"
+    kernel.mkdir(parents=True)
+    (kernel / "one.cubin").write_bytes(b"binary")
+    (kernel / "__grp__one.json").write_text(json.dumps({"child_paths": {"one.cubin": "/elsewhere/KEY/one.cubin"}}))
+    record = {**kernel_cache._circumstances(), "chip": "sm_90", "kernels": 1, **other}
+    (made / kernel_cache.RECORD).write_text(json.dumps(record))
+    return made
+
+
+def test_the_files_are_named_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_cache, "chip_here", lambda: "sm_90")
+    made, place = folder_of(tmp_path), tmp_path / "place"
+    assert kernel_cache.install(made, place) == f"1 kernels for sm_90 from {made}: as compiled here"
+    group = json.loads((place / "KEY" / "__grp__one.json").read_text())
+    assert group["child_paths"] == {"one.cubin": str(place / "KEY" / "one.cubin")}
+    assert "/elsewhere/" in (made / "KEY" / "__grp__one.json").read_text()  # untouched
+
+
+@pytest.mark.parametrize("what", ["triton", "build", "sources", "chip"])
+def test_stale_kernels_are_said_to_be(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_cache, "chip_here", lambda: "sm_90")
+    line = kernel_cache.install(folder_of(tmp_path, **{what: "another"}), tmp_path / "place")
+    assert f": stale, to be compiled again ({what} another there, " in line
+    assert line.count(" there, ") == 1
