@@ -292,7 +292,9 @@ def weight_gradients(
             if grad_weight is not None:
                 add_to_weight_gradient(grad_weight, ids, gradient, inputs.hidden[rows], scale)
             if grad_bias is not None:
-                grad_bias.index_add_(0, ids, gradient.t().to(grad_bias.dtype) @ scale)
+                part = grad_bias.new_zeros(ids.shape[0])
+                add_bias_gradient(part, gradient, scale)
+                grad_bias.index_add_(0, ids, part)
     if estimates.others:
         again = torch.cat([torch.arange(rows.start, rows.stop, device=upstream.device) for rows in estimates.others])
         rest = row_loss.times(upstream).take(again)
