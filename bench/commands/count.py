@@ -168,8 +168,9 @@ def _call(spec: Spec, inputs: Inputs, needs: Needs | None, kept: float | None = 
     others = 0 if inputs.bias is None else heads * 2 * once * full
     if needs is None:
         return Count(gemms, Work(0, heads * once * full), heads, step, workspace, others)
-    # A row kernel reads the logits twice, for the values and for the gradient, and writes the gradient.
-    rows, passes = Work(0, 2 * heads * once * full + once * low), 2 * heads + 1
+    # A row kernel reads the logits for the values and for the gradient, and writes the gradient.
+    reads = heads * _walks(spec, inputs)
+    rows, passes = Work(0, reads * once * full + once * low), reads + 1
     if spec.backend == "epilogue":  # the product writes the gradient, and adds the bias; a row of W goes to each token
         gemms = [Work(flops, gemms[0].bytes - once * (full - low) + 2 * hidden * operand, gemms[0].tile_flops)]
         rows, passes, others = Work(0, 0), 0, 0
@@ -191,6 +192,11 @@ def _call(spec: Spec, inputs: Inputs, needs: Needs | None, kept: float | None = 
     tiles = 2 * _whole(inputs, vocabulary) * _whole(inputs, d) * n
     gemms.append(Work(flops, once * low + hidden * operand + passes * weight * full, tiles))
     return forward._replace(accumulator_passes=passes)
+
+
+def _walks(spec: Spec, inputs: Inputs) -> int:
+    """How often a row kernel reads the logits: `rows/triton.py` says where the values and a gradient take one walk."""
+    return 1 if spec.kind == "token_nll" and gradient_dtype(inputs.hidden) == torch.bfloat16 else 2
 
 
 def _finish(inputs: Inputs, upstream: bool) -> int:
