@@ -27,6 +27,7 @@ PARAMETERS = {"jsd": 0.4, "skewed_forward_kl": 0.2, "skewed_reverse_kl": 0.2}
 TOP_K_VARIANT = "reverse-bucket"
 MIXTURE = (1.0, -0.3, 0.1)  # of −log p[y], entropy and lse, whose gradient is checked
 TERMS = CrossEntropy(label_smoothing=0.1, z_loss=0.01)
+WORKSPACE_COLUMNS = 64  # rows of the driver's workspace are a multiple of so many apart
 SAMPLED_ERROR = 0.3  # of the sparse backward: most columns are left out
 DEVIATIONS = 6.0  # standard ones, that the number of columns may be away from the one expected
 START = 2.0**-8  # what the weight's gradient holds before it is added to
@@ -96,6 +97,7 @@ def checks(problem: Problem, dtype: torch.dtype, device: str, backend: Backend) 
         *map(_divergence, DIVERGENCES),
         _score,
         _reverse_kl_score,
+        _epilogue,
         _sparse,
     ):
         if (found := check(setting)) is not None:
@@ -268,6 +270,32 @@ def _score(s: Setting) -> _Parts | None:
         return [Measured("score.token_nll", "values", error, SCORES)]
 
     return ("score.token_nll",), run, measure
+
+
+def _epilogue(s: Setting) -> _Parts | None:
+    """Values and gradient without logits, from the sampler's log-probs; only the Triton kernels have it, for 16 bits."""
+    if s.backend != "triton" or s.problem.hidden.element_size() != 2:
+        return None
+    spec = s.spec("token_nll")._replace(backend="epilogue")
+    token_nll = backend.epilogue(spec, s.inputs)
+    assert token_nll is not None
+
+    def run() -> _Rows:
+        n, vocabulary = s.chunk.shape
+        out, wide = s.values(1), -(-vocabulary // WORKSPACE_COLUMNS) * WORKSPACE_COLUMNS
+        gradient = s.problem.hidden.new_empty(n, wide)[:, :vocabulary]
+        return _Rows(out, gradient, token_nll(slice(0, n), s.problem.old_logprobs, out, gradient))
+
+    def measure(found: _Rows) -> list[Measured]:
+        out, gradient, factor = found
+        z = _logits(s.problem.hidden, s.problem.weight).requires_grad_()
+        value, kernel = -reference.logprobs(z, s.tokens), "epilogue.token_nll"
+        return [
+            Measured(kernel, "values", of_values(out[0], value.detach()), SCORES),
+            _gradient(kernel, gradient, _autograd(value, z), z, factor=factor),
+        ]
+
+    return ("epilogue.token_nll",), run, measure
 
 
 def _reverse_kl_score(s: Setting) -> _Parts | None:
