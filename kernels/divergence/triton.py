@@ -43,6 +43,7 @@ from fastkl.kernels.rows.walk import (
     LOG2E,
     carry,
     exp,
+    first_maxima,
     lane_max,
     lane_sum,
     lanes,
@@ -171,8 +172,8 @@ def _divergence_kernel(
         z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
         z_t = load_block(x_t_ptr, start, vocabulary, cap_t, CAPPED_T, BLOCK_N)
         if EXTRAS:
-            top = _first_maximum(top, m, z, start, BLOCK_N)
-            top_t = _first_maximum(top_t, m_t, z_t, start, BLOCK_N)
+            top = first_maxima(top, m, z, start, BLOCK_N)
+            top_t = first_maxima(top_t, m_t, z_t, start, BLOCK_N)
         m, base_lanes, step = raise_lanes(m, z, BLOCK_N)
         m_t, base_t_lanes, step_t = raise_lanes(m_t, z_t, BLOCK_N)
         a = z - spread(base_lanes, BLOCK_N)
@@ -287,14 +288,6 @@ def _divergence_kernel(
                 is_token = start + tl.arange(0, BLOCK_N) == y.to(tl.int32)
                 u += exp(a * power) * hard_scale - tl.where(is_token, hard_coef, 0.0)
             store_gradient(u_ptr, start, vocabulary, u, z, cap, CAPPED, BLOCK_N)
-
-
-@triton.jit
-def _first_maximum(top: tl.tensor, m: tl.tensor, z: tl.tensor, start: tl.tensor, BLOCK_N: tl.constexpr) -> tl.tensor:
-    """Of each lane, where the largest z is found first, after a block; m and `top` are those before it."""
-    by_lane = tl.reshape(z, (BLOCK_N // LANE, LANE))
-    place = start + tl.arange(0, BLOCK_N // LANE) * LANE + tl.argmax(by_lane, 1)
-    return tl.where(tl.max(by_lane, 1) > m, place, top)
 
 
 @triton.jit

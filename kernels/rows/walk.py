@@ -143,10 +143,10 @@ def raise_lanes(m: tl.tensor, z: tl.tensor, BLOCK_N: tl.constexpr) -> tuple[tl.t
 
 @triton.jit
 def first_maxima(top: tl.tensor, m: tl.tensor, z: tl.tensor, start: tl.tensor, BLOCK_N: tl.constexpr) -> tl.tensor:
-    """Where each lane has its maximum first: in this block, if that raises m, or at `top`."""
-    best = lane_max(z, BLOCK_N)
-    columns = tl.where(z == spread(best, BLOCK_N), start + tl.arange(0, BLOCK_N), 2**31 - 1)
-    return tl.where(best > m, tl.min(tl.reshape(columns, (BLOCK_N // LANE, LANE)), 1), top)
+    """Of each lane, where the largest z is found first, after a block; m and `top` are those before it."""
+    by_lane = tl.reshape(z, (BLOCK_N // LANE, LANE))
+    place = start + tl.arange(0, BLOCK_N // LANE) * LANE + tl.argmax(by_lane, 1)
+    return tl.where(tl.max(by_lane, 1) > m, place, top)
 
 
 @triton.jit
