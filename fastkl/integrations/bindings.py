@@ -5,9 +5,64 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
+
+
+def put_in_place(package: str, installed: str, known: str, parts: Sequence[Part]) -> ExitStack:
+    """Puts the replacements of all parts in place that are not, and returns what undoes it.
+
+    Raises RuntimeError, and changes nothing, if the package is not built as they need. `installed` and `known` name the
+    versions in the message.
+    """
+    try:
+        replacements = [replacement for part in parts if (replacement := part.replacement()) is not None]
+    except DoesNotFit as error:
+        raise RuntimeError(
+            f"fastkl.integrations.{package} does not fit {installed}: {error}. Use {known}, or a fastkl that knows this "
+            f"version"
+        ) from None
+    undo = ExitStack()
+    for replacement in replacements:
+        swap(package, replacement.theirs, replacement)
+        undo.callback(swap, package, replacement, replacement.theirs)
+    return undo
+
+
+class Replacement:
+    """What stands in the place of a function, or of an autograd function."""
+
+    def __init__(self, theirs: Any, ours: Callable[..., Any]) -> None:
+        self.theirs, self.ours = theirs, ours
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """What fastkl gives, or the package where that does not know such a call."""
+        found = self.ours(*arguments, **named)
+        return getattr(self.theirs, "apply", self.theirs)(*arguments, **named) if found is NotImplemented else found
+
+    apply = __call__
+
+
+class Part(NamedTuple):
+    """A function, or an autograd function, that a module of the package calls by name."""
+
+    module: str
+    name: str
+    ours: Callable[..., Any]  # with the same signature; NotImplemented: left to the package
+
+    def replacement(self) -> Replacement | None:
+        """None if one is in place. Raises DoesNotFit."""
+        theirs = find(self.module, self.name)
+        if isinstance(theirs, Replacement):
+            return None
+        if hasattr(theirs, "apply"):
+            check_same_call(theirs.forward, self.ours, f"{self.name}.apply", ignored=1)  # all but ctx
+        else:
+            check_same_call(theirs, self.ours, self.name)
+        check_is_called(self.module, self.name)
+        return Replacement(theirs, self.ours)
 
 
 class DoesNotFit(RuntimeError):

@@ -11,7 +11,6 @@ and gradients are TRL's own. docs/integrations.md says what stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ except ImportError as error:
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from fastkl._loss.operands import operands, whole
-from fastkl.integrations.bindings import DoesNotFit, check_is_called, check_same_call, find, swap
+from fastkl.integrations.bindings import Part, put_in_place
 from fastkl.loss import PerToken, jsd_loss, linear_logprobs, linear_token_stats
 
 __all__ = ["use"]
@@ -42,52 +41,7 @@ def use() -> ExitStack:
 
     Raises RuntimeError, and changes nothing, if the installed TRL is not built as this needs.
     """
-    try:
-        replacements = [replacement for part in _PARTS if (replacement := part.replacement()) is not None]
-    except DoesNotFit as error:
-        raise RuntimeError(
-            f"fastkl.integrations.trl does not fit TRL {trl.__version__}: {error}. Use TRL 1.16, or a fastkl that knows "
-            f"this version"
-        ) from None
-    undo = ExitStack()
-    for replacement in replacements:
-        swap("trl", replacement.theirs, replacement)
-        undo.callback(swap, "trl", replacement, replacement.theirs)
-    return undo
-
-
-class _Replacement:
-    """What stands in the place of a function of TRL's, or of an autograd function."""
-
-    def __init__(self, theirs: Any, ours: Callable[..., Any]) -> None:
-        self.theirs, self.ours = theirs, ours
-
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """What fastkl gives, or TRL where that does not know such a call."""
-        found = self.ours(*arguments, **named)
-        return getattr(self.theirs, "apply", self.theirs)(*arguments, **named) if found is NotImplemented else found
-
-    apply = __call__
-
-
-class _Part(NamedTuple):
-    """A function of TRL's, or an autograd function, that a module of TRL's calls by name."""
-
-    module: str
-    name: str
-    ours: Callable[..., Any]  # with the same signature; NotImplemented: left to TRL
-
-    def replacement(self) -> _Replacement | None:
-        """None if one is in place. Raises DoesNotFit."""
-        theirs = find(self.module, self.name)
-        if isinstance(theirs, _Replacement):
-            return None
-        if hasattr(theirs, "apply"):
-            check_same_call(theirs.forward, self.ours, f"{self.name}.apply", ignored=1)  # all but ctx
-        else:
-            check_same_call(theirs, self.ours, self.name)
-        check_is_called(self.module, self.name)
-        return _Replacement(theirs, self.ours)
+    return put_in_place("trl", f"TRL {trl.__version__}", "TRL 1.16", _PARTS)
 
 
 def _divergence(
@@ -263,6 +217,6 @@ def _known(positive: tuple[float, ...], softcaps: tuple[float | None, ...]) -> b
 
 
 _PARTS = (
-    _Part("trl.trainer.distillation_trainer", "_chunked_divergence_loss", _divergence),
-    _Part("trl.trainer.utils", "_ChunkedLogProbFunction", _token_fields),
+    Part("trl.trainer.distillation_trainer", "_chunked_divergence_loss", _divergence),
+    Part("trl.trainer.utils", "_ChunkedLogProbFunction", _token_fields),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -55,7 +56,12 @@ def code_of_documents() -> Iterator[Any]:
 def test_code_in_documents_compiles_and_imports_what_exists(code: str) -> None:
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastkl"):
-            module = importlib.import_module(node.module or "")
+            try:
+                module = importlib.import_module(node.module or "")
+            except ImportError:  # of a package that is not here
+                assert (node.module or "").startswith("fastkl.integrations.")
+                assert importlib.util.find_spec(node.module or "") is not None
+                continue
             assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
