@@ -176,12 +176,11 @@ def test_where_it_starts_from_does_not_matter(off: float, dtype: torch.dtype) ->
     assert_accurate(started(make_case(4, 200), off), dtype)
 
 
-@pytest.mark.parametrize("off", [-200.0, 3.0])
 @pytest.mark.usefixtures("few_splits")
-def test_rows_around_a_wrong_one_keep_their_bits(off: float) -> None:
+def test_rows_around_a_wrong_one_keep_their_bits() -> None:
     """In its tile and in another."""
     case = make_case(66, 200)
-    before, after = (run(one, FP16) for one in (case, started(case, off)))
+    before, after = (run(one, FP16) for one in (case, started(case, -200.0)))
     others = torch.arange(66) != 2
     assert torch.equal(before.nll[others], after.nll[others])
     assert torch.equal(before.gradient[others], after.gradient[others])
