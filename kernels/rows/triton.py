@@ -53,7 +53,7 @@ def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tens
         _token_nll_kernel,
         logits.student,
         logits.student_cap,
-        programs=2,
+        programs=3 if one_walk else 2,
         **token_ids(tokens),
         **written_to(gradient),
         out_ptr=out,
