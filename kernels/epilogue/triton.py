@@ -103,7 +103,7 @@ def token_nll(head: Head, tokens: Tensor, logprobs: Tensor, out: Tensor, u: Tens
             CAPPED=head.options.cap is not None,
             SPLITS=triton.next_power_of_2(count),
             **rows,
-            **register_limit(device, MERGE.num_warps, 4),
+            **register_limit(device, MERGE.num_warps, 2),
         )
     return factor
 

@@ -165,7 +165,7 @@ def _score(
         out_stride_value=out.stride(0),
         out_stride_row=out.stride(1),
         SPLITS=triton.next_power_of_2(count),
-        **register_limit(device, MERGE.num_warps, 4),
+        **register_limit(device, MERGE.num_warps, 2),
         **common,
     )
 
