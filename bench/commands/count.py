@@ -45,8 +45,8 @@ from bench.lib import arguments as checked
 from bench.lib.arguments import Shape
 from fastkl._check.json_file import write_json
 from fastkl.kernels import driver
-from fastkl.kernels.flops import gemm_flops
 from fastkl.kernels.gemm import compute_dtype, gradient_dtype, row_length
+from fastkl.kernels.operators.flops import gemm_flops
 from fastkl.kernels.options import Sparse
 from fastkl.kernels.problem import Backend, HeadOptions, Inputs, Needs, Spec
 from fastkl.kernels.sparse.estimator import SPLIT, blocks, device_kind

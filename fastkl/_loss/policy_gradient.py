@@ -13,8 +13,8 @@ from fastkl._loss.options import LogprobOptions, PolicyOptions, Ratio, record, t
 from fastkl._loss.output import LossOutput, masked_extreme, masked_mean, sparse_metrics
 from fastkl._loss.rows import Call, flat_call, reduced_loss
 from fastkl._loss.sequences import Sequences
-from fastkl.kernels.autograd import row_losses
-from fastkl.kernels.operators import evaluate
+from fastkl.kernels.operators.autograd import row_losses
+from fastkl.kernels.operators.library import evaluate
 from fastkl.kernels.options import RatioBounds, Surrogate
 from fastkl.kernels.problem import Kind, Problem, RowLoss
 from fastkl.kernels.surrogate import (

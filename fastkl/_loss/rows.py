@@ -13,8 +13,8 @@ from fastkl._loss import hints
 from fastkl._loss.operands import first_rows, operands
 from fastkl._loss.options import record
 from fastkl._loss.output import LossOutput, masked_extreme, masked_mean, sparse_metrics
-from fastkl.kernels.autograd import Losses, row_losses, summed_loss
 from fastkl.kernels.gemm import compute_dtype
+from fastkl.kernels.operators.autograd import Losses, row_losses, summed_loss
 from fastkl.kernels.problem import HeadOptions, Inputs, Kind, Problem, RowLoss, Rows, Spec
 
 

@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from fastkl._loss.options import TokenStatsOptions, takes
 from fastkl._loss.rows import flat_call
-from fastkl.kernels.autograd import token_values
+from fastkl.kernels.operators.autograd import token_values
 from fastkl.kernels.problem import Problem, RowLoss
 
 

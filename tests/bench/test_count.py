@@ -21,9 +21,10 @@ from bench.commands.count import FORMS, SHAPES, count, units
 from bench.lib.measure import peak_allocated
 from bench.lib.report import read_result
 from bench.variants.fake_cuda import fake_tensors
-from fastkl.kernels import autograd, driver
-from fastkl.kernels.flops import gemm_flops
+from fastkl.kernels import driver
 from fastkl.kernels.gemm import TILE_COLUMNS
+from fastkl.kernels.operators import autograd
+from fastkl.kernels.operators.flops import gemm_flops
 from fastkl.kernels.problem import HeadOptions, Inputs, Needs, RowLoss, Spec
 
 N, D, V = 10, 5, 3001

@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.variants.fake_cuda import fake_tensors
 from fastkl import loss
 from fastkl._loss.arguments import check_reduction
-from fastkl.kernels import autograd
 from fastkl.kernels.gemm import compute_dtype
-from fastkl.kernels.records import pack
+from fastkl.kernels.operators import autograd
+from fastkl.kernels.operators.records import pack
 from fastkl.kernels.sparse import estimator
 from fastkl.loss import Sparse
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastkl.kernels import driver, gemm
-from fastkl.kernels import operators as ops
+from fastkl.kernels.operators import library
 from fastkl.kernels.options import Sparse
 from fastkl.kernels.problem import HeadOptions, Inputs, Needs, Spec
 from fastkl.kernels.rows.interface import Logits
@@ -245,7 +245,7 @@ def test_no_tensor_of_tokens_by_vocabulary(
     dtype: torch.dtype,
 ) -> None:
     for operator in ("_evaluate", "_evaluate_with_gradients"):  # a dispatch mode does not see into an operator
-        monkeypatch.setattr(ops, operator, getattr(ops, operator)._init_fn)
+        monkeypatch.setattr(library, operator, getattr(library, operator)._init_fn)
     name, options, _, _ = form
     n, vocabulary, dim, chunk = 600, 700, 4, 8
     p = make_problem((n,), vocabulary, dim, dtype=dtype).leaves(needs)

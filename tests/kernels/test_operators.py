@@ -7,10 +7,10 @@ import torch
 from loss_cases import Problem as Case
 from loss_cases import make_problem
 
-from fastkl.kernels import operators
+from fastkl.kernels.operators import library
+from fastkl.kernels.operators.records import pack, unpack
 from fastkl.kernels.options import Surrogate
 from fastkl.kernels.problem import HeadOptions, Inputs, Needs, Problem, RowLoss, Rows, Spec
-from fastkl.kernels.records import pack, unpack
 from fastkl.loss import Sparse
 
 HEAD = HeadOptions(0.7, softcap=4.0)
@@ -60,7 +60,7 @@ def test_slopes_are_the_gradient() -> None:
         wanted = (slopes * torch.stack([nll, entropy, torch.logsumexp(z, -1)])).sum(0)
         wanted = wanted if some is None else wanted.where(some, 0.0)
         problem = Problem(p, spec, RowLoss(slopes=slopes), Rows(some))
-        _, losses, gradients = operators.evaluate_with_gradients(problem, needs)
+        _, losses, gradients = library.evaluate_with_gradients(problem, needs)
         torch.testing.assert_close(losses, wanted)
         torch.testing.assert_close(gradients[:3], torch.autograd.grad(wanted.sum(), x, retain_graph=True))
 
@@ -82,8 +82,8 @@ def test_a_spec_comes_out_as_it_went_in(spec: Spec) -> None:
 def test_gradients_without_a_surrogate() -> None:
     """Weights alone: the sum of weights · value, and the slope is the weight."""
     p, weights, needs = inputs(make_problem((6,)), False), torch.rand(6).double(), Needs(True, False, True)
-    values, losses, gradients = operators.evaluate_with_gradients(Problem(p, NLL, RowLoss(weights)), needs)
+    values, losses, gradients = library.evaluate_with_gradients(Problem(p, NLL, RowLoss(weights)), needs)
     torch.testing.assert_close(losses, weights * values[0])
     assert gradients.weight is None
-    _, _, unit = operators.evaluate_with_gradients(Problem(p, NLL), needs)
+    _, _, unit = library.evaluate_with_gradients(Problem(p, NLL), needs)
     torch.testing.assert_close(gradients.hidden, weights[:, None] * unit.hidden)

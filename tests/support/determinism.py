@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastkl.kernels import operators
+from fastkl.kernels.operators import library
 
 # Never the same bits: torch raises, or takes a slower algorithm where it is told to.
 NEVER: dict[str, tuple[str, ...]] = {
@@ -113,9 +113,9 @@ def refused_non_determinism(monkeypatch: pytest.MonkeyPatch) -> Iterator[Refuses
 def without_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver runs without the torch operators around it, into which a mode does not see."""
     for name in ("_evaluate", "_evaluate_with_gradients"):
-        operator: Any = getattr(operators, name)
+        operator: Any = getattr(library, name)
         if hasattr(operator, "_init_fn"):
-            monkeypatch.setattr(operators, name, operator._init_fn)
+            monkeypatch.setattr(library, name, operator._init_fn)
 
 
 def _scans(name: str, func: Any, args: Any, kwargs: Any) -> bool:

@@ -11,7 +11,7 @@ from loss_cases import NEEDS, each_loss, frozen_or_all, fused, fused_output, mak
 from sparse_cases import FORMS, SEED, SPARSE, each_form, peaked_problem, relative_error, use_small_blocks
 from torch import Tensor
 
-from fastkl.kernels import operators
+from fastkl.kernels.operators import library
 from fastkl.kernels.sparse import estimator as sparse_estimator
 from fastkl.loss import Sparse
 
@@ -85,7 +85,7 @@ def test_no_tensor_of_tokens_by_vocabulary(
     monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any], needs: tuple[str, ...]
 ) -> None:
     for operator in ("_evaluate", "_evaluate_with_gradients"):  # a dispatch mode does not see into an operator
-        monkeypatch.setattr(operators, operator, getattr(operators, operator)._init_fn)
+        monkeypatch.setattr(library, operator, getattr(library, operator)._init_fn)
     p = peaked_problem(600, torch.float32).leaves(needs)
     with LargestTensor() as seen:
         fused(name, p, chunk_size=32, **SPARSE, **options).sum().backward()

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-import fastkl.kernels.operators  # noqa: F401  the operators must exist
+import fastkl.kernels.operators.library  # noqa: F401  the operators must exist
+from fastkl.kernels.operators.records import unpack
 from fastkl.kernels.problem import Inputs, Needs, Problem
-from fastkl.kernels.records import unpack
 
 
 def gemm_flops(rows: int, vocabulary: int, hidden: int, teacher_hidden: int = 0, gradients: int = 0) -> int:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastkl.kernels import driver
 from fastkl.kernels.gemm import compute_dtype
+from fastkl.kernels.operators.records import pack, unpack
 from fastkl.kernels.problem import Gradients, Needs, Problem
-from fastkl.kernels.records import pack, unpack
 from fastkl.kernels.sparse.estimator import Estimates
 
 

@@ -28,11 +28,11 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-import fastkl.kernels.flops  # noqa: F401  for torch.utils.flop_counter, which asks whoever has registered
+import fastkl.kernels.operators.flops  # noqa: F401  for torch.utils.flop_counter, which asks whoever has registered
 from fastkl.kernels.gemm import scaled_into, scaled_rows
-from fastkl.kernels.operators import evaluate, evaluate_with_gradients, weight_gradients
+from fastkl.kernels.operators.library import evaluate, evaluate_with_gradients, weight_gradients
+from fastkl.kernels.operators.records import pack, unpack
 from fastkl.kernels.problem import Gradients, Inputs, Needs, Problem, RowLoss, Rows
-from fastkl.kernels.records import pack, unpack
 from fastkl.kernels.sparse.estimator import Estimates
 
 
