@@ -30,7 +30,7 @@ def step(name: str, p: Problem, **options: Any) -> Tensor:
     return fused(name, p._replace(hidden=torch.tanh(p.hidden)), **options).sum()
 
 
-# What needs a gradient changes the graph of the two autograd functions (kernels/operators/autograd.py), whatever loss is inside them.
+# What needs a gradient changes the graph of the two autograd functions, whatever loss is inside them.
 PLANS = [
     pytest.param(*form, own, id=f"{key}-{need}")
     for key, form in MORE_FORMS.items()
