@@ -3,6 +3,7 @@
     python -m bench loss --op policy_gradient --shape 1536,576,49152 --dtype fp32 --head frozen --device cpu \\
         --impl fastkl,eager,compile,liger --json loss.json
     python -m bench loss --shape 1024,256,32768 --sweep N=256,512,1024 --sweep V=8192,32768 --json sweep.json
+    python -m bench loss --op jsd --head trainable --shape 512,576,49152 --teacher-width 960 --impl fastkl,liger,trl
     python -m bench loss --backward exact,sparse --data smollm2 --temperature 0.7 --head trainable
 
 Columns of the table, keys of the JSON rows:
@@ -14,7 +15,7 @@ Columns of the table, keys of the JSON rows:
     backward                            "exact", or how the gradient is estimated
     note                                what this implementation does that the others do not
 
-Forward + backward cannot be exact below 2 units with a frozen head, 3 with a trainable one; a teacher adds one.
+Forward + backward cannot be exact below 2 units with a frozen head, 3 with a trainable one; a teacher adds D_t/D.
 Implementations are the files of bench/peers/. One that cannot run is listed with its reason.
 """
 
@@ -25,7 +26,7 @@ from typing import Any
 
 from bench import peers
 from bench.lib import arguments as checked
-from bench.lib.cases import DTYPES, ENTROPY, HEADS, OPS, make_case, max_entropy
+from bench.lib.cases import BETAS, DTYPES, ENTROPY, HEADS, OPS, make_case, max_entropy
 from bench.lib.compare import Comparison, compare
 from bench.lib.report import circumstances
 from bench.lib.rows_arguments import add_rows_arguments, shapes_and_temperature
@@ -62,6 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--head", choices=HEADS, default="frozen", help="give the weight a gradient or none")
     parser.add_argument("--device", type=checked.device, default="cpu", metavar="{cpu,cuda}", help="run there")
+    parser.add_argument(
+        "--teacher-width",
+        type=checked.positive,
+        metavar="D_T",
+        help="give the teacher of a divergence hidden states this wide; the student's width by default",
+    )
+    checked.add_clock(parser)
     parser.add_argument("--repeats", type=checked.positive, default=7, help="take medians over this many rounds")
     parser.add_argument(
         "--entropy", type=float, help=f"set the mean entropy of peaked rows, nats; {ENTROPY} by default"
@@ -74,13 +82,16 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[
     """Returns the report."""
     shapes, temperature = shapes_and_temperature(arguments, parser, arguments.sweep)
     entropy = _entropy(arguments, shapes, parser)
+    _check_teacher_width(arguments, shapes, parser)
+    checked.check_clock(arguments, parser)
     names = _names(arguments.impl, arguments.backward)
     report = _empty_report(arguments, temperature, names)
     print(" | ".join(f"{key} {value}" for key, value in (report["machine"] | report["versions"]).items()))
     for shape in shapes:
         tensors = DTYPES[arguments.dtype], arguments.head, arguments.device
-        case = make_case(arguments.op, shape, *tensors, arguments.data, entropy, arguments.seed, temperature)
-        result = compare(case, names, arguments.repeats)
+        rows = arguments.data, entropy, arguments.seed
+        case = make_case(arguments.op, shape, *tensors, *rows, temperature, arguments.teacher_width)
+        result = compare(case, names, arguments.repeats, arguments.clock)
         report["problems"].append(result.problem)
         report["rows"] += result.rows
         report["skipped"] += result.skipped
@@ -101,6 +112,8 @@ def _empty_report(arguments: argparse.Namespace, temperature: float, names: list
             "seed": arguments.seed,
             "data": arguments.data,
             "temperature": temperature,
+            "teacher_width": arguments.teacher_width,
+            "clock": arguments.clock,
         },
         **circumstances(arguments.device, *packages),
     }
@@ -142,6 +155,18 @@ def _names(implementations: list[str], backwards: list[str]) -> list[str]:
     """`fastkl` stands for each of the backward passes asked for."""
     chosen = [[BACKWARDS[b] for b in backwards] if name == "fastkl" else [name] for name in implementations]
     return list(dict.fromkeys(name for names in chosen for name in names))
+
+
+def _check_teacher_width(
+    arguments: argparse.Namespace, shapes: list[checked.Shape], parser: argparse.ArgumentParser
+) -> None:
+    width, needed = arguments.teacher_width, max(d for _, d, _ in shapes)
+    if width is None:
+        return
+    if arguments.op not in BETAS:
+        parser.error(f"argument --teacher-width: op {arguments.op} has no teacher; it belongs to {', '.join(BETAS)}")
+    if width < needed:
+        parser.error(f"argument --teacher-width: {width}; it must be at least the student's width, {needed}")
 
 
 def _entropy(

@@ -72,18 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=checked.positive, help="set the prompts of a step, the same ones in each")
     parser.add_argument("--new-tokens", type=checked.positive, help="set the tokens of each completion")
     parser.add_argument("--steps", type=checked.positive, help="set the steps; the first one warms up")
-    parser.add_argument(
-        "--clock",
-        choices=tuple(trainers.CLOCKS),
-        default="wall",
-        help="measure wall seconds, or processor seconds on a machine that others use too (default: wall)",
-    )
+    checked.add_clock(parser)
     checked.add_json(parser)
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    if arguments.device == "cuda" and arguments.clock == "cpu":
-        parser.error("argument --clock: cpu says nothing of a GPU; leave it at wall with --device cuda")
+    checked.check_clock(arguments, parser)
     if arguments.steps == 1:
         parser.error("argument --steps: 1 is too few, for the first step only warms up; use at least 2")
     preset = SMALL if arguments.small else FULL

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from bench.lib.measure import CLOCKS
+
 AXES = ("N", "D", "V")
 SMALLEST = (1, 1, 16)
 
@@ -81,6 +83,20 @@ def new_file(text: str) -> Path:
 
 def add_json(parser: argparse.ArgumentParser, when: str = "") -> None:
     parser.add_argument("--json", type=new_file, metavar="FILE", help=f"write the report to FILE{when}")
+
+
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--clock",
+        choices=tuple(CLOCKS),
+        default="wall",
+        help="measure wall seconds, or processor seconds on a machine that others use too (default: wall)",
+    )
+
+
+def check_clock(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if arguments.device == "cuda" and arguments.clock == "cpu":
+        parser.error("argument --clock: cpu says nothing of a GPU; leave it at wall with --device cuda")
 
 
 def sizes(text: str) -> list[int]:

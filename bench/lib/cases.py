@@ -11,7 +11,10 @@ The kinds of rows (`DATA`):
     smollm2, qwen   real (`real_rows.py`)
 
 Tokens are sampled from the model. The sampler's log-probs are the model's plus a little noise (another kernel, an older
-step), advantages are normal, the teacher is a perturbed copy of the student.
+step), those of the reference model have more, advantages are normal, the teacher is a perturbed copy of the student. A
+wider teacher has further columns, of noise.
+
+The ops grpo and grpo_kl are the clipped policy gradient, without and with the KL (k3) to the reference model.
 """
 
 from __future__ import annotations
@@ -27,7 +30,15 @@ from bench.lib.real_rows import MODELS, real_rows
 from fastkl import reference
 
 BETAS = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}  # as members of the generalised JSD
-OPS = ("logprobs", "policy_gradient", "entropy", "top_k", *BETAS)
+# The policy gradients, by the options that `fastkl.loss` and `fastkl.reference` have for them.
+SURROGATES: dict[str, dict[str, Any]] = {
+    "policy_gradient": {},
+    "entropy": {},
+    "grpo": {"method": "ppo"},
+    "grpo_kl": {"method": "ppo", "ref_kl_coef": 0.04},
+}
+OF_LOGPROBS = ("logprobs", "policy_gradient", "grpo", "grpo_kl", "cross_entropy")  # nothing else of the model is needed
+OPS = (*OF_LOGPROBS, "entropy", "top_k", *BETAS)
 HEADS = ("frozen", "trainable")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -39,6 +50,7 @@ MARGIN_STD = 3.0  # nats; from rows that are certain to rows that are flat
 TOP_K = 64  # tokens that op top_k knows of the teacher
 ENTROPY_COEF = 0.01  # of op entropy, the policy gradient with an entropy term
 SAMPLER_STD = 0.05  # nats between the sampler's and the trainer's log-probs
+REFERENCE_STD = 0.3  # nats between the reference model's and the trainer's
 TEACHER_STD = 0.3  # of the noise in the student's rows
 _ROWS_AT_A_TIME = 256
 
@@ -54,10 +66,11 @@ class Case:
     tokens: Tensor  # [N] int64
     advantages: Tensor  # [N] float32; of op logprobs: the upstream gradient
     sampler_logprobs: Tensor  # [N] float32
-    teacher_hidden: Tensor | None = None  # [N, D], of the divergences
-    teacher_weight: Tensor | None = None  # [V, D]
+    teacher_hidden: Tensor | None = None  # [N, D_t], of the divergences
+    teacher_weight: Tensor | None = None  # [V, D_t]
     teacher_ids: Tensor | None = None  # [N, TOP_K] int64, of op top_k
     teacher_logprobs: Tensor | None = None  # [N, TOP_K] float32
+    ref_logprobs: Tensor | None = None  # [N] float32, of op grpo_kl
 
     @property
     def gradient_inputs(self) -> tuple[Tensor, ...]:
@@ -82,7 +95,11 @@ class Case:
         """The scalar loss of the ops that are built on the tokens' log-probs [N]."""
         if self.op == "logprobs":
             return -(logprobs * self.advantages).mean()
-        return reference.policy_gradient(logprobs, self.advantages, self.sampler_logprobs).mean()
+        if self.op == "cross_entropy":
+            return -logprobs.mean()
+        terms = self.advantages, self.sampler_logprobs
+        options = SURROGATES[self.op]
+        return reference.policy_gradient(logprobs, *terms, ref_logprobs=self.ref_logprobs, **options).mean()
 
     def clear_gradients(self) -> None:
         for leaf in self.gradient_inputs:
@@ -96,8 +113,8 @@ class Case:
 
     def rows(self, rows: slice | Tensor) -> Case:
         """The same problem on some of its rows. The weight, and so its gradient, is shared with this one."""
-        teacher = ("teacher_hidden", "teacher_ids", "teacher_logprobs")
-        taken: dict[str, Any] = {name: None if (t := getattr(self, name)) is None else t[rows] for name in teacher}
+        optional = ("teacher_hidden", "teacher_ids", "teacher_logprobs", "ref_logprobs")
+        taken: dict[str, Any] = {name: None if (t := getattr(self, name)) is None else t[rows] for name in optional}
         return dataclasses.replace(
             self,
             hidden=self.hidden.detach()[rows].clone().requires_grad_(),
@@ -134,10 +151,12 @@ def make_case(
     entropy: float | None,
     seed: int,
     temperature: float = 1.0,
+    teacher_width: int | None = None,
 ) -> Case:
     """Rows of a kind: peaked ones have `entropy` nats on average, real ones the temperature they were sampled at.
 
-    Equal seeds give equal tensors on a kind of device.
+    The teacher's hidden states are as wide as the student's, or `teacher_width`, which is no less. Equal seeds give equal
+    tensors on a kind of device.
     """
     generator = torch.Generator(device).manual_seed(seed)
     if data in MODELS:
@@ -152,9 +171,11 @@ def make_case(
 
     teacher_hidden = teacher_weight = None
     if op in BETAS or op == "top_k":
-        length = weight.norm(dim=-1).mean().item()
-        teacher_hidden = (hidden + TEACHER_STD * noise * normal(*hidden.shape)).to(dtype)
-        teacher_weight = (weight + TEACHER_STD * 0.1 * length / math.sqrt(shape[1]) * normal(*weight.shape)).to(dtype)
+        length, further = weight.norm(dim=-1).mean().item(), (teacher_width or shape[1]) - shape[1]
+        wide_hidden, wide_weight = (torch.nn.functional.pad(tensor, (0, further)) for tensor in (hidden, weight))
+        teacher_hidden = (wide_hidden + TEACHER_STD * noise * normal(*wide_hidden.shape)).to(dtype)
+        deviation = TEACHER_STD * 0.1 * length / math.sqrt(shape[1])
+        teacher_weight = (wide_weight + deviation * normal(*wide_weight.shape)).to(dtype)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     if data in MODELS:
         tokens, logprobs = rows.tokens[: shape[0]].to(device), rows.logprobs[: shape[0]].to(device)
@@ -172,6 +193,8 @@ def make_case(
         teacher_hidden,
         teacher_weight,
     )
+    if op == "grpo_kl":
+        return dataclasses.replace(case, ref_logprobs=(logprobs + REFERENCE_STD * normal(n)).clamp(max=0.0))
     return _with_list(case) if op == "top_k" else case
 
 

@@ -22,7 +22,7 @@ class Comparison:
     skipped: list[dict[str, Any]]
 
 
-def compare(case: Case, names: list[str], repeats: int) -> Comparison:
+def compare(case: Case, names: list[str], repeats: int, clock: str = "wall") -> Comparison:
     torch.compiler.reset()  # the shapes of another problem would make this one's dynamic
     shape = [*case.hidden.shape, case.weight.shape[0]]
     result = Comparison({"shape": shape, "mean_entropy": mean_entropy(case)}, [], [])
@@ -35,7 +35,7 @@ def compare(case: Case, names: list[str], repeats: int) -> Comparison:
     if not losses:
         return result
     extra = {name: measure.peak_extra_bytes(case, loss) for name, loss in losses.items()}
-    gemm_ms, times = measure.interleaved_times(case, losses, repeats)
+    gemm_ms, times = measure.interleaved_times(case, losses, repeats, clock)
     compared, errors = _gradient_errors(case, losses)
     result.problem.update(gemm_ms=gemm_ms, grad_error_rows=compared)
     for name in losses:

@@ -20,6 +20,7 @@ from bench.peers import Loss, eager
 # Work that a float64 reference may cost, and the size of its blocks of rows.
 REFERENCE_FLOPS = {"cpu": 4e11, "cuda": 5e13}
 REFERENCE_BYTES = 2**29
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # "cpu" adds the threads up, and ignores other processes
 ROW_MULTIPLE = 8  # of the rows compared: some peers need an aligned number
 
 
@@ -31,8 +32,12 @@ class Times:
     forward_backward: float
 
 
-def interleaved_times(case: Case, losses: dict[str, Loss], repeats: int) -> tuple[float, dict[str, Times]]:
-    """Milliseconds of one GEMM unit and of each loss. A round runs the GEMM and everything else once, in turn.
+def interleaved_times(
+    case: Case, losses: dict[str, Loss], repeats: int, clock: str = "wall"
+) -> tuple[float, dict[str, Times]]:
+    """Milliseconds of one GEMM unit and of each loss, by a clock of CLOCKS.
+
+    A round runs the GEMM and everything else once, in turn.
 
     The GEMM is a plain `torch.mm(hidden, weightᵀ)` into an existing tensor, 2·N·D·V floating-point operations. Whatever
     else the machine does meets everyone alike, and the units are free of its clock. Each call has run before (`warm_up`).
@@ -43,16 +48,19 @@ def interleaved_times(case: Case, losses: dict[str, Loss], repeats: int) -> tupl
     def gemm() -> Tensor:
         return torch.mm(hidden, weight.t(), out=logits)
 
+    def milliseconds(step: Callable[[Loss], None], loss: Loss) -> float:
+        return _milliseconds(step, loss, hidden.device, CLOCKS[clock])
+
     gemm()
     gemm_ms: list[float] = []
     forward: dict[str, list[float]] = {name: [] for name in losses}
     both: dict[str, list[float]] = {name: [] for name in losses}
     names = list(losses)
     for _ in range(repeats):
-        gemm_ms.append(_milliseconds(_forward, gemm, hidden.device))
+        gemm_ms.append(milliseconds(_forward, gemm))
         for name in names:
-            forward[name].append(_milliseconds(_forward, losses[name], hidden.device))
-            both[name].append(_milliseconds(_forward_backward, losses[name], hidden.device))
+            forward[name].append(milliseconds(_forward, losses[name]))
+            both[name].append(milliseconds(_forward_backward, losses[name]))
             case.clear_gradients()
         names = names[1:] + names[:1]  # nobody always follows the same neighbour
     median = statistics.median
@@ -151,11 +159,11 @@ def _forward_backward(loss: Loss) -> None:
     loss().backward()
 
 
-def _milliseconds(step: Callable[[Loss], None], loss: Loss, device: torch.device) -> float:
+def _milliseconds(step: Callable[[Loss], None], loss: Loss, device: torch.device, now: Callable[[], float]) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = now()
     step(loss)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (now() - start)

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bench.lib.cases import BETAS, ENTROPY_COEF, Case
+from bench.lib.cases import BETAS, ENTROPY_COEF, SURROGATES, Case
 from bench.peers import Loss, Peer
-from fastkl.loss import Backward, jsd_loss, linear_logprobs, policy_gradient_loss, top_k_kl_loss
+from fastkl.loss import (
+    Backward,
+    jsd_loss,
+    linear_cross_entropy,
+    linear_logprobs,
+    policy_gradient_loss,
+    top_k_kl_loss,
+)
 
 
 def build(case: Case) -> Loss:
@@ -18,13 +25,15 @@ def loss(case: Case, backward: Backward = "exact") -> Tensor:
     head = case.hidden, case.weight
     if case.op == "logprobs":
         return case.objective(linear_logprobs(*head, case.tokens, backward=backward))
+    if case.op == "cross_entropy":
+        return linear_cross_entropy(*head, case.tokens, backward=backward).loss
     if case.op == "top_k":
         return top_k_kl_loss(*head, *case.teacher_list, backward=backward).loss
     if case.op in BETAS:
         return jsd_loss(*head, *case.teacher, beta=BETAS[case.op], backward=backward).loss
     terms = case.tokens, case.advantages, case.sampler_logprobs
-    coef = ENTROPY_COEF if case.op == "entropy" else 0.0
-    return policy_gradient_loss(*head, *terms, entropy_coef=coef, backward=backward).loss
+    options = {"entropy_coef": ENTROPY_COEF if case.op == "entropy" else 0.0, **SURROGATES[case.op]}
+    return policy_gradient_loss(*head, *terms, ref_logprobs=case.ref_logprobs, backward=backward, **options).loss
 
 
 PEER = Peer(build)

@@ -5,7 +5,7 @@ Not for reverse_kl: a divergence over the vocabulary is no function of the token
 
 from __future__ import annotations
 
-from bench.lib.cases import Case
+from bench.lib.cases import OF_LOGPROBS, Case
 from bench.peers import Loss, Peer
 from fastkl.loss import linear_logprobs
 
@@ -14,4 +14,4 @@ def build(case: Case) -> Loss:
     return lambda: case.objective(linear_logprobs(case.hidden, case.weight, case.tokens))
 
 
-PEER = Peer(build, ops=("logprobs", "policy_gradient"))
+PEER = Peer(build, ops=OF_LOGPROBS)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.lib.cases import Case
+from bench.lib.cases import OF_LOGPROBS, Case
 from bench.peers import Loss, Peer, Unsupported
 
 
@@ -28,4 +28,4 @@ def per_token(case: Case, **options: Any) -> Loss:
     return loss
 
 
-PEER = Peer(build, ops=("logprobs", "policy_gradient"))
+PEER = Peer(build, ops=OF_LOGPROBS)

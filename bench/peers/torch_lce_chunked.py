@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bench.lib.cases import Case
+from bench.lib.cases import OF_LOGPROBS, Case
 from bench.peers import Loss, Peer, Unsupported
 from bench.peers.torch_lce import per_token
 
@@ -16,4 +16,4 @@ def build(case: Case) -> Loss:
     return per_token(case, options=options())
 
 
-PEER = Peer(build, ops=("logprobs", "policy_gradient"))
+PEER = Peer(build, ops=OF_LOGPROBS)

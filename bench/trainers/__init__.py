@@ -13,12 +13,13 @@ import dataclasses
 import importlib
 import json
 import pkgutil
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from bench.lib.measure import CLOCKS
 
 PHASES = ("sample", "teacher", "train")
 
@@ -40,9 +41,6 @@ class Job:
         """The prompts as chats."""
         lines = Path(self.pair, "prompts.jsonl").read_text(encoding="utf-8").splitlines()
         return [[{"role": "user", "content": json.loads(line)["prompt"]}] for line in lines]
-
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # "cpu" adds the threads up, and ignores other processes
 
 
 class Clock:

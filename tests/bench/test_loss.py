@@ -45,6 +45,11 @@ def test_implementations_are_rows_of_their_own(tmp_path):
     assert all(1e-6 < row["grad_error"] < 1e-2 for row in report["rows"])
 
 
+def test_processor_time_and_a_wider_teacher_are_conditions(tmp_path):
+    report = bench_loss(tmp_path, "--impl", "eager", "--op", "jsd", "--clock", "cpu", "--teacher-width", "11")
+    assert (report["conditions"]["clock"], report["conditions"]["teacher_width"]) == ("cpu", 11)
+
+
 def test_sweep_is_one_report(tmp_path, capsys):
     report = bench_loss(
         tmp_path, "--impl", "eager,fastkl_composed", "--op", "reverse_kl", "--sweep", "N=4,8", "--sweep", "V=70"
@@ -178,6 +183,21 @@ class TestCase:
         logprobs = torch.log_softmax(case.hidden @ case.weight.T, -1).gather(1, case.tokens[:, None]).squeeze(1)
         assert (logprobs - case.sampler_logprobs).abs().max() < 0.5
 
+    def test_a_wider_teacher(self):
+        shape = (40, 16, 300)
+        case, wide = (
+            make_case("jsd", shape, torch.float32, "frozen", "cpu", "peaked", 1.0, 0, 1.0, width) for width in (16, 24)
+        )
+        assert [tensor.shape[1] for tensor in wide.teacher] == [24, 24]
+        assert torch.equal(case.hidden, wide.hidden)
+        student, close = ((h @ w.T).softmax(-1) for h, w in ((wide.hidden, wide.weight), wide.teacher))
+        assert 0 < (student - close).abs().sum(-1).mean() < 1  # related, though not the same
+
+    def test_the_reference_model_is_another(self):
+        case = case_of("grpo_kl")
+        assert 0.1 < (case.ref_logprobs - case.sampler_logprobs).abs().mean() < 0.5
+        assert torch.equal(case.rows(slice(3, 7)).ref_logprobs, case.ref_logprobs[3:7])
+
     def test_smallest(self, tmp_path):
         report = bench_loss(tmp_path, "--shape", ",".join(map(str, SMALLEST)), "--impl", "eager")
         assert len(report["rows"]) == 1
@@ -200,6 +220,9 @@ class TestCase:
         (["--entropy", "nan"], "--entropy: nan nats"),
         (["--entropy", "1.5", "--sweep", "V=70,20"], "--entropy: 1.5 nats; with V = 20 use one > 0 and <="),
         (["--entropy", "1", "--data", "flat"], "--entropy: flat rows have an entropy of their own"),
+        (["--teacher-width", "4", "--op", "jsd"], "--teacher-width: 4; it must be at least the student's width, 8"),
+        (["--teacher-width", "9"], "--teacher-width: op policy_gradient has no teacher; it belongs to forward_kl, jsd"),
+        (["--clock", "sun"], "--clock: invalid choice: 'sun'"),
         (["--backward", "both"], "--backward: unknown backward 'both'; use some of exact, sparse"),
         (["--temperature", "0.7"], "--temperature: peaked rows have none; it belongs to --data smollm2, qwen"),
         (["--data", "round"], "--data: invalid choice: 'round'"),

@@ -11,7 +11,7 @@ from bench_cases import bench_loss, case_of
 
 from bench import peers
 from bench.lib import measure
-from bench.lib.cases import HEADS, OPS
+from bench.lib.cases import HEADS, OF_LOGPROBS, OPS
 from bench.peers import Unsupported, eager
 from bench.peers.packages import liger, quack, unsloth
 
@@ -144,7 +144,7 @@ def test_missing_compiler_is_skipped(monkeypatch):
         peers.build("compile", case_of())
 
 
-@pytest.mark.parametrize("op", ["logprobs", "policy_gradient"])
+@pytest.mark.parametrize("op", OF_LOGPROBS)
 def test_agree(op):
     case = case_of(op)
     names = ["fastkl", "fastkl_composed", "eager"]
@@ -158,12 +158,25 @@ def test_agree(op):
 
 class TestLiger:
     @pytest.mark.parametrize("head", HEADS)
-    @pytest.mark.parametrize("op", ["policy_gradient", "reverse_kl"])
+    @pytest.mark.parametrize("op", [*liger.GRPO, "jsd", "reverse_kl"])
     def test_equals_eager_on_a_cpu(self, op, head):
         case = case_of(op, head)
         loss = liger.build(case, compiled=False)
         assert loss().item() == pytest.approx(eager.loss(case).item(), rel=1e-5)
         assert measure.gradient_error(case, loss, measure.reference_gradients(case)) < 1e-5
+
+    @pytest.mark.parametrize("op", peers.load("fastkl_for_liger").ops)
+    def test_our_classes_equal_eager(self, op):
+        case = case_of(op)
+        loss = peers.build("fastkl_for_liger", case)
+        assert loss().item() == pytest.approx(eager.loss(case).item(), rel=1e-5)
+        assert measure.gradient_error(case, loss, measure.reference_gradients(case)) < 1e-5
+
+    @pytest.mark.parametrize("op", ["grpo", "grpo_kl"])
+    def test_ratios_are_clipped(self, op):
+        case = case_of(op)
+        case.sampler_logprobs.sub_(2.0)  # ratios around 7
+        assert liger.build(case, compiled=False)().item() == pytest.approx(eager.loss(case).item(), rel=1e-5)
 
     def test_ratios_are_not_clipped(self):
         case = case_of()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bench.lib.cases import Case
+from bench.lib.cases import OF_LOGPROBS, Case
 from bench.peers import Loss, Peer
 
 
@@ -27,10 +27,10 @@ def per_token(case: Case, **options: Any) -> Loss:
 NOTE = "forms the logits again in backward; accumulates both gradients in bf16 under locks, in no fixed order"
 PEER = Peer(
     build,
-    ops=("logprobs", "policy_gradient"),
+    ops=OF_LOGPROBS,
     devices=("cuda",),
     dtypes=(torch.bfloat16,),
     packages=("cut-cross-entropy",),
     backward="filtered: tiles with |p - 1[y]| < eps(dtype) / 32 throughout are left out",
-    notes={"logprobs": NOTE, "policy_gradient": NOTE},
+    notes=dict.fromkeys(OF_LOGPROBS, NOTE),
 )

@@ -31,7 +31,7 @@ def _unweighted(case: Case) -> Case:
 
 PEER = Peer(
     build,
-    ops=("logprobs",),
+    ops=("logprobs", "cross_entropy"),
     devices=("cuda",),
     dtypes=(torch.bfloat16,),
     packages=("quack-kernels", "nvidia-cutlass-dsl"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.lib.cases import Case
+from bench.lib.cases import OF_LOGPROBS, Case
 from bench.peers import Loss, Peer
 from bench.peers.packages.quack import check_alignment
 
@@ -25,7 +25,7 @@ def build(case: Case) -> Loss:
 
 PEER = Peer(
     build,
-    ops=("logprobs", "policy_gradient"),
+    ops=OF_LOGPROBS,
     devices=("cuda",),
     dtypes=(torch.bfloat16,),
     packages=("quack-kernels", "nvidia-cutlass-dsl"),

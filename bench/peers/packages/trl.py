@@ -1,6 +1,6 @@
 """TRL's own kernels (`trl.kernels`), a chunk of rows and of the vocabulary at a time. On a CPU they are PyTorch.
 
-logprobs, policy_gradient, entropy    ChunkedLogProbFunction, as its policy-gradient trainers use it
+log-probs and what is made of them    ChunkedLogProbFunction, as its policy-gradient trainers use it
 divergences                           ChunkedDivergenceFunction, as its DistillationTrainer does
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bench.lib.cases import BETAS, ENTROPY_COEF, Case
+from bench.lib.cases import BETAS, ENTROPY_COEF, OF_LOGPROBS, Case
 from bench.peers import Loss, Peer
 
 
@@ -39,7 +39,7 @@ def _divergence(case: Case) -> Loss:
     return lambda: ChunkedDivergenceFunction.apply(*heads, BETAS[case.op])[0].mean()
 
 
-AGAIN, LOGPROBS = "forms the logits again in backward", ("logprobs", "policy_gradient", "entropy")
+AGAIN, LOGPROBS = "forms the logits again in backward", (*OF_LOGPROBS, "entropy")
 PEER = Peer(
     build,
     ops=(*LOGPROBS, *BETAS),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.lib.cases import ENTROPY_COEF, Case
+from bench.lib.cases import ENTROPY_COEF, OF_LOGPROBS, Case
 from bench.peers import Loss, Peer
 
 
@@ -22,5 +22,5 @@ def build(case: Case) -> Loss:
 
 
 NOTE = "holds all logits, in the inputs' dtype; always gives the entropy"
-OPS = ("logprobs", "policy_gradient", "entropy")
+OPS = (*OF_LOGPROBS, "entropy")
 PEER = Peer(build, ops=OPS, devices=("cuda",), packages=("trl",), notes=dict.fromkeys(OPS, NOTE))

@@ -1,6 +1,6 @@
 """Unsloth's fused losses (`unsloth_zoo.fused_losses.fused_linear`), a chunk of rows at a time.
 
-logprobs, policy_gradient, entropy    fused_linear_logprobs
+log-probs and what is made of them    fused_linear_logprobs
 divergences                           fused_linear_jsd
 
 Of the installed package that module alone is loaded. Importing the package would change transformers and torch for the
@@ -16,7 +16,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from bench.lib.cases import BETAS, ENTROPY_COEF, Case
+from bench.lib.cases import BETAS, ENTROPY_COEF, OF_LOGPROBS, Case
 from bench.peers import Loss, Peer
 
 MODULE = "fused_losses/fused_linear.py"
@@ -51,7 +51,7 @@ def build(case: Case) -> Loss:
     return loss
 
 
-LOGPROBS = ("logprobs", "policy_gradient", "entropy")
+LOGPROBS = (*OF_LOGPROBS, "entropy")
 PEER = Peer(
     build,
     ops=(*LOGPROBS, *BETAS),
