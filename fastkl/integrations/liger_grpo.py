@@ -118,7 +118,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             return {"method": "cispo", "clip_low": 1.0, "clip_high": self.epsilon_high - 1.0}
         return {
             "method": "ppo",
-            "clip_low": self.epsilon_low,
+            "clip_low": min(self.epsilon_low, 1.0),  # ratios are > 0: no lower bound is another one
             "clip_high": self.epsilon_high,
             "dual_clip": self.delta,
         }
