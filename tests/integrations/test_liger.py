@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
+import math
 import random
 import sys
 from collections.abc import Iterator
@@ -116,6 +117,16 @@ def test_grpo(kind: str, level: str, count: int | None) -> None:
         more = {"epsilon_high": chosen["epsilon_high"]}
         found = grpo(ours, tensors, kind, level, chosen, **more)
         assert_same(tensors, found, grpo(theirs, tensors, kind, level, chosen, **more), (kind, level, chosen))
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "luspo"])
+def test_grpo_without_bounds(kind: str) -> None:
+    """A bound of infinity clips nothing, and a lower one beyond 1 nothing below."""
+    for low, high in ((math.inf, math.inf), (1.5, 0.2)):
+        tensors, chosen = Tensors(), {name: values[0] for name, values in GRPO.items()}
+        more = {"epsilon_low": low, "epsilon_high": high}
+        found = grpo(ours, tensors, kind, "token", chosen, **more)
+        assert_same(tensors, found, grpo(theirs, tensors, kind, "token", chosen, **more), (kind, more))
 
 
 def test_grpo_of_a_trained_head_is_one_pass(gemms: dict[str, list[int]]) -> None:
