@@ -54,14 +54,20 @@ def clear_rows(spec: Spec, hidden: Tensor) -> ClearRows:
     return cast(ClearRows, _module("rows", spec, hidden).clear_rows)
 
 
-def column_sampler(spec: Spec, inputs: Inputs) -> ColumnSampler | None:
+def column_sampler(spec: Spec, inputs: Inputs, row_loss: RowLoss) -> ColumnSampler | None:
     """What makes the gradients from a sample of columns, with no synchronisation in Triton; None: all columns are used."""
     if spec.sparse is None:
         return None
-    arguments = spec.sparse, inputs.weight, spec.student.cap is not None
+    arguments = spec.sparse, inputs.weight, not _sums_to_zero(spec, row_loss)
     if _is_triton(spec.backend, inputs.hidden):
         return cast(ColumnSampler, _imported("sparse", spec.backend).TritonColumnSampler(*arguments))
     return PyTorchColumnSampler(*arguments)
+
+
+def _sums_to_zero(spec: Spec, row_loss: RowLoss) -> bool:
+    """Does the gradient by a row's scores sum to 0? That of a function of softmax(x) does, and an lse is none."""
+    has_lse = row_loss.slopes is not None or (spec.cross_entropy is not None and spec.cross_entropy.z_loss != 0.0)
+    return spec.student.cap is None and not has_lse
 
 
 def scorer(spec: Spec, inputs: Inputs) -> Callable[[Tensor], None] | None:

@@ -156,7 +156,7 @@ def evaluate_with_gradients(
     grad_hidden = torch.empty_like(hidden) if needs.hidden else None
     grad_weight = _new_weight_gradient(spec, inputs) if weight_grad is None and needs.weight else weight_grad
     sums = Gradients(grad_hidden, grad_weight, values.new_zeros(weight.shape[0]) if needs.bias else None)
-    sampler = column_sampler(spec, inputs)
+    sampler = column_sampler(spec, inputs, row_loss)
     groups = products(spec, inputs, needs)
     most = chunk_rows(spec, inputs, gradient=True)
     workspace = _Workspace(spec, inputs, most, max(most, most_rows([_span(group) for group in groups])))

@@ -26,8 +26,8 @@ def _select_columns(n: int, offset: int, vocabulary: int) -> None:
     steps.select_columns(torch.empty(vocabulary), torch.empty(1), seed=n << 31, block=n)
 
 
-def _compact(n: int, offset: int, dtype: torch.dtype, vocabulary: int, capped: bool) -> None:
-    steps.compact(chunk(n, vocabulary, dtype), _selection(vocabulary), capped)
+def _compact(n: int, offset: int, dtype: torch.dtype, vocabulary: int, summed: bool) -> None:
+    steps.compact(chunk(n, vocabulary, dtype), _selection(vocabulary), summed)
 
 
 def _hidden_gradient(n: int, offset: int, dtype: torch.dtype, vocabulary: int, dim: int) -> None:
@@ -43,7 +43,7 @@ def _add_to_weight_gradient(n: int, offset: int, dtype: torch.dtype, vocabulary:
 
 WITH_CUT = (*WIDTHS, CUT)
 STEPS = grid(dtype=DTYPES, vocabulary=WITH_CUT)
-COMPACTIONS = grid(dtype=DTYPES, vocabulary=WITH_CUT, capped=BOTH)
+COMPACTIONS = grid(dtype=DTYPES, vocabulary=WITH_CUT, summed=BOTH)
 PRODUCTS = grid(dtype=DTYPES, vocabulary=WITH_CUT, dim=(512, 513))
 COMMON = {"dtype": BF16, "vocabulary": CUT}
 PRODUCT = COMMON | {"dim": 512}
@@ -52,7 +52,7 @@ ODD_PRODUCT = {"dtype": FP16, "vocabulary": 50257, "dim": 513}
 LAUNCHERS = [
     Launcher("sparse.count_columns", _select_columns, grid(vocabulary=WIDTHS), [{"vocabulary": 151936}]),
     Launcher("sparse.column_squares", _column_squares, STEPS, [COMMON]),
-    Launcher("sparse.compact", _compact, COMPACTIONS, [COMMON | {"capped": True}]),
+    Launcher("sparse.compact", _compact, COMPACTIONS, [COMMON | {"summed": True}]),
     *(
         Launcher(kernel, call, PRODUCTS, [PRODUCT, ODD_PRODUCT], programs=1, multiplies=True)
         for kernel, call in (

@@ -12,8 +12,9 @@ Columns are kept independently of each other, hence
     E Σ_i a_i² ‖û_i − u_i‖² = Σ_v w_v² (1/π_v − 1) = Σ_{w_v < τ} w_v (τ − w_v)
 
 is known before anything is multiplied, and τ is solved from the relative error wanted (`probabilities.threshold`).
-u sums to 0 over v, up to a soft-cap, and û does not: any constant c [D] times the difference has expectation 0, and taking
-it off u W lowers the error. c is the mean of rows of W. What the driver sees is a `ColumnSampler`.
+u sums to 0 over v, but under a soft-cap or for a loss of the lse, and û does not: any constant c [D] times the difference
+of the two sums has expectation 0, and taking it off u W lowers the error. c is the mean of rows of W. What the driver sees
+is a `ColumnSampler`.
 There are two: the plain one (`pytorch.py`) and that of accelerators (`triton.py`).
 docs/sparse-backward.md has the proof, measurements, and when not to use this.
 """

@@ -29,8 +29,8 @@ class Columns(NamedTuple):
 class PyTorchColumnSampler:
     """Draws the columns of one block after the other, and keeps count."""
 
-    def __init__(self, sparse: Sparse, weight: Tensor, capped: bool) -> None:
-        self.sparse, self.weight, self.capped = sparse, weight, capped
+    def __init__(self, sparse: Sparse, weight: Tensor, summed: bool) -> None:
+        self.sparse, self.weight, self.summed = sparse, weight, summed
         self.dtype = compute_dtype(weight.dtype)
         self.generator = torch.Generator(weight.device).manual_seed(sparse.seed)
         self.centre = centre(weight)
@@ -96,7 +96,7 @@ class PyTorchColumnSampler:
     def hidden_gradient(self, gradient: Tensor, estimate: Tensor, ids: Tensor) -> Tensor:
         """û W [B, D] in the compute dtype, less what makes û sum to something else than u."""
         excess = estimate.sum(1, dtype=self.dtype)
-        if self.capped:
+        if self.summed:
             excess -= gradient.sum(1, dtype=self.dtype)
         out = hidden_gradient(estimate, self.weight.index_select(0, ids))
         return out.addr_(excess, self.centre, alpha=-1.0)

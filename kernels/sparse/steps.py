@@ -93,8 +93,8 @@ def select_columns(w: Tensor, tau: Tensor, seed: int, block: int) -> Selection:
     return Selection(ids, inverse, ends[-1:], tau)
 
 
-def compact(gradient: Tensor, columns: Selection, capped: bool) -> Tensor:
-    """Moves gradient[:, ids] / π to the first K columns. Each row's Σ û − Σ u, [B], where Σ u is 0 if not `capped`."""
+def compact(gradient: Tensor, columns: Selection, summed: bool) -> Tensor:
+    """Moves gradient[:, ids] / π to the first K columns. Each row's Σ û − Σ u, [B], where Σ u is 0 if not `summed`."""
     n, vocabulary = gradient.shape
     excess = torch.empty(n, dtype=torch.float32, device=gradient.device)
     launch(
@@ -111,7 +111,7 @@ def compact(gradient: Tensor, columns: Selection, capped: bool) -> Tensor:
         excess_ptr=excess,
         vocabulary=vocabulary,
         width=_width(gradient),
-        CAPPED=capped,
+        SUMMED=summed,
     )
     return excess
 

@@ -44,10 +44,10 @@ from fastkl.kernels.sparse.steps import (
 class TritonColumnSampler:
     """`estimator.ColumnSampler` for CUDA and HIP devices. It overwrites the gradients that it is given."""
 
-    def __init__(self, sparse: Sparse, weight: Tensor, capped: bool) -> None:
+    def __init__(self, sparse: Sparse, weight: Tensor, summed: bool) -> None:
         check_device("weight is", weight)
         check_rows("weight", weight)
-        self.sparse, self.weight, self.capped = sparse, weight, capped
+        self.sparse, self.weight, self.summed = sparse, weight, summed
         self.centre = centre(weight)
         self.block = self.seen = 0  # blocks, and entries of u
         self.kept = torch.zeros(1, dtype=torch.int64, device=weight.device)
@@ -66,7 +66,7 @@ class TritonColumnSampler:
         self.kept += columns.kept * gradient.shape[0]
         self.square += total
         self.variance += torch.where(worth_it, lost, 0.0)
-        excess = compact(gradient, columns, self.capped)
+        excess = compact(gradient, columns, self.summed)
         expected = torch.where(worth_it, expected, float(w.shape[0]))
         return TritonColumnSample(self.weight, self.centre, gradient, slope, columns, excess, expected)
 

@@ -146,7 +146,7 @@ def compact_kernel(
     # strides
     u_stride_row: tl.tensor,
     # constants
-    CAPPED: tl.constexpr,  # Σ u is not 0
+    SUMMED: tl.constexpr,  # Σ u is not 0
     BLOCK_N: tl.constexpr,  # a multiple of PAD
 ) -> None:
     """u[:, ids[k]] / π moves to u[:, k], within the row that this program owns.
@@ -165,7 +165,7 @@ def compact_kernel(
     count = tl.load(count_ptr)
     excess = 0.0
     if tl.load(tau_ptr) >= 0.0:  # else all columns are kept as they are
-        if CAPPED:
+        if SUMMED:
             lanes = tl.zeros([BLOCK_N], tl.float32)
             for start in range(0, vocabulary, BLOCK_N):
                 lanes -= load_scores(u_ptr, start, vocabulary, 0.0, BLOCK_N)

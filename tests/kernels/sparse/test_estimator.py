@@ -100,7 +100,7 @@ def test_ids_outside_the_vocabulary_are_not_looked_up() -> None:
 
 def sampler(weight: Tensor, seed: int) -> sparse_pytorch.PyTorchColumnSampler:
     """With τ = 1: columns of one row are kept with probability |u|."""
-    return sparse_pytorch.PyTorchColumnSampler(Sparse(seed, threshold=1.0), weight, capped=False)
+    return sparse_pytorch.PyTorchColumnSampler(Sparse(seed, threshold=1.0), weight, summed=False)
 
 
 def test_a_sample_of_all_columns_is_weighted_like_any_other() -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from loss_cases import FORMS, TRAINABLE, Forms, each_of, frozen_or_all
 from sparse_cases import bias_over_noise, peaked_problem, use_small_blocks, with_flat_rows
 from torch import Tensor
 
 from fastkl.kernels.sparse import probabilities as sparse_probabilities
 from fastkl.kernels.sparse import pytorch as sparse_pytorch
+from fastkl.loss import Sparse, linear_token_stats
 
 # The estimator is given rows of a gradient, their slopes and the ids that the loss names. It does not know which divergence
 # the gradient is of.
@@ -49,6 +51,31 @@ def test_unbiased(name: str, options: dict[str, Any], needs: tuple[str, ...]) ->
 @pytest.mark.parametrize("name", ["linear_logprobs", "policy_gradient", "entropy", "reverse_kl", "top_k"])
 def test_unbiased_under_a_softcap(name: str, needs: tuple[str, ...]) -> None:
     assert max(bias_over_noise(name, needs, **SOFTCAP)) < 2.5
+
+
+@frozen_or_all
+@pytest.mark.parametrize("options", [{"z_loss": 0.5}, {"z_loss": 0.5, "reduction": "none"}], ids=str)
+def test_unbiased_with_a_z_loss(options: dict[str, Any], needs: tuple[str, ...]) -> None:
+    """Its gradient by the logits of a row sums to something else than 0."""
+    p = peaked_problem(32, vocabulary=500)
+    p = p._replace(weight=p.weight + 0.3)  # a mean that all rows share
+    assert max(bias_over_noise("cross_entropy", needs, p, seeds=60, **options)) < 2.5
+
+
+@pytest.mark.parametrize("field", ["logprobs", "entropies", "lse"])
+def test_unbiased_token_statistics(field: str) -> None:
+    p = peaked_problem(32, vocabulary=500)
+    weight = p.weight + 0.3
+    hidden = p.hidden.clone().requires_grad_()
+
+    def gradient(**options: Any) -> Tensor:
+        stats = linear_token_stats(hidden, weight, p.tokens, bias=p.bias, **options)
+        (found,) = torch.autograd.grad(getattr(stats, field).sum(), hidden)
+        return found
+
+    exact = gradient()
+    errors = torch.stack([gradient(backward=Sparse(seed, error=0.15)) for seed in range(60)]) - exact
+    assert errors.mean(0).square().sum() * len(errors) < 2.5 * errors.square().sum() / len(errors)
 
 
 @frozen_or_all
