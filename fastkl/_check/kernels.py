@@ -18,7 +18,7 @@ from fastkl.kernels import backend
 from fastkl.kernels.divergence.formula import DIVERGENCES, Divergence
 from fastkl.kernels.gemm import gradient_dtype
 from fastkl.kernels.options import CrossEntropy, Sparse
-from fastkl.kernels.problem import Backend, HeadOptions, Inputs, Kind, Spec
+from fastkl.kernels.problem import Backend, HeadOptions, Inputs, Kind, RowLoss, Spec
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.sparse.estimator import ColumnSample, centre
 from fastkl.kernels.sparse.probabilities import row_weights, solve
@@ -331,7 +331,7 @@ def _sparse(s: Setting) -> _Parts:
     slope = p.advantages
 
     def run() -> tuple[ColumnSample, Tensor, Tensor]:
-        sampler = backend.column_sampler(spec, s.inputs)
+        sampler = backend.column_sampler(spec, s.inputs, RowLoss())
         assert sampler is not None
         sample = sampler.sample(copied(u, p.hidden.device), slope, [p.tokens])
         hidden_gradient = sample.hidden_gradient()
