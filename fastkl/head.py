@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fastkl._head.forward import BoundForward, FusedForward, is_fused, place_of_forward
+from fastkl._head.call import place_of_forward
+from fastkl._head.forward import BoundForward, FusedForward, is_fused
 from fastkl._head.model import causal_lm, first_not_finite
-from fastkl._head.transform import measure_logit_transform
 
 __all__ = ["first_not_finite", "fuse"]
 
@@ -60,7 +60,6 @@ def fuse(model: M) -> M:
             f"accelerator.prepare(fuse(model))"
         )
     place = place_of_forward(base)
-    transform = measure_logit_transform(base)
-    forward = vars(base)[place] = BoundForward(FusedForward(base, vars(base).get(place), transform), base)
+    forward = vars(base)[place] = BoundForward(FusedForward(base, vars(base).get(place)), base)
     vars(base)["_replicate_for_data_parallel"] = forward.replicate
     return model

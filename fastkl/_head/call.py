@@ -25,7 +25,7 @@ def head_computes(
     function runs, the head is its own again: the function may run the model.
     """
     head = find_head(model)
-    own = vars(head).get("forward")
+    own = vars(head).get(place_of_forward(head))
     hooked = bool(head._forward_hooks or model.get_output_embeddings()._forward_hooks)  # type: ignore[operator]
     results: list[T] = []
 
@@ -48,20 +48,27 @@ def head_computes(
 @contextlib.contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any] | None) -> Iterator[None]:
     """While open, the module has this forward; None for that of its class."""
-    own = vars(module).get("forward")
-    _put_forward(module, forward)
+    place = place_of_forward(module)
+    own = vars(module).get(place)
+    _put_forward(module, place, forward)
     try:
         yield
     finally:
-        _put_forward(module, own)
+        _put_forward(module, place, own)
 
 
-def _put_forward(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+def place_of_forward(module: nn.Module) -> str:
+    """The attribute that another forward takes: under a hook of accelerate (device_map), which brings weights and inputs
+    together, and puts back what it found."""
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
+
+
+def _put_forward(module: nn.Module, place: str, forward: Callable[..., Any] | None) -> None:
     # In its __dict__ by name: torch.compile loses count of attributes that are set and deleted again.
     if forward is None:
-        del vars(module)["forward"]
+        del vars(module)[place]
     else:
-        vars(module)["forward"] = forward
+        vars(module)[place] = forward
 
 
 def _tied(logits: Tensor, result: T) -> tuple[Tensor, T]:

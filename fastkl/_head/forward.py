@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from types import MethodType
+from types import CodeType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastkl._head.call import head_computes
-from fastkl._head.transform import LogitTransform
+from fastkl._head.call import head_computes, place_of_forward
+from fastkl._head.transform import LogitTransform, measure_logit_transform, numeric_settings
 
 
 class FusedForward:
     """A forward of a model, with the keyword `fused` besides."""
 
-    __slots__ = ("free", "own", "transform")
+    __slots__ = ("free", "own", "settings", "transform")
     __name__ = "forward"
 
-    def __init__(self, model: nn.Module, own: Callable[..., Any] | None, transform: LogitTransform) -> None:
+    def __init__(self, model: nn.Module, own: Callable[..., Any] | None) -> None:
         """`own` is what the model has in place of its class's forward; None for nothing."""
         bound = isinstance(own, MethodType) and own.__self__ is model
         self.own = own.__func__ if bound else own  # type: ignore[union-attr]
         self.free = own is not None and not bound  # its own forward is not called with the model
-        self.transform = transform
+        self.settings = numeric_settings(model)
+        self.transform = measure_logit_transform(model)
 
     def __call__(self, model: nn.Module, /, *args: Any, fused: Callable[..., Any] | None = None, **inputs: Any) -> Any:
         if fused is None:
             return self.plain(model, *args, **inputs)
         _check(model, fused, inputs)
+        if not torch.compiler.is_compiling():
+            self._follow_settings(model)
 
         def computed(hidden: Tensor, head: nn.Linear) -> Any:
             return fused(hidden, head.weight, bias=head.bias, **self.transform._asdict())
@@ -48,6 +51,12 @@ class FusedForward:
         if self.own is None:
             return type(model).forward(model, *args, **inputs)
         return self.own(*args, **inputs) if self.free else self.own(model, *args, **inputs)
+
+    def _follow_settings(self, model: nn.Module) -> None:
+        """A soft-cap or a scale may have been set since."""
+        settings = numeric_settings(model)
+        if settings != self.settings:
+            self.transform, self.settings = measure_logit_transform(model), settings
 
     def signature(self, model: nn.Module) -> inspect.Signature:
         """That of the forward without the keyword: callers choose by it which columns of their data a model gets."""
@@ -72,6 +81,11 @@ class BoundForward:
         return self.__func__(self.__self__, *args, **inputs)
 
     @property
+    def __code__(self) -> CodeType | None:
+        """Of the forward without the keyword, as torch.export asks for it."""
+        return getattr(self.__func__.own or type(self.__self__).forward, "__code__", None)
+
+    @property
     def __signature__(self) -> inspect.Signature:
         return self.__func__.signature(self.__self__)
 
@@ -83,11 +97,6 @@ class BoundForward:
             if isinstance(value, BoundForward):
                 vars(replica)[name] = BoundForward(self.__func__, replica)
         return replica
-
-
-def place_of_forward(model: nn.Module) -> str:
-    """The attribute that a fused forward takes: under a hook of accelerate (device_map), which puts back what it found."""
-    return "_old_forward" if "_old_forward" in vars(model) else "forward"
 
 
 def is_fused(model: nn.Module) -> bool:

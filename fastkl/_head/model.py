@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastkl._loss.operands import is_packed
+
 # Classes that wrap a model for training, or become a part of its class, by name: not all of them are installed.
 WRAPPERS = (
     "DistributedDataParallel",
@@ -58,18 +60,21 @@ def find_head(model: Any) -> nn.Linear:
     if hasattr(head, "modules_to_save"):
         on = head.active_adapters and not head.disable_adapters
         head = head.modules_to_save[head.active_adapters[0]] if on else head.original_module
-    if hasattr(head, "base_layer"):  # a tuner layer of peft
+    if type(head).__module__.partition(".")[0] == "peft":
         raise TypeError(
             f"the LM head of {name} has an adapter on it (peft's {type(head).__name__}) and cannot be fused; leave it out "
-            f"of target_modules (your own code may train it in full, by peft's modules_to_save)"
+            f"of target_modules, target_parameters and trainable_token_indices, tied embeddings included (your own code "
+            f"may train it in full, by peft's modules_to_save)"
         )
-    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
-    if not plain or not head.weight.is_floating_point():
-        raise TypeError(
-            f"the LM head of {name} is {type(head).__name__} of {type(head).__module__}, not a plain linear layer, and "
-            f"cannot be fused; leave it out of quantisation"
-        )
-    return head
+    what = f"{type(head).__name__} of {type(head).__module__}, not a plain linear layer"
+    if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
+        weight = head.weight
+        if weight.is_floating_point() and not is_packed(weight):
+            return head
+        what = f"{type(head).__name__} with a packed weight ({type(weight).__name__}, {weight.dtype})"
+    raise TypeError(
+        f"the LM head of {name} is {what}, and cannot be fused; leave it out of quantisation, and give it a plain nn.Linear"
+    )
 
 
 def first_not_finite(model: nn.Module) -> str | None:

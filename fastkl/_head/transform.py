@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastkl._head.call import forward_replaced, head_computes
+from fastkl._head.call import forward_replaced, head_computes, place_of_forward
 from fastkl._head.model import find_head, first_not_finite
 
 # Values that the head pretends to have computed, to see what the model makes of them.
@@ -64,21 +65,60 @@ def measure_logit_transform(model: nn.Module) -> LogitTransform:
     return LogitTransform(*(None if v is None else float(f"{v:.7g}") for v in (scale, softcap)))  # type: ignore[arg-type]
 
 
+def numeric_settings(model: Any) -> dict[tuple[int, str], float]:
+    """What a model's treatment of its logits may depend on: numbers of the model and of its configs, by place and name."""
+    owners = model, model.config, model.config.get_text_config()
+    return {
+        (place, name): value
+        for place, owner in enumerate(owners)
+        for name, value in vars(owner).items()
+        if isinstance(value, float) or (isinstance(value, int) and "logit" in name)  # ids and sizes are not meant
+    }
+
+
 def _logits(model: nn.Module, probes: Tensor, shape: tuple[int, int]) -> Tensor:
     """[n, V], what the model makes of the n probes in the place of its logits of one token."""
 
-    def pretend(hidden: Tensor, _: nn.Linear) -> Tensor:
+    def pretend(hidden: Tensor, head: nn.Linear) -> Tensor:
         if not hidden.isfinite().all():
             raise ValueError(_not_finite(model))
+        _check_linear(model, head, hidden)
         return probes.to(hidden.device)[:, None, None].expand(*hidden.shape[:-1], shape[1]).clone()
 
-    with torch.no_grad(), head_computes(model, pretend, replace_logits=True):
+    with torch.no_grad(), _evaluating(model), head_computes(model, pretend, replace_logits=True):
         ids = torch.zeros(shape[0], 1, dtype=torch.long, device=probes.device)
         # past what compiles the model: it would compile for these few tokens
         logits: Tensor = model.forward(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[
             :, -1
         ]
     return logits
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """While open, nothing is dropped: no random number is drawn that training would have drawn."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _check_linear(model: nn.Module, head: nn.Linear, hidden: Tensor) -> None:
+    """A forward that someone else put on the head, as some packages quantise, must be that of a linear layer."""
+    own = vars(head).get(place_of_forward(head))
+    if own is None or head.weight.is_meta or hidden.shape[-1] != head.weight.shape[1]:
+        return
+    probe = torch.arange(1, hidden.shape[-1] + 1).sin().to(hidden).expand_as(hidden)  # those of one id may be all 0
+    found, wanted = own(probe).double(), nn.functional.linear(probe, head.weight, head.bias).double()
+    if (found - wanted).norm() > max(1e-4, torch.finfo(hidden.dtype).eps) * wanted.norm():
+        raise TypeError(
+            f"the LM head of {type(model).__name__} has a forward of its own ({getattr(own, '__qualname__', own)}) that is "
+            f"not hidden @ weight.T + bias, and cannot be fused; leave it out of quantisation"
+        )
 
 
 def _logits_without_weights(model: nn.Module, probes: Tensor, shape: tuple[int, int]) -> Tensor:

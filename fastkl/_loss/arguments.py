@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from fastkl._loss import hints
 from fastkl._loss.numbers import visible
-from fastkl._loss.operands import is_sharded, operand_dtype
+from fastkl._loss.operands import is_packed, is_sharded, operand_dtype
 from fastkl.kernels.backend import BACKENDS
 from fastkl.kernels.gemm import compute_dtype
 from fastkl.kernels.options import Backward, Sparse
@@ -25,9 +25,14 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, who: str = "
     for name, tensor in ((f"{who}hidden", hidden), (f"{who}weight", weight), (bias_name, bias)):
         if tensor is None and name == bias_name:
             continue
-        dtype = check_tensor(name, tensor).dtype
-        if dtype not in DTYPES:
-            raise TypeError(f"{name} is {dtype}; use float32, bfloat16, float16 or float64")
+        given = check_tensor(name, tensor)
+        if given.dtype not in DTYPES:
+            raise TypeError(f"{name} is {given.dtype}; use float32, bfloat16, float16 or float64")
+        if is_packed(given):
+            raise TypeError(
+                f"{name} is a {type(given).__name__}, which holds its numbers in a format of its own; give a plain "
+                f"tensor, as {name}.dequantize() may, or leave the head out of quantisation"
+            )
     _refuse_forward_mode(hidden, weight)
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -42,6 +43,11 @@ def first_rows(tensor: Tensor, count: int | None) -> Tensor:
 def is_sharded(tensor: Tensor) -> bool:
     """Is it a DTensor? Their module is not imported where nobody has one."""
     return hasattr(tensor, "full_tensor")
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """Has it another format under its dtype, as torchao's quantised weights have? Kernels would read something else."""
+    return is_traceable_wrapper_subclass(tensor) and not is_sharded(tensor)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -37,10 +37,21 @@ def _no_arithmetic(*_: Any) -> NoReturn:
     raise TypeError("a LossOutput is no tensor, and its loss is one: write output.loss, as in output.loss / 2")
 
 
+def _no_assignment(_: LossOutput, name: str, __: Any) -> NoReturn:
+    raise AttributeError(
+        f"a LossOutput cannot be changed: write output = output._replace({name}=…); where other code does it, as peft's "
+        f"AdaLora in its forward, give it transformers' CausalLMOutput(loss=output.loss)"
+    )
+
+
 # Not in the class: to a type checker there are none. As a tuple it would join with another and repeat itself, where its
 # loss was meant.
 _OPERATORS = ("add", "sub", "mul", "truediv", "radd", "rsub", "rmul", "rtruediv", "neg", "float")
-for _name, _function in {"getattr": _no_such_attribute, **dict.fromkeys(_OPERATORS, _no_arithmetic)}.items():
+for _name, _function in {
+    "getattr": _no_such_attribute,
+    "setattr": _no_assignment,
+    **dict.fromkeys(_OPERATORS, _no_arithmetic),
+}.items():
     setattr(LossOutput, f"__{_name}__", _function)
 
 

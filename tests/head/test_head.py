@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launches import run_python
 from tiny_models import causal_lm
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers import AutoModelForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
 from fastkl._head.transform import LogitTransform, measure_logit_transform
 from fastkl.head import fuse
-from fastkl.loss import linear_logprobs
+from fastkl.loss import LossOutput, linear_cross_entropy, linear_logprobs
 
 TEMPERATURE = 0.7
 
@@ -153,6 +156,34 @@ def test_measured_transform_of_any_scale_and_cap(scale: float, cap: float | None
     check_same(model)
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "value"),
+    [
+        ("gemma2-softcap", "final_logit_softcapping", 30.0),
+        ("gemma2-softcap", "final_logit_softcapping", None),
+        ("gemma2-no-softcap", "final_logit_softcapping", 3.0),
+        ("granite-scale", "logits_scaling", 2),
+    ],
+)
+def test_a_setting_of_the_logits_that_is_changed_afterwards(family: str, name: str, value: float | None) -> None:
+    model = fuse(build(family))
+    before = fused_logprobs(model, token_ids()).detach()
+    setattr(model.config, name, value)
+    check_same(model)
+    assert not torch.allclose(before, fused_logprobs(model, token_ids()))
+
+
+def test_no_random_number_is_drawn_and_no_mode_is_changed() -> None:
+    """Training with dropout goes on as if the model had not been fused."""
+    model = causal_lm("gpt2").train()
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    fuse(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_gradient_checkpointing_equals_without() -> None:
     model = build("qwen3")
     ids, fused = token_ids(), fuse(model)
@@ -203,9 +234,39 @@ def test_head_in_modules_to_save_with_the_adapter_off() -> None:
         assert not torch.allclose(on, off)
 
 
-def test_lora_on_the_head_is_refused_with_the_remedy() -> None:
-    with pytest.raises(TypeError, match=r"LlamaForCausalLM.*target_modules"):
-        fuse(lora(build("llama"), target_modules=["q_proj", "lm_head"]))
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+        ("llama", {"target_parameters": ["lm_head.weight"]}),
+        ("llama-tied", {"trainable_token_indices": [5, 6]}),
+    ],
+    ids=["module", "parameter", "tied-tokens"],
+)
+@pytest.mark.parametrize("late", [False, True], ids=["", "fused-before"])
+def test_an_adapter_on_the_head_is_refused_with_the_remedy(family: str, options: dict[str, Any], late: bool) -> None:
+    model = build(family)
+    adapted = lora(fuse(model) if late else model, **options)
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM has an adapter .*target_modules.*trainable_token_indices"):
+        fused_logprobs(adapted, token_ids()) if late else fuse(adapted)
+
+
+def test_adalora_adds_to_a_loss_that_can_be_changed() -> None:
+    peft = pytest.importorskip("peft")
+    settings = {"target_modules": ["q_proj"], "init_r": 4, "target_r": 2, "total_step": 10, "task_type": "CAUSAL_LM"}
+    model, ids = peft.get_peft_model(fuse(build("llama")), peft.AdaLoraConfig(**settings)), token_ids()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+
+    def output(hidden: Tensor, weight: Tensor, **head: Any) -> LossOutput:
+        return linear_cross_entropy(hidden[:, :-1], weight, ids[:, 1:], **head)
+
+    wanted = model(input_ids=ids, labels=ids).loss
+    found = model(input_ids=ids, fused=lambda *args, **head: CausalLMOutput(loss=output(*args, **head).loss)).loss
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(AttributeError, match=r"AdaLora.*CausalLMOutput\(loss=output\.loss\)"):
+        model(input_ids=ids, fused=output)
 
 
 class Doubling(nn.Linear):
@@ -221,16 +282,39 @@ class Quantised(nn.Linear):
         self.weight = nn.Parameter(self.weight.to(torch.int8), requires_grad=False)
 
 
+def packed() -> nn.Linear:
+    """As torchao's: a float32 dtype, and numbers that are elsewhere."""
+    head = nn.Linear(64, 64)
+    weight: Any = TwoTensor(head.weight.detach(), head.weight.detach())
+    head.weight = nn.Parameter(weight, requires_grad=False)
+    return head
+
+
+def forward_of_its_own() -> nn.Linear:
+    head = nn.Linear(64, 64, bias=False)
+    head.forward = lambda hidden: nn.functional.linear(hidden, head.weight.round(decimals=1))
+    return head
+
+
 @pytest.mark.parametrize(
     "head",
-    [nn.Sequential(nn.Linear(64, 64)), Doubling(64, 64), Quantised(64, 64)],
-    ids=["sequence", "subclass-with-a-forward-of-its-own", "int8-weight"],
+    [nn.Sequential(nn.Linear(64, 64)), Doubling(64, 64), Quantised(64, 64), packed()],
+    ids=["sequence", "subclass-with-a-forward-of-its-own", "int8-weight", "packed-weight"],
 )
 def test_a_head_that_is_no_plain_linear_layer_is_refused(head: nn.Module) -> None:
     model = build("llama")
     model.lm_head = head
     with pytest.raises(TypeError, match=f"LlamaForCausalLM is {type(head).__name__}"):
         fuse(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_head_with_a_forward_that_is_not_linear_is_refused(dtype: torch.dtype) -> None:
+    """As packages put it there that quantise on the fly."""
+    model = build("llama")
+    model.lm_head = forward_of_its_own()
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM has a forward of its own \(forward_of_its_own"):
+        fuse(model.to(dtype))
 
 
 @pytest.mark.parametrize(
@@ -357,24 +441,14 @@ def test_a_model_that_runs_its_head_another_number_of_times_is_an_error(times: i
         model(input_ids=token_ids(), fused=lambda hidden, weight, **head: hidden.sum())
 
 
-def test_saved_model_loads_without_fastkl(tmp_path: Path) -> None:
+def test_saved_model_loads_without_fastkl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = build("gemma2-softcap"), token_ids()
     gradients(model, lambda: fused_logprobs(fuse(model), ids))
     with torch.no_grad():  # as a training step would have
         for parameter in model.parameters():
             parameter -= 1e-3 * parameter.grad
     model.eval().save_pretrained(tmp_path)
-    torch.save(ids, tmp_path / "ids.pt")
-    code = """
-import sys; sys.modules["fastkl"] = None  # any import of it fails
-import torch
-from transformers import AutoModelForCausalLM
-folder = sys.argv[1]
-model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-with torch.no_grad():
-    torch.save(model(torch.load(folder + "/ids.pt")).logits, folder + "/logits.pt")
-"""
-    done = run_python(code, tmp_path)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setitem(sys.modules, "fastkl", None)  # any import of it fails
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     with torch.no_grad():
-        torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(ids).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)

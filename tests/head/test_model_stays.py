@@ -64,6 +64,7 @@ def test_nothing_that_others_ask_for_is_different(kind: str) -> None:
     assert [*map(str, model.modules())] == [*map(str, plain.modules())]
     assert inspect.signature(model.forward) == inspect.signature(plain.forward)
     assert inspect.signature(forward_of(model)) == inspect.signature(forward_of(plain))
+    assert forward_of(model).__code__ is forward_of(plain).__code__  # torch.export wants to know it
     assert torch.equal(logits(model), logits(plain))
     assert torch.equal(model(input_ids=IDS, labels=IDS).loss, plain(input_ids=IDS, labels=IDS).loss)
     options = {"max_new_tokens": 5, "do_sample": False}
@@ -150,15 +151,18 @@ def test_hooks_of_accelerate(hooked_first: bool) -> None:
 
 
 @pytest.mark.parametrize("fused_first", [False, True])
-def test_a_dispatched_model(fused_first: bool) -> None:
-    """Weights are brought where they are used, and taken away again."""
+@pytest.mark.parametrize("head_too", [False, True])
+def test_a_dispatched_model(head_too: bool, fused_first: bool) -> None:
+    """Weights are brought where they are used, and taken away again; so are those of the head."""
     model = causal_lm().eval()
-    wanted = loss(fuse(copy.deepcopy(model)))
+    wanted, scores = loss(fuse(copy.deepcopy(model))), logits(model)
     if fused_first:
         fuse(model)
     add_hook_to_module(model, AlignDevicesHook(io_same_device=True))
-    cpu_offload(model.model, execution_device=torch.device("cpu"))
+    cpu_offload(model if head_too else model.model, execution_device=torch.device("cpu"))
     assert loss(fuse(model)) == wanted
+    assert model.lm_head.weight.is_meta == head_too
+    assert torch.equal(logits(model), scores)
 
 
 @pytest.mark.parametrize("kind", ["llama", "lora", "lora-fused-late"])

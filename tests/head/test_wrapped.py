@@ -122,7 +122,7 @@ def test_torch_compile_in_place_and_new_functions_of_each_step() -> None:
     """Fusing compiles nothing; a new closure over new tensors of the same shapes needs no new graph."""
     torch.compiler.reset()
     model = causal_lm(num_hidden_layers=1)
-    model.compile(backend="aot_eager", fullgraph=True)
+    model.compile(backend="eager", fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "_compiled_call_impl", lambda *_, **__: pytest.fail("compiled"))
         fuse(model)

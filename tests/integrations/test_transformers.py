@@ -42,6 +42,7 @@ def test_one_process(name: str, kind: str, options: str, tmp_path: Path) -> None
     wanted = run(tmp_path / "plain", NAMES[name], kind, batch, plain=True, **OPTIONS[options])
     found = run(tmp_path / "fused", NAMES[name], kind, batch, **OPTIONS[options])
     compare(found, wanted, 1e-3 if options == "bf16" else 1e-5)
+    assert len(found["predictions"]) == {"local": 0, "scored": EVALUATED}[name]
     assert saved_loss(tmp_path / "fused", kind) == pytest.approx(saved_loss(tmp_path / "plain", kind), rel=1e-3)
     files = [{path.name for path in (tmp_path / each / f"checkpoint-{STEPS}").iterdir()} for each in ("plain", "fused")]
     assert files[0] == files[1]

@@ -12,6 +12,7 @@ import torch
 from loss_cases import DIVERGENCES, each_loss, fused, fused_output, make_problem, pattern
 from tiny_models import causal_lm
 from torch import nan, nn, ones, zeros
+from torch.testing._internal.two_tensor import TwoTensor
 
 from fastkl import loss
 from fastkl.head import fuse
@@ -203,10 +204,15 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: loss.reverse_kl_advantages(LP.exp(), LP),
         "BadNumbers: sampler_logprobs holds / Give log-probs",
     ),
+    "packed": (
+        lambda: reverse_kl_loss(H, TwoTensor(W, W), TH, TW),
+        "TypeError: student_weight is a TwoTensor / student_weight.dequantize()",
+    ),
     # What comes back.
     "backward": (lambda: OUTPUT.backward(), "AttributeError: 'backward'; its loss is a tensor / output.loss.backward"),
     "item": (lambda: OUTPUT.item(), "AttributeError: a LossOutput has no 'item' / output.loss.item"),
     "neither-has-it": (lambda: OUTPUT.values, "AttributeError: a LossOutput has no 'values'"),
+    "assignment": (lambda: setattr(OUTPUT, "loss", 0), "AttributeError: cannot be changed / output._replace(loss=…)"),
     "division": (lambda: OUTPUT / 2, TENSOR),
     "twice": (lambda: OUTPUT * 2, TENSOR),
     "half": (lambda: 0.5 * OUTPUT, TENSOR),

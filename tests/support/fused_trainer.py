@@ -106,8 +106,9 @@ def run(folder: Path, example: str, kind: str, batch: int, plain: bool = False, 
         names = {"model": model, "teacher": teacher, "args": args, **data}
         exec(compile(example, "integrations.md", "exec"), names)
         trainer = names["trainer"]
-    history = trainer.state.log_history
+    history = [*trainer.state.log_history]
     return {
+        "predictions": trainer.predict(data["eval_dataset"]).predictions,
         "weights": whole(trainer.model),
         "losses": [row["loss"] for row in history if "loss" in row],
         "evaluations": [row["eval_loss"] for row in history if "eval_loss" in row],
