@@ -44,6 +44,11 @@ def row_function(spec: Spec, hidden: Tensor) -> RowFunction:
     return cast(RowFunction, getattr(_module("rows", spec, hidden), spec.kind))
 
 
+def adds_bias(spec: Spec, hidden: Tensor) -> bool:
+    """Whether the row function adds the heads' biases, and not the products that make its logits."""
+    return _is_triton(spec.backend, hidden)
+
+
 def entropy_gradient(spec: Spec, hidden: Tensor) -> EntropyGradient:
     """What goes with the row function of kind "token_nll_entropy"."""
     return cast(EntropyGradient, _module("rows", spec, hidden).entropy_gradient)

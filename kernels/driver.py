@@ -1,6 +1,6 @@
 """The chunk driver: GEMM → row function → GEMMs, for every loss.
 
-    for a chunk of rows:   x = alpha (h Wᵀ + b)              [n, V]   vendor GEMM into a workspace
+    for a chunk of rows:   x = alpha (h Wᵀ + b)              [n, V]   vendor GEMM into a workspace; of Triton without b
                            values, u = row function(x)       [K, n], u = d values[0] / d x, in place where dtypes allow
                            slopes = row_loss(values)        [n]      d loss / d values[0]
                            dh = slopes · (u W)               [n, D]   vendor GEMMs; alpha and the slopes are applied on
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastkl.kernels.backend import (
+    adds_bias,
     clear_rows,
     column_sampler,
     entropy_gradient,
@@ -337,6 +338,11 @@ class _Workspace:
             return
         self.student = _workspace(inputs, rows, dtype)
         self.teacher = None if spec.teacher is None else _workspace(inputs, rows, dtype)
+        self.student_bias = self.teacher_bias = None
+        if adds_bias(spec, inputs.hidden):
+            self.inputs = inputs._replace(bias=None, teacher_bias=None)
+            self.student_bias = _scaled_bias(inputs.bias, spec.student, dtype)
+            self.teacher_bias = _scaled_bias(inputs.teacher_bias, spec.teacher, dtype)
         apart = product_rows > 0 and _apart(inputs)
         self.gradient = _workspace(inputs, product_rows, gradient_dtype(inputs.hidden)) if apart else self.student
 
@@ -344,7 +350,13 @@ class _Workspace:
         """The logits of `rows`, with `place` as the first row of their gradient."""
         inputs, n = self.inputs, rows.stop - rows.start
         project(inputs.hidden[rows], inputs.weight, inputs.bias, self.spec.student.alpha, self.student[:n])
-        logits = Logits(self.student[:n], self.spec.student.cap, class_weight=inputs.class_weight)
+        logits = Logits(
+            self.student[:n],
+            self.spec.student.cap,
+            student_bias=self.student_bias,
+            teacher_bias=self.teacher_bias,
+            class_weight=inputs.class_weight,
+        )
         if self.teacher is not None and self.spec.teacher is not None:
             _teacher_scores(inputs, rows, self.spec.teacher, self.teacher[:n])
             logits = logits._replace(teacher=self.teacher[:n], teacher_cap=self.spec.teacher.cap)
@@ -377,6 +389,11 @@ def _teacher_scores(inputs: Inputs, rows: slice, options: HeadOptions, out: Tens
         out.copy_(scores)
     else:
         scaled_into(out, scores, out.new_full((1,), options.alpha))
+
+
+def _scaled_bias(bias: Tensor | None, options: HeadOptions | None, dtype: torch.dtype) -> Tensor | None:
+    """What the bias of a head adds to its scaled scores."""
+    return None if bias is None or options is None else bias.to(dtype) * options.alpha
 
 
 def _workspace(inputs: Inputs, rows: int, dtype: torch.dtype) -> Tensor:

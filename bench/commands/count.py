@@ -20,7 +20,8 @@ Columns of the table, keys of the JSON rows:
                         places
     row_gb, gemm_gb     bytes that the row kernels and the GEMMs move at least (1e9), chunk by chunk
     other_gb            bytes of passes by PyTorch over N·V or V·D elements: the weight's gradient times the upstream one,
-                        in the weight's dtype; a bias and its gradient. Temperature and scale are in the GEMM
+                        in the weight's dtype; the gradient of a bias. Temperature and scale are in the GEMM, and
+                        row kernels add a bias while they read
     accumulator_passes  how often the weight's gradient is read or written while it is summed
     chunk_rows          rows per chunk
     product_rows        rows of the longest product that makes a gradient; 0 without one, or with a sample
@@ -29,8 +30,8 @@ Columns of the table, keys of the JSON rows:
                         An estimate to compare a measurement with. Products of drawn columns gather rows in Triton and
                         hardly reach the vendor's rate
 
-Left out: launches, products and passes over [N, D], what a GEMM reads twice, and PyTorch's operations over [V] for each
-block of the sparse backward. All rows take part.
+Left out: launches, products and passes over [N, D], what a GEMM reads twice, a bias that stays in a cache, and PyTorch's
+operations over [V] for each block of the sparse backward. All rows take part.
 """
 
 from __future__ import annotations
@@ -165,16 +166,15 @@ def _call(spec: Spec, inputs: Inputs, needs: Needs | None, kept: float | None = 
     workspace = step * driver.workspace_bytes_per_row(spec, inputs, needs is not None)
     tiles = 2 * _whole(inputs, *_rows_of(chunks)) * _whole(inputs, vocabulary) * d
     gemms = [Work(flops, hidden * operand + len(chunks) * weight * operand + once * full, tiles)] * heads
-    others = 0 if inputs.bias is None else heads * 2 * once * full
     if needs is None:
-        return Count(gemms, Work(0, heads * once * full), heads, step, workspace, others)
+        return Count(gemms, Work(0, heads * once * full), heads, step, workspace)
     # A row kernel reads the logits for the values and for the gradient, and writes the gradient.
     reads = heads * _walks(spec, inputs)
     rows, passes = Work(0, reads * once * full + once * low), reads + 1
-    if spec.backend == "epilogue":  # the product writes the gradient, and adds the bias; a row of W goes to each token
+    if spec.backend == "epilogue":  # the product writes the gradient; a row of W goes to each token
         gemms = [Work(flops, gemms[0].bytes - once * (full - low) + 2 * hidden * operand, gemms[0].tile_flops)]
-        rows, passes, others = Work(0, 0), 0, 0
-    others += once * low if needs.bias else 0
+        rows, passes = Work(0, 0), 0
+    others = once * low if needs.bias else 0
     forward = Count(gemms, rows, passes, step, workspace, others)
     if kept is not None:
         return _sparse_call(forward, spec, inputs, needs, kept)

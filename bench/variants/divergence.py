@@ -7,7 +7,7 @@ from typing import Any, get_args
 import torch
 
 from bench.variants.launcher import BF16, BOTH, CUT, FP32, Launcher, Options, chunk, grid
-from bench.variants.rows import GRADIENTS, ROW_WIDTHS, VALUES, rows
+from bench.variants.rows import GRADIENTS, ROW_WIDTHS, VALUES, rows, with_and_without
 from fastkl.kernels.divergence.formula import ROWS, ROWS_WITH_EXTRAS, Divergence, HardTarget
 from fastkl.kernels.divergence.triton import divergence
 
@@ -20,19 +20,21 @@ def _call(
     tokens: bool,
     extras: bool,
     hard: bool = False,
+    teacher_bias: bool = False,
     **options: Any,
 ) -> None:
     logits, ids, _, gradient = rows(n, offset, **options)
     teacher_cap = 0.5 + n if capped_teacher else None
     teacher = chunk(n, logits.student.shape[1], logits.student.dtype)
-    logits = logits._replace(teacher=teacher, teacher_cap=teacher_cap)
+    own = torch.zeros(teacher.shape[1]) if teacher_bias else None
+    logits = logits._replace(teacher=teacher, teacher_cap=teacher_cap, teacher_bias=own)
     values = torch.zeros(9, n + offset)[: (ROWS_WITH_EXTRAS if extras else ROWS) + hard, offset:]
     target = HardTarget(0.25, 0.5 + n) if hard else None
     divergence(kind, 0.125 / n, logits, ids if tokens else None, values, gradient, target)
 
 
 def _variants(extras: bool) -> list[Options]:
-    return grid(
+    plain = grid(
         kind=get_args(Divergence),
         dtypes=VALUES + GRADIENTS,
         vocabulary=ROW_WIDTHS,
@@ -41,6 +43,7 @@ def _variants(extras: bool) -> list[Options]:
         tokens=BOTH,
         extras=(extras,),
     )
+    return with_and_without("bias", plain) + [one | BIASES for one in plain]
 
 
 def _one(kind: Divergence, dtypes: tuple[torch.dtype, torch.dtype], vocabulary: int, **flags: bool) -> Options:
@@ -48,6 +51,8 @@ def _one(kind: Divergence, dtypes: tuple[torch.dtype, torch.dtype], vocabulary: 
     return {"kind": kind, "dtypes": dtypes, "vocabulary": vocabulary, **flags}
 
 
+BIASES = {"bias": True, "teacher_bias": True}
+HEAVIEST = _one("jsd", (FP32, BF16), 50257, capped=True, capped_teacher=True, tokens=True, extras=True)
 LAUNCHERS = [
     Launcher(
         "divergence.divergence",
@@ -57,20 +62,22 @@ LAUNCHERS = [
             _one("skewed_reverse_kl", (FP32, BF16), CUT, tokens=True),
             _one("forward_kl", (BF16, BF16), 151936),
             _one("skewed_forward_kl", (FP32, BF16), 50257, capped=True, capped_teacher=True, tokens=True),
+            _one("skewed_forward_kl", (FP32, BF16), 50257, capped=True, capped_teacher=True, tokens=True) | BIASES,
+            _one("forward_kl", (FP32, BF16), CUT) | BIASES,
         ],
     ),
     Launcher(
         "divergence.divergence",
         _call,
         _variants(extras=True),
-        [_one("jsd", (FP32, BF16), 50257, capped=True, capped_teacher=True, tokens=True, extras=True)],
+        [HEAVIEST, HEAVIEST | BIASES],
         programs=1,
     ),
     Launcher(
         "divergence.divergence",
         _call,
         [one | {"tokens": True, "hard": True} for extras in BOTH for one in _variants(extras) if one["tokens"]],
-        [_one("jsd", (FP32, BF16), 50257, capped=True, capped_teacher=True, tokens=True, extras=True, hard=True)],
+        [HEAVIEST | {"hard": True}, HEAVIEST | {"hard": True} | BIASES],
         programs=1,
     ),
 ]

@@ -27,12 +27,20 @@ class Rows(NamedTuple):
     gradient: Tensor | None  # the chunk itself if that is its dtype
 
 
-def rows(n: int, offset: int, dtypes: tuple[torch.dtype, torch.dtype | None], capped: bool, vocabulary: int) -> Rows:
+def rows(
+    n: int,
+    offset: int,
+    dtypes: tuple[torch.dtype, torch.dtype | None],
+    capped: bool,
+    vocabulary: int,
+    bias: bool = False,
+) -> Rows:
     """A chunk and what belongs to it."""
     x = chunk(n, vocabulary, dtypes[0])
     tokens, out = torch.zeros(n + offset, dtype=torch.int64)[offset:], torch.zeros(8, n + offset)[:, offset:]
     gradient = None if dtypes[1] is None else x if dtypes[1] == x.dtype else chunk(n, vocabulary, dtypes[1])
-    return Rows(Logits(x, 0.5 + n if capped else None), tokens, out, gradient)
+    own = torch.zeros(vocabulary) if bias else None
+    return Rows(Logits(x, 0.5 + n if capped else None, student_bias=own), tokens, out, gradient)
 
 
 def _token_nll(n: int, offset: int, **options: Any) -> None:
@@ -64,25 +72,25 @@ def _clear_rows(n: int, offset: int, **options: Any) -> None:
 
 def _tail_sums(n: int, offset: int, hard: bool = False, **options: Any) -> None:
     logits, _, out, _ = rows(n, offset, **options)
-    tail_sums(logits.student, logits.student_cap, out, 0.5 + n if hard else None)
+    tail_sums(logits, out, 0.5 + n if hard else None)
 
 
 def _tail_gradient(n: int, offset: int, hard: bool = False, **options: Any) -> None:
     logits, _, out, gradient = rows(n, offset, **options)
     assert gradient is not None
-    tail_gradient(logits.student, logits.student_cap, out[0], out[1], gradient, out[2] if hard else None, 0.5 + n)
+    tail_gradient(logits, out[0], out[1], gradient, out[2] if hard else None, 0.5 + n)
 
 
 def _variants(dtypes: list[tuple[torch.dtype, torch.dtype | None]]) -> list[Options]:
-    return grid(dtypes=dtypes, capped=BOTH, vocabulary=ROW_WIDTHS)
+    return with_and_without("bias", grid(dtypes=dtypes, capped=BOTH, vocabulary=ROW_WIDTHS))
 
 
-def _with_hard(dtypes: list[tuple[torch.dtype, torch.dtype | None]]) -> list[Options]:
-    """Without hard targets and with them."""
-    return [*_variants(dtypes), *(one | {"hard": True} for one in _variants(dtypes))]
+def with_and_without(flag: str, variants: list[Options]) -> list[Options]:
+    return [*variants, *(one | {flag: True} for one in variants)]
 
 
 PLAIN_TARGETS = {"label_smoothing": 0.0, "class_weight": False, "ids": False}
+ALL_TARGETS = {"label_smoothing": 0.1, "class_weight": True, "ids": True}
 HEAVY_VALUES = {"dtypes": (FP32, None), "capped": True, "vocabulary": 50257}
 HEAVY_GRADIENT = HEAVY_VALUES | {"dtypes": (FP32, BF16)}
 LAUNCHERS = [
@@ -92,11 +100,15 @@ LAUNCHERS = [
         _variants(VALUES + GRADIENTS),
         [  # one that is common, one that is heavy, and one that is neither
             {"dtypes": (FP32, BF16), "capped": False, "vocabulary": CUT},
+            {"dtypes": (FP32, BF16), "capped": False, "vocabulary": CUT, "bias": True},
             HEAVY_GRADIENT,
+            HEAVY_GRADIENT | {"bias": True},
             {"dtypes": (BF16, None), "capped": False, "vocabulary": 50257},
         ],
     ),
-    Launcher("rows.token_nll_entropy", _token_nll_entropy, _variants(VALUES), [HEAVY_VALUES]),
+    Launcher(
+        "rows.token_nll_entropy", _token_nll_entropy, _variants(VALUES), [HEAVY_VALUES, HEAVY_VALUES | {"bias": True}]
+    ),
     Launcher(
         "cross_entropy.cross_entropy",
         _cross_entropy,
@@ -104,26 +116,38 @@ LAUNCHERS = [
             one | more
             for one in _variants(VALUES + GRADIENTS)
             for more in grid(label_smoothing=[0.0, 0.1], class_weight=BOTH, ids=BOTH)
+            if not one.get("bias") or more in (PLAIN_TARGETS, ALL_TARGETS)
         ],
         [
             {"dtypes": (FP32, BF16), "capped": False, "vocabulary": 151936} | PLAIN_TARGETS,
             HEAVY_GRADIENT | {"label_smoothing": 0.1, "class_weight": True, "ids": False},
-            HEAVY_GRADIENT | {"label_smoothing": 0.1, "class_weight": True, "ids": True},
+            HEAVY_GRADIENT | ALL_TARGETS,
+            HEAVY_GRADIENT | ALL_TARGETS | {"bias": True},
         ],
         programs=1,  # smoothing or ids need too many registers for two
     ),
-    Launcher("rows.entropy_gradient", _entropy_gradient, _variants(GRADIENTS), [HEAVY_GRADIENT]),
+    Launcher(
+        "rows.entropy_gradient",
+        _entropy_gradient,
+        _variants(GRADIENTS),
+        [HEAVY_GRADIENT, HEAVY_GRADIENT | {"bias": True}],
+    ),
     Launcher(
         "rows.clear_rows",
         _clear_rows,
         grid(dtypes=GRADIENTS, vocabulary=ROW_WIDTHS),
         [{"dtypes": (FP32, BF16), "vocabulary": 50257}],
     ),
-    Launcher("top_k.tail_sums", _tail_sums, _with_hard(VALUES), [HEAVY_VALUES, HEAVY_VALUES | {"hard": True}]),
+    Launcher(
+        "top_k.tail_sums",
+        _tail_sums,
+        with_and_without("hard", _variants(VALUES)),
+        [HEAVY_VALUES, HEAVY_VALUES | {"hard": True}, HEAVY_VALUES | {"hard": True, "bias": True}],
+    ),
     Launcher(
         "top_k.tail_gradient",
         _tail_gradient,
-        _with_hard(GRADIENTS),
-        [HEAVY_GRADIENT, HEAVY_GRADIENT | {"hard": True}],
+        with_and_without("hard", _variants(GRADIENTS)),
+        [HEAVY_GRADIENT, HEAVY_GRADIENT | {"hard": True}, HEAVY_GRADIENT | {"hard": True, "bias": True}],
     ),
 ]

@@ -27,6 +27,7 @@ PARAMETERS = {"jsd": 0.4, "skewed_forward_kl": 0.2, "skewed_reverse_kl": 0.2}
 TOP_K_VARIANT = "reverse-bucket"
 MIXTURE = (1.0, -0.3, 0.1)  # of −log p[y], entropy and lse, whose gradient is checked
 TERMS = CrossEntropy(label_smoothing=0.1, z_loss=0.01)
+WITH_BIAS = torch.float16  # the dtype in which logits have a bias, for row functions to add where they do
 WORKSPACE_COLUMNS = 64  # rows of the driver's workspace are a multiple of so many apart
 SAMPLED_ERROR = 0.3  # of the sparse backward: most columns are left out
 DEVIATIONS = 6.0  # standard ones, that the number of columns may be away from the one expected
@@ -38,8 +39,9 @@ class Setting(NamedTuple):
     """What is tested, in one dtype."""
 
     problem: Problem  # on the device
-    chunk: Tensor  # [N, V] float32, the student's logits, on the CPU
+    chunk: Tensor  # [N, V] float32, the student's logits, on the CPU, without a bias
     teacher_chunk: Tensor  # [N, V]
+    biases: Tensor | None  # [2, V] float32, of both, on the CPU
     backend: Backend
 
     @property
@@ -67,8 +69,20 @@ class Setting(NamedTuple):
     def logits(self) -> Logits:
         """A copy, which a row function may overwrite."""
         p, device = self.problem, self.problem.hidden.device
-        student, teacher = (copied(chunk, device) for chunk in (self.chunk, self.teacher_chunk))
-        return Logits(student, None, teacher, None, p.top_ids, p.top_logprobs)
+        apart = self.biases is not None and backend.adds_bias(self.spec("token_nll"), p.hidden)
+        chunks = (self.chunk, self.teacher_chunk) if apart else self.whole()
+        student, teacher = (copied(chunk, device) for chunk in chunks)
+        logits = Logits(student, None, teacher, None, top_ids=p.top_ids, top_logprobs=p.top_logprobs)
+        if self.biases is None or not apart:
+            return logits
+        bias, teacher_bias = (copied(bias, device) for bias in self.biases)
+        return logits._replace(student_bias=bias, teacher_bias=teacher_bias)
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """The logits of student and teacher, with their biases."""
+        if self.biases is None:
+            return self.chunk, self.teacher_chunk
+        return self.chunk + self.biases[0], self.teacher_chunk + self.biases[1]
 
     def place(self, logits: Logits) -> Tensor:
         """Where the driver would have the gradient written."""
@@ -80,7 +94,8 @@ class Setting(NamedTuple):
 
     def exact(self) -> tuple[Tensor, Tensor]:
         """Logits of student and teacher in float64, of which the first is a leaf."""
-        return self.chunk.double().requires_grad_(), self.teacher_chunk.double()
+        student, teacher = self.whole()
+        return student.double().requires_grad_(), teacher.double()
 
 
 def checks(problem: Problem, dtype: torch.dtype, device: str, backend: Backend) -> Iterator[Check]:
@@ -88,7 +103,8 @@ def checks(problem: Problem, dtype: torch.dtype, device: str, backend: Backend) 
     rounded = problem.to(dtype, "cpu")
     chunk = rounded.hidden.float() @ rounded.weight.float().t()
     teacher_chunk = rounded.teacher_hidden.float() @ rounded.teacher_weight.float().t()
-    setting = Setting(rounded.to(dtype, device), chunk, teacher_chunk, backend)
+    biases = rounded.biases if dtype == WITH_BIAS else None
+    setting = Setting(rounded.to(dtype, device), chunk, teacher_chunk, biases, backend)
     for check in (
         _token_nll,
         _entropy,

@@ -37,6 +37,7 @@ class Problem(NamedTuple):
     old_logprobs: Tensor  # [N] float32
     top_ids: Tensor  # [N, TOP_K] int64, the teacher's likeliest tokens
     top_logprobs: Tensor  # [N, TOP_K] float32
+    biases: Tensor  # [2, V] float32, of heads that have one
 
     def to(self, dtype: torch.dtype, device: torch.device | str) -> Problem:
         """A copy, with hidden states and weights in a dtype."""
@@ -65,6 +66,7 @@ def make_problem(sizes: Sizes, device: str = "cpu") -> Problem:
     logprobs = torch.log_softmax(hidden @ weight.t(), -1).gather(1, tokens[:, None]).squeeze(1)
     old_logprobs = (logprobs + 0.1 * normal(n)).clamp(max=0.0)
     top_logprobs, top_ids = torch.log_softmax(teacher_hidden @ teacher_weight.t(), -1).topk(TOP_K)
+    biases = normal(2, vocabulary)
     return Problem(
-        hidden, weight, teacher_hidden, teacher_weight, tokens, advantages, old_logprobs, top_ids, top_logprobs
+        hidden, weight, teacher_hidden, teacher_weight, tokens, advantages, old_logprobs, top_ids, top_logprobs, biases
     )

@@ -80,11 +80,10 @@ def divergence(
     m = mixture(kind, parameter)
     launch_rows(
         _divergence_kernel,
-        logits.student,
-        logits.student_cap,
+        logits,
         chunks=2,
         programs=1 if by_products or hard else 2,  # these need too many registers for two
-        **chunk(logits.teacher, logits.teacher_cap, "_t"),
+        **chunk(logits.teacher, logits.teacher_cap, logits.teacher_bias, "_t"),
         **token_ids(tokens),
         **written_to(gradient),
         **{f"{name}_ptr": by_products.get(name) for name in BY_PRODUCTS},
@@ -106,7 +105,9 @@ def divergence(
 def _divergence_kernel(
     # data
     x_ptr: tl.tensor,  # [n, V]
+    x_bias_ptr: tl.tensor,  # [V] or None
     x_t_ptr: tl.tensor,  # [n, V]
+    x_t_bias_ptr: tl.tensor,  # [V] or None
     tokens_ptr: tl.tensor,  # [n] or None
     value_ptr: tl.tensor,  # [n], as all results; by-products or None each
     token_nll_ptr: tl.tensor,
@@ -150,9 +151,9 @@ def _divergence_kernel(
     out_place = row * out_stride_row
     if tokens_ptr is not None:
         y = tl.load(tokens_ptr + row * tokens_stride)
-        target = load_one(x_ptr, y, vocabulary, cap, CAPPED)
+        target = load_one(x_ptr, x_bias_ptr, y, vocabulary, cap, CAPPED)
         if EXTRAS:
-            target_t = load_one(x_t_ptr, y, vocabulary, cap_t, CAPPED_T)
+            target_t = load_one(x_t_ptr, x_t_bias_ptr, y, vocabulary, cap_t, CAPPED_T)
 
     m = lanes(float("-inf"), BLOCK_N)
     m_t = lanes(float("-inf"), BLOCK_N)
@@ -169,8 +170,8 @@ def _divergence_kernel(
         top = tl.zeros([BLOCK_N // LANE], tl.int32)  # where m is found first
         top_t = tl.zeros([BLOCK_N // LANE], tl.int32)
     for start in range(0, vocabulary, BLOCK_N):
-        z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
-        z_t = load_block(x_t_ptr, start, vocabulary, cap_t, CAPPED_T, BLOCK_N)
+        z = load_block(x_ptr, x_bias_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
+        z_t = load_block(x_t_ptr, x_t_bias_ptr, start, vocabulary, cap_t, CAPPED_T, BLOCK_N)
         if EXTRAS:
             top = first_maxima(top, m, z, start, BLOCK_N)
             top_t = first_maxima(top_t, m_t, z_t, start, BLOCK_N)
@@ -258,8 +259,8 @@ def _divergence_kernel(
         mean_lanes = lanes(0.0, BLOCK_N)
         for done in range(0, vocabulary, BLOCK_N):  # from the end: what was read last is still in the L2 cache
             start = last - done
-            z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
-            z_t = load_block(x_t_ptr, start, vocabulary, cap_t, CAPPED_T, BLOCK_N)
+            z = load_block(x_ptr, x_bias_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
+            z_t = load_block(x_t_ptr, x_t_bias_ptr, start, vocabulary, cap_t, CAPPED_T, BLOCK_N)
             log_p = tl.fma(z - base, LOG2E, -log_total)
             log_q = tl.fma(z_t - base_t, LOG2E, -log_total_t)
             phi, p, s = _terms(log_p, log_q, weight, weight_t, KIND)
@@ -271,8 +272,8 @@ def _divergence_kernel(
     if u_ptr is not None:
         for done in range(0, vocabulary, BLOCK_N):  # from where the walk before it ended
             start = done if TWO_WALKS else last - done
-            z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
-            z_t = load_block(x_t_ptr, start, vocabulary, cap_t, CAPPED_T, BLOCK_N)
+            z = load_block(x_ptr, x_bias_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
+            z_t = load_block(x_t_ptr, x_t_bias_ptr, start, vocabulary, cap_t, CAPPED_T, BLOCK_N)
             a = z - base
             a_t = z_t - base_t
             log_p = tl.fma(a, LOG2E, -log_total)

@@ -5,6 +5,8 @@ A row function is given the logits of n rows, writes K values per row into `out`
 
     z = x            or            z = cap · tanh(x)   where the head has a soft-cap
 
+A row function in Triton is given x without the bias of the head, and adds that while it reads (`backend.adds_bias`).
+
 It may return a factor [n] that each row of the gradient is still to be multiplied by: what is known at the end of a walk
 over the logits needs no second walk then. None is a factor of 1.
 
@@ -26,6 +28,8 @@ class Logits(NamedTuple):
     student_cap: float | None = None
     teacher: Tensor | None = None  # [n, V], compute dtype
     teacher_cap: float | None = None
+    student_bias: Tensor | None = None  # [V] float32, contiguous: alpha · b, which x lacks; None in PyTorch
+    teacher_bias: Tensor | None = None  # [V] float32, likewise
     top_ids: Tensor | None = None  # [n, k] int64
     top_logprobs: Tensor | None = None  # [n, k], compute dtype
     class_weight: Tensor | None = None  # [V], compute dtype

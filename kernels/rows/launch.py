@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from fastkl.kernels.launch import LaunchConfig, check_device, check_rows, launch, register_limit
+from fastkl.kernels.rows.interface import Logits
 
 DTYPES = (torch.float32, torch.bfloat16)  # of a chunk; arithmetic is float32
 GRADIENT_DTYPES = (*DTYPES, torch.float16)
@@ -46,13 +47,14 @@ def row_config(chunks: int) -> LaunchConfig:
 
 
 def launch_rows(
-    kernel: Any, x: Tensor, cap: float | None, *, chunks: int = 1, programs: int | None = None, **arguments: object
+    kernel: Any, logits: Logits, *, chunks: int = 1, programs: int | None = None, **arguments: object
 ) -> None:
-    """Runs a row kernel on the student's chunk x [n, V]; `arguments` are its others.
+    """Runs a row kernel on the student's chunk; `arguments` are its others.
 
     With `programs` it is compiled to have so many share a multiprocessor.
     """
-    student = chunk(x, cap)
+    x = logits.student
+    student = chunk(x, logits.student_cap, logits.student_bias)
     n, vocabulary = x.shape
     if n == 0:
         return
@@ -61,12 +63,13 @@ def launch_rows(
     launch(kernel, (n,), config, x.device, vocabulary=vocabulary, **student, **arguments, **limit)
 
 
-def chunk(x: Tensor, cap: float | None, suffix: str = "") -> dict[str, Any]:
+def chunk(x: Tensor, cap: float | None, bias: Tensor | None, suffix: str = "") -> dict[str, Any]:
     """A chunk of logits as arguments of a row kernel."""
     check_device("chunk is", x)
     _check(x, DTYPES)
     return {
         f"x{suffix}_ptr": x,
+        f"x{suffix}_bias_ptr": bias,
         f"x{suffix}_stride_row": x.stride(0),
         f"cap{suffix}": 1.0 if cap is None else cap,
         f"CAPPED{suffix.upper()}": cap is not None,

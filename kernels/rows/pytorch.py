@@ -74,10 +74,10 @@ def clear_rows(gradient: Tensor, slope: Tensor) -> None:
         gradient[idle] = 0.0
 
 
-def tail_sums(x: Tensor, cap: float | None, out: Tensor, power: float | None = None) -> None:
+def tail_sums(logits: Logits, out: Tensor, power: float | None = None) -> None:
     """out[0] = m = max z, out[1] = Σ exp(z − m), out[2] = Σ exp(power (z − m)) (`top_k/formula.TailFunctions`)."""
-    for rows in row_blocks(x):
-        z = _capped_entries(x[rows], cap)
+    for rows in row_blocks(logits.student):
+        z = _capped_entries(logits.student[rows], logits.student_cap)
         out[0, rows] = z.amax(-1)
         out[1, rows] = _exponentials(z, out[0, rows]).sum(-1)
         if power is not None:
@@ -85,8 +85,7 @@ def tail_sums(x: Tensor, cap: float | None, out: Tensor, power: float | None = N
 
 
 def tail_gradient(
-    x: Tensor,
-    cap: float | None,
+    logits: Logits,
     m: Tensor,
     scale: Tensor,
     gradient: Tensor,
@@ -94,12 +93,12 @@ def tail_gradient(
     power: float = 1.0,
 ) -> None:
     """gradient = (scale exp(z − m) + hard_scale exp(power (z − m))) dz/dx (`top_k/formula.TailFunctions`)."""
-    for rows in row_blocks(x):
-        z = _capped_entries(x[rows], cap)
+    for rows in row_blocks(logits.student):
+        z = _capped_entries(logits.student[rows], logits.student_cap)
         e = _exponentials(z, m[rows]).mul_(scale[rows, None])
         if hard_scale is not None:
             e.addcmul_(_exponentials(z, m[rows], power), hard_scale[rows, None])
-        undo_cap(e, z.masked_fill(z == -torch.inf, 0.0), cap)
+        undo_cap(e, z.masked_fill(z == -torch.inf, 0.0), logits.student_cap)
         gradient[rows] = e
 
 

@@ -51,8 +51,7 @@ def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tens
     factor = out.new_empty(out.shape[1]) if one_walk else None
     launch_rows(
         _token_nll_kernel,
-        logits.student,
-        logits.student_cap,
+        logits,
         programs=3 if one_walk else 2,
         **token_ids(tokens),
         **written_to(gradient),
@@ -72,8 +71,7 @@ def token_nll_entropy(logits: Logits, tokens: Tensor | None, out: Tensor, gradie
     assert gradient is None, "entropy_gradient makes it, once the weights are known"
     launch_rows(
         _token_nll_entropy_kernel,
-        logits.student,
-        logits.student_cap,
+        logits,
         programs=2,
         **token_ids(tokens),
         out_ptr=out,
@@ -87,8 +85,7 @@ def entropy_gradient(logits: Logits, tokens: Tensor, out: Tensor, weights: Tenso
     weights = weights.contiguous()
     launch_rows(
         _entropy_gradient_kernel,
-        logits.student,
-        logits.student_cap,
+        logits,
         **token_ids(tokens),
         **written_to(gradient),
         out_ptr=out,
@@ -123,6 +120,7 @@ def _takes_one_walk(chunk: Tensor, gradient: Tensor) -> bool:
 def _token_nll_kernel(
     # data
     x_ptr: tl.tensor,  # [n, V]
+    x_bias_ptr: tl.tensor,  # [V] or None
     tokens_ptr: tl.tensor,  # [n]
     out_ptr: tl.tensor,  # [1, n]
     u_ptr: tl.tensor,  # [n, V], the gradient: x itself or apart from it; or None
@@ -144,15 +142,15 @@ def _token_nll_kernel(
     if u_ptr is not None:
         u_ptr += row * u_stride_row
     y = tl.load(tokens_ptr + row * tokens_stride)
-    target = load_one(x_ptr, y, vocabulary, cap, CAPPED)
+    target = load_one(x_ptr, x_bias_ptr, y, vocabulary, cap, CAPPED)
 
-    first = load_block(x_ptr, 0, vocabulary, cap, CAPPED, BLOCK_N)
+    first = load_block(x_ptr, x_bias_ptr, 0, vocabulary, cap, CAPPED, BLOCK_N)
     r = finite_or_zero(tl.maximum(tl.max(first, 0), target))
-    m_lanes, l_lanes = _exponentials(x_ptr, u_ptr, factor_ptr, r, vocabulary, cap, CAPPED, BLOCK_N)
+    m_lanes, l_lanes = _exponentials(x_ptr, x_bias_ptr, u_ptr, factor_ptr, r, vocabulary, cap, CAPPED, BLOCK_N)
     m = tl.max(m_lanes, 0)
     if tl.abs(m - r) > FAR:
         r = finite_or_zero(m)
-        m_lanes, l_lanes = _exponentials(x_ptr, u_ptr, factor_ptr, r, vocabulary, cap, CAPPED, BLOCK_N)
+        m_lanes, l_lanes = _exponentials(x_ptr, x_bias_ptr, u_ptr, factor_ptr, r, vocabulary, cap, CAPPED, BLOCK_N)
     total = tl.sum(l_lanes, 0)
     tl.store(out_ptr + row * out_stride_row, (r - target) + tl.log(total))
 
@@ -173,7 +171,7 @@ def _token_nll_kernel(
             last = (vocabulary - 1) // BLOCK_N * BLOCK_N
             for done in range(0, vocabulary, BLOCK_N):  # from the end: what was read last is still in the L2 cache
                 start = last - done
-                z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
+                z = load_block(x_ptr, x_bias_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
                 u = exp(z - r) * scale - tl.where(start + tl.arange(0, BLOCK_N) == here, 1.0, 0.0)
                 store_gradient(u_ptr, start, vocabulary, u, z, cap, CAPPED, BLOCK_N)
 
@@ -181,6 +179,7 @@ def _token_nll_kernel(
 @triton.jit
 def _exponentials(
     x_ptr: tl.tensor,
+    x_bias_ptr: tl.tensor,
     u_ptr: tl.tensor,
     factor_ptr: tl.tensor,
     r: tl.tensor,
@@ -193,7 +192,7 @@ def _exponentials(
     m = lanes(float("-inf"), BLOCK_N)
     total = lanes(0.0, BLOCK_N)
     for start in range(0, vocabulary, BLOCK_N):
-        z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
+        z = load_block(x_ptr, x_bias_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
         e = exp(z - r)
         m = tl.maximum(m, lane_max(z, BLOCK_N))
         total += lane_sum(e, BLOCK_N)
@@ -206,6 +205,7 @@ def _exponentials(
 def _token_nll_entropy_kernel(
     # data
     x_ptr: tl.tensor,  # [n, V]
+    x_bias_ptr: tl.tensor,  # [V] or None
     tokens_ptr: tl.tensor,  # [n]
     out_ptr: tl.tensor,  # [5, n]
     cap: tl.tensor,
@@ -223,13 +223,13 @@ def _token_nll_entropy_kernel(
     row = tl.program_id(0).to(tl.int64)  # n · V exceeds int32
     x_ptr += row * x_stride_row
     out_ptr += row * out_stride_row
-    target = load_one(x_ptr, tl.load(tokens_ptr + row * tokens_stride), vocabulary, cap, CAPPED)
+    target = load_one(x_ptr, x_bias_ptr, tl.load(tokens_ptr + row * tokens_stride), vocabulary, cap, CAPPED)
 
     m = lanes(float("-inf"), BLOCK_N)
     l_lanes = lanes(0.0, BLOCK_N)
     weighted = lanes(0.0, BLOCK_N)  # Σ e^a a
     for start in range(0, vocabulary, BLOCK_N):
-        z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
+        z = load_block(x_ptr, x_bias_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
         m, base_lanes, step = raise_lanes(m, z, BLOCK_N)
         a = z - spread(base_lanes, BLOCK_N)
         e, factor = exp(a), exp(step)
@@ -252,6 +252,7 @@ def _token_nll_entropy_kernel(
 def _entropy_gradient_kernel(
     # data
     x_ptr: tl.tensor,  # [n, V]
+    x_bias_ptr: tl.tensor,  # [V] or None
     tokens_ptr: tl.tensor,  # [n]
     out_ptr: tl.tensor,  # [5, n]: −log p[y], H, m, lse − m, m − z[y]
     weights_ptr: tl.tensor,  # [3, n]
@@ -283,7 +284,7 @@ def _entropy_gradient_kernel(
     w_entropy = tl.load(weights_ptr + weights_stride_value + row)
     w_p = w_nll + tl.load(weights_ptr + 2 * weights_stride_value + row) - w_entropy * entropy
     for start in range(0, vocabulary, BLOCK_N):
-        z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
+        z = load_block(x_ptr, x_bias_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
         log_p = (z - base) - log_total  # in this order: large logits cancel before anything is rounded
         p = exp(log_p)
         log_p = tl.where(z == float("-inf"), 0.0, log_p)

@@ -14,7 +14,9 @@ has, keeps a maximum and sums of its own, and after the walk the lanes are merge
 The block at the end of the vocabulary alone is masked. The others move 16 bytes at a time wherever the distances of rows
 are multiples of 16 elements, however odd the vocabulary; what lies between two rows is neither read nor written.
 
-A soft-cap, z = cap · tanh(x), is applied after each load, and dz/dx = (cap − z)(cap + z) / cap before the store.
+A bias of the head is added in each load, for a product that leaves its accumulators in fp32 would take a pass for that;
+each program reads it from the L2 cache. A soft-cap, z = cap · tanh(x + bias), is applied after, and
+dz/dx = (cap − z)(cap + z) / cap before the store.
 
 The rules of `pytorch.py` at the edges: a token with z = −inf or p = 0 adds nothing; NaN, +inf and rows of nothing but
 −inf end in NaN. Where `pytorch.py` hits a device-side assertion, for a token id outside the vocabulary, the row becomes
@@ -37,6 +39,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def load_block(
     x_ptr: tl.tensor,
+    x_bias_ptr: tl.tensor,
     start: tl.tensor,
     vocabulary: tl.tensor,
     cap: tl.tensor,
@@ -44,7 +47,7 @@ def load_block(
     BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
     """The logits z of a block; −inf beyond the vocabulary."""
-    z = load_scores(x_ptr, start, vocabulary, float("-inf"), BLOCK_N)
+    z = load_scores(x_ptr, x_bias_ptr, start, vocabulary, float("-inf"), BLOCK_N)
     if CAPPED:
         z = tl.where(start + tl.arange(0, BLOCK_N) < vocabulary, cap * tanh(z), float("-inf"))
     return z
@@ -52,15 +55,25 @@ def load_block(
 
 @triton.jit
 def load_scores(
-    x_ptr: tl.tensor, start: tl.tensor, vocabulary: tl.tensor, beyond: tl.constexpr, BLOCK_N: tl.constexpr
+    x_ptr: tl.tensor,
+    x_bias_ptr: tl.tensor,
+    start: tl.tensor,
+    vocabulary: tl.tensor,
+    beyond: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
-    """A block as it is stored, in float32; `beyond` where the vocabulary ends, which the last block alone looks for."""
+    """A block of x + bias in float32; `beyond` where the vocabulary ends, which the last block alone looks for."""
     columns = start + tl.arange(0, BLOCK_N)
     if start + BLOCK_N <= vocabulary:
-        x = tl.load(x_ptr + columns)
+        x = tl.load(x_ptr + columns).to(tl.float32)
+        if x_bias_ptr is not None:
+            x += tl.load(x_bias_ptr + columns)
     else:
-        x = tl.load(x_ptr + columns, mask=columns < vocabulary, other=beyond)
-    return x.to(tl.float32)
+        inside = columns < vocabulary
+        x = tl.load(x_ptr + columns, mask=inside, other=beyond).to(tl.float32)
+        if x_bias_ptr is not None:
+            x += tl.load(x_bias_ptr + columns, mask=inside, other=0.0)
+    return x
 
 
 @triton.jit
@@ -74,9 +87,19 @@ def store_block(u_ptr: tl.tensor, start: tl.tensor, vocabulary: tl.tensor, u: tl
 
 
 @triton.jit
-def load_one(x_ptr: tl.tensor, y: tl.tensor, vocabulary: tl.tensor, cap: tl.tensor, CAPPED: tl.constexpr) -> tl.tensor:
+def load_one(
+    x_ptr: tl.tensor,
+    x_bias_ptr: tl.tensor,
+    y: tl.tensor,
+    vocabulary: tl.tensor,
+    cap: tl.tensor,
+    CAPPED: tl.constexpr,
+) -> tl.tensor:
     """The logit of token y; NaN if there is no such token."""
-    z = tl.load(x_ptr + y, mask=(y >= 0) & (y < vocabulary), other=float("nan")).to(tl.float32)
+    inside = (y >= 0) & (y < vocabulary)
+    z = tl.load(x_ptr + y, mask=inside, other=float("nan")).to(tl.float32)
+    if x_bias_ptr is not None:
+        z += tl.load(x_bias_ptr + y, mask=inside, other=0.0)
     if CAPPED:
         z = cap * tanh(z)
     return z

@@ -168,7 +168,7 @@ def compact_kernel(
         if SUMMED:
             lanes = tl.zeros([BLOCK_N], tl.float32)
             for start in range(0, vocabulary, BLOCK_N):
-                lanes -= load_scores(u_ptr, start, vocabulary, 0.0, BLOCK_N)
+                lanes -= load_scores(u_ptr, None, start, vocabulary, 0.0, BLOCK_N)
             excess += tl.sum(lanes, 0)
         end = min(tl.cdiv(count, PAD) * PAD, width)
         for start in range(0, end, BLOCK_N):

@@ -33,16 +33,15 @@ from fastkl.kernels.rows.interface import Logits
 class TailFunctions(Protocol):
     """What is dense, and so a matter of the backend. Entries of −inf are left out, under a soft-cap too."""
 
-    def tail_sums(self, x: Tensor, cap: float | None, out: Tensor, power: float | None = None) -> None:
-        """out[0] = m = max z [n], out[1] = Σ exp(z − m), under the cap; −inf and 0 for no entries.
+    def tail_sums(self, logits: Logits, out: Tensor, power: float | None = None) -> None:
+        """out[0] = m = max z [n], out[1] = Σ exp(z − m) of the student; −inf and 0 for no entries.
 
         With a power, out[2] = Σ exp(power (z − m)).
         """
 
     def tail_gradient(
         self,
-        x: Tensor,
-        cap: float | None,
+        logits: Logits,
         m: Tensor,
         scale: Tensor,
         gradient: Tensor,
@@ -70,14 +69,14 @@ def top_k(
     """
     assert logits.top_ids is not None
     assert logits.top_logprobs is not None
-    x, cap, padding = logits.student, logits.student_cap, logits.top_ids < 0
+    x, padding = logits.student, logits.top_ids < 0
     wrong = padding[:, 0] | (logits.top_ids >= x.shape[1]).any(1)
     ids = torch.where(padding, logits.top_ids[:, :1], logits.top_ids).masked_fill(wrong[:, None], 0)
-    z, slope = _capped(x.gather(1, ids), cap)
-    target, target_slope = (None, None) if tokens is None else _target(x, tokens, cap)
+    z, slope = _entries(logits, ids)
+    target, target_slope = (None, None) if tokens is None else _target(logits, tokens)
     x.scatter_(1, ids, -torch.inf)
     sums = out.new_empty(2 if hard is None else 3, out.shape[1])
-    dense.tail_sums(x, cap, sums, None if hard is None else hard.power)
+    dense.tail_sums(logits, sums, None if hard is None else hard.power)
     z = z.masked_fill(padding, -torch.inf)
     peak = torch.maximum(sums[0], z.amax(1))  # taken off first: large logits cancel before anything is rounded
     z, log_tail = z - peak[:, None], sums[0] - peak + sums[1].log()
@@ -91,7 +90,7 @@ def top_k(
     share = share.masked_fill(wrong, torch.nan)
     if hard is None or tokens is None or target is None or target_slope is None:
         if gradient is not None:
-            dense.tail_gradient(x, cap, sums[0], share, gradient)
+            dense.tail_gradient(logits, sums[0], share, gradient)
             _scatter_listed(gradient, ids, u * slope, padding, wrong)
         return
     # The hard target: log p¹ = power (z − peak) − hard_lse on S and in the tail.
@@ -102,7 +101,7 @@ def top_k(
         return
     factor = torch.full_like(target, hard.coef * hard.power).masked_fill(target.isnan(), torch.nan)
     hard_scale = factor * torch.exp(hard.power * (sums[0] - peak) - hard_lse)
-    dense.tail_gradient(x, cap, sums[0], share, gradient, hard_scale, hard.power)
+    dense.tail_gradient(logits, sums[0], share, gradient, hard_scale, hard.power)
     is_token = (ids == tokens[:, None]) & ~padding
     p = torch.exp(hard.power * z - hard_lse[:, None])
     u = u + factor[:, None] * (p - is_token.to(p.dtype))
@@ -120,10 +119,10 @@ def _scatter_listed(gradient: Tensor, ids: Tensor, u: Tensor, padding: Tensor, w
     gradient.scatter_(1, ids, u.to(gradient.dtype))
 
 
-def _target(x: Tensor, tokens: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+def _target(logits: Logits, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """z[y] and dz/dx there, [n]; NaN for a token outside the vocabulary, which on a GPU nobody has looked for."""
-    wrong = (tokens < 0) | (tokens >= x.shape[1])
-    z, slope = _capped(x.gather(1, tokens.masked_fill(wrong, 0)[:, None]), cap)
+    wrong = (tokens < 0) | (tokens >= logits.student.shape[1])
+    z, slope = _entries(logits, tokens.masked_fill(wrong, 0)[:, None])
     return z.squeeze(1).masked_fill(wrong, torch.nan), slope.squeeze(1)
 
 
@@ -212,8 +211,11 @@ def _least(dtype: torch.dtype) -> float:
     return 16 * torch.finfo(dtype).eps
 
 
-def _capped(x: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
-    """z and dz/dx."""
+def _entries(logits: Logits, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """z and dz/dx of the student at the ids, [n, k]."""
+    x, cap = logits.student.gather(1, ids), logits.student_cap
+    if logits.student_bias is not None:
+        x = x + logits.student_bias[ids]
     if cap is None:
         return x, torch.ones_like(x)
     z = cap * torch.tanh(x)

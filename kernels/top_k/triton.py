@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.rows.launch import launch_rows, row_kernel, written_to
 from fastkl.kernels.rows.walk import (
     exp,
@@ -24,12 +25,11 @@ from fastkl.kernels.rows.walk import (
 )
 
 
-def tail_sums(x: Tensor, cap: float | None, out: Tensor, power: float | None = None) -> None:
+def tail_sums(logits: Logits, out: Tensor, power: float | None = None) -> None:
     """out[0] = m = max z, out[1] = Σ exp(z − m), out[2] = Σ exp(power (z − m)) (`formula.TailFunctions`)."""
     launch_rows(
         _tail_sums_kernel,
-        x,
-        cap,
+        logits,
         out_ptr=out,
         out_stride_value=out.stride(0),
         power=1.0 if power is None else power,
@@ -38,8 +38,7 @@ def tail_sums(x: Tensor, cap: float | None, out: Tensor, power: float | None = N
 
 
 def tail_gradient(
-    x: Tensor,
-    cap: float | None,
+    logits: Logits,
     m: Tensor,
     scale: Tensor,
     gradient: Tensor,
@@ -49,8 +48,7 @@ def tail_gradient(
     """gradient = (scale exp(z − m) + hard_scale exp(power (z − m))) dz/dx (`formula.TailFunctions`)."""
     launch_rows(
         _tail_gradient_kernel,
-        x,
-        cap,
+        logits,
         **written_to(gradient),
         m_ptr=m.contiguous(),
         scale_ptr=scale.contiguous(),
@@ -63,6 +61,7 @@ def tail_gradient(
 def _tail_sums_kernel(
     # data
     x_ptr: tl.tensor,  # [n, V]; what is −inf is left out
+    x_bias_ptr: tl.tensor,  # [V] or None
     out_ptr: tl.tensor,  # [2 or 3, n]
     cap: tl.tensor,
     power: tl.tensor,
@@ -82,7 +81,7 @@ def _tail_sums_kernel(
     l_lanes = lanes(0.0, BLOCK_N)
     hard_lanes = lanes(0.0, BLOCK_N)
     for start in range(0, vocabulary, BLOCK_N):
-        z = _load_entries(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
+        z = _load_entries(x_ptr, x_bias_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
         m, base, step = raise_lanes(m, z, BLOCK_N)
         a = z - spread(base, BLOCK_N)
         l_lanes = tl.fma(l_lanes, exp(step), lane_sum(exp(a), BLOCK_N))
@@ -99,6 +98,7 @@ def _tail_sums_kernel(
 def _tail_gradient_kernel(
     # data
     x_ptr: tl.tensor,  # [n, V]; what is −inf is left out
+    x_bias_ptr: tl.tensor,  # [V] or None
     m_ptr: tl.tensor,  # [n]
     scale_ptr: tl.tensor,  # [n]
     hard_scale_ptr: tl.tensor,  # [n] or None
@@ -121,7 +121,7 @@ def _tail_gradient_kernel(
     if hard_scale_ptr is not None:
         hard_scale = tl.load(hard_scale_ptr + row)
     for start in range(0, vocabulary, BLOCK_N):
-        z = _load_entries(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
+        z = _load_entries(x_ptr, x_bias_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
         u = scale * exp(z - base)
         if hard_scale_ptr is not None:
             u += hard_scale * exp((z - base) * power)
@@ -131,6 +131,7 @@ def _tail_gradient_kernel(
 @triton.jit
 def _load_entries(
     x_ptr: tl.tensor,
+    x_bias_ptr: tl.tensor,
     start: tl.tensor,
     vocabulary: tl.tensor,
     cap: tl.tensor,
@@ -138,7 +139,9 @@ def _load_entries(
     BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
     """The logits z of a block; −inf beyond the vocabulary and where x is −inf, which a cap would bring back."""
-    x = load_scores(x_ptr, start, vocabulary, float("-inf"), BLOCK_N)
+    x = load_scores(x_ptr, None, start, vocabulary, float("-inf"), BLOCK_N)
+    if x_bias_ptr is not None:  # of what is left out it may be +inf
+        x = tl.where(x == float("-inf"), x, x + load_scores(x_bias_ptr, None, start, vocabulary, 0.0, BLOCK_N))
     if CAPPED:
         x = tl.where(x == float("-inf"), x, cap * tanh(x))
     return x

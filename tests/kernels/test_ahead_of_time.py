@@ -109,6 +109,11 @@ WALKS: list[tuple[Variant, int, int, bool]] = [
     (plain("rows.token_nll_entropy", gradient=False), 1, 1, False),
     (plain("rows.entropy_gradient", gradient=True), 1, 1, True),
     (plain("cross_entropy.cross_entropy", gradient=True), 2, 1, True),
+    (like("rows.token_nll", bias=True), 6, 1, True),
+    (plain("rows.entropy_gradient", gradient=True, bias=True), 2, 1, True),
+    (plain("cross_entropy.cross_entropy", gradient=True, bias=True), 4, 1, True),
+    (plain("top_k.tail_gradient", gradient=True, bias=True), 2, 1, True),
+    (plain("divergence.divergence", gradient=True, kind="forward_kl", bias=True, teacher_bias=True), 4, 2, True),
     (plain("top_k.tail_sums", gradient=False), 1, 1, False),
     (plain("top_k.tail_gradient", gradient=True), 1, 1, True),
     (plain("divergence.divergence", gradient=True, kind="forward_kl"), 2, 2, True),
@@ -118,7 +123,10 @@ WALKS: list[tuple[Variant, int, int, bool]] = [
 
 @pytest.mark.parametrize(("variant", "walks", "chunks", "writes"), WALKS, ids=lambda v: getattr(v, "kernel", None))
 def test_rows_move_in_vectors(launch: Launch, variant: Variant, walks: int, chunks: int, writes: bool) -> None:
-    """16 bytes per thread and access wherever the width allows; a walk reads each chunk once, the last one writes."""
+    """16 bytes per thread and access wherever the width allows; a walk reads each chunk once, the last one writes.
+
+    A bias of [V] is read as often as its chunk.
+    """
     ptx = launch("sm_90", variant)[0].asm["ptx"]
     config = row_config(chunks)
     vectors = config.block_n // (32 * config.num_warps) // 4  # per chunk and walk
@@ -152,13 +160,27 @@ def test_an_odd_vocabulary_keeps_vectors(launch: Launch, variant: Variant, loads
 
 
 LOOP = re.compile(r"^(\$L__BB\w+):(.*?)\bbra(?:\.uni)?\s+\1;", re.MULTILINE | re.DOTALL)
+BIASES = {"bias": True, "teacher_bias": True}
 WALKERS = [
     plain("rows.token_nll", gradient=True),
     like("rows.token_nll"),
     plain("rows.token_nll_entropy", gradient=False),
     plain("top_k.tail_sums", gradient=False),
+    like("rows.token_nll", bias=True),
+    plain("cross_entropy.cross_entropy", gradient=True),
+    plain("cross_entropy.cross_entropy", gradient=True, label_smoothing=0.1, class_weight=True, ids=True, bias=True),
     *[like("divergence.divergence", kind=kind) for kind in DIVERGENCES],
-    plain("divergence.divergence", gradient=True, kind="jsd", extras=True),
+    *[plain("divergence.divergence", gradient=True, kind=kind, extras=True, tokens=True) for kind in DIVERGENCES],
+    plain("divergence.divergence", gradient=True, kind="jsd", extras=True, tokens=True, hard=True).but(**BIASES),
+    *[
+        plain(name, gradient="gradient" in name or "entropy" not in name, **more).but(capped=True)
+        for name, more in (
+            ("rows.token_nll", {}),
+            ("rows.token_nll_entropy", {}),
+            ("cross_entropy.cross_entropy", {}),
+            ("divergence.divergence", {"kind": "jsd", "capped_teacher": True} | BIASES),
+        )
+    ],
 ]
 
 

@@ -27,6 +27,7 @@ from bench.variants.fake_cuda import fake_tensors
 from bench.variants.launcher import BF16, CUT, FP16, FP32, Variant
 from fastkl.kernels import launch
 from fastkl.kernels.problem import HeadOptions
+from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.rows.launch import launch_rows
 from fastkl.kernels.score import triton as score
 from fastkl.kernels.sparse import steps
@@ -57,7 +58,7 @@ def test_plans_are_for_the_chip_of_the_tensors(monkeypatch: pytest.MonkeyPatch) 
             plan = score.plan([score.Head(hidden, weight, None, HeadOptions())])
             assert (plan[0], plan[1].block_n) == (access, columns)
             assert steps._product_config(weight, hidden).block_k == step
-            launch_rows(machine, hidden, None, programs=2)
+            launch_rows(machine, Logits(hidden), programs=2)
     assert (machine.launches, machine.current) == ([0, 1], 0)
     assert launch.target_of(THERE).arch == 80
 
@@ -123,23 +124,24 @@ LAUNCHED: dict[str, list[dict[str, Any]]] = {
         IN_PLACE | WIDE,
         APART | ODD,
         APART | {"vocabulary": CUT, "capped": False},
+        APART | {"vocabulary": CUT, "capped": False, "bias": True},
         {"dtypes": (BF16, None), "vocabulary": 50257},
     ],
-    "rows.token_nll_entropy": [NONE | WIDE, NONE | ODD],
-    "rows.entropy_gradient": [IN_PLACE | WIDE, APART | ODD],
+    "rows.token_nll_entropy": [NONE | WIDE, NONE | ODD | {"bias": True}],
+    "rows.entropy_gradient": [IN_PLACE | WIDE, APART | ODD | {"bias": True}],
     "cross_entropy.cross_entropy": [
         IN_PLACE | WIDE,
-        APART | ODD | {"label_smoothing": 0.1, "class_weight": True, "ids": True},
+        APART | ODD | {"label_smoothing": 0.1, "class_weight": True, "ids": True, "bias": True},
         NONE | {"vocabulary": 50257},
     ],
     "rows.clear_rows": [{**IN_PLACE, "vocabulary": 32000}, {**APART, "vocabulary": 50257}],
-    "top_k.tail_sums": [NONE | WIDE, NONE | ODD, NONE | ODD | {"hard": True}],
-    "top_k.tail_gradient": [IN_PLACE | WIDE, APART | ODD, APART | ODD | {"hard": True}],
+    "top_k.tail_sums": [NONE | WIDE, NONE | ODD, NONE | ODD | {"hard": True, "bias": True}],
+    "top_k.tail_gradient": [IN_PLACE | WIDE, APART | ODD, APART | ODD | {"hard": True, "bias": True}],
     "divergence.divergence": [
         IN_PLACE | WIDE | {"kind": "forward_kl"},
         APART | BOTH_CAPPED | {"kind": "skewed_forward_kl"},
         NONE | {"kind": "jsd", "capped": True, "extras": True, "vocabulary": 32000},
-        APART | BOTH_CAPPED | {"kind": "jsd", "extras": True, "hard": True},
+        APART | BOTH_CAPPED | {"kind": "jsd", "extras": True, "hard": True, "bias": True, "teacher_bias": True},
     ],
     "score.token_nll": [{}, {"operands": (BF16, 513)}],
     "score.reverse_kl": [{}, {"operands": (BF16, 513)}],

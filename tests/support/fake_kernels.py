@@ -21,7 +21,7 @@ DTYPES = {
     "tokens_ptr": LONG,
     **dict.fromkeys(("ids_ptr", "counts_ptr", "ends_ptr", "count_ptr", "wrong_ptr"), INT),
     **dict.fromkeys(("x_ptr", "x_t_ptr", "out_ptr", "value_ptr", "partials_ptr", "targets_ptr", "weights_ptr"), FLOAT),
-    **dict.fromkeys(("class_weight_ptr", "class_total_ptr", "hard_scale_ptr"), FLOAT),
+    **dict.fromkeys(("x_bias_ptr", "x_t_bias_ptr", "class_weight_ptr", "class_total_ptr", "hard_scale_ptr"), FLOAT),
     **dict.fromkeys(("norms_ptr", "tau_ptr", "inverse_ptr", "excess_ptr", "slope_ptr", "m_ptr", "scale_ptr"), FLOAT),
     **dict.fromkeys(("centre_ptr", "accumulator_ptr", "logprobs_ptr", "ref_ptr", "factor_ptr"), FLOAT),
 }  # of the others: the dtype of the operands, as `u` has it

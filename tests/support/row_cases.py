@@ -12,11 +12,13 @@ import torch
 from loss_cases import assert_as_accurate, generator, largest
 from torch import Tensor
 
+from fastkl.kernels.gemm import compute_dtype
 from fastkl.kernels.rows.interface import Logits, RowFunction
 
 INF = math.inf
 LOWEST = torch.finfo(torch.float32).min
 Caps = tuple[float | None, float | None]
+Biases = tuple[Tensor | None, Tensor | None]  # [V]
 
 
 class Rows(NamedTuple):
@@ -26,13 +28,20 @@ class Rows(NamedTuple):
     x_t: Tensor  # [n, V]
     y: Tensor | None = None  # [n]
     caps: Caps = (None, None)
+    biases: Biases = (None, None)  # what is to be added to the scores, by the row function where it is in Triton
 
     def to(self, dtype: torch.dtype, device: str = "cpu") -> Rows:
         y = None if self.y is None else self.y.to(device)
-        return self._replace(x=self.x.to(device, dtype), x_t=self.x_t.to(device, dtype), y=y)
+        b, b_t = (None if b is None else b.to(device, compute_dtype(dtype)) for b in self.biases)
+        return self._replace(x=self.x.to(device, dtype), x_t=self.x_t.to(device, dtype), y=y, biases=(b, b_t))
+
+    def added(self) -> Rows:
+        """With the biases in the scores."""
+        x, x_t = (x if b is None else x + b for x, b in zip((self.x, self.x_t), self.biases, strict=True))
+        return self._replace(x=x, x_t=x_t, biases=(None, None))
 
     def swapped(self) -> Rows:
-        return self._replace(x=self.x_t, x_t=self.x, caps=self.caps[::-1])
+        return self._replace(x=self.x_t, x_t=self.x, caps=self.caps[::-1], biases=self.biases[::-1])
 
     def scaled(self, scale: float | Tensor) -> Rows:
         return self._replace(x=self.x * scale, x_t=self.x_t * scale)
@@ -42,7 +51,7 @@ class Rows(NamedTuple):
 
     def logits(self) -> tuple[Tensor, Tensor]:
         """z and z_t."""
-        pairs = zip((self.x, self.x_t), self.caps, strict=True)
+        pairs = zip(self.added()[:2], self.caps, strict=True)
         z, z_t = (x if cap is None else cap * torch.tanh(x) for x, cap in pairs)
         return z, z_t
 
@@ -70,7 +79,7 @@ class UnderTest(NamedTuple):
         return run(self.function, rows, dtype, self.outputs, self.device, gradient, apart)
 
     def run_peer(self, rows: Rows, dtype: torch.dtype = torch.float32) -> Outcome:
-        return run(self.peer, rows, dtype, self.outputs)
+        return run(self.peer, rows.to(dtype).added(), dtype, self.outputs)
 
     def defined(self, rows: Rows, dtype: torch.dtype = torch.float64) -> Outcome:
         """Values of the definition, and the gradient of the first one by autograd."""
@@ -102,7 +111,7 @@ def run(
     out_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     out = torch.full((outputs, x.shape[0]), torch.nan, dtype=out_dtype, device=device)
     into = None if not gradient else x if apart is None else laid_out(torch.full_like(x, torch.nan, dtype=apart))
-    factor = function(Logits(x, rows.caps[0], rows.x_t.clone(), rows.caps[1]), rows.y, out, into)
+    factor = function(Logits(x, rows.caps[0], rows.x_t.clone(), rows.caps[1], *rows.biases), rows.y, out, into)
     if factor is not None and into is not None:
         into = into.float() * factor[:, None]
     return Outcome(out.cpu(), (x if into is None else into).cpu())
@@ -146,6 +155,11 @@ def assert_terms_accurate(ours: Outcome, peer: Outcome, exact: Outcome, own: flo
         assert_as_accurate(field, got[at].float(), other[at], true[at], slack)
 
 
+def assert_same_bits(ours: Outcome, other: Outcome) -> None:
+    for got, expected in zip(ours, other, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
 def hard_rows(vocabulary: int, cap: float | None) -> Rows:
     """Ordinary rows, a flat one, a one-hot one, one far down, and one with forbidden tokens."""
     x = random_rows(6, vocabulary).x
@@ -175,6 +189,14 @@ def random_rows(n: int, vocabulary: int, spread: float = 2.0, seed: int = 0) -> 
     x = torch.randn(n, vocabulary, generator=g) * spread
     shift = torch.tensor([-3.0, -0.7, 0.6, 2.5])[torch.randint(4, (n, vocabulary), generator=g)]
     return Rows(x, x + shift, torch.randint(vocabulary, (n,), generator=g))
+
+
+def biases(vocabulary: int) -> Biases:
+    """Of two heads. Each forbids a token that the other allows, and both forbid one."""
+    b, b_t = torch.randn(2, vocabulary, generator=generator(vocabulary))
+    for bias, own in ((b, 1), (b_t, 2)):
+        bias[[own % vocabulary, vocabulary // 2]] = -INF
+    return b, b_t
 
 
 def close_rows(n: int, vocabulary: int, distance: float = 1e-2, seed: int = 0) -> Rows:

@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from row_cases import INF, UnderTest, gap, laid_out, poisoned, random_rows, rows_far_apart
+from row_cases import (
+    INF,
+    Caps,
+    UnderTest,
+    assert_same_bits,
+    biases,
+    gap,
+    laid_out,
+    poisoned,
+    random_rows,
+    rows_far_apart,
+)
 
 from fastkl.kernels.rows.interface import Logits
 
@@ -92,6 +103,18 @@ class TritonContract(RowContract):
     def test_a_wide_soft_cap_costs_no_digits(self, tested: UnderTest) -> None:
         """Where the cap is 1000 and logits are near 2, tanh(x) ≈ x must be right relative to x."""
         tested.assert_right(random_rows(1, self.wide).scaled(1e-3)._replace(caps=(1e3, 1e3)))
+
+    @pytest.mark.parametrize("caps", [(None, None), (2.5, 3.5)])
+    def test_biases(self, tested: UnderTest, caps: Caps) -> None:
+        """Added while rows are read: the bits are those of scores that have them, and the chunks stay without."""
+        rows = random_rows(1, self.wide)._replace(caps=caps)
+        both = biases(self.wide)
+        for added in (both, (both[0], None), (None, both[1])):
+            with_bias = rows._replace(biases=added)
+            for apart in (None, torch.bfloat16) if added is both else (None,):
+                assert_same_bits(tested.run(with_bias, apart=apart), tested.run(with_bias.added(), apart=apart))
+        assert torch.equal(tested.run(with_bias, gradient=False).gradient, rows.x)
+        tested.assert_right(rows._replace(biases=both))
 
     def test_same_bits_whatever_the_rows_around(self, tested: UnderTest) -> None:
         rows = random_rows(2, self.wide)

@@ -37,8 +37,7 @@ def cross_entropy(
     smoothing, c = options.label_smoothing, logits.class_weight
     launch_rows(
         _cross_entropy_kernel,
-        logits.student,
-        logits.student_cap,
+        logits,
         programs=1 if smoothing != 0.0 or len(out) > 4 else 2,  # those need too many registers for two
         **token_ids(tokens),
         **written_to(gradient),
@@ -59,6 +58,7 @@ def cross_entropy(
 def _cross_entropy_kernel(
     # data
     x_ptr: tl.tensor,  # [n, V]
+    x_bias_ptr: tl.tensor,  # [V] or None
     tokens_ptr: tl.tensor,  # [n]
     class_weight_ptr: tl.tensor,  # [V] or None
     class_total_ptr: tl.tensor,  # [1], their sum, or None
@@ -88,7 +88,7 @@ def _cross_entropy_kernel(
     if u_ptr is not None:
         u_ptr += row * u_stride_row
     y = tl.load(tokens_ptr + row * tokens_stride)
-    target = load_one(x_ptr, y, vocabulary, cap, CAPPED)
+    target = load_one(x_ptr, x_bias_ptr, y, vocabulary, cap, CAPPED)
     b = kept
     if class_weight_ptr is not None:
         b *= tl.load(class_weight_ptr + y, mask=(y >= 0) & (y < vocabulary), other=float("nan"))
@@ -100,7 +100,7 @@ def _cross_entropy_kernel(
     if PREDICT:
         top = tl.zeros([BLOCK_N // LANE], tl.int32)  # where m is found first
     for start in range(0, vocabulary, BLOCK_N):
-        z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
+        z = load_block(x_ptr, x_bias_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
         if PREDICT:
             top = first_maxima(top, m, z, start, BLOCK_N)
         m, base_lanes, step = raise_lanes(m, z, BLOCK_N)
@@ -134,7 +134,7 @@ def _cross_entropy_kernel(
         last = (vocabulary - 1) // BLOCK_N * BLOCK_N
         for done in range(0, vocabulary, BLOCK_N):  # from the end: what was read last is still in the L2 cache
             start = last - done
-            z = load_block(x_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
+            z = load_block(x_ptr, x_bias_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
             u = exp(z - base) * scale - tl.where(start + tl.arange(0, BLOCK_N) == y.to(tl.int32), b, 0.0)
             if SMOOTH:
                 u -= share * _class_weights(class_weight_ptr, start, vocabulary, BLOCK_N)

@@ -11,7 +11,19 @@ from types import ModuleType
 import pytest
 import torch
 from devices import triton_device
-from row_cases import INF, Outcome, Rows, UnderTest, assert_terms_accurate, edges, hard_rows, random_rows, run
+from row_cases import (
+    INF,
+    Outcome,
+    Rows,
+    UnderTest,
+    assert_same_bits,
+    assert_terms_accurate,
+    biases,
+    edges,
+    hard_rows,
+    random_rows,
+    run,
+)
 from row_contract import TritonContract, assert_far_apart_rows_are_right, outside
 from torch import Tensor
 
@@ -121,6 +133,14 @@ def test_entropy(vocabulary: int, cap: float | None, apart: torch.dtype | None) 
     rows = hard_rows(vocabulary, cap)
     plain = [run(entropy(rows_pytorch), rows, dtype, 5) for dtype in (torch.float32, torch.float64)]
     assert_terms_accurate(run_entropy(rows, apart), *plain, 0.0 if apart is None else torch.finfo(apart).eps)
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_entropy_with_a_bias(cap: float | None) -> None:
+    """Added in both passes."""
+    rows = random_rows(2, WIDE)._replace(caps=(cap, None), biases=biases(WIDE))
+    for apart in (None, torch.bfloat16):
+        assert_same_bits(run_entropy(rows, apart), run_entropy(rows.added(), apart))
 
 
 @pytest.mark.parametrize("y", [-1, 5000])

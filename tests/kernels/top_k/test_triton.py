@@ -11,7 +11,7 @@ import pytest
 import torch
 from devices import triton_device
 from loss_cases import generator
-from row_cases import Outcome, Rows, assert_terms_accurate, hard_rows, random_rows, run
+from row_cases import INF, Outcome, Rows, assert_same_bits, assert_terms_accurate, hard_rows, random_rows, run
 from torch import Tensor
 
 from fastkl.kernels.divergence.formula import HardTarget
@@ -74,6 +74,24 @@ def test_hard_targets(variant: str, vocabulary: int, power: float, cap: float | 
     ids[2, 2] = -1
     y = torch.where(torch.arange(6) % 2 == 0, ids[:, 0], rows.y)
     assert_right(variant, rows._replace(x=x, y=y), ids, q, HardTarget(0.7, power))
+
+
+@caps
+@pytest.mark.parametrize("hard", [None, HardTarget(0.7, 2.5)], ids=["", "hard"])
+@pytest.mark.parametrize("variant", ["reverse-bucket", "forward-renormalise"])
+def test_biases(variant: str, hard: HardTarget | None, cap: float | None) -> None:
+    """Of listed ids, of the token and of the tail; of a listed id +inf, where the cap makes a number of it."""
+    rows = random_rows(3, BLOCK + 1)
+    bias = torch.randn(BLOCK + 1, generator=generator(3))
+    bias[1] = -INF
+    rows = rows._replace(caps=(cap, None), biases=(bias, None), y=torch.tensor([7, BLOCK, 3]))
+    q, ids = torch.log_softmax(rows.x + torch.randn(rows.x.shape, generator=generator(1)), -1).topk(3)
+    ids[:, 0] = 7
+    if cap is not None:
+        bias[7] = INF
+    ours, other = (run_on(top_k_triton, variant, r, ids, q, hard=hard) for r in (rows, rows.added()))
+    assert_same_bits(ours, other)
+    assert ours.values[0].isfinite().all()
 
 
 @pytest.mark.parametrize("module", [top_k_triton, rows_pytorch], ids=["triton", "torch"])
