@@ -16,7 +16,6 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from fastkl import __version__
 from fastkl._check import kernels, losses, machine, report
 from fastkl._check.compiling import compile_launches, cores
 from fastkl._check.errors import Check, Measured
-from fastkl._check.json_file import write_json
+from fastkl._check.json_file import writable, write_json
 from fastkl._check.problem import NAMES, SIZES, Sizes, make_problem
 from fastkl._check.times import timed
 from fastkl.kernels.problem import Backend
@@ -122,22 +121,19 @@ def _introduction(found: dict[str, Any], reason: str) -> list[str]:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    summary, _, rest = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         prog="python -m fastkl.check",
-        description=summary + rest,
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="check this device; a GPU by default, if torch sees one"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write versions, errors and times to FILE")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write versions, errors and times to FILE")
     arguments = parser.parse_args(argv)
     seen = torch.cuda.is_available()
     if arguments.device == "cuda" and not seen:
         parser.error("argument --device: torch sees no CUDA or HIP device here; use --device cpu")
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        parser.error(f"argument --json: the folder {arguments.json.absolute().parent} does not exist; create it first")
     arguments.device = arguments.device or ("cuda" if seen else "cpu")
     return arguments
 

@@ -79,6 +79,11 @@ def bounded(log_ratios: Tensor) -> Tensor:
     return log_ratios.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 
+def k3(log_ratios: Tensor) -> Tensor:
+    """e^d − d − 1, without the cancellation of the terms where d is small."""
+    return torch.expm1(log_ratios) - log_ratios
+
+
 def importance_ratio(surrogate: Surrogate, log_ratios: Tensor) -> Ratio:
     whole = torch.exp(bounded(log_ratios))
     slope = whole.where(~_beyond(log_ratios), 0.0)
@@ -104,7 +109,7 @@ def reference_kl(surrogate: Surrogate, logprobs: Tensor, ref_logprobs: Tensor, r
     elif surrogate.ref_kl == "k2":
         value, slope = 0.5 * d.square(), -d
     else:
-        value, slope = torch.expm1(d) - d, -torch.expm1(d)
+        value, slope = k3(d), -torch.expm1(d)
     slope = slope.where(~_beyond(log_ratios), 0.0)
     if not surrogate.ref_kl_ratio:
         return Estimate(value, slope)

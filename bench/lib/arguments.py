@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
 from bench.lib.measure import CLOCKS
+from fastkl._check.json_file import writable
 
 AXES = ("N", "D", "V")
 SMALLEST = (1, 1, 16)
@@ -73,16 +73,8 @@ def device(text: str) -> str:
     return text
 
 
-def new_file(text: str) -> Path:
-    """A file in a folder that exists: refused before anything is measured, not after."""
-    folder = Path(text).absolute().parent
-    if not folder.is_dir():
-        raise argparse.ArgumentTypeError(f"the folder {folder} does not exist; create it first")
-    return Path(text)
-
-
 def add_json(parser: argparse.ArgumentParser, when: str = "") -> None:
-    parser.add_argument("--json", type=new_file, metavar="FILE", help=f"write the report to FILE{when}")
+    parser.add_argument("--json", type=writable, metavar="FILE", help=f"write the report to FILE{when}")
 
 
 def add_clock(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -20,6 +19,7 @@ from fastkl.kernels.problem import Kind, Problem, RowLoss
 from fastkl.kernels.surrogate import (
     bounded,
     importance_ratio,
+    k3,
     log_ratio,
     outside_bounds,
     reference_kl,
@@ -292,7 +292,7 @@ def _metrics(row_loss: RowLoss, logprobs: Tensor, active: Tensor) -> dict[str, T
         "ratio_max": masked_extreme(ratio.whole, active, largest=True),
         "clip_fraction": share(terms.clipped),
         "k1": masked_mean(-own, active),
-        "k3": masked_mean(torch.expm1(own) - own, active),
+        "k3": masked_mean(k3(own), active),
     }
     if surrogate.method in ("ppo", "cispo"):
         metrics["clip_low_fraction"] = share((ratio.value < 1.0 - surrogate.clip_low) & (advantages < 0))

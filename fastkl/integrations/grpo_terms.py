@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.distributed import all_reduce, get_world_size, is_available, is_initialized
 
+from fastkl.kernels.surrogate import k3
+
 if TYPE_CHECKING:
     from fastkl.integrations.liger_grpo import LigerFusedLinearGRPOLoss as Settings
 
@@ -169,5 +171,4 @@ def _kl(s: Settings, logprobs: Tensor, batch: Batch) -> Tensor:
     """k3 of KL(policy ‖ reference) [B, T]."""
     assert batch.ref is not None
     gap = (batch.ref - logprobs).where(batch.counted, 0.0)
-    k3 = gap.exp() - gap - 1.0
-    return k3 * _ratio(s, logprobs, batch) if s.use_bias_correction_kl else k3
+    return k3(gap) * _ratio(s, logprobs, batch) if s.use_bias_correction_kl else k3(gap)

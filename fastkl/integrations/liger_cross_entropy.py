@@ -68,14 +68,14 @@ class LigerFusedLinearCrossEntropyLoss(torch.nn.Module):
             raise ValueError(
                 f"accum_dtype is torch.float64; gradients of {_input.dtype} are summed in float32: leave it out"
             )
+        if target.shape != _input.shape[:-1]:
+            raise ValueError(
+                f"target is {list(target.shape)} but _input is {list(_input.shape)}: expected one id for each row, "
+                f"{list(_input.shape[:-1])}"
+            )
         valid = target != self.ignore_index
         count = valid.sum().clamp(min=1)
         scale = self._probabilities(lin_weight, _input, target, bias) if self.use_token_scaling else valid.float()
-        class_weight = self.ce_weight
-        if class_weight is not None and self.reduction == "mean":
-            # Of a mean the z-loss is divided by the count, the rest by the sum of the targets' weights.
-            total = class_weight[target.where(valid, 0)].where(valid, 0.0).sum()
-            class_weight = class_weight * torch.where(total > 0, count / total, 0.0)
         out = linear_cross_entropy(
             _input,
             lin_weight,
@@ -84,7 +84,7 @@ class LigerFusedLinearCrossEntropyLoss(torch.nn.Module):
             softcap=self.softcap,
             label_smoothing=self.label_smoothing,
             z_loss=self.lse_square_scale,
-            class_weight=class_weight,
+            class_weight=self._class_weight(len(lin_weight), target, valid, count),
             ignore_index=self.ignore_index,
             mask=scale,
             reduction="none" if self.reduction == "none" else "sum",
@@ -105,6 +105,21 @@ class LigerFusedLinearCrossEntropyLoss(torch.nn.Module):
             right if self.return_token_accuracy else None,
             found.ids if self.return_predicted_tokens else None,
         )
+
+    def _class_weight(self, vocabulary: int, target: Tensor, valid: Tensor, count: Tensor) -> Tensor | None:
+        """[V]. Of a mean the z-loss is divided by the count, the rest by the sum of the targets' weights."""
+        if self.ce_weight is None:
+            return None
+        if self.ce_weight.shape != (vocabulary,):
+            raise ValueError(
+                f"ce_weight is {list(self.ce_weight.shape)}; expected a weight for each id of lin_weight, [{vocabulary}]"
+            )
+        if self.reduction != "mean":
+            return self.ce_weight
+        class_weight = self.ce_weight.detach().to(torch.promote_types(self.ce_weight.dtype, torch.float32))
+        known = target.clamp(0, vocabulary - 1).long()  # other ids are refused with the rest of the call
+        total = class_weight[known].where(valid, 0.0).sum()
+        return class_weight * torch.where(total > 0, count / total, 0.0)
 
     @torch.no_grad()
     def _probabilities(self, weight: Tensor, hidden: Tensor, target: Tensor, bias: Tensor | None) -> Tensor:

@@ -109,6 +109,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         """Whether `policy_gradient_loss` has this loss. Under a ratio of sequences it would make the logits twice too."""
         if self.importance_sampling_level == "sequence" or self.loss_type in ("sapo", "vespo"):
             return False
+        if min(self.beta, self.epsilon_low, self.epsilon_high) < 0:
+            return False
         if self.loss_type == "cispo":
             return self.epsilon_high >= 1.0
         return self.delta is None or self.delta >= max(1.0 + self.epsilon_high, 1.0 + 1e-6)

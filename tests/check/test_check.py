@@ -168,6 +168,9 @@ def test_what_is_not_finite_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytes
             ["--json", "/no/such/folder/x.json"],
             "argument --json: the folder /no/such/folder does not exist; create it first",
         ),
+        (["--json", "/dev/null"], "argument --json: /dev/null is no file; name one that may be replaced"),
+        (["--json", ""], "argument --json: . is no file"),
+        (["--json", "/proc/x.json"], "argument --json: /proc takes no files ("),
         (["--fast"], "unrecognized arguments: --fast"),
         pytest.param(
             ["--device", "cuda"],

@@ -129,6 +129,17 @@ def test_grpo_without_bounds(kind: str) -> None:
         assert_same(tensors, found, grpo(theirs, tensors, kind, "token", chosen, **more), (kind, more))
 
 
+@pytest.mark.parametrize("more", [{"epsilon_low": -0.1}, {"epsilon_high": -0.1}, {"beta": -0.3}], ids=str)
+def test_grpo_of_negative_settings(more: dict[str, float]) -> None:
+    """Liger takes them, whatever they mean."""
+    for kind in ("grpo", "cispo"):
+        tensors, chosen = Tensors(), {name: values[0] for name, values in GRPO.items()}
+        chosen |= {"beta": more.get("beta", 0.0)}
+        own = {name: value for name, value in more.items() if name != "beta"}
+        found = grpo(ours, tensors, kind, "token", chosen, **own)
+        assert_same(tensors, found, grpo(theirs, tensors, kind, "token", chosen, **own), (kind, more))
+
+
 def test_grpo_of_a_trained_head_is_one_pass(gemms: dict[str, list[int]]) -> None:
     """With a KL to the reference too: the logits, and a product for each gradient."""
     tensors, chosen = Tensors(), {name: values[0] for name, values in GRPO.items()} | {"beta": 0.3}

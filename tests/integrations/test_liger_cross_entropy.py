@@ -159,3 +159,27 @@ def test_settings_that_do_not_fit(options: dict[str, Any], said: str) -> None:
     tensors = Tensors({name: values[0] for name, values in SPACE.items()})
     with pytest.raises(ValueError, match=said):
         LigerFusedLinearCrossEntropyLoss(**options)(tensors.weight, tensors.hidden, tensors.target)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"target": torch.zeros(N + 1).long()}, r"target is \[10\] but _input is \[9, 8\]: expected .* \[9\]"),
+        ({"target": torch.full((N,), V)}, "targets holds the id 37, outside the vocabulary"),
+        ({"class_weight": torch.ones(5)}, r"ce_weight is \[5\]; expected a weight for each id of lin_weight, \[37\]"),
+    ],
+)
+def test_calls_that_do_not_fit(change: dict[str, Tensor], said: str) -> None:
+    chosen = {name: values[0] for name, values in SPACE.items()} | {"ce_weight": True}
+    tensors = Tensors(chosen)
+    vars(tensors).update(change)
+    with pytest.raises(ValueError, match=said):
+        tensors.call(LigerFusedLinearCrossEntropyLoss, chosen)
+
+
+def test_class_weights_of_low_precision_are_summed_in_float32() -> None:
+    chosen = {name: values[0] for name, values in SPACE.items()} | {"ce_weight": True}
+    tensors = Tensors(chosen)
+    tensors.class_weight = tensors.class_weight.bfloat16()
+    found = tensors.call(LigerFusedLinearCrossEntropyLoss, chosen)
+    compare(tensors, found, definition(tensors, chosen), chosen, near=1e-5)
