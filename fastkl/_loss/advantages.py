@@ -49,6 +49,7 @@ def reverse_kl_advantages(
             check.check_device(name, tensor, sampler_logprobs, "sampler_logprobs")
     if sequence_ids is not None:
         check.check_integers("sequence_ids", sequence_ids)
+    check.check_number("discount", discount)
     if not 0.0 <= discount <= 1.0:
         raise ValueError(f"discount is {discount}; it must be in [0, 1]")
     for name, logprobs in (("sampler_logprobs", sampler_logprobs), ("teacher_logprobs", teacher_logprobs)):

@@ -79,7 +79,22 @@ def check_integers(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} is {tensor.dtype}; expected integers")
 
 
+def check_number(name: str, value: Any, whole: bool = False) -> None:
+    """A number, of NumPy's or a tensor's too; a gradient of it would be lost in silence."""
+    if not isinstance(value, int if whole else (int, float)) and not hasattr(
+        value, "__index__" if whole else "__float__"
+    ):
+        raise TypeError(f"{name} is {value!r}; expected a {'whole ' if whole else ''}number")
+    if not isinstance(value, Tensor):
+        return
+    if value.numel() != 1:
+        raise TypeError(f"{name} is a tensor {list(value.shape)}; expected a single number, which holds for all tokens")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, and the losses have none for it: pass it detached")
+
+
 def check_finite(name: str, number: float) -> None:
+    check_number(name, number)
     if not -float("inf") < number < float("inf"):
         raise ValueError(f"{name} is {number}; it must be finite")
 
@@ -114,7 +129,7 @@ def check_tokens(tokens: Tensor, hidden: Tensor, vocabulary: int, ignore_index: 
         wrong = ((tokens < 0) | (tokens >= vocabulary)) & (tokens != ignore_index)
         if bool(wrong.any()):
             raise ValueError(
-                f"{name} holds the id {int(tokens[wrong][0])}, outside the vocabulary of weight (0 … {vocabulary - 1}) "
+                f"{name} holds the id {int(tokens[wrong][0])}, outside the vocabulary (0 … {vocabulary - 1}) "
                 f"and not ignore_index ({ignore_index}); are the tokenizer and the model of one family?"
             )
     return tokens
@@ -133,7 +148,7 @@ def check_vocab_size(vocab_size: int, sizes: dict[str, int]) -> None:
     """`sizes`: the vocabularies that are to be cut, by name."""
     if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or not 1 <= vocab_size <= min(sizes.values()):
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ValueError(f"vocab_size is {vocab_size}; it must be in 1 … the smallest vocabulary ({listed})")
+        raise ValueError(f"vocab_size is {vocab_size!r}; it must be an int in 1 … the smallest vocabulary ({listed})")
 
 
 def check_plan(backend: Backend, chunk_size: int | None, weight: Tensor, weight_grad: Tensor | None) -> None:
@@ -204,7 +219,10 @@ class Reduction(NamedTuple):
 
 
 def check_reduction(
-    reduction: str, normalizer: Tensor | float | None, known: tuple[str, ...] = ("mean", "sum", "none")
+    reduction: str,
+    normalizer: Tensor | float | None,
+    hidden: Tensor,
+    known: tuple[str, ...] = ("mean", "sum", "none"),
 ) -> Reduction:
     if reduction not in known:
         raise ValueError(f"reduction is {reduction!r}; use one of {', '.join(known)}")
@@ -217,7 +235,10 @@ def check_reduction(
             raise ValueError(f"normalizer is {list(normalizer.shape)}; expected a number or a 0-dim tensor")
         if normalizer.is_complex() or (visible(normalizer) and not bool(normalizer >= 0)):
             raise ValueError(f"normalizer is {normalizer.item()}; it must be > 0 (the global count)")
+        if normalizer.device.type != "cpu":  # a number on the CPU goes with every device
+            check_device("normalizer", normalizer, hidden, "hidden")
         return Reduction(reduction, normalizer.detach())
+    check_number("normalizer", normalizer)
     if not normalizer > 0:
         raise ValueError(f"normalizer is {normalizer}; it must be > 0 (the global count)")
     return Reduction(reduction, float(normalizer))

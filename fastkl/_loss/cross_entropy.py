@@ -32,7 +32,7 @@ def linear_cross_entropy(
     label_smoothing   in [0, 1]. Soft-cap and class weights go with it.
     z_loss            ≥ 0. Adds z_loss · logsumexp(z)² to each token, which no class weight multiplies (PaLM, Chowdhery et
                       al. 2022; Liger's lse_square_scale).
-    class_weight      [V], real, ≥ 0.
+    class_weight      [V], or one for each of the vocab_size ids; real, ≥ 0.
     mask              [...], bool or weights ≥ 0.
     vocab_size        Ids from this one on, a head's padding, are left out; V is then this number.
     reduction         "mean", "sum" or "none". The mean divides by what F.cross_entropy divides by: the sum of c[y], times
@@ -88,7 +88,7 @@ def _class_weight(class_weight: Tensor | None, weight: Tensor, call: Call) -> Te
     if class_weight is None:
         return None
     check.check_tensor("class_weight", class_weight)
-    if class_weight.shape != weight.shape[:1]:
+    if class_weight.shape not in (weight.shape[:1], call.inputs.weight.shape[:1]):
         raise ValueError(
             f"class_weight is {list(class_weight.shape)} but weight is {list(weight.shape)}: expected one weight per id, "
             f"{list(weight.shape[:1])}"

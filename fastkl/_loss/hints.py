@@ -35,6 +35,7 @@ OTHER_NAMES = {
     ("delta", "clip_ratio_c", "ratio_clip_c"): "dual_clip",
     ("importance_sampling_level",): "ratio",
     ("num_items_in_batch", "num_tokens"): "normalizer",
+    ("return_lse", "return_predicted_tokens", "return_token_accuracy"): "per_token",
     ("final_logit_softcapping", "logit_softcapping"): "softcap",
     ("epsilon_low",): "clip_low",
     ("epsilon_high",): "clip_high",
@@ -79,6 +80,8 @@ def of_head(hidden: Tensor, weight: Tensor, who: str) -> str:
 
 def of_tokens(name: str, tensor: Tensor, hidden: Tensor) -> str:
     """For a tensor [...] with an entry per token that hidden states [..., D] do not have."""
+    if name.endswith("advantages") and hidden.dim() > 2:
+        return f", or one per row, {list(hidden.shape[:-2])}"
     if tensor.shape[:-1] == hidden.shape[:-1] and tensor.is_floating_point():
         return "; forward_kl_loss takes a distribution, as teacher_logits=" if name == "targets" else ""
     if tensor.dim() == 0 or tensor.shape[:-1] != hidden.shape[:-2]:

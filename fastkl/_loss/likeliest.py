@@ -41,7 +41,8 @@ def linear_top_k(
     """
     head, chunk_size = record(HeadOptions, options), options["chunk_size"]
     inputs = _inputs(hidden, weight, options["bias"], options["vocab_size"], chunk_size)
-    if not 1 <= k <= inputs.weight.shape[0]:
+    check.check_number("k", k, whole=True)
+    if isinstance(k, bool) or not 1 <= k <= inputs.weight.shape[0]:
         raise ValueError(f"k is {k}; it must be between 1 and the vocabulary, {inputs.weight.shape[0]}")
     n, dtype = inputs.hidden.shape[0], compute_dtype(inputs.hidden.dtype)
     top = TopK(hidden.new_empty(n, k, dtype=torch.int64), hidden.new_empty(n, k, dtype=dtype))
@@ -70,6 +71,7 @@ def linear_ranks(
     Raises TypeError or ValueError for shapes, dtypes, devices or ids that do not fit, before anything is computed.
     """
     inputs = _inputs(hidden, weight, bias, vocab_size, chunk_size)
+    check.check_number("ignore_index", ignore_index, whole=True)
     ids = check.check_tokens(tokens, hidden, inputs.weight.shape[0], ignore_index).reshape(-1)
     known = ids != ignore_index
     ids, ranks = ids.where(known, 0), torch.empty_like(ids)

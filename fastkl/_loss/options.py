@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_type_hints
 from torch import Tensor
 
 from fastkl._loss import hints
+from fastkl._loss.arguments import check_number
 from fastkl.kernels.options import Backward, CrossEntropy, Direction, KLEstimate, Method, Surrogate, Tail
 from fastkl.kernels.problem import Backend, HeadOptions, TeacherChunks
 
@@ -116,15 +117,18 @@ def takes(options: type) -> Callable[[F], F]:
     """Gives a function with `**options` the names and defaults of a TypedDict of this module."""
     types = get_type_hints(options, include_extras=True)
     defaults = {name: kind.__metadata__[0] for name, kind in types.items()}
+    kinds = {name: kind.__origin__ for name, kind in types.items()}
     keywords = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind.__origin__)
-        for name, kind in types.items()
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind)
+        for name, kind in kinds.items()
     ]
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)
         *own, _ = signature.parameters.values()
         known = *(parameter.name for parameter in own), *defaults
+        numbers = {*(parameter.name for parameter in own if parameter.annotation == "float"), *_of(kinds, float, int)}
+        optional, whole = _of(kinds, float | None), _of(kinds, int)
         positional = [parameter.name for parameter in own if parameter.kind is not inspect.Parameter.KEYWORD_ONLY]
 
         @functools.wraps(function)
@@ -138,12 +142,19 @@ def takes(options: type) -> Callable[[F], F]:
                     f"{function.__name__}() takes {len(positional)} arguments by position ({', '.join(positional)}) and "
                     f"got {len(args)}; give the others by name"
                 )
+            for name, value in given.items():
+                if name in numbers or (name in optional and value is not None):
+                    check_number(name, value, whole=name in whole)
             return function(*args, **{**defaults, **given})
 
         call.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore[attr-defined]
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+def _of(kinds: Mapping[str, Any], *wanted: Any) -> set[str]:
+    return {name for name, kind in kinds.items() if kind in wanted}
 
 
 def record(kind: type[Record], options: Mapping[str, Any], prefix: str = "") -> Record:

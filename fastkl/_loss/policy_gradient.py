@@ -214,6 +214,8 @@ def _surrogate(options: PolicyOptions) -> Surrogate:
         return record(Surrogate, options)
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2 or None in bounds:
         raise ValueError(f"ratio_bounds is {bounds!r}; expected (low, high), where 0 and inf leave a side open")
+    for bound in bounds:
+        check.check_number("ratio_bounds", bound)
     return record(Surrogate, {**options, "ratio_bounds": RatioBounds(*bounds)})
 
 

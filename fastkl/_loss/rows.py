@@ -53,9 +53,9 @@ def flat_call(
 ) -> Call:
     """Checks hidden [..., D], weight [V, D], tokens [...] and the options that all losses share; cuts the vocabulary."""
     bias, weight_grad, vocab_size = options["bias"], options["weight_grad"], options.get("vocab_size")
-    reduction = check.check_reduction(options.get("reduction", "none"), options.get("normalizer"), reductions)
     head = record(HeadOptions, options)
     check.check_head(hidden, weight, bias, who)
+    reduction = check.check_reduction(options.get("reduction", "none"), options.get("normalizer"), hidden, reductions)
     check.check_plan(options["backend"], options["chunk_size"], weight, weight_grad)
     if vocab_size is not None:
         check.check_vocab_size(vocab_size, {f"{who}weight": weight.shape[0]})

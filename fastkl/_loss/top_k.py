@@ -93,7 +93,7 @@ def _look_at_list(ids: Tensor, logprobs: Tensor, vocabulary: int) -> None:
     wrong = (ids < -1) | (ids >= vocabulary)
     if bool(wrong.any()):
         raise ValueError(
-            f"teacher_ids holds {int(ids[wrong][0])}, outside the vocabulary of weight (0 … {vocabulary - 1}; −1 pads)"
+            f"teacher_ids holds {int(ids[wrong][0])}, outside the vocabulary (0 … {vocabulary - 1}; −1 pads)"
         )
     ordered = ids.sort(-1).values
     again = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)

@@ -248,7 +248,7 @@ def test_options(monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, 
 def test_a_normalizer_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_tensors():
         zero, count = (torch.empty((), device="cuda") for _ in range(2))
-        reduction = check_reduction("mean", zero)
+        reduction = check_reduction("mean", zero, zero)
         reduction.check_count(count)
         assert reduction.factor(count).is_cuda
 

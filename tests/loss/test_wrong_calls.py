@@ -160,7 +160,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "targets-outside": (
         lambda: loss.linear_cross_entropy(H, W, IDS + 50),
-        "ValueError: targets holds the id / outside the vocabulary of weight (0 … 49)",
+        "ValueError: targets holds the id / outside the vocabulary (0 … 49)",
     ),
     "smoothing-in-percent": (
         lambda: loss.linear_cross_entropy(H, W, IDS, label_smoothing=10),

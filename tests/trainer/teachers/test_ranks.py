@@ -76,7 +76,7 @@ def test_under_autocast_the_logits_are_those_of_the_log_probs() -> None:
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "token": ({"tokens": torch.tensor([1, 8])}, ValueError, r"tokens holds the id 8, outside the vocabulary"),
     "padding": ({"vocab_size": 2}, ValueError, r"tokens holds the id 2, outside the vocabulary"),
-    "vocab_size": ({"vocab_size": 9}, ValueError, r"vocab_size is 9; it must be in 1 … the smallest vocabulary"),
+    "vocab_size": ({"vocab_size": 9}, ValueError, r"vocab_size is 9; it must be an int in 1 … the smallest vocabulary"),
     "shape": ({"tokens": torch.tensor([1])}, ValueError, r"tokens is \[1\] but hidden is \[2, 3\]"),
     "dtype": ({"tokens": torch.ones(2)}, TypeError, r"tokens is torch.float32; expected integer token ids"),
     "bias": ({"bias": torch.ones(7)}, ValueError, r"bias \[7\] does not fit weight \[8, 3\]"),
