@@ -81,9 +81,11 @@ class BoundForward:
         return self.__func__(self.__self__, *args, **inputs)
 
     @property
-    def __code__(self) -> CodeType | None:
+    def __code__(self) -> CodeType:
         """Of the forward without the keyword, as torch.export asks for it."""
-        return getattr(self.__func__.own or type(self.__self__).forward, "__code__", None)
+        own: Any = self.__func__.own or type(self.__self__).forward
+        code: CodeType = own.__code__
+        return code
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -67,13 +67,21 @@ def measure_logit_transform(model: nn.Module) -> LogitTransform:
 
 def numeric_settings(model: Any) -> dict[tuple[int, str], float]:
     """What a model's treatment of its logits may depend on: numbers of the model and of its configs, by place and name."""
-    owners = model, model.config, model.config.get_text_config()
     return {
         (place, name): value
-        for place, owner in enumerate(owners)
+        for place, owner in enumerate((model, *_configs(model.config)))
         for name, value in vars(owner).items()
         if isinstance(value, float) or (isinstance(value, int) and "logit" in name)  # ids and sizes are not meant
     }
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """A config and those within, as of the text model in one that sees images too."""
+    yield config
+    for name in getattr(config, "sub_configs", ()):
+        part = getattr(config, name, None)
+        if part is not None:
+            yield from _configs(part)
 
 
 def _logits(model: nn.Module, probes: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -250,6 +250,23 @@ def test_logits_to_keep(kind: str) -> None:
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_a_soft_cap_within_a_composite_config_is_changed_afterwards() -> None:
+    model, found = composite("gemma3").eval(), []
+    plain = model.forward
+
+    def capped(**inputs: Any) -> Any:
+        output, cap = plain(**inputs), model.config.text_config.final_logit_softcapping
+        output.logits = output.logits if cap is None else cap * torch.tanh(output.logits / cap)
+        return output
+
+    model.forward = capped
+    fuse(model)
+    for cap in (None, 5.0):
+        model.config.text_config.final_logit_softcapping = cap
+        model(input_ids=IDS, fused=lambda hidden, weight, **head: found.append(head["softcap"]))
+    assert found == [None, pytest.approx(5.0)]
+
+
 def test_the_function_may_run_the_model() -> None:
     """As its own teacher, say: the head is its own again while the function runs."""
     model = fuse(lora(causal_lm().eval()))
