@@ -113,8 +113,8 @@ from fastkl._loss.divergences import *  # noqa: F403  what its __all__ names
 from fastkl._loss.likeliest import TopK, linear_ranks, linear_top_k
 from fastkl._loss.numbers import BadNumbers
 from fastkl._loss.output import LossOutput, Predictions
-from fastkl._loss.policy_gradient import linear_logprobs, policy_gradient_loss, sampled_reverse_kl_loss
-from fastkl._loss.token_stats import TokenStats, linear_token_stats
+from fastkl._loss.policy_gradient import policy_gradient_loss, sampled_reverse_kl_loss
+from fastkl._loss.token_stats import TokenStats, linear_logprobs, linear_token_stats
 from fastkl._loss.top_k import top_k_kl_loss
 from fastkl.kernels.divergence.formula import PerToken
 from fastkl.kernels.options import Backward, Sparse

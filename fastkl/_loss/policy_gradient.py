@@ -1,4 +1,4 @@
-"""Log-probs of tokens and the policy-gradient losses built on them (`fastkl.loss`)."""
+"""The policy-gradient losses (`fastkl.loss`)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing_extensions import Unpack
 from fastkl._loss import arguments as check
 from fastkl._loss.advantages import reverse_kl_advantages
 from fastkl._loss.numbers import check_logprobs
-from fastkl._loss.options import LogprobOptions, PolicyOptions, Ratio, record, takes
+from fastkl._loss.options import PolicyOptions, Ratio, record, takes
 from fastkl._loss.output import LossOutput, masked_extreme, masked_mean, sparse_metrics
 from fastkl._loss.rows import Call, flat_call, reduced_loss
 from fastkl._loss.sequences import Sequences
-from fastkl.kernels.operators.autograd import row_losses
 from fastkl.kernels.operators.library import evaluate
 from fastkl.kernels.options import RatioBounds, Surrogate
 from fastkl.kernels.problem import Kind, Problem, RowLoss
@@ -28,30 +27,6 @@ from fastkl.kernels.surrogate import (
 
 RATIOS: tuple[Ratio, ...] = ("token", "sequence")
 REDUCTIONS = ("mean", "sum", "sequence_mean", "none")
-
-
-@takes(LogprobOptions)
-def linear_logprobs(
-    hidden: Tensor,  # [..., D]
-    weight: Tensor,  # [V, D]
-    tokens: Tensor,  # [...] int64
-    **options: Unpack[LogprobOptions],
-) -> Tensor:
-    """Log-probs of `tokens`, float32 (float64 for float64), of their shape; 0 at ignored ones.
-
-    Differentiable in hidden, weight and bias. Equals
-    `torch.log_softmax(z, -1).gather(-1, tokens[..., None]).squeeze(-1)`. Any loss can be built on it: the gradient honours
-    each token's own upstream value. With a frozen head the backward pass is one product over [N, D]; with a trainable one
-    it forms the logits a second time, which `policy_gradient_loss` and a sparse backward avoid.
-
-    It returns a tensor and no metrics: of a sparse backward `policy_gradient_loss` has them.
-
-    Raises TypeError or ValueError for shapes, dtypes, devices or ids that do not fit, before anything is computed.
-    """
-    call = flat_call(hidden, weight, tokens, options, "token_nll")
-    problem = Problem(call.inputs, call.spec, RowLoss(call.token_weights), call.rows())
-    nll = row_losses(problem, call.weight_grad).losses
-    return (-nll).where(call.active, 0.0).reshape(call.shape)
 
 
 @takes(PolicyOptions)

@@ -7,9 +7,9 @@ from typing import NamedTuple
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastkl._loss.options import TokenStatsOptions, takes
+from fastkl._loss.options import LogprobOptions, TokenStatsOptions, takes
 from fastkl._loss.rows import flat_call
-from fastkl.kernels.operators.autograd import token_values
+from fastkl.kernels.operators.autograd import row_losses, token_values
 from fastkl.kernels.problem import Problem, RowLoss
 
 
@@ -20,6 +20,30 @@ class TokenStats(NamedTuple):
     entropies: Tensor  # −Σ p log p, nats
     lse: Tensor  # logsumexp(z): logprobs + lse is the token's logit
     top1: Tensor  # bool: no other token has a greater logit, nor is one NaN
+
+
+@takes(LogprobOptions)
+def linear_logprobs(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    tokens: Tensor,  # [...] int64
+    **options: Unpack[LogprobOptions],
+) -> Tensor:
+    """Log-probs of `tokens`, float32 (float64 for float64), of their shape; 0 at ignored ones.
+
+    Differentiable in hidden, weight and bias. Equals
+    `torch.log_softmax(z, -1).gather(-1, tokens[..., None]).squeeze(-1)`. Any loss can be built on it: the gradient honours
+    each token's own upstream value. With a frozen head the backward pass is one product over [N, D]; with a trainable one
+    it forms the logits a second time, which `policy_gradient_loss` and a sparse backward avoid.
+
+    It returns a tensor and no metrics: of a sparse backward `policy_gradient_loss` has them.
+
+    Raises TypeError or ValueError for shapes, dtypes, devices or ids that do not fit, before anything is computed.
+    """
+    call = flat_call(hidden, weight, tokens, options, "token_nll")
+    problem = Problem(call.inputs, call.spec, RowLoss(call.token_weights), call.rows())
+    nll = row_losses(problem, call.weight_grad).losses
+    return (-nll).where(call.active, 0.0).reshape(call.shape)
 
 
 @takes(TokenStatsOptions)
