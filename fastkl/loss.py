@@ -43,6 +43,9 @@ accelerator those checks would be synchronisations, so they are left out: rows o
 or end in a device-side assertion (PyTorch). On a CPU a divergence also refuses a teacher that gives NaN or +inf, once its
 values show it. A student's NaN is never refused: the loss is then NaN.
 
+Gradients go to hidden, weight and bias alone. mask, class_weight, advantages and the log-probs of other policies are
+constants. A number that requires a gradient, as a learned temperature would, is refused.
+
 The losses cannot be differentiated twice, nor in forward mode: backward with create_graph=True and torch.func.jvp are
 refused. Gradients of float16 hidden states are rounded to float16 before the upstream gradient (a loss scale) multiplies
 them. Use bfloat16 where they are tiny. `fastkl.reference` has the formula of each loss in plain PyTorch.

@@ -62,6 +62,21 @@ def test_a_gradient_that_would_be_lost(option: str) -> None:
         assert torch.equal(fused("cross_entropy", P, **{option: learned}), fused("cross_entropy", P, **{option: 0.5}))
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("cross_entropy", "class_weight"), ("cross_entropy", "mask"), ("policy_gradient", "advantages")],
+)
+def test_constants(name: str, option: str) -> None:
+    """What weighs tokens or ids may require a gradient, and gets none."""
+    weights = torch.rand(7 if option == "class_weight" else (2, 3), requires_grad=True)
+    p = P._replace(hidden=P.hidden.clone().requires_grad_())
+    options = {option: weights} if option == "class_weight" else {}
+    p = p if options else p._replace(**{option: weights})
+    fused(name, p, **options).backward()
+    assert weights.grad is None
+    assert p.hidden.grad is not None
+
+
 @pytest.mark.parametrize("half", [numpy.float32(0.5), numpy.float64(0.5), tensor(0.5), tensor([0.5])], ids=repr)
 def test_other_numbers(half: Any) -> None:
     options = {"temperature": half, "label_smoothing": half, "z_loss": half, "normalizer": float(half)}
