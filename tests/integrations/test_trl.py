@@ -373,6 +373,6 @@ def test_another_field_of_the_head_is_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_the_order_of_imports_does_not_matter(order: str) -> None:
     lines = ["from trl import SFTTrainer", "from fastkl.integrations.trl import use; use()"]
     lines = lines[::-1] if order == "use-first" else lines
-    check = "import trl.trainer.utils as u; print(type(u._ChunkedLogProbFunction).__module__)"
+    check = "import trl.trainer.utils as u; print(u._ChunkedLogProbFunction.ours.__module__)"
     done = run_python("\n".join([*lines, check]))
     assert "fastkl.integrations.trl" in done.stdout, done.stderr
