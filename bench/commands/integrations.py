@@ -31,9 +31,9 @@ from bench.lib.pair import Size, make_pair
 from bench.lib.report import circumstances
 from fastkl._check.json_file import write_json
 
-NAMES = ("transformers", "sft", "distillation", "distillation_jsd", "grpo", "rloo", "dpo", "kto")
+NAMES = ("sft", "distillation", "grpo", "transformers", "distillation_jsd", "dpo", "kto", "rloo")
 FULL, SMALL = Size(49152, 576, 4), Size(300, 64, 1)
-LOGGED_STEPS = 3  # of the runs for memory and logs
+LOGGED_STEPS = 2  # of the runs for memory and logs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

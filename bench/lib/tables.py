@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.lib.cases import HEADS
-from bench.lib.report import counted, read_result
-
-Report = dict[str, Any]
+from bench.lib.integration_tables import accuracy, in_your_code, peers, under_trainers
+from bench.lib.markdown import Report, markdown, table
+from bench.lib.report import read_result
 
 OPS = ("policy_gradient", "logprobs", "reverse_kl")
 IMPLEMENTATIONS = {"fastkl": "fastkl", "eager": "eager", "compile": "torch.compile"}
@@ -37,7 +37,7 @@ def losses() -> str:
         rows.append([f"{op}, {head} head", *cells])
     header = ["forward + backward, units (extra MB)", *IMPLEMENTATIONS.values()]
     shape = ", ".join(map(str, report["problems"][0]["shape"]))
-    return _table(header, rows, f"N, D, V = {shape}, float32", reports.values())
+    return table(header, rows, f"N, D, V = {shape}, float32", reports.values())
 
 
 def sparse() -> str:
@@ -68,7 +68,7 @@ def sparse_errors() -> str:
         if row["error"] == DEFAULT_ERROR
     ]
     header = ["rows (entropy of the first 256)", "block", "kept", "claimed", "dH", "dW"]
-    return _table(header, rows, f"error {DEFAULT_ERROR:g}, float32", reports)
+    return table(header, rows, f"error {DEFAULT_ERROR:g}, float32", reports)
 
 
 def trainers() -> str:
@@ -96,7 +96,7 @@ def trainers() -> str:
     ]
     job = report["job"]
     conditions = f"{job['prompts']} prompts, {job['new_tokens']} new tokens each, medians over {job['steps'] - 1} steps"
-    return _table(header, rows, conditions, [report], "torch", "transformers")
+    return table(header, rows, conditions, [report], "torch", "transformers")
 
 
 def counted_units() -> str:
@@ -121,10 +121,14 @@ def counted_units() -> str:
             ]
         )
     header = ["plan", "stated before", "all of it, before", "now", "passes over dW", "chunk, rows", "workspace, MB"]
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "in-your-code": in_your_code,
+    "under-trainers": under_trainers,
+    "peers": peers,
+    "accuracy": accuracy,
     "losses": losses,
     "sparse": sparse,
     "sparse-times": sparse_times,
@@ -143,7 +147,7 @@ def _sparse_times(header: Sequence[str], names: Sequence[str], implementations: 
         cells = [_units(_by_implementation(report).get(which)) for report in by_head for which in implementations]
         rows.append([_rows_name(by_head[0], shape), *cells])
         reports += by_head
-    return _table(header, rows, "float32", reports)
+    return table(header, rows, "float32", reports)
 
 
 def _by_implementation(report: Report) -> dict[str, dict[str, Any]]:
@@ -161,19 +165,3 @@ def _rows_name(report: Report, shape: Sequence[int]) -> str:
     if conditions["data"] in MODELS:
         return f"{MODELS[conditions['data']]}, T = {conditions['temperature']:g}, {n} tokens"
     return f"{conditions['data']}, D = {d}, V = {vocabulary}, {n} tokens"
-
-
-def _table(
-    header: Sequence[str], rows: Iterable[Sequence[str]], conditions: str, reports: Iterable[Report], *packages: str
-) -> str:
-    """Markdown, with a line on what the figures are of. The reports come from one machine and one set of versions."""
-    text, reports = _markdown(header, rows), list(reports)
-    (machine,) = {f"{r['machine']['cpu']}, {counted(r['machine']['threads'], 'thread')}" for r in reports}
-    (versions,) = {", ".join(f"{p} {r['versions'][p]}" for p in packages or ("torch",)) for r in reports}
-    dates = ", ".join(sorted({r["date"][:10] for r in reports}))
-    return f"{text}\n{conditions}; {machine}; {versions}; {dates}.\n"
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head, *body = (f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in (header, *rows))
-    return f"{head}{'|---' * len(header)}|\n{''.join(body)}"
