@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 
 from bench.lib.cases import HEADS
 from bench.lib.markdown import Report, table
