@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.lib.cases import HEADS
 from bench.lib.markdown import Report, table
-from bench.lib.report import read_result
+from bench.lib.report import RESULTS, read_result
 
 TRAINERS = {
     "transformers": "Transformers' `Trainer`, cross-entropy",
@@ -26,8 +25,9 @@ OPS = {
     "cross_entropy": "cross-entropy",
 }
 PEERS = {"fastkl": "fastkl", "fastkl_for_liger": "its Liger classes", "liger": "Liger", "trl": "TRL", "eager": "eager"}
-SMALLER = ("jsd", "reverse_kl", "grpo", "grpo_kl")  # measured on a second shape
-# What is written for each trainer and each of Liger's losses in the table of the README.
+DATA = {"flat": "a new model", "peaked": "a trained model"}
+LIGER, LIGER_LINE = ("jsd", "grpo"), "`from fastkl.integrations.liger import …`"
+# What is written for each trainer in the table of the README.
 WRITTEN = {
     "transformers": "`Trainer(model=fuse(model))` and a `compute_loss`",
     **dict.fromkeys(("sft", "distillation", "grpo"), "`fastkl.integrations.trl.use()`"),
@@ -36,20 +36,17 @@ WRITTEN = {
 
 def in_your_code() -> str:
     """For each thing that people use: what to write, and what it gives."""
-    report, own = read_result("cpu-integrations"), _peers("grpo", "trainable")
-    rows = [["your own loop, GRPO", "`fuse(model)`, a loss of `fastkl.loss`", *_loss_gain(own, "eager", "fastkl")]]
+    report, losses = read_result("cpu-integrations"), {(r["rows"][0]["op"], r["rows"][0]["head"]): r for r in _peers()}
+    own = losses["grpo", "trainable"]
+    rows = [["your own loop, GRPO", "`fuse(model)`, a loss of `fastkl.loss`", *_loss_gain(own, "eager")]]
     for name, line in WRITTEN.items():
-        result = report["trainers"][name]
-        seconds, memory = result["seconds"], result["extra_mb"]
-        gain = f"{seconds['theirs'] / seconds['fastkl']:.2f}, a step", _change(memory)
-        rows.append([TRAINERS[name], line, *gain])
-    liger = {op: _peers(op, "trainable") for op in ("jsd", "grpo")}
-    for op, found in liger.items():
-        gain = _loss_gain(found, "liger", "fastkl_for_liger")
-        rows.append([f"Liger's {OPS[op]}", "`from fastkl.integrations.liger import …`", *gain])
+        if name in report["trainers"]:
+            rows.append([TRAINERS[name], line, *_step_gain(report["trainers"][name])])
+    for op in (op for op in LIGER if (op, "trainable") in losses):
+        rows.append([f"Liger's {OPS[op]}", LIGER_LINE, *_loss_gain(losses[op, "trainable"], "liger")])
     rows.append(["verl 0.9.1", "`fastkl.integrations.verl.use()`", "not measured", ""])
     header = ["you use", "write", "times as fast", "extra MB"]
-    return table(header, rows, "Trained head, float32", [report, own, *liger.values()], "torch", "transformers")
+    return table(header, rows, "Trained head, float32", [report, *losses.values()], "torch")
 
 
 def under_trainers() -> str:
@@ -70,44 +67,51 @@ def under_trainers() -> str:
 
 def peers() -> str:
     """Units and extra memory of the losses that Liger and TRL have too."""
-    cases = [(op, head, "") for head in HEADS for op in OPS] + [(op, "trainable", "-896") for op in SMALLER]
-    reports = [_peers(*case) for case in cases]
-    rows = []
-    for (op, head, _), report in zip(cases, reports, strict=True):
-        shape, found = report["problems"][0]["shape"], _by_name(report)
+    rows, reports = [], _peers()
+    for report in reports:
+        found, shape = _by_name(report), ", ".join(map(str, report["problems"][0]["shape"]))
         cells = (_cell(found.get(name), "{forward_backward_units:.1f} ({peak_extra_mb:.0f})") for name in PEERS)
-        rows.append([f"{OPS[op]}, {head}, V = {shape[2]}", *cells])
-    header = ["forward + backward, units (extra MB)", *PEERS.values()]
+        first = report["rows"][0]
+        rows.append([OPS[first["op"]], first["head"], shape, str(report["conditions"]["teacher_width"] or ""), *cells])
+    header = ["units (extra MB)", "head", "N, D, V", "D_t", *PEERS.values()]
     return table(header, rows, "float32, processor time", reports)
 
 
 def accuracy() -> str:
     """Errors of gradients in bfloat16 against float64."""
-    rows, reports = [], []
-    for data, nature in (("flat", "a new model's"), ("peaked", "a trained model's")):
-        for op in OPS:
-            report = read_result(f"cpu-accuracy-{op}-{data}-bf16")
-            found = _by_name(report)
-            cells = (_cell(found.get(name), "{grad_error:.1e}") for name in PEERS)
-            rows.append([f"{OPS[op]}, {nature} rows", *cells])
-            reports.append(report)
+    rows, reports = [], _reports("cpu-accuracy-*.json")
+    for report in reports:
+        found, data = _by_name(report), report["conditions"]["data"]
+        cells = (_cell(found.get(name), "{grad_error:.1e}") for name in PEERS)
+        rows.append([OPS[report["rows"][0]["op"]], DATA[data], *cells])
     shape = ", ".join(map(str, reports[0]["problems"][0]["shape"]))
-    header = ["error of the gradient, bfloat16", *PEERS.values()]
+    header = ["error, bfloat16", "rows like those of", *PEERS.values()]
     return table(header, rows, f"N, D, V = {shape}, trained head", reports)
 
 
-def _peers(op: str, head: str, suffix: str = "") -> Report:
-    return read_result(f"cpu-peers-{op}-{head}-fp32{suffix}")
+def _peers() -> list[Report]:
+    return _reports("cpu-peers-*.json")
+
+
+def _reports(pattern: str) -> list[Report]:
+    """Those of bench/results/, by their ops."""
+    reports = [read_result(path.stem) for path in sorted(RESULTS.glob(pattern))]
+    return sorted(reports, key=lambda report: list(OPS).index(report["rows"][0]["op"]))
 
 
 def _by_name(report: Report) -> dict[str, dict[str, Any]]:
     return {row["impl"]: row for row in report["rows"]}
 
 
-def _loss_gain(report: Report, theirs: str, ours: str) -> tuple[str, str]:
-    before, after = (_by_name(report)[name] for name in (theirs, ours))
+def _loss_gain(report: Report, theirs: str) -> tuple[str, str]:
+    before, after = (_by_name(report)[name] for name in (theirs, "fastkl"))
     ratio = before["forward_backward_units"] / after["forward_backward_units"]
     return f"{ratio:.2f}, the loss", _change({"theirs": before["peak_extra_mb"], "fastkl": after["peak_extra_mb"]})
+
+
+def _step_gain(result: dict[str, Any]) -> tuple[str, str]:
+    seconds = result["seconds"]
+    return f"{seconds['theirs'] / seconds['fastkl']:.2f}, a step", _change(result["extra_mb"])
 
 
 def _change(memory: dict[str, float]) -> str:
