@@ -35,7 +35,7 @@ def test_what_stands_between_the_markers_is_replaced(capsys: pytest.CaptureFixtu
     ("text", "message"),
     [
         ("<!-- table losses -->\n| old |\n", "but 0 with a line '<!-- end -->'"),
-        ("<!-- table none -->\n<!-- end -->\n", "unknown table none; known are losses, "),
+        ("<!-- table none -->\n<!-- end -->\n", "unknown table none; known are in-your-code, "),
     ],
 )
 def test_bad_markers(text: str, message: str) -> None:
@@ -44,4 +44,4 @@ def test_bad_markers(text: str, message: str) -> None:
 
 
 def test_an_unknown_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "argument NAME: unknown table 'none'; use some of losses, " in bench_refusal(capsys, "table", "none")
+    assert "argument NAME: unknown table 'none'; use some of in-your-code, " in bench_refusal(capsys, "table", "none")
