@@ -7,7 +7,7 @@ from typing import Any, get_args
 import torch
 
 from bench.variants.launcher import BF16, BOTH, CUT, FP32, Launcher, Options, chunk, grid
-from bench.variants.rows import GRADIENTS, ROW_WIDTHS, VALUES, rows, with_and_without
+from bench.variants.rows import GRADIENTS, ROW_WIDTHS, VALUES, rows
 from fastkl.kernels.divergence.formula import ROWS, ROWS_WITH_EXTRAS, Divergence, HardTarget
 from fastkl.kernels.divergence.triton import divergence
 
@@ -43,7 +43,7 @@ def _variants(extras: bool) -> list[Options]:
         tokens=BOTH,
         extras=(extras,),
     )
-    return with_and_without("bias", plain) + [one | BIASES for one in plain]
+    return plain + [one | BIASES for one in plain if one["vocabulary"] in (CUT, 50257)]
 
 
 def _one(kind: Divergence, dtypes: tuple[torch.dtype, torch.dtype], vocabulary: int, **flags: bool) -> Options:
