@@ -30,6 +30,7 @@ def tail_sums(logits: Logits, out: Tensor, power: float | None = None) -> None:
     launch_rows(
         _tail_sums_kernel,
         logits,
+        programs=2,
         out_ptr=out,
         out_stride_value=out.stride(0),
         power=1.0 if power is None else power,
