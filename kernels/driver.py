@@ -11,20 +11,17 @@ With the backend "epilogue" x is in no memory: its product leaves u of the rows 
 The last two are made from a random subset of the columns of u where `spec.sparse` says so (`sparse/estimator.py`).
 
 Nothing of size N × V exists: a chunk's logits live in the workspace and are gone with the next chunk. A new loss is a new
-row function (`rows/interface.py`); plans, chunking and gradients are here and only here.
+row function (`rows/interface.py`). Which rows are a chunk is in `chunking.py`, the place of one in `workspace.py`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkl.kernels.backend import (
-    adds_bias,
     clear_rows,
     column_sampler,
     entropy_gradient,
@@ -33,92 +30,18 @@ from fastkl.kernels.backend import (
     row_function,
     scorer,
 )
+from fastkl.kernels.chunking import chunk_rows, products, row_chunks
 from fastkl.kernels.gemm import (
     add_bias_gradient,
     add_weight_gradient,
     compute_dtype,
-    even_chunks,
-    gradient_dtype,
     hidden_gradient,
     most_rows,
-    new_scores,
-    project,
-    row_length,
-    scaled_into,
 )
-from fastkl.kernels.problem import Gradients, HeadOptions, Inputs, Needs, RowLoss, Spec
-from fastkl.kernels.rows.interface import Logits
-from fastkl.kernels.sparse.estimator import ColumnSample, ColumnSampler, Estimates, block_rows, blocks, device_kind
+from fastkl.kernels.problem import Gradients, Inputs, Needs, RowLoss, Spec
+from fastkl.kernels.sparse.estimator import ColumnSample, ColumnSampler, Estimates, blocks
 from fastkl.kernels.sparse.pytorch import add_to_weight_gradient, merged
-
-# What the logits of a chunk may take, and its gradient. On a GPU large chunks keep the GEMMs at full speed.
-WORKSPACE_BYTES = {"cpu": 128 * 2**20, "accelerator": 2**30}
-# With fewer the GEMMs of a CPU read the weight too often; at V = 150k these are 160 MB.
-LEAST_ROWS = {"cpu": 256, "accelerator": 1}
-# Rows of a tile of the GEMMs' result, the largest first.
-TILE_ROWS = {"cpu": (1,), "accelerator": (256, 128, 1)}
-# Over this many rows a product that is added to the weight's gradient has far more to multiply than to read and write.
-LONG_PRODUCT_ROWS = 5120
-
-
-def row_chunks(spec: Spec, inputs: Inputs, gradient: bool) -> list[slice]:
-    """The rows of each chunk: at most `spec.chunk_size`, or what the workspace budget holds, spread evenly.
-
-    On an accelerator they are whole tiles of the GEMMs where that many fit: a part of one costs as much as all of it.
-    For a sparse backward they are whole blocks too, unless `spec.chunk_size` is less than one.
-    """
-    return even_chunks(inputs.hidden.shape[0], *_limit_and_multiple(spec, inputs, gradient))
-
-
-def chunk_rows(spec: Spec, inputs: Inputs, gradient: bool) -> int:
-    """Rows of the workspace: those of the largest of `row_chunks`, whole tiles of them where there are several."""
-    n, (limit, multiple) = inputs.hidden.shape[0], _limit_and_multiple(spec, inputs, gradient)
-    return n if n <= limit else -(-most_rows(even_chunks(n, limit, multiple)) // multiple) * multiple
-
-
-def _limit_and_multiple(spec: Spec, inputs: Inputs, gradient: bool) -> tuple[int, int]:
-    """How many rows a chunk may have, and what they are to be a multiple of."""
-    kind = device_kind(inputs.hidden.device)
-    block = block_rows(inputs.hidden.device) if gradient and spec.sparse is not None else 1
-    limit = spec.chunk_size
-    if limit is None:
-        budget = WORKSPACE_BYTES[kind] // workspace_bytes_per_row(spec, inputs, gradient)
-        limit = max(budget, block, LEAST_ROWS[kind])
-    multiples = [math.lcm(tile, block if limit >= block else 1) for tile in TILE_ROWS[kind]]
-    return limit, next(multiple for multiple in multiples if multiple <= limit)
-
-
-def products(spec: Spec, inputs: Inputs, needs: Needs) -> list[list[slice]]:
-    """The chunks whose gradients are multiplied at once, as one long product.
-
-    Their 16-bit gradients are kept side by side, as far as the workspace budget has room beside the logits. A product that
-    is added to the weight's gradient reads and writes all of it: for one there are about `LONG_PRODUCT_ROWS`. Each chunk by
-    itself where a gradient takes the place of its logits, a sample is taken, or `spec.chunk_size` says how many rows there
-    may be.
-    """
-    chunks = row_chunks(spec, inputs, gradient=True)
-    if len(chunks) < 2 or not _apart(inputs) or spec.sparse is not None or spec.chunk_size is not None:
-        return [[rows] for rows in chunks]
-    most = chunk_rows(spec, inputs, gradient=True)
-    logits = workspace_bytes_per_row(spec, inputs, gradient=False)
-    room = WORKSPACE_BYTES[device_kind(inputs.hidden.device)] - most * logits
-    together = max(1, room // (most * (workspace_bytes_per_row(spec, inputs, gradient=True) - logits)))
-    if needs.weight:
-        together = max(together, -(-len(chunks) // -(-inputs.hidden.shape[0] // LONG_PRODUCT_ROWS)))
-    return [chunks[group] for group in even_chunks(len(chunks), together)]
-
-
-def workspace_bytes_per_row(spec: Spec, inputs: Inputs, gradient: bool) -> int:
-    """Logits of the student, of the teacher if there is one, and the gradient where it needs a place of its own.
-
-    The gradient alone where it leaves the product as such.
-    """
-    logits, low = compute_dtype(inputs.hidden.dtype), gradient_dtype(inputs.hidden)
-    apart = low.itemsize if gradient and _apart(inputs) else 0
-    length = row_length(inputs.weight.shape[0], inputs.hidden.device)
-    if gradient and spec.backend == "epilogue":
-        return length * low.itemsize
-    return length * (logits.itemsize * (1 if spec.teacher is None else 2) + apart)
+from fastkl.kernels.workspace import Chunk, Workspace
 
 
 @torch.no_grad()
@@ -129,7 +52,7 @@ def evaluate(spec: Spec, inputs: Inputs) -> Tensor:
         score(values)
         return values
     evaluate_rows = row_function(spec, inputs.hidden)
-    workspace = _Workspace(spec, inputs, chunk_rows(spec, inputs, gradient=False))
+    workspace = Workspace(spec, inputs, chunk_rows(spec, inputs, gradient=False))
     with _full_precision(inputs):
         for chunk in map(workspace.chunk, row_chunks(spec, inputs, gradient=False)):
             evaluate_rows(chunk.logits, chunk.tokens, values[:, chunk.rows], None)
@@ -160,7 +83,7 @@ def evaluate_with_gradients(
     sampler = column_sampler(spec, inputs, row_loss)
     groups = products(spec, inputs, needs)
     most = chunk_rows(spec, inputs, gradient=True)
-    workspace = _Workspace(spec, inputs, most, max(most, most_rows([_span(group) for group in groups])))
+    workspace = Workspace(spec, inputs, most, max(most, most_rows([_span(group) for group in groups])))
     row_pass, slopes = _row_pass(spec, inputs, row_loss), torch.empty_like(losses)
     epilogue_pass = _epilogue_pass(spec, inputs, row_loss)
     with _full_precision(inputs):
@@ -186,7 +109,7 @@ def evaluate_with_gradients(
 
 def _row_pass(
     spec: Spec, inputs: Inputs, row_loss: RowLoss
-) -> Callable[[_Chunk, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
+) -> Callable[[Chunk, Tensor], tuple[Tensor, Tensor, Tensor | None]]:
     """What makes values [K, n] and the gradient of a chunk from its logits.
 
     It gives losses, slopes by the scores, and what of a slope the row function has left to do (`interface.py`), [n] each.
@@ -194,7 +117,7 @@ def _row_pass(
     evaluate_rows, clear = row_function(spec, inputs.hidden), clear_rows(spec, inputs.hidden)
     mixed = entropy_gradient(spec, inputs.hidden) if spec.kind == "token_nll_entropy" else None
 
-    def row_pass(chunk: _Chunk, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def row_pass(chunk: Chunk, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         rows, logits, tokens, gradient = chunk
         factor = evaluate_rows(logits, tokens, values, None if mixed else gradient)
         losses, slope, others = row_loss.take(rows).losses_and_slopes(values)
@@ -243,7 +166,7 @@ def _add_products(
 def _add_sparse_products(
     sums: Gradients,
     inputs: Inputs,
-    chunk: _Chunk,
+    chunk: Chunk,
     slope: Tensor,
     factor: Tensor | None,
     sampler: ColumnSampler,
@@ -266,7 +189,7 @@ def _add_sparse_products(
             sample.add_to_weight_gradient(sums.weight, inputs.hidden[rows])
 
 
-def _named_tokens(chunk: _Chunk, block: slice) -> list[Tensor]:
+def _named_tokens(chunk: Chunk, block: slice) -> list[Tensor]:
     """The ids that the loss names in a block of a chunk: its tokens, and the teacher's likeliest."""
     ids_of_block = [] if chunk.tokens is None else [chunk.tokens[block]]
     if (ids := chunk.logits.top_ids) is not None:
@@ -320,81 +243,6 @@ def _new_weight_gradient(spec: Spec, inputs: Inputs) -> Tensor:
     return new(inputs.weight, dtype=compute_dtype(inputs.weight.dtype), memory_format=torch.contiguous_format)
 
 
-class _Chunk(NamedTuple):
-    rows: slice
-    logits: Logits
-    tokens: Tensor | None
-    gradient: Tensor  # where the row function leaves it; of no use without one
-
-
-class _Workspace:
-    """Logits of the chunks, one after the other, and gradients of those that are multiplied together."""
-
-    def __init__(self, spec: Spec, inputs: Inputs, rows: int, product_rows: int = 0) -> None:
-        self.spec, self.inputs = spec, inputs
-        dtype = compute_dtype(inputs.hidden.dtype)
-        if product_rows > 0 and spec.backend == "epilogue":
-            self.gradient = _workspace(inputs, product_rows, gradient_dtype(inputs.hidden))
-            return
-        self.student = _workspace(inputs, rows, dtype)
-        self.teacher = None if spec.teacher is None else _workspace(inputs, rows, dtype)
-        self.student_bias = self.teacher_bias = None
-        if adds_bias(spec, inputs.hidden):
-            self.inputs = inputs._replace(bias=None, teacher_bias=None)
-            self.student_bias = _scaled_bias(inputs.bias, spec.student, dtype)
-            self.teacher_bias = _scaled_bias(inputs.teacher_bias, spec.teacher, dtype)
-        apart = product_rows > 0 and _apart(inputs)
-        self.gradient = _workspace(inputs, product_rows, gradient_dtype(inputs.hidden)) if apart else self.student
-
-    def chunk(self, rows: slice, place: int = 0) -> _Chunk:
-        """The logits of `rows`, with `place` as the first row of their gradient."""
-        inputs, n = self.inputs, rows.stop - rows.start
-        project(inputs.hidden[rows], inputs.weight, inputs.bias, self.spec.student.alpha, self.student[:n])
-        logits = Logits(
-            self.student[:n],
-            self.spec.student.cap,
-            student_bias=self.student_bias,
-            teacher_bias=self.teacher_bias,
-            class_weight=inputs.class_weight,
-        )
-        if self.teacher is not None and self.spec.teacher is not None:
-            _teacher_scores(inputs, rows, self.spec.teacher, self.teacher[:n])
-            logits = logits._replace(teacher=self.teacher[:n], teacher_cap=self.spec.teacher.cap)
-        if inputs.top_ids is not None and inputs.top_logprobs is not None:
-            logits = logits._replace(top_ids=inputs.top_ids[rows], top_logprobs=inputs.top_logprobs[rows])
-        tokens = None if inputs.tokens is None else inputs.tokens[rows]
-        return _Chunk(rows, logits, tokens, self.gradient[place : place + n])
-
-
 def _span(chunks: list[slice]) -> slice:
     """The rows of neighbouring chunks."""
     return slice(chunks[0].start, chunks[-1].stop)
-
-
-def _apart(inputs: Inputs) -> bool:
-    """Whether the gradient of a chunk cannot take the place of its logits."""
-    return gradient_dtype(inputs.hidden) != compute_dtype(inputs.hidden.dtype)
-
-
-def _teacher_scores(inputs: Inputs, rows: slice, options: HeadOptions, out: Tensor) -> None:
-    """The teacher's scaled scores, from its head or from its logits."""
-    if inputs.teacher_hidden is not None and inputs.teacher_weight is not None:
-        project(inputs.teacher_hidden[rows], inputs.teacher_weight, inputs.teacher_bias, options.alpha, out)
-        return
-    logits = inputs.teacher_logits
-    assert logits is not None
-    scores = logits(torch.arange(rows.start, rows.stop, device=out.device)) if callable(logits) else logits[rows]
-    scores = scores[:, : out.shape[1]]
-    if options.alpha == 1.0:
-        out.copy_(scores)
-    else:
-        scaled_into(out, scores, out.new_full((1,), options.alpha))
-
-
-def _scaled_bias(bias: Tensor | None, options: HeadOptions | None, dtype: torch.dtype) -> Tensor | None:
-    """What the bias of a head adds to its scaled scores."""
-    return None if bias is None or options is None else bias.to(dtype) * options.alpha
-
-
-def _workspace(inputs: Inputs, rows: int, dtype: torch.dtype) -> Tensor:
-    return new_scores(inputs.hidden, rows, inputs.weight.shape[0], dtype)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkl.kernels import driver
+from fastkl.kernels import driver, gemm, workspace
 from fastkl.kernels.score import cpu as score_cpu
 
 
@@ -19,13 +19,13 @@ def gemms(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     rows: dict[str, list[int]] = {"project": [], "hidden_gradient": [], "add_weight_gradient": []}
 
     def count(name: str, position: int) -> None:
-        original: Callable[..., Tensor | None] = getattr(driver, name)
+        original: Callable[..., Tensor | None] = getattr(gemm, name)
 
         def counted(*args: Any, **options: Any) -> Tensor | None:
             rows[name].append(args[position].shape[0])
             return original(*args, **options)
 
-        for module in (driver, score_cpu):
+        for module in (driver, workspace, score_cpu):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, counted)
 

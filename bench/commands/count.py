@@ -45,7 +45,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench.lib import arguments as checked
 from bench.lib.arguments import Shape
 from fastkl._check.json_file import write_json
-from fastkl.kernels import driver
+from fastkl.kernels import chunking
 from fastkl.kernels.gemm import compute_dtype, gradient_dtype, row_length
 from fastkl.kernels.operators.flops import gemm_flops
 from fastkl.kernels.options import Sparse
@@ -161,9 +161,9 @@ def _call(spec: Spec, inputs: Inputs, needs: Needs | None, kept: float | None = 
     operand, full, low = _item_sizes(inputs.hidden)
     once, hidden, weight = n * vocabulary, n * d, vocabulary * d
     flops = gemm_flops(n, vocabulary, d)
-    chunks = driver.row_chunks(spec, inputs, needs is not None)
-    step = driver.chunk_rows(spec, inputs, needs is not None)
-    workspace = step * driver.workspace_bytes_per_row(spec, inputs, needs is not None)
+    chunks = chunking.row_chunks(spec, inputs, needs is not None)
+    step = chunking.chunk_rows(spec, inputs, needs is not None)
+    workspace = step * chunking.workspace_bytes_per_row(spec, inputs, needs is not None)
     tiles = 2 * _whole(inputs, *_rows_of(chunks)) * _whole(inputs, vocabulary) * d
     gemms = [Work(flops, hidden * operand + len(chunks) * weight * operand + once * full, tiles)] * heads
     if needs is None:
@@ -178,7 +178,7 @@ def _call(spec: Spec, inputs: Inputs, needs: Needs | None, kept: float | None = 
     forward = Count(gemms, rows, passes, step, workspace, others)
     if kept is not None:
         return _sparse_call(forward, spec, inputs, needs, kept)
-    spans = [slice(group[0].start, group[-1].stop) for group in driver.products(spec, inputs, needs)]
+    spans = [slice(group[0].start, group[-1].stop) for group in chunking.products(spec, inputs, needs)]
     longest = max(_rows_of(spans))
     if low != full:
         workspace += max(0, longest - step) * row_length(vocabulary, inputs.hidden.device) * low
@@ -270,7 +270,7 @@ def _item_sizes(hidden: torch.Tensor) -> tuple[int, int, int]:
 
 def _blocks(spec: Spec, inputs: Inputs) -> list[int]:
     """The rows of each block of a call."""
-    chunks = _rows_of(driver.row_chunks(spec, inputs, gradient=True))
+    chunks = _rows_of(chunking.row_chunks(spec, inputs, gradient=True))
     return [block for rows in chunks for block in _rows_of(list(blocks(rows, inputs.hidden.device)))]
 
 

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from fastkl._loss import arguments as check
 from fastkl._loss.operands import operands
 from fastkl._loss.options import LikeliestOptions, record, takes
-from fastkl.kernels.driver import row_chunks
+from fastkl.kernels.chunking import row_chunks
 from fastkl.kernels.gemm import compute_dtype, most_rows, new_scores, project
 from fastkl.kernels.problem import HeadOptions, Inputs, Spec
 from fastkl.kernels.rows.pytorch import apply_cap

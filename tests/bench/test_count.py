@@ -21,7 +21,7 @@ from bench.commands.count import FORMS, SHAPES, count, units
 from bench.lib.measure import peak_allocated
 from bench.lib.report import read_result
 from bench.variants.fake_cuda import fake_tensors
-from fastkl.kernels import driver
+from fastkl.kernels import driver, workspace
 from fastkl.kernels.gemm import TILE_COLUMNS
 from fastkl.kernels.operators import autograd
 from fastkl.kernels.operators.flops import gemm_flops
@@ -90,7 +90,8 @@ def test_bytes_are_those_of_the_products(monkeypatch: pytest.MonkeyPatch, form: 
     moved = 0
 
     def spy(name: str) -> None:
-        original: Callable[..., Tensor | None] = getattr(driver, name)
+        module = workspace if name == "project" else driver
+        original: Callable[..., Tensor | None] = getattr(module, name)
 
         def counted(*args: Any, **options: Any) -> Tensor | None:
             nonlocal moved
@@ -101,7 +102,7 @@ def test_bytes_are_those_of_the_products(monkeypatch: pytest.MonkeyPatch, form: 
             moved += sum(t.numel() * t.element_size() for t in matrices)
             return result
 
-        monkeypatch.setattr(driver, name, counted)
+        monkeypatch.setattr(module, name, counted)
 
     for name in ("project", "hidden_gradient", "add_weight_gradient"):
         spy(name)

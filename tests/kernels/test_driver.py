@@ -16,7 +16,7 @@ from sparse_cases import peaked_problem, use_small_blocks
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastkl.kernels import driver, gemm
+from fastkl.kernels import chunking, driver, gemm
 from fastkl.kernels.operators import library
 from fastkl.kernels.options import Sparse
 from fastkl.kernels.problem import HeadOptions, Inputs, Needs, Spec
@@ -90,8 +90,8 @@ def test_chunks_are_even(gemms: Gemms) -> None:
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_default_chunk_size_fits_the_budget(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
-    monkeypatch.setitem(driver.WORKSPACE_BYTES, "cpu", 40_000)
-    monkeypatch.setitem(driver.LEAST_ROWS, "cpu", 2)
+    monkeypatch.setitem(chunking.WORKSPACE_BYTES, "cpu", 40_000)
+    monkeypatch.setitem(chunking.LEAST_ROWS, "cpu", 2)
     hidden, weight = torch.zeros(100, 2), torch.zeros(1000, 2)  # 4 kB per row of float32 logits
     spec = (
         Spec("token_nll", HeadOptions())
@@ -99,9 +99,9 @@ def test_default_chunk_size_fits_the_budget(monkeypatch: pytest.MonkeyPatch, hea
         else Spec("divergence", HeadOptions(), HeadOptions(), variant="reverse_kl")
     )
     for gradient in (False, True):
-        assert driver.chunk_rows(spec, Inputs(hidden, weight), gradient) == 10 // heads
-        assert driver.chunk_rows(spec, Inputs(hidden.double(), weight.double()), gradient) == 5 // heads
-        assert driver.chunk_rows(spec, Inputs(hidden, torch.zeros(10**6, 2)), gradient) == 2  # more than the budget
+        assert chunking.chunk_rows(spec, Inputs(hidden, weight), gradient) == 10 // heads
+        assert chunking.chunk_rows(spec, Inputs(hidden.double(), weight.double()), gradient) == 5 // heads
+        assert chunking.chunk_rows(spec, Inputs(hidden, torch.zeros(10**6, 2)), gradient) == 2  # more than the budget
 
 
 def test_chunks_of_a_sample_are_even_and_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_chunks_of_a_sample_are_even_and_whole_blocks(monkeypatch: pytest.Monkey
     spec = Spec("token_nll", HeadOptions(), sparse=Sparse(0, error=2e-3))
     inputs = Inputs(torch.zeros(30, 2), torch.zeros(10, 2))
     for limit, expected in ((30, 30), (29, 16), (16, 16), (12, 12), (7, 4), (4, 4), (3, 3)):
-        assert driver.chunk_rows(spec._replace(chunk_size=limit), inputs, gradient=True) == expected
+        assert chunking.chunk_rows(spec._replace(chunk_size=limit), inputs, gradient=True) == expected
 
 
 HEADS_OF_A_PROBLEM = ("hidden", "weight", "bias", "teacher_hidden", "teacher_weight", "teacher_bias")
@@ -141,16 +141,16 @@ def test_chunks_on_a_gpu_are_whole_tiles(
 ) -> None:
     """Of 256 rows, or of 128 where no more fit; then no more rows are padded than one product of all would have."""
     inputs, spec = on_a_gpu(n, vocabulary, 64, dtype), spec._replace(chunk_size=chunk_size)
-    chunks = driver.row_chunks(spec, inputs, gradient)
+    chunks = chunking.row_chunks(spec, inputs, gradient)
     sizes = [rows.stop - rows.start for rows in chunks]
     assert sum(sizes) == n
     sampled = gradient and spec.sparse is not None
-    budget = driver.WORKSPACE_BYTES["accelerator"] // driver.workspace_bytes_per_row(spec, inputs, gradient)
+    budget = chunking.WORKSPACE_BYTES["accelerator"] // chunking.workspace_bytes_per_row(spec, inputs, gradient)
     limit = max(budget, 1024 if sampled else 1) if chunk_size is None else chunk_size
     block = 1024 if sampled and limit >= 1024 else 256 if limit >= 256 else 128 if limit >= 128 else 1
     assert all(size % block == 0 for size in sizes[:-1])
     assert len(sizes) == (1 if n <= limit else -(-n // (limit - limit % block)))
-    rows = driver.chunk_rows(spec, inputs, gradient)
+    rows = chunking.chunk_rows(spec, inputs, gradient)
     assert max(sizes) <= rows <= limit
     assert rows % block == 0 or rows == n
     if block > 1:
@@ -170,21 +170,21 @@ def test_products_are_long(
     spec: Spec, n: int, vocabulary: int, dtype: torch.dtype, chunk_size: int | None, trained: bool
 ) -> None:
     inputs, spec = on_a_gpu(n, vocabulary, 64, dtype), spec._replace(chunk_size=chunk_size)
-    chunks = driver.row_chunks(spec, inputs, gradient=True)
-    groups = driver.products(spec, inputs, Needs(True, trained, False))
+    chunks = chunking.row_chunks(spec, inputs, gradient=True)
+    groups = chunking.products(spec, inputs, Needs(True, trained, False))
     assert [rows for group in groups for rows in group] == chunks
     if dtype == torch.float32 or spec.sparse is not None or chunk_size is not None:
         assert len(groups) == len(chunks)
         return
     longest = max(group[-1].stop - group[0].start for group in groups)
-    most = driver.chunk_rows(spec, inputs, gradient=True)
-    logits = most * driver.workspace_bytes_per_row(spec, inputs, gradient=False)
+    most = chunking.chunk_rows(spec, inputs, gradient=True)
+    logits = most * chunking.workspace_bytes_per_row(spec, inputs, gradient=False)
     taken = logits + max(most, longest) * gemm.row_length(vocabulary, inputs.hidden.device) * 2
     if trained:
-        assert longest < driver.LONG_PRODUCT_ROWS + 4096
-        assert len(groups) <= -(-n // driver.LONG_PRODUCT_ROWS)
+        assert longest < chunking.LONG_PRODUCT_ROWS + 4096
+        assert len(groups) <= -(-n // chunking.LONG_PRODUCT_ROWS)
     else:
-        assert taken <= max(driver.WORKSPACE_BYTES["accelerator"], most * (logits // most + 2 * vocabulary + 128))
+        assert taken <= max(chunking.WORKSPACE_BYTES["accelerator"], most * (logits // most + 2 * vocabulary + 128))
         assert len(groups) == len(chunks) or longest > most
 
 
@@ -193,8 +193,8 @@ def test_a_gradient_in_low_precision_counts_in_the_budget(monkeypatch: pytest.Mo
     monkeypatch.setattr(gemm, "_writes_fp32", lambda operand: True)
     inputs = Inputs(torch.zeros(100, 2, dtype=torch.bfloat16), torch.zeros(1000, 2, dtype=torch.bfloat16))
     spec = Spec("token_nll", HeadOptions())
-    assert driver.workspace_bytes_per_row(spec, inputs, gradient=False) == 4000
-    assert driver.workspace_bytes_per_row(spec, inputs, gradient=True) == 6000
+    assert chunking.workspace_bytes_per_row(spec, inputs, gradient=False) == 4000
+    assert chunking.workspace_bytes_per_row(spec, inputs, gradient=True) == 6000
 
 
 # Ten rows: 0 masked, 1 ignored, 2 of zero advantage, 3 masked and ignored, 4 … 9 take part in everything.
@@ -320,9 +320,9 @@ def test_gradients_of_several_chunks_in_one_product(
     p = full_problem()._replace(**{f: getattr(make_problem((N,), dtype=dtype), f) for f in HEADS_OF_A_PROBLEM})
     found = {}
     for long_rows, expected in ((1, [3, 4, 3]), (5, [7, 3]), (N, [N])):
-        monkeypatch.setitem(driver.LEAST_ROWS, "cpu", 4)
-        monkeypatch.setitem(driver.WORKSPACE_BYTES, "cpu", 1)
-        monkeypatch.setattr(driver, "LONG_PRODUCT_ROWS", long_rows)
+        monkeypatch.setitem(chunking.LEAST_ROWS, "cpu", 4)
+        monkeypatch.setitem(chunking.WORKSPACE_BYTES, "cpu", 1)
+        monkeypatch.setattr(chunking, "LONG_PRODUCT_ROWS", long_rows)
         rows(gemms)
         found[long_rows] = with_gradients(fused, name, p)
         assert gemms["add_weight_gradient"] == gemms["hidden_gradient"] == expected

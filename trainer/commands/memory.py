@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from fastkl.kernels.driver import LEAST_ROWS, LONG_PRODUCT_ROWS, WORKSPACE_BYTES
+from fastkl.kernels.chunking import LEAST_ROWS, LONG_PRODUCT_ROWS, WORKSPACE_BYTES
 from fastkl.trainer.data.batching import Layout
 from fastkl.trainer.models.modes import Dropout, updating
 from fastkl.trainer.models.sizes.layers import attends, layer_kinds, layer_settings

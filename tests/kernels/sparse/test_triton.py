@@ -19,7 +19,7 @@ from sparse_cases import bias_over_noise, peaked_problem, relative_error, use_sm
 from torch import Tensor
 
 from bench.commands.count import count
-from fastkl.kernels import driver
+from fastkl.kernels import workspace
 from fastkl.kernels.sparse import estimator as sparse_estimator
 from fastkl.kernels.sparse import probabilities as sparse_probabilities
 from fastkl.kernels.sparse import pytorch as sparse_pytorch
@@ -238,7 +238,7 @@ class Work:
             "weight_gradient",
         ):
             self.spy_kernel(name)
-        self.spy_product(driver, "project")
+        self.spy_product(workspace, "project")
         self.spy_product(sparse_pytorch, "add_weight_gradient")
 
     def spy_kernel(self, name: str) -> None:

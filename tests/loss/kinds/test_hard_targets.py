@@ -26,7 +26,7 @@ from property_settings import PROPERTY
 from torch import Tensor
 
 from fastkl import reference
-from fastkl.kernels import driver
+from fastkl.kernels import workspace
 from fastkl.kernels.options import DIRECTIONS, TAILS
 from fastkl.loss import Sparse, forward_kl_loss, linear_cross_entropy, reverse_kl_loss, top_k_kl_loss
 
@@ -149,7 +149,7 @@ def test_no_gemm_more(
     needs: tuple[str, ...],
     units: tuple[int, int, int],
 ) -> None:
-    monkeypatch.setattr(driver, "_teacher_scores", lambda inputs, rows, options, out: out.normal_())
+    monkeypatch.setattr(workspace, "_teacher_scores", lambda inputs, rows, options, out: out.normal_())
     (name, own), p = KINDS[kind], make_problem((10,))._replace(tokens=torch.arange(10), mask=None).leaves(needs)
     loss = fused(name, p, hard_coef=COEF, temperature=2.0, **own)
     if needs:
