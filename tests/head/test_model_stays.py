@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator, cpu_offload
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.state import AcceleratorState
 from composites import composite
 from fused_training import lora
 from tiny_models import causal_lm
@@ -165,6 +167,16 @@ def test_a_dispatched_model(head_too: bool, fused_first: bool) -> None:
     assert torch.equal(logits(model), scores)
 
 
+@contextlib.contextmanager
+def bf16() -> Iterator[Accelerator]:
+    """An accelerator with mixed precision; its state, which a process has once, may be of another test."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield Accelerator(cpu=True, mixed_precision="bf16")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("kind", ["llama", "lora", "lora-fused-late"])
 def test_mixed_precision_of_accelerate(kind: str) -> None:
     """Its wrapper runs the forward under autocast and gives results in float32; unwrapped, all is as before."""
@@ -176,8 +188,7 @@ def test_mixed_precision_of_accelerate(kind: str) -> None:
 
     model = KINDS[kind.removesuffix("-fused-late")]().eval()
     wanted = loss(fuse(copy.deepcopy(model)))
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    try:
+    with bf16() as accelerator:
         if "late" not in kind:
             fuse(model)
         prepared = fuse(accelerator.prepare(model))
@@ -191,18 +202,13 @@ def test_mixed_precision_of_accelerate(kind: str) -> None:
         unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
         assert loss(unwrapped) == loss(copy.deepcopy(unwrapped)) == wanted
         assert logits(pickle.loads(pickle.dumps(unwrapped))).isfinite().all()
-    finally:
-        accelerator.state._reset_state(reset_partial_state=True)
 
 
 def test_mixed_precision_of_accelerate_comes_last() -> None:
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    try:
+    with bf16() as accelerator:
         model = accelerator.prepare(causal_lm())
         with pytest.raises(TypeError, match=r"has been prepared by accelerate.*prepare\(fuse\(model\)\)"):
             fuse(model)
-    finally:
-        accelerator.state._reset_state(reset_partial_state=True)
 
 
 def test_the_copies_of_data_parallel_have_their_own_forward() -> None:

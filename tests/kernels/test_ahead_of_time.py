@@ -294,10 +294,10 @@ def buffers(kernel: Any) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("capped", [False, True], ids=["plain", "capped"])
-def test_compaction_loads_before_it_stores(launch: Launch, capped: bool) -> None:
+@pytest.mark.parametrize("summed", [False, True], ids=["plain", "summed"])
+def test_compaction_loads_before_it_stores(launch: Launch, summed: bool) -> None:
     """On a chip whose barriers do not wait for loads: all have arrived before a barrier, and the store of û follows one."""
-    assembly = launch("gfx942", like("sparse.compact", capped=capped))[0].asm["amdgcn"]
+    assembly = launch("gfx942", like("sparse.compact", summed=summed))[0].asm["amdgcn"]
     places = [place.start() for place in re.finditer("buffer_store", assembly)]
     blocks = [assembly[assembly.rindex(".LBB0_", 0, place) : place] for place in places]
     assert ["s_barrier" in block for block in blocks].count(

@@ -226,7 +226,7 @@ def test_the_entry_of_the_token(p: float, dtype: torch.dtype) -> None:
 
 
 EDGES = {
-    **{name: (x[0], int(y)) for name, (x, _, y, _) in edges(WIDE, 2 * BLOCK + 9).items() if y is not None},
+    **{name: (x[0], int(y)) for name, (x, _, y, *_) in edges(WIDE, 2 * BLOCK + 9).items() if y is not None},
     "nan": (edge(WIDE, (WIDE - 2, math.nan)), 3),
     "inf": (edge(WIDE, (WIDE - 2, INF)), 3),
     "its token inf": (edge(WIDE, (3, INF)), 3),

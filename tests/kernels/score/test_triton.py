@@ -211,7 +211,7 @@ EDGES = edges(WIDE, BLOCK_OF_SPLIT) | {
 @pytest.mark.usefixtures("few_splits")
 def test_edges(name: str, case: str) -> None:
     """The rows come in as biases, for products of infinities with zeros are NaN."""
-    (x,), (x_t,), y, _ = EDGES[case]
+    (x,), (x_t,), y, *_ = EDGES[case]
     nothing = torch.zeros(1, 4), torch.zeros(WIDE, 4)
     assert_accurate(name, Case(*(Head(*nothing, bias, HeadOptions()) for bias in (x, x_t)), y))
 
