@@ -46,7 +46,7 @@ def in_your_code() -> str:
         rows.append([f"Liger's {OPS[op]}", LIGER_LINE, *_loss_gain(losses[op, "trainable"], "liger")])
     rows.append(["verl 0.9.1", "`fastkl.integrations.verl.use()`", "not measured", ""])
     header = ["you use", "write", "times as fast", "extra MB"]
-    return table(header, rows, "Trained head, float32", [report, *losses.values()], "torch")
+    return table(header, rows, "Trained head, float32, processor time", [report, *losses.values()], "torch")
 
 
 def under_trainers() -> str:
@@ -60,8 +60,8 @@ def under_trainers() -> str:
         rows.append([TRAINERS[name], *figures, share, _change(memory), difference])
     header = ["trainer", "seconds a step", "times as fast", "head's share before", "extra MB", "logs differ by"]
     job, model = report["job"], report["model"]
-    shape = f"{model['vocabulary']} × {model['hidden']}, {model['layers']} layers"
-    conditions = f"{shape}; {job['rows']} rows of {job['tokens']} tokens, float32, processor time"
+    of_model = f"The model has {model['layers']} layers and V, D = {model['vocabulary']}, {model['hidden']}"
+    conditions = f"{of_model}. A step has {job['rows']} rows of {job['tokens']} tokens. float32, processor time"
     return table(header, rows, conditions, [report], "torch", "transformers", "trl")
 
 

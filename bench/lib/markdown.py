@@ -13,12 +13,12 @@ Report = dict[str, Any]
 def table(
     header: Sequence[str], rows: Iterable[Sequence[str]], conditions: str, reports: Iterable[Report], *packages: str
 ) -> str:
-    """Markdown, with a line on what the figures are of. The reports come from one machine and one set of versions."""
+    """Markdown, then what the figures are of, in sentences. The reports come from one machine and one set of versions."""
     text, reports = markdown(header, rows), list(reports)
-    (machine,) = {f"{r['machine']['cpu']}, {counted(r['machine']['threads'], 'thread')}" for r in reports}
+    (machine,) = {f"{r['machine']['cpu']} ({counted(r['machine']['threads'], 'thread')})" for r in reports}
     (versions,) = {", ".join(f"{p} {r['versions'][p]}" for p in packages or ("torch",)) for r in reports}
     dates = ", ".join(sorted({r["date"][:10] for r in reports}))
-    return f"{text}\n{conditions}; {machine}; {versions}; {dates}.\n"
+    return f"{text}\n{conditions}.\nMeasured {dates} on {machine} with {versions}.\n"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -95,7 +95,7 @@ def trainers() -> str:
         "peak MB",
     ]
     job = report["job"]
-    conditions = f"{job['prompts']} prompts, {job['new_tokens']} new tokens each, medians over {job['steps'] - 1} steps"
+    conditions = f"{job['prompts']} prompts, {job['new_tokens']} new tokens each. Medians over {job['steps'] - 1} steps"
     return table(header, rows, conditions, [report], "torch", "transformers")
 
 
