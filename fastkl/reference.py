@@ -57,8 +57,8 @@ def importance_ratio(
     ratio = torch.exp(log_ratio.clamp(-20.0, 20.0))
     if truncate_ratio is None:
         return ratio
-    own = logprobs.where(ratio > truncate_ratio, 0.0)
-    return torch.where(ratio > truncate_ratio, truncate_ratio * torch.exp(own - own.detach()), ratio)
+    own = _log_ratio(logprobs, logprobs.detach())  # 0, with a gradient
+    return torch.where(ratio > truncate_ratio, truncate_ratio * torch.exp(own), ratio)
 
 
 def reference_kl(logprobs: Tensor, ref_logprobs: Tensor, ref_kl: str = "k3") -> Tensor:
@@ -68,9 +68,11 @@ def reference_kl(logprobs: Tensor, ref_logprobs: Tensor, ref_kl: str = "k3") -> 
 
 
 def _log_ratio(logprobs: Tensor, others: Tensor) -> Tensor:
-    """Equal probabilities have the ratio 1, even of an impossible token."""
-    impossible = logprobs.isinf() & (logprobs == others)
-    return torch.where(impossible, 0.0, logprobs - others.where(~impossible, 0.0))
+    """Equal probabilities have the ratio 1, even of an impossible token. Its gradient is that of a barely possible one."""
+    difference = logprobs - others
+    with torch.no_grad():  # the value alone is mended
+        difference.masked_fill_(logprobs.isinf() & (logprobs == others), 0.0)
+    return difference
 
 
 def policy_gradient(

@@ -81,6 +81,25 @@ def test_a_token_that_the_student_cannot_emit(ratio: str, skip: bool, options: d
     assert found.gradients["hidden"].isfinite().all()
 
 
+@methods
+@pytest.mark.parametrize("name", ["policy_gradient", "reference_kl"])
+def test_a_token_that_is_impossible_for_every_policy(name: str, options: dict[str, Any]) -> None:
+    """The ratio is 1, and the gradient what it tends to as the token's probability tends to 0."""
+    p = make_problem((3,))._replace(mask=None, tokens=torch.tensor([4, 1, 4]))
+    found = []
+    for low in (-math.inf, -600.0):
+        p = p._replace(bias=torch.zeros(11).double().index_fill(0, torch.tensor([4]), low))
+        own = eager("linear_logprobs", p)
+        p = p._replace(sampler_logprobs=own, teacher_logprobs=own)
+        more = {"ref_kl": "k1", "ref_kl_coef": 0.3} if name == "reference_kl" else {}
+        found += [with_gradients(f, name, p, ("hidden", "weight"), **more, **options) for f in (fused, eager)]
+    assert (found[0].gradients["hidden"] != 0).all()
+    for other in found[1:]:
+        for field, gradient in found[0].gradients.items():
+            torch.testing.assert_close(other.gradients[field], gradient)
+    torch.testing.assert_close(found[0].value, found[1].value)
+
+
 def test_a_truncated_ratio_keeps_its_gradient_at_any_size() -> None:
     p = make_problem((2,))._replace(
         mask=None, tokens=torch.tensor([1, 2]), advantages=torch.tensor([1.0, -1.0]).double()
