@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 from fastkl._loss import arguments as check
 from fastkl._loss.numbers import visible
 from fastkl._loss.options import CrossEntropyOptions, record, takes
-from fastkl._loss.output import LossOutput, Predictions, masked_mean, sparse_metrics
+from fastkl._loss.output import LossOutput, Predictions, is_likeliest, masked_mean, sparse_metrics
 from fastkl._loss.rows import Call, flat_call, reduced_loss
 from fastkl.kernels.options import CrossEntropy
 from fastkl.kernels.problem import RowLoss
@@ -68,7 +68,8 @@ def linear_cross_entropy(
     call = call._replace(inputs=call.inputs._replace(class_weight=class_weight), spec=spec)
     loss, values, statistics = reduced_loss(call, RowLoss(weights), call.rows(), count)
     _, nll, lse, gap, *ids = values.where(call.active, 0.0)
-    metrics = {"cross_entropy": masked_mean(nll, call.active), "accuracy": masked_mean(_right(gap, lse), call.active)}
+    right = is_likeliest(gap, lse).to(nll.dtype)
+    metrics = {"cross_entropy": masked_mean(nll, call.active), "accuracy": masked_mean(right, call.active)}
     if terms.z_loss != 0.0:
         metrics["z_loss"] = masked_mean(terms.z_loss * lse.square(), call.active)
     per_token = None
@@ -76,11 +77,6 @@ def linear_cross_entropy(
         likeliest = ids[0].to(torch.int64).where(call.active, -1)
         per_token = Predictions(likeliest.reshape(call.shape), lse.reshape(call.shape))
     return LossOutput(loss, (-nll).reshape(call.shape), {**metrics, **sparse_metrics(statistics)}, per_token)
-
-
-def _right(gap: Tensor, lse: Tensor) -> Tensor:
-    """1 where the target has the largest logit [N]; a kernel's maximum does not see a NaN."""
-    return ((gap == 0) & ~lse.isnan()).to(gap.dtype)
 
 
 def _class_weight(class_weight: Tensor | None, weight: Tensor, call: Call) -> Tensor | None:

@@ -55,6 +55,14 @@ for _name, _function in {
     setattr(LossOutput, f"__{_name}__", _function)
 
 
+def is_likeliest(gap: Tensor, lse: Tensor) -> Tensor:
+    """bool: no token has a greater logit, nor is one NaN.
+
+    `gap` is the largest logit less the token's own. A kernel's maximum does not see a NaN, lse does.
+    """
+    return (gap == 0) & ~lse.isnan()
+
+
 def sparse_metrics(statistics: Tensor | None) -> dict[str, Tensor]:
     """What a sparse backward pass says of itself (`ColumnSampler.statistics`)."""
     return {} if statistics is None else {"kept_fraction": statistics[0], "grad_error": statistics[1]}

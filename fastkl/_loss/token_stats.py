@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastkl._loss.options import LogprobOptions, TokenStatsOptions, takes
+from fastkl._loss.output import is_likeliest
 from fastkl._loss.rows import flat_call
 from fastkl.kernels.operators.autograd import row_losses, token_values
 from fastkl.kernels.problem import Problem, RowLoss
@@ -77,6 +78,6 @@ def linear_token_stats(
     call = flat_call(hidden, weight, tokens, options, "token_nll_entropy")
     problem = Problem(call.inputs, call.spec, RowLoss(call.token_weights), call.rows())
     nll, entropies, lse, gap = token_values(problem, call.weight_grad, options["entropy_grad"])
+    top1 = (is_likeliest(gap, lse) & call.active).reshape(call.shape)
     logprobs, entropies, lse = (t.where(call.active, 0.0).reshape(call.shape) for t in (-nll, entropies, lse))
-    top1 = ((gap == 0) & call.active).reshape(call.shape) & ~lse.isnan()  # a kernel's maximum does not see a NaN
     return TokenStats(logprobs, entropies, lse, top1)
