@@ -18,9 +18,7 @@ class CrossEntropyOutput:
 
     loss: Tensor  # 0-dim, or [N] under reduction="none"
     z_loss: Tensor | None = None  # of the same shape, what lse_square_scale adds to the loss
-    token_accuracy: Tensor | None = (
-        None  # of the same shape, float32; 0-dim: the mean over targets that are not ignored
-    )
+    token_accuracy: Tensor | None = None  # of the same shape, float32; 0-dim: the mean over what is not ignored
     predicted_tokens: Tensor | None = None  # [N] int64, −1 where a target is ignored
 
 
@@ -75,7 +73,9 @@ class LigerFusedLinearCrossEntropyLoss(torch.nn.Module):
             )
         valid = target != self.ignore_index
         count = valid.sum().clamp(min=1)
-        scale = self._probabilities(lin_weight, _input, target, bias) if self.use_token_scaling else valid.float()
+        scale = valid.float()
+        if self.use_token_scaling:
+            scale = self._probabilities(lin_weight, _input, target, bias).where(valid, 0.0)
         out = linear_cross_entropy(
             _input,
             lin_weight,
@@ -123,7 +123,8 @@ class LigerFusedLinearCrossEntropyLoss(torch.nn.Module):
 
     @torch.no_grad()
     def _probabilities(self, weight: Tensor, hidden: Tensor, target: Tensor, bias: Tensor | None) -> Tensor:
-        """p [N] of the targets, 0 where they are ignored and nowhere else."""
-        tokens = target.masked_fill(target == self.ignore_index, -100)
-        logprobs = linear_logprobs(hidden, weight, tokens, bias=bias, softcap=self.softcap)
-        return logprobs.exp().clamp(min=torch.finfo(logprobs.dtype).tiny).where(target != self.ignore_index, 0.0)
+        """p [N] of the targets, never 0: such a row would be left out."""
+        logprobs = linear_logprobs(
+            hidden, weight, target, bias=bias, softcap=self.softcap, ignore_index=self.ignore_index
+        )
+        return logprobs.exp().clamp(min=torch.finfo(logprobs.dtype).tiny)
