@@ -16,7 +16,7 @@ from fastkl._check.errors import GRADIENTS, ROUNDING, SCORES, VALUES, Check, Mea
 from fastkl._check.problem import NAMES, Problem, copied
 from fastkl.kernels import backend
 from fastkl.kernels.divergence.formula import DIVERGENCES, Divergence
-from fastkl.kernels.gemm import gradient_dtype
+from fastkl.kernels.gemm import gradient_dtype, row_length
 from fastkl.kernels.options import CrossEntropy, Sparse
 from fastkl.kernels.problem import Backend, HeadOptions, Inputs, Kind, RowLoss, Spec
 from fastkl.kernels.rows.interface import Logits
@@ -28,7 +28,6 @@ TOP_K_VARIANT = "reverse-bucket"
 MIXTURE = (1.0, -0.3, 0.1)  # of −log p[y], entropy and lse, whose gradient is checked
 TERMS = CrossEntropy(label_smoothing=0.1, z_loss=0.01)
 WITH_BIAS = torch.float16  # the dtype in which logits have a bias, for row functions to add where they do
-WORKSPACE_COLUMNS = 64  # rows of the driver's workspace are a multiple of so many apart
 SAMPLED_ERROR = 0.3  # of the sparse backward: most columns are left out
 DEVIATIONS = 6.0  # standard ones, that the number of columns may be away from the one expected
 START = 2.0**-8  # what the weight's gradient holds before it is added to
@@ -298,7 +297,7 @@ def _epilogue(s: Setting) -> _Parts | None:
 
     def run() -> _Rows:
         n, vocabulary = s.chunk.shape
-        out, wide = s.values(1), -(-vocabulary // WORKSPACE_COLUMNS) * WORKSPACE_COLUMNS
+        out, wide = s.values(1), row_length(vocabulary, torch.device("cuda"))  # under an interpreter too
         gradient = s.problem.hidden.new_empty(n, wide)[:, :vocabulary]
         return _Rows(out, gradient, token_nll(slice(0, n), s.problem.old_logprobs, out, gradient))
 
