@@ -166,9 +166,10 @@ class Settings:
     def _known(self, name: str) -> list[str]:
         """The names that may be meant: within an entry with a name of the user's own, those of that entry."""
         first, entry, *rest = [*name.split("."), "", ""]
-        kind = entry_of(settings_of(self._config)[first].kind) if first in settings_of(self._config) else None
-        if rest[0] and group_of(kind) is not None:
-            return list(full_names(group_of(kind) or type, f"{first}.{entry}.", groups=True))
+        setting = settings_of(self._config).get(first)
+        group = None if setting is None else group_of(entry_of(setting.kind))
+        if rest[0] and group is not None:
+            return list(full_names(group, f"{first}.{entry}.", groups=True))
         return list(full_names(self._config, groups=True))
 
 
