@@ -14,7 +14,6 @@ import pytest
 import torch
 import triton
 from fake_cuda import Machine
-from launches import REPOSITORY
 from stub_cuda import StubCuda, compiler, load_stub, use_driver
 
 from bench.lib import kernel_cache
@@ -61,7 +60,7 @@ def main(name: str, folder: str) -> None:
 @pytest.mark.skipif(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7), reason="the stub is for Triton's 3.7")
 @pytest.mark.parametrize("name", ["few", pytest.param("all", marks=pytest.mark.slow)])
 def test_nothing_is_compiled_again(name: str, tmp_path: Path) -> None:
-    path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests/support", REPOSITORY / "tests/bench")))
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", "import sys, test_kernel_cache as t; t.main(*sys.argv[1:])", name, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},

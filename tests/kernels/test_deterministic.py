@@ -1,6 +1,6 @@
 """No path has an operator that torch lists as non-deterministic on CUDA, or one that adds floats in no fixed order.
 
-The list is mocked on a CPU (tests/support/determinism.py). The paths of Triton are in sparse/test_triton.py.
+The list is mocked on a CPU (tests/support/cuda/determinism.py). The paths of Triton are in sparse/test_triton.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How kernels are launched: on which device, and what Triton's own launcher hands to a CUDA driver.
 
-The driver is a stub (tests/support/stub_cuda.py): every kernel is compiled and really launched in front of it, by the
+The driver is a stub (tests/support/cuda/stub_cuda.py): every kernel is compiled and really launched in front of it, by the
 launchers of this project, with tensors that say they are on a GPU.
 """
 

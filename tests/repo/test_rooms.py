@@ -14,7 +14,7 @@ from launches import REPOSITORY
 
 PACKAGES = {"fastkl.kernels": "kernels", "fastkl.trainer": "trainer", "fastkl": "fastkl"}  # module, folder; inner first
 MOST_ENTRIES = 16
-UNLIMITED = ("bench/results", "tests/support")  # measurements; helpers, which are imported by their bare names
+UNLIMITED = ("bench/results",)  # measurements
 
 Imports = dict[str, dict[str, str]]  # a room, the rooms that it imports, and where
 
@@ -124,6 +124,12 @@ def folders() -> dict[str, set[str]]:
         for path in (file, *file.parents[:-1]):
             entries[str(path.parent)].add(path.name)
     return entries
+
+
+def test_a_bare_name_is_one_helper() -> None:
+    names = [path.stem for path in (REPOSITORY / "tests/support").rglob("*.py")]
+    assert sorted(set(names)) == sorted(names)
+    assert "launches" in names
 
 
 @pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="no git repository")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -139,8 +140,8 @@ def worker(rank: int, folder: str, kind: str) -> None:
 def test_two_processes(tmp_path: Path, kind: str) -> None:
     """Gradients as one process with all the rows has them."""
     code = f"import test_sharded, sys; test_sharded.worker(int(sys.argv[1]), {str(tmp_path)!r}, {kind!r})"
-    here = Path(__file__).parent
-    environment = {"PYTHONPATH": f"{here}:{here.parents[1] / 'support'}:{here.parents[2]}", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen([sys.executable, "-c", code, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
         for rank in range(2)

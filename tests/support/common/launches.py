@@ -24,7 +24,7 @@ from fastkl.trainer.data.samples import Completion
 from fastkl.trainer.rollouts.samplers.continuous_batching import ContinuousBatchingSampler
 from fastkl.trainer.rollouts.samplers.generate import GenerateSampler
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",

@@ -2,7 +2,7 @@
 
 docs/models.md is made from this table. Make the page again after a change:
 
-    python tests/support/family_table.py > docs/models.md
+    python tests/support/models/family_table.py > docs/models.md
 """
 
 from __future__ import annotations
