@@ -34,7 +34,6 @@ from pathlib import Path
 
 import torch
 
-from bench.lib import arguments as checked
 from bench.lib.report import circumstances
 from bench.lib.stages import SECONDS, Outcome, Stage, run_stages, table
 from fastkl._check.compiling import cores
@@ -106,10 +105,9 @@ def _make_cache(arguments: argparse.Namespace, parser: argparse.ArgumentParser) 
     from bench.lib import kernel_cache  # imported here, as below: Triton exists on Linux only
     from bench.variants.aot import CHIPS
 
-    try:
-        (chip,) = checked.names("chip", tuple(CHIPS))(arguments.arch)
-    except (argparse.ArgumentTypeError, ValueError) as error:
-        parser.error(f"argument --arch: {error}")
+    chip = arguments.arch
+    if chip not in CHIPS:
+        parser.error(f"argument --arch: unknown chip {chip!r}; use one of {', '.join(CHIPS)}")
     if arguments.make_cache.exists() and any(arguments.make_cache.iterdir()):
         parser.error(f"argument --make-cache: {arguments.make_cache} is not empty; name a new folder")
     count = kernel_cache.make(arguments.make_cache, chip)

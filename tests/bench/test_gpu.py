@@ -159,7 +159,7 @@ def test_wheels_go_where_the_other_stages_look(tmp_path: Path) -> None:
         (["gpu"], "argument --out: it is missing; name a folder"),
         (
             ["gpu", "--make-cache", "x", "--arch", "sm_75"],
-            "--arch: unknown chip 'sm_75'; use some of sm_80, sm_90, sm_",
+            "--arch: unknown chip 'sm_75'; use one of sm_80, sm_90, sm_",
         ),
         (["gpu", "--make-cache", str(Path(__file__).parent)], "is not empty; name a new folder"),
         (["train"], "--device: torch sees no CUDA device here; use --device cpu"),
