@@ -37,13 +37,7 @@ LOGGED_STEPS = 2  # of the runs for memory and logs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--impl",
-        type=checked.names("trainer", NAMES),
-        default=list(NAMES),
-        metavar="A,B",
-        help=f"measure these: {', '.join(NAMES)}; all by default",
-    )
+    checked.add_names(parser, "--impl", "trainer", NAMES, "measure these")
     parser.add_argument("--small", action="store_true", help="make a tiny model, for a dry run")
     parser.add_argument("--layers", type=checked.positive, help=f"set the model's layers; {FULL.layers} by default")
     parser.add_argument("--rows", type=checked.positive, default=8, help="set the rows of a step, a multiple of 4")

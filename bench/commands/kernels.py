@@ -35,13 +35,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--target",
-        type=checked.names("target", TARGETS),
-        default=list(TARGETS),
-        metavar="A,B",
-        help=f"compile for these: {', '.join(TARGETS)}",
-    )
+    checked.add_names(parser, "--target", "target", TARGETS, "compile for these")
     parser.add_argument("--kernel", metavar="A,B", help="compile what these launch only, such as rows.token_nll")
     parser.add_argument("--all", action="store_true", help="compile every variant; takes many minutes")
     checked.add_json(parser)

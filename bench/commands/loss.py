@@ -47,12 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="replace N, D or V of the shape by each of these, in one report; can be repeated",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="set the dtype of hidden states and weight")
-    parser.add_argument(
-        "--impl",
-        type=checked.names("implementation", peers.names()),
-        default=["fastkl", "eager", "compile"],
-        metavar="A,B",
-        help=f"measure these: {', '.join(peers.names())}",
+    checked.add_names(
+        parser, "--impl", "implementation", peers.names(), "measure these", default=["fastkl", "eager", "compile"]
     )
     parser.add_argument(
         "--backward",

@@ -58,13 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", type=checked.device, default="cuda", metavar="{cpu,cuda}", help="say what the figures are of"
     )
-    parser.add_argument(
-        "--impl",
-        type=checked.names("trainer", trainers.names()),
-        default=["fastkl"],
-        metavar="A,B",
-        help=f"measure these: {', '.join(trainers.names())}",
-    )
+    checked.add_names(parser, "--impl", "trainer", trainers.names(), "measure these", default=["fastkl"])
     parser.add_argument(
         "--pair", type=Path, metavar="FOLDER", help="use the teacher/, student/ and prompts.jsonl there"
     )

@@ -65,6 +65,19 @@ def names(thing: str, known: Sequence[str]) -> Callable[[str], list[str]]:
     return chosen
 
 
+def add_names(
+    parser: argparse.ArgumentParser, flag: str, thing: str, known: Sequence[str], does: str, default: Sequence[str] = ()
+) -> None:
+    """An option that names some of `known`: the `default`, or else all of them, where it is left out."""
+    parser.add_argument(
+        flag,
+        type=names(thing, known),
+        default=list(default or known),
+        metavar="A,B",
+        help=f"{does}{'' if default else ', all by default'}: {', '.join(known)}",
+    )
+
+
 def device(text: str) -> str:
     if text not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"{text!r} is no device; use cpu or cuda")
