@@ -38,12 +38,13 @@ def in_your_code() -> str:
     """For each thing that people use: what to write, and what it gives."""
     report, losses = read_result("cpu-integrations"), {(r["rows"][0]["op"], r["rows"][0]["head"]): r for r in _peers()}
     own = losses["grpo", "trainable"]
-    rows = [["your own loop, GRPO", "`fuse(model)`, a loss of `fastkl.loss`", *_loss_gain(own, "eager")]]
+    rows = [["your own loop, GRPO", "`fuse(model)`, a loss of `fastkl.loss`", *_loss_gain(own, "eager", "fastkl")]]
     for name, line in WRITTEN.items():
         if name in report["trainers"]:
             rows.append([TRAINERS[name], line, *_step_gain(report["trainers"][name])])
-    for op in (op for op in LIGER if (op, "trainable") in losses):
-        rows.append([f"Liger's {OPS[op]}", LIGER_LINE, *_loss_gain(losses[op, "trainable"], "liger")])
+    for op in LIGER:
+        gain = _loss_gain(losses[op, "trainable"], "liger", "fastkl_for_liger")
+        rows.append([f"Liger's {OPS[op]}", LIGER_LINE, *gain])
     rows.append(["verl 0.9.1", "`fastkl.integrations.verl.use()`", "not measured", ""])
     header = ["you use", "write", "times as fast", "extra MB"]
     return table(header, rows, "Trained head, float32, processor time", [report, *losses.values()], "torch")
@@ -103,8 +104,8 @@ def _by_name(report: Report) -> dict[str, dict[str, Any]]:
     return {row["impl"]: row for row in report["rows"]}
 
 
-def _loss_gain(report: Report, theirs: str) -> tuple[str, str]:
-    before, after = (_by_name(report)[name] for name in (theirs, "fastkl"))
+def _loss_gain(report: Report, theirs: str, ours: str) -> tuple[str, str]:
+    before, after = (_by_name(report)[name] for name in (theirs, ours))
     ratio = before["forward_backward_units"] / after["forward_backward_units"]
     return f"{ratio:.2f}, the loss", _change({"theirs": before["peak_extra_mb"], "fastkl": after["peak_extra_mb"]})
 
