@@ -39,11 +39,12 @@ from fastkl.kernels.launch import token_ids
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.rows.launch import chunk, launch_rows, row_kernel, written_to
 from fastkl.kernels.rows.walk import (
-    LANE,
     LOG2E,
     carry,
     exp,
     first_maxima,
+    first_maximum,
+    from_end,
     lane_max,
     lane_sum,
     lanes,
@@ -167,8 +168,8 @@ def _divergence_kernel(
     lost_lanes = lanes(float("-inf"), BLOCK_N)  # the largest z among tokens that the teacher cannot emit
     lost_t_lanes = lanes(float("-inf"), BLOCK_N)  # the largest z_t among those that the student cannot
     if EXTRAS:
-        top = tl.zeros([BLOCK_N // LANE], tl.int32)  # where m is found first
-        top_t = tl.zeros([BLOCK_N // LANE], tl.int32)
+        top = lanes(0, BLOCK_N, tl.int32)  # where m is found first
+        top_t = lanes(0, BLOCK_N, tl.int32)
     for start in range(0, vocabulary, BLOCK_N):
         z = load_block(x_ptr, x_bias_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
         z_t = load_block(x_t_ptr, x_t_bias_ptr, start, vocabulary, cap_t, CAPPED_T, BLOCK_N)
@@ -246,19 +247,17 @@ def _divergence_kernel(
         entropy_t_sum = tl.sum(carry(entropy_t_lanes, l_t_lanes, step_t, factor_t), 0)
         tl.store(student_entropy_ptr + out_place, tl.log(total) - tl.div_rn(entropy_sum, total))
         tl.store(teacher_entropy_ptr + out_place, tl.log(total_t) - tl.div_rn(entropy_t_sum, total_t))
-        top = tl.min(tl.where(m == tl.max(m, 0), top, vocabulary), 0)
-        top_t = tl.min(tl.where(m_t == tl.max(m_t, 0), top_t, vocabulary), 0)
-        tl.store(top1_agreement_ptr + out_place, tl.where(top == top_t, 1.0, 0.0) + undefined)
+        agree = first_maximum(top, m, vocabulary) == first_maximum(top_t, m_t, vocabulary)
+        tl.store(top1_agreement_ptr + out_place, tl.where(agree, 1.0, 0.0) + undefined)
 
-    last = (vocabulary - 1) // BLOCK_N * BLOCK_N
     # log2 p is (z − base) log2 e less this; equal logits have equal ones.
     log_total = tl.log2(total)
     log_total_t = tl.log2(total_t)
     if TWO_WALKS:
         value_lanes = lanes(0.0, BLOCK_N)
         mean_lanes = lanes(0.0, BLOCK_N)
-        for done in range(0, vocabulary, BLOCK_N):  # from the end: what was read last is still in the L2 cache
-            start = last - done
+        for done in range(0, vocabulary, BLOCK_N):
+            start = from_end(done, vocabulary, BLOCK_N)
             z = load_block(x_ptr, x_bias_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
             z_t = load_block(x_t_ptr, x_t_bias_ptr, start, vocabulary, cap_t, CAPPED_T, BLOCK_N)
             log_p = tl.fma(z - base, LOG2E, -log_total)
@@ -271,7 +270,7 @@ def _divergence_kernel(
 
     if u_ptr is not None:
         for done in range(0, vocabulary, BLOCK_N):  # from where the walk before it ended
-            start = done if TWO_WALKS else last - done
+            start = done if TWO_WALKS else from_end(done, vocabulary, BLOCK_N)
             z = load_block(x_ptr, x_bias_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
             z_t = load_block(x_t_ptr, x_t_bias_ptr, start, vocabulary, cap_t, CAPPED_T, BLOCK_N)
             a = z - base

@@ -27,6 +27,7 @@ from fastkl.kernels.rows.walk import (
     carry,
     exp,
     finite_or_zero,
+    from_end,
     lane_max,
     lane_sum,
     lanes,
@@ -168,9 +169,8 @@ def _token_nll_kernel(
             columns = start + tl.arange(0, BLOCK_N)
             tl.store(u_ptr + columns, tl.zeros([BLOCK_N], tl.float32) + u, mask=columns == here)
         else:
-            last = (vocabulary - 1) // BLOCK_N * BLOCK_N
-            for done in range(0, vocabulary, BLOCK_N):  # from the end: what was read last is still in the L2 cache
-                start = last - done
+            for done in range(0, vocabulary, BLOCK_N):
+                start = from_end(done, vocabulary, BLOCK_N)
                 z = load_block(x_ptr, x_bias_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
                 u = exp(z - r) * scale - tl.where(start + tl.arange(0, BLOCK_N) == here, 1.0, 0.0)
                 store_gradient(u_ptr, start, vocabulary, u, z, cap, CAPPED, BLOCK_N)

@@ -135,9 +135,15 @@ def exp(a: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def lanes(value: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:
+def from_end(done: tl.tensor, vocabulary: tl.tensor, BLOCK_N: tl.constexpr) -> tl.tensor:
+    """Where the block after `done` logits starts in a walk from the end: what was read last is still in the L2 cache."""
+    return (vocabulary - 1) // BLOCK_N * BLOCK_N - done
+
+
+@triton.jit
+def lanes(value: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr = tl.float32) -> tl.tensor:
     """A number for each lane of a block."""
-    return tl.full([BLOCK_N // LANE], value, tl.float32)
+    return tl.full([BLOCK_N // LANE], value, DTYPE)
 
 
 @triton.jit
@@ -177,6 +183,12 @@ def merge(m: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """For the row, what to subtract: the maximum of all lanes. And how far each lane's own lies below it, at most 0."""
     base = finite_or_zero(tl.max(m, 0))
     return base, tl.where(m == float("-inf"), 0.0, m - base)
+
+
+@triton.jit
+def first_maximum(top: tl.tensor, m: tl.tensor, vocabulary: tl.tensor) -> tl.tensor:
+    """For the row, where its largest z is found first, from those of all lanes."""
+    return tl.min(tl.where(m == tl.max(m, 0), top, vocabulary), 0)
 
 
 @triton.jit

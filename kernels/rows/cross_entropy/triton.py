@@ -16,9 +16,10 @@ from fastkl.kernels.options import CrossEntropy
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.rows.launch import launch_rows, row_kernel, written_to
 from fastkl.kernels.rows.walk import (
-    LANE,
     exp,
     first_maxima,
+    first_maximum,
+    from_end,
     lane_sum,
     lanes,
     load_block,
@@ -98,7 +99,7 @@ def _cross_entropy_kernel(
     l_lanes = lanes(0.0, BLOCK_N)
     d_lanes = lanes(0.0, BLOCK_N)
     if PREDICT:
-        top = tl.zeros([BLOCK_N // LANE], tl.int32)  # where m is found first
+        top = lanes(0, BLOCK_N, tl.int32)  # where m is found first
     for start in range(0, vocabulary, BLOCK_N):
         z = load_block(x_ptr, x_bias_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
         if PREDICT:
@@ -126,14 +127,12 @@ def _cross_entropy_kernel(
     tl.store(out_ptr + 2 * out_stride_value, lse)
     tl.store(out_ptr + 3 * out_stride_value, base - target)
     if PREDICT:
-        first = tl.min(tl.where(m == tl.max(m, 0), top, vocabulary), 0)
-        tl.store(out_ptr + 4 * out_stride_value, first + 0.0)
+        tl.store(out_ptr + 4 * out_stride_value, first_maximum(top, m, vocabulary) + 0.0)
 
     if u_ptr is not None:
         scale = a * tl.where(target == target, tl.div_rn(1.0, total), target)  # NaN if there is no such token
-        last = (vocabulary - 1) // BLOCK_N * BLOCK_N
-        for done in range(0, vocabulary, BLOCK_N):  # from the end: what was read last is still in the L2 cache
-            start = last - done
+        for done in range(0, vocabulary, BLOCK_N):
+            start = from_end(done, vocabulary, BLOCK_N)
             z = load_block(x_ptr, x_bias_ptr, start, vocabulary, cap, CAPPED, BLOCK_N)
             u = exp(z - base) * scale - tl.where(start + tl.arange(0, BLOCK_N) == y.to(tl.int32), b, 0.0)
             if SMOOTH:
