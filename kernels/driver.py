@@ -1,14 +1,15 @@
 """The chunk driver: GEMM → row function → GEMMs, for every loss.
 
-    for a chunk of rows:   x = alpha (h Wᵀ + b)              [n, V]   vendor GEMM into a workspace; of Triton without b
+    for a chunk of rows:   x = alpha (h Wᵀ + b)              [n, V]   vendor GEMM into a workspace
                            values, u = row function(x)       [K, n], u = d values[0] / d x, in place where dtypes allow
                            slopes = row_loss(values)        [n]      d loss / d values[0]
                            dh = slopes · (u W)               [n, D]   vendor GEMMs; alpha and the slopes are applied on
                            dW += uᵀ (slopes · h)             [V, D]   the thin side, never over the vocabulary
 
+A row function in Triton adds b itself (`backend.adds_bias`): x is made without it.
 A row whose slope is 0 has no gradient, whatever its logits are: its u becomes 0, and slopes · h is 0 there.
 With the backend "epilogue" x is in no memory: its product leaves u of the rows (`epilogue/triton.py`), times a factor.
-The last two are made from a random subset of the columns of u where `spec.sparse` says so (`sparse/estimator.py`).
+dh and dW are made from a random subset of the columns of u where `spec.sparse` says so (`sparse/estimator.py`).
 
 Nothing of size N × V exists: a chunk's logits live in the workspace and are gone with the next chunk. A new loss is a new
 row function (`rows/interface.py`). Which rows are a chunk is in `chunking.py`, the place of one in `workspace.py`.

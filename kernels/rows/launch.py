@@ -39,7 +39,7 @@ def row_config(chunks: int) -> LaunchConfig:
     """The shape of a program that reads rows of `chunks` chunks: 1, or 2 with a teacher.
 
     The last block alone may be partly empty. A thread (of warps of 32) has 8 logits, 32 bytes, in flight, shared between
-    the chunks. With more, some variant spills; with these none needs more than 64 registers, so that two programs or more
+    the chunks. With more, some variant spills; with these most need no more than 64 registers, so that two programs or more
     share a multiprocessor and one loads while another waits at a reduction.
     """
     num_warps = 16

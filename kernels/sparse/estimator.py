@@ -12,10 +12,10 @@ Columns are kept independently of each other, hence
     E Σ_i a_i² ‖û_i − u_i‖² = Σ_v w_v² (1/π_v − 1) = Σ_{w_v < τ} w_v (τ − w_v)
 
 is known before anything is multiplied, and τ is solved from the relative error wanted (`probabilities.threshold`).
-u sums to 0 over v, but under a soft-cap or for a loss of the lse, and û does not: any constant c [D] times the difference
-of the two sums has expectation 0, and taking it off u W lowers the error. c is the mean of rows of W. What the driver sees
-is a `ColumnSampler`.
-There are two: the plain one (`pytorch.py`) and that of accelerators (`triton.py`).
+u sums to 0 over v, unless there is a soft-cap or a loss of the lse. û does not: any constant c [D] times the difference
+of the two sums has expectation 0, and taking it off û W lowers the error. c is the mean of rows of W.
+
+What the driver sees is a `ColumnSampler`. There are two: a plain one (`pytorch.py`) and one for accelerators (`triton.py`).
 docs/sparse-backward.md has the proof, measurements, and when not to use this.
 """
 
@@ -56,9 +56,8 @@ class ColumnSampler(Protocol):
     ) -> ColumnSample:
         """Of a block: gradient [B, V] in `gradient_dtype`, slope [B]; keeps ids in `always`.
 
-        `factor` [B] is the part of the slope that makes u of the gradient (`rows/interface.py`), without which it weighs no
-        row.
-        It may overwrite the gradient, and what lies between its rows.
+        `factor` [B] is the part of the slope that makes u of the gradient (`rows/interface.py`). How much a row counts is
+        what is left of its slope. The gradient may be overwritten, and what lies between its rows.
         """
 
     def statistics(self) -> Tensor:

@@ -15,7 +15,7 @@ LEAST_SLOPE = 1e-3  # of the block's root mean square: bounds û in rows that ha
 
 
 def row_weights(slope: Tensor, factor: Tensor | None = None) -> Tensor:
-    """What the squares of a row are counted by, [B]; `factor` is the part of the slope that belongs to the row itself."""
+    """What the squares of a row are counted by, [B]; `factor` as in `ColumnSampler.sample`."""
     if factor is not None:
         return row_weights(slope / factor) * factor.square()
     weights = slope.square()
