@@ -16,6 +16,7 @@ from loss_cases import (
     eager,
     frozen_or_all,
     fused,
+    in_dtype,
     make_problem,
     with_gradients,
 )
@@ -36,10 +37,6 @@ def summed(name: str, p: Problem, **options: Any) -> Tensor:
 
 def gradients(p: Problem, fields: tuple[str, ...] = TRAINABLE) -> dict[str, Tensor]:
     return {f: getattr(p, f).grad for f in fields}
-
-
-def in_dtype(p: Problem, dtype: torch.dtype, *fields: str) -> Problem:
-    return p._replace(**{f: getattr(p, f).to(dtype) for f in fields})
 
 
 @forms

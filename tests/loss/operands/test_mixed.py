@@ -13,6 +13,7 @@ from loss_cases import (
     each_of,
     eager,
     fused,
+    in_dtype,
     make_problem,
     with_gradients,
 )
@@ -33,10 +34,6 @@ MIXED = {
     if key == "bf16" or which == "hidden"
 }
 each_mix = pytest.mark.parametrize(("dtype", "low"), MIXED.values(), ids=MIXED)
-
-
-def in_dtype(p: Problem, dtype: torch.dtype, *fields: str) -> Problem:
-    return p._replace(**{f: getattr(p, f).to(dtype) for f in fields})
 
 
 def all_low(name: str, p: Problem, dtype: torch.dtype) -> Problem:

@@ -131,6 +131,11 @@ def make_problem(
     return Problem(*heads, tokens, *rest, *[t.to(dtype) for t in (*teacher, normal(vocabulary))])
 
 
+def in_dtype(p: Problem, dtype: torch.dtype, *fields: str) -> Problem:
+    """The problem with these fields in another dtype."""
+    return p._replace(**{f: getattr(p, f).to(dtype) for f in fields})
+
+
 class Plain(NamedTuple):
     """What a definition is made of."""
 
