@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fused_training import IDS, as_one_of_several, in_one_process, lora, loss_of, model_of, plain_loss
-from launches import free_port, in_group
+from launches import alone_in_group, in_group
 from tiny_models import causal_lm
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -49,9 +49,8 @@ def test_two_processes_learn_what_one_does(kind: str, way: str, form: str) -> No
 
 @pytest.fixture
 def group() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+    with alone_in_group():
+        yield
 
 
 class DeepSpeedEngine(nn.Module):

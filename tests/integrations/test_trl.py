@@ -6,15 +6,13 @@ import copy
 import inspect
 import itertools
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from launches import run_python
+from launches import alone_in_group, run_python
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 trl = pytest.importorskip("trl", minversion="1.16")
@@ -275,23 +273,13 @@ def test_in_bfloat16_the_fields_are_no_further_from_the_truth(options: dict[str,
     assert worst[0] <= worst[1] + 1e-5
 
 
-@contextmanager
-def one_process() -> Iterator[None]:
-    """A process group of this process alone, for tensors that are sharded over it."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def test_sharded_weights_are_gathered() -> None:
     theirs, ours = both("divergence")
     heads = Heads()
     expected = divergence(theirs, heads, 0.5)
     wanted = heads.gradients(expected[0])
-    with one_process():
-        mesh = dist.init_device_mesh("cpu", (1,))
+    with alone_in_group():
+        mesh = init_device_mesh("cpu", (1,))
         for name in ("weight", "teacher_weight", "bias", "teacher_bias"):
             whole = getattr(heads, name)
             sharded = distribute_tensor(whole.detach(), mesh, [Shard(0)])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from launches import alone_in_group
 from loss_cases import FORMS, Problem, each_of, fused, make_problem, with_gradients
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -27,9 +28,8 @@ PLACEMENTS = {"rows": [Shard(0)], "whole": [Replicate()]}
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[DeviceMesh]:
     """Of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
+    with alone_in_group():
+        yield init_device_mesh("cpu", (1,))
 
 
 def sharded(p: Problem, mesh: DeviceMesh, placements: list[Placement], fields: tuple[str, ...] = SHARDED) -> Problem:

@@ -12,7 +12,8 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,16 @@ def _join(command_line: list[str], environment: dict[str, str], errors: Path, fi
     if first is not None:
         first()
     sys.exit(cli.main(command_line))
+
+
+@contextmanager
+def alone_in_group() -> Iterator[None]:
+    """While open, this process is a group (gloo) by itself."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def in_group(
