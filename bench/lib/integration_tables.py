@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench.lib.markdown import Report, table
-from bench.lib.report import RESULTS, read_result
+from bench.lib.report import RESULTS, by_implementation, read_result
 
 TRAINERS = {
     "transformers": "Transformers' `Trainer`, cross-entropy",
@@ -70,7 +70,7 @@ def peers() -> str:
     """Units and extra memory of the losses that Liger and TRL have too."""
     rows, reports = [], _peers()
     for report in reports:
-        found, shape = _by_name(report), ", ".join(map(str, report["problems"][0]["shape"]))
+        found, shape = by_implementation(report), ", ".join(map(str, report["problems"][0]["shape"]))
         cells = (_cell(found.get(name), "{forward_backward_units:.1f} ({peak_extra_mb:.0f})") for name in PEERS)
         first = report["rows"][0]
         rows.append([OPS[first["op"]], first["head"], shape, str(report["conditions"]["teacher_width"] or ""), *cells])
@@ -82,7 +82,7 @@ def accuracy() -> str:
     """Errors of gradients in bfloat16 against float64."""
     rows, reports = [], _reports("cpu-accuracy-*.json")
     for report in reports:
-        found, data = _by_name(report), report["conditions"]["data"]
+        found, data = by_implementation(report), report["conditions"]["data"]
         cells = (_cell(found.get(name), "{grad_error:.1e}") for name in PEERS)
         rows.append([OPS[report["rows"][0]["op"]], DATA[data], *cells])
     shape = ", ".join(map(str, reports[0]["problems"][0]["shape"]))
@@ -100,12 +100,8 @@ def _reports(pattern: str) -> list[Report]:
     return sorted(reports, key=lambda report: list(OPS).index(report["rows"][0]["op"]))
 
 
-def _by_name(report: Report) -> dict[str, dict[str, Any]]:
-    return {row["impl"]: row for row in report["rows"]}
-
-
 def _loss_gain(report: Report, theirs: str, ours: str) -> tuple[str, str]:
-    before, after = (_by_name(report)[name] for name in (theirs, ours))
+    before, after = (by_implementation(report)[name] for name in (theirs, ours))
     ratio = before["forward_backward_units"] / after["forward_backward_units"]
     return f"{ratio:.2f}, the loss", _change({"theirs": before["peak_extra_mb"], "fastkl": after["peak_extra_mb"]})
 

@@ -27,5 +27,10 @@ def read_result(name: str) -> dict[str, Any]:
     return report
 
 
+def by_implementation(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of a report of `bench loss` on one shape."""
+    return {row["impl"]: row for row in report["rows"]}
+
+
 def counted(number: int, thing: str) -> str:
     return f"{number} {thing}{'s' * (number != 1)}"

@@ -8,7 +8,7 @@ from typing import Any
 from bench.lib.cases import HEADS
 from bench.lib.integration_tables import accuracy, in_your_code, peers, under_trainers
 from bench.lib.markdown import Report, markdown, table
-from bench.lib.report import read_result
+from bench.lib.report import by_implementation, read_result
 
 OPS = ("policy_gradient", "logprobs", "reverse_kl")
 IMPLEMENTATIONS = {"fastkl": "fastkl", "eager": "eager", "compile": "torch.compile"}
@@ -31,7 +31,7 @@ def losses() -> str:
     reports = {(op, head): read_result(f"cpu-{op}-{head}-fp32") for op in OPS for head in HEADS}
     rows = []
     for (op, head), report in reports.items():
-        by_name = _by_implementation(report)
+        by_name = by_implementation(report)
         measured = (by_name[name] for name in IMPLEMENTATIONS)
         cells = (f"{row['forward_backward_units']:.2f} ({row['peak_extra_mb']:.0f})" for row in measured)
         rows.append([f"{op}, {head} head", *cells])
@@ -144,14 +144,10 @@ def _sparse_times(header: Sequence[str], names: Sequence[str], implementations: 
     for name in names:
         by_head = [read_result(f"cpu-sparse-{name}-{head}") for head in HEADS]
         shape = by_head[0]["problems"][0]["shape"]
-        cells = [_units(_by_implementation(report).get(which)) for report in by_head for which in implementations]
+        cells = [_units(by_implementation(report).get(which)) for report in by_head for which in implementations]
         rows.append([_rows_name(by_head[0], shape), *cells])
         reports += by_head
     return table(header, rows, "float32", reports)
-
-
-def _by_implementation(report: Report) -> dict[str, dict[str, Any]]:
-    return {row["impl"]: row for row in report["rows"]}
 
 
 def _units(row: dict[str, Any] | None) -> str:
