@@ -12,8 +12,8 @@
     memcheck    the Triton kernels under compute-sanitizer, where there is one
 
 Each stage has a budget; what it leaves is the next one's. A stage that fails does not stop the next; the exit status says
-at the end whether one did. FOLDER receives summary.json, log.txt, and of each stage its JSON, all of which are whole at any
-time: a run that is cut off leaves what it had.
+at the end whether one did. FOLDER receives summary.json, log.txt, smoke.json, losses.json, train.json and tests.json. All
+are whole at any time: a run that is cut off leaves what it had.
 
 Kernels are compiled by the stage that first needs them, on all cores, unless --cache has them. That folder is made with the
 same build of Triton (its version, for the same Python) from the same sources. What differs is compiled.
