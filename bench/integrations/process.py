@@ -12,7 +12,6 @@ from typing import Any
 from transformers import TrainerCallback
 
 from bench.integrations import Job, Kind, load
-from bench.lib.machine import describe_versions
 from bench.lib.measure import CLOCKS
 from fastkl._check.json_file import write_json
 
@@ -59,8 +58,7 @@ def run(job: Job) -> dict[str, Any]:
         }
         for entry in trainer.state.log_history
     ]
-    versions = describe_versions("transformers", "accelerate", "trl")
-    return {"steps": turns.steps, "extra_mb": (peak - before) / 1e6, "log": log, "versions": versions}
+    return {"steps": turns.steps, "extra_mb": (peak - before) / 1e6, "log": log}
 
 
 def resident_bytes() -> int:

@@ -36,7 +36,7 @@ def judged(job: Job, vocabulary: int) -> list[Row]:
 
 
 def distinct(completions: list[str], **_: Any) -> list[float]:
-    """A reward: the number of characters."""
+    """A reward: the number of different characters."""
     return [float(len(set(completion))) for completion in completions]
 
 
