@@ -39,6 +39,7 @@ from fastkl.kernels.launch import token_ids
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.rows.launch import chunk, launch_rows, row_kernel, written_to
 from fastkl.kernels.rows.walk import (
+    LN2,
     LOG2E,
     carry,
     exp,
@@ -56,7 +57,6 @@ from fastkl.kernels.rows.walk import (
     store_gradient,
 )
 
-LN2 = tl.constexpr(0.6931471805599453)
 LN2_STEP = tl.constexpr(0.6931471805599453 / 2**23)
 FAR = tl.constexpr(1000.0)
 

@@ -8,8 +8,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from fastkl.kernels.rows.walk import LOG2E, slope_of_cap
 from fastkl.kernels.score.merge_kernels import load_splits, load_targets
-from fastkl.kernels.score.tiles import LOG2_E, load_tokens, scores, store_targets, tanh_base2, work_item
+from fastkl.kernels.score.tiles import load_tokens, scores, store_targets, tanh_base2, work_item
 
 INF = tl.constexpr(float("inf"))
 SURE = tl.constexpr(80.0)  # |log l| up to which l, summed in float32, has lost nothing
@@ -122,10 +123,10 @@ def product_kernel(
         )  # fmt: skip
         store_targets(targets_ptr, s, y, rows, start, BLOCK_N)
         m = tl.maximum(m, tl.max(s, 1))
-        e = tl.exp2((s - ref[:, None]) * (scale * LOG2_E))
+        e = tl.exp2((s - ref[:, None]) * (scale * LOG2E))
         total += tl.sum(e, 1)
         if CAPPED:
-            e *= _slope(tl.maximum(s, -1.0))  # beyond the vocabulary s is −inf
+            e *= slope_of_cap(tl.maximum(s, -1.0), 1.0)  # of s = tanh(x), −inf beyond the vocabulary
         if TMA:
             u.store([first_row, start], e.to(u.dtype))
         else:
@@ -172,8 +173,8 @@ def merge_kernel(
     target = load_targets(targets_ptr, y, rows)
     tl.store(out_ptr + rows * out_stride_row, (ref - target) * scale + log_total, mask=inside)
 
-    e = tl.exp2((target - ref) * (scale * LOG2_E))
-    slope = _slope(target) if CAPPED else 1.0
+    e = tl.exp2((target - ref) * (scale * LOG2E))
+    slope = slope_of_cap(target, 1.0) if CAPPED else 1.0
     entry = ((e - total) * slope).to(u_ptr.dtype.element_ty)
     tl.store(u_ptr + rows * u_stride_row + y, entry, mask=inside & (y >= 0))
     exact = e - entry.to(tl.float32) / slope
@@ -205,9 +206,3 @@ def _store_tile(
     u_ptr += first_row.to(tl.int64) * u_stride_row + start
     inside = (rows < n - first_row)[:, None] & (columns < room - start)[None, :]
     tl.store(u_ptr + (rows[:, None] * u_stride_row + columns[None, :]), e.to(u_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _slope(s: tl.tensor) -> tl.tensor:
-    """d tanh(x) / dx where s = tanh(x)."""
-    return (1.0 - s) * (1.0 + s)

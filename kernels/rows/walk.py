@@ -24,7 +24,7 @@ NaN here.
 
 e^a is made as a power of 2, and is 0 below 2^−126. Sums are taken per lane and then in a tree, without atomics: the same
 row gives the same bits, whatever rows surround it.
-`score/tiles.py` has `carry` and `tanh` of its own: in powers of 2, which have other bits.
+`score/tiles.py` has `raise_max`, `carry` and `tanh` of its own: in powers of 2, which have other bits.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import triton.language as tl
 
 LANE = tl.constexpr(4)  # divides BLOCK_N; 16 bytes of float32
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -164,7 +165,7 @@ def spread(x: tl.tensor, BLOCK_N: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def raise_lanes(m: tl.tensor, z: tl.tensor, BLOCK_N: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """`raise_max` of each lane by its part of a block."""
+    """Of each lane: m' = max(m, max z); what to subtract, m'; m − m'. The last two are 0 while all z were −inf."""
     raised = tl.maximum(m, lane_max(z, BLOCK_N))
     base = finite_or_zero(raised)
     return raised, base, tl.where(m == float("-inf"), 0.0, m - base)
@@ -189,16 +190,6 @@ def merge(m: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 def first_maximum(top: tl.tensor, m: tl.tensor, vocabulary: tl.tensor) -> tl.tensor:
     """For the row, where its largest z is found first, from those of all lanes."""
     return tl.min(tl.where(m == tl.max(m, 0), top, vocabulary), 0)
-
-
-@triton.jit
-def raise_max(
-    m: tl.tensor, z: tl.tensor, unit: tl.tensor, AXIS: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """m' = max(m, max z); what to subtract for it, m'; and (m − m') · unit. The last two are 0 while all z were −inf."""
-    raised = tl.maximum(m, tl.max(z, AXIS))
-    base = finite_or_zero(raised)
-    return raised, base, tl.where(m == float("-inf"), 0.0, (m - base) * unit)
 
 
 @triton.jit

@@ -5,11 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastkl.kernels.rows.walk import finite_or_zero
+from fastkl.kernels.rows.walk import LN2, LOG2E, finite_or_zero
 from fastkl.kernels.score.tile_kernels import score_kernel
-from fastkl.kernels.score.tiles import LOG2_E, carry_base2, load_tokens
-
-LN_2 = tl.constexpr(0.6931471805599453)
+from fastkl.kernels.score.tiles import carry_base2, load_tokens
 
 
 @score_kernel
@@ -49,7 +47,7 @@ def merge_token_nll_kernel(
         tl.store(out_ptr + 4 * out_stride_value, (base - target) * scale, mask=inside)
         weighted = load_splits(partials_ptr + 2 * value_stride, rows, n, splits, 0.0, SPLITS)
         mean = tl.div_rn(tl.sum(carry_base2(weighted, totals, step, factor), 0), total)
-        tl.store(out_ptr + out_stride_value, log_total - mean * LN_2, mask=inside)
+        tl.store(out_ptr + out_stride_value, log_total - mean * LN2, mask=inside)
 
 
 @score_kernel
@@ -84,9 +82,9 @@ def merge_reverse_kl_kernel(
     lost = load_splits(partials_ptr + 5 * value_stride, rows, n, splits, float("-inf"), SPLITS)
     total = tl.sum(totals * factor, 0)
     mean = tl.div_rn(tl.sum(carry_base2(weighted, totals, step - step_t, factor), 0), total)
-    mean += tl.where(tl.exp2((tl.max(lost, 0) - base) * (scale * LOG2_E)) > 0.0, float("inf"), 0.0)
+    mean += tl.where(tl.exp2((tl.max(lost, 0) - base) * (scale * LOG2E)) > 0.0, float("inf"), 0.0)
     out_ptr += rows * out_stride_row
-    tl.store(out_ptr, mean * LN_2 - tl.log(tl.div_rn(total, tl.sum(totals_t * factor_t, 0))), mask=inside)
+    tl.store(out_ptr, mean * LN2 - tl.log(tl.div_rn(total, tl.sum(totals_t * factor_t, 0))), mask=inside)
     nll = tl.zeros([BLOCK_M], tl.float32)
     if tokens_ptr is not None:
         target = load_targets(targets_ptr, load_tokens(tokens_ptr, rows, n, vocabulary, tokens_stride), rows)
@@ -122,5 +120,5 @@ def _merged_max(
     """m' over all splits, or 0; d = c (m − m') of each split; 2^d."""
     m = load_splits(partials_ptr, rows, n, splits, float("-inf"), SPLITS)
     base = finite_or_zero(tl.max(m, 0))
-    step = tl.where(m == float("-inf"), 0.0, (m - base[None, :]) * (scale * LOG2_E))
+    step = tl.where(m == float("-inf"), 0.0, (m - base[None, :]) * (scale * LOG2E))
     return base, step, tl.exp2(step)

@@ -8,12 +8,12 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from fastkl.kernels.rows.walk import raise_max
+from fastkl.kernels.rows.walk import LOG2E
 from fastkl.kernels.score.tiles import (
-    LOG2_E,
     carry_base2,
     finished,
     load_tokens,
+    raise_max,
     scores,
     step,
     store_targets,
@@ -72,8 +72,8 @@ def token_nll_kernel(
             CAPPED, EVEN_K, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         store_targets(targets_ptr, s, y, rows, start, BLOCK_N)
-        m, base, shift = raise_max(m, s, scale * LOG2_E, 1)
-        a = (s - base[:, None]) * (scale * LOG2_E)
+        m, base, shift = raise_max(m, s, scale)
+        a = (s - base[:, None]) * (scale * LOG2E)
         e = tl.exp2(a)
         factor = tl.exp2(shift)
         if ENTROPY:
@@ -167,10 +167,10 @@ def reverse_kl_kernel(
                     store_targets(targets_ptr, s, y, rows, start, BLOCK_N)
             else:
                 s_t = finished(product, bias_t_ptr, alpha_t, start, vocabulary, CAPPED_T, BLOCK_N)
-                m, base, shift = raise_max(m, s, scale * LOG2_E, 1)
-                m_t, base_t, shift_t = raise_max(m_t, s_t, scale_t * LOG2_E, 1)
-                a = (s - base[:, None]) * (scale * LOG2_E)
-                a_t = (s_t - base_t[:, None]) * (scale_t * LOG2_E)
+                m, base, shift = raise_max(m, s, scale)
+                m_t, base_t, shift_t = raise_max(m_t, s_t, scale_t)
+                a = (s - base[:, None]) * (scale * LOG2E)
+                a_t = (s_t - base_t[:, None]) * (scale_t * LOG2E)
                 e = tl.exp2(a)
                 factor = tl.exp2(shift)
                 one_sided = (a == float("-inf")) | (a_t == float("-inf"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from fastkl.kernels.rows.walk import LOG2E, finite_or_zero
 
 
 @triton.jit
@@ -130,6 +130,14 @@ def store_targets(
 
 
 @triton.jit
+def raise_max(m: tl.tensor, s: tl.tensor, scale: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Of each row: m' = max(m, max s); what to subtract, m'; c (m − m'). The last two are 0 while all s were −inf."""
+    raised = tl.maximum(m, tl.max(s, 1))
+    base = finite_or_zero(raised)
+    return raised, base, tl.where(m == float("-inf"), 0.0, (m - base) * (scale * LOG2E))
+
+
+@triton.jit
 def carry_base2(weighted: tl.tensor, total: tl.tensor, shift: tl.tensor, factor: tl.tensor) -> tl.tensor:
     """2^d (Σ 2^a x + l d_x); 0 where nothing of l remains, for d may be infinite there."""
     return tl.where(total * factor > 0.0, factor * tl.fma(total, shift, weighted), 0.0)
@@ -138,7 +146,7 @@ def carry_base2(weighted: tl.tensor, total: tl.tensor, shift: tl.tensor, factor:
 @triton.jit
 def tanh_base2(x: tl.tensor) -> tl.tensor:
     """Within a few ulp everywhere: a Taylor polynomial where 1 − e^(−2|x|) would cancel."""
-    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     far = (1.0 - e) / (1.0 + e)
     s = x * x
     near = tl.fma(s, tl.fma(s, tl.fma(s, 62.0 / 2835.0, -17.0 / 315.0), 2.0 / 15.0), -1.0 / 3.0)
