@@ -87,7 +87,8 @@ class TestTokenNll(TritonContract):
         rows = random_rows(5, vocabulary)
         rows.x[:3] *= 0.1 if cap else 100.0
         rows.x[3] -= 300.0
-        rows.x[4, : BLOCK + 1] = -INF if vocabulary > BLOCK + 1 else rows.x[4, : BLOCK + 1]
+        if vocabulary > BLOCK + 1:
+            rows.x[4, : BLOCK + 1] = -INF
         assert_rounded(tested, rows._replace(caps=(cap, None)))
 
     def test_one_walk_in_a_wrong_row(self, tested: UnderTest) -> None:

@@ -58,8 +58,8 @@ def make(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, 
 
 @dtypes
 @shapes
-@pytest.mark.parametrize(("capped", "room"), [(False, True), (True, False)], ids=["room", "capped"])
-def test_widths(shape: tuple[int, int, int, int], dtype: torch.dtype, capped: bool, room: bool) -> None:
+@pytest.mark.parametrize(("summed", "room"), [(False, True), (True, False)], ids=["room", "summed"])
+def test_widths(shape: tuple[int, int, int, int], dtype: torch.dtype, summed: bool, room: bool) -> None:
     """All products of a block, against float64 on the û that the plain version makes of the same selection.
 
     Rows lie side by side, or between them is NaN, of which nothing is used.
@@ -70,15 +70,15 @@ def test_widths(shape: tuple[int, int, int, int], dtype: torch.dtype, capped: bo
     ids = columns.ids[:count].long()
     expected = (u.index_select(1, ids).float() * columns.inverse[:count]).to(dtype)
     before = u.double().sum(1)
-    excess = steps.compact(u, columns, capped)
+    excess = steps.compact(u, columns, summed)
     assert torch.equal(u[:, :count], expected)
     end = -(-count // 64) * 64
     whole = u.as_strided((shape[0], u.stride(0)), u.stride())
     assert not whole[:, count : end if room else min(end, vocabulary)].any()
     assert whole[:, max(vocabulary, end) :].isnan().all()
     kept = expected.double()
-    own = kept.sum(1) - (before if capped else 0.0)
-    torch.testing.assert_close(excess.double(), own, rtol=1e-4, atol=1e-2 if capped else 1e-3)
+    own = kept.sum(1) - (before if summed else 0.0)
+    torch.testing.assert_close(excess.double(), own, rtol=1e-4, atol=1e-2 if summed else 1e-3)
 
     centre = sparse_estimator.centre(weight)
     found = steps.hidden_gradient(u, weight, columns, slope, excess, centre)
