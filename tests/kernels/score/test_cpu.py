@@ -10,6 +10,7 @@ from loss_cases import generator
 from torch import Tensor
 
 from bench.lib.measure import peak_allocated
+from fastkl import reference
 from fastkl.kernels import gemm
 from fastkl.kernels.driver import evaluate
 from fastkl.kernels.gemm import TILE_COLUMNS
@@ -28,12 +29,8 @@ def expected(inputs: Inputs, options: HeadOptions) -> tuple[Tensor, Tensor]:
 
 def logits(inputs: Inputs, options: HeadOptions) -> Tensor:
     """z [n, V] in float64."""
-    z = options.alpha * (inputs.hidden.double() @ inputs.weight.double().t())
-    if inputs.bias is not None:
-        z = z + options.alpha * inputs.bias.double()
-    if options.cap is not None:
-        z = options.cap * torch.tanh(z)
-    return z
+    tensors = (None if t is None else t.double() for t in inputs[:3])
+    return reference.logits(*tensors, options.temperature, options.logit_scale, options.softcap)
 
 
 def problem(n: int, vocabulary: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, seed: int = 0) -> Inputs:
