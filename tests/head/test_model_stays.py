@@ -295,8 +295,11 @@ def test_the_function_may_run_the_model() -> None:
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "gpt2", "qwen3_moe", "gemma3", "qwen3_vl"])
 def test_a_model_whose_weights_come_later(kind: str) -> None:
     """On the meta device, as processes of FSDP load it that are not the first."""
-    options = {"gemma2": {"final_logit_softcapping": 3.0, "attention": "eager"}, "granite": {"logits_scaling": 8.0}}
-    model = composite(kind) if kind in ("gemma3", "qwen3_vl") else causal_lm(kind, **options.get(kind, {}))  # type: ignore
+    options: dict[str, dict[str, Any]] = {
+        "gemma2": {"final_logit_softcapping": 3.0, "attention": "eager"},
+        "granite": {"logits_scaling": 8.0},
+    }
+    model = composite(kind) if kind in ("gemma3", "qwen3_vl") else causal_lm(kind, **options.get(kind, {}))
     wanted = measure_logit_transform(model)
     weights = model.state_dict()
     empty = fuse(copy.deepcopy(model).to("meta"))
