@@ -110,7 +110,7 @@ hard_coef also cross_entropy, the mean of −log p¹.
 from __future__ import annotations
 
 from fastkl._loss import divergences
-from fastkl._loss.advantages import reverse_kl_advantages
+from fastkl._loss.advantages import centred_advantages, extrapolated_advantages, reverse_kl_advantages
 from fastkl._loss.cross_entropy import linear_cross_entropy
 from fastkl._loss.divergences import *  # noqa: F403  what its __all__ names
 from fastkl._loss.likeliest import TopK, linear_ranks, linear_top_k
@@ -131,6 +131,8 @@ __all__ = [
     "Sparse",
     "TokenStats",
     "TopK",
+    "centred_advantages",
+    "extrapolated_advantages",
     "linear_cross_entropy",
     "linear_logprobs",
     "linear_ranks",

@@ -37,11 +37,14 @@ def reverse_kl_advantages(
     mask: Tensor,  # [T]
     coef: float = 1.0,
     discount: float = 0.0,
+    power: float = 0.0,
 ) -> Tensor:
     """A_i = −coef Σ_k discountᵏ d_{i+k} for the unmasked tokens, by the recursion y_i = d_i + discount · y_{i+1}."""
     future, total = torch.zeros_like(sampler_logprobs), sampler_logprobs.new_zeros(())
     for i in reversed(range(len(sampler_logprobs))):
         difference = sampler_logprobs[i] - teacher_logprobs[i]
+        if power > 0.0:
+            difference = (torch.exp(power * sampler_logprobs[i]) - torch.exp(power * teacher_logprobs[i])) / power
         total = total * discount + (mask[i] * difference if mask[i] != 0 else 0.0)
         future[i] = total if mask[i] != 0 else 0.0
     return -coef * future
@@ -160,6 +163,18 @@ def skewed_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, alpha: flo
 def total_variation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """½ Σ |p − q| per row [...]."""
     return 0.5 * (torch.softmax(student_logits, -1) - torch.softmax(teacher_logits, -1)).abs().sum(-1)
+
+
+def density_power(student_logits: Tensor, teacher_logits: Tensor, power: float) -> Tensor:
+    """Σ [p¹⁺ᵅ / (1 + α) − p qᵅ + α q¹⁺ᵅ / (1 + α)] / α per row [...], α = power > 0; its limit, the reverse KL, at 0.
+
+    p¹⁺ᵅ / (α (1 + α)) is p¹⁺ᵅ / α − p¹⁺ᵅ / (1 + α): so the terms cancel less.
+    """
+    if power == 0.0:
+        return reverse_kl(student_logits, teacher_logits)
+    p, q = torch.softmax(student_logits, -1), torch.softmax(teacher_logits, -1)
+    own, theirs = p ** (1.0 + power), q ** (1.0 + power)
+    return ((own - p * q**power) / power - (own - theirs) / (1.0 + power)).sum(-1)
 
 
 def cross_entropy(

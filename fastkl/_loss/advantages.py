@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastkl._loss import arguments as check
 from fastkl._loss.numbers import check_logprobs
-from fastkl._loss.sequences import future_sums
+from fastkl._loss.sequences import Sequences, future_sums
+from fastkl.kernels.divergence.formula import check_power
 
 
 def reverse_kl_advantages(
@@ -19,6 +20,7 @@ def reverse_kl_advantages(
     discount: float = 0.0,
     sequence_ids: Tensor | None = None,
     baseline: Tensor | None = None,  # [..., T]
+    power: float = 0.0,
 ) -> Tensor:
     """Advantages [..., T] of on-policy distillation: A_i = −coef · (Σ_{k≥0} discountᵏ d_{i+k} − mask_i · baseline_i).
 
@@ -28,39 +30,160 @@ def reverse_kl_advantages(
     together, and no sum crosses from one to the next. The advantage of a masked token is 0, whatever its log-probs hold;
     it still takes one step of the discount.
 
+    `power` α in [0, 1000] bounds it: d = mask · (pᵅ − qᵅ) / α of the token's probabilities p (sampler) and q (teacher), the
+    reward of PowerOPD (Zhao et al., 2026) negated and divided by α. |d| ≤ mask / α, also where q is 0. α → 0 gives the d
+    above, which is α = 0. Its mean gradient is that of the density power divergence: docs/losses.md has the
+    proof.
+
     `baseline` is a control variate (0 by default): what does not depend on the token itself leaves the policy gradient's
-    mean as it is. With the expectation of d_i, the exact KL(sampler ‖ teacher) at the position
+    mean as it is. With the expectation of d_i, at power 0 the exact KL(sampler ‖ teacher) at the position
     (`LossOutput.per_token.reverse_kl` of a divergence), the gradient varies less where that KL is large, as at the start
     of a distillation (0.4 to 0.6 of the variance at 2 to 5 nats on random logits), and no less where it is small (1.0 to
-    1.2 below half a nat). Only a token's own baseline is taken off: later ones depend on it.
+    1.2 below half a nat). Only a token's own baseline is taken off: later ones depend on it. With a power that KL leaves
+    the mean as it is too, but has another scale than d. `centred_advantages` goes with every power.
 
     Returns float32 (float64 for float64 log-probs), detached. Raises TypeError or ValueError for what does not fit, on a
     CPU also for log-probs above 0 or NaN where the mask is not 0.
     """
-    for name, logprobs in (("sampler_logprobs", sampler_logprobs), ("teacher_logprobs", teacher_logprobs)):
-        check.check_tensor(name, logprobs)
-    check.check_finite("coef", coef)
-    dtype = torch.promote_types(torch.promote_types(sampler_logprobs.dtype, teacher_logprobs.dtype), torch.float32)
-    others = {"teacher_logprobs": teacher_logprobs, "mask": mask, "sequence_ids": sequence_ids, "baseline": baseline}
+    check.check_number("power", power)
+    check_power(power)
+    policies = {"sampler_logprobs": sampler_logprobs, "teacher_logprobs": teacher_logprobs}
+    ours, theirs = _logprobs(policies, mask)
+    difference = ours - theirs if power == 0.0 else _power_difference(ours, theirs, float(power))
+    return _advantages(difference, mask, coef, discount, sequence_ids, baseline)
+
+
+def extrapolated_advantages(
+    sampler_logprobs: Tensor,  # [..., T]
+    teacher_logprobs: Tensor,  # [..., T]
+    ref_logprobs: Tensor,  # [..., T]
+    mask: Tensor | None = None,  # [..., T]
+    *,
+    extrapolate: float,
+    coef: float = 1.0,
+    discount: float = 0.0,
+    sequence_ids: Tensor | None = None,
+    baseline: Tensor | None = None,  # [..., T]
+) -> Tensor:
+    """Advantages [..., T] that go past the teacher, away from a reference model: of one token, with λ = `extrapolate` ≥ 0,
+
+        A = λ (log q − log r) − (log p − log r)        p: sampler, q: teacher, r: reference
+
+    The reward of G-OPD, ExOPD for λ > 1 (Yang et al., "Learning beyond Teacher", 2026). Its mean gradient is that of the
+    reverse KL to softmax(λ log q + (1 − λ) log r) over the vocabulary. λ = 1 is `reverse_kl_advantages`, λ = 0 the reverse
+    KL to the reference. The reference is usually what the teacher was trained from, or the student before its training.
+
+    Everything else is as in `reverse_kl_advantages`, with d = −mask · A of one token. A reference that forbids what was
+    sampled (r = 0) makes A +inf for λ > 1, −inf for λ < 1: mask such tokens out.
+    """
+    check.check_finite("extrapolate", extrapolate)
+    if extrapolate < 0.0:
+        raise ValueError(f"extrapolate is {extrapolate}; it must be >= 0 (1: the teacher itself, 0: the reference)")
+    policies = {
+        "sampler_logprobs": sampler_logprobs,
+        "teacher_logprobs": teacher_logprobs,
+        "ref_logprobs": ref_logprobs,
+    }
+    ours, theirs, ref = _logprobs(policies, mask)
+    difference = ours
+    for weight, logprobs in ((float(extrapolate), theirs), (1.0 - float(extrapolate), ref)):
+        if weight != 0.0:  # 0 · −inf is 0
+            difference = difference - weight * logprobs
+    return _advantages(difference, mask, coef, discount, sequence_ids, baseline)
+
+
+def centred_advantages(
+    advantages: Tensor,  # [..., T]
+    mask: Tensor | None = None,  # [..., T]
+    *,
+    sequence_ids: Tensor | None = None,
+) -> Tensor:
+    """The mean as baseline: A_i − mask_i · b [..., T], b the mean Σ A / Σ mask over the tokens of all *other* sequences.
+
+    What other sequences sampled does not depend on the token, so that the policy gradient keeps its mean exactly: the
+    baseline of RLOO (Kool et al., 2019; Ahmadian et al., 2024), per token. The plain mean of the batch would shrink the
+    gradient, the more the fewer sequences there are. `advantages` may be those of any function here, of rewards, or sums.
+    A row along the last dimension is a sequence, or holds several, told apart by `sequence_ids` as in
+    `reverse_kl_advantages`. A sequence without others keeps its advantages. Masked tokens get 0, whatever they hold.
+
+    Give all sequences of a step in one call. Returns float32 (float64 for float64), detached, without a synchronisation.
+    Raises TypeError or ValueError for what does not fit.
+    """
+    check.check_tensor("advantages", advantages)
+    if advantages.dim() == 0:
+        raise ValueError("advantages is a single number, which makes no sequence: expected [..., T]")
+    _check_alike("advantages", advantages, {"mask": mask, "sequence_ids": sequence_ids})
+    dtype = torch.promote_types(advantages.dtype, torch.float32)
+    weights = torch.ones_like(advantages, dtype=torch.float64) if mask is None else mask.detach().double()
+    active = weights != 0
+    values = advantages.detach().double().where(active, 0.0)
+    sequences = Sequences(advantages, sequence_ids)
+
+    def of_others(numbers: Tensor) -> Tensor:
+        return numbers.sum() - sequences.sum(numbers.reshape(-1)).reshape(numbers.shape)
+
+    mean = of_others(values) / of_others(weights)
+    centred = values - weights * mean.where(of_others(active.double()) > 0, 0.0)
+    return centred.where(active, 0.0).to(dtype)
+
+
+def _check_alike(first: str, like: Tensor, others: dict[str, Tensor | None]) -> None:
+    """Shapes and devices of tensors per token, and ids that are integers."""
     for name, tensor in others.items():
-        if tensor is not None and tensor.shape != sampler_logprobs.shape:
-            raise ValueError(f"{name} is {list(tensor.shape)} but sampler_logprobs is {list(sampler_logprobs.shape)}")
-        if tensor is not None:
-            check.check_device(name, tensor, sampler_logprobs, "sampler_logprobs")
-    if sequence_ids is not None:
-        check.check_integers("sequence_ids", sequence_ids)
+        if tensor is None:
+            continue
+        check.check_tensor(name, tensor)
+        if tensor.shape != like.shape:
+            raise ValueError(f"{name} is {list(tensor.shape)} but {first} is {list(like.shape)}")
+        check.check_device(name, tensor, like, first)
+        if name == "sequence_ids":
+            check.check_integers(name, tensor)
+
+
+def _logprobs(policies: dict[str, Tensor], mask: Tensor | None) -> list[Tensor]:
+    """Log-probs of the same tokens, checked and detached, in one dtype."""
+    dtype, (first, like) = torch.float32, next(iter(policies.items()))
+    for name, logprobs in policies.items():
+        dtype = torch.promote_types(dtype, check.check_tensor(name, logprobs).dtype)
+    _check_alike(first, like, {**policies, "mask": mask})
+    for name, logprobs in policies.items():
+        check_logprobs(name, logprobs, None if mask is None else mask != 0)
+    return [logprobs.detach().to(dtype) for logprobs in policies.values()]
+
+
+def _power_difference(a: Tensor, b: Tensor, power: float) -> Tensor:
+    """(exp(power · a) − exp(power · b)) / power of log-probs, without cancellation; a − b for a power near 0.
+
+    With P the larger exponential and x = power · |a − b|, it is ± P (1 − e⁻ˣ) / power.
+    """
+    gap = (a.double() - b.double()).abs().where(a != b, 0.0)  # −inf is as impossible as −inf
+    x = power * gap
+    share = -torch.expm1(-x)
+    size = torch.where(x < 1.0, gap * torch.where(x > 0.0, share / x, 1.0), share / power)
+    size = size * torch.exp(power * torch.maximum(a, b).double())
+    return torch.where(a < b, -size, size).to(a.dtype)
+
+
+def _advantages(
+    difference: Tensor,
+    mask: Tensor | None,
+    coef: float,
+    discount: float,
+    sequence_ids: Tensor | None,
+    baseline: Tensor | None,
+) -> Tensor:
+    """−coef · (Σ_{k≥0} discountᵏ d_{i+k} − mask_i · baseline_i) with d = mask · difference."""
+    check.check_finite("coef", coef)
     check.check_number("discount", discount)
     if not 0.0 <= discount <= 1.0:
         raise ValueError(f"discount is {discount}; it must be in [0, 1]")
-    for name, logprobs in (("sampler_logprobs", sampler_logprobs), ("teacher_logprobs", teacher_logprobs)):
-        check_logprobs(name, logprobs, None if mask is None else mask != 0)
-    difference = sampler_logprobs.detach().to(dtype) - teacher_logprobs.detach().to(dtype)
+    _check_alike("sampler_logprobs", difference, {"sequence_ids": sequence_ids, "baseline": baseline})
     if mask is not None:
         difference = (difference * mask).where(mask != 0, 0.0)
     if discount > 0.0 and difference.dim() > 0:
         difference = future_sums(difference, discount, sequence_ids)
     if baseline is not None:
-        own = baseline.detach().to(dtype)
+        own = baseline.detach().to(difference.dtype)
         difference = difference - (own if mask is None else (own * mask).where(mask != 0, 0.0))
     advantages = -coef * difference
     return advantages if mask is None else advantages.where(mask != 0, 0.0)

@@ -147,14 +147,15 @@ def sampled_reverse_kl_loss(
     coef: float = 1.0,
     discount: float = 0.0,
     baseline: Tensor | None = None,
+    power: float = 0.0,
     **options: Unpack[PolicyOptions],
 ) -> LossOutput:
     """On-policy distillation in one call: `policy_gradient_loss` on `env_advantages + reverse_kl_advantages(...)`.
 
     The advantages are those of `reverse_kl_advantages(sampler_logprobs, teacher_logprobs, mask != 0, coef=coef,
-    discount=discount, sequence_ids=sequence_ids, baseline=baseline)`, computed before the update, plus `env_advantages`
-    [...] if there is an environment's reward too. All other arguments are those of `policy_gradient_loss`; a weight in
-    `mask` counts once, in the loss.
+    discount=discount, sequence_ids=sequence_ids, baseline=baseline, power=power)`, computed before the update, plus
+    `env_advantages` [...] if there is an environment's reward too. All other arguments are those of
+    `policy_gradient_loss`; a weight in `mask` counts once, in the loss.
 
     Metrics: those of `policy_gradient_loss` and teacher_kl, the mean of ℓ_sampler − ℓ_teacher over the tokens that count.
     """
@@ -175,6 +176,7 @@ def sampled_reverse_kl_loss(
         discount=discount,
         sequence_ids=options["sequence_ids"],
         baseline=baseline,
+        power=power,
     )
     if env_advantages is not None:
         advantages = advantages + _advantages("env_advantages", env_advantages, hidden, options["sequence_ids"])

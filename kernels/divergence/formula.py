@@ -44,6 +44,7 @@ Divergence = Literal[
     "total_variation",
 ]
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
+MOST_POWER = 1000.0  # 0.9 to this power is 0 in float32
 
 
 class PerToken(NamedTuple):
@@ -106,6 +107,14 @@ def check_alpha(alpha: float) -> None:
     """ValueError for what is no α of a skewed KL."""
     if not 0.0 <= alpha < 1.0:
         raise ValueError(f"alpha is {alpha}; it must be in [0, 1): at 1 both sides of the divergence are the same")
+
+
+def check_power(power: float) -> None:
+    """ValueError for what is no power of a density power divergence, nor of a bounded reward."""
+    if not 0.0 <= power <= MOST_POWER:
+        raise ValueError(
+            f"power is {power}; it must be in [0, {MOST_POWER:g}] (0: the reverse KL; large powers see only certain tokens)"
+        )
 
 
 def mixture(kind: Divergence, parameter: float) -> Mixture:

@@ -61,7 +61,10 @@ def test_functions_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     with refused_non_determinism(monkeypatch):
         loss.linear_top_k(p.hidden, p.weight, 3)
         loss.linear_ranks(p.hidden, p.weight, p.tokens)
-        loss.reverse_kl_advantages(p.sampler_logprobs, p.teacher_logprobs, discount=0.5, sequence_ids=IDS)
+        logprobs, packed = (p.sampler_logprobs, p.teacher_logprobs), {"discount": 0.5, "sequence_ids": IDS}
+        advantages = loss.reverse_kl_advantages(*logprobs, power=0.5, **packed)
+        loss.extrapolated_advantages(*logprobs, p.teacher_logprobs, extrapolate=1.25, **packed)
+        loss.centred_advantages(advantages, sequence_ids=IDS)
 
 
 @frozen_or_all
@@ -76,7 +79,8 @@ def test_token_stats(monkeypatch: pytest.MonkeyPatch, entropy_grad: bool, needs:
 
 def test_every_public_function_is_here() -> None:
     public = {name for name in loss.__all__ if inspect.isfunction(getattr(loss, name))}
-    without = {"linear_top_k", "linear_ranks", "reverse_kl_advantages", "linear_token_stats"}
+    advantages = {"reverse_kl_advantages", "extrapolated_advantages", "centred_advantages"}
+    without = {"linear_top_k", "linear_ranks", "linear_token_stats"} | advantages
     assert public == without | {one.function.__name__ for one in LOSSES.values()}
 
 

@@ -275,6 +275,9 @@ ADVANTAGES: list[tuple[dict[str, Any], str]] = [
     ({"discount": -0.5}, "discount is -0.5"),
     ({"discount": nan}, "discount is nan"),
     ({"mask": ones(2, 3, device=META)}, "mask is on meta / is on cpu"),
+    ({"power": -0.5}, "power is -0.5; it must be in [0, 1000] / 0: the reverse KL"),
+    ({"power": 1001}, "power is 1001"),
+    ({"power": nan}, "power is nan"),
 ]
 
 
@@ -282,6 +285,28 @@ ADVANTAGES: list[tuple[dict[str, Any], str]] = [
 def test_advantages_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=pattern(message)):
         loss.reverse_kl_advantages(**{"sampler_logprobs": zeros(2, 3), "teacher_logprobs": zeros(2, 3), **change})
+
+
+EXTRAPOLATED: list[tuple[dict[str, Any], str]] = [
+    ({"ref_logprobs": zeros(2, 4)}, "ref_logprobs is [2, 4] but sampler_logprobs is [2, 3]"),
+    ({"ref_logprobs": ones(2, 3)}, "ref_logprobs holds 1, and the log of a probability is at most 0"),
+    ({"extrapolate": -1.0}, "extrapolate is -1.0; it must be >= 0"),
+    ({"extrapolate": nan}, "extrapolate is nan; it must be finite"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), EXTRAPOLATED)
+def test_extrapolated_advantages_refused(change: dict[str, Any], message: str) -> None:
+    given = {"sampler_logprobs": zeros(2, 3), "teacher_logprobs": zeros(2, 3), "ref_logprobs": zeros(2, 3)}
+    with pytest.raises(ValueError, match=pattern(message)):
+        loss.extrapolated_advantages(**{**given, "extrapolate": 1.25, **change})
+
+
+def test_centred_advantages_refused() -> None:
+    with pytest.raises(ValueError, match=pattern("mask is [3] but advantages is [2, 3]")):
+        loss.centred_advantages(zeros(2, 3), ones(3))
+    with pytest.raises(TypeError, match=pattern("sequence_ids is torch.float32; expected integers")):
+        loss.centred_advantages(zeros(2, 3), sequence_ids=ones(2, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)

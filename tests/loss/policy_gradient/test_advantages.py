@@ -41,14 +41,16 @@ def packs(shape: tuple[int, ...], seed: int) -> Tensor:
     st.sampled_from(sorted(MASKS)),
     st.booleans(),
     st.sampled_from([1.0, 0.3, -2.0]),
+    st.sampled_from([0.0, 0.1, 1.0, 5.0]),
 )
 def test_equals_reference(
-    seed: int, shape: tuple[int, ...], discount: float, mask_dtype: str, packed: bool, coef: float
+    seed: int, shape: tuple[int, ...], discount: float, mask_dtype: str, packed: bool, coef: float, power: float
 ) -> None:
     sampler, teacher = logprobs(shape, seed)
     mask, ids = masks(shape, seed, MASKS[mask_dtype]), packs(shape, seed) if packed else None
-    ours = loss.reverse_kl_advantages(sampler, teacher, mask, coef=coef, discount=discount, sequence_ids=ids)
-    expected = packed_advantages(sampler, teacher, mask.double(), ids, coef=coef, discount=discount)
+    options = {"coef": coef, "discount": discount, "power": power}
+    ours = loss.reverse_kl_advantages(sampler, teacher, mask, sequence_ids=ids, **options)
+    expected = packed_advantages(sampler, teacher, mask.double(), ids, **options)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
