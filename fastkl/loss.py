@@ -121,6 +121,7 @@ from fastkl._loss.token_stats import TokenStats, linear_logprobs, linear_token_s
 from fastkl._loss.top_k import top_k_kl_loss
 from fastkl.kernels.divergence.formula import PerToken
 from fastkl.kernels.options import Backward, Sparse
+from fastkl.kernels.top_k.sampled import TailPerToken
 
 __all__ = [
     "Backward",
@@ -129,6 +130,7 @@ __all__ = [
     "PerToken",
     "Predictions",
     "Sparse",
+    "TailPerToken",
     "TokenStats",
     "TopK",
     "centred_advantages",

@@ -214,12 +214,7 @@ def top_k_kl(
 
     Of the teacher's remaining mass 1 − Σ q, 16 eps may be rounding: no less is divided by, and no less is weighed with.
     """
-    listed, rest = ids >= 0, torch.ones_like(student_logits, dtype=torch.bool)
-    rest = rest.scatter(-1, ids.where(listed, ids[..., :1]), False)
-    probabilities = torch.softmax(student_logits, -1)
-    p = probabilities.gather(-1, ids.clamp(min=0)).where(listed, 0.0)
-    q = teacher_logprobs.exp().where(listed, 0.0)
-    p_rest, q_rest = (probabilities * rest).sum(-1, keepdim=True), 1.0 - q.sum(-1, keepdim=True)
+    p, q, p_rest, q_rest = _listed(student_logits, ids, teacher_logprobs)
     least = 16 * torch.finfo(q.dtype).eps
     q_rest = q_rest.clamp(min=least) if direction == "reverse" else q_rest.where(q_rest > least, 0.0)
     if tail == "bucket":
@@ -229,6 +224,41 @@ def top_k_kl(
         inside = p.sum(-1, keepdim=True)
         p, q, outside = p / inside, q / q.sum(-1, keepdim=True), -torch.log(inside)
     return (_kl(p, q) if direction == "reverse" else _kl(q, p)) + outside.squeeze(-1)
+
+
+def sampled_tail(
+    student_logits: Tensor,  # [..., V]
+    ids: Tensor,  # [..., k]; −1 pads
+    teacher_logprobs: Tensor,  # [..., k]
+    tokens: Tensor,  # [...]
+    token_teacher_logprobs: Tensor,  # [...]
+    sampler_logprobs: Tensor | None = None,  # [...]
+    tail_baseline: Tensor | float | None = None,  # [...] or a number
+    tail_weight: float = 1.0,
+    truncate_ratio: float | None = None,
+) -> Tensor:
+    """Per row [...], what sampled tokens add to `top_k_kl` (reverse, bucket): w (r 1[y∉K] (d_y − ρ − c) + c (1 − P)).
+
+    The factor of r is a constant for autograd. It is 0 where the student cannot emit the token.
+    """
+    _, q, p_rest, q_rest = _listed(student_logits, ids, teacher_logprobs)
+    p_rest, q_rest = p_rest.squeeze(-1), q_rest.squeeze(-1).clamp(min=16 * torch.finfo(q.dtype).eps)
+    c = 0.0 if tail_baseline is None else tail_baseline
+    own = logprobs(student_logits, tokens)
+    counted = ((ids < 0) | (ids != tokens[..., None])).all(-1) & (own > -torch.inf)
+    rho = torch.where(p_rest > 0, p_rest, q_rest).log() - q_rest.log()
+    excess = torch.where(counted, _log_ratio(own, token_teacher_logprobs) - rho - c, 0.0).detach()
+    return tail_weight * (importance_ratio(own, sampler_logprobs, truncate_ratio) * excess + c * p_rest)
+
+
+def _listed(student_logits: Tensor, ids: Tensor, teacher_logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Probabilities of student and teacher on the list [..., k], 0 where padded, and their masses outside [..., 1]."""
+    listed, rest = ids >= 0, torch.ones_like(student_logits, dtype=torch.bool)
+    rest = rest.scatter(-1, ids.where(listed, ids[..., :1]), False)
+    probabilities = torch.softmax(student_logits, -1)
+    p = probabilities.gather(-1, ids.clamp(min=0)).where(listed, 0.0)
+    q = teacher_logprobs.exp().where(listed, 0.0)
+    return p, q, (probabilities * rest).sum(-1, keepdim=True), 1.0 - q.sum(-1, keepdim=True)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def row_function(spec: Spec, hidden: Tensor) -> RowFunction:
     if spec.kind == "cross_entropy":
         return partial(_module("rows.cross_entropy", spec, hidden).cross_entropy, spec.cross_entropy)
     if spec.kind == "top_k":
-        return partial(top_k, spec.variant, _module("top_k", spec, hidden), hard=hard)
+        return partial(top_k, spec.variant, _module("top_k", spec, hidden), hard=hard, tail=spec.tail)
     return cast(RowFunction, getattr(_module("rows", spec, hidden), spec.kind))
 
 

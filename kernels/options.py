@@ -10,9 +10,10 @@ METHODS: tuple[str, ...] = get_args(Method)
 KLEstimate = Literal["k1", "k2", "k3"]
 KL_ESTIMATES: tuple[KLEstimate, ...] = ("k1", "k2", "k3")
 Direction = Literal["reverse", "forward"]
-Tail = Literal["bucket", "renormalise", "drop"]
+ListTail = Literal["bucket", "renormalise", "drop"]  # made from a list alone, in both directions
+Tail = Literal[ListTail, "sampled"]
 DIRECTIONS: tuple[Direction, ...] = ("reverse", "forward")
-TAILS: tuple[Tail, ...] = ("bucket", "renormalise", "drop")
+TAILS: tuple[ListTail, ...] = get_args(ListTail)
 
 ERROR = 2e-3  # what rounding the gradient by the logits to bfloat16 costs
 
@@ -65,6 +66,22 @@ class Surrogate:
             raise ValueError(
                 f'dual_clip is {self.dual_clip} with method {self.method!r}; it belongs to "ppo" and must be > 1'
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledTail:
+    """How the sampled tokens stand for what a list of likeliest tokens leaves out (`fastkl.loss.top_k_kl_loss`)."""
+
+    tail_weight: float = 1.0
+    truncate_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.tail_weight <= 1.0:
+            raise ValueError(
+                f"tail_weight is {self.tail_weight}; it must be in [0, 1] (1: without bias, 0: the bucket alone)"
+            )
+        if self.truncate_ratio is not None and not self.truncate_ratio > 0:
+            raise ValueError(f"truncate_ratio is {self.truncate_ratio}; it must be > 0, or None")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from fastkl.kernels.divergence.formula import ROWS, ROWS_WITH_EXTRAS
-from fastkl.kernels.options import CrossEntropy, Sparse, Surrogate
+from fastkl.kernels.options import CrossEntropy, SampledTail, Sparse, Surrogate
+from fastkl.kernels.rows.interface import TailTokens
 from fastkl.kernels.surrogate import log_ratio, surrogate_terms
+from fastkl.kernels.top_k.sampled import ROWS_WITH_TAIL
 
 Kind = Literal["token_nll", "token_nll_entropy", "cross_entropy", "divergence", "top_k"]
 Backend = Literal["auto", "triton", "torch", "epilogue"]
@@ -65,6 +67,7 @@ class Spec(NamedTuple):
     sparse: Sparse | None = None  # None: the backward pass is exact
     cross_entropy: CrossEntropy | None = None  # of that kind
     hard_coef: float = 0.0  # of a divergence: of the cross-entropy at temperature 1 beside it
+    tail: SampledTail | None = None  # of top_k "reverse-bucket", to which the sampled tokens add what it lacks
 
     @property
     def outputs(self) -> int:
@@ -74,13 +77,16 @@ class Spec(NamedTuple):
             return (ROWS_WITH_EXTRAS if self.extras else ROWS) + hard
         if self.kind == "cross_entropy":
             return 5 if self.extras else 4
-        return {"token_nll": 1, "token_nll_entropy": 5, "top_k": 2 + hard}[self.kind]
+        if self.kind == "top_k":
+            return (ROWS_WITH_TAIL if self.tail is not None else ROWS) + hard
+        return {"token_nll": 1, "token_nll_entropy": 5}[self.kind]
 
 
 class Inputs(NamedTuple):
     """The tensors of a loss on N rows. Hidden sizes of student and teacher may differ, vocabularies may not.
 
-    A divergence has its teacher as a head or as logits, top_k as the list of the teacher's likeliest tokens.
+    A divergence has its teacher as a head or as logits, top_k as the list of the teacher's likeliest tokens, and with a
+    sampled tail what the teacher says of the tokens too.
     """
 
     hidden: Tensor  # [N, D]
@@ -93,6 +99,7 @@ class Inputs(NamedTuple):
     teacher_logits: Tensor | TeacherChunks | None = None  # [N, V], before any scaling
     top_ids: Tensor | None = None  # [N, k] int64
     top_logprobs: Tensor | None = None  # [N, k], compute dtype
+    tail: TailTokens | None = None  # of N rows
     class_weight: Tensor | None = None  # [V], compute dtype
 
     def take(self, index: Tensor | None) -> Inputs:
@@ -107,6 +114,7 @@ class Inputs(NamedTuple):
             teacher_logits=None if logits is None else _lazy_rows(logits, index),
             top_ids=_take(self.top_ids, index),
             top_logprobs=_take(self.top_logprobs, index),
+            tail=None if self.tail is None else self.tail.take(index),
         )
 
 

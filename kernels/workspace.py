@@ -55,7 +55,8 @@ class Workspace:
             _teacher_scores(inputs, rows, self.spec.teacher, self.teacher[:n])
             logits = logits._replace(teacher=self.teacher[:n], teacher_cap=self.spec.teacher.cap)
         if inputs.top_ids is not None and inputs.top_logprobs is not None:
-            logits = logits._replace(top_ids=inputs.top_ids[rows], top_logprobs=inputs.top_logprobs[rows])
+            tail = None if inputs.tail is None else inputs.tail.take(rows)
+            logits = logits._replace(top_ids=inputs.top_ids[rows], top_logprobs=inputs.top_logprobs[rows], tail=tail)
         tokens = None if inputs.tokens is None else inputs.tokens[rows]
         return Chunk(rows, logits, tokens, self.gradient[place : place + n])
 

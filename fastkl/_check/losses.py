@@ -14,6 +14,7 @@ from fastkl._check.problem import NAMES, Problem
 from fastkl.kernels.problem import Backend
 
 ENTROPY_COEF = 0.01
+TAIL_BASELINE = 0.5
 PER_TOKEN = ("advantages", "old_logprobs", "top_logprobs")
 GRADIENTS = 1e-4  # of gradients whose operands were not rounded
 CHUNKS = 2
@@ -51,6 +52,18 @@ def _top_k(p: Problem, **options: Any) -> Tensor:
     return loss.top_k_kl_loss(p.hidden, p.weight, p.top_ids, p.top_logprobs, **options).loss
 
 
+def _sampled_tail(p: Problem, **options: Any) -> Tensor:
+    """The sampler in the place of the teacher, too."""
+    own = {"token_teacher_logprobs": p.old_logprobs, "sampler_logprobs": p.old_logprobs, "tail_baseline": TAIL_BASELINE}
+    likeliest = p.top_ids, p.top_logprobs
+    return loss.top_k_kl_loss(p.hidden, p.weight, *likeliest, tail="sampled", tokens=p.tokens, **own, **options).loss
+
+
+def _exact_sampled_tail(p: Problem, z: Tensor, _: Tensor) -> Tensor:
+    likeliest, tokens = (p.top_ids, p.top_logprobs), (p.tokens, p.old_logprobs, p.old_logprobs)
+    return reference.top_k_kl(z, *likeliest) + reference.sampled_tail(z, *likeliest, *tokens, TAIL_BASELINE)
+
+
 def _divergence(function: Callable[..., loss.LossOutput]) -> Call:
     return lambda p, **options: function(p.hidden, p.weight, p.teacher_hidden, p.teacher_weight, **options).loss
 
@@ -69,6 +82,7 @@ LOSSES = (
     ),
     Loss("cross-entropy", _cross_entropy, lambda p, z, _: reference.cross_entropy(z, p.tokens)),
     Loss("top-k KL", _top_k, lambda p, z, _: reference.top_k_kl(z, p.top_ids, p.top_logprobs)),
+    Loss("top-k KL, sampled tail", _sampled_tail, _exact_sampled_tail),
     Loss("reverse KL", _divergence(loss.reverse_kl_loss), lambda _, z, q: reference.reverse_kl(z, q), 2),
     Loss("forward KL", _divergence(loss.forward_kl_loss), lambda _, z, q: reference.forward_kl(z, q), 2),
     Loss("JSD", _divergence(loss.jsd_loss), lambda _, z, q: reference.jsd(z, q), 2),

@@ -32,6 +32,7 @@ OTHER_NAMES = {
     ("ref_per_token_logps", "ref_log_probs", "ref_log_prob", "reference_policy_logprobs"): "ref_logprobs",
     ("beta", "kl_coef", "kl_loss_coef", "reference_policy_kl_penalty"): "ref_kl_coef",
     ("use_bias_correction_kl", "use_importance_sampling_correction_kl"): "ref_kl_ratio",
+    ("token_logprobs", "sampled_teacher_logprobs", "teacher_token_logprobs"): "token_teacher_logprobs",
     ("delta", "clip_ratio_c", "ratio_clip_c"): "dual_clip",
     ("importance_sampling_level",): "ratio",
     ("num_items_in_batch", "num_tokens"): "normalizer",

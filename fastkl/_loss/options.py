@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastkl._loss import hints
 from fastkl._loss.arguments import check_number
-from fastkl.kernels.options import Backward, CrossEntropy, Direction, KLEstimate, Method, Surrogate, Tail
+from fastkl.kernels.options import Backward, CrossEntropy, Direction, KLEstimate, Method, SampledTail, Surrogate, Tail
 from fastkl.kernels.problem import Backend, HeadOptions, TeacherChunks
 
 Ratio = Literal["token", "sequence"]
@@ -96,6 +96,11 @@ class SharedVocabularyOptions(LossOptions, total=False):
 class TopKOptions(SharedVocabularyOptions, total=False):
     direction: Annotated[Direction, "reverse"]
     tail: Annotated[Tail, "bucket"]
+    token_teacher_logprobs: Annotated[Tensor | None, None]
+    sampler_logprobs: Annotated[Tensor | None, None]
+    tail_baseline: Annotated[Tensor | float | None, None]
+    tail_weight: Annotated[float, SampledTail.tail_weight]
+    truncate_ratio: Annotated[float | None, SampledTail.truncate_ratio]
 
 
 class DivergenceOptions(SharedVocabularyOptions, total=False):
@@ -109,7 +114,8 @@ class DivergenceOptions(SharedVocabularyOptions, total=False):
 
 # At import, because torch.compile does not trace `dataclasses.fields`.
 _FIELDS: dict[Any, list[str]] = {
-    kind: [field.name for field in dataclasses.fields(kind)] for kind in (HeadOptions, Surrogate, CrossEntropy)
+    kind: [field.name for field in dataclasses.fields(kind)]
+    for kind in (HeadOptions, Surrogate, CrossEntropy, SampledTail)
 }
 
 

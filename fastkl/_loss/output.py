@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkl.kernels.divergence.formula import PerToken
+from fastkl.kernels.top_k.sampled import TailPerToken
 
 
 class Predictions(NamedTuple):
@@ -25,7 +26,8 @@ class LossOutput(NamedTuple):
     # Log-prob of each token, float32 (float64 for float64), detached, 0 where masked; None where no tokens were given.
     logprobs: Tensor | None
     metrics: dict[str, Tensor]  # detached 0-dim tensors; reading one synchronises
-    per_token: PerToken | Predictions | None = None  # of a divergence or a cross-entropy that was asked for it
+    # Of a divergence or a cross-entropy that was asked for it; of a top-k KL with a sampled tail in any case.
+    per_token: PerToken | Predictions | TailPerToken | None = None
 
 
 def _no_such_attribute(_: LossOutput, name: str) -> NoReturn:

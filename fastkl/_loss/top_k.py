@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -11,7 +13,8 @@ from fastkl._loss.numbers import BadNumbers, check_logprobs, visible
 from fastkl._loss.options import TopKOptions, takes
 from fastkl._loss.output import LossOutput
 from fastkl._loss.rows import divergence_output, flat_call
-from fastkl.kernels.options import DIRECTIONS, TAILS
+from fastkl._loss.sampled_tail import check_tail, tail_output, with_tail
+from fastkl.kernels.options import DIRECTIONS, Tail
 
 
 @takes(TopKOptions)
@@ -25,6 +28,7 @@ def top_k_kl_loss(
     """KL divergence to a teacher of which only the k likeliest tokens are known; the student's side is exact.
 
     teacher_ids       [..., k], distinct ids of a row; −1 pads at the end of a row. One that takes part has an id at least.
+                      They may be any ids, as the student's likeliest, if the teacher was asked for those.
     teacher_logprobs  [..., k], as the teacher normalised them over its whole vocabulary, at the temperature of this call.
     direction         "reverse", KL(student ‖ teacher), or "forward", KL(teacher ‖ student).
     tail              what becomes of the tokens that are not listed:
@@ -34,18 +38,53 @@ def top_k_kl_loss(
                       renormalised, and −log of the student's mass within it on top, which makes leaving the list cost.
                       "drop": the terms of the listed tokens alone, as they are. Biased, and no divergence: it may be
                       negative, and in the reverse direction the student pays nothing for what is not listed.
+                      "sampled": the bucket, and the sampled token in place of what the bucket does not see. Without bias:
+                      on average the reverse KL over the whole vocabulary, and its gradient. See below.
     On an accelerator nobody looks at the ids: a list without one, or with one outside the vocabulary, makes its row NaN.
     A bias of −inf forbids a token outside the list, with a soft-cap or without. It forbids a listed token too, except under
     a soft-cap: the token's score is then −softcap, as in all other losses.
     The other arguments are those of the divergences (`fastkl.loss`). Formulas: `fastkl.kernels.top_k.formula`.
 
-    Metrics, over the rows that take part: top_k_kl_mean, top_k_kl_max.
+    A sampled tail is for direction "reverse", needs `tokens`, sampled at this temperature without top-p or top-k, and has
+    options of its own. All other tails refuse them.
+
+    token_teacher_logprobs  [...], the teacher's log-probs of `tokens`, normalised as the list's. Those of listed tokens say
+                            nothing here. −inf makes the loss of another token infinite, as the true divergence is: put a
+                            floor under them.
+    sampler_logprobs        [...], log-probs of `tokens` under the policy that sampled them, for an importance ratio r.
+                            None: the student itself did, r = 1. Log-ratios are clamped to ±20, as in
+                            `policy_gradient_loss`.
+    tail_baseline           c, a number or [...], in nats. It must not depend on the token itself. A running mean of
+                            `LossOutput.per_token.gap` over earlier tokens outside the list lowers the variance. None: 0.
+    tail_weight             w in [0, 1]. 1: without bias. Less trades noise for a part 1 − w of the bucket's bias.
+    truncate_ratio          > 0: caps r, as in `policy_gradient_loss`. That has a bias of its own. None: no cap.
+
+    With K the list, P and Q the masses of student and teacher on it, ρ = log((1 − P) / (1 − Q)), and d = log p − log q:
+
+        value     bucket + w (r 1[y∉K] (d_y − ρ − c) + c (1 − P))
+        gradient  ∇bucket + w (r 1[y∉K] (d_y − ρ − c) ∇log p_y + c ∇(1 − P))        the factor of ∇log p_y is a constant
+
+    On average over y, at w = 1 without a cap, that is the gradient of KL(p ‖ q), for any c and finite ρ that y does not
+    change:
+        E r 1[y∉K] f_y ∇log p_y = Σ_{v∉K} f_v ∇p_v for any f, as r makes it a mean under p, and p ∇log p = ∇p.
+        With f = d − ρ − c it is Σ_{v∉K} d_v ∇p_v − (ρ + c) ∇(1 − P), and c ∇(1 − P) is given back.
+        ∇bucket = Σ_K (d_v + 1) ∇p_v + (ρ + 1) ∇(1 − P) = Σ_K d_v ∇p_v + ρ ∇(1 − P), as Σ_K ∇p_v + ∇(1 − P) = 0.
+        The sum is Σ_v d_v ∇p_v, the gradient of Σ_v p_v d_v, as Σ_v ∇p_v = 0. The value: p in place of ∇p throughout.
+
+    Metrics, over the rows that take part: top_k_kl_mean, top_k_kl_max. With a sampled tail they are of the value above, and
+    there are also tail_share, the share of tokens outside the list; list_mass, the mean of P; bucket_kl, the mean of what
+    the bucket gives; tail_gap, the mean of d_y − ρ over the tokens outside. With sampler_logprobs ratio_mean, ratio_min and
+    ratio_max, before the cap, and clip_fraction, the share of tokens whose gradient the cap changed.
+    `LossOutput.per_token` is then a `TailPerToken`.
+
+    Raises TypeError or ValueError for arguments that do not fit, before anything is computed.
     """
     direction, tail = options["direction"], options["tail"]
     if direction not in DIRECTIONS:
         raise ValueError(f"direction is {direction!r}; use one of {', '.join(DIRECTIONS)}")
-    if tail not in TAILS:
-        raise ValueError(f"tail is {tail!r}; use one of {', '.join(TAILS)}")
+    if tail not in get_args(Tail):
+        raise ValueError(f"tail is {tail!r}; use one of {', '.join(get_args(Tail))}")
+    sampled = check_tail(options)
     call = flat_call(hidden, weight, options["tokens"], options, "top_k")
     ids, logprobs = _check_list(teacher_ids, teacher_logprobs, hidden)
     if visible(ids):
@@ -54,10 +93,13 @@ def top_k_kl_loss(
     logprobs = logprobs.to(call.token_weights.dtype)
     call = call._replace(
         inputs=call.inputs._replace(top_ids=ids, top_logprobs=logprobs),
-        spec=call.spec._replace(variant=f"{direction}-{tail}"),
+        spec=call.spec._replace(variant=f"{direction}-{'bucket' if tail == 'sampled' else tail}"),
     )
+    if sampled is not None:
+        call = with_tail(call, sampled, hidden, options)
     factor = options["temperature"] ** 2 if options["squared_temperature"] else 1.0
-    return divergence_output(call, "top_k_kl", factor)[0]
+    output, values = divergence_output(call, "top_k_kl", factor)
+    return output if sampled is None else tail_output(call, output, values)
 
 
 def _check_list(ids: Tensor, logprobs: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,17 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 
+class TailTokens(NamedTuple):
+    """What is known of the sampled tokens, for a tail that they stand for: [n] each, compute dtype."""
+
+    teacher_logprobs: Tensor
+    sampler_logprobs: Tensor | None = None  # None: the student itself sampled them
+    baseline: Tensor | None = None  # None: 0
+
+    def take(self, index: Tensor | slice) -> TailTokens:
+        return TailTokens(*[None if rows is None else rows[index] for rows in self])  # type: ignore[arg-type]
+
+
 class Logits(NamedTuple):
     """Scaled scores x of a chunk, and what there is of the teacher: its scores, or its likeliest tokens."""
 
@@ -32,6 +43,7 @@ class Logits(NamedTuple):
     teacher_bias: Tensor | None = None  # [V] float32, likewise
     top_ids: Tensor | None = None  # [n, k] int64
     top_logprobs: Tensor | None = None  # [n, k], compute dtype
+    tail: TailTokens | None = None
     class_weight: Tensor | None = None  # [V], compute dtype
 
 

@@ -16,6 +16,8 @@ student's distribution within the tail (so that p_v = p_tail e_v there):
 A tail as a bucket makes D the divergence of two distributions over k + 1 outcomes: at least 0, at most the true one.
 Renormalised, −log P is what leaving the set costs. Dropped, D is no divergence: it may be negative, and in the reverse
 direction a student that leaves the set pays nothing.
+
+What a sampled token adds to reverse-bucket is in `sampled.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ import torch
 from torch import Tensor
 
 from fastkl.kernels.divergence.formula import HardTarget
-from fastkl.kernels.rows.interface import Logits
+from fastkl.kernels.options import SampledTail
+from fastkl.kernels.rows.interface import Logits, TailTokens
+from fastkl.kernels.top_k.sampled import TailPerToken, addition
 
 
 class TailFunctions(Protocol):
@@ -59,10 +63,13 @@ def top_k(
     out: Tensor,
     gradient: Tensor | None,
     hard: HardTarget | None = None,
+    tail: SampledTail | None = None,
 ) -> None:
     """out[0] = D of `variant`, with its gradient; out[1] = −log p[y], 0 without tokens.
 
-    With a hard target, which needs tokens, out[2] is its −log p¹[y], and the gradient is that of both together.
+    With a sampled tail, of reverse-bucket, tokens and `logits.tail`, out[0] has what they add, and out[2:6] is a
+    `TailPerToken`. With a hard target, which needs tokens, out[-1] is its −log p¹[y], and the gradient is that of all
+    together.
 
     Ids below 0 pad a list at its end. A list without an id, or with one outside the vocabulary, makes its row NaN, and such
     a token its log-prob.
@@ -83,34 +90,52 @@ def top_k(
     lse = torch.logaddexp(log_tail, torch.logsumexp(z, 1))
     log_q = logits.top_logprobs.masked_fill(padding, -torch.inf)
     listed = _Listed(z - lse[:, None], log_q, log_tail - lse, 1.0 - log_q.exp().sum(1))
-    value, u, tail_scale = _TERMS[variant](listed)
-    out[0] = value.masked_fill(wrong, torch.nan)
-    out[1] = 0.0 if target is None else (peak - target) + lse
-    share = tail_scale.where(sums[1] > 0, 0.0) / sums[1].where(sums[1] > 0, 1.0)
-    share = share.masked_fill(wrong, torch.nan)
-    if hard is None or tokens is None or target is None or target_slope is None:
-        if gradient is not None:
-            dense.tail_gradient(logits, sums[0], share, gradient)
-            _scatter_listed(gradient, ids, u * slope, padding, wrong)
-        return
+    is_token = None if tokens is None else (ids == tokens[:, None]) & ~padding
+    token_nll = None if target is None else (peak - target) + lse
+    terms = _TERMS[variant](listed)
+    terms = terms._replace(value=terms.value.masked_fill(wrong, torch.nan))
+    if tail is not None:
+        assert logits.tail is not None
+        assert is_token is not None
+        assert token_nll is not None
+        terms = _sampled(tail, logits.tail, listed, terms, -token_nll, ~is_token.any(1), out[2:6])
+    out[0] = terms.value
+    out[1] = 0.0 if token_nll is None else token_nll
     # The hard target: log p¹ = power (z − peak) − hard_lse on S and in the tail.
-    log_tail = hard.power * (sums[0] - peak) + sums[2].log()
-    hard_lse = torch.logaddexp(log_tail, torch.logsumexp(hard.power * z, 1))
-    out[2] = hard.power * (peak - target) + hard_lse
+    if hard is not None and target is not None:
+        log_tail = hard.power * (sums[0] - peak) + sums[2].log()
+        hard_lse = torch.logaddexp(log_tail, torch.logsumexp(hard.power * z, 1))
+        out[-1] = hard.power * (peak - target) + hard_lse
     if gradient is None:
         return
-    factor = torch.full_like(target, hard.coef * hard.power).masked_fill(target.isnan(), torch.nan)
-    hard_scale = factor * torch.exp(hard.power * (sums[0] - peak) - hard_lse)
-    dense.tail_gradient(logits, sums[0], share, gradient, hard_scale, hard.power)
-    is_token = (ids == tokens[:, None]) & ~padding
-    p = torch.exp(hard.power * z - hard_lse[:, None])
-    u = u + factor[:, None] * (p - is_token.to(p.dtype))
+    u, share = terms.gradient, _share(terms.tail, sums[1], wrong)
+    if tokens is None or is_token is None or target is None or target_slope is None or (tail is None and hard is None):
+        dense.tail_gradient(logits, sums[0], share, gradient)
+        _scatter_listed(gradient, ids, u * slope, padding, wrong)
+        return
+    in_tail, hard_scale = share * torch.exp(target - sums[0]).where(sums[1] > 0, 0.0), None
+    if terms.token is not None:  # times 1[y] − p, of which 1 − p[y] is small where the token is nearly certain
+        u = u - terms.token[:, None] * listed.log_p.exp()
+        share = _share(terms.tail - terms.token * listed.log_p_tail.exp(), sums[1], wrong)
+        in_tail = in_tail - terms.token * torch.expm1(-out[1])
+    if hard is not None:
+        factor = torch.full_like(target, hard.coef * hard.power).masked_fill(target.isnan(), torch.nan)
+        hard_scale = factor * torch.exp(hard.power * (sums[0] - peak) - hard_lse)
+        p = torch.exp(hard.power * z - hard_lse[:, None])
+        u = u + factor[:, None] * (p - is_token.to(p.dtype))
+        in_tail = in_tail + factor * torch.expm1(-out[-1])
+    dense.tail_gradient(logits, sums[0], share, gradient, hard_scale, 1.0 if hard is None else hard.power)
     # The token as one more entry of the list: again the first one where it is listed, or where there is no such token.
     again = is_token.any(1) | target.isnan()
-    in_tail = share * torch.exp(target - sums[0]) + factor * torch.expm1(-out[2])
     u = torch.cat([u * slope, (in_tail * target_slope)[:, None]], 1)
     ids = torch.cat([ids, torch.where(again, ids[:, 0], tokens)[:, None]], 1)
     _scatter_listed(gradient, ids, u, torch.cat([padding, again[:, None]], 1), wrong)
+
+
+def _share(tail: Tensor, exponentials: Tensor, wrong: Tensor) -> Tensor:
+    """The factor of exp(z − m) in the tail that makes the factor of e `tail`; NaN in rows that are wrong."""
+    some = exponentials > 0
+    return (tail.where(some, 0.0) / exponentials.where(some, 1.0)).masked_fill(wrong, torch.nan)
 
 
 def _scatter_listed(gradient: Tensor, ids: Tensor, u: Tensor, padding: Tensor, wrong: Tensor) -> None:
@@ -139,11 +164,30 @@ class _Terms(NamedTuple):
     value: Tensor  # [n]
     gradient: Tensor  # [n, k], on S
     tail: Tensor  # [n], the factor of e in the tail
+    token: Tensor | None = None  # [n], the factor of 1[y] − p beside both
+
+
+def _sampled(
+    tail: SampledTail, given: TailTokens, s: _Listed, bucket: _Terms, logprobs: Tensor, outside: Tensor, out: Tensor
+) -> _Terms:
+    """reverse-bucket and what the sampled tokens add to it (`sampled.py`); `out` becomes a `TailPerToken`."""
+    p, p_tail = s.log_p.exp(), s.log_p_tail.exp()
+    mass = p.sum(1)
+    added = addition(tail, given, logprobs, _tail_ratio(s), p_tail, outside)
+    for row, value in zip(out, TailPerToken(outside, mass, bucket.value, added.gap), strict=True):
+        row.copy_(value)
+    by_mass = added.mass_slope * p_tail  # ∇p_tail is −p_tail p on S, and p_tail P e in the tail
+    return _Terms(
+        bucket.value + added.value,
+        bucket.gradient - by_mass[:, None] * p,
+        bucket.tail + by_mass * mass,
+        added.token_slope,
+    )
 
 
 def _reverse_bucket(s: _Listed) -> _Terms:
     p, p_tail = s.log_p.exp(), s.log_p_tail.exp()
-    ratio, tail_ratio = _finite(s.log_p - s.log_q, p), _finite(s.log_p_tail - _log_tail(s.q_tail), p_tail)
+    ratio, tail_ratio = _finite(s.log_p - s.log_q, p), _tail_ratio(s)
     value = (p * ratio).sum(1) + p_tail * tail_ratio
     return _Terms(value, p * (ratio - value[:, None]), p_tail * (tail_ratio - value))
 
@@ -199,6 +243,11 @@ _TERMS: dict[str, Callable[[_Listed], _Terms]] = {
 def _finite(log_ratio: Tensor, mass: Tensor) -> Tensor:
     """A log-ratio where its weight is positive, else 0: 0 · log 0 = 0."""
     return log_ratio.where(mass > 0, 0.0)
+
+
+def _tail_ratio(s: _Listed) -> Tensor:
+    """ρ [n], 0 where the student has no tail; a number where the tail's mass underflows too."""
+    return (s.log_p_tail - _log_tail(s.q_tail)).where(s.log_p_tail != -torch.inf, 0.0)
 
 
 def _log_tail(q_tail: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from determinism import RefusesNonDeterminism, without_operators
 from fake_cuda import Machine
 from fake_kernels import FakeKernels
-from loss_cases import DIVERGENCES, LOSSES, NEEDS, WAYS, Problem, fused_output, make_problem, unreduced
+from loss_cases import DIVERGENCES, LISTS, LOSSES, NEEDS, WAYS, Problem, fused_output, make_problem, unreduced
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -218,7 +218,7 @@ def test_no_pass_over_the_logits(monkeypatch: pytest.MonkeyPatch, name: str, has
     needs, loss_name = NEEDS["all" if has_bias else "frozen-head"], "jsd" if name in TEACHERS else name
     device = evaluate(monkeypatch, loss_name, BF16, needs, has_bias=has_bias, **options)
     heads = 2 if name in DIVERGENCES else 1
-    others = {"mul": 1} if name in TEACHERS else {"scatter_": 2} if name == "top_k" else {}  # of the list's entries
+    others = {"mul": 1} if name in TEACHERS else {"scatter_": 2} if name in LISTS else {}  # of the list's entries
     assert {k: v for k, v in device.products.large.items() if k not in ROOM} == {"addmm": heads, **others}
 
 
@@ -234,6 +234,8 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "sequence bounds": ("reference_kl", {"ratio_bounds": (0.5, 2.0), "ratio": "sequence", "truncate_ratio": 1.5}),
     "hard": ("jsd", {"hard_coef": 0.5, "temperature": 2.0, "per_token": True}),
     "hard-top_k": ("top_k", {"hard_coef": 0.5, "temperature": 2.0}),
+    "hard-sampled_tail": ("sampled_tail", {"hard_coef": 0.5, "temperature": 2.0}),
+    "sampled_tail-none": ("sampled_tail", {"reduction": "none", "vocab_size": CUT}),
     "drop": ("top_k", {"direction": "forward", "tail": "drop", "squared_temperature": True, "temperature": 0.5}),
 }
 
@@ -255,7 +257,7 @@ def test_a_normalizer_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("needs", NEEDS.values(), ids=NEEDS)
 @each_dtype
-@pytest.mark.parametrize("name", ["policy_gradient", "reverse_kl", "top_k"])
+@pytest.mark.parametrize("name", ["policy_gradient", "reverse_kl", "top_k", "sampled_tail"])
 def test_sparse(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, needs: tuple[str, ...]) -> None:
     """The weight's gradient too comes from kernels; nothing is waited for."""
     monkeypatch.setattr(estimator, "BLOCK_ROWS", {"cpu": 16, "accelerator": 16})

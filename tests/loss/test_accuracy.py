@@ -121,6 +121,7 @@ EVERY_FORM: Forms = {
     ),
     **{name: (name, EVERYWHERE) for name in DIVERGENCES},
     **{f"{d}-{t}": ("top_k", {"direction": d, "tail": t, "padded": 2}) for d in DIRECTIONS for t in TAILS},
+    "sampled_tail": ("sampled_tail", {"padded": 2, "tail_weight": 1.0}),
 }
 # The reduction and who needs a gradient choose the plan, so all their pairs are here; what the head does to the logits is
 # done in every plan by the same lines, so it alternates (each head alone, in every way: test_gradcheck.py).

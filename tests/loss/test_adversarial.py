@@ -8,6 +8,7 @@ import pytest
 import torch
 from loss_cases import (
     DIVERGENCES,
+    LISTS,
     LOSSES,
     REDUCED,
     WAYS,
@@ -238,6 +239,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "discount": ("sampled_reverse_kl", {"discount": 0.5}),
     "softcap": ("reverse_kl", {"softcap": 3.0, "chunk_size": 3}),
     "sparse": ("linear_logprobs", {"backward": Sparse(0, threshold=1.0)}),
+    "sparse-sampled_tail": ("sampled_tail", {"backward": Sparse(0, threshold=1.0), "hard_coef": 0.5}),
     "sparse-reverse_kl": ("reverse_kl", {"backward": Sparse(0, threshold=1.0)}),
 }
 forms = pytest.mark.parametrize("form", FORMS)
@@ -277,7 +279,7 @@ def test_infinite_in_every_row_and_all_masked(form: str, needs: tuple[str, ...],
     p = p._replace(tokens=torch.full_like(p.tokens, -100))
     certain = torch.full_like(forbidden, -torch.inf).index_fill(0, torch.tensor(0), 0.0)
     for side in ({"bias": forbidden}, {"teacher_bias": forbidden}, {"bias": forbidden.roll(1)}, {"bias": certain}):
-        own = {"k": 6, "teacher_logprobs": teacher_list(p, 6)[1] - 0.1} if name == "top_k" else {}
+        own = {"k": 6, "teacher_logprobs": teacher_list(p, 6)[1] - 0.1} if name in LISTS else {}
         result = with_gradients(fused, name, p._replace(**side), needs, **options, **own, skip_zero_rows=skip)
         for tensor in (result.value, *result.gradients.values()):
             assert (tensor == 0).all()

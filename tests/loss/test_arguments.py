@@ -26,7 +26,7 @@ def teacher(where: Any) -> dict[str, Any]:
 HEAD = ("linear_logprobs", "policy_gradient", "sampled_reverse_kl")
 ALL = (*HEAD, "reverse_kl", "top_k")
 REDUCED, POLICY, PG, SAMPLED = ALL[1:], HEAD[1:], HEAD[1:2], HEAD[2:]
-KL, JSD, TOP_K = ("reverse_kl",), ("jsd",), ("top_k",)
+KL, JSD, TOP_K, TAIL = ("reverse_kl",), ("jsd",), ("top_k",), ("sampled_tail",)
 OWN_LOGITS = {"teacher_hidden": None, "teacher_weight": None, "teacher_bias": None}
 # (losses, what is changed, the error: parts of its message)
 CASES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
@@ -186,7 +186,7 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (("skewed_reverse_kl",), {"alpha": -0.1}, "ValueError: alpha is -0.1"),
     # A list.
     (TOP_K, {"direction": "both"}, "ValueError: direction is 'both'; use one of reverse, forward"),
-    (TOP_K, {"tail": "cut"}, "ValueError: tail is 'cut'; use one of bucket, renormalise, drop"),
+    (TOP_K, {"tail": "cut"}, "ValueError: tail is 'cut'; use one of bucket, renormalise, drop, sampled"),
     (TOP_K, {"vocab_size": 12}, "ValueError: vocab_size is 12; it must be an int in 1 … / (weight 11)"),
     (TOP_K, {"teacher_ids": IDS[0]}, "ValueError: teacher_ids is [3, 4] but hidden is [2, 3, 5]"),
     (TOP_K, {"teacher_logprobs": LOGPROBS[..., :2]}, "ValueError: teacher_ids is / 4] but teacher_logprobs is / 2]"),
@@ -197,6 +197,36 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (TOP_K, {"teacher_ids": IDS + 11}, "ValueError: teacher_ids holds / , outside the vocabulary / 0 … 10"),
     (TOP_K, {"teacher_ids": torch.full_like(IDS, -1)}, "ValueError: a row without any id"),
     (TOP_K, {"teacher_logprobs": LOGPROBS.clone().requires_grad_()}, "ValueError: requires a gradient"),
+    # A sampled tail.
+    (TAIL, {"direction": "forward"}, "ValueError: tail is \"sampled\" but direction is 'forward' / reverse"),
+    (TAIL, {"tokens": None}, 'ValueError: tail is "sampled" and needs the sampled tokens: pass tokens='),
+    (TAIL, {"token_teacher_logprobs": None}, "ValueError: needs the teacher's / pass token_teacher_logprobs="),
+    (TAIL, {"token_teacher_logprobs": ones(3)}, "ValueError: token_teacher_logprobs is [3] / [2, 3]"),
+    (TAIL, {"token_teacher_logprobs": LOGPROBS}, "ValueError: token_teacher_logprobs is [2, 3, 4] / [2, 3]"),
+    (TAIL, {"token_teacher_logprobs": [0.0]}, "TypeError: token_teacher_logprobs must be a tensor"),
+    (TAIL, {"sampler_logprobs": ones(3)}, "ValueError: sampler_logprobs is [3] / [2, 3]"),
+    (TAIL, {"sampler_logprobs": -ones(2, 3, device=META)}, "ValueError: sampler_logprobs is on meta / cpu"),
+    (TAIL, {"sampler_logprobs": None}, "ValueError: truncate_ratio is 1.3 and needs sampler_logprobs"),
+    (TAIL, {"truncate_ratio": 0.0}, "ValueError: truncate_ratio is 0.0 / > 0"),
+    (TAIL, {"tail_weight": 1.5}, "ValueError: tail_weight is 1.5; it must be in [0, 1]"),
+    (TAIL, {"tail_weight": nan}, "ValueError: tail_weight is nan"),
+    (TAIL, {"tail_weight": None}, "TypeError: tail_weight is None; expected a number"),
+    (TAIL, {"tail_baseline": nan}, "ValueError: tail_baseline is nan; it must be finite"),
+    (TAIL, {"tail_baseline": "mean"}, "TypeError: tail_baseline is 'mean'; expected a number"),
+    (TAIL, {"tail_baseline": zeros(3)}, "ValueError: tail_baseline is [3] / [2, 3]"),
+    (TAIL, {"tail_baseline": torch.full((2, 3), inf)}, "BadNumbers: tail_baseline holds NaN or an infinity"),
+    (TAIL, {"tail_baseline": torch.tensor(nan)}, "BadNumbers: tail_baseline holds NaN or an infinity"),
+    *(
+        (TOP_K, {**other, name: value}, f'ValueError: {name} is {said} but tail is / it belongs to tail="sampled"')
+        for other in ({}, {"tail": "drop"}, {"direction": "forward"})
+        for name, value, said in (
+            ("token_teacher_logprobs", -ones(2, 3), "given"),
+            ("sampler_logprobs", -ones(2, 3), "given"),
+            ("tail_baseline", 0.0, "0.0"),
+            ("tail_weight", 0.5, "0.5"),
+            ("truncate_ratio", 2.0, "2.0"),
+        )
+    ),
 ]
 # What is above 0, or NaN, in log-probs of tokens that take part.
 CASES += [
@@ -206,6 +236,9 @@ CASES += [
         (SAMPLED, "sampler_logprobs", (2, 3)),
         (SAMPLED, "teacher_logprobs", (2, 3)),
         (TOP_K, "teacher_logprobs", (2, 3, 4)),
+        (TAIL, "teacher_logprobs", (2, 3, 4)),
+        (TAIL, "token_teacher_logprobs", (2, 3)),
+        (TAIL, "sampler_logprobs", (2, 3)),
     )
     for value, said in ((0.5, "0.5 / at most 0 / Give log-probs"), (inf, "inf"), (nan, "NaN / mask"))
 ]

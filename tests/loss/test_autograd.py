@@ -8,6 +8,7 @@ import pytest
 import torch
 from loss_cases import (
     FORMS,
+    LISTS,
     TRAINABLE,
     Problem,
     each_need,
@@ -51,7 +52,7 @@ def test_autocast_equals_casting(name: str, options: dict[str, Any], inside: boo
             value.sum().backward()
     if not inside:
         value.sum().backward()
-    heads = HEAD_FIELDS[:3] if name == "top_k" else HEAD_FIELDS  # its teacher is a list, made before
+    heads = HEAD_FIELDS[:3] if name in LISTS else HEAD_FIELDS
     cast = in_dtype(p.leaves(()), torch.bfloat16, *heads).leaves()
     expected = fused(name, cast, chunk_size=3, **options)
     expected.sum().backward()

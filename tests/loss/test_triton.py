@@ -47,6 +47,8 @@ FORMS: Forms = {
     "top_k": ("top_k", {}),
     "hard-reverse_kl": ("reverse_kl", {"hard_coef": 0.5}),
     "hard-top_k": ("top_k", {"hard_coef": 0.5}),
+    "sampled_tail": ("sampled_tail", {}),
+    "hard-sampled_tail": ("sampled_tail", {"hard_coef": 0.5}),
 }
 # What is scored without logits where no gradient is wanted, and by which function.
 SCORED = {
@@ -60,6 +62,7 @@ SCORED = {
 # Each row function.
 MASKED: Forms = {
     **{name: (name, {}) for name in ("linear_logprobs", "policy_gradient", "entropy", "cross_entropy", *DIVERGENCES)},
+    "sampled_tail": ("sampled_tail", {}),
     **{f"top_k-{d}-{t}": ("top_k", {"direction": d, "tail": t}) for d in DIRECTIONS for t in TAILS},
 }
 forms = pytest.mark.parametrize("form", FORMS)

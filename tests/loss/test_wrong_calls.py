@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import DIVERGENCES, each_loss, fused, fused_output, make_problem, pattern
+from loss_cases import DIVERGENCES, LOSSES, each_loss, fused, fused_output, make_problem, pattern
 from tiny_models import causal_lm
 from torch import nan, nn, ones, zeros
 from torch.testing._internal.two_tensor import TwoTensor
@@ -319,10 +319,7 @@ def test_a_teacher_that_gives_nan(name: str, field: str, value: float) -> None:
 
 @each_loss
 def test_help_shows_every_option(name: str) -> None:
-    function = getattr(
-        loss, {"top_k": "top_k_kl_loss", "entropy": "policy_gradient_loss"}.get(name, f"{name}_loss"), None
-    )
-    function = loss.linear_logprobs if function is None else function
+    function = LOSSES[name].function
     shown = pydoc.plain(pydoc.render_doc(function))
     assert "options" not in inspect.signature(function).parameters
     for option in ("bias", "temperature", "softcap", "chunk_size", "backward"):

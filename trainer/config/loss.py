@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastkl.kernels.divergence.formula import Divergence, check_alpha, check_beta
-from fastkl.kernels.options import Backward, Direction, Method, Sparse, Surrogate, Tail
+from fastkl.kernels.options import Backward, Direction, ListTail, Method, Sparse, Surrogate
 from fastkl.trainer.config.rules import at_least, fraction, named, unchanged
 from fastkl.trainer.errors import require
 
@@ -65,7 +65,7 @@ class LossConfig:
     skew_alpha: float = 0.1
     top_k: int = 20
     top_k_direction: Direction = "reverse"
-    top_k_tail: Tail = "bucket"
+    top_k_tail: ListTail = "bucket"
 
     def __post_init__(self) -> None:
         for name, objectives in OPTION_OF.items():

@@ -27,6 +27,7 @@ EACH: Forms = {
     "entropy-none": ("entropy", {"reduction": "none"}),
     "sampled_reverse_kl": ("sampled_reverse_kl", {"discount": 0.5}),
     "top_k-none": ("top_k", {"reduction": "none"}),
+    "sampled_tail": ("sampled_tail", {}),
     "top_k-forward-drop": ("top_k", {"direction": "forward", "tail": "drop"}),
 }
 each = each_of(EACH)

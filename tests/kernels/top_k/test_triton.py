@@ -15,9 +15,9 @@ from row_cases import INF, Outcome, Rows, assert_same_bits, assert_terms_accurat
 from torch import Tensor
 
 from fastkl.kernels.divergence.formula import HardTarget
-from fastkl.kernels.options import DIRECTIONS, TAILS
+from fastkl.kernels.options import DIRECTIONS, TAILS, SampledTail
 from fastkl.kernels.rows import pytorch as rows_pytorch
-from fastkl.kernels.rows.interface import Logits
+from fastkl.kernels.rows.interface import Logits, TailTokens
 from fastkl.kernels.rows.launch import row_config
 from fastkl.kernels.top_k import triton as top_k_triton
 from fastkl.kernels.top_k.formula import top_k
@@ -25,6 +25,7 @@ from fastkl.kernels.top_k.formula import top_k
 DEVICE = triton_device()
 BLOCK = row_config(1).block_n
 VARIANTS = [f"{direction}-{tail}" for direction in DIRECTIONS for tail in TAILS]
+SAMPLED = SampledTail(0.8, 1.5)
 caps = pytest.mark.parametrize("cap", [None, 3.0])
 
 
@@ -36,19 +37,26 @@ def run_on(
     q: Tensor,
     dtype: torch.dtype = torch.float32,
     hard: HardTarget | None = None,
+    tail: Tensor | None = None,
 ) -> Outcome:
     def function(logits: Logits, y: Tensor | None, out: Tensor, gradient: Tensor | None) -> None:
         logits = logits._replace(top_ids=ids.to(out.device), top_logprobs=q.to(out.device, dtype))
-        top_k(variant, module, logits, y, out, gradient, hard)
+        if tail is None:
+            top_k(variant, module, logits, y, out, gradient, hard)
+        else:
+            logits = logits._replace(tail=TailTokens(*tail.to(out.device, dtype)))
+            top_k(variant, module, logits, y, out, gradient, hard, SAMPLED)
 
-    return run(
-        function, rows, dtype, 2 if hard is None else 3, DEVICE if module is top_k_triton else "cpu", apart=dtype
-    )
+    outputs = 2 + (hard is not None) + 4 * (tail is not None)
+    return run(function, rows, dtype, outputs, DEVICE if module is top_k_triton else "cpu", apart=dtype)
 
 
-def assert_right(variant: str, rows: Rows, ids: Tensor, q: Tensor, hard: HardTarget | None = None) -> None:
-    ours, peer = (run_on(module, variant, rows, ids, q, hard=hard) for module in (top_k_triton, rows_pytorch))
-    assert_terms_accurate(ours, peer, run_on(rows_pytorch, variant, rows, ids, q, torch.float64, hard))
+def assert_right(
+    variant: str, rows: Rows, ids: Tensor, q: Tensor, hard: HardTarget | None = None, tail: Tensor | None = None
+) -> None:
+    given = (variant, rows, ids, q)
+    ours, peer = (run_on(module, *given, hard=hard, tail=tail) for module in (top_k_triton, rows_pytorch))
+    assert_terms_accurate(ours, peer, run_on(rows_pytorch, *given, torch.float64, hard, tail))
 
 
 @caps
@@ -74,6 +82,21 @@ def test_hard_targets(variant: str, vocabulary: int, power: float, cap: float | 
     ids[2, 2] = -1
     y = torch.where(torch.arange(6) % 2 == 0, ids[:, 0], rows.y)
     assert_right(variant, rows._replace(x=x, y=y), ids, q, HardTarget(0.7, power))
+
+
+@caps
+@pytest.mark.parametrize("hard", [None, HardTarget(0.7, 2.5)], ids=["", "hard"])
+@pytest.mark.parametrize("vocabulary", [5, BLOCK + 1])
+def test_sampled_tails(vocabulary: int, hard: HardTarget | None, cap: float | None) -> None:
+    """Of tokens that are listed and that are not; far from the sampler, beyond the cap, next to certain."""
+    rows = hard_rows(vocabulary, cap)
+    x = rows.x.clamp(min=-50.0)
+    q, ids = torch.log_softmax(x + torch.randn(x.shape, generator=generator(1)), -1).topk(3)
+    ids[2, 2] = -1
+    ids[2, :2] = torch.tensor([0, 1])  # not the token, which is next to certain
+    y = torch.where(torch.arange(6) == 5, ids[:, 0], rows.y)
+    tail = torch.tensor([[-1.0, -3.0, -0.1, -50.0, -2.0, -4.0], [-2.0, -1.0, -0.2, -40.0, -0.3, -9.0], [0.4] * 6])
+    assert_right("reverse-bucket", rows._replace(x=x, y=y), ids, q, hard, tail)
 
 
 @caps

@@ -33,8 +33,10 @@ from fastkl.loss import Sparse, forward_kl_loss, linear_cross_entropy, reverse_k
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in DIVERGENCES},
     **{f"top_k-{d}-{t}": ("top_k", {"direction": d, "tail": t}) for d in DIRECTIONS for t in TAILS},
+    "sampled_tail": ("sampled_tail", {}),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
+ACCURATE = ("forward_kl", "reverse_kl", "jsd", "total_variation")
 COEF = 0.7
 
 
@@ -78,7 +80,9 @@ def test_both_parts(
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "total_variation", "top_k-reverse-bucket"])
+@pytest.mark.parametrize(
+    "kind", ["forward_kl", "reverse_kl", "jsd", "total_variation", "top_k-reverse-bucket", "sampled_tail"]
+)
 def test_accuracy(kind: str, dtype: torch.dtype, temperature: float) -> None:
     """No less accurate than the two apart, where tokens are nearly certain too."""
     (name, own), p = KINDS[kind], make_problem((3, 7), 60, 16, dtype, spread=6.0)
@@ -141,7 +145,7 @@ def test_hintons_recipe() -> None:
 @pytest.mark.parametrize(
     ("needs", "units"), [((), (1, 0, 0)), (("hidden",), (1, 1, 0)), (("hidden", "weight"), (1, 1, 1))]
 )
-@pytest.mark.parametrize("kind", ["jsd", "top_k-reverse-bucket"])
+@pytest.mark.parametrize("kind", ["jsd", "top_k-reverse-bucket", "sampled_tail"])
 def test_no_gemm_more(
     gemms: dict[str, list[int]],
     monkeypatch: pytest.MonkeyPatch,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from loss_cases import (
     FORMS,
+    LISTS,
     Problem,
     assert_results_as_accurate,
     each_of,
@@ -38,7 +39,7 @@ each_mix = pytest.mark.parametrize(("dtype", "low"), MIXED.values(), ids=MIXED)
 
 def all_low(name: str, p: Problem, dtype: torch.dtype) -> Problem:
     own = [field for hidden, head in HEADS.items() for field in (hidden, *head)]
-    return in_dtype(p, dtype, *(own[:3] if name == "top_k" else own))  # its teacher is a list, made before
+    return in_dtype(p, dtype, *(own[:3] if name in LISTS else own))
 
 
 @each_mix
@@ -48,7 +49,7 @@ def test_float32_takes_the_other_dtype(
 ) -> None:
     """The same bits as by hand, and each gradient in the dtype of its tensor."""
     p = make_problem((2, 5), dtype=torch.float32)
-    p = in_dtype(p, dtype, *(low[: len(low) // 2] if name == "top_k" else low))
+    p = in_dtype(p, dtype, *(low[: len(low) // 2] if name in LISTS else low))
     mixed = with_gradients(fused, name, p, chunk_size=3, **options)
     cast = with_gradients(fused, name, all_low(name, p, dtype), chunk_size=3, **options)
     assert torch.equal(mixed.value, cast.value)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launches import alone_in_group
-from loss_cases import FORMS, Problem, each_of, fused, make_problem, with_gradients
+from loss_cases import FORMS, LISTS, Problem, each_of, fused, make_problem, with_gradients
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -40,7 +40,7 @@ def sharded(p: Problem, mesh: DeviceMesh, placements: list[Placement], fields: t
 @each_of(FORMS)
 def test_gathered(name: str, options: dict[str, Any], placements: list[Placement], mesh: DeviceMesh) -> None:
     p = make_problem((2, 5))
-    fields = SHARDED[:2] if name == "top_k" else SHARDED
+    fields = SHARDED[:2] if name in LISTS else SHARDED
     ours = with_gradients(fused, name, sharded(p, mesh, placements, fields), **options)
     expected = with_gradients(fused, name, p, **options)
     assert torch.equal(ours.value, expected.value)

@@ -177,6 +177,11 @@ def _list_arguments(p: Problem, options: dict[str, Any]) -> dict[str, Any]:
     return {"tokens": p.tokens, "teacher_ids": ids, "teacher_logprobs": logprobs}
 
 
+def _tail_arguments(p: Problem, options: dict[str, Any]) -> dict[str, Any]:
+    own = {"token_teacher_logprobs": p.teacher_logprobs, "sampler_logprobs": p.sampler_logprobs}
+    return {**_list_arguments(p, options), **own}
+
+
 def _policy_gradient(
     of: Plain, entropy_coef: float = 0.0, ratio: str = "token", sequence_ids: Tensor | None = None, **options: Any
 ) -> Tensor:
@@ -209,6 +214,11 @@ def _cross_entropy(of: Plain, **options: Any) -> Tensor:
 
 def _top_k(of: Plain, k: int = 4, padded: int = 0, **options: Any) -> Tensor:
     return reference.top_k_kl(of.z, *teacher_list(of.p, k, padded), **options)
+
+
+def _sampled_tail(of: Plain, tail: str = "sampled", k: int = 4, padded: int = 0, **options: Any) -> Tensor:
+    likeliest, tokens = teacher_list(of.p, k, padded), (of.p.tokens, of.p.teacher_logprobs, of.p.sampler_logprobs)
+    return reference.top_k_kl(of.z, *likeliest) + reference.sampled_tail(of.z, *likeliest, *tokens, **options)
 
 
 def _divergence(name: str) -> Loss:
@@ -244,9 +254,16 @@ LOSSES = {
         loss.linear_cross_entropy, lambda p, _: {"targets": p.tokens}, _cross_entropy, {"label_smoothing": 0.1}
     ),
     "top_k": Loss(loss.top_k_kl_loss, _list_arguments, _top_k),
+    "sampled_tail": Loss(
+        loss.top_k_kl_loss,
+        _tail_arguments,
+        _sampled_tail,
+        {"tail": "sampled", "tail_baseline": 0.4, "tail_weight": 0.8, "truncate_ratio": 1.3},
+    ),
     **{name: _divergence(name) for name in DIVERGENCES},
 }
 REDUCED = tuple(name for name in LOSSES if name != "linear_logprobs")
+LISTS = ("top_k", "sampled_tail")  # their teacher is a list, made before
 # One for each way through the code. Which divergence it is the row function alone knows (tests/kernels/divergence), but for
 # the reverse KL, which is scored without logits where no gradient is wanted.
 WAYS = (

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from loss_cases import DIVERGENCES, Problem, make_problem, reference_logits, teacher_list
+from loss_cases import DIVERGENCES, LISTS, Problem, make_problem, reference_logits, teacher_list
 from torch import Tensor
 
 GARBAGE = (torch.nan, torch.inf, -torch.inf)
@@ -47,7 +47,7 @@ def _fields(name: str) -> tuple[str, ...]:
         "policy_gradient": ("advantages", "sampler_logprobs"),
         "entropy": ("advantages", "sampler_logprobs"),
         "reference_kl": ("advantages", "sampler_logprobs", "teacher_logprobs"),
-        "sampled_reverse_kl": ("sampler_logprobs", "teacher_logprobs"),
+        **dict.fromkeys(("sampled_reverse_kl", "sampled_tail"), ("sampler_logprobs", "teacher_logprobs")),
     }
     return "hidden", *own.get(name, ())
 
@@ -55,8 +55,9 @@ def _fields(name: str) -> tuple[str, ...]:
 def _options(name: str, p: Problem) -> dict[str, Tensor]:
     if name in DIVERGENCES:
         return {"teacher_logits": reference_logits(p)[1].to(p.hidden.dtype)}
-    if name == "top_k":
-        return {"teacher_logprobs": teacher_list(p)[1]}
+    if name in LISTS:
+        baseline = {"tail_baseline": p.advantages} if name == "sampled_tail" else {}
+        return {"teacher_logprobs": teacher_list(p)[1], **baseline}
     if name == "sampled_reverse_kl":
         return {"baseline": p.advantages, "env_advantages": p.advantages}
     return {}
