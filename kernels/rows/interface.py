@@ -29,7 +29,7 @@ class TailTokens(NamedTuple):
     baseline: Tensor | None = None  # None: 0
 
     def take(self, index: Tensor | slice) -> TailTokens:
-        return TailTokens(*[None if rows is None else rows[index] for rows in self])  # type: ignore[arg-type]
+        return TailTokens._make([None if rows is None else rows[index] for rows in self])
 
 
 class Logits(NamedTuple):

@@ -80,7 +80,7 @@ def top_k(
     wrong = padding[:, 0] | (logits.top_ids >= x.shape[1]).any(1)
     ids = torch.where(padding, logits.top_ids[:, :1], logits.top_ids).masked_fill(wrong[:, None], 0)
     z, slope = _entries(logits, ids)
-    target, target_slope = (None, None) if tokens is None else _target(logits, tokens)
+    token = None if tokens is None else _token(logits, tokens, (ids == tokens[:, None]) & ~padding)
     x.scatter_(1, ids, -torch.inf)
     sums = out.new_empty(2 if hard is None else 3, out.shape[1])
     dense.tail_sums(logits, sums, None if hard is None else hard.power)
@@ -90,45 +90,40 @@ def top_k(
     lse = torch.logaddexp(log_tail, torch.logsumexp(z, 1))
     log_q = logits.top_logprobs.masked_fill(padding, -torch.inf)
     listed = _Listed(z - lse[:, None], log_q, log_tail - lse, 1.0 - log_q.exp().sum(1))
-    is_token = None if tokens is None else (ids == tokens[:, None]) & ~padding
-    token_nll = None if target is None else (peak - target) + lse
     terms = _TERMS[variant](listed)
-    terms = terms._replace(value=terms.value.masked_fill(wrong, torch.nan))
-    if tail is not None:
-        assert logits.tail is not None
-        assert is_token is not None
-        assert token_nll is not None
-        terms = _sampled(tail, logits.tail, listed, terms, -token_nll, ~is_token.any(1), out[2:6])
-    out[0] = terms.value
-    out[1] = 0.0 if token_nll is None else token_nll
+    out[0] = terms.value.masked_fill(wrong, torch.nan)
+    out[1] = 0.0 if token is None else (peak - token.z) + lse
+    if tail is not None and token is not None:
+        terms = _sampled(tail, logits.tail, listed, terms, token, out)
     # The hard target: log p¹ = power (z − peak) − hard_lse on S and in the tail.
-    if hard is not None and target is not None:
+    if hard is not None and token is not None:
         log_tail = hard.power * (sums[0] - peak) + sums[2].log()
         hard_lse = torch.logaddexp(log_tail, torch.logsumexp(hard.power * z, 1))
-        out[-1] = hard.power * (peak - target) + hard_lse
+        out[-1] = hard.power * (peak - token.z) + hard_lse
     if gradient is None:
         return
-    u, share = terms.gradient, _share(terms.tail, sums[1], wrong)
-    if tokens is None or is_token is None or target is None or target_slope is None or (tail is None and hard is None):
+    u, share, hard_scale, power = terms.gradient, _share(terms.tail, sums[1], wrong), None, 1.0
+    if token is None or (hard is None and tail is None):
         dense.tail_gradient(logits, sums[0], share, gradient)
         _scatter_listed(gradient, ids, u * slope, padding, wrong)
         return
-    in_tail, hard_scale = share * torch.exp(target - sums[0]).where(sums[1] > 0, 0.0), None
-    if terms.token is not None:  # times 1[y] − p, of which 1 − p[y] is small where the token is nearly certain
+    at_token = share * torch.exp(token.z - sums[0]).where(sums[1] > 0, 0.0)  # the gradient there, if it is in the tail
+    if terms.token is not None:
         u = u - terms.token[:, None] * listed.log_p.exp()
         share = _share(terms.tail - terms.token * listed.log_p_tail.exp(), sums[1], wrong)
-        in_tail = in_tail - terms.token * torch.expm1(-out[1])
+        at_token = at_token - terms.token * torch.expm1(-out[1])  # 1 − p[y], which may be small
     if hard is not None:
-        factor = torch.full_like(target, hard.coef * hard.power).masked_fill(target.isnan(), torch.nan)
-        hard_scale = factor * torch.exp(hard.power * (sums[0] - peak) - hard_lse)
-        p = torch.exp(hard.power * z - hard_lse[:, None])
-        u = u + factor[:, None] * (p - is_token.to(p.dtype))
-        in_tail = in_tail + factor * torch.expm1(-out[-1])
-    dense.tail_gradient(logits, sums[0], share, gradient, hard_scale, 1.0 if hard is None else hard.power)
+        power = hard.power
+        factor = torch.full_like(token.z, hard.coef * power).masked_fill(token.z.isnan(), torch.nan)
+        hard_scale = factor * torch.exp(power * (sums[0] - peak) - hard_lse)
+        p = torch.exp(power * z - hard_lse[:, None])
+        u = u + factor[:, None] * (p - token.listed.to(p.dtype))
+        at_token = at_token + factor * torch.expm1(-out[-1])
+    dense.tail_gradient(logits, sums[0], share, gradient, hard_scale, power)
     # The token as one more entry of the list: again the first one where it is listed, or where there is no such token.
-    again = is_token.any(1) | target.isnan()
-    u = torch.cat([u * slope, (in_tail * target_slope)[:, None]], 1)
-    ids = torch.cat([ids, torch.where(again, ids[:, 0], tokens)[:, None]], 1)
+    again = token.listed.any(1) | token.z.isnan()
+    u = torch.cat([u * slope, (at_token * token.slope)[:, None]], 1)
+    ids = torch.cat([ids, torch.where(again, ids[:, 0], token.id)[:, None]], 1)
     _scatter_listed(gradient, ids, u, torch.cat([padding, again[:, None]], 1), wrong)
 
 
@@ -144,11 +139,19 @@ def _scatter_listed(gradient: Tensor, ids: Tensor, u: Tensor, padding: Tensor, w
     gradient.scatter_(1, ids, u.to(gradient.dtype))
 
 
-def _target(logits: Logits, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """z[y] and dz/dx there, [n]; NaN for a token outside the vocabulary, which on a GPU nobody has looked for."""
+class _Token(NamedTuple):
+    """The sampled token of each row, [n]."""
+
+    id: Tensor
+    z: Tensor  # NaN for a token outside the vocabulary, which on a GPU nobody has looked for
+    slope: Tensor  # dz/dx
+    listed: Tensor  # bool [n, k]: where the list has it
+
+
+def _token(logits: Logits, tokens: Tensor, listed: Tensor) -> _Token:
     wrong = (tokens < 0) | (tokens >= logits.student.shape[1])
     z, slope = _entries(logits, tokens.masked_fill(wrong, 0)[:, None])
-    return z.squeeze(1).masked_fill(wrong, torch.nan), slope.squeeze(1)
+    return _Token(tokens, z.squeeze(1).masked_fill(wrong, torch.nan), slope.squeeze(1), listed)
 
 
 class _Listed(NamedTuple):
@@ -168,28 +171,27 @@ class _Terms(NamedTuple):
 
 
 def _sampled(
-    tail: SampledTail, given: TailTokens, s: _Listed, bucket: _Terms, logprobs: Tensor, outside: Tensor, out: Tensor
+    tail: SampledTail, given: TailTokens | None, s: _Listed, bucket: _Terms, token: _Token, out: Tensor
 ) -> _Terms:
-    """reverse-bucket and what the sampled tokens add to it (`sampled.py`); `out` becomes a `TailPerToken`."""
-    p, p_tail = s.log_p.exp(), s.log_p_tail.exp()
+    """reverse-bucket, which is in `out`, and what the sampled tokens add to it (`sampled.py`)."""
+    assert given is not None
+    p, p_tail, outside = s.log_p.exp(), s.log_p_tail.exp(), ~token.listed.any(1)
     mass = p.sum(1)
-    added = addition(tail, given, logprobs, _tail_ratio(s), p_tail, outside)
-    for row, value in zip(out, TailPerToken(outside, mass, bucket.value, added.gap), strict=True):
-        row.copy_(value)
+    added = addition(tail, given, -out[1], _tail_ratio(s), p_tail, outside)
+    out[2], out[3], out[4], out[5] = TailPerToken(outside, mass, out[0], added.gap)
+    out[0] += added.value
     by_mass = added.mass_slope * p_tail  # ∇p_tail is −p_tail p on S, and p_tail P e in the tail
-    return _Terms(
-        bucket.value + added.value,
-        bucket.gradient - by_mass[:, None] * p,
-        bucket.tail + by_mass * mass,
-        added.token_slope,
-    )
+    u, factor = bucket.gradient - by_mass[:, None] * p, bucket.tail + by_mass * mass
+    return _Terms(out[0], u, factor, added.token_slope)
 
 
 def _reverse_bucket(s: _Listed) -> _Terms:
     p, p_tail = s.log_p.exp(), s.log_p_tail.exp()
     ratio, tail_ratio = _finite(s.log_p - s.log_q, p), _tail_ratio(s)
-    value = (p * ratio).sum(1) + p_tail * tail_ratio
-    return _Terms(value, p * (ratio - value[:, None]), p_tail * (tail_ratio - value))
+    inside = (p * ratio).sum(1)
+    value = inside + p_tail * tail_ratio
+    # ρ − D, in which ρ cancels where nearly all of the student is in the tail
+    return _Terms(value, p * (ratio - value[:, None]), p_tail * (p.sum(1) * tail_ratio - inside))
 
 
 def _forward_bucket(s: _Listed) -> _Terms:

@@ -364,7 +364,7 @@ def test_a_token_next_to_certain_has_next_to_no_gradient() -> None:
     """1 − p[y] is no difference of nearly equal numbers."""
     one = EDGES["the token is next to certain"]
     (_, exact), (_, found) = (evaluate(one, dtype, None) for dtype in (torch.float64, torch.float32))
-    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(found.double(), exact, rtol=0.0, atol=2e-10)
 
 
 def test_what_the_teacher_cannot_emit_is_infinite() -> None:
@@ -383,6 +383,18 @@ def test_on_an_accelerator_a_wrong_token_makes_its_row_nan(monkeypatch: pytest.M
     assert value.isnan().tolist() == [False, True, False, False]
     (gradient,) = torch.autograd.grad(value.sum(), p.hidden)
     assert gradient.isnan().all(1).tolist() == gradient.isnan().any(1).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("needs", "units"), [((), (1, 0, 0)), (("hidden",), (1, 1, 0)), (("hidden", "weight"), (1, 1, 1))]
+)
+def test_no_gemm_more(gemms: dict[str, list[int]], needs: tuple[str, ...], units: tuple[int, int, int]) -> None:
+    """Products of logits and of both gradients are those of the bucket."""
+    p = make_problem((10,))._replace(tokens=torch.arange(10), mask=None).leaves(needs)
+    value = fused("sampled_tail", p, tail_baseline=0.5)
+    if needs:
+        value.backward()
+    assert tuple(sum(calls) // 10 for calls in gemms.values()) == units
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
