@@ -54,9 +54,18 @@ def _top_k(p: Problem, **options: Any) -> Tensor:
 
 def _sampled_tail(p: Problem, **options: Any) -> Tensor:
     """The sampler in the place of the teacher, too."""
-    own = {"token_teacher_logprobs": p.old_logprobs, "sampler_logprobs": p.old_logprobs, "tail_baseline": TAIL_BASELINE}
-    likeliest = p.top_ids, p.top_logprobs
-    return loss.top_k_kl_loss(p.hidden, p.weight, *likeliest, tail="sampled", tokens=p.tokens, **own, **options).loss
+    return loss.top_k_kl_loss(
+        p.hidden,
+        p.weight,
+        p.top_ids,
+        p.top_logprobs,
+        tail="sampled",
+        tokens=p.tokens,
+        token_teacher_logprobs=p.old_logprobs,
+        sampler_logprobs=p.old_logprobs,
+        tail_baseline=TAIL_BASELINE,
+        **options,
+    ).loss
 
 
 def _exact_sampled_tail(p: Problem, z: Tensor, _: Tensor) -> Tensor:
