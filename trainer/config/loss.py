@@ -40,7 +40,7 @@ class LossConfig:
         dual_clip: Limit the loss of ppo where the advantage is negative, to this times its size. null: no limit.
         truncate_ratio: Cap the importance ratio at this. null: no cap.
         backward: Compute all of the gradient (exact), or estimate it from a random subset of the vocabulary, without bias
-            (sparse; docs/sparse-backward.md).
+            (sparse; docs/understand/sparse-backward.md).
         sparse_error: Allow the sparse gradient this relative error. null: the loss's default, 0.002.
         jsd_beta: Set β of jsd. 0 is the forward KL, 1 the reverse KL.
         skew_alpha: Mix this share of the one distribution into the other, for skewed_reverse_kl and skewed_forward_kl.

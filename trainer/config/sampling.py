@@ -49,11 +49,12 @@ class SamplingConfig:
         top_k: Leave this at 0, for the same reason.
         engine: Sample with Transformers' continuous_batching, where a new completion takes the place of an ended one, or
             with its generate, which samples whole batches and knows more kinds of models. auto: generate on a CPU
-            (docs/speed.md), and where the other gives wrong log-probs in a check at the start (docs/rollouts.md).
+            (docs/understand/speed.md), and where a check at the start finds wrong log-probs of the other
+            (docs/rollouts.md).
         max_batch_tokens: Limit a forward pass of continuous batching to this many tokens. If set, auto takes continuous
             batching on a CPU too.
         max_requests: Keep at most this many completions in progress. null: 64; on a CPU, continuous batching picks a
-            smaller number (docs/speed.md).
+            smaller number (docs/understand/speed.md).
         dtype: Sample from a copy of the student in this dtype, in evaluation too. The samples have its log-probs. null:
             sample from the student itself.
         server: Sample on this server. Without one, this process samples.
