@@ -6,7 +6,19 @@ import argparse
 import importlib
 from collections.abc import Sequence
 
-COMMANDS = ("loss", "models", "sparse", "train", "integrations", "plot", "table", "kernels", "count", "gpu")
+COMMANDS = (
+    "loss",
+    "models",
+    "sparse",
+    "estimators",
+    "train",
+    "integrations",
+    "plot",
+    "table",
+    "kernels",
+    "count",
+    "gpu",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,7 +4,8 @@
 
 A sweep is a series of shapes that differ in one size alone. There is one PNG for each op, head, dtype, kind of rows and
 machine that the files have a sweep for. If a measurement was made twice, the later one is drawn. Reports of `bench models`
-are read too. Reports of `bench sparse` become sparse.png. Other files are ignored.
+are read too. Reports of `bench sparse` become sparse.png, those of `bench estimators` estimators.png. Other files are
+ignored.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.estimators.figure import draw_estimators
 from bench.lib.arguments import AXES
 from bench.lib.report import RESULTS, counted
 from bench.lib.sparse_figure import draw_sparse, tidy
@@ -45,7 +47,8 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"argument FILE: cannot be read as a report of the bench: {type(error).__name__}: {error}")
     estimates = [report for report in reports if "kept" in report["rows"][0]]
-    if not figures and not estimates:
+    estimators = [report for report in reports if "estimator" in report["rows"][0]]
+    if not figures and not estimates and not estimators:
         parser.error(
             "argument FILE: no sweep in there; make one with `python -m bench loss --sweep N=256,512,1024 --json …`"
         )
@@ -54,6 +57,8 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         print(draw(key, rows, arguments.out))
     if estimates:
         print(draw_sparse(estimates, arguments.out / "sparse.png", COLOURS, MARKERS))
+    if estimators:
+        print(draw_estimators(estimators, arguments.out / "estimators.png", COLOURS))
 
 
 def read(files: Iterable[Path]) -> list[dict[str, Any]]:

@@ -111,6 +111,13 @@ def sizes(text: str) -> list[int]:
     return listed
 
 
+def indices(text: str) -> list[int]:
+    listed = _integers(text)
+    if not listed or min(listed) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of indices; write whole numbers >= 0, as in 14,15")
+    return sorted(set(listed))
+
+
 def fractions(text: str) -> list[float]:
     try:
         listed = [float(part) for part in text.split(",")]

@@ -5,7 +5,7 @@ The models are GGUF files inside packages, which are located and read, never imp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,8 +89,13 @@ def real_rows(name: str, temperature: float) -> Rows:
 
 def _make(source: Model, temperature: float) -> tuple[Tensor, ...]:
     torch.manual_seed(0)
-    model, tokenizer = _load(source)
-    hidden, tokens = (torch.cat(parts) for parts in zip(*_rollouts(model, tokenizer, temperature), strict=True))
+    model, tokenizer = load(source)
+    parts = []
+    for prompt, new in completions(model, tokenizer, chats(tokenizer), temperature, NEW_TOKENS):
+        with torch.no_grad():
+            states = model.model(torch.cat([prompt, new])[None]).last_hidden_state[0]
+        parts.append((states[len(prompt) - 1 : -1], new))
+    hidden, tokens = (torch.cat(part) for part in zip(*parts, strict=True))
     hidden = hidden.float() / temperature
     weight = model.get_output_embeddings().weight.detach().float()
     logprobs = [
@@ -100,17 +105,26 @@ def _make(source: Model, temperature: float) -> tuple[Tensor, ...]:
     return hidden, weight, tokens, torch.cat(logprobs)
 
 
-@torch.no_grad()
-def _rollouts(model: Any, tokenizer: Any, temperature: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """Hidden states [n, D] and the tokens [n] sampled from them, of each prompt."""
+def chats(tokenizer: Any) -> list[str]:
+    """Word problems and other questions in turn, in the model's template."""
     import reasoning_gym
 
     problems = [
         row["question"] for row in reasoning_gym.create_dataset("gsm_symbolic", size=len(OTHER_PROMPTS), seed=7)
     ]
-    asked = [text for pair in zip(problems, OTHER_PROMPTS, strict=True) for text in pair]
-    chats = [[{"role": "user", "content": text}] for text in asked]
-    texts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+    return in_template(tokenizer, [text for pair in zip(problems, OTHER_PROMPTS, strict=True) for text in pair])
+
+
+def in_template(tokenizer: Any, questions: Iterable[str]) -> list[str]:
+    messages = [[{"role": "user", "content": text}] for text in questions]
+    return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in messages]
+
+
+@torch.no_grad()
+def completions(
+    model: Any, tokenizer: Any, texts: Sequence[str], temperature: float, new_tokens: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tokens of each prompt, and those that the model sampled after it: [m] and [n], with the end of sequence."""
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
     for first in range(0, len(texts), PROMPTS_AT_A_TIME):
         batch = tokenizer(
@@ -118,16 +132,14 @@ def _rollouts(model: Any, tokenizer: Any, temperature: float) -> Iterator[tuple[
         )
         length = batch["input_ids"].shape[1]
         options = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-        ids = model.generate(**batch, do_sample=True, max_new_tokens=NEW_TOKENS, **options)
+        ids = model.generate(**batch, do_sample=True, max_new_tokens=new_tokens, **options)
         for row, mask in zip(ids, batch["attention_mask"], strict=True):
             prompt, new = row[:length][mask.bool()], row[length:]
             end = (new == tokenizer.eos_token_id).nonzero()
-            new = new[: int(end[0]) + 1] if len(end) else new
-            states = model.model(torch.cat([prompt, new])[None]).last_hidden_state[0]
-            yield states[len(prompt) - 1 : -1], new
+            yield prompt, new[: int(end[0]) + 1] if len(end) else new
 
 
-def _load(source: Model) -> tuple[Any, Any]:
+def load(source: Model) -> tuple[Any, Any]:
     """The model and its tokenizer, out of the package's file."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
