@@ -21,6 +21,7 @@ reverse KL; a power's is that of its own divergence, but `cosine` is to the reve
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -66,11 +67,14 @@ class Study:
     """The samples of a pair, and what each estimator makes of them."""
 
     def __init__(self, samples: Samples, ks: Sequence[int]) -> None:
-        self._samples, self._ks = samples, sorted(ks)
+        self._samples = samples
         self._ids = {"teacher": _likeliest(samples.log_q, max(ks)), "student": _likeliest(samples.log_p, max(ks))}
         self._kl = torch.cat([(rows.p * rows.d).sum(1, keepdim=True) for rows, _ in self._rows()])
         self._d = _at(samples.log_p, samples.tokens) - _at(samples.log_q, samples.tokens)
         self._exact, self._gradient = self._head(lambda rows, _: formulas.exact(rows).fixed)
+        lists = list(itertools.product(LISTS, sorted(ks)))
+        self._tails = {(of, k): self._tail(of, k) for of, k in lists}
+        self._buckets = {(of, k): self._bucket(of, k) for of, k in lists}
 
     def conditions(self) -> Row:
         """What the rows are like."""
@@ -86,8 +90,7 @@ class Study:
 
     def lists(self) -> Iterator[Row]:
         """Of each list: the student's mass off it, the share of the KL that its bucket sees, and d and ρ off it."""
-        for of, k in self._lists():
-            tail = self._tail(of, k)
+        for (of, k), tail in self._tails.items():
             yield {
                 "of": of,
                 "k": k,
@@ -100,10 +103,14 @@ class Study:
 
     def estimators(self) -> Iterator[Row]:
         """A row of the report for each."""
-        usual = max((k for k in self._ks if k <= USUAL_K), default=self._ks[0])
-        yield from self._without_list(self._bucket("teacher", usual))
-        for of, k in self._lists():
+        ks = [k for of, k in self._buckets if of == "teacher"]
+        usual = max((k for k in ks if k <= USUAL_K), default=ks[0])
+        yield from self._without_list(self._buckets["teacher", usual])
+        for of, k in self._buckets:
             yield from self._with_list(of, k)
+        for k, formula in itertools.product(ks, (formulas.renormalise, formulas.drop)):
+            error = self._error(lambda rows, part, k=k, f=formula: f(rows, self._listed("teacher", k, part)))
+            yield self._row(_label(formula.__name__, "teacher", k), error, NO_NOISE, self._buckets["teacher", k])
 
     def _without_list(self, bucket: Error) -> Iterator[Row]:
         baselines = {"none": torch.zeros_like(self._kl), "mean": self._d.mean().expand_as(self._kl), "kl": self._kl}
@@ -129,11 +136,8 @@ class Study:
         return {**_label("power", parameter=alpha), **own, "cosine": cosine, "tokens": None}
 
     def _with_list(self, of: str, k: int) -> Iterator[Row]:
-        bucket, tail = self._bucket(of, k), self._tail(of, k)
+        bucket, tail = self._buckets[of, k], self._tails[of, k]
         yield self._row(_label("bucket", of, k), bucket, NO_NOISE, bucket)
-        for formula in (formulas.renormalise, formulas.drop):
-            error = self._error(lambda rows, part, f=formula: f(rows, self._listed(of, k, part)))
-            yield self._row(_label(formula.__name__, of, k), error, NO_NOISE, bucket)
         running = earlier_mean(self._d - tail.ratio, tail.sampled)
         for name, values in {"ρ": torch.zeros_like(running), "ρ + c": running}.items():
             noise = self._noise(
@@ -193,9 +197,6 @@ class Study:
             if of in (name, "both"):
                 listed.scatter_(1, ids[part, :k], True)
         return listed
-
-    def _lists(self) -> Iterator[tuple[str, int]]:
-        return ((of, k) for of in LISTS for k in self._ks)
 
     def _rows(self) -> Iterator[tuple[Rows, slice]]:
         """A completion at a time."""

@@ -212,7 +212,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_report(report: dict[str, Any]) -> None:
     names = {(row["estimator"], row["of"], row["k"], row["baseline"], row["parameter"]) for row in report["rows"]}
-    assert len(names) == len(report["rows"]) == 3 + 2 + 2 + 6 * (3 + 4)
+    assert len(names) == len(report["rows"]) == 3 + 2 + 2 + 6 * (1 + 4) + 2 * 2
     assert report["conditions"]["tokens"] <= 24
     assert report["conditions"]["kl"] > 0
     assert {(row["of"], row["k"]) for row in report["lists"]} == set(
