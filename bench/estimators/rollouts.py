@@ -113,13 +113,14 @@ class _Head:
         weight, self.options = self._call(
             torch.zeros(1, 1, dtype=torch.int64), lambda _, weight, **head: (weight, head)
         )
-        self.weight = weight.float()
+        self.weight = weight.detach().float()
 
     def states(self, prompt: Tensor, new: Tensor) -> Tensor:
         """[n, D] float32, at the positions that predict `new`."""
         hidden: Tensor = self._call(torch.cat([prompt, new])[None], lambda hidden, _, **__: hidden)
         return hidden[0, len(prompt) - 1 : -1].float()
 
+    @torch.no_grad()
     def logprobs(self, hidden: Tensor, temperature: float) -> Tensor:
         """[N, V]."""
         result = hidden.new_empty(hidden.shape[0], self.weight.shape[0])
