@@ -43,8 +43,8 @@ class Rows(NamedTuple):
 
 
 class Estimator(NamedTuple):
-    fixed: Tensor  # [n, V]
-    weight: Tensor  # [n, V]
+    fixed: Tensor | None  # [n, V]; None: 0
+    weight: Tensor | None = None  # [n, V]; None: 0
 
 
 def rows_of(log_p: Tensor, log_q: Tensor) -> Rows:
@@ -52,73 +52,73 @@ def rows_of(log_p: Tensor, log_q: Tensor) -> Rows:
 
 
 def exact(rows: Rows) -> Estimator:
-    return _fixed(_gradient_of_mean(rows.p, rows.d))
+    return Estimator(_gradient_of_mean(rows.p, rows.d))
 
 
 def sampled(rows: Rows, baseline: Tensor | float = 0.0) -> Estimator:
     """`baseline` is a number, or one for each row [n, 1]."""
-    return _weighted(rows.d - baseline)
+    return Estimator(None, rows.d - baseline)
 
 
 def clipped(rows: Rows, bound: float) -> Estimator:
-    return _weighted(rows.d.clamp(-bound, bound))
+    return Estimator(None, rows.d.clamp(-bound, bound))
 
 
 def power(rows: Rows, alpha: float) -> Estimator:
-    return _weighted((rows.p**alpha - rows.q**alpha) / alpha)
+    return Estimator(None, (rows.p**alpha - rows.q**alpha) / alpha)
 
 
 def bucket(rows: Rows, listed: Tensor) -> Estimator:
     """`listed` [n, V] says what is on the list, here and below."""
-    return _fixed(_gradient_of_mean(rows.p, rows.d.where(listed, tail_ratio(rows, listed))))
+    return Estimator(_gradient_of_mean(rows.p, rows.d.where(listed, tail_ratio(rows, listed))))
 
 
 def renormalise(rows: Rows, listed: Tensor) -> Estimator:
-    p, q = (x.where(listed, 0.0) / x.where(listed, 0.0).sum(1, keepdim=True) for x in rows[:2])
-    ratio = (p.where(listed, 1.0) / q.where(listed, 1.0)).log()
-    return _fixed(rows.p - p + _gradient_of_mean(p, ratio))
+    p, q = (x.where(listed, 0.0).sum(1, keepdim=True) for x in rows[:2])
+    inside = rows.p.where(listed, 0.0) / p
+    return Estimator(rows.p - inside + _gradient_of_mean(inside, rows.d - (p / q).log()))
 
 
 def drop(rows: Rows, listed: Tensor) -> Estimator:
-    return _fixed(_gradient_of_mean(rows.p, (rows.d + 1.0).where(listed, 0.0)))
+    return Estimator(_gradient_of_mean(rows.p, (rows.d + 1.0).where(listed, 0.0)))
 
 
 def sampled_tail(rows: Rows, listed: Tensor, baseline: Tensor | float = 0.0, weight: float = 1.0) -> Estimator:
     """`baseline` is c: a number, or one for each row [n, 1]."""
-    constant = torch.zeros_like(rows.d) - baseline
-    fixed = bucket(rows, listed).fixed + weight * _gradient_of_mean(rows.p, constant.where(listed, 0.0))
-    off = rows.d - tail_ratio(rows, listed) - baseline
-    return Estimator(fixed, weight * off.where(~listed, 0.0))
+    constant = (torch.zeros_like(rows.d) - baseline).where(listed, 0.0)
+    fixed = _gradient_of_mean(rows.p, rows.d.where(listed, tail_ratio(rows, listed)) + weight * constant)
+    return Estimator(fixed, weight * off_list(rows, listed, tail_ratio(rows, listed) + baseline))
+
+
+def off_list(rows: Rows, listed: Tensor, baseline: Tensor) -> Tensor:
+    """The weight of a sampled tail, with ρ + c [n, 1] as the baseline; [n, V]."""
+    return (rows.d - baseline).masked_fill(listed, 0.0)
 
 
 def tail_ratio(rows: Rows, listed: Tensor) -> Tensor:
     """ρ [n, 1]. The masses off the list are summed, not subtracted from 1: nothing cancels."""
-    p, q = (x.where(~listed, 0.0).sum(1, keepdim=True) for x in rows[:2])
+    least = torch.finfo(rows.p.dtype).tiny
+    p, q = (x.masked_fill(listed, 0.0).sum(1, keepdim=True).clamp(min=least) for x in rows[:2])
     return p.log() - q.log()
 
 
 def mean(p: Tensor, estimator: Estimator) -> Tensor:
     """The estimator's mean over y ~ p, [n, V]."""
-    return estimator.fixed + _gradient_of_mean(p, estimator.weight)
+    fixed, weight = estimator
+    parts = [part for part in (fixed, None if weight is None else _gradient_of_mean(p, weight)) if part is not None]
+    return sum(parts[1:], parts[0])
 
 
-def variance(p: Tensor, estimator: Estimator) -> Tensor:
-    """The trace of its covariance over y ~ p, [n].
+def variance(p: Tensor, weight: Tensor) -> Tensor:
+    """The trace of the covariance over y ~ p of an estimator with this weight, [n].
 
     ‖1[y] − p‖² is 1 − 2 p[y] + ‖p‖², and the mean of weight[y] (1[y] − p) is ∇[weight].
     """
-    square = 1.0 - 2.0 * p + p.square().sum(1, keepdim=True)
-    second = (p * estimator.weight.square() * square).sum(1)
-    return second - _gradient_of_mean(p, estimator.weight).square().sum(1)
+    square = p.square().sum(1, keepdim=True).add(1.0).sub(p, alpha=2.0)
+    second = (p * square).mul_(weight.square()).sum(1)
+    return second - _gradient_of_mean(p, weight).square_().sum(1)
 
 
 def _gradient_of_mean(p: Tensor, constants: Tensor) -> Tensor:
-    return p * (constants - (p * constants).sum(1, keepdim=True))
-
-
-def _fixed(gradient: Tensor) -> Estimator:
-    return Estimator(gradient, torch.zeros_like(gradient))
-
-
-def _weighted(weight: Tensor) -> Estimator:
-    return Estimator(torch.zeros_like(weight), weight)
+    products = p * constants
+    return products.addcmul_(p, products.sum(1, keepdim=True), value=-1.0)

@@ -31,7 +31,7 @@ class Samples(NamedTuple):
     tokens: Tensor  # [N], sampled
     lengths: list[int]  # of the completions
 
-    def parts(self) -> list[slice]:
+    def spans(self) -> list[slice]:
         """The rows of each completion."""
         ends = torch.tensor(self.lengths).cumsum(0).tolist()
         return [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -50,14 +51,32 @@ POWERS = (1.0, 0.5)
 BOUNDS = (5.0, 1.0)
 USUAL_K = 20
 
-Build = Callable[[Rows, slice], Estimator]  # of the rows in that part of all
 Row = dict[str, Any]
 
 
-class Tail(NamedTuple):
-    """What is off a list, at N rows."""
+class Part(NamedTuple):
+    """A completion of n tokens."""
 
-    ratio: Tensor  # [N], ρ
+    rows: Rows
+    exact: Tensor  # [n, V], the gradient of the reverse KL
+    hidden: Tensor  # [n, D]
+    tokens: Tensor  # [n]
+    likeliest: dict[str, Tensor]  # the ids [n, k] of teacher and student
+    span: slice  # of all N tokens
+
+    def listed(self, of: str, k: int) -> Tensor:
+        """[n, V]: what is on the list."""
+        listed = torch.zeros_like(self.exact, dtype=torch.bool)
+        for name, ids in self.likeliest.items():
+            if of in (name, "both"):
+                listed.scatter_(1, ids[:, :k], True)
+        return listed
+
+
+class Tail(NamedTuple):
+    """What is off a list, at N tokens."""
+
+    ratio: Tensor  # [N, 1], ρ
     mass: Tensor  # [N], the student's
     kl: Tensor  # [N], the bucket's
     sampled: Tensor  # [N] bool: the token is off the list
@@ -67,25 +86,24 @@ class Study:
     """The samples of a pair, and what each estimator makes of them."""
 
     def __init__(self, samples: Samples, ks: Sequence[int]) -> None:
-        self._samples = samples
-        self._ids = {"teacher": _likeliest(samples.log_q, max(ks)), "student": _likeliest(samples.log_p, max(ks))}
-        self._kl = torch.cat([(rows.p * rows.d).sum(1, keepdim=True) for rows, _ in self._rows()])
-        self._d = _at(samples.log_p, samples.tokens) - _at(samples.log_q, samples.tokens)
-        self._exact, self._gradient = self._head(lambda rows, _: formulas.exact(rows).fixed)
+        self._parts = [_part(samples, span, max(ks)) for span in samples.spans()]
+        self._kl = torch.cat([(part.rows.p * part.rows.d).sum(1, keepdim=True) for part in self._parts])
+        self._d = torch.cat([part.rows.d.gather(1, part.tokens[:, None]) for part in self._parts])
+        self._squares = torch.cat([part.hidden.square().sum(1) for part in self._parts])
+        self._exact, self._gradient = self._head(lambda part: part.exact)
         lists = list(itertools.product(LISTS, sorted(ks)))
         self._tails = {(of, k): self._tail(of, k) for of, k in lists}
-        self._buckets = {(of, k): self._bucket(of, k) for of, k in lists}
+        self._buckets = {(of, k): self._list_error(formulas.bucket, of, k) for of, k in lists}
 
     def conditions(self) -> Row:
         """What the rows are like."""
-        log_p, log_q = self._samples.log_p, self._samples.log_q
         return {
-            "tokens": len(log_p),
-            "completions": len(self._samples.lengths),
-            "vocabulary": log_p.shape[1],
+            "tokens": len(self._d),
+            "completions": len(self._parts),
+            "vocabulary": self._parts[0].exact.shape[1],
             "kl": float(self._kl.mean()),
-            "student_entropy": _mean_entropy(log_p),
-            "teacher_entropy": _mean_entropy(log_q),
+            "student_entropy": self._mean_entropy(lambda rows: rows.p),
+            "teacher_entropy": self._mean_entropy(lambda rows: rows.q),
         }
 
     def lists(self) -> Iterator[Row]:
@@ -104,45 +122,44 @@ class Study:
     def estimators(self) -> Iterator[Row]:
         """A row of the report for each."""
         ks = [k for of, k in self._buckets if of == "teacher"]
-        usual = max((k for k in ks if k <= USUAL_K), default=ks[0])
-        yield from self._without_list(self._buckets["teacher", usual])
+        yield from self._without_list(self._buckets["teacher", max((k for k in ks if k <= USUAL_K), default=ks[0])])
         for of, k in self._buckets:
             yield from self._with_list(of, k)
         for k, formula in itertools.product(ks, (formulas.renormalise, formulas.drop)):
-            error = self._error(lambda rows, part, k=k, f=formula: f(rows, self._listed("teacher", k, part)))
+            error = self._list_error(formula, "teacher", k)
             yield self._row(_label(formula.__name__, "teacher", k), error, NO_NOISE, self._buckets["teacher", k])
 
     def _without_list(self, bucket: Error) -> Iterator[Row]:
         baselines = {"none": torch.zeros_like(self._kl), "mean": self._d.mean().expand_as(self._kl), "kl": self._kl}
         for name, values in baselines.items():
-            noise = self._noise(lambda rows, part, values=values: formulas.sampled(rows, values[part]))
+            noise = self._noise(partial(_off_baseline, values))
             yield self._row(_label("sampled", baseline=name), NO_ERROR, noise, bucket)
         for bound in BOUNDS:
-            build: Build = lambda rows, _, bound=bound: formulas.clipped(rows, bound)  # noqa: E731
-            yield self._row(_label("clipped", parameter=bound), self._error(build), self._noise(build), bucket)
+            build = partial(_of_rows, partial(formulas.clipped, bound=bound))
+            noise = self._noise(partial(_weight, build))
+            yield self._row(_label("clipped", parameter=bound), self._error(build), noise, bucket)
         for alpha in POWERS:
             yield self._power(alpha)
 
     def _power(self, alpha: float) -> Row:
         """Compared with the gradient of its own divergence, which is its mean."""
-
-        def build(rows: Rows, _: slice) -> Estimator:
-            return formulas.power(rows, alpha)
-
-        mean, gradient = self._head(lambda rows, part: formulas.mean(rows.p, build(rows, part)))
-        own = ratios(gradient, NO_ERROR, self._noise(build), len(self._d))
+        build = partial(_of_rows, partial(formulas.power, alpha=alpha))
+        mean, gradient = self._head(lambda part: formulas.mean(part.rows.p, build(part)))
+        own = ratios(gradient, NO_ERROR, self._noise(partial(_weight, build)), len(self._d))
         lengths = gradient.head.square * self._gradient.head.square
-        cosine = inner(mean, self._exact) / lengths**0.5
-        return {**_label("power", parameter=alpha), **own, "cosine": cosine, "tokens": None}
+        return {
+            **_label("power", parameter=alpha),
+            **own,
+            "cosine": inner(mean, self._exact) / lengths**0.5,
+            "tokens": None,
+        }
 
     def _with_list(self, of: str, k: int) -> Iterator[Row]:
         bucket, tail = self._buckets[of, k], self._tails[of, k]
         yield self._row(_label("bucket", of, k), bucket, NO_NOISE, bucket)
-        running = earlier_mean(self._d - tail.ratio, tail.sampled)
-        for name, values in {"ρ": torch.zeros_like(running), "ρ + c": running}.items():
-            noise = self._noise(
-                lambda rows, part, c=values: formulas.sampled_tail(rows, self._listed(of, k, part), c[part])
-            )
+        running = earlier_mean((self._d - tail.ratio).squeeze(1), tail.sampled)
+        for name, baseline in {"ρ": tail.ratio, "ρ + c": tail.ratio + running}.items():
+            noise = self._noise(partial(_off_list, of, k, baseline))
             for weight in TAIL_WEIGHTS:  # the mean is (1 − weight) bucket + weight exact
                 label = _label("sampled tail", of, k, name, weight)
                 yield self._row(label, bucket.scaled(1.0 - weight), noise.scaled(weight), bucket)
@@ -152,71 +169,71 @@ class Study:
         other = ratios(self._gradient, bucket, NO_NOISE, len(self._d))
         return {**label, **own, "tokens": equal_tokens(own, other)}
 
-    def _bucket(self, of: str, k: int) -> Error:
-        return self._error(lambda rows, part: formulas.bucket(rows, self._listed(of, k, part)))
+    def _list_error(self, formula: Callable[[Rows, Tensor], Estimator], of: str, k: int) -> Error:
+        return self._error(lambda part: formula(part.rows, part.listed(of, k)))
 
-    def _error(self, build: Build) -> Error:
-        def off(rows: Rows, part: slice) -> Tensor:
-            return formulas.mean(rows.p, build(rows, part)) - formulas.exact(rows).fixed
-
-        total, (squares, length) = self._head(off)
+    def _error(self, build: Callable[[Part], Estimator]) -> Error:
+        total, (squares, length) = self._head(lambda part: formulas.mean(part.rows.p, build(part)) - part.exact)
         return Error(squares, length, inner(total, self._exact))
 
-    def _head(self, gradient: Callable[[Rows, slice], Tensor]) -> tuple[Tensor, Gradient]:
+    def _head(self, gradient: Callable[[Part], Tensor]) -> tuple[Tensor, Gradient]:
         """The gradient of the head [V, D] that gradients by the logits [n, V] make, and the lengths of both."""
         squares = 0.0
 
         def parts() -> Iterator[tuple[Tensor, Tensor]]:
             nonlocal squares
-            for rows, part in self._rows():
-                by_logits = gradient(rows, part)
+            for part in self._parts:
+                by_logits = gradient(part)
                 squares += inner(by_logits, by_logits)
-                yield by_logits, self._samples.hidden[part]
+                yield by_logits, part.hidden
 
         total, length = head_gradient(parts())
         return total, Gradient(squares, length)
 
-    def _noise(self, build: Build) -> Noise:
-        variances = torch.cat([formulas.variance(rows.p, build(rows, part)) for rows, part in self._rows()])
-        return Noise(float(variances.sum()), inner(variances, self._samples.hidden.square().sum(1)))
+    def _noise(self, weight: Callable[[Part], Tensor]) -> Noise:
+        variances = torch.cat([formulas.variance(part.rows.p, weight(part)) for part in self._parts])
+        return Noise(float(variances.sum()), inner(variances, self._squares))
 
     def _tail(self, of: str, k: int) -> Tail:
         parts = []
-        for rows, part in self._rows():
-            listed = self._listed(of, k, part)
-            ratio = formulas.tail_ratio(rows, listed)
-            mass, kl = rows.p.where(~listed, 0.0).sum(1), (rows.p * rows.d.where(listed, ratio)).sum(1)
-            sampled = ~listed.gather(1, self._samples.tokens[part][:, None]).squeeze(1)
-            parts.append((ratio.squeeze(1), mass, kl, sampled))
+        for part in self._parts:
+            (p, _, d), listed = part.rows, part.listed(of, k)
+            ratio = formulas.tail_ratio(part.rows, listed)
+            sampled = ~listed.gather(1, part.tokens[:, None]).squeeze(1)
+            parts.append((ratio, p.masked_fill(listed, 0.0).sum(1), (p * d.where(listed, ratio)).sum(1), sampled))
         return Tail(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
-    def _listed(self, of: str, k: int, part: slice) -> Tensor:
-        """[n, V]: what is on the list."""
-        listed = torch.zeros_like(self._samples.log_p[part], dtype=torch.bool)
-        for name, ids in self._ids.items():
-            if of in (name, "both"):
-                listed.scatter_(1, ids[part, :k], True)
-        return listed
+    def _mean_entropy(self, of: Callable[[Rows], Tensor]) -> float:
+        return sum(float(torch.special.entr(of(part.rows)).sum()) for part in self._parts) / len(self._d)
 
-    def _rows(self) -> Iterator[tuple[Rows, slice]]:
-        """A completion at a time."""
-        for part in self._samples.parts():
-            yield formulas.rows_of(self._samples.log_p[part], self._samples.log_q[part]), part
+
+def _part(samples: Samples, span: slice, k: int) -> Part:
+    log_p, log_q = samples.log_p[span], samples.log_q[span]
+    rows = formulas.rows_of(log_p, log_q)
+    exact = formulas.mean(rows.p, formulas.exact(rows))
+    likeliest = {"teacher": log_q.topk(k).indices, "student": log_p.topk(k).indices}
+    return Part(rows, exact, samples.hidden[span], samples.tokens[span], likeliest, span)
+
+
+def _of_rows(formula: Callable[[Rows], Estimator], part: Part) -> Estimator:
+    return formula(part.rows)
+
+
+def _weight(build: Callable[[Part], Estimator], part: Part) -> Tensor:
+    weight = build(part).weight
+    assert weight is not None
+    return weight
+
+
+def _off_baseline(baseline: Tensor, part: Part) -> Tensor:
+    return part.rows.d - baseline[part.span]
+
+
+def _off_list(of: str, k: int, baseline: Tensor, part: Part) -> Tensor:
+    return formulas.off_list(part.rows, part.listed(of, k), baseline[part.span])
 
 
 def _label(
     estimator: str, of: str | None = None, k: int | None = None, baseline: str = "none", parameter: float | None = None
 ) -> Row:
     return {"estimator": estimator, "of": of, "k": k, "baseline": baseline, "parameter": parameter}
-
-
-def _likeliest(logs: Tensor, k: int) -> Tensor:
-    return torch.cat([part.topk(k).indices for part in logs.split(64)])
-
-
-def _at(logs: Tensor, tokens: Tensor) -> Tensor:
-    return logs.gather(1, tokens[:, None]).squeeze(1)
-
-
-def _mean_entropy(logs: Tensor) -> float:
-    return -sum(float((part.exp() * part).sum()) for part in logs.split(64)) / len(logs)

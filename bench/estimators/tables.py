@@ -9,30 +9,33 @@ from bench.estimators.figure import error, found
 from bench.lib.markdown import Report, table
 from bench.lib.report import read_result
 
+Wanted = dict[str, dict[str, Any]]  # rows of a report, by what they are called
 PAIRS = ("pruned", "healed", "drop2", "qwen")
 STEPS = (1000, 4000, 16000)
-BIASED = {
+BIASED: Wanted = {
     "`bucket`, the teacher's k": {"estimator": "bucket", "of": "teacher"},
     "`bucket`, the student's k": {"estimator": "bucket", "of": "student"},
     "`bucket`, both": {"estimator": "bucket", "of": "both"},
     "`renormalise`, the teacher's k": {"estimator": "renormalise", "of": "teacher"},
     "`drop`, the teacher's k": {"estimator": "drop", "of": "teacher"},
 }
-SAMPLED = {
+SAMPLED: Wanted = {
     "sampled tokens": {"estimator": "sampled", "baseline": "none"},
     "… less the batch's mean": {"estimator": "sampled", "baseline": "mean"},
     "… less the exact KL": {"estimator": "sampled", "baseline": "kl"},
     "… clipped at ±5": {"estimator": "clipped", "parameter": 5.0},
     "… clipped at ±1": {"estimator": "clipped", "parameter": 1.0},
 }
-POWERS = {f"power {name}": {"estimator": "power", "parameter": alpha} for name, alpha in (("½", 0.5), ("1", 1.0))}
-LISTED = {
+POWERS: Wanted = {
+    f"power {name}": {"estimator": "power", "parameter": alpha} for name, alpha in (("½", 0.5), ("1", 1.0))
+}
+LISTED: Wanted = {
     "`bucket`": {"estimator": "bucket"},
     "`sampled` tail, weight ½": {"estimator": "sampled tail", "parameter": 0.5},
     "`sampled` tail": {"estimator": "sampled tail", "parameter": 1.0},
 }
 WHOSE = {"teacher": "the teacher's 20", "student": "the student's 20", "both": "both"}
-LISTS = {f"{WHOSE[of]}, {name}": {**wanted, "of": of} for of in WHOSE for name, wanted in LISTED.items()}
+LISTS: Wanted = {f"{WHOSE[of]}, {name}": {**wanted, "of": of} for of in WHOSE for name, wanted in LISTED.items()}
 
 
 def pairs() -> str:
@@ -124,9 +127,7 @@ def _table(first: str, rows: Sequence[Sequence[str]], reports: Sequence[Report])
     return table(header, rows, "float32", reports)
 
 
-def _lines(
-    wanted: dict[str, dict[str, Any]], reports: Sequence[Report], cell: Callable[[Report, dict[str, Any]], str]
-) -> list[list[str]]:
+def _lines(wanted: Wanted, reports: Sequence[Report], cell: Callable[[Report, dict[str, Any]], str]) -> list[list[str]]:
     return [[name, *(cell(report, row) for report in reports)] for name, row in wanted.items()]
 
 
