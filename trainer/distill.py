@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
+from fastkl.trainer.config.losses.control import remark
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.mixture import DataSet, read_data_sets, step_prompts
@@ -30,7 +31,8 @@ from fastkl.trainer.models.withheld import withholds_routers
 from fastkl.trainer.notes import note
 from fastkl.trainer.objectives.advantages import set_reward_advantages
 from fastkl.trainer.objectives.base import Objective
-from fastkl.trainer.objectives.registry import make_objective, teacher_top_k
+from fastkl.trainer.objectives.registry import make_objective, teacher_passes, teacher_top_k
+from fastkl.trainer.objectives.weights.step import TokenWeights
 from fastkl.trainer.rollouts.environments import Environment, make_environment
 from fastkl.trainer.rollouts.evaluation import load_eval_prompts
 from fastkl.trainer.rollouts.judge import make_judge
@@ -65,11 +67,13 @@ class OnPolicy:
         teachers: RoutedTeacher[Any] | None,
         sampler: Sampler,
         rollouts: Rollouts,
+        weights: TokenWeights,
         data_sets: list[DataSet],
         vocab_size: int,
     ) -> None:
         self._config, self._student, self._objective, self._teachers = config, student, objective, teachers
-        self._sampler, self._rollouts, self._data_sets, self._vocab_size = sampler, rollouts, data_sets, vocab_size
+        self._sampler, self._rollouts, self._weights = sampler, rollouts, weights
+        self._data_sets, self._vocab_size = data_sets, vocab_size
         student.also_checkpoint("rollouts", rollouts)
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
@@ -86,7 +90,10 @@ class OnPolicy:
         if self._teachers is not None and step + 1 == self._config.optim.steps:
             processes.raise_together(self._teachers.recheck)  # no later step would find a server that has changed
         samples = processes.gather(mine)
-        metrics |= {} if self._teachers is None else self._teachers.flops(samples)
+        metrics |= self._weights.set(samples)
+        passes = teacher_passes(self._config.loss)
+        flops = {} if self._teachers is None else self._teachers.flops(samples)
+        metrics |= {name: value * passes for name, value in flops.items()}
         with clock("ranks"):
             self._set_ranks(samples[: self._config.log_samples])
         self._rollouts.carry_over(samples)  # nothing can fail any more: a checkpoint holds the state between two steps
@@ -135,6 +142,7 @@ class Prepared(NamedTuple):
     data_sets: list[DataSet]
     eval_prompts: list[EncodedPrompt]
     judge: Judge | None
+    weights: TokenWeights
     served: dict[TeacherConfig, ServedTeacher]
     sampling_server: SamplingServer | None
 
@@ -156,18 +164,21 @@ def prepare(config: DistillConfig) -> Prepared:
     note(f"{len(prompts)} prompts read and encoded")
     remark_on_data_sets(data_sets, config.sampling.prompts_per_step)
     remark_on_length(max(len(p.tokens) for p in prompts) + config.sampling.max_new_tokens, config.batch.max_tokens)
+    if (control := remark(config.loss.control)) is not None:
+        note(f"this run is {control}")
     top_k = teacher_top_k(config.loss)
     judge = make_judge(config.reward, tokenizer, environment, prompts)
+    weights = TokenWeights(config.loss)
     eval_prompts = load_eval_prompts(config.eval, tokenizer)
     check_teachers(config, tokenizer, data_sets, top_k)
     served = connect_servers(config, tokenizer, data_sets, top_k)
     sampling_server = connect_sampling(config, tokenizer, prompts, eval_prompts) if config.sampling.server.url else None
-    return Prepared(tokenizer, environment, data_sets, eval_prompts, judge, served, sampling_server)
+    return Prepared(tokenizer, environment, data_sets, eval_prompts, judge, weights, served, sampling_server)
 
 
 def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder, listener: Listener) -> None:
     found = prepare(config)
-    tokenizer, environment, data_sets, eval_prompts, judge, served, sampling_server = found
+    tokenizer, environment, data_sets, eval_prompts, judge, weights, served, sampling_server = found
     prompts, top_k = found.prompts, teacher_top_k(config.loss)
     student = Student(config, accelerator)
     if withholds_routers(student.model):
@@ -181,12 +192,16 @@ def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder,
     responder = _responder(config, student, tokenizer, sampler, environment, [*prompts, *eval_prompts])
     given = [sample for data_set in data_sets for sample in data_set.given]
     rollouts = Rollouts(config.sampling, responder, prompts, given, judge)
-    source = OnPolicy(config, student, objective, teachers, sampler, rollouts, data_sets, vocabulary(tokenizer))
+    source = OnPolicy(
+        config, student, objective, teachers, sampler, rollouts, weights, data_sets, vocabulary(tokenizer)
+    )
     student.also_checkpoint("identity", _identity(student, teachers, data_sets, eval_prompts))
     for name, teacher in ({} if teachers is None else teachers.by_data_set).items():
         if isinstance(teacher, ServedTeacher):
             student.also_checkpoint(f"teacher's server {name}", teacher)
     fit(student, objective, source, responder, tokenizer, eval_prompts, folder, listener)
+    if (control := remark(config.loss.control)) is not None:
+        note(f"this run was {control}")
 
 
 def _identity(

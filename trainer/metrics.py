@@ -54,6 +54,8 @@ POLICY = "`loss.objective: policy_gradient`, and sft"
 CLIPPED = "`loss.method: ppo` or `cispo`"
 COMPARED, WHOLE = "another objective", "a divergence over the whole vocabulary"
 MISMATCH = f"{OWN}; under another objective than `policy_gradient`, heads of one size"
+UNSURE = "`loss.forward_kl_above`"
+WEIGHED = "`loss.weights`"
 GIVEN = "`sampling.on_policy_fraction` below 1, `policy_gradient`"
 
 # fmt: off
@@ -84,13 +86,13 @@ GROUPS = (
         Metric("sampler_mismatch/p95_abs", "nats", MISMATCH, "The 95th percentile of |ℓ − ℓ_sampler|."),
     )),
     Group("Time", "time", (
-        Metric("time/old_logprobs", SECONDS, "`policy_gradient`",
-               "A forward pass for the log-probs that the ratio is taken against, where one is needed."),
+        Metric("time/old_logprobs", SECONDS, "`policy_gradient`, or `tip` in `loss.weights`",
+               "A forward pass for the log-probs that the ratio is taken against, or for entropies, where one is needed."),
         Metric("time/push_weights", SECONDS, "`sampling.server`", "Handing the student's weights to the sampling server."),
         Metric("time/ranks", SECONDS, DISTILL, "Ranks of the tokens in samples.jsonl."),
         Metric("time/sample", SECONDS, DISTILL, "Sampling and grading."),
-        Metric("time/teacher", SECONDS, "a teacher, `policy_gradient` or `top_k`",
-               "The teacher's forward passes. Divergences over the whole vocabulary have them in `time/train`."),
+        Metric("time/teacher", SECONDS, "a teacher, `policy_gradient`, `top_k` or `loss.weights` that need its log-probs",
+               "The teacher's forward passes. Divergences over the whole vocabulary have theirs in `time/train`."),
         Metric("time/train", SECONDS, "", "The update."),
         Metric("tokens_per_second", "tokens", "",
                "Tokens of the step's samples, prompts included, divided by the seconds of all phases.",
@@ -107,7 +109,8 @@ GROUPS = (
     )),
     Group("FLOPs", "rest", (
         Metric("flops/sampling", "FLOPs", DISTILL, "The student's completions: prefill and decode."),
-        Metric("flops/student", "FLOPs", "", "The update, and the forward pass of `loss.old_logprobs: recompute`."),
+        Metric("flops/student", "FLOPs", "",
+               "The update, and the forward pass of `loss.old_logprobs: recompute` or of `tip`."),
         Metric("flops/teacher", "FLOPs", "a teacher that no server holds", "The teacher's forward passes."),
     )),
     Group("Given completions", "rest", (
@@ -128,6 +131,8 @@ GROUPS = (
     Group("Loss", "rest", (
         Metric("policy/DIVERGENCE_max", "nats", COMPARED, "The largest divergence of a token."),
         Metric("policy/DIVERGENCE_mean", NATS, COMPARED, "The divergence from the teacher.", "falls towards 0"),
+        Metric("policy/added_forward_kl", NATS, UNSURE,
+               "The forward KL that is added, before `loss.forward_kl_coef`. 0 where it is not."),
         Metric("policy/clip_fraction", "fraction", POLICY,
                "Tokens whose gradient a clip or `loss.truncate_ratio` changed."),
         Metric("policy/clip_high_fraction", "fraction", CLIPPED,
@@ -146,6 +151,11 @@ GROUPS = (
         Metric("policy/teacher_entropy", NATS, WHOLE, "Entropy of the teacher."),
         Metric("policy/top1_agreement", "fraction", WHOLE,
                "Tokens for which student and teacher have the same likeliest token.", "rises"),
+        Metric("policy/unsure_fraction", "fraction", UNSURE,
+               "Tokens for which the teacher's entropy is above `loss.forward_kl_above`."),
+        Metric("weights/mean", "", WEIGHED, "Mean weight of the tokens."),
+        Metric("weights/selected_fraction", "fraction", WEIGHED,
+               "Tokens whose weight is not 0. The means of `policy/*` are over these."),
     )),
 )
 # fmt: on

@@ -27,7 +27,7 @@ from fastkl.trainer.models.loading import fuse, load_student
 from fastkl.trainer.models.modes import updating
 from fastkl.trainer.models.optimizer import apply_settings, learning_rate_schedule, make_optimizer
 from fastkl.trainer.models.precision import Counts, unchanged_fraction
-from fastkl.trainer.models.scoring import batch_logprobs, batch_ranks, check_finite, scatter_values
+from fastkl.trainer.models.scoring import batch_logprobs, batch_ranks, batch_stats, check_finite, scatter_values
 from fastkl.trainer.models.self_checks.layouts import batch_layout
 from fastkl.trainer.models.self_checks.probe import Probe
 from fastkl.trainer.models.self_checks.update import check_update
@@ -109,6 +109,17 @@ class Student:
             samples, field, lambda batch: check_finite(batch_logprobs(self.wrapped, batch, temperature), "student")
         )
 
+    def measure_entropies(self, samples: list[Sample], temperature: float, field: str | None = None) -> None:
+        """Writes `student_entropies` of this process's samples, and from the same pass their log-probs into `field`."""
+
+        def entropies(batch: Batch) -> Tensor:
+            logprobs, found = batch_stats(self.wrapped, batch, temperature)
+            if field is not None:
+                batch.scatter(check_finite(logprobs, "student"), field)
+            return found
+
+        self._scatter(samples, "student_entropies", entropies)
+
     def rank(self, samples: list[Sample], vocab_size: int) -> None:
         """Writes `student_ranks` of this process's samples, as the coming update sees them: see `batch_ranks`."""
         self._scatter(samples, "student_ranks", lambda batch: batch_ranks(self.wrapped, batch, vocab_size))
@@ -126,7 +137,7 @@ class Student:
         return contextlib.nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.autocast()
 
     def update(self, samples: list[Sample], objective: Objective, step: int) -> dict[str, float]:
-        """One step: `substeps` optimizer steps, each on the mean over its tokens, accumulated batch by batch.
+        """One step: `substeps` optimizer steps, each on the weighted mean over its tokens, accumulated batch by batch.
 
         Every process is given all samples and takes its part. Gradients are averaged over the processes, hence the factor.
         """
@@ -139,17 +150,19 @@ class Student:
         with updating(self.plain, self.config.student.dropout):
             for first in range(optim.substeps):
                 minibatch = sorted(samples[first :: optim.substeps], key=lambda sample: len(sample.ids))
-                tokens = max(1, sum(sample.loss_tokens for sample in minibatch))
+                weight = sum(sample.weight for sample in minibatch) or 1
+                tokens = sum(sample.weighed_tokens for sample in minibatch)
                 own = minibatch[processes.rank() :: processes.count()]
                 for batch, counts in self._in_step(objective.groups(own)):
-                    output = objective(self._forward, batch, tokens, next(seeds))
+                    output = objective(self._forward, batch, weight, next(seeds))
                     self.accelerator.backward(output.loss * processes.count() * counts)
                     if not counts:
                         continue
                     scattered |= {id(sample): batch.scattered for sample in batch.samples}
                     totals["loss"] += output.loss.item() / optim.substeps
-                    if len(batch.tokens):
-                        add_policy_metrics(totals, output.metrics, len(batch.tokens) / tokens / optim.substeps)
+                    if batch.weighed_tokens:
+                        share = batch.weighed_tokens / tokens / optim.substeps
+                        add_policy_metrics(totals, output.metrics, share)
                     if first == 0 and output.logprobs is not None:
                         mismatch.append(batch.sampler_mismatch(output.logprobs).cpu())
                 norms.append(self._clip())

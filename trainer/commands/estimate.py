@@ -20,6 +20,7 @@ from fastkl.trainer.data.batching import Layout, batches
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.models.sizes.flops import cost_of, sampling_flops, scoring_flops, training_flops
+from fastkl.trainer.objectives.registry import teacher_passes
 from fastkl.trainer.runs import processes
 
 GIB = 2**30
@@ -106,9 +107,10 @@ def _flops(plan: Plan) -> Iterator[tuple[str, float]]:
     cost = cost_of(plan.student)
     if isinstance(plan.config, DistillConfig):
         yield "sampling", sampling_flops(cost, plan.samples)
+        passes = teacher_passes(plan.config.loss)
         for teacher, model in plan.teachers.items():
             own = [sample for sample in plan.samples if plan.teacher_of[sample.dataset] == teacher]
-            yield f"teacher {teacher.path}", scoring_flops(cost_of(model), own)
+            yield f"teacher {teacher.path}", passes * scoring_flops(cost_of(model), own)
     yield "the student's update", training_flops(cost, plan.samples)
 
 

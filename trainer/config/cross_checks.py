@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastkl.trainer.config.environment import EnvironmentConfig
 from fastkl.trainer.config.loss import LossConfig
+from fastkl.trainer.config.losses.weights import weight_rule
 from fastkl.trainer.config.reward import RewardConfig
 from fastkl.trainer.config.rules import unchanged
 from fastkl.trainer.config.sampling import SamplingConfig
@@ -17,6 +18,10 @@ def check_rollouts(
         loss.kl_coef > 0 or reward.grader is not None or sampling.on_policy_fraction == 0,
         "loss.kl_coef is 0 and reward.grader is null: there is nothing to learn from the student's samples; name a grader "
         "or raise loss.kl_coef",
+    )
+    require(
+        loss.control != "shuffled" or sampling.samples_per_step > 1,
+        "loss.control is shuffled, but a step has a single sample; raise sampling.prompts_per_step",
     )
     if loss.objective != "policy_gradient":
         reason = (
@@ -32,6 +37,20 @@ def check_rollouts(
         require(
             sampling.on_policy_fraction > 0, f"{reason}, but sampling.on_policy_fraction is 0: the student is silent"
         )
+
+
+def check_without_teacher(loss: LossConfig) -> None:
+    """Nothing asks for the log-probs of a teacher that is not there."""
+    asked = [text for text in loss.weights if weight_rule(text).reads_gaps]
+    require(
+        not asked,
+        f"loss.weights has {' and '.join(asked)}, which compares with the teacher, but the run has none; name a teacher or "
+        f"another rule",
+    )
+    require(
+        loss.forward_kl_above is None,
+        f"loss.forward_kl_above is {loss.forward_kl_above}, but the run has no teacher; name one or unset it",
+    )
 
 
 def _check_reward(sampling: SamplingConfig, reward: RewardConfig, environment: EnvironmentConfig) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from fastkl.kernels.divergence.formula import Divergence, check_alpha, check_beta
 from fastkl.kernels.options import Backward, Direction, ListTail, Method, Sparse, Surrogate
-from fastkl.trainer.config.rules import at_least, fraction, named, unchanged
+from fastkl.trainer.config.losses.control import Control
+from fastkl.trainer.config.losses.weights import FUNCTION, weight_rule
+from fastkl.trainer.config.rules import at_least, fraction, named, positive, unchanged
 from fastkl.trainer.errors import require
 
 ObjectiveName = Literal["policy_gradient", "top_k", Divergence]
@@ -18,6 +20,7 @@ OPTION_OF: dict[str, tuple[ObjectiveName, ...]] = {
     **dict.fromkeys((*SURROGATE, "kl_coef", "discount", "old_logprobs"), ("policy_gradient",)),
     "jsd_beta": ("jsd",),
     "skew_alpha": ("skewed_reverse_kl", "skewed_forward_kl"),
+    "forward_kl_top_k": ("policy_gradient",),
     **dict.fromkeys(("top_k", "top_k_direction", "top_k_tail"), ("top_k",)),
 }
 
@@ -48,6 +51,17 @@ class LossConfig:
         top_k_direction: Choose the reverse or the forward KL of top_k.
         top_k_tail: Treat all other tokens as one outcome (bucket), or leave them out with a renormalisation (renormalise)
             or without (drop).
+        forward_kl_above: Add the forward KL where the teacher's entropy is above this many nats (EOPD;
+            docs/token-weights.md). null: add none.
+        forward_kl_coef: Weigh the added forward KL by this.
+        forward_kl_top_k: Ask the teacher for this many of its likeliest tokens for it, under policy_gradient.
+        weights: Weigh each token by the product of these rules: skip_first:N, top_gap:SHARE, drift:GAMMA,
+            function:MODULE.NAME (docs/token-weights.md). The loss is the weighted mean. Empty: every token counts 1.
+        trust_weights: Allow the Python function that `weights` names to be imported and run.
+        control: Run a control, which shows whether the teacher mattered (docs/token-weights.md). shuffled: judge each token
+            by the teacher's score of another sample. no_teacher: put a fixed penalty in the teacher's place.
+        control_penalty: Set the reverse KL of no_teacher, in nats, at the unlikeliest tokens. It is 0 at all others.
+        control_share: Penalise this share of a step's tokens, those with the lowest log-probs.
     """
 
     objective: ObjectiveName = "policy_gradient"
@@ -66,6 +80,14 @@ class LossConfig:
     top_k: int = 20
     top_k_direction: Direction = "reverse"
     top_k_tail: ListTail = "bucket"
+    forward_kl_above: float | None = None
+    forward_kl_coef: float = 1.0
+    forward_kl_top_k: int = 16
+    weights: list[str] = field(default_factory=list)
+    trust_weights: bool = False
+    control: Control | None = None
+    control_penalty: float = 0.5
+    control_share: float = 0.2
 
     def __post_init__(self) -> None:
         for name, objectives in OPTION_OF.items():
@@ -86,11 +108,62 @@ class LossConfig:
             check_alpha(self.skew_alpha)
         fraction(self, "loss.", "discount")
         at_least(1, self, "loss.", "top_k")
+        self._check_forward_kl()
+        self._check_control()
+        rules = [weight_rule(text) for text in self.weights]
+        require(
+            not self.trust_weights or any(rule.name == FUNCTION for rule in rules),
+            f"loss.trust_weights is true, but loss.weights is {self.weights}, which names no function of yours; unset it",
+        )
         clips = self.method in ("ppo", "cispo") or self.truncate_ratio is not None
         require(
             not clips or self.old_logprobs != "current",
             f"loss.method is {self.method} and loss.truncate_ratio is {self.truncate_ratio}, but loss.old_logprobs is "
             f"current: the ratio is 1, and nothing is clipped; set loss.old_logprobs to sampler or recompute",
+        )
+
+    def _check_forward_kl(self) -> None:
+        at_least(0, self, "loss.", "forward_kl_above")
+        positive(self, "loss.", "forward_kl_coef")
+        at_least(1, self, "loss.", "forward_kl_top_k")
+        above = self.forward_kl_above
+        if above is None:
+            reason = "loss.forward_kl_above is null, which adds no forward KL; set it, or unset this"
+            unchanged(self, "loss.", reason, ["forward_kl_coef", "forward_kl_top_k"])
+            return
+        direction = f", loss.top_k_direction {self.top_k_direction}" if self.objective == "top_k" else ""
+        require(
+            self.objective != "forward_kl" and not (direction and self.top_k_direction == "forward"),
+            f"loss.forward_kl_above is {above:g}, but loss.objective is {self.objective}{direction}: it is the forward KL "
+            f"already; unset one of them",
+        )
+        require(
+            self.control is None,
+            f"loss.forward_kl_above is {above:g}, but loss.control is {self.control}: it would compare with the teacher; "
+            f"unset one of them",
+        )
+
+    def _check_control(self) -> None:
+        positive(self, "loss.", "control_penalty", "control_share")
+        fraction(self, "loss.", "control_share")
+        if self.control != "no_teacher":
+            reason = f"loss.control is {self.control or 'null'}; set it to no_teacher, or unset this"
+            unchanged(self, "loss.", reason, ["control_penalty", "control_share"])
+        if self.control is None:
+            return
+        able = SERVED if self.control == "shuffled" else SERVED[:1]
+        require(
+            self.objective in able,
+            f"loss.control is {self.control}, but loss.objective is {self.objective}; it needs {' or '.join(able)}",
+        )
+        require(
+            self.kl_coef > 0, f"loss.control is {self.control}, but loss.kl_coef is 0: no teacher takes part anyway"
+        )
+        seen = [text for text in self.weights if not weight_rule(text).is_blind]
+        require(
+            not seen,
+            f"loss.control is {self.control}, but loss.weights has {' and '.join(seen)}, which would see the teacher's own "
+            f"scores; unset one of them",
         )
 
     def surrogate(self) -> Surrogate:

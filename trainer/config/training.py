@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fastkl.trainer.config.cross_checks import check_rollouts
+from fastkl.trainer.config.cross_checks import check_rollouts, check_without_teacher
 from fastkl.trainer.config.data import DataConfig, EvalConfig, check_source
 from fastkl.trainer.config.environment import EnvironmentConfig
 from fastkl.trainer.config.loss import LossConfig
@@ -81,7 +81,8 @@ class DistillConfig(RunConfig):
 
     @property
     def has_teacher(self) -> bool:
-        return self.loss.kl_coef > 0 or any(teacher != TeacherConfig() for teacher in self.teachers().values())
+        needed = self.loss.kl_coef > 0 and self.loss.control != "no_teacher"
+        return needed or any(teacher != TeacherConfig() for teacher in self.teachers().values())
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,6 +93,8 @@ class DistillConfig(RunConfig):
             check_source("data", self.data)
         if self.has_teacher:
             self._check_teachers()
+        else:
+            check_without_teacher(self.loss)
         require(
             self.environment.role is None or all(entry.data.chat_template for entry in self.data_sets().values()),
             f"environment.role is {self.environment.role!r}, but data.chat_template is false: a text has no turns. Set "

@@ -37,16 +37,30 @@ class Batch:
         return torch.tensor(values, dtype=torch.float32, device=self.tokens.device)
 
     @property
+    def weights(self) -> Tensor | None:
+        """[n] float32: how much each token counts in the loss; None where all count 1."""
+        return self.per_token("weights") if any(sample.weights for sample in self.samples) else None
+
+    @property
+    def weighed_tokens(self) -> int:
+        return sum(sample.weighed_tokens for sample in self.samples)
+
+    @property
     def given(self) -> Tensor:
         """[n] which tokens are of completions that the data give."""
         return self._which(lambda sample: sample.given)
 
     def sampler_mismatch(self, logprobs: Tensor) -> Tensor:
-        """[m] of log-probs [n]: how far they are from the sampler's, for the tokens that the student sampled."""
+        """[m] of log-probs [n]: how far they are from the sampler's, for the tokens that the student sampled.
+
+        Only of those that count: the losses give no log-probs of the others.
+        """
         sampled = [sample for sample in self.samples if sample.sampler_logprobs and not sample.given]
         known = {id(sample) for sample in sampled}
         sampler = dataclasses.replace(self, samples=sampled).per_token("sampler_logprobs")
-        return logprobs[self._which(lambda sample: id(sample) in known)] - sampler
+        chosen = self._which(lambda sample: id(sample) in known)
+        difference, weights = logprobs[chosen] - sampler, self.weights
+        return difference if weights is None else difference[weights[chosen] != 0]
 
     def _which(self, chosen: Callable[[Sample], bool]) -> Tensor:
         """[n] which tokens are of samples that are chosen."""

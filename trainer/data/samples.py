@@ -25,8 +25,8 @@ class Completion(NamedTuple):
 class Sample:
     """A prompt and its completion, token-exact: ids are never decoded and encoded again.
 
-    `loss_mask`, and every list of log-probs, advantages or ranks, is aligned with `ids`; entries where the mask is False
-    (the prompt) mean nothing and are 0. A list is empty where nothing is known.
+    `loss_mask`, and every list of numbers, is aligned with `ids`; entries where the mask is False (the prompt) mean nothing
+    and are 0. A list is empty where nothing is known.
     """
 
     ids: list[int]
@@ -37,6 +37,7 @@ class Sample:
     sampler_logprobs: list[float] = field(default_factory=list)
     teacher_logprobs: list[float] = field(default_factory=list)
     old_logprobs: list[float] = field(default_factory=list)  # what the ratio is taken against; empty: current policy
+    student_entropies: list[float] = field(default_factory=list)  # of its distribution before the update, nats
     advantages: list[float] = field(default_factory=list)
     student_ranks: list[int] = field(default_factory=list)  # 1: its likeliest token; 0: no token of the tokenizer
     teacher_ranks: list[int] = field(default_factory=list)
@@ -45,11 +46,22 @@ class Sample:
     given: bool = False  # the completion stands in the data; the student did not sample it
     unfinished: bool = False  # goes on in the next step
     completion_length: int = 0  # tokens after the prompt, of earlier steps and of the environment too
+    weights: list[float] = field(default_factory=list)  # how much each token counts in the loss; empty: all count 1
     teacher_top_k: TopK | None = None  # of the counted tokens, [n, k] on the CPU; an id of −1 pads
 
     @property
     def loss_tokens(self) -> int:
         return sum(self.loss_mask)
+
+    @property
+    def weight(self) -> float:
+        """What all tokens together count in the loss."""
+        return sum(self.weights) if self.weights else self.loss_tokens
+
+    @property
+    def weighed_tokens(self) -> int:
+        """The tokens that count in the loss for more than 0."""
+        return sum(weight != 0 for weight in self.weights) if self.weights else self.loss_tokens
 
 
 def make_sample(

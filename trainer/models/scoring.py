@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastkl.loss import TopK, linear_logprobs, linear_ranks, linear_top_k
+from fastkl.loss import TopK, linear_logprobs, linear_ranks, linear_token_stats, linear_top_k
 from fastkl.trainer.data.batching import PAD_ID, Batch
 from fastkl.trainer.data.samples import UNKNOWN
 from fastkl.trainer.errors import RunError
@@ -58,6 +58,19 @@ def batch_logprobs(model: nn.Module, batch: Batch, temperature: float) -> Tensor
         return _token_logprobs(rows, weight, batch.tokens, temperature, head)
 
     return call_with_rows(model, batch, logprobs, readable(model, batch))
+
+
+def batch_stats(model: nn.Module, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs [n] of the counted tokens of a batch, and the entropies [n] of the distributions they are from.
+
+    All of them are ids of the model's head.
+    """
+
+    def stats(rows: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor, Tensor]:
+        found = linear_token_stats(rows, weight, batch.tokens, temperature=temperature, **head)
+        return found.logprobs, found.entropies
+
+    return call_with_rows(model, batch, stats)
 
 
 def batch_top_k(

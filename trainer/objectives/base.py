@@ -10,7 +10,8 @@ from fastkl.loss import LossOutput
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.data.batching import Batch
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.models.sizes.flops import Cost
+from fastkl.trainer.models.sizes.flops import Cost, scoring_flops
+from fastkl.trainer.objectives.weights.step import needs_entropies_first
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.listener import Clock
 from fastkl.trainer.student import Student
@@ -31,14 +32,15 @@ class Objective(Protocol):
         """A context that is open during the update; entered and left by all processes together."""
         return nullcontext()
 
-    def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: int, seed: int) -> LossOutput:
-        """The sum over the batch's tokens, divided by `normalizer`.
+    def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: float, seed: int) -> LossOutput:
+        """The sum over the batch's tokens, each times its weight (`batch.weights`), divided by `normalizer`.
 
         What it scatters into the batch's samples reaches all processes after the update.
 
         Args:
             model: A fused one (`fastkl.head.fuse`), or what it became: `model(fused=function, **inputs)`.
-            normalizer: The tokens of the optimizer step, on all processes.
+            normalizer: The weights of the tokens of the optimizer step together, on all processes; without weights, how
+                many tokens there are.
             seed: That of a sparse backward.
         """
         ...
@@ -46,6 +48,11 @@ class Objective(Protocol):
     def preparing_flops(self, cost: Cost, samples: list[Sample]) -> float:
         """FLOPs of the student in `prepare`."""
         return 0.0
+
+    @staticmethod
+    def teacher_passes(config: LossConfig) -> int:
+        """How often the teacher reads a sample for its score."""
+        return 1
 
     @staticmethod
     def teacher_top_k(config: LossConfig) -> int | None:
@@ -57,3 +64,17 @@ def score_by_teacher(teachers: RoutedTeacher[Any], samples: list[Sample], clock:
     """Writes the teachers' log-probs (and likeliest tokens, if they were asked for them) into this process's samples."""
     with clock("teacher"), teachers.ready():
         processes.raise_together(lambda: teachers.score(samples))
+
+
+def measure_entropies(
+    student: Student, samples: list[Sample], loss: LossConfig, temperature: float, clock: Clock
+) -> None:
+    """Writes the student's entropies into this process's samples, if `loss.weights` are made of them."""
+    if needs_entropies_first(loss):
+        with clock("old_logprobs"):
+            student.measure_entropies(samples, temperature)
+
+
+def measuring_flops(loss: LossConfig, cost: Cost, samples: list[Sample]) -> float:
+    """FLOPs of `measure_entropies`."""
+    return scoring_flops(cost, samples) if needs_entropies_first(loss) else 0.0

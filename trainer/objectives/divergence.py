@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastkl import loss as losses
@@ -15,11 +16,17 @@ from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.data.batching import Batch
 from fastkl.trainer.data.samples import UNKNOWN, Sample
 from fastkl.trainer.models.scoring import call_with_rows, check_finite
-from fastkl.trainer.objectives.base import Objective
+from fastkl.trainer.models.sizes.flops import Cost
+from fastkl.trainer.objectives.base import Objective, measure_entropies, measuring_flops, score_by_teacher
+from fastkl.trainer.objectives.forward_kl import plus_forward_kl
 from fastkl.trainer.objectives.numbers import numbers_are_checked
-from fastkl.trainer.teachers.local import LocalTeacher
+from fastkl.trainer.objectives.weights.step import needs_teacher_first
+from fastkl.trainer.runs.listener import Clock
+from fastkl.trainer.student import Student
+from fastkl.trainer.teachers.local import LocalTeacher, TeacherHead
 from fastkl.trainer.teachers.several import RoutedTeacher
 
+IGNORED = -100  # in place of the ids of tokens that are left out
 # The options of a divergence's loss beside those that all have, and the setting that holds the value of each.
 OPTIONS: dict[ObjectiveName, dict[str, str]] = {
     "jsd": {"beta": "jsd_beta"},
@@ -33,7 +40,8 @@ class FullDivergence(Objective):
 
     Its forward pass is that of scoring, only later: batch by batch in the update, with its log-probs of the tokens as a
     by-product. To keep a step's hidden states from an earlier pass would take D_t numbers per token of the step and
-    save nothing, since every sample is in one batch of a step.
+    save nothing, since every sample is in one batch of a step. Only where weights are made of the teacher's log-probs is
+    there a pass for them before.
     """
 
     def __init__(self, loss: LossConfig, sampling: SamplingConfig, teachers: RoutedTeacher[LocalTeacher]) -> None:
@@ -42,6 +50,18 @@ class FullDivergence(Objective):
         settings = OPTIONS.get(loss.objective, {})
         self._options = {option: getattr(loss, setting) for option, setting in settings.items()}
 
+    def prepare(self, samples: list[Sample], student: Student, clock: Clock) -> None:
+        measure_entropies(student, samples, self._config, self._temperature, clock)
+        if needs_teacher_first(self._config):
+            score_by_teacher(self._teachers, samples, clock)
+
+    @staticmethod
+    def teacher_passes(config: LossConfig) -> int:
+        return 1 + needs_teacher_first(config)
+
+    def preparing_flops(self, cost: Cost, samples: list[Sample]) -> float:
+        return measuring_flops(self._config, cost, samples)
+
     def groups(self, samples: list[Sample]) -> list[list[Sample]]:
         return self._teachers.groups(samples)
 
@@ -49,33 +69,55 @@ class FullDivergence(Objective):
         return self._teachers.ready()
 
     @numbers_are_checked()
-    def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: int, seed: int) -> LossOutput:
+    def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: float, seed: int) -> LossOutput:
         local = self._teachers.of(batch.samples)
         teacher, cut = local.head(batch.samples, batch.tokens.device), local.vocab_size
-        known = batch.tokens < (len(teacher.weight) if cut is None else cut)
+        known, weights = batch.tokens < (len(teacher.weight) if cut is None else cut), batch.weights
 
         def loss(rows: Tensor, weight: Tensor, **head: Any) -> LossOutput:
-            return self._loss(
-                rows,
-                weight,
-                teacher.hidden,
-                teacher.weight,
-                tokens=batch.tokens.where(known, 0),
-                vocab_size=cut,
-                per_token=True,
-                normalizer=normalizer,
-                temperature=self._temperature,
-                backward=self._config.backward_pass(seed),
-                **self._options,
+            common: dict[str, Any] = {
+                "vocab_size": cut,
+                "normalizer": normalizer,
+                "temperature": self._temperature,
+                "backward": self._config.backward_pass(seed),
                 **head,
                 **{f"teacher_{name}": value for name, value in teacher.options.items()},
+            }
+            heads = rows, weight, teacher.hidden, teacher.weight
+            tokens = batch.tokens.where(known, 0)
+            output = self._loss(*heads, tokens=tokens, per_token=True, mask=weights, **self._options, **common)
+            assert isinstance(output.per_token, PerToken)
+            return plus_forward_kl(
+                output,
+                output.per_token.teacher_entropy,
+                weights,
+                lambda mask: losses.forward_kl_loss(*heads, mask=mask, **common),
+                self._config,
             )
 
         output = call_with_rows(model, batch, loss)
         tokens = output.per_token
         assert isinstance(tokens, PerToken)
         assert tokens.teacher_logprobs is not None
-        batch.scatter(check_finite(tokens.teacher_logprobs, "teacher").where(known, UNKNOWN), "teacher_logprobs")
-        means = {"top1_agreement": tokens.top1_agreement.mean(), "teacher_entropy": tokens.teacher_entropy.mean()}
+        logprobs, weighed = tokens.teacher_logprobs, torch.ones_like(known)
+        if weights is not None:
+            weighed = weights != 0
+            logprobs = logprobs + self._left_out(teacher, batch.tokens.where(known & ~weighed, IGNORED), cut)
+        batch.scatter(check_finite(logprobs, "teacher").where(known, UNKNOWN), "teacher_logprobs")
+        means = {name: getattr(tokens, name)[weighed].mean() for name in ("top1_agreement", "teacher_entropy")}
         # Over the common ids alone, the student's log-probs are not those it sampled with.
         return output._replace(logprobs=output.logprobs if cut is None else None, metrics=output.metrics | means)
+
+    def _left_out(self, teacher: TeacherHead, tokens: Tensor, cut: int | None) -> Tensor:
+        """The teacher's log-probs [n] of tokens that have the weight 0, of which the loss says nothing; 0 where IGNORED."""
+        with torch.no_grad():
+            stats = losses.linear_token_stats(
+                teacher.hidden,
+                teacher.weight,
+                tokens,
+                ignore_index=IGNORED,
+                vocab_size=cut,
+                temperature=self._temperature,
+                **teacher.options,
+            )
+        return stats.logprobs

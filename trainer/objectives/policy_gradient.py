@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from fastkl.loss import LossOutput, policy_gradient_loss
+from fastkl.loss import LossOutput, policy_gradient_loss, top_k_kl_loss
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.data.batching import Batch
@@ -16,7 +17,10 @@ from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.models.scoring import call_with_rows
 from fastkl.trainer.models.sizes.flops import Cost, scoring_flops
 from fastkl.trainer.objectives.advantages import set_advantages
-from fastkl.trainer.objectives.base import Objective, score_by_teacher
+from fastkl.trainer.objectives.base import Objective, measure_entropies, measuring_flops, score_by_teacher
+from fastkl.trainer.objectives.controls import with_scores
+from fastkl.trainer.objectives.forward_kl import list_entropies, plus_forward_kl
+from fastkl.trainer.objectives.weights.step import needs_entropies_first
 from fastkl.trainer.runs.listener import Clock
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.several import RoutedTeacher
@@ -31,14 +35,28 @@ class PolicyGradient(Objective):
     def __init__(self, loss: LossConfig, sampling: SamplingConfig, teachers: RoutedTeacher[Any] | None = None) -> None:
         self._loss, self._sampling, self._teachers = loss, sampling, teachers
 
+    @staticmethod
+    def teacher_top_k(config: LossConfig) -> int | None:
+        return None if config.forward_kl_above is None else config.forward_kl_top_k
+
+    def groups(self, samples: list[Sample]) -> list[list[Sample]]:
+        if self._teachers is None or self._loss.forward_kl_above is None:
+            return [samples]
+        return self._teachers.groups(samples)
+
     def prepare(self, samples: list[Sample], student: Student, clock: Clock) -> None:
         if self._teachers is not None:
             score_by_teacher(self._teachers, samples, clock)
         with clock("old_logprobs"):
             self._set_old_logprobs(samples, student)
+        if self._loss.old_logprobs != "recompute":
+            measure_entropies(student, samples, self._loss, self._sampling.temperature, clock)
+        judged = with_scores(samples, self._loss)
         set_advantages(
-            samples, coef=self._loss.kl_coef, discount=self._loss.discount, given_coef=self._sampling.given_coef
+            judged, coef=self._loss.kl_coef, discount=self._loss.discount, given_coef=self._sampling.given_coef
         )
+        for sample, other in zip(samples, judged, strict=True):
+            sample.advantages = other.advantages
 
     def _set_old_logprobs(self, samples: list[Sample], student: Student) -> None:
         """What the importance ratio is taken against: see `LossConfig.old_logprobs`.
@@ -47,7 +65,9 @@ class PolicyGradient(Objective):
         """
         method = self._loss.old_logprobs
         scored = samples if method == "recompute" else [s for s in samples if s.given and method == "sampler"]
-        if method == "recompute" or self._sampling.on_policy_fraction < 1:
+        if method == "recompute" and needs_entropies_first(self._loss):
+            student.measure_entropies(samples, self._sampling.temperature, "old_logprobs")
+        elif method == "recompute" or self._sampling.on_policy_fraction < 1:
             student.score(scored, "old_logprobs", self._sampling.temperature)
         for sample in samples:
             if sample.given:
@@ -56,23 +76,36 @@ class PolicyGradient(Objective):
                 sample.old_logprobs = sample.sampler_logprobs
 
     def preparing_flops(self, cost: Cost, samples: list[Sample]) -> float:
-        return scoring_flops(cost, samples) if self._loss.old_logprobs == "recompute" else 0.0
+        recomputed = self._loss.old_logprobs == "recompute"
+        return scoring_flops(cost, samples) if recomputed else measuring_flops(self._loss, cost, samples)
 
-    def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: int, seed: int) -> LossOutput:
+    def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: float, seed: int) -> LossOutput:
         old = batch.per_token("old_logprobs") if batch.samples[0].old_logprobs else None
+        likeliest, vocabulary, weights = None, None, batch.weights
+        if self._teachers is not None and self._loss.forward_kl_above is not None:
+            likeliest, vocabulary = batch.top_k(), self._teachers.of(batch.samples).vocab_size
 
         def loss(rows: Tensor, weight: Tensor, **head: Any) -> LossOutput:
-            return policy_gradient_loss(
+            common = {
+                "normalizer": normalizer,
+                "temperature": self._sampling.temperature,
+                "backward": self._loss.backward_pass(seed),
+                **head,
+            }
+            output = policy_gradient_loss(
                 rows,
                 weight,
                 batch.tokens,
                 batch.per_token("advantages"),
                 old,
                 **dataclasses.asdict(self._loss.surrogate()),
-                normalizer=normalizer,
-                temperature=self._sampling.temperature,
-                backward=self._loss.backward_pass(seed),
-                **head,
+                mask=weights,
+                **common,
             )
+            if likeliest is None:
+                return output
+            entropies, cut = list_entropies(likeliest), vocabulary if vocabulary != weight.shape[0] else None
+            forward_kl = partial(top_k_kl_loss, rows, weight, *likeliest, direction="forward", vocab_size=cut, **common)
+            return plus_forward_kl(output, entropies, weights, lambda mask: forward_kl(mask=mask), self._loss)
 
         return call_with_rows(model, batch, loss)

@@ -30,3 +30,9 @@ def teacher_top_k(loss: LossConfig) -> int | None:
     """How many of its likeliest tokens the config's objective asks the teacher for; None: for none."""
     count: int | None = OBJECTIVES[loss.objective].teacher_top_k(loss)
     return count
+
+
+def teacher_passes(loss: LossConfig) -> int:
+    """How often the config's objective has the teacher read a sample for its score."""
+    passes: int = OBJECTIVES[loss.objective].teacher_passes(loss)
+    return passes

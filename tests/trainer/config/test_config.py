@@ -104,6 +104,59 @@ REFUSED_BY_DISTILL: list[tuple[dict[str, object], list[str]]] = [
     ({"loss.skew_alpha": 0.3}, ["loss.skew_alpha is 0.3", "skewed_reverse_kl and skewed_forward_kl"]),
     ({"loss.skew_alpha": 1, "loss.objective": "skewed_reverse_kl"}, ["loss.skew_alpha is 1", "in [0, 1)"]),
     ({"loss.top_k": 5}, ["loss.top_k is 5", "belongs to top_k"]),
+    ({"loss.weights": ["entropy:1"]}, ["loss.weights has 'entropy:1'", "skip_first:N", "function:MODULE.NAME"]),
+    ({"loss.weights": ["function:"]}, ["loss.weights has 'function:'", "function:MODULE.NAME"]),
+    ({"loss.weights": ["skip_first:2.5"]}, ["loss.weights has 'skip_first:2.5'", "N of", "whole number from 1 on"]),
+    ({"loss.weights": ["skip_first"]}, ["loss.weights has 'skip_first'", "whole number from 1 on"]),
+    ({"loss.weights": ["top_gap:0"]}, ["loss.weights has 'top_gap:0'", "SHARE of", "above 0 and at most 1"]),
+    ({"loss.weights": ["drift:inf"]}, ["loss.weights has 'drift:inf'", "GAMMA of", "finite"]),
+    (
+        {"loss.weights": ["drift:1"], "loss.kl_coef": 0, "reward.grader": "boxed", "teacher.path": ""}
+        | {"sampling.samples_per_prompt": 2},
+        ["loss.weights has drift:1", "the run has none", "name a teacher"],
+    ),
+    ({"loss.forward_kl_above": -1}, ["loss.forward_kl_above is -1", "at least 0", "or null"]),
+    ({"loss.forward_kl_coef": 2}, ["loss.forward_kl_coef is 2", "loss.forward_kl_above is null"]),
+    ({"loss.forward_kl_above": 1, "loss.forward_kl_coef": 0}, ["loss.forward_kl_coef is 0", "> 0"]),
+    ({"loss.forward_kl_above": 1, "loss.objective": "forward_kl"}, ["loss.forward_kl_above is 1", "KL already"]),
+    (
+        {"loss.forward_kl_above": 1, "loss.objective": "top_k", "loss.top_k_direction": "forward"},
+        ["loss.forward_kl_above is 1", "loss.top_k_direction forward", "KL already"],
+    ),
+    (
+        {"loss.forward_kl_above": 1, "loss.objective": "top_k", "loss.forward_kl_top_k": 5},
+        ["loss.forward_kl_top_k is 5", "belongs to policy_gradient"],
+    ),
+    (
+        {"loss.forward_kl_above": 1, "loss.control": "shuffled"},
+        ["loss.forward_kl_above is 1", "loss.control is shuffled"],
+    ),
+    (
+        {"loss.forward_kl_above": 1, "loss.kl_coef": 0, "reward.grader": "boxed", "teacher.path": ""}
+        | {"sampling.samples_per_prompt": 2},
+        ["loss.forward_kl_above is 1", "no teacher", "unset it"],
+    ),
+    ({"loss.trust_weights": True}, ["loss.trust_weights is true", "loss.weights is []", "unset it"]),
+    ({"loss.control": "shuffled", "loss.objective": "jsd"}, ["loss.control is shuffled", "jsd", "policy_gradient or"]),
+    (
+        {"loss.control": "no_teacher", "loss.objective": "top_k"},
+        ["loss.control is no_teacher", "needs policy_gradient"],
+    ),
+    ({"loss.control_penalty": 1}, ["loss.control_penalty is 1", "loss.control is null", "set it to no_teacher"]),
+    ({"loss.control": "no_teacher", "loss.control_penalty": 0}, ["loss.control_penalty is 0", "> 0"]),
+    ({"loss.control": "no_teacher", "loss.control_share": 1.5}, ["loss.control_share is 1.5", "between 0 and 1"]),
+    (
+        {"loss.control": "shuffled", "loss.kl_coef": 0, "reward.grader": "boxed", "sampling.samples_per_prompt": 2},
+        ["loss.control is shuffled", "loss.kl_coef is 0"],
+    ),
+    (
+        {"loss.control": "shuffled", "loss.weights": ["skip_first:1", "drift:1"]},
+        ["loss.control is shuffled", "loss.weights has drift:1", "unset one"],
+    ),
+    (
+        {"loss.control": "shuffled", "sampling.prompts_per_step": 1},
+        ["loss.control is shuffled", "a single sample", "sampling.prompts_per_step"],
+    ),
     ({"loss.top_k": 0, "loss.objective": "top_k"}, ["loss.top_k is 0", "at least 1"]),
     (
         SERVED | {"loss.objective": "forward_kl"},

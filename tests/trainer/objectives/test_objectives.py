@@ -28,7 +28,7 @@ from fastkl.trainer.objectives.registry import OBJECTIVES
 class Notes(PolicyGradient):
     """Leaves a field of its own in the samples."""
 
-    def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: int, seed: int) -> LossOutput:
+    def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: float, seed: int) -> LossOutput:
         batch.scatter(100 + batch.tokens, "notes")
         return super().__call__(model, batch, normalizer, seed)
 

@@ -74,6 +74,11 @@ VARIANTS: dict[str, dict[str, object]] = {
     "base": BASE | {"loss__objective": "policy_gradient"},
     "base-whole": BASE | {"loss__objective": "reverse_kl"},
     "continuous": {"sampling__engine": "continuous_batching"},
+    "weights": {"loss__weights": ["top_gap:0.4", "drift:0.5"]},
+    "weights-whole": {"loss__weights": ["top_gap:0.4", "skip_first:1"], "loss__objective": "reverse_kl"},
+    "shuffled": {"loss__control": "shuffled"},
+    "shuffled-lists": {"loss__control": "shuffled", "loss__objective": "top_k"},
+    "no-teacher": {"loss__control": "no_teacher", "loss__old_logprobs": "recompute"},
 }
 
 

@@ -83,8 +83,11 @@ def scoring_flops(cost: Cost, samples: Sequence[Sample]) -> float:
 
 
 def training_flops(cost: Cost, samples: Sequence[Sample]) -> float:
-    """A forward pass, gradients by all activations, and by those weights that are trained."""
-    return sum(_training(cost, len(s.ids), s.loss_tokens) for s in samples)
+    """A forward pass, gradients by all activations, and by those weights that are trained.
+
+    The head reads the tokens that count in the loss for more than 0.
+    """
+    return sum(_training(cost, len(s.ids), s.weighed_tokens) for s in samples)
 
 
 def _training(cost: Cost, length: int, counted: int) -> float:

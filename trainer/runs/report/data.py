@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from fastkl.trainer.config.loss import OPTION_OF
+from fastkl.trainer.config.losses.control import remark
 from fastkl.trainer.config.settings import flat
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.runs.changes import read_changes
@@ -46,6 +47,9 @@ MAIN_SETTINGS = (
     "loss.top_k",
     "loss.top_k_direction",
     "loss.top_k_tail",
+    "loss.forward_kl_above",
+    "loss.weights",
+    "loss.control",
     "optim.lr",
     "optim.schedule",
     "optim.steps",
@@ -70,6 +74,7 @@ def run_data(path: Path, name: str, sample_bytes: int) -> Json:
         "name": name,
         "path": str(path),
         "kind": "distill" if "teacher" in settings else "sft",
+        "control": remark(settings.get("loss", {}).get("control")),
         "steps_done": rows[-1]["step"],
         "steps_planned": settings.get("optim", {}).get("steps"),
         "logged": _last_change(path / "metrics.jsonl"),

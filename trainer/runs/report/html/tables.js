@@ -1,7 +1,7 @@
 // What the runs are: a line each, their settings, their seconds.
 
 function showTables() {
-  byId("runs").append(runTable());
+  byId("runs").append(runTable(), ...controlNotes());
   const several = RUNS.length > 1;
   const keys = several ? DATA.differences : RUNS[0].main;
   const what = several ? "Settings that differ between the runs" : "The settings that matter most";
@@ -17,7 +17,7 @@ function showTables() {
 function runTable() {
   const rows = RUNS.map((run, number) => [
     label(number),
-    run.kind,
+    run.control ? `${run.kind}, a control` : run.kind,
     run.steps_done < run.steps_planned
       ? `${run.steps_done} of ${run.steps_planned}: stopped, or still going`
       : String(run.steps_done),
@@ -29,6 +29,12 @@ function runTable() {
   ]);
   const head = ["run", "kind", "steps", "eval/accuracy", "teacher_kl", "completion tokens", "FLOPs", "last logged"];
   return table("Runs", head, rows);
+}
+
+/** Which runs are controls: what they learn, the teacher's judgement did not teach. */
+function controlNotes() {
+  const controls = RUNS.map((run, number) => [label(number), run.control]).filter(([, control]) => control);
+  return controls.map(([name, control]) => el("p", { class: "note" }, el("strong", {}, `${name} is ${control}.`)));
 }
 
 /** A metric's first and last value. */

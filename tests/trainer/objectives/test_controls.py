@@ -1,0 +1,150 @@
+"""`loss.control`: whose scores a token gets, what is penalised, and that a run says that it is a control."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_cases import Run, check_equal, distilled, interrupt, run
+from run_settings import distillation
+from torch import Tensor
+
+from fastkl.loss import TopK
+from fastkl.trainer.config.loss import LossConfig
+from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.objectives.advantages import set_advantages
+from fastkl.trainer.objectives.controls import lowest, shuffle_lists, turned, with_scores
+from fastkl.trainer.runs import processes
+
+LENGTHS = (3, 1, 2, 4, 2)
+
+
+def parts(lengths: Sequence[int] = LENGTHS) -> list[Tensor]:
+    return list(torch.arange(float(sum(lengths))).split(list(lengths)))
+
+
+def numbers(found: Sequence[Tensor]) -> list[list[float]]:
+    return [part.tolist() for part in found]
+
+
+def test_scores_are_turned_by_half_within_a_data_set() -> None:
+    found = turned(parts(), ["a"] * 5)
+    assert numbers(found) == [[6, 7, 8], [9], [10, 11], [0, 1, 2, 3], [4, 5]]
+    assert numbers(turned(parts(), ["a", "b", "a", "b", "a"])) == [[4, 5, 10], [7], [11, 0], [8, 9, 3, 6], [1, 2]]
+    assert numbers(turned(parts([3]), [""])) == [[1, 2, 0]]
+    assert turned([], []) == []
+
+
+def test_nobody_keeps_a_score_unless_one_sample_is_most_of_the_step() -> None:
+    names = ["", "", "", "", ""]
+    own = [torch.full((count,), float(index)) for index, count in enumerate(LENGTHS)]
+    for index, (part, length) in enumerate(zip(turned(own, names), LENGTHS, strict=True)):
+        assert len(part) == length
+        assert (part != index).all()
+
+
+def test_the_lowest_of_all() -> None:
+    values = [torch.tensor([-1.0, -5.0]), torch.tensor([-5.0, -0.1, -3.0])]
+    assert numbers(lowest(values, 0.2)) == [[False, True], [False, False, False]]
+    assert numbers(lowest(values, 0.21)) == [[False, True], [True, False, False]]
+    assert numbers(lowest(values, 1.0)) == [[True, True], [True, True, True]]
+
+
+def test_processes_do_it_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["a", "b", "a", "b", "a"]
+    alone = numbers(turned(parts(), names)), numbers(lowest([-part for part in parts()], 0.3))
+    shares = slice(0, 2), slice(2, 5)
+    found: tuple[list[list[float]], list[list[float]]] = ([], [])
+    for rank, mine in enumerate(shares):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        scored = [(name, part) for name, part in zip(names, parts(), strict=True)]
+        monkeypatch.setattr(processes, "gather", lambda _, scored=scored: [scored[own] for own in shares])
+        found[0].extend(numbers(turned(parts()[mine], names[mine])))
+        monkeypatch.setattr(processes, "gather", lambda _: [[-part for part in parts()[own]] for own in shares])
+        found[1].extend(numbers(lowest([-part for part in parts()[mine]], 0.3)))
+    assert found == alone
+
+
+def sample(ours: list[float], theirs: list[float], **fields: Any) -> Sample:
+    made = Sample([0, *range(len(ours))], [False] + [True] * len(ours), 0, **fields)
+    made.sampler_logprobs, made.teacher_logprobs = [0.0, *ours], [0.0, *theirs] if theirs else []
+    return made
+
+
+def advantages(samples: list[Sample], **config: Any) -> list[list[float]]:
+    judged = with_scores(samples, LossConfig(**config))
+    set_advantages(judged, coef=1.0, discount=0.0)
+    return [one.advantages[1:] for one in judged]
+
+
+def test_shuffled_advantages_are_those_of_another_sample() -> None:
+    """The reward stays, given completions stay, and so does what the metrics are made of."""
+    samples = [
+        sample([-1.0, -2.0], [-1.5, -4.0], reward_advantage=10.0),
+        sample([-1.0], [-1.0], given=True),
+        sample([-3.0, -1.0], [-1.0, -1.25]),
+    ]
+    assert advantages(samples) == [[9.5, 8.0], [1.0], [2.0, -0.25]]
+    assert advantages(samples, control="shuffled") == [[12.0, 9.75], [1.0], [-0.5, -2.0]]
+    assert [one.teacher_logprobs[1:] for one in samples] == [[-1.5, -4.0], [-1.0], [-1.0, -1.25]]
+
+
+def test_without_a_teacher_the_unlikeliest_tokens_are_penalised() -> None:
+    samples = [
+        sample([-1.0, -2.0], [], reward_advantage=10.0),
+        sample([-9.0], [], given=True),
+        sample([-3.0, -1.0], [-7.0, -7.0]),
+    ]
+    options = {"control": "no_teacher", "control_share": 0.5, "control_penalty": 0.75}
+    assert advantages(samples, **options) == [[10.0, 9.25], [1.0], [-0.75, 0.0]]
+    assert advantages(samples, control="no_teacher") == [[10.0, 10.0], [1.0], [-0.5, 0.0]]
+
+
+def test_lists_of_likeliest_tokens_are_shuffled() -> None:
+    samples = [sample([-1.0] * count, [-2.0] * count) for count in (2, 1, 1)]
+    rows = torch.arange(8).reshape(4, 2)
+    for one, ids in zip(samples, rows.split([2, 1, 1]), strict=True):
+        one.teacher_top_k = TopK(ids, -ids.float())
+    shuffle_lists(samples)
+    found = [one.teacher_top_k for one in samples if one.teacher_top_k is not None]
+    assert torch.equal(torch.cat([own.ids for own in found]), rows[[2, 3, 0, 1]])
+    assert all(torch.equal(own.logprobs, -own.ids.float()) for own in found)
+    shuffle_lists([])
+
+
+@pytest.mark.parametrize("options", [{}, {"loss__objective": "top_k"}], ids=["policy_gradient", "top_k"])
+def test_a_shuffled_run_says_so_and_goes_on_where_it_was(
+    options: dict[str, object],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = {"loss__control": "shuffled", "loss__weights": ["skip_first:1"], "checkpoint__every": 1, **options}
+    whole = distilled(distillation(tmp_path / "whole", folder, **settings))
+    said = capsys.readouterr().err
+    assert "this run is a control (loss.control: shuffled)" in said
+    assert "this run was a control" in said
+    page = (whole / "report.html").read_text(encoding="utf-8")
+    assert json.dumps("a control (loss.control: shuffled)")[1:-1] in page
+    broken = distillation(tmp_path / "broken", folder, **settings)
+    interrupt(monkeypatch, broken, 2)
+    distilled(broken)
+    check_equal(tmp_path / "broken", whole)
+
+
+def test_a_run_without_a_teacher_needs_none_and_reports_one_that_is_there(folder: Path, tmp_path: Path) -> None:
+    options: dict[str, object] = {"loss__control": "no_teacher", "optim__steps": 1}
+    alone = run(tmp_path / "alone", folder, teacher__path="", **options)
+    beside = run(tmp_path / "beside", folder, **options)
+    assert "teacher_kl" not in alone.metrics[0]
+    assert beside.metrics[0]["teacher_kl"] > 0
+    for name, parameter in alone.weights().items():
+        assert torch.equal(beside.weights()[name], parameter)
+    penalised = [value for one in Run.of(alone.folder).samples for value in one["advantages"] if value]
+    assert penalised == pytest.approx([-0.5] * len(penalised), abs=1e-6)
+    assert len(penalised) == -(-sum(sum(one["loss_mask"]) for one in alone.samples) // 5)

@@ -1,0 +1,316 @@
+"""`loss.weights`: each rule by its formula, a weighted step by hand, and what a function of the user's may give."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from run_cases import Run, check_moments, completion_logprobs, counted, run
+from tiny_data import model_and_sums
+from tiny_models import save_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from fastkl.trainer.config.loss import LossConfig
+from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.errors import ConfigError, RunError
+from fastkl.trainer.objectives.weights.known import KnownTokens
+from fastkl.trainer.objectives.weights.step import TokenWeights
+
+K = 5
+
+
+def sample(gaps: Sequence[float], prompt: int = 2, **fields: object) -> Sample:
+    """A prompt, and a completion whose tokens have these gaps; the last is context, as an environment's reply is."""
+    count = len(gaps)
+    nothing = [0.0] * prompt
+    made = Sample([5] * (prompt + count + 1), [False] * prompt + [True] * count + [False], 0)
+    made.sampler_logprobs = [*nothing, *[-1.0] * count, 0.0]
+    made.teacher_logprobs = [*nothing, *(-1.0 - gap for gap in gaps), 0.0]
+    made.completion_length = count + 1
+    for name, value in fields.items():
+        setattr(made, name, value)
+    return made
+
+
+def weighed(samples: list[Sample], *rules: str) -> list[list[float]]:
+    """The weights of the counted tokens."""
+    TokenWeights(LossConfig(weights=list(rules))).set(samples)
+    for one in samples:
+        assert [weight for weight, counts in zip(one.weights, one.loss_mask, strict=True) if not counts] == [0.0] * 3
+    return [[w for w, counts in zip(one.weights, one.loss_mask, strict=True) if counts] for one in samples]
+
+
+def test_without_rules_nothing_is_weighed() -> None:
+    one = sample([1.0, 2.0])
+    assert TokenWeights(LossConfig()).set([one]) == {}
+    assert (one.weights, one.weight, one.weighed_tokens) == ([], 2, 2)
+    assert TokenWeights(LossConfig(weights=["drift:1"])).set([]) == {}
+
+
+def test_the_first_tokens_are_skipped_once_in_a_completion() -> None:
+    """A completion that goes on from an earlier step has had its first tokens."""
+    samples = [sample([1.0] * 5), sample([1.0]), sample([1.0, 1.0], completion_length=7)]
+    assert weighed(samples, "skip_first:3") == [[0, 0, 0, 1, 1], [0], [1, 1]]
+    assert [one.weighed_tokens for one in samples] == [2, 0, 2]
+
+
+def test_the_largest_gaps_of_the_step_are_chosen() -> None:
+    samples = [sample([0.5, -3.0, 0.1]), sample([2.0, -0.5])]
+    assert weighed(samples, "top_gap:0.4") == [[0, 1, 0], [1, 0]]
+    assert weighed(samples, "top_gap:0.5") == [[1, 1, 0], [1, 0]]  # of equal ones the first
+    assert weighed(samples, "top_gap:0.01") == [[0, 1, 0], [0, 0]]
+    unscored = sample([1.0], teacher_logprobs=[])
+    assert weighed([*samples, unscored], "top_gap:0.4") == [[0, 1, 0], [1, 0], [1]]
+
+
+def test_drift_by_its_formula() -> None:
+    assert weighed([sample([1.0, -2.0, 1.0])], "drift:0.5") == [pytest.approx([1.5, 1.375, 1.125])]
+    assert weighed([sample([0.0, 0.0])], "drift:0.5") == [[1.5, 1.5]]
+    assert weighed([sample([0.0, 0.0], sampler_logprobs=[])], "drift:0.5") == [[1, 1]]
+
+
+def test_tip_by_its_formula() -> None:
+    """Of three tokens h is 0, 1 and ½, δ is 1, 0 and ¼: the score is 1, 1 and ⅝; then a score of ⅝ is above ½."""
+    first, second = sample([-5.0, 1.0]), sample([2.0])
+    first.student_entropies, second.student_entropies = [0.0, 0.0, 1.0, 3.0, 0.0], [0.0, 0.0, 2.0, 0.0]
+    assert weighed([first, second], "tip:0.6") == [[1, 1], [0]]
+    assert weighed([first, second], "tip:0.2") == [[1, 0], [0]]
+    second.teacher_logprobs = second.sampler_logprobs  # δ is 0 now
+    first.student_entropies = [0.0, 0.0, 1.0, 1.0, 0.0]
+    assert weighed([first, second], "tip:0.3") == [[1, 0], [0]]
+    assert weighed([first, second], "tip:0.6") == [[1, 0], [1]]
+    unmeasured = sample([9.0], student_entropies=[])
+    assert weighed([first, second, unmeasured], "tip:0.3") == [[1, 0], [0], [1]]
+    assert weighed([unmeasured], "tip:0.3") == [[1]]
+    flat = sample([1.0, 1.0], student_entropies=[0.0, 0.0, 2.0, 2.0, 0.0])
+    assert weighed([flat], "tip:0.5") == [[1, 0]]
+
+
+def test_the_highest_of_many_scores_are_cut_for_tip() -> None:
+    """One outlier of a hundred does not make all others alike."""
+    many = sample([*([1.0] * 50), *([3.0] * 49), 1e6], student_entropies=[0.0] * 103)
+    assert sum(weighed([many], "tip:0.5")[0][50:]) == 50
+
+
+@given(st.lists(st.lists(st.floats(-30, 1), min_size=1, max_size=6), min_size=1, max_size=5), st.floats(0.01, 1))
+def test_what_holds_for_all_gaps(gaps: list[list[float]], share: float) -> None:
+    samples = [sample(own) for own in gaps]
+    chosen = weighed(samples, f"top_gap:{share}")
+    count = sum(map(len, gaps))
+    assert sum(map(sum, chosen)) == math.ceil(share * count)
+    left, taken = ([abs(g) for own, w in zip(gaps, chosen, strict=True) for g, c in zip(own, w, strict=True) if c == kind]
+                   for kind in (0, 1))  # fmt: skip
+    assert not left or max(left) <= min(taken) + 1e-9
+    drifted = weighed(samples, "drift:2")
+    for own in drifted:
+        assert own[0] == 3
+        assert all(1 <= later <= earlier + 1e-12 for earlier, later in itertools.pairwise(own))
+    both = weighed(samples, "drift:2", f"top_gap:{share}")
+    assert both == [[a * b for a, b in zip(x, y, strict=True)] for x, y in zip(drifted, chosen, strict=True)]
+
+
+def twice(samples: Sequence[KnownTokens]) -> list[Tensor]:
+    return [2.0 * torch.ones(len(one.tokens)) for one in samples]
+
+
+GIVEN_BY_FUNCTIONS = {
+    "twice": (twice, None),
+    "lists": (lambda samples: [[0.5] * len(one.tokens) for one in samples], None),
+    "short": (
+        lambda samples: [one.positions[1:] for one in samples],
+        r"gave weights .* \[\[1\]\] for samples of \[2\]",
+    ),
+    "one": (lambda samples: 1.0, "gave a float, which is no list of numbers"),
+    "negative": (lambda samples: [[1.0, -1.0] for _ in samples], r"gave the weight -1\.0; weights are finite"),
+    "nan": (lambda samples: [[1.0, math.nan] for _ in samples], "gave the weight nan"),
+}
+
+
+@pytest.fixture
+def own_weights() -> Iterator[None]:
+    module = types.ModuleType("own_weights")
+    for name, (function, _) in GIVEN_BY_FUNCTIONS.items():
+        setattr(module, name, function)
+    sys.modules["own_weights"] = module
+    yield
+    del sys.modules["own_weights"]
+
+
+@pytest.mark.usefixtures("own_weights")
+@pytest.mark.parametrize("name", GIVEN_BY_FUNCTIONS)
+def test_a_function_of_the_users_own(name: str) -> None:
+    rule, wrong = f"function:own_weights.{name}", GIVEN_BY_FUNCTIONS[name][1]
+    with pytest.raises(ConfigError, match=r"loss\.weights names .*; set loss\.trust_weights to true"):
+        TokenWeights(LossConfig(weights=[rule]))
+    weights, one = TokenWeights(LossConfig(weights=[rule, "skip_first:1"], trust_weights=True)), sample([1.0, 2.0])
+    if wrong is not None:
+        with pytest.raises(RunError, match=rf"loss\.weights: function:own_weights\.{name} {wrong}"):
+            weights.set([one])
+        return
+    value = 2.0 if name == "twice" else 0.5
+    assert weights.set([one]) == {"weights/mean": value / 2, "weights/selected_fraction": 0.5}
+    assert one.weights == [0, 0, 0, value, 0]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = model_and_sums(tmp_path_factory.mktemp("models"), "student")
+    save_model(path / "teacher", seed=1, width=24, tie_word_embeddings=False)
+    return path
+
+
+def surrogate(log_p: Tensor, log_q: Tensor, tokens: Tensor) -> Tensor:
+    own, theirs = (logprobs.gather(1, tokens[:, None])[:, 0] for logprobs in (log_p, log_q))
+    return (own - own.detach()).exp() * (own.detach() - theirs)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor, tokens: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def bucket(log_p: Tensor, log_q: Tensor, tokens: Tensor) -> Tensor:
+    q, ids = log_q.topk(K, -1)
+    lists = [torch.cat([own, torch.log1p(-own.exp().sum(-1, keepdim=True))], -1) for own in (log_p.gather(-1, ids), q)]
+    return reverse_kl(*lists, tokens)
+
+
+FORMULAS = {"policy_gradient": surrogate, "top_k": bucket, "reverse_kl": reverse_kl}
+OPTIONS: dict[str, dict[str, object]] = {name: {"loss__objective": name} for name in FORMULAS}
+OPTIONS["top_k"] |= {"loss__top_k": K}
+
+
+@pytest.mark.parametrize("rules", [["skip_first:2"], ["drift:0.5", "top_gap:0.6"]], ids=" ".join)
+@pytest.mark.parametrize("objective", FORMULAS)
+def test_a_weighted_step_by_hand(tmp_path: Path, models: Path, objective: str, rules: list[str]) -> None:
+    """In several batches; what else is measured is of all tokens, or of those that count."""
+    options: dict[str, object] = {"optim__steps": 1, "optim__max_grad_norm": "null", "batch__max_tokens": 40}
+    done = run(tmp_path / "run", models, loss__weights=rules, **options, **OPTIONS[objective])
+    (row,) = done.metrics
+    student, teacher = (AutoModelForCausalLM.from_pretrained(models / name) for name in ("student", "teacher"))
+    log_p, log_q = ([completion_logprobs(model, s) for s in done.samples] for model in (student, teacher))
+    tokens = [torch.tensor(counted(s, "ids")) for s in done.samples]
+    values = torch.cat([FORMULAS[objective](p, q.detach(), t) for p, q, t in zip(log_p, log_q, tokens, strict=True)])
+    weights = torch.tensor([weight for s in done.samples for weight in counted(s, "weights")])
+    assert (weights == 0).any()
+    ((values * weights).sum() / weights.sum()).backward()
+    check_moments(done.folder, student)
+
+    assert row["weights/mean"] == pytest.approx(weights.mean().item())
+    assert row["weights/selected_fraction"] == pytest.approx((weights != 0).float().mean().item())
+    gaps = torch.cat(
+        [(p.detach() - q.detach()).gather(1, t[:, None])[:, 0] for p, q, t in zip(log_p, log_q, tokens, strict=True)]
+    )
+    assert row["teacher_kl"] == pytest.approx(gaps.mean().item(), rel=1e-4)
+    assert row["sampler_mismatch/mean_abs"] < 1e-5
+    name = {"policy_gradient": "k3", "top_k": "top_k_kl_mean", "reverse_kl": "reverse_kl_mean"}[objective]
+    wanted = 0.0 if name == "k3" else values[weights != 0].mean().item()
+    assert row[f"policy/{name}"] == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["", "recomputed"])
+@pytest.mark.parametrize("objective", FORMULAS)
+def test_entropies_are_measured_before_the_update_and_counted(
+    tmp_path: Path, models: Path, objective: str, recomputed: bool
+) -> None:
+    """The pass that recomputes log-probs gives them for nothing."""
+    if recomputed and objective != "policy_gradient":
+        pytest.skip("it recomputes nothing")
+    options: dict[str, object] = {"optim__steps": 1, "batch__max_tokens": 40, **OPTIONS[objective]}
+    options |= {"loss__old_logprobs": "recompute"} if recomputed else {}
+    done = run(tmp_path / "run", models, loss__weights=["tip:1"], **options)
+    before = run(tmp_path / "before", models, **options)
+    student = AutoModelForCausalLM.from_pretrained(models / "student")
+    for one in done.samples:
+        log_p = completion_logprobs(student, one).detach()
+        found = torch.tensor(counted(one, "student_entropies"))
+        torch.testing.assert_close(found, -(log_p.exp() * log_p).sum(-1), atol=1e-4, rtol=1e-4)
+    more = done.metrics[0]["flops/student"] - before.metrics[0]["flops/student"]
+    assert (more > 0) != recomputed
+    assert done.metrics[0]["loss"] == pytest.approx(before.metrics[0]["loss"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Run:
+    return run(tmp_path_factory.mktemp("run") / "plain", models, optim__steps=2, **OPTIONS["reverse_kl"])
+
+
+def test_a_constant_weight_changes_nothing_and_is_counted(tmp_path: Path, models: Path, plain: Run) -> None:
+    """`top_gap:1` is one, and asks the teacher before the update: a divergence's reads each sample twice then."""
+    done = run(tmp_path / "run", models, optim__steps=2, loss__weights=["top_gap:1"], **OPTIONS["reverse_kl"])
+    for now, before in zip(done.metrics, plain.metrics, strict=True):
+        assert now["flops/teacher"] == 2 * before["flops/teacher"]
+        assert now["flops/student"] == before["flops/student"]
+        assert now["weights/mean"] == now["weights/selected_fraction"] == 1
+        assert now["loss"] == pytest.approx(before["loss"], rel=1e-6)
+    for name, parameter in plain.weights().items():
+        torch.testing.assert_close(done.weights()[name], parameter)
+
+
+def test_tokens_of_no_weight_cost_the_head_nothing_and_a_step_of_none_teaches_nothing(
+    tmp_path: Path, models: Path, plain: Run
+) -> None:
+    done = run(tmp_path / "run", models, optim__steps=1, loss__weights=["skip_first:100"], **OPTIONS["reverse_kl"])
+    (row,) = done.metrics
+    assert (row["loss"], row["optim/grad_norm"], row["weights/selected_fraction"]) == (0, 0, 0)
+    assert row["flops/student"] < plain.metrics[0]["flops/student"]
+    assert row["flops/teacher"] == plain.metrics[0]["flops/teacher"]
+    assert row["teacher_kl"] == pytest.approx(plain.metrics[0]["teacher_kl"], rel=1e-5)
+
+
+TAU = {
+    "policy_gradient": 1.45,
+    "top_k": 1.45,
+    "reverse_kl": 3.05,
+}  # near the median of a list's, or of the vocabulary's
+COEF = 0.5
+
+
+def listed(log_q: Tensor, k: int) -> Tensor:
+    """Log-probs of the k likeliest tokens and of the rest as one."""
+    q = log_q.topk(k, -1).values
+    return torch.cat([q, torch.log1p(-q.exp().sum(-1, keepdim=True))], -1)
+
+
+@pytest.mark.parametrize("objective", FORMULAS)
+def test_the_forward_kl_on_top_where_the_teacher_is_unsure(tmp_path: Path, models: Path, objective: str) -> None:
+    """Of the listed tokens where no more is known, of the whole vocabulary elsewhere; weights act on both."""
+    options: dict[str, object] = {"optim__steps": 1, "optim__max_grad_norm": "null", "batch__max_tokens": 40}
+    options |= {
+        "loss__forward_kl_above": TAU[objective],
+        "loss__forward_kl_coef": COEF,
+        "loss__weights": ["skip_first:2"],
+    }
+    if objective == "policy_gradient":
+        options["loss__forward_kl_top_k"] = K
+    done = run(tmp_path / "run", models, **options, **OPTIONS[objective])
+    (row,) = done.metrics
+    student, teacher = (AutoModelForCausalLM.from_pretrained(models / name) for name in ("student", "teacher"))
+    log_p, log_q = (torch.cat([completion_logprobs(model, s) for s in done.samples]) for model in (student, teacher))
+    log_q = log_q.detach()
+    tokens = torch.tensor([token for s in done.samples for token in counted(s, "ids")])
+    weights = torch.tensor([weight for s in done.samples for weight in counted(s, "weights")])
+    if objective == "reverse_kl":
+        entropies, forward_kl = -(log_q.exp() * log_q).sum(-1), reverse_kl(log_q, log_p, tokens)
+    else:
+        q, ids = listed(log_q, K), log_q.topk(K, -1).indices
+        p = log_p.gather(-1, ids)
+        p = torch.cat([p, torch.log1p(-p.exp().sum(-1, keepdim=True))], -1)
+        entropies, forward_kl = -(q.exp() * q).sum(-1), reverse_kl(q, p, tokens)
+    unsure = entropies > TAU[objective]
+    assert 0 < (unsure & (weights > 0)).sum() < (weights > 0).sum()
+    values = FORMULAS[objective](log_p, log_q, tokens) + COEF * unsure * forward_kl
+    loss = (values * weights).sum() / weights.sum()
+    loss.backward()
+    check_moments(done.folder, student)
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert row["policy/unsure_fraction"] == pytest.approx(unsure[weights > 0].float().mean().item(), rel=1e-5)
+    assert row["policy/added_forward_kl"] == pytest.approx((unsure * forward_kl)[weights > 0].mean().item(), rel=1e-4)

@@ -1,0 +1,57 @@
+"""What is known of a step's tokens before the update: what their weights can be made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastkl.trainer.data.samples import Sample
+
+
+@dataclass(frozen=True)
+class KnownTokens:
+    """The counted tokens of a sample; tensors [n] on the CPU, float64 where nothing else is said."""
+
+    tokens: Tensor  # int64
+    positions: Tensor  # int64: 0 is the first token after the prompt; what an environment wrote takes places too
+    sampler_logprobs: (
+        Tensor | None
+    )  # the sampler's; of a given completion the student's, None where nothing asked for them
+    teacher_logprobs: Tensor | None  # None without a teacher
+    student_entropies: Tensor | None  # nats; None where no forward pass before the update tells them
+    prompt_index: int  # equal for the samples of one prompt
+    dataset: str  # of a mixture
+    given: bool  # the completion stands in the data
+    truncated: bool
+    reward: float | None
+
+    @property
+    def gaps(self) -> Tensor | None:
+        """d = ℓ_sampler − ℓ_teacher, in nats; None where one of them is not known."""
+        if self.sampler_logprobs is None or self.teacher_logprobs is None:
+            return None
+        return self.sampler_logprobs - self.teacher_logprobs
+
+
+def known_tokens(sample: Sample) -> KnownTokens:
+    mask = torch.tensor(sample.loss_mask, dtype=torch.bool)
+    first = len(sample.ids) - sample.completion_length
+
+    def counted(values: Sequence[float]) -> Tensor | None:
+        return torch.tensor(values, dtype=torch.float64)[mask] if values else None
+
+    return KnownTokens(
+        tokens=torch.tensor(sample.ids)[mask],
+        positions=(torch.arange(len(sample.ids)) - first)[mask],
+        sampler_logprobs=counted(sample.old_logprobs if sample.given else sample.sampler_logprobs),
+        teacher_logprobs=counted(sample.teacher_logprobs),
+        student_entropies=counted(sample.student_entropies),
+        prompt_index=sample.prompt_index,
+        dataset=sample.dataset,
+        given=sample.given,
+        truncated=sample.truncated,
+        reward=sample.reward,
+    )

@@ -1,0 +1,104 @@
+"""`loss.weights` of a step's samples: the product of all rules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkl.trainer.config.loss import LossConfig
+from fastkl.trainer.config.losses.weights import FUNCTION, WeightRule, weight_rule
+from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.errors import RunError
+from fastkl.trainer.objectives.weights.known import KnownTokens, known_tokens
+from fastkl.trainer.objectives.weights.rules import Weigh, built_in
+from fastkl.trainer.rollouts.grading.trusted import imported
+from fastkl.trainer.runs import processes
+
+
+class TokenWeights:
+    """The rules of a config, ready to weigh samples.
+
+    Raises:
+        ConfigError: For a function that is not trusted or cannot be imported.
+    """
+
+    def __init__(self, config: LossConfig) -> None:
+        rules = [weight_rule(text) for text in config.weights]
+        self._rules = [(str(rule), _weigh(rule, config.trust_weights)) for rule in rules]
+
+    def set(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Writes `weights` of all samples of a step, on every process; returns the metrics `weights/*`.
+
+        The first process computes them.
+        """
+        if not self._rules or not samples:
+            return {}
+        weights = processes.on_main(lambda: self._of([known_tokens(sample) for sample in samples]))
+        for sample, own in zip(samples, weights, strict=True):
+            remaining = iter(own.tolist())
+            sample.weights = [next(remaining) if counted else 0.0 for counted in sample.loss_mask]
+        together = torch.cat(weights)
+        count = max(1, len(together))
+        return {
+            "weights/mean": together.sum().item() / count,
+            "weights/selected_fraction": int((together != 0).sum()) / count,
+        }
+
+    def _of(self, samples: list[KnownTokens]) -> list[Tensor]:
+        weights = [torch.ones(len(sample.tokens), dtype=torch.float64) for sample in samples]
+        for name, weigh in self._rules:
+            found = _checked(name, weigh(samples), samples)
+            weights = [before * own for before, own in zip(weights, found, strict=True)]
+        return weights
+
+
+def needs_teacher_first(config: LossConfig) -> bool:
+    """Whether the weights want the teacher's log-probs before the update."""
+    return not all(weight_rule(text).is_blind for text in config.weights)
+
+
+def needs_entropies_first(config: LossConfig) -> bool:
+    """Whether the weights want the student's entropies before the update."""
+    return any(weight_rule(text).reads_entropies for text in config.weights)
+
+
+def _weigh(rule: WeightRule, trusted: bool) -> Weigh:
+    if rule.name != FUNCTION:
+        return built_in(rule)
+    function: Weigh = imported("loss.weights", rule.path, "loss.trust_weights", trusted)
+    return function
+
+
+def _checked(name: str, weights: Any, samples: Sequence[KnownTokens]) -> list[Tensor]:
+    """What a rule gave, as tensors [n] float64.
+
+    Raises:
+        RunError: If it is not one finite number from 0 on for each counted token of each sample.
+    """
+    wanted = [len(sample.tokens) for sample in samples]
+    try:
+        found = [torch.as_tensor(own, dtype=torch.float64).detach().cpu() for own in weights]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RunError(
+            f"loss.weights: {name} gave a {type(weights).__name__}, which is no list of numbers for each sample: {error}"
+        ) from error
+    shapes = [list(own.shape) for own in found]
+    if shapes != [[count] for count in wanted]:
+        raise RunError(
+            f"loss.weights: {name} gave weights of the shapes {_few(shapes)} for samples of {_few(wanted)} counted tokens; "
+            f"it must give one number for each"
+        )
+    for own in found:
+        wrong = own[~(own.isfinite() & (own >= 0))]
+        if len(wrong):
+            raise RunError(
+                f"loss.weights: {name} gave the weight {wrong[0].item()}; weights are finite and not negative"
+            )
+    return found
+
+
+def _few(values: Sequence[object]) -> str:
+    return f"[{', '.join(map(str, values[:4]))}{', …' if len(values) > 4 else ''}]"
