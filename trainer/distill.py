@@ -210,8 +210,9 @@ def _identity(
     """The rows of each data set, the student's weights, and those of teachers that are loaded here."""
     prints = {f"the rows of {data_set.setting}": rows_fingerprint(data_set.prompts) for data_set in data_sets}
     prints |= {"the rows of eval.data": rows_fingerprint(eval_prompts), "the student's weights": student.fingerprint}
+    own = {data_set.name for data_set in data_sets if data_set.teacher.self is not None}
     for name, teacher in ({} if teachers is None else teachers.by_data_set).items():
-        if isinstance(teacher, LocalTeacher) and teacher.model is not student.model:
+        if isinstance(teacher, LocalTeacher) and name not in own:
             prints[f"the weights of the teacher{name and f' of {name}'}"] = weights_fingerprint(teacher.model)
     return Identity(prints)
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +38,16 @@ from fastkl.trainer.runs.identity import weights_fingerprint
 
 if TYPE_CHECKING:
     from fastkl.trainer.objectives.base import Objective
+
+
+class Follower(Protocol):
+    """What keeps weights of its own that follow the student's. All processes tell it the same, at the same time."""
+
+    def stepped(self) -> None:
+        """An optimizer step was taken; one that is skipped is none."""
+
+    def updated(self, steps_done: int) -> None:
+        """The last optimizer step of a run's step was taken, or skipped."""
 
 
 class Student:
@@ -68,6 +78,7 @@ class Student:
             self.model = self._gathered_copy.model
         self._skipped = 0  # optimizer steps in a row
         self._also_checkpointed: dict[str, Any] = {}
+        self._followers: list[Follower] = []
         set_seed(config.seed, device_specific=True)  # weights start equal; what is drawn differs
 
     @property
@@ -93,6 +104,10 @@ class Student:
         checkpoint.load(folder, self.plain, self.optimizer, self._others)
         apply_settings(self.config.optim, self.optimizer, self.scheduler)
         self.version += 1
+
+    def follow(self, follower: Follower) -> None:
+        """Tells it of every optimizer step and every update."""
+        self._followers.append(follower)
 
     def also_checkpoint(self, name: str, state: Any) -> None:
         """Saves and restores `state.state_dict()` with every checkpoint."""
@@ -179,6 +194,8 @@ class Student:
             "flops/student": training_flops(self.cost, samples) + objective.preparing_flops(self.cost, samples),
         }
         self.scheduler.step()
+        for follower in self._followers:
+            follower.updated(step + 1)
         _exchange(samples, scattered)
         mismatches = mismatch_metrics([part for _, own, _ in parts for part in own])
         if step == 0 and self.config.student.dropout == "off":
@@ -210,6 +227,8 @@ class Student:
             with coarse.around_step():
                 self.optimizer.step()
         self.optimizer.zero_grad()
+        if finite:
+            self._stepped()
         self._skipped = 0 if finite else self._skipped + 1
         if self._skipped == self.config.optim.max_skipped:
             raise RunError(
@@ -217,6 +236,13 @@ class Student:
                 f"steps (optim.max_skipped): nothing is learned any more. Lower optim.lr, or look for what is not finite "
                 f"in the last rows of metrics.jsonl"
             )
+
+    def _stepped(self) -> None:
+        """The weights are others now: tells all that keep a copy of them."""
+        if self._gathered_copy is not None:
+            self._gathered_copy.follow(self.plain)
+        for follower in self._followers:
+            follower.stepped()
 
     def _clip(self) -> float:
         limit = self.config.optim.max_grad_norm

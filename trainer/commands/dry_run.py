@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastkl.trainer.commands.estimate import Plan, lines
+from fastkl.trainer.commands.estimate import Plan, called, lines
 from fastkl.trainer.config.training import DistillConfig, SftConfig
 from fastkl.trainer.data.mixture import step_prompts
 from fastkl.trainer.data.order import batch_indices
@@ -29,15 +29,15 @@ def dry_distill(config: DistillConfig) -> None:
     with RunFolder(config):  # it can be written, and holds no other run; what was made for this goes away again
         found = prepare(config)
     student = outline_of_student(config.student)
-    loaded = {data_set.teacher for data_set in found.data_sets if config.has_teacher and data_set.teacher.path}
-    teachers = {teacher: outline(teacher) for teacher in sorted(loaded, key=lambda teacher: teacher.path)}
-    models = {"student": student} | {f"teacher {teacher.path}": model for teacher, model in teachers.items()}
+    here = {data_set.teacher for data_set in found.data_sets if config.has_teacher and not data_set.teacher.server.url}
+    teachers = {teacher: outline(teacher) if teacher.self is None else student for teacher in sorted(here, key=called)}
+    models = {"student": student} | {called(teacher): model for teacher, model in teachers.items() if teacher.path}
     checks.check_vocabulary(found.tokenizer, models)
     new = config.sampling.max_new_tokens
     sampled = [prompt for data_set in found.data_sets if not data_set.given for prompt in data_set.prompts]
     checks.check_one_rope(sampled, new, {"student": student})
     for data_set in found.data_sets:
-        own = {name: model for name, model in models.items() if name in ("student", f"teacher {data_set.teacher.path}")}
+        own = {name: model for name, model in models.items() if name in ("student", called(data_set.teacher))}
         checks.check_room(data_set.prompts, new, own, checks.SHORTER.format("sampling", data_set.setting))
         if not data_set.given:
             checks.check_one_rope(data_set.prompts, new, own)

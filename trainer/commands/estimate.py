@@ -19,7 +19,7 @@ from fastkl.trainer.config.training import DistillConfig, RunConfig
 from fastkl.trainer.data.batching import Layout, batches
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.models.sizes.flops import cost_of, sampling_flops, scoring_flops, training_flops
+from fastkl.trainer.models.sizes.flops import cost_of, sampling_flops, scoring_flops, training_flops, without_adapter
 from fastkl.trainer.objectives.registry import teacher_passes
 from fastkl.trainer.runs import processes
 
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     config: RunConfig
     accelerator: Accelerator
     student: PreTrainedModel
-    teachers: dict[TeacherConfig, PreTrainedModel]
+    teachers: dict[TeacherConfig, PreTrainedModel]  # models here; of one that is the student, the student's
     prompts: list[EncodedPrompt]
     samples: list[Sample]  # a distillation's are of full length
     teacher_of: dict[str, TeacherConfig]  # by data set
@@ -46,6 +46,11 @@ class Part(NamedTuple):
 
     name: str
     bytes: float | None
+
+
+def called(teacher: TeacherConfig) -> str:
+    """How a teacher is called in the table."""
+    return f"teacher {teacher.path or teacher.self}"
 
 
 def lines(plan: Plan) -> Iterator[str]:
@@ -110,7 +115,8 @@ def _flops(plan: Plan) -> Iterator[tuple[str, float]]:
         passes = teacher_passes(plan.config.loss)
         for teacher, model in plan.teachers.items():
             own = [sample for sample in plan.samples if plan.teacher_of[sample.dataset] == teacher]
-            yield f"teacher {teacher.path}", passes * scoring_flops(cost_of(model), own)
+            theirs = without_adapter(cost_of(model)) if teacher.self == "base" else cost_of(model)
+            yield called(teacher), passes * scoring_flops(theirs, own)
     yield "the student's update", training_flops(cost, plan.samples)
 
 
@@ -146,8 +152,8 @@ def _always(plan: Plan, shard: int) -> Iterator[Part]:
     if processes.count() > 1 and shard == 1:
         yield Part("DDP's buckets", trained)
     for teacher, model in plan.teachers.items():
-        if teacher.device is None:
-            yield _teacher(teacher, model)
+        if teacher.device is None and teacher.self not in ("base", "live"):
+            yield _teacher(teacher, model, shard)
     dtype = plan.config.sampling.dtype if isinstance(plan.config, DistillConfig) else None
     if dtype is not None:
         yield Part(f"the copy in {dtype} that samples", sum(p.numel() for p in plan.student.parameters()) * 2.0)
@@ -156,12 +162,16 @@ def _always(plan: Plan, shard: int) -> Iterator[Part]:
 def _elsewhere(plan: Plan) -> Iterator[Part]:
     for teacher, model in plan.teachers.items():
         if teacher.device is not None:
-            yield _teacher(teacher, model, f" on {teacher.device}")
+            yield _teacher(teacher, model, 1)
 
 
-def _teacher(teacher: TeacherConfig, model: PreTrainedModel, where: str = "") -> Part:
+def _teacher(teacher: TeacherConfig, model: PreTrainedModel, shard: int) -> Part:
+    where = "" if teacher.device is None else f" on {teacher.device}"
+    if teacher.self is not None:
+        kept = memory.second_weights(model, averaged=teacher.self == "ema", sharded=shard > 1) / shard
+        return Part(f"the weights of {called(teacher)}{where}, beside the student's", kept)
     size = memory.weights(model, teacher.quantization)
-    return Part(f"the weights of teacher {teacher.path}{where}, {_parameters(model)}", size)
+    return Part(f"the weights of {called(teacher)}{where}, {_parameters(model)}", size)
 
 
 def _phases(plan: Plan, passes: Passes, shard: int) -> Iterator[tuple[str, list[Part]]]:
@@ -185,19 +195,34 @@ def _phases(plan: Plan, passes: Passes, shard: int) -> Iterator[tuple[str, list[
         parts = [
             Part("a layer", None if kept is None else kept / layers),
             Part("a chunk of logits", memory.head_workspace(model, largest.counted, device, 1)),
+            *_gathered(teacher, model, shard),
         ]
         if teacher.device is None:
             yield "teacher", parts
     yield "saving", [Part("the student's tensors as bytes", memory.weights(student))]
-    heads, products = 1 if _sampled_objective(config) else 2, autocast or student.dtype
+    sampled = _sampled_objective(config)
+    heads, products = 1 if sampled else 2, autocast or student.dtype
+    gathered = [part for teacher, model in plan.teachers.items() for part in _gathered(teacher, model, shard)]
     yield (
         "update",
         [
+            *([] if sampled else gathered),
             Part("gradients", memory.gradients(student) / shard),
             Part("activations", memory.activations(student, largest, passes.layout, autocast, config.student.dropout)),
             Part("chunks of logits", memory.head_workspace(student, largest.counted, device, heads, products)),
         ],
     )
+
+
+def _gathered(teacher: TeacherConfig, student: PreTrainedModel, shard: int) -> Iterator[Part]:
+    """What a teacher that is a sharded student needs while it scores."""
+    if shard == 1 or teacher.self is None or teacher.device is not None:
+        return
+    second = teacher.self in ("ema", "synced")
+    if not second or not all(parameter.requires_grad for parameter in student.parameters()):
+        yield Part("the gathered student", memory.weights(student))
+    if second:
+        yield Part(f"the gathered weights of {called(teacher)}", memory.gradients(student))
 
 
 def _sampled_objective(config: Any) -> bool:

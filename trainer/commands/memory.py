@@ -46,6 +46,19 @@ def gradients(model: nn.Module) -> float:
     return float(sum(parameter.numel() * parameter.element_size() for parameter in _distinct(trained)))
 
 
+def second_weights(student: nn.Module, averaged: bool, sharded: bool) -> float:
+    """Of a teacher that follows the student: of what is trained once more, an average in float32.
+
+    An average of 16 bits' weights stands beside them as the model reads them. Shards are gathered only to score.
+    """
+    size = 0.0
+    for tensor in _distinct([parameter for parameter in student.parameters() if parameter.requires_grad]):
+        own = tensor.element_size()
+        held = max(own, torch.float32.itemsize) if averaged else own
+        size += tensor.numel() * (held + (own if held != own and not sharded else 0))
+    return size
+
+
 def activations(
     model: PreTrainedModel, shape: Shape, layout: Layout, autocast: torch.dtype | None, dropout: Dropout
 ) -> float | None:

@@ -58,8 +58,8 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         require(
-            not self.model.base_of_student,
-            "model.base_of_student is true, but there is no student here; give model.path",
+            self.model.self is None,
+            f"model.self is {self.model.self}, but there is no student here; give model.path",
         )
         check_teacher("model", self.model)
         require(

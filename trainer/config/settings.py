@@ -20,6 +20,7 @@ RENAMED = (
     Renamed("loss.objective", "sampled", "loss.objective: policy_gradient"),
     Renamed("loss.backward", "sampled", "loss.backward: sparse"),
     Renamed("loss.grad_error", None, "loss.sparse_error"),
+    Renamed("teacher.base_of_student", None, "teacher.self"),
 )
 
 
@@ -33,9 +34,13 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def refuse_renamed(settings: Iterable[tuple[str, Any]], remedy: str) -> None:
-    """Refuses a name or a value of before, and says what it is called now."""
+    """Refuses a name or a value of before, also in an entry of a mixture, and says what it is called now."""
     given = list(settings)
-    old = [entry for entry in RENAMED if any(entry.setting == name and entry.value in (None, v) for name, v in given)]
+    old = [
+        entry
+        for entry in RENAMED
+        if any(f".{name}".endswith(f".{entry.setting}") and entry.value in (None, value) for name, value in given)
+    ]
     if old:
         renamed = "; ".join(f"{name if value is None else f'{name}: {value}'} is now {now}" for name, value, now in old)
         raise ConfigError(f"settings of an earlier version: {renamed}. {remedy}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastkl.trainer.config.loss import SERVED, ObjectiveName
-from fastkl.trainer.config.models import ModelConfig
+from fastkl.trainer.config.models import ModelConfig, StudentConfig
 from fastkl.trainer.config.rules import at_least, unchanged
 from fastkl.trainer.config.server import ServerConfig
 from fastkl.trainer.errors import require
@@ -36,37 +36,46 @@ class TeacherServerConfig(ServerConfig):
 
 @dataclass(frozen=True)
 class TeacherConfig(ModelConfig):
-    """A model that only scores: loaded here (`path`), served elsewhere (`server`), or the student's own base.
+    """A model that only scores: loaded here (`path`), served elsewhere (`server`), or the student itself (`self`).
 
     Args:
         server: Ask this server instead of loading `path`. The server decides about dtype and attention.
         tokenizer: Load the served model's tokenizer from this folder or Hub id. null: ask the server.
-        base_of_student: Use the model under the student's LoRA adapter instead of `path`. It is the student with its
-            adapter off, not a second copy.
-        device: Load the model on this device: cpu, cuda:1, … null: the student's.
+        self: Let the student teach itself instead of loading `path`. base: the model under its LoRA adapter. live: the
+            student as it is. ema: an exponential average of its weights. synced: its weights of some steps ago.
+        ema_rate: Move the average of ema this part of the way to the student after every optimizer step.
+        sync_every: Give the teacher of synced the student's weights after every so many steps.
+        device: Load the model on this device: cpu, cuda:1, … null: the student's. Also for the weights of ema and synced.
         quantization: Load the blocks in 8 or 4 bits (package bitsandbytes), but not the head. null: as they are in the
             folder, which may be quantised already.
     """
 
     server: TeacherServerConfig = field(default_factory=TeacherServerConfig)
     tokenizer: str | None = None
-    base_of_student: bool = False
+    self: Literal["base", "live", "ema", "synced"] | None = None
+    ema_rate: float | None = None
+    sync_every: int | None = None
     device: str | None = None
     quantization: Literal["8bit", "4bit"] | None = None
 
 
+RATES = {"ema_rate": "ema", "sync_every": "synced"}  # a setting of one kind of `self`
+OF_SELF = ("self", *RATES, "device")
+
+
 def check_teacher(name: str, config: TeacherConfig) -> None:
-    """Exactly one of folder, server and student's base, and nothing that would be ignored."""
+    """Exactly one of folder, server and the student itself, and nothing that would be ignored."""
     url = config.server.url
-    if config.base_of_student:
-        reason = (
-            f"{name}.base_of_student is true: the teacher is the student's model as it was loaded; unset one of them"
-        )
-        unchanged(dataclasses.replace(config, base_of_student=False), f"{name}.", reason)
+    for setting, kind in RATES.items():
+        reason = f"{name}.self is {config.self or 'null'}: it belongs to {kind}; unset it or set {name}.self to {kind}"
+        unchanged(config, f"{name}.", reason, [setting] if config.self != kind else [])
+    if config.self is not None:
+        _check_self(name, config)
         return
     require(
         bool(config.path or url),
-        f"{name}.path is empty and so is {name}.server.url; give a model folder or a Hub id, or a server's url",
+        f"{name}.path is empty and so is {name}.server.url; give a model folder or a Hub id, or a server's url; or set "
+        f"{name}.self",
     )
     require(
         not (config.path and url),
@@ -77,6 +86,44 @@ def check_teacher(name: str, config: TeacherConfig) -> None:
         unchanged(config, f"{name}.", f"{name}.server.url is {url!r}: the server decides about that; unset it", decided)
     else:
         unchanged(config, f"{name}.", f"{name}.path is {config.path!r}, which has its own; unset it", ["tokenizer"])
+
+
+def _check_self(name: str, config: TeacherConfig) -> None:
+    """The student's own weights, and what says how they follow it."""
+    reason = f"{name}.self is {config.self}: the teacher is the student, with its settings; unset one of them"
+    other = [field.name for field in dataclasses.fields(config) if field.name not in OF_SELF]
+    unchanged(config, f"{name}.", reason, other)
+    if config.self == "ema":
+        rate = config.ema_rate
+        require(rate is not None, f"{name}.self is ema, but {name}.ema_rate is null; set it, for example to 0.05")
+        require(
+            rate is not None and 0 < rate < 1,
+            f"{name}.ema_rate is {rate}; it must be above 0 and below 1. At 1 the average is the student: set {name}.self "
+            f"to live. At 0 it never moves: set {name}.self to base, or {name}.path to the student's",
+        )
+    if config.self == "synced":
+        every = config.sync_every
+        require(every is not None, f"{name}.self is synced, but {name}.sync_every is null; set it, for example to 10")
+        require(
+            every is not None and every >= 2,
+            f"{name}.sync_every is {every}; it must be at least 2. For the student as it is set {name}.self to live; for "
+            f"weights that stay as they were loaded to base, or {name}.path to the student's",
+        )
+
+
+def check_self_of(name: str, config: TeacherConfig, student: StudentConfig) -> None:
+    """The student has the weights that `self` asks for, where they are asked for."""
+    full = student.lora.rank == 0
+    require(
+        config.self != "base" or not full,
+        f"{name}.self is base, but student.lora.rank is 0: the base itself is trained; set student.lora.rank, or "
+        f"{name}.path to the base",
+    )
+    require(
+        config.self is None or config.device is None or (full and config.self in ("ema", "synced")),
+        f"{name}.device is {config.device!r}, but {name}.self is {config.self} and student.lora.rank is "
+        f"{student.lora.rank}: the teacher shares the student's weights and is where they are; unset it",
+    )
 
 
 def check_objective(name: str, config: TeacherConfig, objective: ObjectiveName) -> None:

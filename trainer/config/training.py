@@ -16,7 +16,7 @@ from fastkl.trainer.config.optim import BatchConfig, CheckpointConfig, OptimConf
 from fastkl.trainer.config.reward import RewardConfig
 from fastkl.trainer.config.rules import at_least
 from fastkl.trainer.config.sampling import SamplingConfig
-from fastkl.trainer.config.teacher import TeacherConfig, check_objective, check_teacher
+from fastkl.trainer.config.teacher import TeacherConfig, check_objective, check_self_of, check_teacher
 from fastkl.trainer.errors import require
 
 
@@ -116,10 +116,11 @@ class DistillConfig(RunConfig):
         for name, teacher in self.teachers().items():
             check_teacher(name, teacher)
             check_objective(name, teacher, self.loss.objective)
+            check_self_of(name, teacher, self.student)
             require(
-                not teacher.base_of_student or self.student.lora.rank > 0,
-                f"{name}.base_of_student is true, but student.lora.rank is 0: the base itself is trained; "
-                f"set student.lora.rank, or {name}.path to the base",
+                teacher.self != "live" or self.reward.grader is not None,
+                f"{name}.self is live: the teacher is the student as it is and reads the same prompt, so that its KL is 0 "
+                f"under every objective; name a reward.grader, or set {name}.self to ema, synced or base, or {name}.path",
             )
 
     def data_sets(self) -> dict[str, MixtureConfig]:

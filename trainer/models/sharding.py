@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
@@ -30,22 +30,55 @@ class GatheredCopy:
         empty: dict[int, object] = {}  # deepcopy takes what it finds here in place of a copy
         for parameter in model.parameters():
             ours = nn.Parameter(torch.empty_like(parameter), requires_grad=parameter.requires_grad)
-            ours.untyped_storage().resize_(0)
+            let_go(ours)
             empty[id(parameter)] = ours
         self.model = copy.deepcopy(model, empty).eval()
+        self._open = False
 
     @contextmanager
     def gathered(self, sharded: nn.Module) -> Iterator[None]:
         """With the weights of `sharded`, this model's original; every process takes part."""
-        with torch.no_grad():
-            for ours, theirs in zip(self.model.parameters(), sharded.parameters(), strict=True):
-                ours.untyped_storage().resize_(ours.numel() * ours.element_size())
-                ours.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
+        for ours, theirs in self._pairs(sharded):
+            gather_into(ours, theirs)
+        self._open = True
         try:
             yield
         finally:
-            self._empty()
+            self._open = False
+            for parameter in self.model.parameters():
+                let_go(parameter)
 
-    def _empty(self) -> None:
-        for parameter in self.model.parameters():
-            parameter.untyped_storage().resize_(0)
+    def follow(self, sharded: nn.Module) -> None:
+        """After an optimizer step: what is trained has its new weights here too, if they are gathered now."""
+        for ours, theirs in self._pairs(sharded) if self._open else ():
+            if theirs.requires_grad:
+                gather_into(ours, theirs)
+
+    def _pairs(self, sharded: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        return zip(self.model.parameters(), sharded.parameters(), strict=True)
+
+
+@torch.no_grad()
+def gather_into(ours: Tensor, theirs: Tensor) -> None:
+    """Gives a tensor all of another one, which may be in shards; and memory first, if it has let go of it."""
+    ours.untyped_storage().resize_(ours.numel() * ours.element_size())
+    ours.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
+
+
+def let_go(tensor: Tensor) -> None:
+    """Frees the memory of a tensor, which keeps its shape."""
+    tensor.untyped_storage().resize_(0)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor, or all of one that is not in shards; the same memory."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def in_shards_as(part: Tensor, like: Tensor) -> Tensor:
+    """The processes' parts as one tensor that is in shards as `like` is, on its device; a part alone where that is not."""
+    if not isinstance(like, DTensor):
+        return part
+    mesh, placements = like.device_mesh, like.placements
+    local = part.to(like.device)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())

@@ -33,8 +33,8 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, others: dict[str, Any]) -> None:
     """Gathers everything, then writes it on the first process; OSError where that fails."""
-    weights = {name: _whole(parameter.detach()) for name, parameter in trained(model).items()}
-    moments = tree_map_only(Tensor, _whole, optimizer.state_dict())
+    weights = {name: whole(parameter.detach()) for name, parameter in trained(model).items()}
+    moments = tree_map_only(Tensor, whole, optimizer.state_dict())
     random = processes.gather([_random_state()])
     states = {name: other.state_dict() for name, other in others.items()}
 
@@ -62,7 +62,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, other
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(_like(parameter, weights[name]))
+            parameter.copy_(like(parameter, weights[name]))
     optimizer.load_state_dict(_split(optimizer, torch.load(folder / OPTIMIZER, map_location="cpu")))
     states = torch.load(folder / STATE, map_location="cpu")
     for name, other in others.items():
@@ -72,13 +72,13 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, other
         _set_random_state(states["random"][processes.rank()])
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """The tensor on the CPU, gathered from its shards; empty but on the first process."""
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.cpu().clone() if processes.rank() == 0 else full.new_empty(0)
 
 
-def _like(parameter: Tensor, whole: Tensor) -> Tensor:
+def like(parameter: Tensor, whole: Tensor) -> Tensor:
     """A whole tensor as the parameter is: this process's shard of it, on its device."""
     whole = whole.to(device=parameter.device, dtype=parameter.dtype)
     if isinstance(parameter, DTensor):
@@ -96,7 +96,7 @@ def _split(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str,
 
 
 def _like_if_shaped(parameter: Tensor, value: Tensor) -> Tensor:
-    return _like(parameter, value) if value.shape == parameter.shape else value
+    return like(parameter, value) if value.shape == parameter.shape else value
 
 
 def _random_state() -> dict[str, Any]:

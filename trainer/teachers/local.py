@@ -1,8 +1,7 @@
-"""A teacher that was loaded here, or that the student's own base is."""
+"""A teacher that is a model here: it was loaded, or the student is it."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -24,7 +23,7 @@ from fastkl.trainer.models.scoring import (
     scatter_values,
     scoring,
 )
-from fastkl.trainer.models.sizes.flops import cost_of, scoring_flops
+from fastkl.trainer.models.sizes.flops import Cost, cost_of, scoring_flops
 
 
 class TeacherHead(NamedTuple):
@@ -47,6 +46,7 @@ class LocalTeacher:
         top_k: Find so many of the likeliest tokens too; null for none.
         vocab_size: The ids that it shares with the student, where heads are padded to different sizes.
         as_teacher: A context in which the model is the teacher: with the adapter off, where it is the student's base.
+        cost: That of a forward pass; null: of the whole model.
     """
 
     def __init__(
@@ -60,13 +60,14 @@ class LocalTeacher:
         top_k: int | None = None,
         vocab_size: int | None = None,
         as_teacher: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        cost: Cost | None = None,
     ) -> None:
         self.model, self.vocab_size = model, vocab_size
         self._device, self._top_k, self._as_teacher = device, top_k, as_teacher
         self._layout, self._max_tokens, self._temperature = layout, max_tokens, temperature
-        cost = cost_of(self.model)
-        self._cost = dataclasses.replace(cost, blocks=cost.blocks - cost.trained_blocks)  # an adapter is off
-        self._copies: dict[Tensor, Tensor] = {}  # of the head, on the student's device where that is another
+        self._cost = cost_of(self.model) if cost is None else cost
+        # Of the head, on the student's device where that is another: the version of the weights, and they.
+        self._copies: dict[Tensor, tuple[int, Tensor]] = {}
 
     def score(self, samples: Sequence[Sample]) -> None:
         if self._top_k is None:
@@ -111,9 +112,11 @@ class LocalTeacher:
         return heads[0]._replace(hidden=torch.cat([head.hidden for head in heads]))
 
     def _on_device(self, parameter: Tensor, device: torch.device) -> Tensor:
-        """A frozen parameter on a device; a copy is made once."""
+        """A parameter on a device; a copy is made again when the weights are others."""
         if parameter.device == device:
             return parameter.detach()
-        if parameter not in self._copies:
-            self._copies[parameter] = parameter.detach().to(device)
-        return self._copies[parameter]
+        version, copy = self._copies.get(parameter, (None, None))
+        if copy is None or version != parameter._version:
+            version, copy = parameter._version, parameter.detach().to(device)
+            self._copies[parameter] = version, copy
+        return copy

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from fastkl.trainer.models.self_checks.layouts import batch_layout
 from fastkl.trainer.models.self_checks.probe import Probe
 from fastkl.trainer.models.tokenizers import vocabulary
 from fastkl.trainer.student import Student
+from fastkl.trainer.teachers.itself import SelfTeachers, remark_on_self
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.served import ServedTeacher, connect
 from fastkl.trainer.teachers.several import RoutedTeacher
@@ -32,6 +31,7 @@ def check_teachers(
     """Tokenizers, chat templates and devices, before any model is loaded."""
     if top_k is not None:
         checks.check_top_k(top_k, tokenizer)
+    remark_on_self(config)
     for data_set in data_sets if config.has_teacher else ():
         teacher_device(data_set.teacher, torch.device("cpu"))
         theirs = load_teacher_tokenizer(data_set.teacher)
@@ -77,12 +77,16 @@ def open_teachers(
     None where the run has no teacher. `top_k` is how many of its likeliest tokens each finds; None: none.
     """
     teachers: dict[TeacherConfig, Teacher] = {**served}
+    own = SelfTeachers(student)
     new = config.sampling.max_new_tokens
     sampled = [prompt for data_set in data_sets if not data_set.given for prompt in data_set.prompts]
     checks.check_one_rope(sampled, new, {"student": student.model})
     for data_set in data_sets:
         if config.has_teacher and data_set.teacher not in teachers:
-            teachers[data_set.teacher] = _load(config, data_set.teacher, tokenizer, student, top_k)
+            if data_set.teacher.self is None:
+                teachers[data_set.teacher] = _load(config, data_set.teacher, tokenizer, student, top_k)
+            else:
+                teachers[data_set.teacher] = own.make(config, data_set.teacher, top_k)
         teacher = teachers.get(data_set.teacher)
         local = teacher.model if isinstance(teacher, LocalTeacher) else None
         whose = f"teacher of {data_set.name}" if data_set.name else "teacher"
@@ -97,9 +101,7 @@ def open_teachers(
             checks.check_one_rope(data_set.prompts, new, models)
     if not teachers:
         return None
-    sharded_base = student.sharded and any(teacher.base_of_student for teacher in teachers)
-    by_data_set = {data_set.name: teachers[data_set.teacher] for data_set in data_sets}
-    return RoutedTeacher(by_data_set, student.gathered if sharded_base else nullcontext)
+    return RoutedTeacher({data_set.name: teachers[data_set.teacher] for data_set in data_sets}, own.ready)
 
 
 def _load(
@@ -109,22 +111,11 @@ def _load(
     student: Student,
     top_k: int | None,
 ) -> LocalTeacher:
-    if teacher.base_of_student:
-        model, layout, device = student.model, student.layout, student.device
-        options: dict[str, Any] = {"as_teacher": partial(_without_adapter, student)}
-    else:
-        options, device = {}, teacher_device(teacher, student.device)
-        model = fuse(load_teacher(teacher, device), "teacher")
-        layout = batch_layout(config.batch, model, Probe(model, "teacher"))
-        models: list[Any] = [student.model, model]
-        ours, theirs = (each.get_output_embeddings().weight.shape[0] for each in models)
-        options["vocab_size"] = None if ours == theirs else min(ours, theirs, vocabulary(tokenizer))
+    device = teacher_device(teacher, student.device)
+    model = fuse(load_teacher(teacher, device), "teacher")
+    layout = batch_layout(config.batch, model, Probe(model, "teacher"))
+    models: list[Any] = [student.model, model]
+    ours, theirs = (each.get_output_embeddings().weight.shape[0] for each in models)
+    cut = None if ours == theirs else min(ours, theirs, vocabulary(tokenizer))
     tokens, temperature = config.batch.max_tokens, config.sampling.temperature
-    return LocalTeacher(model, layout, tokens, temperature, device, top_k=top_k, **options)
-
-
-@contextmanager
-def _without_adapter(student: Student) -> Iterator[None]:
-    model: Any = student.model
-    with student.accelerator.autocast(), model.disable_adapter():
-        yield
+    return LocalTeacher(model, layout, tokens, temperature, device, top_k=top_k, vocab_size=cut)

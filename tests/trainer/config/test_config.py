@@ -27,6 +27,7 @@ URL = "http://127.0.0.1:9/v1"
 SERVED: dict[str, object] = {"teacher.path": "", "teacher.server.url": URL, "teacher.server.model": "m"}
 SAMPLED: dict[str, object] = {"sampling.server.url": URL, "sampling.server.model": "m"}
 # settings, what the message must hold: the setting with its value, and the way out
+BASE: dict[str, object] = {"teacher.self": "base", "teacher.path": ""}
 REFUSED_BY_DISTILL: list[tuple[dict[str, object], list[str]]] = [
     ({"run": ""}, ["run is empty", "runs/first"]),
     ({"student.path": ""}, ["student.path is empty", "model folder or a Hub id"]),
@@ -165,13 +166,26 @@ REFUSED_BY_DISTILL: list[tuple[dict[str, object], list[str]]] = [
     (SERVED | {"teacher.device": "cpu"}, ["teacher.device is 'cpu'", URL, "unset it"]),
     (SERVED | {"teacher.quantization": "8bit"}, ["teacher.quantization is '8bit'", URL, "unset it"]),
     (
-        {"teacher.base_of_student": "true", "student.lora.rank": 2},
-        ["teacher.base_of_student is true", "teacher.path is 't'", "unset one"],
+        {"teacher.self": "base", "student.lora.rank": 2},
+        ["teacher.self is base", "teacher.path is 't'", "unset one"],
     ),
+    (BASE, ["teacher.self is base", "student.lora.rank is 0", "teacher.path"]),
+    (BASE | {"teacher.dtype": "bfloat16"}, ["teacher.self is base", "teacher.dtype is 'bfloat16'", "unset one"]),
+    (BASE | {"teacher.server.url": URL, "teacher.server.model": "m"}, ["teacher.self is base", "teacher.server is"]),
+    (BASE | {"teacher.ema_rate": 0.1}, ["teacher.ema_rate is 0.1", "teacher.self is base", "belongs to ema"]),
+    ({"teacher.sync_every": 5}, ["teacher.sync_every is 5", "teacher.self is null", "belongs to synced"]),
+    (BASE | {"teacher.self": "ema"}, ["teacher.self is ema", "teacher.ema_rate is null"]),
+    (BASE | {"teacher.self": "ema", "teacher.ema_rate": 1}, ["teacher.ema_rate is 1", "below 1", "live"]),
+    (BASE | {"teacher.self": "ema", "teacher.ema_rate": 0}, ["teacher.ema_rate is 0", "above 0", "base"]),
+    (BASE | {"teacher.self": "ema", "teacher.ema_rate": "nan"}, ["teacher.ema_rate is nan", "above 0"]),
+    (BASE | {"teacher.self": "synced"}, ["teacher.self is synced", "teacher.sync_every is null"]),
+    (BASE | {"teacher.self": "synced", "teacher.sync_every": 1}, ["teacher.sync_every is 1", "at least 2", "live"]),
     (
-        {"teacher.base_of_student": "true", "teacher.path": ""},
-        ["teacher.base_of_student is true", "student.lora.rank is 0", "teacher.path"],
+        BASE | {"teacher.self": "ema", "teacher.ema_rate": 0.1, "teacher.device": "cpu", "student.lora.rank": 2},
+        ["teacher.device is 'cpu'", "teacher.self is ema", "student.lora.rank is 2", "unset it"],
     ),
+    (BASE | {"teacher.self": "live"}, ["teacher.self is live", "its KL is 0", "reward.grader"]),
+    (BASE | {"teacher.self": "live", "loss.objective": "reverse_kl"}, ["teacher.self is live", "its KL is 0"]),
     ({"optim.lr": -1}, ["optim.lr is -1", "at least 0"]),
     ({"optim.steps": 0}, ["optim.steps is 0", "at least 1"]),
     ({"optim.substeps": 0}, ["optim.substeps is 0", "at least 1"]),
@@ -190,7 +204,7 @@ REFUSED_BY_DISTILL: list[tuple[dict[str, object], list[str]]] = [
 REFUSED: list[tuple[str, dict[str, object], list[str]]] = [
     *(("distill", *case) for case in REFUSED_BY_DISTILL),
     ("score", {"model.path": "", "model.server.url": URL, "model.server.model": "m"}, ["model.tokenizer is None", URL]),
-    ("score", {"model.base_of_student": "true", "model.path": ""}, ["model.base_of_student is true", "model.path"]),
+    ("score", {"model.self": "base", "model.path": ""}, ["model.self is base", "model.path"]),
     ("sft", {"optim.substeps": 5, "examples_per_step": 4}, ["examples_per_step is 4", "optim.substeps (5)"]),
     ("eval", {"eval.max_new_tokens": 0}, ["eval.max_new_tokens is 0", "at least 1"]),
     ("eval", {"eval.temperature": -1}, ["eval.temperature is -1", "at least 0"]),

@@ -64,7 +64,12 @@ def run(command_line: list[str], errors: Path, count: int, fsdp: bool = False) -
     return Path(next(word.removeprefix("--run=") for word in command_line if word.startswith("--run=")))
 
 
-BASE: dict[str, object] = {"student__lora__rank": 2, "teacher__path": "", "teacher__base_of_student": "true"}
+LORA: dict[str, object] = {"student__lora__rank": 2}
+BASE: dict[str, object] = {**LORA, "teacher__path": "", "teacher__self": "base"}
+REWARD: dict[str, object] = {"reward__grader": "regex:[0-4]$", "reward__baseline": "none", "teacher__path": ""}
+LIVE: dict[str, object] = {**REWARD, "teacher__self": "live"}
+EMA: dict[str, object] = {**REWARD, "teacher__self": "ema", "teacher__ema_rate": 0.3}
+SYNCED: dict[str, object] = {**REWARD, "teacher__self": "synced", "teacher__sync_every": 2}
 VARIANTS: dict[str, dict[str, object]] = {
     "full": {},
     "lora": {"student__lora__rank": 2, "loss__old_logprobs": "recompute"},
@@ -73,6 +78,11 @@ VARIANTS: dict[str, dict[str, object]] = {
     "rounded": {"sampling__dtype": "bfloat16"},
     "base": BASE | {"loss__objective": "policy_gradient"},
     "base-whole": BASE | {"loss__objective": "reverse_kl"},
+    "live": LIVE,
+    "ema": EMA | {"student": "untied"},
+    "ema-lora": EMA | LORA,
+    "ema-half": EMA | {"student__dtype": "bfloat16", "optim__steps": 2},
+    "synced": SYNCED,
     "continuous": {"sampling__engine": "continuous_batching"},
     "weights": {"loss__weights": ["top_gap:0.4", "drift:0.5"]},
     "weights-whole": {"loss__weights": ["top_gap:0.4", "skip_first:1"], "loss__objective": "reverse_kl"},

@@ -176,7 +176,9 @@ MIXTURES = {
     "source": ({}, {"data": {}}, ["mixture.math.data.path is None", "exactly one"]),
     "no-teacher": ({}, {"teacher": None}, ["teacher.path is empty", "model folder or a Hub id"]),
     "its-teacher": ({}, {"teacher": {"dtype": "bfloat16"}}, ["mixture.math.teacher.path is empty"]),
-    "base": ({}, {"teacher": {"base_of_student": True}}, ["mixture.math.teacher.base_of_student", "student.lora.rank"]),
+    "base": ({}, {"teacher": {"self": "base"}}, ["mixture.math.teacher.self is base", "student.lora.rank"]),
+    "live": ({}, {"teacher": {"self": "live"}}, ["mixture.math.teacher.self is live", "its KL is 0"]),
+    "renamed": ({}, {"teacher": {"base_of_student": True}}, ["teacher.base_of_student is now teacher.self"]),
 }
 
 
@@ -218,7 +220,7 @@ def test_the_base_of_a_lora_student_is_its_teacher_without_a_copy(
     tmp_path: Path, models: Path, objective: str, loads: list[str]
 ) -> None:
     shared = {"student__lora__rank": 2, "loss__objective": objective, "optim__lr": 0.1, **evaluated(models)}
-    own = settings(models, tmp_path / "own", **shared) | {"teacher.path": "", "teacher.base_of_student": "true"}
+    own = settings(models, tmp_path / "own", **shared) | {"teacher.path": "", "teacher.self": "base"}
     rows = log(distilled(own))
     assert loads == ["student"]
     copied = log(distilled(settings(models, tmp_path / "copy", **shared, teacher__path=models / "student")))

@@ -5,6 +5,7 @@ A multiplication with its addition is two. Counted is what the method needs: no 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,11 @@ def cost_of(model: PreTrainedModel) -> Cost:
         windows=windows,
         recomputed=any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
     )
+
+
+def without_adapter(cost: Cost) -> Cost:
+    """Of the base of a model of which an adapter alone is trained."""
+    return dataclasses.replace(cost, blocks=cost.blocks - cost.trained_blocks, trained_blocks=0.0)
 
 
 def _reader_of_text(model: Any) -> nn.Module:
