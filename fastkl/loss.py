@@ -110,7 +110,12 @@ hard_coef also cross_entropy, the mean of −log p¹.
 from __future__ import annotations
 
 from fastkl._loss import divergences
-from fastkl._loss.advantages import centred_advantages, extrapolated_advantages, reverse_kl_advantages
+from fastkl._loss.advantages import (
+    centred_advantages,
+    extrapolated_advantages,
+    redistributed_advantages,
+    reverse_kl_advantages,
+)
 from fastkl._loss.cross_entropy import linear_cross_entropy
 from fastkl._loss.divergences import *  # noqa: F403  what its __all__ names
 from fastkl._loss.likeliest import TopK, linear_ranks, linear_top_k
@@ -141,6 +146,7 @@ __all__ = [
     "linear_token_stats",
     "linear_top_k",
     "policy_gradient_loss",
+    "redistributed_advantages",
     "reverse_kl_advantages",
     "sampled_reverse_kl_loss",
     "top_k_kl_loss",

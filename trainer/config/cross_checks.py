@@ -23,6 +23,11 @@ def check_rollouts(
         loss.control != "shuffled" or sampling.samples_per_step > 1,
         "loss.control is shuffled, but a step has a single sample; raise sampling.prompts_per_step",
     )
+    require(
+        loss.redistribute == 0 or reward.grader is not None,
+        f"loss.redistribute is {loss.redistribute}, but reward.grader is null: there is no reward to weigh; name a grader or "
+        f"unset it",
+    )
     if loss.objective != "policy_gradient":
         reason = (
             f"loss.objective is {loss.objective}, which has no advantages; set it to policy_gradient, or unset this"

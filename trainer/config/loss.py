@@ -15,9 +15,10 @@ from fastkl.trainer.errors import require
 ObjectiveName = Literal["policy_gradient", "top_k", Divergence]
 SERVED: tuple[ObjectiveName, ...] = ("policy_gradient", "top_k")  # they take a teacher that a server holds
 SURROGATE = ("method", "clip_low", "clip_high", "dual_clip", "truncate_ratio")
+ADVANTAGE = ("kl_coef", "discount", "redistribute", "redistribute_clip")
 # The objectives that an option belongs to. The others refuse another value than its default.
 OPTION_OF: dict[str, tuple[ObjectiveName, ...]] = {
-    **dict.fromkeys((*SURROGATE, "kl_coef", "discount", "old_logprobs"), ("policy_gradient",)),
+    **dict.fromkeys((*SURROGATE, *ADVANTAGE, "old_logprobs"), ("policy_gradient",)),
     "jsd_beta": ("jsd",),
     "skew_alpha": ("skewed_reverse_kl", "skewed_forward_kl"),
     "forward_kl_top_k": ("policy_gradient",),
@@ -36,6 +37,10 @@ class LossConfig:
         method: Choose the formula of policy_gradient: importance_sampling, reinforce, ppo or cispo.
         kl_coef: Weigh the reverse KL in the advantage by this. 0, with a reward, is plain reinforcement learning.
         discount: Discount the KL of later tokens by this. 0: each token answers for itself alone.
+        redistribute: Let the teacher weigh the reward at each token: this share of its advantage is multiplied by the
+            teacher's probability over the student's, or by the inverse where the advantage is negative. 0: every token of
+            a sample has the same.
+        redistribute_clip: Clip that ratio to 1 ± this.
         old_logprobs: Take the importance ratio against the log-probs of the sampler (sampler), or against those of a
             forward pass before the update (recompute). current: the ratio is 1.
         clip_low: Clip the ratio of ppo and cispo at 1 − clip_low.
@@ -68,6 +73,8 @@ class LossConfig:
     method: Method = Surrogate.method
     kl_coef: float = 1.0
     discount: float = 0.0
+    redistribute: float = 0.0
+    redistribute_clip: float = 0.2
     old_logprobs: Literal["sampler", "recompute", "current"] = "sampler"
     clip_low: float = Surrogate.clip_low
     clip_high: float = Surrogate.clip_high
@@ -106,7 +113,13 @@ class LossConfig:
         with named({"beta": "loss.jsd_beta", "alpha": "loss.skew_alpha"}):
             check_beta(self.jsd_beta)
             check_alpha(self.skew_alpha)
-        fraction(self, "loss.", "discount")
+        fraction(self, "loss.", "discount", "redistribute")
+        require(
+            0 <= self.redistribute_clip < 1,
+            f"loss.redistribute_clip is {self.redistribute_clip}; it must be at least 0 and below 1",
+        )
+        if self.redistribute == 0:
+            unchanged(self, "loss.", "loss.redistribute is 0; set it", ["redistribute_clip"])
         at_least(1, self, "loss.", "top_k")
         self._check_forward_kl()
         self._check_control()

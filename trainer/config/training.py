@@ -81,7 +81,7 @@ class DistillConfig(RunConfig):
 
     @property
     def has_teacher(self) -> bool:
-        needed = self.loss.kl_coef > 0 and self.loss.control != "no_teacher"
+        needed = (self.loss.kl_coef > 0 or self.loss.redistribute > 0) and self.loss.control != "no_teacher"
         return needed or any(teacher != TeacherConfig() for teacher in self.teachers().values())
 
     def __post_init__(self) -> None:
@@ -121,6 +121,11 @@ class DistillConfig(RunConfig):
                 teacher.self != "live" or self.reward.grader is not None,
                 f"{name}.self is live: the teacher is the student as it is and reads the same prompt, so that its KL is 0 "
                 f"under every objective; name a reward.grader, or set {name}.self to ema, synced or base, or {name}.path",
+            )
+            require(
+                teacher.self != "live" or self.loss.redistribute == 0,
+                f"{name}.self is live: the teacher finds every token as likely as the student does, and loss.redistribute "
+                f"({self.loss.redistribute}) would weigh all of them alike; unset one of them",
             )
 
     def data_sets(self) -> dict[str, MixtureConfig]:

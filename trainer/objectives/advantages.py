@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastkl.loss import reverse_kl_advantages
+from fastkl.loss import redistributed_advantages, reverse_kl_advantages
 from fastkl.trainer.config.reward import RewardConfig
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.objectives.numbers import numbers_are_checked
@@ -17,11 +17,20 @@ Estimator = Callable[[Tensor, Tensor], Tensor]  # rewards [n], group numbers [n]
 
 
 @numbers_are_checked()
-def set_advantages(samples: list[Sample], *, coef: float, discount: float, given_coef: float = 1.0) -> None:
+def set_advantages(
+    samples: list[Sample],
+    *,
+    coef: float,
+    discount: float,
+    given_coef: float = 1.0,
+    redistribute: float = 0.0,
+    redistribute_clip: float = 0.2,
+) -> None:
     """Writes A = A_env − coef Σ γᵏ d of every counted token: the samples' `reward_advantage` and the reverse KL's.
 
     All samples stand end to end in one row; no sum crosses a sample's end. Without a teacher's log-probs there is no KL. A
-    token of a given completion has the advantage `given_coef` instead of both: −log p, weighted.
+    token of a given completion has the advantage `given_coef` instead of both: −log p, weighted. The share `redistribute`
+    of A_env is weighed by the teacher (`redistributed_advantages`).
     """
     if not samples:
         return
@@ -29,16 +38,15 @@ def set_advantages(samples: list[Sample], *, coef: float, discount: float, given
     own = [sample.old_logprobs or sample.sampler_logprobs or [0.0] * len(sample.ids) for sample in samples]
     teacher = [sample.teacher_logprobs or ours for sample, ours in zip(samples, own, strict=True)]
     mask = torch.tensor(list(itertools.chain(*(sample.loss_mask for sample in samples))))
-    advantages = reverse_kl_advantages(
-        torch.tensor(list(itertools.chain(*own))),
-        torch.tensor(list(itertools.chain(*teacher))),
-        mask,
-        coef=coef,
-        discount=discount,
-        sequence_ids=torch.repeat_interleave(torch.tensor(lengths)),
-    )
-    for sample, row, counted in zip(samples, advantages.split(lengths), mask.split(lengths), strict=True):
-        values = torch.full_like(row, given_coef) if sample.given else row + sample.reward_advantage
+    ids = torch.repeat_interleave(torch.tensor(lengths))
+    ours, theirs = (torch.tensor(list(itertools.chain(*logprobs))) for logprobs in (own, teacher))
+    advantages = reverse_kl_advantages(ours, theirs, mask, coef=coef, discount=discount, sequence_ids=ids)
+    rewards = torch.tensor([sample.reward_advantage for sample in samples])[ids]
+    if redistribute > 0:
+        rewards = redistributed_advantages(rewards, ours, theirs, mask, share=redistribute, clip=redistribute_clip)
+    rows = (advantages + rewards).split(lengths)
+    for sample, row, counted in zip(samples, rows, mask.split(lengths), strict=True):
+        values = torch.full_like(row, given_coef) if sample.given else row
         sample.advantages = values.where(counted, 0.0).tolist()
 
 

@@ -53,7 +53,12 @@ class PolicyGradient(Objective):
             measure_entropies(student, samples, self._loss, self._sampling.temperature, clock)
         judged = with_scores(samples, self._loss)
         set_advantages(
-            judged, coef=self._loss.kl_coef, discount=self._loss.discount, given_coef=self._sampling.given_coef
+            judged,
+            coef=self._loss.kl_coef,
+            discount=self._loss.discount,
+            given_coef=self._sampling.given_coef,
+            redistribute=self._loss.redistribute,
+            redistribute_clip=self._loss.redistribute_clip,
         )
         for sample, other in zip(samples, judged, strict=True):
             sample.advantages = other.advantages
