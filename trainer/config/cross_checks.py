@@ -25,8 +25,8 @@ def check_rollouts(
     )
     require(
         loss.redistribute == 0 or reward.grader is not None,
-        f"loss.redistribute is {loss.redistribute}, but reward.grader is null: there is no reward to weigh; name a grader or "
-        f"unset it",
+        f"loss.redistribute is {loss.redistribute}, but reward.grader is null: there is no reward to weigh; name a grader, "
+        f"or unset it",
     )
     if loss.objective != "policy_gradient":
         reason = (
