@@ -36,6 +36,7 @@ class SecondWeights:
         self._sharded, self._open = student.sharded, False
         self.shares = False  # whether some weights are the student's own
         self._held: dict[str, _Weight] = {}  # by name in the student
+        device = torch.empty(0, device=device).device  # with its index, as parameters have it
         places: dict[int, object] = {}  # deepcopy takes what it finds here in place of a copy
         named = student.plain.named_parameters()
         for (name, source), ours in zip(named, student.model.parameters(), strict=True):
