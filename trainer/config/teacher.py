@@ -41,8 +41,8 @@ class TeacherConfig(ModelConfig):
     Args:
         server: Ask this server instead of loading `path`. The server decides about dtype and attention.
         tokenizer: Load the served model's tokenizer from this folder or Hub id. null: ask the server.
-        self: Let the student teach itself instead of loading `path`. base: the model under its LoRA adapter. live: the
-            student as it is. ema: an exponential average of its weights. synced: its weights of some steps ago.
+        self: Let the student teach itself instead of loading `path`: with the weights under its LoRA adapter (base), those
+            that it has (live), an exponential average of them (ema), or those of some steps ago (synced).
         ema_rate: Move the average of ema this part of the way to the student after every optimizer step.
         sync_every: Give the teacher of synced the student's weights after every so many steps.
         device: Load the model on this device: cpu, cuda:1, … null: the student's. Also for the weights of ema and synced.

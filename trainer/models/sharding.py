@@ -72,7 +72,7 @@ def let_go(tensor: Tensor) -> None:
 
 def own_part(tensor: Tensor) -> Tensor:
     """This process's shard of a tensor, or all of one that is not in shards; the same memory."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def in_shards_as(part: Tensor, like: Tensor) -> Tensor:

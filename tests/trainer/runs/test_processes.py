@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 import os
 import signal
@@ -81,7 +82,6 @@ VARIANTS: dict[str, dict[str, object]] = {
     "live": LIVE,
     "ema": EMA | {"student": "untied"},
     "ema-lora": EMA | LORA,
-    "ema-half": EMA | {"student__dtype": "bfloat16", "optim__steps": 2},
     "synced": SYNCED,
     "continuous": {"sampling__engine": "continuous_batching"},
     "weights": {"loss__weights": ["top_gap:0.4", "drift:0.5"]},
@@ -106,6 +106,20 @@ def test_two_processes_do_what_one_does(tmp_path: Path, deep: Path, variant: str
     two = run(settings(deep, tmp_path / "two", **options), tmp_path / "said", 2, fsdp)
     assert len(log(one)) == 4
     check_same(two, one)
+
+
+@slow
+@pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
+@pytest.mark.parametrize("fsdp", PEERS.values(), ids=PEERS)
+def test_whole_distributions_of_an_average(tmp_path: Path, deep: Path, fsdp: bool, rank: int) -> None:
+    """It moves within an update, while it is gathered; another teacher gives the student something to learn."""
+    data = {"path": str(deep / "sums.jsonl")}
+    teachers = {"own": {"self": "ema", "ema_rate": 0.3}, "other": {"path": str(deep / "teacher")}}
+    mixture = {name: {"data": data, "teacher": teacher} for name, teacher in teachers.items()}
+    options: dict[str, object] = {"mixture": json.dumps(mixture), "data__path": "null", "teacher__path": ""}
+    options |= {"loss__objective": "reverse_kl", "student__lora__rank": rank}
+    one = run(settings(deep, tmp_path / "one", **options), tmp_path / "said", 1)
+    check_same(run(settings(deep, tmp_path / "two", **options), tmp_path / "said", 2, fsdp), one)
 
 
 @slow
@@ -144,9 +158,9 @@ FAST = ("fsdp-2-to-1", 0)
     ],
 )
 def test_a_checkpoint_knows_nothing_of_processes(tmp_path: Path, deep: Path, name: str, lora: int) -> None:
-    """Saved by some and resumed by others, the run is the one that was never interrupted."""
+    """Saved by some and resumed by others, the run is the one that was never interrupted; its teacher's weights too."""
     (before, first), (after, then) = RESHAPES[name]
-    options: dict[str, object] = {"student__lora__rank": lora, "optim__steps": 4, "checkpoint__every": 2}
+    options: dict[str, object] = {"student__lora__rank": lora, "optim__steps": 4, "checkpoint__every": 2, **EMA}
     whole = run(settings(deep, tmp_path / "whole", **options), tmp_path / "said", 1)
     command_line = settings(deep, tmp_path / "run", **options)
     codes, _ = together(

@@ -19,7 +19,7 @@ from run_settings import Settings, arguments, distillation
 from safetensors.torch import load_file
 from tiny_data import read_jsonl
 from tiny_models import llama
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fastkl import cli
@@ -136,13 +136,14 @@ def test_it_scores_with_the_weights_of_that_moment(folder: Path, tmp_path: Path,
 
 @pytest.mark.parametrize("more", [{}, LORA], ids=["full", "lora"])
 def test_a_live_teacher_says_what_the_student_says(folder: Path, tmp_path: Path, more: Settings) -> None:
-    """Its KL is 0 whatever is learned, so that the run is the one without a teacher."""
+    """Its KL is 0 whatever is learned."""
     path = distilled(settings(folder, tmp_path / "run", "live", **more))
-    alone = distilled(distillation(tmp_path / "alone", folder, **{**REWARDED, **more, "loss__kl_coef": 0}))
-    for row, other in zip(log(path), log(alone), strict=True):
+    for row in log(path):
         assert row["teacher_kl"] == pytest.approx(0, abs=1e-5)
         assert row["flops/teacher"] > 0
-        assert row["loss"] == pytest.approx(other["loss"], rel=1e-3, abs=1e-5)
+    for sample in read_jsonl(path / "samples.jsonl"):
+        assert sample["teacher_ranks"] == sample["student_ranks"]
+        assert sample["teacher_logprobs"] == pytest.approx(sample["sampler_logprobs"], abs=1e-4)
 
 
 @pytest.mark.parametrize("more", [{}, LORA], ids=["full", "lora"])
@@ -173,8 +174,13 @@ def base(student: Student) -> set[int]:
 
 @pytest.mark.parametrize(
     ("kind", "more"),
-    [("ema", {}), ("ema", LORA), ("ema", {"student__dtype": "bfloat16"}), ("synced", {}), ("live", {})],
-    ids=["ema", "ema-lora", "ema-bfloat16", "synced", "live"],
+    [
+        pytest.param("ema", LORA, id="ema-lora"),
+        pytest.param("synced", {}, id="synced"),
+        pytest.param("ema", {}, id="ema", marks=pytest.mark.slow),
+        pytest.param("ema", {"student__dtype": "bfloat16"}, id="ema-bfloat16", marks=pytest.mark.slow),
+        pytest.param("live", {}, id="live", marks=pytest.mark.slow),
+    ],
 )
 def test_it_resumes_exactly(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, more: Settings
@@ -250,11 +256,8 @@ def test_every_kind_of_head(head: str) -> None:
     model.load_state_dict(half)
     LocalTeacher(model, "padded", 16384, 1.0, CPU).score(samples)
     assert samples[0].teacher_logprobs == pytest.approx(found, abs=1e-5)
-    assert all(ours is not theirs for ours, theirs in zip(*(held(m) for m in (model, second.model)), strict=True))
-
-
-def held(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for name, parameter in model.named_parameters() if "lora_" in name or "lm_head" in name]
+    pairs = zip(model.parameters(), second.model.parameters(), strict=True)
+    assert all((ours is theirs) == (not ours.requires_grad) for ours, theirs in pairs)
 
 
 def test_equal_ones_share_their_weights(folder: Path, tmp_path: Path, trace: Trace) -> None:
