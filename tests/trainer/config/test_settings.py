@@ -61,6 +61,13 @@ def test_old_names(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_an_old_name_in_an_entry_of_a_mixture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = {"mixture": {"math": {"teacher": {"base_of_student": True}}}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"run": "runs/a", **teacher}))
+    assert cli.main(["distill", str(tmp_path / "run.yaml")]) == 2
+    assert "teacher.base_of_student is now teacher.self" in capsys.readouterr().err
+
+
 def test_what_replaces_an_old_name_exists() -> None:
     settings = dict(flat(as_dict(config("distill", MINIMAL["distill"]))))
     for old in RENAMED:

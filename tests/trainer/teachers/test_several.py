@@ -178,7 +178,11 @@ MIXTURES = {
     "its-teacher": ({}, {"teacher": {"dtype": "bfloat16"}}, ["mixture.math.teacher.path is empty"]),
     "base": ({}, {"teacher": {"self": "base"}}, ["mixture.math.teacher.self is base", "student.lora.rank"]),
     "live": ({}, {"teacher": {"self": "live"}}, ["mixture.math.teacher.self is live", "its KL is 0"]),
-    "renamed": ({}, {"teacher": {"base_of_student": True}}, ["teacher.base_of_student is now teacher.self"]),
+    "renamed": (
+        {},
+        {"teacher": {"base_of_student": True}},
+        ["mixture.math.teacher.base_of_student", "did you mean mixture.math.teacher.self"],
+    ),
 }
 
 
