@@ -129,6 +129,45 @@ def centred_advantages(
     return centred.where(active, 0.0).to(dtype)
 
 
+def redistributed_advantages(
+    advantages: Tensor,  # [..., T]
+    sampler_logprobs: Tensor,  # [..., T]
+    teacher_logprobs: Tensor,  # [..., T]
+    mask: Tensor | None = None,  # [..., T]
+    *,
+    share: float,
+    clip: float = 0.2,
+) -> Tensor:
+    """Advantages [..., T] that the teacher's gap spreads unevenly over the tokens. Of one token, λ = `share`, ε = `clip`,
+
+        A' = A · ((1 − λ) + λ · clip(exp(sign(A) · Δ), 1 − ε, 1 + ε))        Δ = log q − log p
+
+    with p the sampler's probability of the token and q the teacher's. RLSD (Yang et al., "Self-Distilled RLVR", 2026):
+    the reward says whether a sample is encouraged, the teacher says which of its tokens count most. What the teacher
+    finds likelier than the sampler did counts more where A > 0, and less where A < 0. The factor is positive: no sign
+    changes. |A'| is between (1 − λε) |A| and (1 + λε) |A|. The sum over a sequence is not kept.
+
+    λ in [0, 1]: 0 leaves A as it is. ε in [0, 1): 0 does too. The advantage of a masked token is 0, whatever is there;
+    there is no other use of the mask. Returns float32 (float64 where an argument is), detached. Raises TypeError or
+    ValueError for what does not fit, on a CPU also for log-probs above 0 or NaN where the mask is not 0.
+    """
+    check.check_tensor("advantages", advantages)
+    policies = {"sampler_logprobs": sampler_logprobs, "teacher_logprobs": teacher_logprobs}
+    _check_alike("advantages", advantages, {**policies, "mask": mask})
+    for name, number in (("share", share), ("clip", clip)):
+        check.check_number(name, number)
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"share is {share}; it must be in [0, 1]")
+    if not 0.0 <= clip < 1.0:
+        raise ValueError(f"clip is {clip}; it must be in [0, 1)")
+    ours, theirs = _logprobs(policies, mask)
+    own = advantages.detach().to(torch.promote_types(ours.dtype, advantages.dtype))
+    gap = (theirs - ours).where(theirs != ours, 0.0)  # −inf is as impossible as −inf
+    weight = torch.exp((own.sign() * gap).clamp(math.log1p(-clip), math.log1p(clip)))
+    result = own * (1.0 - share + share * weight)
+    return result if mask is None else result.where(mask != 0, 0.0)
+
+
 def _check_alike(first: str, like: Tensor, others: dict[str, Tensor | None]) -> None:
     """Shapes and devices of tensors per token, and ids that are integers."""
     for name, tensor in others.items():
@@ -189,48 +228,3 @@ def _advantages(
         difference = difference - (own if mask is None else (own * mask).where(mask != 0, 0.0))
     advantages = -coef * difference
     return advantages if mask is None else advantages.where(mask != 0, 0.0)
-
-
-def redistributed_advantages(
-    advantages: Tensor,  # [..., T]
-    sampler_logprobs: Tensor,  # [..., T]
-    teacher_logprobs: Tensor,  # [..., T]
-    mask: Tensor | None = None,  # [..., T]
-    *,
-    share: float,
-    clip: float = 0.2,
-) -> Tensor:
-    """Advantages [..., T] that the teacher's gap spreads unevenly over the tokens. Of one token, λ = `share`, ε = `clip`,
-
-        A' = A · ((1 − λ) + λ · clip(exp(sign(A) · Δ), 1 − ε, 1 + ε))        Δ = log q − log p
-
-    with p the sampler's probability of the token and q the teacher's. RLSD (Yang et al., "Self-Distilled RLVR", 2026):
-    the reward says whether a sample is encouraged, the teacher says which of its tokens count most. What the teacher
-    finds likelier than the sampler did counts more where A > 0, and less where A < 0. The factor is positive: no sign
-    changes. |A'| is between (1 − λε) |A| and (1 + λε) |A|. The sum over a sequence is not kept.
-
-    λ in [0, 1]: 0 leaves A as it is. ε in [0, 1): 0 does too. The advantage of a masked token is 0, whatever is there;
-    there is no other use of the mask. Returns float32 (float64 where an argument is), detached. Raises TypeError or
-    ValueError for what does not fit, on a CPU also for log-probs above 0 or NaN where the mask is not 0.
-    """
-    given = {"advantages": advantages, "sampler_logprobs": sampler_logprobs, "teacher_logprobs": teacher_logprobs}
-    dtype = torch.float32
-    for name, tensor in {**given, **({} if mask is None else {"mask": mask})}.items():
-        check.check_tensor(name, tensor)
-        if tensor.shape != advantages.shape:
-            raise ValueError(f"{name} is {list(tensor.shape)} but advantages is {list(advantages.shape)}")
-        check.check_device(name, tensor, advantages, "advantages")
-        dtype = dtype if name == "mask" else torch.promote_types(dtype, tensor.dtype)
-    for name, number in (("share", share), ("clip", clip)):
-        check.check_number(name, number)
-    if not 0.0 <= share <= 1.0:
-        raise ValueError(f"share is {share}; it must be in [0, 1]")
-    if not 0.0 <= clip < 1.0:
-        raise ValueError(f"clip is {clip}; it must be in [0, 1)")
-    for name in ("sampler_logprobs", "teacher_logprobs"):
-        check_logprobs(name, given[name], None if mask is None else mask != 0)
-    own, ours, theirs = (tensor.detach().to(dtype) for tensor in given.values())
-    gap = (theirs - ours).where(theirs != ours, 0.0)  # −inf is as impossible as −inf
-    weight = torch.exp((own.sign() * gap).clamp(math.log1p(-clip), math.log1p(clip)))
-    result = own * (1.0 - share + share * weight)
-    return result if mask is None else result.where(mask != 0, 0.0)
