@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import sys
 import types
@@ -13,8 +14,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from run_cases import Run, check_moments, completion_logprobs, counted, run
-from tiny_data import model_and_sums
+from run_cases import Run, check_moments, completion_logprobs, counted, distilled, run
+from run_settings import distillation
+from server_cases import served
+from stub_server import serving
+from tiny_data import model_and_sums, read_jsonl
 from tiny_models import save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -314,3 +318,30 @@ def test_the_forward_kl_on_top_where_the_teacher_is_unsure(tmp_path: Path, model
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert row["policy/unsure_fraction"] == pytest.approx(unsure[weights > 0].float().mean().item(), rel=1e-5)
     assert row["policy/added_forward_kl"] == pytest.approx((unsure * forward_kl)[weights > 0].mean().item(), rel=1e-4)
+
+
+def test_a_server_tells_enough_of_an_unsure_teacher(tmp_path: Path, models: Path) -> None:
+    options: dict[str, object] = {"optim__steps": 1, "loss__forward_kl_above": 1.45, "loss__forward_kl_top_k": K}
+    options["loss__weights"] = ["drift:0.5"]
+    here = run(tmp_path / "here", models, **options).metrics[0]
+    with serving(models / "teacher") as stub:
+        there = run(tmp_path / "there", models, **options, **served("teacher", stub)).metrics[0]
+    assert 0 < here["policy/unsure_fraction"] < 1
+    for name in ("loss", "policy/unsure_fraction", "policy/added_forward_kl", "weights/mean", "optim/grad_norm"):
+        assert there[name] == pytest.approx(here[name], rel=1e-3), name
+
+
+def test_several_teachers_of_an_unsure_run_with_heads_of_their_own(tmp_path: Path, padded: Path) -> None:
+    """Each sample's list is compared over the ids that its own teacher shares with the student."""
+    data = {"path": str(padded / "sums.jsonl")}
+    mixture = {
+        "padded": {"data": data, "teacher": {"path": str(padded / "teacher")}},
+        "own": {"data": data, "teacher": {"path": str(padded / "student")}},
+    }
+    settings = distillation(
+        tmp_path / "run", padded, optim__steps=1, loss__forward_kl_above=0.5, loss__forward_kl_top_k=K
+    )
+    settings |= {"data.path": "null", "teacher.path": "", "mixture": json.dumps(mixture)}
+    (row,) = read_jsonl(distilled(settings) / "metrics.jsonl")
+    assert row["policy/added_forward_kl"] > 0
+    assert math.isfinite(row["loss"])

@@ -86,6 +86,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "continuous": {"sampling__engine": "continuous_batching"},
     "weights": {"loss__weights": ["top_gap:0.4", "drift:0.5"]},
     "weights-whole": {"loss__weights": ["top_gap:0.4", "skip_first:1"], "loss__objective": "reverse_kl"},
+    "unsure": {"loss__forward_kl_above": 1.4, "loss__forward_kl_top_k": 4, "student": "untied"},
+    "unsure-whole": {"loss__forward_kl_above": 3.0, "loss__objective": "reverse_kl", "student__lora__rank": 2},
     "shuffled": {"loss__control": "shuffled"},
     "shuffled-lists": {"loss__control": "shuffled", "loss__objective": "top_k"},
     "no-teacher": {"loss__control": "no_teacher", "loss__old_logprobs": "recompute"},
