@@ -72,9 +72,10 @@ backward pass, and has neither metric.
 
 Divergences
 -----------
-reverse_kl_loss, forward_kl_loss, jsd_loss, skewed_forward_kl_loss, skewed_reverse_kl_loss and total_variation_loss compare
-student and teacher over the whole vocabulary at each token. The teacher's logits never exist either. Their arguments
-student_hidden and student_weight are `hidden` and `weight`. The teacher is a head or logits, not both:
+reverse_kl_loss, forward_kl_loss, jsd_loss, skewed_forward_kl_loss, skewed_reverse_kl_loss, total_variation_loss and
+density_power_loss compare student and teacher over the whole vocabulary at each token. The teacher's logits never exist
+either. Their arguments student_hidden and student_weight are `hidden` and `weight`. The teacher is a head or logits, not
+both:
 
     teacher_hidden, teacher_weight   [..., D_t] and [V, D_t]. D_t may differ from D.
     teacher_logits                   [..., V] in float32, bfloat16 or float16 (float64 for float64). Or a function from rows

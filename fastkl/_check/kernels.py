@@ -23,7 +23,7 @@ from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.sparse.estimator import ColumnSample, centre
 from fastkl.kernels.sparse.probabilities import row_weights, solve
 
-PARAMETERS = {"jsd": 0.4, "skewed_forward_kl": 0.2, "skewed_reverse_kl": 0.2}
+PARAMETERS = {"jsd": 0.4, "skewed_forward_kl": 0.2, "skewed_reverse_kl": 0.2, "density_power": 0.5}
 TOP_K_VARIANT = "reverse-bucket"
 MIXTURE = (1.0, -0.3, 0.1)  # of −log p[y], entropy and lse, whose gradient is checked
 TERMS = CrossEntropy(label_smoothing=0.1, z_loss=0.01)

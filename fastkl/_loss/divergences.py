@@ -17,11 +17,13 @@ from fastkl.kernels.divergence.formula import (
     PerToken,
     check_alpha,
     check_beta,
-    without_mixture,
+    check_power,
+    effective_kind,
 )
 from fastkl.kernels.problem import HeadOptions
 
 __all__ = [
+    "density_power_loss",
     "forward_kl_loss",
     "jsd_loss",
     "reverse_kl_loss",
@@ -142,6 +144,30 @@ def total_variation_loss(
     return _divergence("total_variation", 0.0, *heads, options)
 
 
+@takes(DivergenceOptions)
+def density_power_loss(
+    student_hidden: Tensor,  # [..., D]
+    student_weight: Tensor,  # [V, D]
+    teacher_hidden: Tensor | None = None,  # [..., D_t]
+    teacher_weight: Tensor | None = None,  # [V, D_t]
+    *,
+    power: float = 1.0,
+    **options: Unpack[DivergenceOptions],
+) -> LossOutput:
+    """Density power divergence Σ [p¹⁺ᵅ / (1 + α) − p qᵅ + α q¹⁺ᵅ / (1 + α)] / α, α = power (Basu et al., 1998).
+
+    What the bounded rewards of `reverse_kl_advantages(…, power=α)` minimise on average, over the whole vocabulary: the
+    gradient by the logits is p (s − Σ p s) with s = (pᵅ − qᵅ) / α. Basu's data density is the student here. The divergence
+    is divided by α, so that α → 0 is the reverse KL, and power=0 is exactly that. power=1 is ½ Σ (p − q)².
+
+    power in [0, 1000]. At most 1/α, finite for any two distributions if α > 0. Where both p and q are small so is what they
+    add: the larger α, the less the tails count. Options: `fastkl.loss`, "Divergences".
+    """
+    check_power(power)
+    heads = student_hidden, student_weight, teacher_hidden, teacher_weight
+    return _divergence("density_power", power, *heads, options)
+
+
 def _divergence(
     kind: Divergence,
     parameter: float,
@@ -164,7 +190,7 @@ def _divergence(
         inputs=teacher.join(call.inputs, exactly=vocab_size is None),
         spec=call.spec._replace(
             teacher=record(HeadOptions, options, "teacher_"),
-            variant=without_mixture(kind, parameter),
+            variant=effective_kind(kind, parameter),
             parameter=parameter,
             extras=options["per_token"],
         ),

@@ -9,11 +9,13 @@ With m a mixture of the two, each is a sum over the vocabulary, 0 · log 0 = 0:
     skewed_forward_kl      q log(q/m)                                (1−α) (1 − q/m)
     skewed_reverse_kl      p log(p/m)                                log(p/m) + α (1 − p/m)
     total_variation        ½ |p − q|                                 ½ sign(p − q)
+    density_power          p (pᵅ − qᵅ)/α − (p¹⁺ᵅ − q¹⁺ᵅ)/(1+α)       (pᵅ − qᵅ)/α
 
     m = βq + (1−β)p        m = αq + (1−α)p        m = αp + (1−α)q        of jsd, skewed_forward_kl, skewed_reverse_kl
 
-`parameter` is β of jsd, 0 < β < 1, or α of a skewed KL, 0 ≤ α < 1, whose value is at most −log α; the others have none and
-do not look at it. The jsd is at most the entropy of (β, 1−β), the total variation at most 1.
+`parameter` is β of jsd, 0 < β < 1, or α of a skewed KL, 0 ≤ α < 1, whose value is at most −log α, or the power α of
+density_power, α > 0, whose value is at most 1/α; the others have none and do not look at it. The jsd is at most the entropy
+of (β, 1−β), the total variation at most 1.
 
 The gradient by the logits z of the student: with g = ∂φ/∂p and ∂p_j/∂z_i = p_j (1[i = j] − p_i) it is
 
@@ -42,9 +44,11 @@ Divergence = Literal[
     "skewed_forward_kl",
     "skewed_reverse_kl",
     "total_variation",
+    "density_power",
 ]
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 MOST_POWER = 1000.0  # 0.9 to this power is 0 in float32
+LEAST_POWER = 1e-30  # below it a density power divergence is the reverse KL to every digit
 
 
 class PerToken(NamedTuple):
@@ -124,8 +128,10 @@ def mixture(kind: Divergence, parameter: float) -> Mixture:
     return Mixture(1.0 - parameter, parameter)
 
 
-def without_mixture(kind: Divergence, parameter: float) -> Divergence:
+def effective_kind(kind: Divergence, parameter: float) -> Divergence:
     """At the ends of its parameter a kind is a plain KL, the jsd by convention, and defined on more; else the kind."""
+    if kind == "density_power" and parameter < LEAST_POWER:
+        return "reverse_kl"
     return _ENDS.get((kind, parameter), kind)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastkl.kernels.divergence.formula import Divergence, HardTarget, Mixture, Outputs, mixture, without_mixture
+from fastkl.kernels.divergence.formula import Divergence, HardTarget, Mixture, Outputs, effective_kind, mixture
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.rows.pytorch import apply_cap, hand_over, row_blocks, undo_cap
 
@@ -31,7 +31,7 @@ def divergence(
     The gradient is that of the divergence and of the hard target together.
     """
     assert logits.teacher is not None
-    formula, m = _FORMULAS[without_mixture(kind, parameter)], mixture(kind, parameter)
+    formula = _FORMULAS[effective_kind(kind, parameter)]
     for rows in row_blocks(logits.student):
         log_p, log_q = logits.student[rows], logits.teacher[rows]
         z = apply_cap(log_p, logits.student_cap, keep=gradient is not None)
@@ -44,7 +44,7 @@ def divergence(
         token_nll.copy_(_nll(log_p, y))
         if by_products:
             _describe(log_p, log_q, y, by_products)
-        value.copy_(formula(log_p, log_q, m, gradient is not None))
+        value.copy_(formula(log_p, log_q, parameter, gradient is not None))
         if hard is not None and hard_log_p is not None and hard_nll is not None:
             hard_nll.copy_(_nll(hard_log_p, y))
             if gradient is not None and y is not None:
@@ -83,7 +83,7 @@ def _mean(p: Tensor, f: Tensor) -> Tensor:
     return torch.linalg.vecdot(p, f)
 
 
-def _reverse_kl(log_p: Tensor, log_q: Tensor, m: Mixture, gradient: bool) -> Tensor:
+def _reverse_kl(log_p: Tensor, log_q: Tensor, parameter: float, gradient: bool) -> Tensor:
     log_ratio = torch.sub(log_p, log_q, out=log_q)
     p = log_p.exp_()
     value = _mean(p, log_ratio)
@@ -92,7 +92,7 @@ def _reverse_kl(log_p: Tensor, log_q: Tensor, m: Mixture, gradient: bool) -> Ten
     return value
 
 
-def _forward_kl(log_p: Tensor, log_q: Tensor, m: Mixture, gradient: bool) -> Tensor:
+def _forward_kl(log_p: Tensor, log_q: Tensor, parameter: float, gradient: bool) -> Tensor:
     log_ratio = log_q - log_p
     q = log_q.exp_()
     value = _mean(q, log_ratio)
@@ -101,7 +101,8 @@ def _forward_kl(log_p: Tensor, log_q: Tensor, m: Mixture, gradient: bool) -> Ten
     return value
 
 
-def _jsd(log_p: Tensor, log_q: Tensor, m: Mixture, gradient: bool) -> Tensor:
+def _jsd(log_p: Tensor, log_q: Tensor, parameter: float, gradient: bool) -> Tensor:
+    m = mixture("jsd", parameter)
     p, q = log_p.exp_(), log_q.exp_()
     mixed = _mix(p, q, m)
     quotient = q / mixed
@@ -114,7 +115,8 @@ def _jsd(log_p: Tensor, log_q: Tensor, m: Mixture, gradient: bool) -> Tensor:
     return m.teacher * of_q + m.student * of_p
 
 
-def _skewed_forward_kl(log_p: Tensor, log_q: Tensor, m: Mixture, gradient: bool) -> Tensor:
+def _skewed_forward_kl(log_p: Tensor, log_q: Tensor, parameter: float, gradient: bool) -> Tensor:
+    m = mixture("skewed_forward_kl", parameter)
     p, q = log_p.exp_(), log_q.exp_()
     mixed = _mix(p, q, m)
     quotient = torch.div(q, mixed, out=mixed)
@@ -125,7 +127,8 @@ def _skewed_forward_kl(log_p: Tensor, log_q: Tensor, m: Mixture, gradient: bool)
     return value
 
 
-def _skewed_reverse_kl(log_p: Tensor, log_q: Tensor, m: Mixture, gradient: bool) -> Tensor:
+def _skewed_reverse_kl(log_p: Tensor, log_q: Tensor, parameter: float, gradient: bool) -> Tensor:
+    m = mixture("skewed_reverse_kl", parameter)
     p, q = log_p.exp_(), log_q.exp_()
     mixed = _mix(p, q, m)
     quotient = torch.div(p, mixed, out=mixed)
@@ -137,7 +140,7 @@ def _skewed_reverse_kl(log_p: Tensor, log_q: Tensor, m: Mixture, gradient: bool)
     return value
 
 
-def _total_variation(log_p: Tensor, log_q: Tensor, m: Mixture, gradient: bool) -> Tensor:
+def _total_variation(log_p: Tensor, log_q: Tensor, parameter: float, gradient: bool) -> Tensor:
     p, q = log_p.exp_(), log_q.exp_()
     difference = torch.sub(p, q, out=q)
     sign = difference.sign()  # of NaN: 0
@@ -147,13 +150,35 @@ def _total_variation(log_p: Tensor, log_q: Tensor, m: Mixture, gradient: bool) -
     return value
 
 
-_FORMULAS: dict[Divergence, Callable[[Tensor, Tensor, Mixture, bool], Tensor]] = {
+def _density_power(log_p: Tensor, log_q: Tensor, parameter: float, gradient: bool) -> Tensor:
+    """With P the larger of p and q and |r| = |log(p/q)|, pᵅ − qᵅ = ± Pᵅ (1 − e^(−α |r|)), and so for 1 + α."""
+    for log_side in (log_p, log_q):
+        log_side.clamp_(min=torch.finfo(log_p.dtype).min / 4)  # so that r = 0 where neither side can emit the token
+    log_peak = torch.maximum(log_p, log_q)
+    r = torch.sub(log_p, log_q, out=log_q)
+    size = r.abs()
+    both = _share(size, 1.0 + parameter).mul_(torch.exp(log_peak * (1.0 + parameter))).copysign_(r).sum(-1)
+    s = _share(size, parameter).mul_(log_peak.mul_(parameter).exp_()).copysign_(r)
+    p = log_p.exp_()
+    mean = torch.linalg.vecdot(p, s)
+    if gradient:
+        _times_centred(p, s, mean, 1.0)
+    return mean - both
+
+
+def _share(r: Tensor, power: float) -> Tensor:
+    """(1 − e^(−power · r)) / power."""
+    return torch.mul(r, -power).expm1_().div_(-power)
+
+
+_FORMULAS: dict[Divergence, Callable[[Tensor, Tensor, float, bool], Tensor]] = {
     "reverse_kl": _reverse_kl,
     "forward_kl": _forward_kl,
     "jsd": _jsd,
     "skewed_forward_kl": _skewed_forward_kl,
     "skewed_reverse_kl": _skewed_reverse_kl,
     "total_variation": _total_variation,
+    "density_power": _density_power,
 }
 
 

@@ -19,7 +19,11 @@ of the smaller one, with P the larger one,
     w p log(p/m) + w_t q log(q/m) = −P (x log x + μ t |r|)
 
 The smaller one of p and q is P t: a pair costs two exponentials and a logarithm. Equal logits have r = 0, t = 1 and x = 1
-exactly, and hence a value and a gradient of exactly 0. The compiler is not to fuse multiplications with additions by
+exactly, and hence a value and a gradient of exactly 0. Of the density power divergence, with S_c = (1 − t^c) / c,
+
+    (pᵅ − qᵅ) / α = sign(r) Pᵅ S_α        φ = P¹⁺ᵅ (S_α − S_1+α) where p ≥ q, P¹⁺ᵅ (S_1+α − t S_α) where p < q
+
+The compiler is not to fuse multiplications with additions by
 itself: p − q would be off by the rounding of one of them.
 
 A hard target adds coef · power · (p¹ − 1[y]) to the gradient, p¹ = e^(power · a) / Σ e^(power · a).
@@ -34,7 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkl.kernels.divergence.formula import BY_PRODUCTS, Divergence, HardTarget, Outputs, mixture, without_mixture
+from fastkl.kernels.divergence.formula import BY_PRODUCTS, Divergence, HardTarget, Outputs, effective_kind, mixture
 from fastkl.kernels.launch import token_ids
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.rows.launch import chunk, launch_rows, row_kernel, written_to
@@ -59,6 +63,7 @@ from fastkl.kernels.rows.walk import (
 
 LN2_STEP = tl.constexpr(0.6931471805599453 / 2**23)
 FAR = tl.constexpr(1000.0)
+LARGEST = tl.constexpr(1e38)
 
 
 def divergence(
@@ -96,7 +101,8 @@ def divergence(
         out_stride_row=out.stride(1),
         weight=m.student,
         weight_t=m.teacher,
-        KIND=without_mixture(kind, parameter),
+        alpha=parameter,
+        KIND=effective_kind(kind, parameter),
         EXTRAS=bool(by_products),
         enable_fp_fusion=False,
     )
@@ -124,6 +130,7 @@ def _divergence_kernel(
     cap_t: tl.tensor,
     weight: tl.tensor,  # m = weight · p + weight_t · q
     weight_t: tl.tensor,
+    alpha: tl.tensor,  # of density_power
     hard_coef: tl.tensor,  # of p¹ − 1[y], p¹ = softmax(power · z)
     power: tl.tensor,
     # shapes
@@ -262,7 +269,7 @@ def _divergence_kernel(
             z_t = load_block(x_t_ptr, x_t_bias_ptr, start, vocabulary, cap_t, CAPPED_T, BLOCK_N)
             log_p = tl.fma(z - base, LOG2E, -log_total)
             log_q = tl.fma(z_t - base_t, LOG2E, -log_total_t)
-            phi, p, s = _terms(log_p, log_q, weight, weight_t, KIND)
+            phi, p, s = _terms(log_p, log_q, weight, weight_t, alpha, KIND)
             value_lanes += lane_sum(phi, BLOCK_N)
             mean_lanes += lane_sum(p * s, BLOCK_N)
         mean = tl.sum(mean_lanes, 0) + undefined
@@ -282,7 +289,7 @@ def _divergence_kernel(
             elif KIND == "reverse_kl":
                 u = tl.exp2(log_p) * (_difference(a, a_t) - mean)
             else:
-                phi, p, s = _terms(log_p, log_q, weight, weight_t, KIND)
+                phi, p, s = _terms(log_p, log_q, weight, weight_t, alpha, KIND)
                 u = p * (s - mean)
             if hard_nll_ptr is not None:
                 is_token = start + tl.arange(0, BLOCK_N) == y.to(tl.int32)
@@ -305,7 +312,12 @@ def _mean(sum_lanes: tl.tensor, total: tl.tensor, lost_lanes: tl.tensor, base: t
 
 @triton.jit
 def _terms(
-    log_p: tl.tensor, log_q: tl.tensor, weight: tl.tensor, weight_t: tl.tensor, KIND: tl.constexpr
+    log_p: tl.tensor,
+    log_q: tl.tensor,
+    weight: tl.tensor,
+    weight_t: tl.tensor,
+    alpha: tl.tensor,
+    KIND: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """φ, p and s of a kind that needs two walks, from log2 p and log2 q."""
     if KIND == "total_variation":
@@ -313,6 +325,8 @@ def _terms(
         difference = p - tl.exp2(log_q)
         s = tl.where(difference > 0.0, 0.5, 0.0) - tl.where(difference < 0.0, 0.5, 0.0)
         return s * difference, p, s
+    if KIND == "density_power":
+        return _power_terms(log_p, log_q, alpha)
     # r = log2(p/q), 0 where neither side can emit the token, no further off than it takes for one of the two to be 0.
     log_peak = tl.maximum(log_p, log_q)
     r = tl.where(log_peak == float("-inf"), 0.0, log_p - log_q)
@@ -339,6 +353,37 @@ def _terms(
             s = log_p_m - weight * weight_t * d
             phi = p * log_p_m
     return phi, p, s
+
+
+@triton.jit
+def _power_terms(log_p: tl.tensor, log_q: tl.tensor, alpha: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """φ, p and s of the density power divergence, from log2 p and log2 q."""
+    log_peak = tl.maximum(log_p, log_q)
+    r = tl.where(log_peak == float("-inf"), 0.0, log_p - log_q)
+    student_less = r < 0.0
+    r = tl.minimum(tl.abs(r), LARGEST)
+    t = tl.exp2(-r)
+    t_alpha = tl.exp2(-alpha * r)
+    r *= LN2
+    first = _share(r, t_alpha, alpha)
+    second = _share(r, t * t_alpha, 1.0 + alpha)
+    peak = tl.exp2(log_peak)
+    scale = tl.exp2(alpha * log_peak)
+    phi = scale * peak * tl.where(student_less, second - t * first, first - second)
+    s = scale * tl.where(student_less, -first, first)
+    return phi, tl.where(student_less, peak * t, peak), s
+
+
+@triton.jit
+def _share(r: tl.tensor, power_of_t: tl.tensor, power: tl.tensor) -> tl.tensor:
+    """(1 − e^(−power · r)) / power, of which the exponential is known; by its series where that is near 1."""
+    x = power * r
+    series = tl.fma(x, -1.0 / 720.0, 1.0 / 120.0)
+    series = tl.fma(series, x, -1.0 / 24.0)
+    series = tl.fma(series, x, 1.0 / 6.0)
+    series = tl.fma(series, x, -0.5)
+    series = tl.fma(series, x, 1.0)
+    return tl.where(x < 0.25, r * series, (1.0 - power_of_t) * tl.div_rn(1.0, power))
 
 
 @triton.jit

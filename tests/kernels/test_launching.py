@@ -142,6 +142,7 @@ LAUNCHED: dict[str, list[dict[str, Any]]] = {
         APART | BOTH_CAPPED | {"kind": "skewed_forward_kl"},
         NONE | {"kind": "jsd", "capped": True, "extras": True, "vocabulary": 32000},
         APART | BOTH_CAPPED | {"kind": "jsd", "extras": True, "hard": True, "bias": True, "teacher_bias": True},
+        APART | ODD | {"kind": "density_power", "extras": True},
     ],
     "score.token_nll": [{}, {"operands": (BF16, 513)}],
     "score.reverse_kl": [{}, {"operands": (BF16, 513)}],

@@ -184,6 +184,9 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (JSD, {"alpha": 0.5}, "TypeError: unexpected keyword argument 'alpha'"),
     (("skewed_forward_kl",), {"alpha": 1.0}, "ValueError: alpha is 1.0; it must be in [0, 1)"),
     (("skewed_reverse_kl",), {"alpha": -0.1}, "ValueError: alpha is -0.1"),
+    (("density_power",), {"power": -0.1}, "ValueError: power is -0.1; it must be in [0, 1000]"),
+    (("density_power",), {"power": nan}, "ValueError: power is nan"),
+    (("density_power",), {"power": "1"}, "TypeError: power is '1'; expected a number"),
     # A list.
     (TOP_K, {"direction": "both"}, "ValueError: direction is 'both'; use one of reverse, forward"),
     (TOP_K, {"tail": "cut"}, "ValueError: tail is 'cut'; use one of bucket, renormalise, drop, sampled"),

@@ -193,6 +193,23 @@ def test_the_ends_of_the_jsd_are_the_kls(beta: float, end: str, normalized: bool
         torch.testing.assert_close(beside.gradients[field], exact.gradients[field], rtol=1e-3, atol=1e-4)
 
 
+def test_powers_of_the_density_power_divergence() -> None:
+    """0 is the reverse KL, bit by bit, and tiny ones tend to it; 1 is half the squared distance; large ones are small."""
+    p = make_problem((4, 3), spread=5.0)
+    plain = with_gradients(fused, "reverse_kl", p)
+    for power in (0, 0.0, 1e-300):
+        found = with_gradients(fused, "density_power", p, power=power)
+        torch.testing.assert_close(tuple(found), tuple(plain), rtol=0, atol=0)
+    for power in (1e-29, 1e-12):
+        found = with_gradients(fused, "density_power", p, power=power)
+        torch.testing.assert_close(tuple(found), tuple(plain), rtol=1e-9, atol=1e-12)
+    student, teacher = (torch.softmax(z, -1) for z in reference_logits(p))
+    half = fused("density_power", p._replace(mask=None), power=1.0, reduction="none")
+    counted = p.tokens != -100
+    torch.testing.assert_close(half, (0.5 * (student - teacher).square().sum(-1)).where(counted, 0.0))
+    assert 0 < fused("density_power", p, power=1000.0) <= 1e-3
+
+
 @names
 def test_metrics_are_those_of_the_divergence(name: str) -> None:
     p = make_problem((4, 8))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastkl.kernels.divergence.formula import Divergence, check_alpha, check_beta
+from fastkl.kernels.divergence.formula import Divergence, check_alpha, check_beta, check_power
 from fastkl.kernels.options import Backward, Direction, ListTail, Method, Sparse, Surrogate
 from fastkl.trainer.config.losses.control import Control
 from fastkl.trainer.config.losses.weights import FUNCTION, weight_rule
@@ -21,6 +21,7 @@ OPTION_OF: dict[str, tuple[ObjectiveName, ...]] = {
     **dict.fromkeys((*SURROGATE, *ADVANTAGE, "old_logprobs"), ("policy_gradient",)),
     "jsd_beta": ("jsd",),
     "skew_alpha": ("skewed_reverse_kl", "skewed_forward_kl"),
+    "divergence_power": ("density_power",),
     "forward_kl_top_k": ("policy_gradient",),
     **dict.fromkeys(("top_k", "top_k_direction", "top_k_tail"), ("top_k",)),
 }
@@ -52,6 +53,8 @@ class LossConfig:
         sparse_error: Allow the sparse gradient this relative error. null: the loss's default, 0.002.
         jsd_beta: Set β of jsd. 0 is the forward KL, 1 the reverse KL.
         skew_alpha: Mix this share of the one distribution into the other, for skewed_reverse_kl and skewed_forward_kl.
+        divergence_power: Set α of density_power. 0 is the reverse KL, 1 is ½ Σ (p − q)². The larger, the less unlikely
+            tokens count.
         top_k: Compare this many of the teacher's likeliest tokens. A vLLM server has a limit, 20 by default.
         top_k_direction: Choose the reverse or the forward KL of top_k.
         top_k_tail: Treat all other tokens as one outcome (bucket), or leave them out with a renormalisation (renormalise)
@@ -84,6 +87,7 @@ class LossConfig:
     sparse_error: float | None = None
     jsd_beta: float = 0.5
     skew_alpha: float = 0.1
+    divergence_power: float = 1.0
     top_k: int = 20
     top_k_direction: Direction = "reverse"
     top_k_tail: ListTail = "bucket"
@@ -110,9 +114,10 @@ class LossConfig:
         with named({"error": "loss.sparse_error"}):
             self.backward_pass(seed=0)
         at_least(0, self, "loss.", "kl_coef")
-        with named({"beta": "loss.jsd_beta", "alpha": "loss.skew_alpha"}):
+        with named({"beta": "loss.jsd_beta", "alpha": "loss.skew_alpha", "power": "loss.divergence_power"}):
             check_beta(self.jsd_beta)
             check_alpha(self.skew_alpha)
+            check_power(self.divergence_power)
         fraction(self, "loss.", "discount", "redistribute")
         require(
             0 <= self.redistribute_clip < 1,

@@ -32,6 +32,7 @@ OPTIONS: dict[ObjectiveName, dict[str, str]] = {
     "jsd": {"beta": "jsd_beta"},
     "skewed_reverse_kl": {"alpha": "skew_alpha"},
     "skewed_forward_kl": {"alpha": "skew_alpha"},
+    "density_power": {"power": "divergence_power"},
 }
 
 

@@ -183,6 +183,7 @@ def test_signs_sums_and_bounds(seed: int, kind: Kind, spread: float, distance: f
         "jsd": -parameter * math.log(parameter) - (1 - parameter) * math.log1p(-parameter),
         "skewed_forward_kl": -math.log(parameter),
         "skewed_reverse_kl": -math.log(parameter),
+        "density_power": 1.0 / parameter,
     }
     assert (value <= bounds.get(kind.name, INF) + 1e-13).all()
 

@@ -38,10 +38,15 @@ class Kind(NamedTuple):
 
 
 KINDS = [
-    Kind(name, {"beta": 0.5, "alpha": 0.1}[PARAMETERS[name]] if name in PARAMETERS else 0.0) for name in DIVERGENCES
+    Kind(name, {"beta": 0.5, "alpha": 0.1, "power": 0.7}[PARAMETERS[name]] if name in PARAMETERS else 0.0)
+    for name in DIVERGENCES
 ]
-# Where one of the weights of m is small, digits of it are easily lost.
-EXTREME = [Kind(name, parameter) for name in PARAMETERS for parameter in (1e-4, 0.999)]
+# Where one of the weights of m is small, digits of it are easily lost; powers far from 1.
+EXTREME = [
+    Kind(name, parameter)
+    for name in PARAMETERS
+    for parameter in ((1e-4, 0.999) if name != "density_power" else (0.01, 5.0, 300.0))
+]
 UNBOUNDED = ("reverse_kl", "forward_kl")  # infinite where one side forbids what the other may emit
 ONCE = KINDS[0]  # where the kind is beside the point
 kinds = pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -230,12 +230,12 @@ def _divergence(name: str) -> Loss:
             z, z_teacher = z.float(), z_teacher.float()
         return definition(z, z_teacher, **options)
 
-    own = {} if option is None else {option: {"beta": 0.3, "alpha": 0.2}[option]}
+    own = {} if option is None else {option: {"beta": 0.3, "alpha": 0.2, "power": 0.7}[option]}
     return Loss(getattr(loss, f"{name}_loss"), _head_arguments, value, own)
 
 
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
-# What a divergence takes beside the logits: β or α.
+# What a divergence takes beside the logits: β, α or a power.
 PARAMETERS = {
     name: own[2] for name in DIVERGENCES if len(own := list(signature(getattr(reference, name)).parameters)) > 2
 }

@@ -104,6 +104,11 @@ REFUSED_BY_DISTILL: list[tuple[dict[str, object], list[str]]] = [
     ({"loss.jsd_beta": 2, "loss.objective": "jsd"}, ["loss.jsd_beta is 2", "in [0, 1]"]),
     ({"loss.skew_alpha": 0.3}, ["loss.skew_alpha is 0.3", "skewed_reverse_kl and skewed_forward_kl"]),
     ({"loss.skew_alpha": 1, "loss.objective": "skewed_reverse_kl"}, ["loss.skew_alpha is 1", "in [0, 1)"]),
+    ({"loss.divergence_power": 2}, ["loss.divergence_power is 2", "belongs to density_power"]),
+    (
+        {"loss.divergence_power": -1, "loss.objective": "density_power"},
+        ["loss.divergence_power is -1", "in [0, 1000]"],
+    ),
     ({"loss.top_k": 5}, ["loss.top_k is 5", "belongs to top_k"]),
     ({"loss.weights": ["entropy:1"]}, ["loss.weights has 'entropy:1'", "skip_first:N", "function:MODULE.NAME"]),
     ({"loss.weights": ["function:"]}, ["loss.weights has 'function:'", "function:MODULE.NAME"]),

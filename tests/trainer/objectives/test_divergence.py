@@ -46,6 +46,12 @@ def top_k(log_p: Tensor, log_q: Tensor) -> Tensor:
     return kl(torch.cat([p, rest_p], -1), torch.cat([q, rest_q], -1))
 
 
+def density_power(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Of the power ½."""
+    p, q = log_p.exp(), log_q.exp()
+    return 2.0 * (p**1.5 / 1.5 - p * q**0.5 + 0.5 * q**1.5 / 1.5).sum(-1)
+
+
 # An objective's own options of a run, and the same per token, from log-probs over the vocabulary.
 Formula = Callable[[Tensor, Tensor], Tensor]
 CASES: dict[str, tuple[dict[str, object], Formula]] = {
@@ -55,6 +61,7 @@ CASES: dict[str, tuple[dict[str, object], Formula]] = {
     "skewed_reverse_kl": ({"loss__skew_alpha": 0.2}, lambda p, q: kl(p, mixed(0.2, p, q))),
     "skewed_forward_kl": ({}, lambda p, q: kl(q, mixed(0.1, q, p))),
     "total_variation": ({}, lambda p, q: (p.exp() - q.exp()).abs().sum(-1) / 2),
+    "density_power": ({"loss__divergence_power": 0.5}, density_power),
     "top_k": ({"loss__top_k": K}, top_k),
 }
 OPTIONS = {name: {"loss__objective": name, **options} for name, (options, _) in CASES.items()}

@@ -44,6 +44,7 @@ MAIN_SETTINGS = (
     "loss.old_logprobs",
     "loss.jsd_beta",
     "loss.skew_alpha",
+    "loss.divergence_power",
     "loss.top_k",
     "loss.top_k_direction",
     "loss.top_k_tail",

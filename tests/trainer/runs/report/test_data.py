@@ -68,7 +68,7 @@ def test_changes_stand_where_they_were_made_on_each_axis(tmp_path: Path) -> None
     assert only_run(make_run(tmp_path / "steady"))["changes"] == []
 
 
-OPTIONS = {"method": "ppo", "kl_coef": 1.0, "jsd_beta": 0.5, "skew_alpha": 0.1, "top_k": 20}
+OPTIONS = {"method": "ppo", "kl_coef": 1.0, "jsd_beta": 0.5, "skew_alpha": 0.1, "divergence_power": 1.0, "top_k": 20}
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,7 @@ OPTIONS = {"method": "ppo", "kl_coef": 1.0, "jsd_beta": 0.5, "skew_alpha": 0.1, 
         ("reverse_kl", []),
         ("jsd", ["jsd_beta"]),
         ("skewed_forward_kl", ["skew_alpha"]),
+        ("density_power", ["divergence_power"]),
         ("top_k", ["top_k"]),
     ],
 )
