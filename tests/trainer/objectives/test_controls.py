@@ -148,3 +148,13 @@ def test_a_run_without_a_teacher_needs_none_and_reports_one_that_is_there(folder
     penalised = [value for one in Run.of(alone.folder).samples for value in one["advantages"] if value]
     assert penalised == pytest.approx([-0.5] * len(penalised), abs=1e-6)
     assert len(penalised) == -(-sum(sum(one["loss_mask"]) for one in alone.samples) // 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("control", [None, "shuffled", "no_teacher"])
+def test_only_a_teachers_own_scores_bring_a_student_nearer(folder: Path, tmp_path: Path, control: str | None) -> None:
+    options: dict[str, object] = {"optim__steps": 15, "sampling__prompts_per_step": 24}
+    options |= {} if control is None else {"loss__control": control}
+    found = [row["teacher_kl"] for row in run(tmp_path / "run", folder, **options).metrics]
+    assert (sum(found[-3:]) < 0.8 * sum(found[:3])) == (control is None)
+    assert (sum(found[-3:]) > sum(found[:3])) == (control is not None)
