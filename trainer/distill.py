@@ -50,6 +50,7 @@ from fastkl.trainer.runs.identity import Identity, rows_fingerprint, weights_fin
 from fastkl.trainer.runs.listener import SILENT, Clock, Listener
 from fastkl.trainer.runs.start import start_run
 from fastkl.trainer.student import Student
+from fastkl.trainer.teachers.context.prompts import TeacherPrompts
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.open import check_teachers, connect_servers, open_teachers
 from fastkl.trainer.teachers.served import ServedTeacher
@@ -69,11 +70,13 @@ class OnPolicy:
         rollouts: Rollouts,
         weights: TokenWeights,
         data_sets: list[DataSet],
+        teacher_prompts: TeacherPrompts,
         vocab_size: int,
     ) -> None:
         self._config, self._student, self._objective, self._teachers = config, student, objective, teachers
         self._sampler, self._rollouts, self._weights = sampler, rollouts, weights
         self._data_sets, self._vocab_size = data_sets, vocab_size
+        self._teacher_prompts = teacher_prompts
         student.also_checkpoint("rollouts", rollouts)
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
@@ -82,7 +85,7 @@ class OnPolicy:
                 processes.on_main(self._sampler.refresh)
         with clock("sample"), self._student.gathered():
             written = self._rollout(step)
-            metrics = set_reward_advantages(written, self._config.reward)
+            metrics = set_reward_advantages(written, self._config.reward) | self._teacher_prompts.give(written)
             samples = filter_by_length(written, self._config.sampling)
             metrics["flops/sampling"] = sampling_flops(self._student.cost, [s for s in written if not s.given])
         mine = processes.my_share(samples)
@@ -107,15 +110,21 @@ class OnPolicy:
         return self._rollouts.samples(prompts, step, seed * 1_000_003 + step)
 
     def _set_ranks(self, samples: list[Sample]) -> None:
-        """Where the tokens stand with the student that sampled them and with the teacher, on every process."""
+        """Where the tokens stand with the student that sampled them and with the teacher, on every process.
+
+        And what a teacher with a prompt of its own would say without it.
+        """
         teachers, mine = self._teachers, processes.my_share(samples)
         self._student.rank(mine, self._vocab_size)
         if teachers is not None:
             with teachers.ready():
                 processes.raise_together(lambda: teachers.rank(mine, self._vocab_size))
-        ranks = processes.gather([(sample.student_ranks, sample.teacher_ranks) for sample in mine])
-        for sample, (student_ranks, teacher_ranks) in zip(samples, ranks, strict=True):
-            sample.student_ranks, sample.teacher_ranks = student_ranks, teacher_ranks
+                processes.raise_together(lambda: teachers.score_plain(mine))
+        found = processes.gather(
+            [(sample.student_ranks, sample.teacher_ranks, sample.plain_logprobs) for sample in mine]
+        )
+        for sample, values in zip(samples, found, strict=True):
+            sample.student_ranks, sample.teacher_ranks, sample.plain_logprobs = values
 
 
 def distill(config: DistillConfig, *, listener: Listener = SILENT) -> RunFolder:
@@ -143,6 +152,7 @@ class Prepared(NamedTuple):
     eval_prompts: list[EncodedPrompt]
     judge: Judge | None
     weights: TokenWeights
+    teacher_prompts: TeacherPrompts
     served: dict[TeacherConfig, ServedTeacher]
     sampling_server: SamplingServer | None
 
@@ -170,20 +180,23 @@ def prepare(config: DistillConfig) -> Prepared:
     judge = make_judge(config.reward, tokenizer, environment, prompts)
     weights = TokenWeights(config.loss)
     eval_prompts = load_eval_prompts(config.eval, tokenizer)
-    check_teachers(config, tokenizer, data_sets, top_k)
-    served = connect_servers(config, tokenizer, data_sets, top_k)
+    teacher_prompts = TeacherPrompts(config, data_sets, tokenizer)
+    check_teachers(config, tokenizer, teacher_prompts.read, top_k)
+    served = connect_servers(config, tokenizer, teacher_prompts.read, top_k)
     sampling_server = connect_sampling(config, tokenizer, prompts, eval_prompts) if config.sampling.server.url else None
-    return Prepared(tokenizer, environment, data_sets, eval_prompts, judge, weights, served, sampling_server)
+    return Prepared(
+        tokenizer, environment, data_sets, eval_prompts, judge, weights, teacher_prompts, served, sampling_server
+    )
 
 
 def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder, listener: Listener) -> None:
     found = prepare(config)
-    tokenizer, environment, data_sets, eval_prompts, judge, weights, served, sampling_server = found
+    tokenizer, environment, data_sets, eval_prompts, judge, weights, teacher_prompts, served, sampling_server = found
     prompts, top_k = found.prompts, teacher_top_k(config.loss)
     student = Student(config, accelerator)
     if withholds_routers(student.model):
         note("the student's config has output_router_logits: the routers' auxiliary loss is left out of a distillation")
-    teachers = open_teachers(config, tokenizer, data_sets, student, served, top_k)
+    teachers = open_teachers(config, tokenizer, data_sets, teacher_prompts, student, served, top_k)
     checks.check_eval_room(eval_prompts, config.eval, "student", student.model)
     objective = make_objective(config.loss, config.sampling, teachers)
     ends = end_of_sequence(student.model, tokenizer)
@@ -192,10 +205,9 @@ def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder,
     responder = _responder(config, student, tokenizer, sampler, environment, [*prompts, *eval_prompts])
     given = [sample for data_set in data_sets for sample in data_set.given]
     rollouts = Rollouts(config.sampling, responder, prompts, given, judge)
-    source = OnPolicy(
-        config, student, objective, teachers, sampler, rollouts, weights, data_sets, vocabulary(tokenizer)
-    )
-    student.also_checkpoint("identity", _identity(student, teachers, data_sets, eval_prompts))
+    ids = vocabulary(tokenizer)
+    source = OnPolicy(config, student, objective, teachers, sampler, rollouts, weights, data_sets, teacher_prompts, ids)
+    student.also_checkpoint("identity", _identity(student, teachers, data_sets, teacher_prompts, eval_prompts))
     for name, teacher in ({} if teachers is None else teachers.by_data_set).items():
         if isinstance(teacher, ServedTeacher):
             student.also_checkpoint(f"teacher's server {name}", teacher)
@@ -205,10 +217,19 @@ def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder,
 
 
 def _identity(
-    student: Student, teachers: RoutedTeacher[Any] | None, data_sets: list[DataSet], eval_prompts: list[EncodedPrompt]
+    student: Student,
+    teachers: RoutedTeacher[Any] | None,
+    data_sets: list[DataSet],
+    teacher_prompts: TeacherPrompts,
+    eval_prompts: list[EncodedPrompt],
 ) -> Identity:
-    """The rows of each data set, the student's weights, and those of teachers that are loaded here."""
+    """The rows of each data set and what teachers read, the student's weights, and those of teachers loaded here."""
     prints = {f"the rows of {data_set.setting}": rows_fingerprint(data_set.prompts) for data_set in data_sets}
+    prints |= {
+        f"what the teacher of {read.setting} reads": rows_fingerprint(read.prompts)
+        for data_set, read in zip(data_sets, teacher_prompts.read, strict=True)
+        if read is not data_set
+    }
     prints |= {"the rows of eval.data": rows_fingerprint(eval_prompts), "the student's weights": student.fingerprint}
     own = {data_set.name for data_set in data_sets if data_set.teacher.self is not None}
     for name, teacher in ({} if teachers is None else teachers.by_data_set).items():

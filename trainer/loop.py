@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from fastkl.trainer.config.optim import OptimConfig
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.data.step_metrics import teacher_kl
+from fastkl.trainer.data.step_metrics import context_gap, teacher_kl
 from fastkl.trainer.errors import RunError, ServerError
 from fastkl.trainer.models.precision import too_small_an_update
 from fastkl.trainer.models.saving import save_student
@@ -90,7 +90,7 @@ def fit(
                 samples, metrics = source.samples(step, clock)
             with stop.postponed(), clock("train"), objective.updating():
                 metrics |= student.update(samples, objective, step)
-            metrics |= teacher_kl(samples)
+            metrics |= teacher_kl(samples) | context_gap(samples)
             tokens = sum(len(sample.ids) for sample in samples)
             metrics |= {**clock.seconds, "tokens_per_second": tokens / sum(clock.seconds.values())}
             if done == config.optim.steps or (config.eval.every and done % config.eval.every == 0):

@@ -113,6 +113,15 @@ GROUPS = (
                "The update, and the forward pass of `loss.old_logprobs: recompute` or of `tip`."),
         Metric("flops/teacher", "FLOPs", "a teacher that no server holds", "The teacher's forward passes."),
     )),
+    Group("The teacher's own prompt", "learning", (
+        Metric("context/gap", NATS, "`teacher.context`, a teacher that no server holds",
+               "Mean of ℓ_teacher after its own prompt, less ℓ_teacher after the student's, over the samples in "
+               "samples.jsonl.", "above 0 where the student is as its prompt asks"),
+        Metric("context/plain_fraction", "fraction", "`teacher.context.function` of samples",
+               "Samples for which the function wrote no prompt: the teacher read the student's."),
+        Metric("context/too_long_fraction", "fraction", "`teacher.context.function` of samples",
+               "Samples of which the function's prompt was too long for the teacher: it read the student's.", "0"),
+    )),
     Group("Given completions", "rest", (
         Metric("given/forward_kl", NATS, f"{GIVEN}, a teacher",
                "Mean of ℓ_teacher − ℓ. It estimates the forward KL if the teacher wrote the completions.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from fastkl.trainer.commands.estimate import Plan, called, lines
 from fastkl.trainer.config.training import DistillConfig, SftConfig
 from fastkl.trainer.data.mixture import step_prompts
@@ -9,14 +11,16 @@ from fastkl.trainer.data.order import batch_indices
 from fastkl.trainer.data.prompts import encode_prompts, given_samples
 from fastkl.trainer.data.samples import make_sample
 from fastkl.trainer.data.sources import load_prompts
-from fastkl.trainer.distill import prepare
+from fastkl.trainer.distill import Prepared, prepare
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.loading import outline_of_student
 from fastkl.trainer.models.pretrained import load_tokenizer, outline
+from fastkl.trainer.notes import printable
 from fastkl.trainer.rollouts.evaluation import load_eval_prompts
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.start import start_run
+from fastkl.trainer.teachers.open import check_fit, remedy
 
 
 def dry_distill(config: DistillConfig) -> None:
@@ -34,13 +38,13 @@ def dry_distill(config: DistillConfig) -> None:
     models = {"student": student} | {called(teacher): model for teacher, model in teachers.items() if teacher.path}
     checks.check_vocabulary(found.tokenizer, models)
     new = config.sampling.max_new_tokens
+    read = found.teacher_prompts
     sampled = [prompt for data_set in found.data_sets if not data_set.given for prompt in data_set.prompts]
     checks.check_one_rope(sampled, new, {"student": student})
-    for data_set in found.data_sets:
-        own = {name: model for name, model in models.items() if name in ("student", called(data_set.teacher))}
-        checks.check_room(data_set.prompts, new, own, checks.SHORTER.format("sampling", data_set.setting))
-        if not data_set.given:
-            checks.check_one_rope(data_set.prompts, new, own)
+    for data_set, own in zip(found.data_sets, read.read, strict=True):
+        theirs = {name: model for name, model in models.items() if name == called(data_set.teacher)}
+        check_fit(config, data_set, {"student": student}, checks.SHORTER.format("sampling", data_set.setting))
+        check_fit(config, own, theirs, remedy(config, own))
     checks.check_eval_room(found.eval_prompts, config.eval, "student", student)
     prompts = step_prompts(found.data_sets, config.sampling.prompts_per_step, 0, config.seed)
     samples = [
@@ -48,8 +52,9 @@ def dry_distill(config: DistillConfig) -> None:
         for prompt in prompts
         for _ in range(config.sampling.samples_per_prompt)
     ]
+    read.give_fixed(samples)
     of_data_set = {data_set.name: data_set.teacher for data_set in found.data_sets}
-    _print(Plan(config, accelerator, student, teachers, found.prompts, samples, of_data_set))
+    _print(Plan(config, accelerator, student, teachers, found.prompts, samples, of_data_set), _contexts(found))
 
 
 def dry_sft(config: SftConfig) -> None:
@@ -73,6 +78,23 @@ def dry_sft(config: SftConfig) -> None:
     _print(Plan(config, accelerator, student, {}, prompts, step, {}))
 
 
-def _print(plan: Plan) -> None:
+def _contexts(found: Prepared) -> Iterator[str]:
+    """What teachers read in place of the student's prompts: of each data set, the first."""
+    for data_set, own in zip(found.data_sets, found.teacher_prompts.read, strict=True):
+        student, teacher = data_set.prompts[0], own.prompts[0]
+        if own is not data_set:
+            yield (
+                f"{'the teacher':12}of {own.setting} reads {len(teacher.tokens):,} tokens where the student reads "
+                f"{len(student.tokens):,}; {student.row.source}:"
+            )
+            yield printable(found.tokenizer.decode(teacher.ids))
+        elif data_set.context.function is not None:
+            yield (
+                f"{'the teacher':12}of {own.setting} reads what {data_set.context.function} writes in each step, which is "
+                f"not counted here"
+            )
+
+
+def _print(plan: Plan, more: Iterable[str] = ()) -> None:
     if processes.rank() == 0:
-        print("\n".join(lines(plan)), flush=True)
+        print("\n".join([*lines(plan), *more]), flush=True)

@@ -59,7 +59,7 @@ def lines(plan: Plan) -> Iterator[str]:
     mean = sum(lengths) / len(lengths)
     yield f"{'data':12}{len(lengths):,} prompts of {min(lengths)} to {max(lengths)} tokens, {mean:.0f} on average"
     yield f"{'a step':12}{_step(plan)}"
-    passes = Passes(plan)
+    passes = Passes(plan, plan.samples)
     count, largest = len(passes.shapes), passes.largest
     yield (
         f"{'an update':12}{count} forward and backward passes a process, {passes.layout}; the largest has {largest.rows} × "
@@ -71,10 +71,10 @@ def lines(plan: Plan) -> Iterator[str]:
 
 
 class Passes:
-    """The forward passes of one update, on the process with the longest samples."""
+    """The forward passes of samples, in the minibatches of an update, on the process with the longest of them."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, samples: list[Sample]) -> None:
+        self._plan, self._samples = plan, samples
         attention = str(plan.student.config._attn_implementation)
         chosen = plan.config.batch.layout
         self.layout: Layout = ("packed" if "flash" in attention else "padded") if chosen == "auto" else chosen
@@ -83,7 +83,7 @@ class Passes:
     def shapes(self) -> list[Shape]:
         found = []
         for first in range(self._plan.config.optim.substeps):
-            minibatch = sorted(self._plan.samples[first :: self._plan.config.optim.substeps], key=lambda s: len(s.ids))
+            minibatch = sorted(self._samples[first :: self._plan.config.optim.substeps], key=lambda s: len(s.ids))
             own = minibatch[processes.count() - 1 :: processes.count()] or minibatch
             for batch in batches(own, self._plan.config.batch.max_tokens, self.layout, torch.device("cpu")):
                 rows, width = batch.inputs["input_ids"].shape
@@ -114,10 +114,14 @@ def _flops(plan: Plan) -> Iterator[tuple[str, float]]:
         yield "sampling", sampling_flops(cost, plan.samples)
         passes = teacher_passes(plan.config.loss)
         for teacher, model in plan.teachers.items():
-            own = [sample for sample in plan.samples if plan.teacher_of[sample.dataset] == teacher]
             theirs = without_adapter(cost_of(model)) if teacher.self == "base" else cost_of(model)
-            yield called(teacher), passes * scoring_flops(theirs, own)
+            yield called(teacher), passes * scoring_flops(theirs, _read_by(plan, teacher))
     yield "the student's update", training_flops(cost, plan.samples)
+
+
+def _read_by(plan: Plan, teacher: TeacherConfig) -> list[Sample]:
+    """The samples of a teacher, as it reads them."""
+    return [sample.for_teacher() for sample in plan.samples if plan.teacher_of[sample.dataset] == teacher]
 
 
 def _memory(plan: Plan, passes: Passes) -> Iterator[str]:
@@ -190,11 +194,12 @@ def _phases(plan: Plan, passes: Passes, shard: int) -> Iterator[tuple[str, list[
             parts.append(Part("the gathered student", memory.weights(student)))
         yield "sampling", parts
     for teacher, model in plan.teachers.items():
-        kept = memory.activations(model, largest, passes.layout, None, "off")
+        read = Passes(plan, _read_by(plan, teacher) or plan.samples).largest
+        kept = memory.activations(model, read, passes.layout, None, "off")
         layers = model.config.get_text_config().num_hidden_layers
         parts = [
             Part("a layer", None if kept is None else kept / layers),
-            Part("a chunk of logits", memory.head_workspace(model, largest.counted, device, 1)),
+            Part("a chunk of logits", memory.head_workspace(model, read.counted, device, 1)),
             *_gathered(teacher, model, shard),
         ]
         if teacher.device is None:

@@ -10,10 +10,12 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.commands.output import Fields, Output
+from fastkl.trainer.config.context import ContextConfig
 from fastkl.trainer.config.offline import ScoreConfig
 from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, given_samples
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.data.sources import load_prompts
+from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.loading import (
     fuse,
@@ -24,24 +26,31 @@ from fastkl.trainer.models.self_checks.layouts import batch_layout
 from fastkl.trainer.models.self_checks.probe import Probe
 from fastkl.trainer.notes import Count, note
 from fastkl.trainer.runs.identity import rows_fingerprint, weights_fingerprint
+from fastkl.trainer.teachers.context.functions import context_function
+from fastkl.trainer.teachers.context.prompts import fixed_prompts
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.served import connect
 from fastkl.trainer.teachers.teacher import Teacher
 
 AT_ONCE = 256  # completions that are scored and written at once
+SETTING = "model.context"
 FIELDS: Fields = {"ids": list, "loss_mask": list, "logprobs": list, "sum": (int, float)}
 
 
 def score_completions(config: ScoreConfig) -> None:
     """Writes, per row: ids, loss_mask, logprobs (0 for the prompt's tokens), and their sum over the completion.
 
-    The completion is scored with the end-of-sequence token after it, as one that is finished.
+    The completion is scored with the end-of-sequence token after it, as one that is finished. With `model.context`, it
+    follows what that makes of the prompt: the ids are those that the model reads.
     """
     with Output(config.output, _settings(config), FIELDS) as output:
         tokenizer = load_teacher_tokenizer(config.model)
         assert tokenizer is not None  # ScoreConfig demands one
-        prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
+        prompts = encode_prompts(load_prompts(config.data, config.model.context.columns), tokenizer, config.data)
         samples = given_samples(prompts, tokenizer)
+        if config.model.context != ContextConfig():
+            prompts = _with_context(config.model.context, prompts, tokenizer)
+            samples = [_after(prompt, sample) for prompt, sample in zip(prompts, samples, strict=True)]
         note(f"{len(samples)} completions read and encoded")
         scorer = _scorer(config, tokenizer, prompts, samples)
         weights = weights_fingerprint(scorer.model) if isinstance(scorer, LocalTeacher) else "a server's"
@@ -56,6 +65,23 @@ def score_completions(config: ScoreConfig) -> None:
                 output.add(_row(sample, prompts[sample.prompt_index]) for sample in piece)
                 count.at(len(output.rows))
     print(f"{len(samples)} rows written to {output.path}")
+
+
+def _with_context(
+    context: ContextConfig, prompts: list[EncodedPrompt], tokenizer: PreTrainedTokenizerBase
+) -> list[EncodedPrompt]:
+    function = context_function(context, SETTING)
+    if function is not None and function.of_samples:
+        raise ConfigError(
+            f"{function.setting} is {context.function!r}, which takes (row, samples), but there are no samples here; "
+            f"name a function that takes (row)"
+        )
+    return fixed_prompts(prompts, context, function, tokenizer, SETTING)
+
+
+def _after(prompt: EncodedPrompt, sample: Sample) -> Sample:
+    """The sample's completion after another prompt."""
+    return dataclasses.replace(sample, teacher_prompt=prompt.ids).for_teacher()
 
 
 def _row(sample: Sample, prompt: EncodedPrompt) -> dict[str, Any]:

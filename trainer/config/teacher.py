@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastkl.trainer.config.context import ContextConfig
 from fastkl.trainer.config.loss import SERVED, ObjectiveName
 from fastkl.trainer.config.models import ModelConfig, StudentConfig
 from fastkl.trainer.config.rules import at_least, unchanged
@@ -48,6 +49,7 @@ class TeacherConfig(ModelConfig):
         device: Load the model on this device: cpu, cuda:1, … null: the student's. Also for the weights of ema and synced.
         quantization: Load the blocks in 8 or 4 bits (package bitsandbytes), but not the head. null: as they are in the
             folder, which may be quantised already.
+        context: Let the teacher read another prompt than the student.
     """
 
     server: TeacherServerConfig = field(default_factory=TeacherServerConfig)
@@ -57,10 +59,16 @@ class TeacherConfig(ModelConfig):
     sync_every: int | None = None
     device: str | None = None
     quantization: Literal["8bit", "4bit"] | None = None
+    context: ContextConfig = field(default_factory=ContextConfig)
+
+    @property
+    def scorer(self) -> TeacherConfig:
+        """What is loaded or asked, whatever it reads."""
+        return dataclasses.replace(self, context=ContextConfig())
 
 
 RATES = {"ema_rate": "ema", "sync_every": "synced"}  # a setting of one kind of `self`
-OF_SELF = ("self", *RATES, "device")
+OF_SELF = ("self", *RATES, "device", "context")
 
 
 def check_teacher(name: str, config: TeacherConfig) -> None:

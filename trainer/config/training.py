@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastkl.trainer.config.cross_checks import check_rollouts, check_without_teacher
+from fastkl.trainer.config.context import ContextConfig
 from fastkl.trainer.config.data import DataConfig, EvalConfig, check_source
 from fastkl.trainer.config.environment import EnvironmentConfig
 from fastkl.trainer.config.loss import LossConfig
@@ -118,14 +119,15 @@ class DistillConfig(RunConfig):
             check_objective(name, teacher, self.loss.objective)
             check_self_of(name, teacher, self.student)
             require(
-                teacher.self != "live" or self.reward.grader is not None,
+                teacher.self != "live" or teacher.context != ContextConfig() or self.reward.grader is not None,
                 f"{name}.self is live: the teacher is the student as it is and reads the same prompt, so that its KL is 0 "
-                f"under every objective; name a reward.grader, or set {name}.self to ema, synced or base, or {name}.path",
+                f"under every objective; give it a prompt of its own ({name}.context), name a reward.grader, or set "
+                f"{name}.self to ema, synced or base, or {name}.path",
             )
             require(
-                teacher.self != "live" or self.loss.redistribute == 0,
+                teacher.self != "live" or teacher.context != ContextConfig() or self.loss.redistribute == 0,
                 f"{name}.self is live: the teacher finds every token as likely as the student does, and loss.redistribute "
-                f"({self.loss.redistribute}) would weigh all of them alike; unset one of them",
+                f"({self.loss.redistribute}) would weigh all of them alike; give it a prompt of its own ({name}.context), or unset one of them",
             )
 
     def data_sets(self) -> dict[str, MixtureConfig]:
@@ -136,6 +138,11 @@ class DistillConfig(RunConfig):
             name: dataclasses.replace(entry, teacher=entry.teacher or self.teacher)
             for name, entry in sorted(self.mixture.items())
         }
+
+    def teacher_setting(self, data_set: str) -> str:
+        """The name of the settings of a data set's teacher: `teacher`, `mixture.math.teacher`."""
+        entry = self.mixture.get(data_set)
+        return "teacher" if entry is None or entry.teacher is None else f"mixture.{data_set}.teacher"
 
     def teachers(self) -> dict[str, TeacherConfig]:
         """The teachers by the name of their settings: `teacher`, `mixture.math.teacher`."""

@@ -94,11 +94,21 @@ def batches(samples: Sequence[Sample], max_tokens: int, layout: Layout, device: 
         yield collate(members, layout, device)
 
 
-def in_order(samples: list[Sample], layout: Layout, device: torch.device) -> list[Batch]:
-    """One batch of all the samples, or one of each where they cannot share a forward pass."""
-    return [
-        collate(members, layout, device) for members in ([[s] for s in samples] if layout == "single" else [samples])
-    ]
+def in_order(samples: Sequence[Sample], max_tokens: int, layout: Layout, device: torch.device) -> list[Batch]:
+    """As `batches`, but with the samples in their order: a batch ends where the next sample has no room in it."""
+    groups: list[list[Sample]] = []
+    for sample in samples:
+        if groups and layout != "single" and positions([*groups[-1], sample], layout) <= max_tokens:
+            groups[-1].append(sample)
+        else:
+            groups.append([sample])
+    return [collate(members, layout, device) for members in groups]
+
+
+def positions(samples: Sequence[Sample], layout: Layout) -> int:
+    """How many positions a batch of these samples has, padding counted."""
+    lengths = [len(sample.ids) for sample in samples]
+    return sum(lengths) if layout == "packed" else len(lengths) * max(lengths)
 
 
 def _first_fit(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:

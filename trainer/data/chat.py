@@ -110,6 +110,16 @@ class ChatTemplate:
         return text
 
     @cached_property
+    def opening(self) -> str:
+        """What begins the assistant's turn; of a template that writes nothing for it, what follows the user's text."""
+        try:
+            asked, whole = (self.render([ASKED], to_answer=to_answer) for to_answer in (False, True))
+        except Refusal:
+            return ""
+        added = whole.removeprefix(asked)
+        return added if added and added != whole else whole.rpartition(ASKED["content"])[2]
+
+    @cached_property
     def after_answer(self) -> tuple[str, str]:
         """What follows the assistant's text in its last turn: up to and with the token that ends the turn, and the rest.
 

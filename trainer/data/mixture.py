@@ -10,6 +10,7 @@ from fractions import Fraction
 
 from transformers import PreTrainedTokenizerBase
 
+from fastkl.trainer.config.context import ContextConfig
 from fastkl.trainer.config.mixture import MixtureConfig
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.config.training import DistillConfig
@@ -30,8 +31,15 @@ class DataSet:
 
     @property
     def teacher(self) -> TeacherConfig:
+        """The one that scores, whatever it reads."""
         assert self.config.teacher is not None  # `DistillConfig.data_sets` fills it in
-        return self.config.teacher
+        return self.config.teacher.scorer
+
+    @property
+    def context(self) -> ContextConfig:
+        """What its teacher reads."""
+        assert self.config.teacher is not None
+        return self.config.teacher.context
 
     @property
     def setting(self) -> str:
@@ -44,7 +52,8 @@ def read_data_sets(config: DistillConfig, tokenizer: PreTrainedTokenizerBase) ->
     data_sets: list[DataSet] = []
     first = 0
     for name, entry in config.data_sets().items():
-        prompts = encode_prompts(load_prompts(entry.data), tokenizer, entry.data, dataset=name, first=first)
+        columns = () if entry.teacher is None else entry.teacher.context.columns
+        prompts = encode_prompts(load_prompts(entry.data, columns), tokenizer, entry.data, dataset=name, first=first)
         given = given_samples(prompts, tokenizer) if config.sampling.on_policy_fraction < 1 else []
         data_sets.append(DataSet(name, entry, prompts, given))
         first += len(prompts)

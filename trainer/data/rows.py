@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ class Prompt:
     metadata: dict[str, Any] = field(default_factory=dict)  # what else a verifier of the answer needs
     tools: list[dict[str, Any]] | None = None  # JSON schemas of functions, for the chat template
     reply: Turn | None = None  # the completion as an assistant's turn, where it is more than its text
+    more: dict[str, Any] = field(default_factory=dict)  # the other columns that were asked for
 
     @property
     def turns(self) -> list[Turn]:
@@ -37,11 +38,11 @@ class Prompt:
         return self.reply or make_turn("assistant", self.completion or "")
 
 
-def parse_row(source: str, row: Any) -> Prompt:
-    """A row of a file or data set, checked; an error names it by its `source`."""
+def parse_row(source: str, row: Any, more: Collection[str] = ()) -> Prompt:
+    """A row of a file or data set, checked; an error names it by its `source`. Columns in `more` are kept as they are."""
     if not isinstance(row, dict):
         raise ConfigError(f"{source} is a {type(row).__name__}; expected an object with `prompt` or `messages`")
-    _check_encodable(source, row)
+    _check_encodable(source, row, [*COLUMNS, *more])
     prompt, reply = _prompt(source, row)
     completion = _completion(source, row.get("completion"))
     if reply is not None and completion is not None:
@@ -62,6 +63,7 @@ def parse_row(source: str, row: Any) -> Prompt:
         metadata=metadata,
         tools=_tools(source, row.get("tools")),
         reply=reply if reply is not None and len(reply) > 2 else None,
+        more={name: row[name] for name in more if row.get(name) is not None and name not in COLUMNS},
     )
 
 
@@ -140,9 +142,9 @@ def _from_json(source: str, value: Any) -> Any:
         raise ConfigError(f"{source}: `tools` is text that is no JSON ({error})") from error
 
 
-def _check_encodable(source: str, row: Mapping[str, Any]) -> None:
+def _check_encodable(source: str, row: Mapping[str, Any], names: Iterable[str]) -> None:
     """JSON can spell half of a surrogate pair, which is no text and which no tokenizer takes and no file holds."""
-    for name in COLUMNS:
+    for name in names:
         try:
             json.dumps(row.get(name), ensure_ascii=False, default=str).encode("utf-8")
         except UnicodeEncodeError as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastkl.loss import TopK
 
@@ -26,7 +27,7 @@ class Sample:
     """A prompt and its completion, token-exact: ids are never decoded and encoded again.
 
     `loss_mask`, and every list of numbers, is aligned with `ids`; entries where the mask is False (the prompt) mean nothing
-    and are 0. A list is empty where nothing is known.
+    and are 0. A list is empty where nothing is known. What a teacher writes has a name that begins with `teacher_`.
     """
 
     ids: list[int]
@@ -48,6 +49,8 @@ class Sample:
     completion_length: int = 0  # tokens after the prompt, of earlier steps and of the environment too
     weights: list[float] = field(default_factory=list)  # how much each token counts in the loss; empty: all count 1
     teacher_top_k: TopK | None = None  # of the counted tokens, [n, k] on the CPU; an id of −1 pads
+    teacher_prompt: list[int] | None = None  # what the teacher reads before the completion; None: the student's prompt
+    plain_logprobs: list[float] = field(default_factory=list)  # the teacher's, had it read what the student read
 
     @property
     def loss_tokens(self) -> int:
@@ -62,6 +65,33 @@ class Sample:
     def weighed_tokens(self) -> int:
         """The tokens that count in the loss for more than 0."""
         return sum(weight != 0 for weight in self.weights) if self.weights else self.loss_tokens
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.ids) - self.completion_length
+
+    def for_teacher(self) -> Sample:
+        """The sample as its teacher reads it: after its own prompt, the same completion with the same tokens that count.
+
+        The sample itself where the teacher has no prompt of its own. All other lists that are aligned with `ids` are empty.
+        """
+        if self.teacher_prompt is None:
+            return self
+        lists = [each.name for each in dataclasses.fields(self) if isinstance(getattr(self, each.name), list)]
+        changed: dict[str, Any] = {name: [] for name in lists}
+        changed["ids"] = self.teacher_prompt + self.ids[self.prompt_length :]
+        changed["loss_mask"] = [False] * len(self.teacher_prompt) + self.loss_mask[self.prompt_length :]
+        return dataclasses.replace(self, **(changed | {"teacher_prompt": None}))
+
+    def take_scores(self, read: Sample) -> None:
+        """What the teacher wrote into the sample that it read, beside the tokens of this one."""
+        for each in dataclasses.fields(self):
+            if not each.name.startswith("teacher_") or each.name == "teacher_prompt":
+                continue
+            value = getattr(read, each.name)
+            if isinstance(value, list) and value:  # 0 for every token of a prompt
+                value = value[:1] * self.prompt_length + value[len(read.ids) - self.completion_length :]
+            setattr(self, each.name, value)
 
 
 def make_sample(

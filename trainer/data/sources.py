@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +36,17 @@ OTHER_FILES = {
 }
 
 
-def load_prompts(config: DataConfig) -> list[Prompt]:
+def load_prompts(config: DataConfig, more: Collection[str] = ()) -> list[Prompt]:
     """The rows of a file, a folder or a data set, each checked; an error names the row.
 
-    Columns that nothing reads are named once, on stderr.
+    Columns in `more` are kept beside the usual ones. Those that nothing reads are named once, on stderr.
     """
     prompts, unused = [], dict[str, None]()
     for source, row in itertools.islice(_rows(config), config.limit):
         if isinstance(row, dict):
             row = _renamed(source, row, config.columns)
-            unused |= dict.fromkeys(name for name in row if name not in COLUMNS)
-        prompts.append(parse_row(source, row))
+            unused |= dict.fromkeys(name for name in row if name not in (*COLUMNS, *more))
+        prompts.append(parse_row(source, row, more))
     if not prompts:
         raise ConfigError(f"{config.path or config.dataset} holds no rows")
     if unused:

@@ -42,6 +42,14 @@ def teacher_kl(samples: Sequence[Sample]) -> dict[str, float]:
     return {key: _gap_per_token(part) for key, part in parts.items()}
 
 
+def context_gap(samples: Sequence[Sample]) -> dict[str, float]:
+    """The mean of ℓ_teacher after its own prompt, less ℓ_teacher after the student's, where both are known."""
+    both = [sample for sample in samples if sample.teacher_logprobs and sample.plain_logprobs]
+    if not both:
+        return {}
+    return {"context/gap": _per_token(both, "teacher_logprobs") - _per_token(both, "plain_logprobs")}
+
+
 def mismatch_metrics(differences: Sequence[Tensor]) -> dict[str, float]:
     """How far the trainer's log-probs are from the sampler's, before the update: from ℓ − ℓ_sampler of the tokens."""
     difference = torch.cat([*differences, torch.empty(0)])

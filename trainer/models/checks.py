@@ -27,6 +27,7 @@ SAME_FAMILY = "Use a teacher of the student's family"
 SPECIALS = ("bos_token_id", "eos_token_id", "unk_token_id")
 # Remedies where a context is too short.
 SHORTER = "Lower {0}.max_new_tokens, or leave long prompts out with {1}.max_prompt_tokens"
+SHORTER_CONTEXT = "Lower {0}.max_new_tokens, or shorten what {1} adds"
 SHORTER_ROW = "Shorten its completion or take the row out"
 
 

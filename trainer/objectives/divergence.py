@@ -72,7 +72,8 @@ class FullDivergence(Objective):
     @numbers_are_checked()
     def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: float, seed: int) -> LossOutput:
         local = self._teachers.of(batch.samples)
-        teacher, cut = local.head(batch.samples, batch.tokens.device), local.vocab_size
+        read = [sample.for_teacher() for sample in batch.samples]
+        teacher, cut = local.head(read, batch.tokens.device), local.vocab_size
         known, weights = batch.tokens < (len(teacher.weight) if cut is None else cut), batch.weights
 
         def loss(rows: Tensor, weight: Tensor, **head: Any) -> LossOutput:

@@ -22,12 +22,17 @@ Line = tuple[int, int]  # where it begins in its file, and its length
 def sample_records(
     samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, step: int
 ) -> Iterator[dict[str, object]]:
-    """What the log holds of a step's samples: the step (first: see LINE), texts, and all fields but the top k."""
+    """What the log holds of a step's samples: the step (first: see LINE), texts, and all fields but the top k.
+
+    Of a teacher's own prompt, its text too.
+    """
     for sample in samples:
+        read = sample.teacher_prompt
         yield {
             "step": step,
             "text": tokenizer.decode(sample.ids),
             "tokens": [tokenizer.decode([token]) for token in sample.ids],
+            **({} if read is None else {"teacher_text": tokenizer.decode(read)}),
             **{name: value for name, value in vars(sample).items() if name != "teacher_top_k"},
         }
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+from fastkl.trainer.config.context import ContextConfig
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.models.loading import teacher_device
@@ -78,8 +79,13 @@ def remark_on_self(config: DistillConfig) -> None:
     """Says so where every teacher is the student, and nothing else gives a first gradient."""
     teachers = config.teachers().values()
     others = config.reward.grader is not None or config.sampling.on_policy_fraction < 1
-    if config.has_teacher and not others and all(teacher.self is not None for teacher in teachers):
+    if config.has_teacher and not others and all(map(_reads_the_same, teachers)):
         note(
             "every teacher is the student itself and reads the same prompts, so that the KL begins at 0 and stays there: "
-            "nothing is learned but rounding errors. Name a reward.grader"
+            "nothing is learned but rounding errors. Give one a teacher.context, or name a reward.grader"
         )
+
+
+def _reads_the_same(teacher: TeacherConfig) -> bool:
+    """A teacher that is the student in all that it reads and, at first, in what it says."""
+    return teacher.self is not None and teacher.context == ContextConfig()

@@ -78,6 +78,9 @@ class LocalTeacher:
     def rank(self, samples: Sequence[Sample], vocab_size: int) -> None:
         self._scatter(samples, "teacher_ranks", lambda batch: batch_ranks(self.model, batch, vocab_size))
 
+    def score_plain(self, samples: Sequence[Sample]) -> None:
+        self._scatter(samples, "plain_logprobs", self._logprobs)
+
     def recheck(self) -> None:
         pass  # nobody can have replaced it
 
@@ -98,7 +101,7 @@ class LocalTeacher:
         return {"flops/teacher": scoring_flops(self._cost, samples)}
 
     def head(self, samples: list[Sample], device: torch.device) -> TeacherHead:
-        """Hidden states of the samples, in their order, on a device."""
+        """Hidden states of the samples' counted tokens, in the samples' order, on a device."""
 
         def keep(rows: Tensor, weight: Tensor, *, bias: Tensor | None, **options: Any) -> TeacherHead:
             bias = None if bias is None else self._on_device(bias, device)
@@ -107,7 +110,7 @@ class LocalTeacher:
         with self._as_teacher(), scoring(self.model):
             heads = [
                 call_with_rows(self.model, batch, keep, readable(self.model, batch))
-                for batch in in_order(samples, self._layout, self._device)
+                for batch in in_order(samples, self._max_tokens, self._layout, self._device)
             ]
         return heads[0]._replace(hidden=torch.cat([head.hidden for head in heads]))
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastkl.trainer.config.context import ContextConfig
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.batching import PAD_ID
@@ -18,6 +19,7 @@ from fastkl.trainer.models.self_checks.layouts import batch_layout
 from fastkl.trainer.models.self_checks.probe import Probe
 from fastkl.trainer.models.tokenizers import vocabulary
 from fastkl.trainer.student import Student
+from fastkl.trainer.teachers.context.prompts import TeacherPrompts
 from fastkl.trainer.teachers.itself import SelfTeachers, remark_on_self
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.served import ServedTeacher, connect
@@ -26,13 +28,13 @@ from fastkl.trainer.teachers.teacher import Teacher
 
 
 def check_teachers(
-    config: DistillConfig, tokenizer: PreTrainedTokenizerBase, data_sets: Sequence[DataSet], top_k: int | None
+    config: DistillConfig, tokenizer: PreTrainedTokenizerBase, read: Sequence[DataSet], top_k: int | None
 ) -> None:
-    """Tokenizers, chat templates and devices, before any model is loaded."""
+    """Tokenizers, chat templates and devices, before any model is loaded; the data sets as the teachers read them."""
     if top_k is not None:
         checks.check_top_k(top_k, tokenizer)
     remark_on_self(config)
-    for data_set in data_sets if config.has_teacher else ():
+    for data_set in read if config.has_teacher else ():
         teacher_device(data_set.teacher, torch.device("cpu"))
         theirs = load_teacher_tokenizer(data_set.teacher)
         if theirs is not None:
@@ -41,13 +43,13 @@ def check_teachers(
 
 
 def connect_servers(
-    config: DistillConfig, tokenizer: PreTrainedTokenizerBase, data_sets: Sequence[DataSet], top_k: int | None
+    config: DistillConfig, tokenizer: PreTrainedTokenizerBase, read: Sequence[DataSet], top_k: int | None
 ) -> dict[TeacherConfig, ServedTeacher]:
-    """The teachers behind HTTP; a server has been checked by asking it."""
+    """The teachers behind HTTP; a server has been checked by asking it. The data sets are as the teachers read them."""
     served = {}
-    for data_set in data_sets:
+    for data_set in read:
         if data_set.teacher.server.url and data_set.teacher not in served:
-            own = [other for other in data_sets if other.teacher == data_set.teacher]
+            own = [other for other in read if other.teacher == data_set.teacher]
             new = [PAD_ID] * config.sampling.max_new_tokens
             prompts = (max(other.prompts, key=lambda prompt: len(prompt.tokens)) for other in own)
             sequences = [(prompt.ids + new, other) for prompt, other in zip(prompts, own, strict=True)]
@@ -58,7 +60,7 @@ def connect_servers(
                 tokenizer,
                 temperature=config.sampling.temperature,
                 longest=longest,
-                remedy=checks.SHORTER.format("sampling", where.setting),
+                remedy=remedy(config, where),
                 top_k=top_k,
             )
     return served
@@ -68,40 +70,59 @@ def open_teachers(
     config: DistillConfig,
     tokenizer: PreTrainedTokenizerBase,
     data_sets: Sequence[DataSet],
+    read: TeacherPrompts,
     student: Student,
     served: dict[TeacherConfig, ServedTeacher],
     top_k: int | None,
 ) -> RoutedTeacher[Any] | None:
     """Those behind HTTP and those that are loaded here; models are checked against the student and the data.
 
-    None where the run has no teacher. `top_k` is how many of its likeliest tokens each finds; None: none.
+    None where the run has no teacher. `read` is what they read, and learns how much that may be. `top_k` is how many of
+    its likeliest tokens each finds; None: none.
     """
     teachers: dict[TeacherConfig, Teacher] = {**served}
-    own = SelfTeachers(student)
+    itself = SelfTeachers(student)
     new = config.sampling.max_new_tokens
     sampled = [prompt for data_set in data_sets if not data_set.given for prompt in data_set.prompts]
     checks.check_one_rope(sampled, new, {"student": student.model})
-    for data_set in data_sets:
+    for data_set, own in zip(data_sets, read.read, strict=True):
         if config.has_teacher and data_set.teacher not in teachers:
             if data_set.teacher.self is None:
                 teachers[data_set.teacher] = _load(config, data_set.teacher, tokenizer, student, top_k)
             else:
-                teachers[data_set.teacher] = own.make(config, data_set.teacher, top_k)
+                teachers[data_set.teacher] = itself.make(config, data_set.teacher, top_k)
         teacher = teachers.get(data_set.teacher)
         local = teacher.model if isinstance(teacher, LocalTeacher) else None
         whose = f"teacher of {data_set.name}" if data_set.name else "teacher"
-        models = {"student": student.model} | ({} if local is None else {whose: local})
-        checks.check_vocabulary(tokenizer, models)
+        models = {} if local is None else {whose: local}
+        checks.check_vocabulary(tokenizer, {"student": student.model} | models)
         checks.check_end_of_sequence(student.model, local, tokenizer)
-        remedy = checks.SHORTER.format("sampling", data_set.setting)
-        checks.check_room(data_set.prompts, new, models, remedy)
-        if data_set.given:
-            checks.check_given(data_set.prompts, data_set.given, models)
-        else:
-            checks.check_one_rope(data_set.prompts, new, models)
+        check_fit(config, data_set, {"student": student.model}, checks.SHORTER.format("sampling", data_set.setting))
+        check_fit(config, own, models, remedy(config, own))
+        read.limit(own, models.values())
     if not teachers:
         return None
-    return RoutedTeacher({data_set.name: teachers[data_set.teacher] for data_set in data_sets}, own.ready)
+    return RoutedTeacher({data_set.name: teachers[data_set.teacher] for data_set in data_sets}, itself.ready)
+
+
+def check_fit(config: DistillConfig, data_set: DataSet, models: dict[str, PreTrainedModel], shorter: str) -> None:
+    """Prompts and completions fit the models' contexts, and no model computes otherwise while they grow.
+
+    `shorter` is what to do where they do not fit.
+    """
+    new = config.sampling.max_new_tokens
+    checks.check_room(data_set.prompts, new, models, shorter)
+    if data_set.given:
+        checks.check_given(data_set.prompts, data_set.given, models)
+    else:
+        checks.check_one_rope(data_set.prompts, new, models)
+
+
+def remedy(config: DistillConfig, data_set: DataSet) -> str:
+    """What to do where the teacher's prompts and full completions are too long."""
+    if data_set.context == ContextConfig():
+        return checks.SHORTER.format("sampling", data_set.setting)
+    return checks.SHORTER_CONTEXT.format("sampling", f"{config.teacher_setting(data_set.name)}.context")
 
 
 def _load(

@@ -71,6 +71,9 @@ class ServedTeacher:
     def rank(self, samples: Sequence[Sample], vocab_size: int) -> None:
         pass  # see `score`: to ask again could fail, and would tell the same
 
+    def score_plain(self, samples: Sequence[Sample]) -> None:
+        pass  # as `rank`
+
     def recheck(self) -> None:
         self._recheck.at_the_end()
 

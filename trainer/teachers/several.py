@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Generic, TypeVar
 
 from fastkl.trainer.data.samples import Sample
@@ -26,18 +26,26 @@ class RoutedTeacher(Generic[T]):
 
     def score(self, samples: Sequence[Sample]) -> None:
         for group in self.groups(samples):
-            self.of(group).score(group)
+            with _as_read(group) as read:
+                self.of(group).score(read)
 
     def rank(self, samples: Sequence[Sample], vocab_size: int) -> None:
         for group in self.groups(samples):
-            self.of(group).rank(group, vocab_size)
+            with _as_read(group) as read:
+                self.of(group).rank(read, vocab_size)
+
+    def score_plain(self, samples: Sequence[Sample]) -> None:
+        """As `Teacher.score_plain`, of the samples whose teacher has a prompt of its own."""
+        for group in self.groups([sample for sample in samples if sample.teacher_prompt is not None]):
+            self.of(group).score_plain(group)
 
     def recheck(self) -> None:
         for teacher in {id(teacher): teacher for teacher in self.by_data_set.values()}.values():
             teacher.recheck()
 
     def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
-        parts = [self.of(group).flops(group) for group in self.groups(samples)]
+        read = [sample.for_teacher() for sample in samples]
+        parts = [self.of(group).flops(group) for group in self.groups(read)]
         known = [part["flops/teacher"] for part in parts if part]
         return {"flops/teacher": sum(known)} if len(known) == len(parts) else {}
 
@@ -51,3 +59,13 @@ class RoutedTeacher(Generic[T]):
     def of(self, group: Sequence[Sample]) -> T:
         """The teacher of a group."""
         return self.by_data_set[group[0].dataset]
+
+
+@contextmanager
+def _as_read(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """The samples as their teacher reads them; what it writes into those is taken over."""
+    read = [sample.for_teacher() for sample in samples]
+    yield read
+    for sample, scored in zip(samples, read, strict=True):
+        if scored is not sample:
+            sample.take_scores(scored)

@@ -31,6 +31,13 @@ class Teacher(Protocol):
         """
         ...
 
+    def score_plain(self, samples: Sequence[Sample]) -> None:
+        """Writes `plain_logprobs` of all counted tokens, after what the student read, whatever prompt the teacher has.
+
+        A server is not asked again.
+        """
+        ...
+
     def recheck(self) -> None:
         """Sees once more, after the last step was scored, that all scores are of the teacher that the run began with.
 

@@ -61,6 +61,9 @@ def _sample(record: Json, number: int, student: Path) -> Json:
         "mask": "".join("01"[bool(counted)] for counted in mask),
         "sampler": _counted(record.get("sampler_logprobs"), mask),
         "teacher": _counted(record.get("teacher_logprobs"), mask),
+        "plain": _counted(record.get("plain_logprobs"), mask),
+        "read": record.get("teacher_text"),
+        "read_tokens": len(record.get("teacher_prompt") or []),
         "student_ranks": list(compress(record.get("student_ranks") or [], mask)),
         "teacher_ranks": list(compress(record.get("teacher_ranks") or [], mask)),
     }

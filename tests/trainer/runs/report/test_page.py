@@ -130,11 +130,16 @@ frame.addEventListener("load", () => setTimeout(() => {{
   page.querySelector("#worst button").click();
   result.ranked = all(".scored").map((node) => node.getAttribute("aria-label").split("rank: ")[1] ?? "");
   result.first = page.querySelector("#token").textContent;
+  const folded = page.querySelector("#token details");
+  result.folded = folded.open;
+  folded.open = true;
   press("Home");
   press("ArrowLeft");
   result.home = page.activeElement.textContent;
   press("ArrowRight");
   result.next = page.activeElement.getAttribute("aria-label");
+  result.detail = text("#token dt, #token dd, #token summary, #token details .text");
+  result.unfolded = page.querySelector("#token details").open;
   const cursor = page.querySelector("#cursor");
   cursor.value = 0;
   cursor.dispatchEvent(new Event("input"));
@@ -157,6 +162,8 @@ def test_in_a_browser_as_wide_as_a_phone(tmp_path: Path) -> None:
     hostile["student_ranks"] = [0, *range(1, len(HOSTILE)), 0]
     hostile["teacher_ranks"] = [0, 12345, *[7] * (len(HOSTILE) - 2), 150321]
     hostile["student_ranks"][-1] = 150322
+    hostile |= {"teacher_text": HOSTILE[0], "teacher_prompt": [1, 2]}
+    hostile["plain_logprobs"] = [0.0, *[-2.0] * len(HOSTILE)]
     rows = [row(1, teacher_kl=3.0), row(2, teacher_kl=float("nan")), row(3, teacher_kl=1.0), row(4, teacher_kl=0.5)]
     run = make_run(tmp_path / "run", rows=rows, samples=[sample(1), hostile])
     change = {"step": 2, "setting": HOSTILE[0], "was": None, "is": 2e-5}
@@ -191,7 +198,13 @@ def test_in_a_browser_as_wide_as_a_phone(tmp_path: Path) -> None:
     assert found["next"] == f"{json.dumps(HOSTILE[1])}, reverse KL 1.00, rank: student 2, teacher 7"
     assert found["ranked"][0] == "student 1, teacher 12,345"
     assert found["ranked"][1] == "student 2, teacher 7"
-    assert found["first"].endswith("rank (1: the likeliest)student 150,322, teacher 150,321")
+    assert "rank (1: the likeliest)student 150,322, teacher 150,321" in found["first"]
+    assert found["folded"] is False
+    assert found["unfolded"] is True  # and stays so from token to token
+    pairs = dict(zip(found["detail"][:-2:2], found["detail"][1:-2:2], strict=True))
+    assert pairs["teacher's after the student's prompt"] == "-2.000 (13.5 %)"
+    assert pairs["gap of its own prompt"] == "0.500 nats"
+    assert found["detail"][-2:] == ["What the teacher had read, 2 tokens", HOSTILE[0]]
     assert [text.strip() for text in found["changes"]] == [f"run, after step 2: {HOSTILE[0]}: null → 2e-05"]
     assert found["tooltips"] == [f"after step 2: {HOSTILE[0]}: null → 2e-05"]
     assert found["lines"] == 1

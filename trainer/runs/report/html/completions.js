@@ -115,7 +115,7 @@ function elements(sample) {
     const node = el("span", { class: "masked" }, ...visible(text));
     if (sample.mask[place] !== "1") return node;
     const index = shown.tokens.length;
-    const logprobs = { ours: sample.sampler[index], theirs: sample.teacher[index], kl: values[index] };
+    const logprobs = { ours: sample.sampler[index], theirs: sample.teacher[index], kl: values[index], plain: sample.plain[index] };
     return scored(node, { text, id: sample.ids[place], ...logprobs, ranks: ranks(sample, index) });
   });
 }
@@ -184,10 +184,21 @@ function showToken(index) {
   const pairs = [["token", quoted(facts.text)], ["id", String(facts.id)]];
   if (facts.ours !== undefined) pairs.push(["student's log-prob", logprob(facts.ours)]);
   if (facts.theirs !== undefined) pairs.push(["teacher's log-prob", logprob(facts.theirs)]);
+  if (facts.plain !== undefined) pairs.push(["teacher's after the student's prompt", logprob(facts.plain)]);
+  if (typeof facts.plain === "number" && typeof facts.theirs === "number")
+    pairs.push(["gap of its own prompt", `${fixed(facts.theirs - facts.plain, 3)} nats`]);
   if (facts.kl != null) pairs.push(["reverse KL", `${fixed(facts.kl, 3)} nats`]);
   if (facts.ranks) pairs.push(["rank (1: the likeliest)", facts.ranks]);
   const items = pairs.map(([term, text]) => el("div", {}, el("dt", {}, term), el("dd", {}, el("bdi", {}, text))));
-  byId("token").replaceChildren(el("dl", {}, ...items));
+  byId("token").replaceChildren(el("dl", {}, ...items), ...teachersPrompt(shown.sample));
+}
+
+/** What the teacher had read in place of the student's prompt: folded, until the reader unfolds it for all tokens. */
+function teachersPrompt(sample) {
+  if (!sample.read) return [];
+  const open = byId("token").querySelector("details")?.open ? { open: "" } : {};
+  const title = el("summary", {}, `What the teacher had read, ${sample.read_tokens} tokens`);
+  return [el("details", open, title, el("div", { class: "text" }, ...visible(sample.read)))];
 }
 
 function logprob(value) {

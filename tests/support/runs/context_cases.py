@@ -1,0 +1,66 @@
+"""Functions that a config names as `teacher.context.function`, and prompts of teachers without any model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from run_settings import config
+from tiny_data import write_jsonl
+from tiny_models import tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from fastkl.trainer.data.mixture import read_data_sets
+from fastkl.trainer.data.rows import Prompt
+from fastkl.trainer.data.turns import Turn
+from fastkl.trainer.teachers.context.functions import Attempt
+from fastkl.trainer.teachers.context.prompts import TeacherPrompts
+
+HERE = "context_cases"
+
+
+def asked(text: str) -> list[Turn]:
+    return [{"role": "user", "content": text}]
+
+
+def of_row(row: Prompt) -> list[Turn]:
+    return asked(f"{row.answer} {row.turns[-1]['content']}")
+
+
+def of_samples(row: Prompt, samples: Sequence[Attempt]) -> list[list[Turn] | None]:
+    """The best of the group for those that are worse; the student's prompt for the others."""
+    best = max(samples, key=lambda sample: sample.reward or 0.0)
+    return [asked(f"{best.text[:4]} {row.prompt}") if sample.reward != best.reward else None for sample in samples]
+
+
+def too_few(row: Prompt, samples: Sequence[Attempt]) -> list[None]:
+    return [None]
+
+
+def far_too_long(row: Prompt, samples: Sequence[Attempt]) -> list[list[Turn]]:
+    return [asked("a" * 200) for _ in samples]
+
+
+def failing(row: Prompt) -> None:
+    raise KeyError("hint")
+
+
+def of_nothing() -> None: ...
+
+
+def prompts_of(
+    folder: Path,
+    rows: Sequence[dict[str, Any]],
+    context: dict[str, object],
+    words: PreTrainedTokenizerBase | None = None,
+    **data: object,
+) -> tuple[list[str], TeacherPrompts]:
+    """What the teacher reads of each row, as text; `context` are settings of `teacher.context`."""
+    words = tokenizer() if words is None else words
+    settings = {"run": folder / "run", "student.path": "s", "teacher.path": "t"}
+    settings |= {"data.path": write_jsonl(folder / "rows.jsonl", rows)}
+    settings |= {f"teacher.context.{name}": value for name, value in context.items()}
+    found = config("distill", settings | {f"data.{name}": value for name, value in data.items()})
+    read = TeacherPrompts(found, read_data_sets(found, words), words)
+    return [words.decode(prompt.ids) for prompt in read.read[0].prompts], read

@@ -1,0 +1,85 @@
+"""Functions that write the teacher's prompt: of the row alone, or of all that the student made of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from fastkl.trainer.config.context import ContextConfig
+from fastkl.trainer.data.prompts import EncodedPrompt
+from fastkl.trainer.data.rows import Prompt
+from fastkl.trainer.errors import ConfigError, brief
+from fastkl.trainer.rollouts.grading.trusted import imported
+from fastkl.trainer.teachers.context.turns import Content, read_chat
+
+
+class Attempt(NamedTuple):
+    """What such a function sees of a sample."""
+
+    text: str
+    """All that follows the prompt, an environment's replies too, without special tokens."""
+    reward: float | None
+    """None: not graded."""
+    truncated: bool
+    """The completion reached the length limit."""
+
+
+class Written(NamedTuple):
+    """A function that writes prompts, under the setting that names it."""
+
+    setting: str
+    call: Callable[..., Any]
+    of_samples: bool  # it is called with (row, samples), and writes a prompt for each; else with (row)
+
+    def of_row(self, prompt: EncodedPrompt) -> Content:
+        """What the teacher reads before every completion of the prompt."""
+        return self._content(prompt, self._called(prompt.row))
+
+    def of_attempts(self, prompt: EncodedPrompt, attempts: Sequence[Attempt]) -> list[Content | None]:
+        """What the teacher reads before each of the completions; None: what the student read."""
+        found = self._called(prompt.row, list(attempts))
+        if not isinstance(found, Sequence) or isinstance(found, str) or len(found) != len(attempts):
+            raise ConfigError(
+                f"{prompt.row.source}: {self.setting} gave {str(found)[:80]!r}; it must give a list with one entry for "
+                f"each of the {len(attempts)} samples: messages, or None for the student's prompt"
+            )
+        return [None if each is None else self._content(prompt, each) for each in found]
+
+    def _called(self, row: Prompt, *more: Any) -> Any:
+        try:
+            return self.call(row, *more)
+        except Exception as error:  # whatever the user's code raises
+            raise ConfigError(f"{row.source}: {self.setting} failed: {brief(error)}") from error
+
+    def _content(self, prompt: EncodedPrompt, value: Any) -> Content:
+        row = prompt.row
+        if value is None:
+            return row.prompt
+        if prompt.chat is not None:
+            return read_chat(f"{row.source}: {self.setting}", "messages", value)
+        if not isinstance(value, str) or not value:
+            raise ConfigError(
+                f"{row.source}: {self.setting} gave {str(value)[:80]!r}, but the prompt is a text and no chat; it must "
+                f"give text"
+            )
+        return value
+
+
+def context_function(config: ContextConfig, setting: str) -> Written | None:
+    """The function that `config.function` names, if it names one; `setting` is the name of `config`.
+
+    Raises:
+        ConfigError: If it is not trusted, not there, or takes other arguments.
+    """
+    if config.function is None:
+        return None
+    name = f"{setting}.function"
+    function = imported(name, config.function, f"{setting}.trust_context", config.trust_context)
+    for arguments in (["row"], ["row", "samples"]):
+        try:
+            inspect.signature(function).bind(*arguments)
+        except (TypeError, ValueError):
+            continue
+        return Written(name, function, len(arguments) == 2)
+    raise ConfigError(f"{name} is {config.function!r}, which does not take (row) or (row, samples)")

@@ -1,0 +1,151 @@
+"""What the teachers of a run read in place of the student's prompts, and how samples get it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastkl.trainer.config.context import ContextConfig
+from fastkl.trainer.config.training import DistillConfig
+from fastkl.trainer.data.mixture import DataSet
+from fastkl.trainer.data.prompts import EncodedPrompt
+from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.errors import ConfigError, RunError
+from fastkl.trainer.models.loading import context_length
+from fastkl.trainer.models.sizes.layers import rope_switch
+from fastkl.trainer.runs import processes
+from fastkl.trainer.teachers.context.encoding import encode_contents
+from fastkl.trainer.teachers.context.functions import Attempt, Written, context_function
+from fastkl.trainer.teachers.context.turns import read_examples, teacher_content
+
+
+def fixed_prompts(
+    prompts: Sequence[EncodedPrompt],
+    context: ContextConfig,
+    function: Written | None,
+    tokenizer: PreTrainedTokenizerBase,
+    setting: str,
+) -> list[EncodedPrompt]:
+    """The teacher's prompts, as far as they depend on rows alone.
+
+    Args:
+        prompts: The student's.
+        context: Whose name is `setting`.
+        function: The one that it names; it reads rows.
+
+    Raises:
+        ConfigError: Naming the row that cannot have such a prompt.
+    """
+    if function is not None:
+        contents = [function.of_row(prompt) for prompt in prompts]
+    else:
+        examples = read_examples(context.examples, f"{setting}.examples")
+        contents = [teacher_content(prompt, context, examples, setting) for prompt in prompts]
+    return encode_contents(prompts, contents, tokenizer, setting)
+
+
+class TeacherPrompts:
+    """The prompts that `teacher.context` makes. Without one, a teacher reads what the student read.
+
+    Args:
+        data_sets: Those of the run.
+
+    Raises:
+        ConfigError: Naming the row that cannot have such a prompt.
+    """
+
+    def __init__(self, config: DistillConfig, data_sets: Sequence[DataSet], tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._prompts = {prompt.index: prompt for data_set in data_sets for prompt in data_set.prompts}
+        self._fixed: dict[int, EncodedPrompt] = {}  # by the student's index
+        self._functions: dict[str, Written] = {}  # of samples, by data set
+        self._limits: dict[str, float] = {}  # the most tokens that the teacher of a data set reads, where that is known
+        self.read: list[DataSet] = []
+        for data_set in data_sets:
+            setting = config.teacher_setting(data_set.name)
+            fixed = self._fix(data_set, f"{setting}.context") if config.has_teacher else []
+            self._fixed |= {prompt.index: prompt for prompt in fixed}
+            self.read.append(
+                dataclasses.replace(data_set, prompts=fixed, given=self._given(data_set)) if fixed else data_set
+            )
+
+    def _fix(self, data_set: DataSet, setting: str) -> list[EncodedPrompt]:
+        """The prompts that are known before the first step; none where the teacher reads the student's."""
+        context = data_set.context
+        if context == ContextConfig():
+            return []
+        function = context_function(context, setting)
+        if function is not None and function.of_samples:
+            self._functions[data_set.name] = function
+            return []
+        return fixed_prompts(data_set.prompts, context, function, self._tokenizer, setting)
+
+    def _given(self, data_set: DataSet) -> list[Sample]:
+        """Its own completions as the teacher reads them."""
+        given = [dataclasses.replace(sample) for sample in data_set.given]
+        self.give_fixed(given)
+        return [sample.for_teacher() for sample in given]
+
+    def limit(self, data_set: DataSet, models: Iterable[PreTrainedModel]) -> None:
+        """The teacher of a data set is one of these models: what functions write for it may not be longer than it reads."""
+        shortest = min(len(prompt.tokens) for prompt in data_set.prompts)
+        for model in models:
+            limit, switch = context_length(model), rope_switch(model.config.get_text_config())
+            limits = [limit, switch if switch is not None and shortest <= switch else None]
+            self._limits[data_set.name] = min((each for each in limits if each is not None), default=math.inf)
+
+    def give_fixed(self, samples: Iterable[Sample]) -> None:
+        """Writes `teacher_prompt` of samples as far as it depends on their rows alone."""
+        for sample in samples:
+            fixed = self._fixed.get(sample.prompt_index)
+            sample.teacher_prompt = None if fixed is None else fixed.ids
+
+    def give(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Writes `teacher_prompt` of all samples of a step, which are graded; returns metrics.
+
+        All processes call it with the same samples.
+
+        Raises:
+            RunError: Where a function of the user's fails.
+        """
+        self.give_fixed(samples)
+        written = [sample for sample in samples if sample.dataset in self._functions]
+        if not written:
+            return {}
+        try:
+            found = processes.on_main(lambda: self._written(written))
+        except ConfigError as error:
+            raise RunError(str(error)) from error
+        too_long = 0
+        for sample, ids in zip(written, found, strict=True):
+            fits = ids is None or len(ids) + sample.completion_length <= self._limits.get(sample.dataset, math.inf)
+            sample.teacher_prompt = ids if fits else None
+            too_long += not fits
+        return {
+            "context/plain_fraction": sum(ids is None for ids in found) / len(found),
+            "context/too_long_fraction": too_long / len(found),
+        }
+
+    def _written(self, samples: Sequence[Sample]) -> list[list[int] | None]:
+        """What functions write for samples that may be of several rows: a call for all samples of a row."""
+        found: dict[int, list[int] | None] = {}
+        order = sorted(samples, key=lambda sample: sample.prompt_index)  # stable
+        for index, group in itertools.groupby(order, key=lambda sample: sample.prompt_index):
+            own = list(group)
+            found |= {id(s): ids for s, ids in zip(own, self._of_group(self._prompts[index], own), strict=True)}
+        return [found[id(sample)] for sample in samples]
+
+    def _of_group(self, prompt: EncodedPrompt, samples: list[Sample]) -> list[list[int] | None]:
+        function = self._functions[prompt.dataset]
+        contents = function.of_attempts(prompt, [self._attempt(sample) for sample in samples])
+        new = [content for content in contents if content is not None]
+        encoded = iter(encode_contents([prompt] * len(new), new, self._tokenizer, function.setting))
+        return [None if content is None else next(encoded).ids for content in contents]
+
+    def _attempt(self, sample: Sample) -> Attempt:
+        text = self._tokenizer.decode(sample.ids[sample.prompt_length :], skip_special_tokens=True)
+        return Attempt(text, sample.reward, sample.truncated)
