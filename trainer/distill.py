@@ -171,16 +171,17 @@ def prepare(config: DistillConfig) -> Prepared:
     environment = make_environment(config.environment)
     data_sets = read_data_sets(config, tokenizer)
     prompts = [prompt for data_set in data_sets for prompt in data_set.prompts]
+    teacher_prompts = TeacherPrompts(config, data_sets, tokenizer)
     note(f"{len(prompts)} prompts read and encoded")
     remark_on_data_sets(data_sets, config.sampling.prompts_per_step)
-    remark_on_length(max(len(p.tokens) for p in prompts) + config.sampling.max_new_tokens, config.batch.max_tokens)
+    longest = max(len(p.tokens) for data_set in [*data_sets, *teacher_prompts.read] for p in data_set.prompts)
+    remark_on_length(longest + config.sampling.max_new_tokens, config.batch.max_tokens)
     if (control := remark(config.loss.control)) is not None:
         note(f"this run is {control}")
     top_k = teacher_top_k(config.loss)
     judge = make_judge(config.reward, tokenizer, environment, prompts)
     weights = TokenWeights(config.loss)
     eval_prompts = load_eval_prompts(config.eval, tokenizer)
-    teacher_prompts = TeacherPrompts(config, data_sets, tokenizer)
     check_teachers(config, tokenizer, teacher_prompts.read, top_k)
     served = connect_servers(config, tokenizer, teacher_prompts.read, top_k)
     sampling_server = connect_sampling(config, tokenizer, prompts, eval_prompts) if config.sampling.server.url else None
