@@ -86,11 +86,11 @@ class Sample:
     def take_scores(self, read: Sample) -> None:
         """What the teacher wrote into the sample that it read, beside the tokens of this one."""
         for each in dataclasses.fields(self):
-            if not each.name.startswith("teacher_") or each.name == "teacher_prompt":
-                continue
             value = getattr(read, each.name)
-            if isinstance(value, list) and value:  # 0 for every token of a prompt
-                value = value[:1] * self.prompt_length + value[len(read.ids) - self.completion_length :]
+            if not each.name.startswith("teacher_") or value is None or value == []:  # that it did not write
+                continue
+            if isinstance(value, list):  # 0 for every token of a prompt
+                value = value[:1] * self.prompt_length + value[read.prompt_length :]
             setattr(self, each.name, value)
 
 

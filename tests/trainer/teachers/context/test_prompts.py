@@ -27,7 +27,7 @@ EXAMPLES = [{"prompt": "0+0", "completion": "0"}, {"prompt": "3+3", "completion"
 
 READ: dict[str, tuple[dict[str, Any], dict[str, object], str]] = {
     "system": (ROW, {"system": "in words"}, "<s>in words<u>1+1=<a>"),
-    "system-before": (CHAT, {"system": "in words"}, "<s>in words<unk><unk>sum<u>1+1<a>2<u>2+2<a>"),
+    "system-before": (CHAT, {"system": "in words"}, "<s>in words<unk>sum<u>1+1<a>2<u>2+2<a>"),
     "template": (ROW, {"template": "{hint} {n} {answer}. {prompt}"}, "<u>add 3 2. 1+1=<a>"),
     "completion": (ROW, {"template": "{completion}"}, "<u>it is 2<a>"),
     "last-turn": (CHAT, {"template": "{prompt}?"}, "<s>sum<u>1+1<a>2<u>2+2?<a>"),
@@ -66,8 +66,9 @@ def test_templates_of_all_habits(tmp_path: Path, name: str) -> None:
     plain = prompts_of(tmp_path, [ROW], {"template": "{prompt}"}, words)[0]
     assert found[0].replace("add: 1+1=", "1+1=") == plain[0]
     assert read.read[0].prompts[0].row.source.endswith("rows.jsonl:1 with teacher.context")
-    if name == "gemma":
-        with pytest.raises(ConfigError, match=r"rows\.jsonl:1 with teacher\.context: .*System role not supported"):
+    refused = {"gemma": "System role not supported", "r1": r"leaves out the `content` of turn 1 \(system\)"}.get(name)
+    if refused is not None:
+        with pytest.raises(ConfigError, match=rf"rows\.jsonl:1 with teacher\.context: .*{refused}"):
             prompts_of(tmp_path, [ROW], {"system": "in words"}, words)
     else:
         assert "in words" in prompts_of(tmp_path, [ROW], {"system": "in words"}, words)[0][0]

@@ -38,7 +38,7 @@ OWN = ("teacher_prompt", "teacher_text", "plain_logprobs")
 SAMPLES: dict[str, object] = {
     "teacher__context__function": f"{HERE}.of_samples",
     "teacher__context__trust_context": "true",
-    "reward__grader": "regex:[0-9]",
+    "reward__grader": "regex:^[0-9a-h]",
     "sampling__samples_per_prompt": 3,
 }
 
@@ -63,7 +63,7 @@ def test_the_students_own_prompt_changes_no_bit(folder: Path, tmp_path: Path, ob
     plain = distilled(distillation(tmp_path / "plain", folder, **options))
     own = distilled(distillation(tmp_path / "own", folder, **options, teacher__context__template="{prompt}"))
     assert without(log(own), "context/gap") == log(plain)
-    assert [row["context/gap"] for row in log(own)] == [0, 0]
+    assert [row["context/gap"] for row in log(own)] == pytest.approx([0, 0], abs=1e-6)
     ours, theirs = (read_jsonl(path / "samples.jsonl") for path in (own, plain))
     assert without(ours, *OWN) == without(theirs, *OWN)
     assert all(sample["teacher_prompt"] == sample["ids"][: -sample["completion_length"]] for sample in ours)
@@ -157,7 +157,7 @@ def test_what_the_teacher_cannot_hold_is_refused(
 ) -> None:
     settings = distillation(tmp_path / "run", folder, teacher__context__system="a" * 50)
     parts = [
-        "sums.jsonl:12 with teacher.context has",
+        "sums.jsonl:10 with teacher.context has",
         "exceeds the teacher's context of 64",
         "what teacher.context adds",
     ]

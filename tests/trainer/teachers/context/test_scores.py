@@ -24,7 +24,7 @@ from fastkl.trainer.teachers.several import RoutedTeacher
 
 CPU = torch.device("cpu")
 WORDS = len(tokenizer())
-MODEL = llama(WORDS, seed=1, tie_word_embeddings=False)
+MODEL = llama(WORDS, seed=1, tie_word_embeddings=False).requires_grad_(False)
 
 
 def samples() -> list[Sample]:
@@ -37,8 +37,10 @@ def samples() -> list[Sample]:
     return found
 
 
-def routed(layout: Layout, max_tokens: int = 16384, **options: Any) -> RoutedTeacher[LocalTeacher]:
-    return RoutedTeacher({"": LocalTeacher(fuse(MODEL), layout, max_tokens, 0.7, CPU, **options)})
+def routed(
+    layout: Layout, max_tokens: int = 16384, temperature: float = 0.7, **options: Any
+) -> RoutedTeacher[LocalTeacher]:
+    return RoutedTeacher({"": LocalTeacher(fuse(MODEL), layout, max_tokens, temperature, CPU, **options)})
 
 
 def plain(sample: Sample, prompt: list[int]) -> Tensor:
@@ -94,10 +96,10 @@ def test_flops_are_of_what_is_read() -> None:
 def test_a_server_says_the_same(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = save_model(tmp_path_factory.mktemp("models") / "teacher", seed=1, tie_word_embeddings=False)
     here, there = samples(), samples()
-    routed("padded", top_k=3).score(here)
+    routed("padded", temperature=1.0, top_k=3).score(here)
     with serving(folder) as stub:
         config = TeacherConfig(server=TeacherServerConfig(url=stub.url, model="stub", sequences_per_request=2))
-        server = connect(config, tokenizer(), temperature=0.7, longest=[3] * 20, remedy="", top_k=3)
+        server = connect(config, tokenizer(), temperature=1.0, longest=[3] * 20, remedy="", top_k=3)
         RoutedTeacher({"": server}).score(there)
     for ours, theirs in zip(here, there, strict=True):
         assert ours.teacher_logprobs == pytest.approx(theirs.teacher_logprobs, abs=1e-4)
