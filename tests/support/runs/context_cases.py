@@ -31,7 +31,7 @@ def of_row(row: Prompt) -> list[Turn]:
 def of_samples(row: Prompt, samples: Sequence[Attempt]) -> list[list[Turn] | None]:
     """The best of the group for those that are worse; the student's prompt for the others."""
     best = max(samples, key=lambda sample: sample.reward or 0.0)
-    return [asked(f"{best.text[:4]} {row.prompt}") if sample.reward != best.reward else None for sample in samples]
+    return [asked(f"{len(best.text)} {row.prompt}") if sample.reward != best.reward else None for sample in samples]
 
 
 def too_few(row: Prompt, samples: Sequence[Attempt]) -> list[None]:
