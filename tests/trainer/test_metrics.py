@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from context_cases import HERE
 from launches import REPOSITORY
 from run_cases import distilled, tuned
 from run_settings import distillation, evaluated, training
@@ -22,6 +23,8 @@ RUNS: dict[str, dict[str, Any]] = {
         "sampling__samples_per_prompt": 2,
         "sampling__max_completion_tokens": 7,
         "loss__old_logprobs": "recompute",
+        "teacher__context__function": f"{HERE}.of_samples",
+        "teacher__context__trust_context": "true",
     },
     "given": {"sampling__on_policy_fraction": 0.5, "student__dtype": "bfloat16"},
     "mixture": {
@@ -29,7 +32,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "loss__backward": "sparse",
         "loss__method": "ppo",
     },
-    "divergence": {"loss__objective": "jsd"},
+    "divergence": {"loss__objective": "jsd", "teacher__context__system": "in words"},
     "top_k": {"loss__objective": "top_k", "loss__weights": ["skip_first:1"], "loss__forward_kl_above": 1.0},
 }
 NOT_HERE = {"time/push_weights"}  # a sampling server's: tests/trainer/rollouts/samplers/test_served.py

@@ -138,7 +138,7 @@ frame.addEventListener("load", () => setTimeout(() => {{
   result.home = page.activeElement.textContent;
   press("ArrowRight");
   result.next = page.activeElement.getAttribute("aria-label");
-  result.detail = text("#token dt, #token dd, #token summary, #token details .text");
+  result.detail = text("#token summary, #token details .text");
   result.unfolded = page.querySelector("#token details").open;
   const cursor = page.querySelector("#cursor");
   cursor.value = 0;
@@ -201,10 +201,8 @@ def test_in_a_browser_as_wide_as_a_phone(tmp_path: Path) -> None:
     assert "rank (1: the likeliest)student 150,322, teacher 150,321" in found["first"]
     assert found["folded"] is False
     assert found["unfolded"] is True  # and stays so from token to token
-    pairs = dict(zip(found["detail"][:-2:2], found["detail"][1:-2:2], strict=True))
-    assert pairs["teacher's after the student's prompt"] == "-2.000 (13.5 %)"
-    assert pairs["gap of its own prompt"] == "0.500 nats"
-    assert found["detail"][-2:] == ["What the teacher had read, 2 tokens", HOSTILE[0]]
+    read = "What the teacher had read, 2 tokens; without it the log-prob is -2.000, 0.500 nats lower"
+    assert found["detail"] == [read, HOSTILE[0]]
     assert [text.strip() for text in found["changes"]] == [f"run, after step 2: {HOSTILE[0]}: null → 2e-05"]
     assert found["tooltips"] == [f"after step 2: {HOSTILE[0]}: null → 2e-05"]
     assert found["lines"] == 1

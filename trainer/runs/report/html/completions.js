@@ -184,21 +184,24 @@ function showToken(index) {
   const pairs = [["token", quoted(facts.text)], ["id", String(facts.id)]];
   if (facts.ours !== undefined) pairs.push(["student's log-prob", logprob(facts.ours)]);
   if (facts.theirs !== undefined) pairs.push(["teacher's log-prob", logprob(facts.theirs)]);
-  if (facts.plain !== undefined) pairs.push(["teacher's after the student's prompt", logprob(facts.plain)]);
-  if (typeof facts.plain === "number" && typeof facts.theirs === "number")
-    pairs.push(["gap of its own prompt", `${fixed(facts.theirs - facts.plain, 3)} nats`]);
   if (facts.kl != null) pairs.push(["reverse KL", `${fixed(facts.kl, 3)} nats`]);
   if (facts.ranks) pairs.push(["rank (1: the likeliest)", facts.ranks]);
   const items = pairs.map(([term, text]) => el("div", {}, el("dt", {}, term), el("dd", {}, el("bdi", {}, text))));
-  byId("token").replaceChildren(el("dl", {}, ...items), ...teachersPrompt(shown.sample));
+  byId("token").replaceChildren(el("dl", {}, ...items), ...teachersPrompt(shown.sample, facts));
 }
 
 /** What the teacher had read in place of the student's prompt: folded, until the reader unfolds it for all tokens. */
-function teachersPrompt(sample) {
+function teachersPrompt(sample, facts) {
   if (!sample.read) return [];
   const open = byId("token").querySelector("details")?.open ? { open: "" } : {};
-  const title = el("summary", {}, `What the teacher had read, ${sample.read_tokens} tokens`);
-  return [el("details", open, title, el("div", { class: "text" }, ...visible(sample.read)))];
+  const title = `What the teacher had read, ${sample.read_tokens} tokens${withoutIt(facts)}`;
+  return [el("details", open, el("summary", {}, title), el("div", { class: "text" }, ...visible(sample.read)))];
+}
+
+/** Its log-prob after the student's prompt, where that is known, and how much more its own prompt makes of the token. */
+function withoutIt({ theirs, plain }) {
+  if (typeof plain !== "number" || typeof theirs !== "number") return "";
+  return `; without it the log-prob is ${fixed(plain, 3)}, ${fixed(Math.abs(theirs - plain), 3)} nats ${theirs < plain ? "higher" : "lower"}`;
 }
 
 function logprob(value) {
