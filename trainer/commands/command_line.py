@@ -22,9 +22,9 @@ from fastkl.trainer.commands.schema import full_names, settings_of
 from fastkl.trainer.commands.values import node_of
 from fastkl.trainer.commands.yaml_file import read_file
 from fastkl.trainer.config.offline import EvaluateConfig, InitConfig, ReportConfig, ScoreConfig
-from fastkl.trainer.config.settings import flat, refuse_renamed
 from fastkl.trainer.config.training import DistillConfig, SftConfig
 from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.runs.settings import flat, refuse_renamed
 
 DESCRIPTION = "On-policy distillation of language models: a teacher scores what the student writes."
 EXAMPLE = """\

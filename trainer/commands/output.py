@@ -12,10 +12,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fastkl.trainer.config.settings import flat
 from fastkl.trainer.errors import ConfigError, RunError
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.files import write_text
+from fastkl.trainer.runs.settings import flat
 
 Fields = Mapping[str, type | tuple[type, ...]]  # what a row has, with the type
 

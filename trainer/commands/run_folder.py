@@ -11,11 +11,11 @@ from fastkl.trainer.commands.given import Place
 from fastkl.trainer.commands.values import TEXT
 from fastkl.trainer.commands.yaml_file import read_file
 from fastkl.trainer.config.models import ModelConfig
-from fastkl.trainer.config.settings import flat
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.notes import note
 from fastkl.trainer.runs.changes import read_settings
 from fastkl.trainer.runs.files import read_jsonl
+from fastkl.trainer.runs.settings import flat
 
 STUDENT = "student"
 Found = tuple[str, yaml.Node, Place]

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from fastkl.trainer.config.rules import default_of
-from fastkl.trainer.config.settings import flat, refuse_renamed
 from fastkl.trainer.config.training import DistillConfig, RunConfig, SftConfig, as_dict
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.runs.files import read_jsonl, write_text
+from fastkl.trainer.runs.settings import flat, refuse_renamed
 
 NAME = "changes.jsonl"
 OWN = ("run", "resume")  # of a command, not of a run: a run may be moved

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from fastkl.trainer.config.settings import flat
 from fastkl.trainer.config.training import RunConfig, as_dict
 from fastkl.trainer.errors import ConfigError, RunError
 from fastkl.trainer.runs import processes
@@ -28,6 +27,7 @@ from fastkl.trainer.runs.changes import Change, check_settings, record_changes, 
 from fastkl.trainer.runs.checkpoint import FILES
 from fastkl.trainer.runs.files import read_jsonl, write_text
 from fastkl.trainer.runs.seal import Damaged, check_seal, seal, sync
+from fastkl.trainer.runs.settings import flat
 
 INCOMPLETE = ".incomplete"
 DAMAGED = ".damaged"  # what follows the name of a checkpoint that cannot be read

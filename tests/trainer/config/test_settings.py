@@ -10,8 +10,8 @@ import yaml
 from run_settings import MINIMAL, arguments, config
 
 from fastkl import cli
-from fastkl.trainer.config.settings import RENAMED, Renamed, flat
 from fastkl.trainer.config.training import as_dict
+from fastkl.trainer.runs.settings import RENAMED, Renamed, flat
 
 Place = Callable[[Renamed, Path], list[str]]
 

@@ -17,11 +17,11 @@ from tiny_data import read_jsonl, sums, write_jsonl
 from tiny_models import save_model
 
 from fastkl import cli
-from fastkl.trainer.config.settings import flat
 from fastkl.trainer.config.training import DistillConfig, SftConfig, as_dict
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.runs.changes import FIXED, FREE
 from fastkl.trainer.runs.folder import RunFolder, check_run_folder
+from fastkl.trainer.runs.settings import flat
 from fastkl.trainer.student import Student
 
 NEVER = {"student.path", "teacher.path", "data.path", "seed", "mixture", "environment.name", "student.lora.rank"}

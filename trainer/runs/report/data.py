@@ -16,12 +16,12 @@ import yaml
 
 from fastkl.trainer.config.loss import OPTION_OF
 from fastkl.trainer.config.losses.control import remark
-from fastkl.trainer.config.settings import flat
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.runs.changes import read_changes
 from fastkl.trainer.runs.files import read_jsonl
 from fastkl.trainer.runs.report.curves import Json, series
 from fastkl.trainer.runs.report.samples import page_samples
+from fastkl.trainer.runs.settings import flat
 
 # Of these a page of one run shows what it has; of the loss's options those of its objective.
 MAIN_SETTINGS = (
