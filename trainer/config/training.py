@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fastkl.trainer.config.cross_checks import check_rollouts, check_without_teacher
 from fastkl.trainer.config.context import ContextConfig
+from fastkl.trainer.config.cross_checks import check_rollouts, check_without_teacher
 from fastkl.trainer.config.data import DataConfig, EvalConfig, check_source
 from fastkl.trainer.config.environment import EnvironmentConfig
 from fastkl.trainer.config.loss import LossConfig
@@ -127,7 +127,8 @@ class DistillConfig(RunConfig):
             require(
                 teacher.self != "live" or teacher.context != ContextConfig() or self.loss.redistribute == 0,
                 f"{name}.self is live: the teacher finds every token as likely as the student does, and loss.redistribute "
-                f"({self.loss.redistribute}) would weigh all of them alike; give it a prompt of its own ({name}.context), or unset one of them",
+                f"({self.loss.redistribute}) would weigh all of them alike; give it a prompt of its own ({name}.context) "
+                f"or unset one of them",
             )
 
     def data_sets(self) -> dict[str, MixtureConfig]:

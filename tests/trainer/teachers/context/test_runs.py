@@ -93,6 +93,22 @@ def test_the_teacher_reads_its_prompt_in_a_run(folder: Path, tmp_path: Path, obj
     assert shown["plain"] == [round(value, 4) for value in counted(done.samples[0], "plain_logprobs")]
 
 
+@pytest.mark.parametrize("objective", ["policy_gradient", "reverse_kl"])
+@pytest.mark.parametrize("kind", [{"self": "live"}, {"self": "ema", "ema_rate": 0.1}], ids=["live", "ema"])
+def test_a_student_teaches_itself_what_it_is_told(
+    folder: Path, tmp_path: Path, kind: dict[str, object], objective: str
+) -> None:
+    """Without a reward: what it reads is all that it does not know."""
+    options = {f"teacher__{name}": value for name, value in kind.items()} | {"teacher__path": "", "optim__steps": 1}
+    done = run(tmp_path / "run", folder, **SYSTEM, **options, loss__objective=objective)
+    student: Any = AutoModelForCausalLM.from_pretrained(folder / "student")
+    for sample in done.samples:
+        wanted = score_of(student, sample, sample["teacher_prompt"])
+        assert counted(sample, "teacher_logprobs") == pytest.approx(wanted, abs=1e-5)
+        assert counted(sample, "plain_logprobs") == pytest.approx(counted(sample, "sampler_logprobs"), abs=1e-4)
+    assert done.metrics[0]["optim/grad_norm"] > 0.01
+
+
 def test_a_server_reads_what_a_model_here_reads(folder: Path, tmp_path: Path) -> None:
     local = log(distilled(distillation(tmp_path / "local", folder, **SYSTEM, optim__steps=2)))
     with serving(folder / "teacher") as stub:
