@@ -176,7 +176,7 @@ class LossConfig:
         )
         require(
             self.kl_coef > 0 or self.redistribute > 0,
-            f"loss.control is {self.control}, but loss.kl_coef and loss.redistribute are 0: no teacher takes part anyway",
+            f"loss.control is {self.control}, but loss.kl_coef is 0 (loss.redistribute too): no teacher takes part anyway",
         )
         seen = [text for text in self.weights if not weight_rule(text).is_blind]
         require(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +22,14 @@ from fastkl import cli
 from fastkl.trainer.commands import memory
 from fastkl.trainer.commands.memory import Shape
 from fastkl.trainer.config.models import LoraConfig, ModelConfig, StudentConfig
+from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.models.loading import load_student, outline_of_student
 from fastkl.trainer.models.modes import updating
 from fastkl.trainer.models.pretrained import outline
+from fastkl.trainer.models.sizes.flops import cost_of, without_adapter
+from fastkl.trainer.teachers.second_weights import SecondWeights
+
+CPU = torch.device("cpu")
 
 
 def table(line: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -55,6 +62,51 @@ def test_a_step_is_counted_without_weights(
     assert ("sampling" in text) == ("weights of teacher" in text) == (command == "distill")
     assert "unknown" not in text
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize(
+    ("kind", "held"),
+    [
+        ({"self": "base"}, 0),
+        ({"self": "live"}, 0),
+        ({"self": "ema", "ema_rate": 0.1}, 1),
+        ({"self": "synced", "sync_every": 2}, 1),
+    ],
+    ids=["base", "live", "ema", "synced"],
+)
+def test_a_teacher_that_is_the_student(
+    kind: dict[str, object], held: int, lora: int, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its passes cost what the student's do, without the adapter for the base; it takes no weights but its own."""
+    if (kind["self"], lora) == ("base", 0):
+        return
+    more = {f"teacher__{name}": value for name, value in kind.items()} | {"student__lora__rank": lora}
+    more |= {"teacher__path": "", "reward__grader": "boxed", "reward__baseline": "none"}
+    text = table(arguments("distill", distillation(tmp_path / "run", folder, **more)), capsys)
+    student = cost_of(outline_of_student(StudentConfig(path=str(folder / "student"), lora=LoraConfig(rank=lora))))
+    cost = without_adapter(student) if kind["self"] == "base" else student
+    (flops, tokens) = (
+        re.findall(rf"FLOPs +(\S+) +teacher {kind['self']}", text),
+        re.findall(r"at most (\S+) tokens\n", text),
+    )
+    assert len(flops) == len(tokens) == 1
+    assert float(flops[0]) == pytest.approx((cost.blocks * int(tokens[0]) + cost.head * 6 * 8), rel=0.1)
+    assert text.count(f"the weights of teacher {kind['self']}, beside the student's") == held
+    assert "teacher: a layer" in text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_second_weights_are_of_the_size_that_is_told(folder: Path, dtype: str) -> None:
+    for rank, averaged in itertools.product((0, 2), (False, True)):
+        student = load_student(StudentConfig(str(folder / "student"), dtype, lora=LoraConfig(rank=rank)), CPU)
+        config = TeacherConfig(self="ema", ema_rate=0.1) if averaged else TeacherConfig(self="synced", sync_every=2)
+        held = SecondWeights(config, SimpleNamespace(plain=student, model=student, sharded=False), CPU)._held.values()
+        found = {
+            id(part): part.numel() * part.element_size() for weight in held for part in (weight.held, weight.shown)
+        }
+        assert memory.second_weights(student, averaged=averaged, sharded=False) == sum(found.values())
 
 
 def test_flops_and_passes_are_those_of_the_run(

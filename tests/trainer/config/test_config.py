@@ -191,6 +191,20 @@ REFUSED_BY_DISTILL: list[tuple[dict[str, object], list[str]]] = [
     ),
     (BASE | {"teacher.self": "live"}, ["teacher.self is live", "its KL is 0", "reward.grader"]),
     (BASE | {"teacher.self": "live", "loss.objective": "reverse_kl"}, ["teacher.self is live", "its KL is 0"]),
+    (
+        BASE | {"teacher.self": "live", "reward.grader": "boxed", "reward.baseline": "none", "loss.redistribute": 0.5},
+        ["teacher.self is live", "loss.redistribute (0.5)", "unset one"],
+    ),
+    ({"loss.redistribute": 0.5}, ["loss.redistribute is 0.5", "reward.grader is null", "name a grader"]),
+    ({"loss.redistribute": 1.5}, ["loss.redistribute is 1.5", "between 0 and 1"]),
+    ({"loss.redistribute_clip": 0.1}, ["loss.redistribute_clip is 0.1", "loss.redistribute is 0"]),
+    ({"loss.redistribute": 0.5, "loss.redistribute_clip": 1}, ["loss.redistribute_clip is 1", "below 1"]),
+    ({"loss.redistribute": 0.5, "loss.objective": "jsd"}, ["loss.redistribute is 0.5", "belongs to policy_gradient"]),
+    (
+        {"loss.redistribute": 0.5, "loss.kl_coef": 0, "reward.grader": "boxed", "reward.baseline": "none"}
+        | {"teacher.path": ""},
+        ["teacher.path is empty", "teacher.self"],
+    ),
     ({"optim.lr": -1}, ["optim.lr is -1", "at least 0"]),
     ({"optim.steps": 0}, ["optim.steps is 0", "at least 1"]),
     ({"optim.substeps": 0}, ["optim.substeps is 0", "at least 1"]),

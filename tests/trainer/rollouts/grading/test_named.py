@@ -167,6 +167,22 @@ def test_rewards_are_added_to_the_kl() -> None:
         assert sample.advantages == pytest.approx(wanted)
 
 
+def test_the_teacher_weighs_the_reward() -> None:
+    """Its gaps are +0.5, 0 and −1 … with the KL beside it or without; given completions and the prompt stay as they are."""
+    ratios = torch.tensor([-1.5, -2.0, -2.0]) - torch.tensor([-1.0, -2.0, -3.0])
+    for reward, coef in ((3.0, 0.0), (-3.0, 0.5)):
+        sample, given = graded(0, reward), graded(1, None)
+        given.given = True
+        set_reward_advantages([sample], RewardConfig(grader="boxed", baseline="none"))
+        set_advantages(
+            [sample, given], coef=coef, discount=0.0, given_coef=0.25, redistribute=0.5, redistribute_clip=0.3
+        )
+        factor = (ratios * (1 if reward > 0 else -1)).exp().clamp(0.7, 1.3)
+        wanted = reward * (0.5 + 0.5 * factor) + coef * ratios
+        assert sample.advantages == pytest.approx([0.0, 0.0, *wanted.tolist()])
+        assert given.advantages == [0.0, 0.0, 0.25, 0.25, 0.25]
+
+
 def test_without_a_teacher_the_reward_is_all() -> None:
     sample = graded(0, 3.0)
     sample.teacher_logprobs = []
