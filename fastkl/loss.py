@@ -10,7 +10,8 @@ computed a chunk of tokens at a time:
 
     z = softcap((hidden weightᵀ + bias) · logit_scale) / temperature        softcap(x) = softcap · tanh(x / softcap)
 
-All losses share these keyword arguments. linear_top_k and linear_ranks take those that concern their values.
+All losses share these keyword arguments. linear_top_k, linear_list_logprobs and linear_ranks take those that concern their
+values.
 
     bias            [V], the head's bias.
     temperature     > 0. Use the temperature that the tokens were sampled at.
@@ -119,7 +120,7 @@ from fastkl._loss.advantages import (
 )
 from fastkl._loss.cross_entropy import linear_cross_entropy
 from fastkl._loss.divergences import *  # noqa: F403  what its __all__ names
-from fastkl._loss.likeliest import TopK, linear_ranks, linear_top_k
+from fastkl._loss.likeliest import TopK, linear_list_logprobs, linear_ranks, linear_top_k
 from fastkl._loss.numbers import BadNumbers
 from fastkl._loss.output import LossOutput, Predictions
 from fastkl._loss.policy_gradient import policy_gradient_loss, sampled_reverse_kl_loss
@@ -142,6 +143,7 @@ __all__ = [
     "centred_advantages",
     "extrapolated_advantages",
     "linear_cross_entropy",
+    "linear_list_logprobs",
     "linear_logprobs",
     "linear_ranks",
     "linear_token_stats",

@@ -31,7 +31,7 @@ from fastkl.trainer.models.withheld import withholds_routers
 from fastkl.trainer.notes import note
 from fastkl.trainer.objectives.advantages import set_reward_advantages
 from fastkl.trainer.objectives.base import Objective
-from fastkl.trainer.objectives.registry import make_objective, teacher_passes, teacher_top_k
+from fastkl.trainer.objectives.registry import asked_lists, make_objective, teacher_passes
 from fastkl.trainer.objectives.weights.step import TokenWeights
 from fastkl.trainer.rollouts.environments import Environment, make_environment
 from fastkl.trainer.rollouts.evaluation import load_eval_prompts
@@ -178,12 +178,12 @@ def prepare(config: DistillConfig) -> Prepared:
     remark_on_length(longest + config.sampling.max_new_tokens, config.batch.max_tokens)
     if (control := remark(config.loss.control)) is not None:
         note(f"this run is {control}")
-    top_k = teacher_top_k(config.loss)
+    lists = asked_lists(config.loss)
     judge = make_judge(config.reward, tokenizer, environment, prompts)
     weights = TokenWeights(config.loss)
     eval_prompts = load_eval_prompts(config.eval, tokenizer)
-    check_teachers(config, tokenizer, teacher_prompts.read, top_k)
-    served = connect_servers(config, tokenizer, teacher_prompts.read, top_k)
+    check_teachers(config, tokenizer, teacher_prompts.read, lists)
+    served = connect_servers(config, tokenizer, teacher_prompts.read, lists)
     sampling_server = connect_sampling(config, tokenizer, prompts, eval_prompts) if config.sampling.server.url else None
     return Prepared(
         tokenizer, environment, data_sets, eval_prompts, judge, weights, teacher_prompts, served, sampling_server
@@ -193,11 +193,11 @@ def prepare(config: DistillConfig) -> Prepared:
 def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder, listener: Listener) -> None:
     found = prepare(config)
     tokenizer, environment, data_sets, eval_prompts, judge, weights, teacher_prompts, served, sampling_server = found
-    prompts, top_k = found.prompts, teacher_top_k(config.loss)
+    prompts, lists = found.prompts, asked_lists(config.loss)
     student = Student(config, accelerator)
     if withholds_routers(student.model):
         note("the student's config has output_router_logits: the routers' auxiliary loss is left out of a distillation")
-    teachers = open_teachers(config, tokenizer, data_sets, teacher_prompts, student, served, top_k)
+    teachers = open_teachers(config, tokenizer, data_sets, teacher_prompts, student, served, lists)
     checks.check_eval_room(eval_prompts, config.eval, "student", student.model)
     objective = make_objective(config.loss, config.sampling, teachers)
     ends = end_of_sequence(student.model, tokenizer)

@@ -91,6 +91,8 @@ GROUPS = (
         Metric("time/push_weights", SECONDS, "`sampling.server`", "Handing the student's weights to the sampling server."),
         Metric("time/ranks", SECONDS, DISTILL, "Ranks of the tokens in samples.jsonl."),
         Metric("time/sample", SECONDS, DISTILL, "Sampling and grading."),
+        Metric("time/student_top_k", SECONDS, "`loss.top_k_of: student` or `both`",
+               "A forward pass for the student's likeliest tokens."),
         Metric("time/teacher", SECONDS, "a teacher, `policy_gradient`, `top_k` or `loss.weights` that need its log-probs",
                "The teacher's forward passes. Divergences over the whole vocabulary have theirs in `time/train`."),
         Metric("time/train", SECONDS, "", "The update."),
@@ -110,7 +112,7 @@ GROUPS = (
     Group("FLOPs", "rest", (
         Metric("flops/sampling", "FLOPs", DISTILL, "The student's completions: prefill and decode."),
         Metric("flops/student", "FLOPs", "",
-               "The update, and the forward pass of `loss.old_logprobs: recompute` or of `tip`."),
+               "The update, and the forward passes of `loss.old_logprobs: recompute`, `tip` and `loss.top_k_of: student`."),
         Metric("flops/teacher", "FLOPs", "a teacher that no server holds", "The teacher's forward passes."),
     )),
     Group("The teacher's own prompt", "learning", (

@@ -27,7 +27,15 @@ from fastkl.trainer.models.loading import fuse, load_student
 from fastkl.trainer.models.modes import updating
 from fastkl.trainer.models.optimizer import apply_settings, learning_rate_schedule, make_optimizer
 from fastkl.trainer.models.precision import Counts, unchanged_fraction
-from fastkl.trainer.models.scoring import batch_logprobs, batch_ranks, batch_stats, check_finite, scatter_values
+from fastkl.trainer.models.scoring import (
+    batch_likeliest,
+    batch_logprobs,
+    batch_ranks,
+    batch_stats,
+    check_finite,
+    scatter_values,
+    scoring,
+)
 from fastkl.trainer.models.self_checks.layouts import batch_layout
 from fastkl.trainer.models.self_checks.probe import Probe
 from fastkl.trainer.models.self_checks.update import check_update
@@ -138,6 +146,17 @@ class Student:
     def rank(self, samples: list[Sample], vocab_size: int) -> None:
         """Writes `student_ranks` of this process's samples, as the coming update sees them: see `batch_ranks`."""
         self._scatter(samples, "student_ranks", lambda batch: batch_ranks(self.wrapped, batch, vocab_size))
+
+    def list_likeliest(self, groups: list[list[Sample]], k: int, known: Callable[[list[Sample]], int | None]) -> None:
+        """Writes `student_top_k` of this process's samples: the k likeliest ids, as the coming update sees them.
+
+        Args:
+            groups: Samples apart by what cannot share a batch.
+            known: Of a batch's samples: the ids come from below this one; None: from the whole head.
+        """
+        with self._autocast(), scoring(self.wrapped):
+            for batch, _ in self._in_step(groups):
+                batch.scatter_student_top_k(batch_likeliest(self.wrapped, batch, k, known(batch.samples)))
 
     def _scatter(self, samples: list[Sample], field: str, values: Callable[[Batch], Tensor]) -> None:
         with self._autocast():

@@ -1,7 +1,8 @@
-"""The likeliest tokens by hidden states and a head, and the ranks of given ones, chunk by chunk of rows (`fastkl.loss`)."""
+"""The likeliest tokens by hidden states and a head, log-probs of lists, ranks; chunk by chunk of rows (`fastkl.loss`)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastkl._loss import arguments as check
+from fastkl._loss.numbers import visible
 from fastkl._loss.operands import operands
 from fastkl._loss.options import LikeliestOptions, record, takes
 from fastkl.kernels.chunking import row_chunks
@@ -50,6 +52,50 @@ def linear_top_k(
         values, top.ids[rows] = z.topk(k, -1)
         top.logprobs[rows] = values - torch.logsumexp(z, -1, keepdim=True)
     return TopK(*(tensor.reshape(*hidden.shape[:-1], k) for tensor in top))
+
+
+@takes(LikeliestOptions)
+@torch.no_grad()
+def linear_list_logprobs(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    ids: Tensor,  # [..., k] int64
+    **options: Unpack[LikeliestOptions],
+) -> Tensor:
+    """Log-probs [..., k] of the k ids listed at each place; 0 at ids of −1, which pad. float32 (float64 for float64).
+
+    `torch.log_softmax(z, -1).gather(-1, ids)`. No gradient. It makes a `TopK` of one model's distribution on another's
+    likeliest tokens: `TopK(ids, linear_list_logprobs(hidden, weight, ids))`.
+
+    Ids from `vocab_size` on are left out as if they did not exist, and must not be listed. Other arguments: `fastkl.loss`.
+
+    Raises TypeError or ValueError for shapes, dtypes, devices or ids that do not fit, before anything is computed.
+    """
+    head, chunk_size = record(HeadOptions, options), options["chunk_size"]
+    inputs = _inputs(hidden, weight, options["bias"], options["vocab_size"], chunk_size)
+    listed = _listed_ids(ids, hidden, inputs.weight.shape[0])
+    logprobs = torch.empty(listed.shape, dtype=compute_dtype(inputs.hidden.dtype), device=hidden.device)
+    for rows, z in _logits(inputs, head, chunk_size):
+        own = z.gather(-1, listed[rows].clamp(min=0)) - torch.logsumexp(z, -1, keepdim=True)
+        logprobs[rows] = own.where(listed[rows] >= 0, 0.0)
+    return logprobs.reshape(ids.shape)
+
+
+def _listed_ids(ids: Tensor, hidden: Tensor, vocabulary: int) -> Tensor:
+    """Checked, [N, k] int64. On an accelerator nobody looks at the ids."""
+    check.check_tensor("ids", ids)
+    if ids.dim() != hidden.dim() or ids.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"ids is {list(ids.shape)} but hidden is {list(hidden.shape)}: expected k ids per token, "
+            f"{[*hidden.shape[:-1], 'k']}"
+        )
+    check.check_device("ids", ids, hidden, "hidden")
+    check.check_integers("ids", ids)
+    ids = ids.to(torch.int64)
+    wrong = (ids < -1) | (ids >= vocabulary)
+    if visible(ids) and bool(wrong.any()):
+        raise ValueError(f"ids holds {int(ids[wrong][0])}, outside the vocabulary (0 … {vocabulary - 1}; −1 pads)")
+    return ids.reshape(math.prod(ids.shape[:-1]), ids.shape[-1])
 
 
 @torch.no_grad()

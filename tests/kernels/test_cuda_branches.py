@@ -380,12 +380,14 @@ def test_functions_without_a_gradient(monkeypatch: pytest.MonkeyPatch, dtype: to
     with fake_tensors(), device.products:
         p = on_device(plain)
         ids, logprobs = loss.linear_top_k(p.hidden, p.weight, 7, bias=p.bias, chunk_size=20, softcap=2.0)
+        listed = loss.linear_list_logprobs(p.hidden, p.weight, ids, bias=p.bias, chunk_size=20, softcap=2.0)
         ranks = loss.linear_ranks(p.hidden, p.weight, p.tokens, bias=p.bias, vocab_size=300)
         advantages = loss.reverse_kl_advantages(p.sampler_logprobs, p.teacher_logprobs, discount=0.5, power=0.5)
         centred = loss.centred_advantages(advantages, p.mask)
         past = loss.extrapolated_advantages(p.sampler_logprobs, p.teacher_logprobs, p.teacher_logprobs, extrapolate=2.0)
     assert (ids.shape, ids.dtype, logprobs.dtype) == ((*SHAPE, 7), torch.int64, compute_dtype(dtype))
+    assert (listed.shape, listed.dtype) == ((*SHAPE, 7), compute_dtype(dtype))
     assert (ranks.shape, ranks.dtype) == (SHAPE, torch.int64)
     for found in (advantages, centred, past):
         assert (found.shape, found.dtype) == (SHAPE, p.sampler_logprobs.dtype)
-    assert all(t.is_cuda for t in (ids, logprobs, ranks, advantages, centred, past))
+    assert all(t.is_cuda for t in (ids, logprobs, listed, ranks, advantages, centred, past))

@@ -60,6 +60,7 @@ def test_functions_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     p = make_problem((2, 6), 40, dtype=torch.float32)
     with refused_non_determinism(monkeypatch):
         loss.linear_top_k(p.hidden, p.weight, 3)
+        loss.linear_list_logprobs(p.hidden, p.weight, p.tokens[..., None].clamp(min=-1))
         loss.linear_ranks(p.hidden, p.weight, p.tokens)
         logprobs, packed = (p.sampler_logprobs, p.teacher_logprobs), {"discount": 0.5, "sequence_ids": IDS}
         advantages = loss.reverse_kl_advantages(*logprobs, power=0.5, **packed)
@@ -80,7 +81,7 @@ def test_token_stats(monkeypatch: pytest.MonkeyPatch, entropy_grad: bool, needs:
 def test_every_public_function_is_here() -> None:
     public = {name for name in loss.__all__ if inspect.isfunction(getattr(loss, name))}
     advantages = {"reverse_kl_advantages", "extrapolated_advantages", "centred_advantages"}
-    without = {"linear_top_k", "linear_ranks", "linear_token_stats"} | advantages
+    without = {"linear_top_k", "linear_list_logprobs", "linear_ranks", "linear_token_stats"} | advantages
     assert public == without | {one.function.__name__ for one in LOSSES.values()}
 
 

@@ -33,7 +33,12 @@ RUNS: dict[str, dict[str, Any]] = {
         "loss__method": "ppo",
     },
     "divergence": {"loss__objective": "jsd", "teacher__context__system": "in words"},
-    "top_k": {"loss__objective": "top_k", "loss__weights": ["skip_first:1"], "loss__forward_kl_above": 1.0},
+    "top_k": {
+        "loss__objective": "top_k",
+        "loss__top_k_of": "both",
+        "loss__weights": ["skip_first:1"],
+        "loss__forward_kl_above": 1.0,
+    },
 }
 NOT_HERE = {"time/push_weights"}  # a sampling server's: tests/trainer/rollouts/samplers/test_served.py
 

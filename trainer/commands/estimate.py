@@ -116,6 +116,8 @@ def _flops(plan: Plan) -> Iterator[tuple[str, float]]:
         for teacher, model in plan.teachers.items():
             theirs = without_adapter(cost_of(model)) if teacher.self == "base" else cost_of(model)
             yield called(teacher), passes * scoring_flops(theirs, _read_by(plan, teacher))
+        if plan.config.loss.old_logprobs == "recompute" or plan.config.loss.top_k_of != "teacher":
+            yield "the student's pass before the update", scoring_flops(cost, plan.samples)
     yield "the student's update", training_flops(cost, plan.samples)
 
 

@@ -13,6 +13,7 @@ from fastkl.trainer.config.rules import at_least, fraction, named, positive, unc
 from fastkl.trainer.errors import require
 
 ObjectiveName = Literal["policy_gradient", "top_k", Divergence]
+ListedBy = Literal["teacher", "student", "both"]
 SERVED: tuple[ObjectiveName, ...] = ("policy_gradient", "top_k")  # they take a teacher that a server holds
 SURROGATE = ("method", "clip_low", "clip_high", "dual_clip", "truncate_ratio")
 ADVANTAGE = ("kl_coef", "discount", "redistribute", "redistribute_clip")
@@ -23,7 +24,7 @@ OPTION_OF: dict[str, tuple[ObjectiveName, ...]] = {
     "skew_alpha": ("skewed_reverse_kl", "skewed_forward_kl"),
     "divergence_power": ("density_power",),
     "forward_kl_top_k": ("policy_gradient",),
-    **dict.fromkeys(("top_k", "top_k_direction", "top_k_tail"), ("top_k",)),
+    **dict.fromkeys(("top_k", "top_k_of", "top_k_direction", "top_k_tail"), ("top_k",)),
 }
 
 
@@ -55,7 +56,10 @@ class LossConfig:
         skew_alpha: Mix this share of the one distribution into the other, for skewed_reverse_kl and skewed_forward_kl.
         divergence_power: Set α of density_power. 0 is the reverse KL, 1 is ½ Σ (p − q)². The larger, the less unlikely
             tokens count.
-        top_k: Compare this many of the teacher's likeliest tokens. A vLLM server has a limit, 20 by default.
+        top_k: Compare this many of the likeliest tokens. A vLLM server has a limit, 20 by default.
+        top_k_of: Choose whose likeliest tokens top_k compares: those of the teacher, of the student, or of both, each with
+            top_k. The student lists them in one more forward pass before the update. A server must then score given ids
+            (docs/servers.md).
         top_k_direction: Choose the reverse or the forward KL of top_k.
         top_k_tail: Treat all other tokens as one outcome (bucket), or leave them out with a renormalisation (renormalise)
             or without (drop).
@@ -89,6 +93,7 @@ class LossConfig:
     skew_alpha: float = 0.1
     divergence_power: float = 1.0
     top_k: int = 20
+    top_k_of: ListedBy = "teacher"
     top_k_direction: Direction = "reverse"
     top_k_tail: ListTail = "bucket"
     forward_kl_above: float | None = None

@@ -72,12 +72,24 @@ class Batch:
         found = [sample.teacher_top_k for sample in self.samples if sample.teacher_top_k is not None]
         return TopK(*(torch.cat(tensors).to(self.tokens.device) for tensors in zip(*found, strict=True)))
 
+    def student_top_k(self) -> Tensor | None:
+        """The ids [n, k] that the student chose, where it did."""
+        found = [sample.student_top_k for sample in self.samples if sample.student_top_k is not None]
+        return torch.cat(found).to(self.tokens.device) if found else None
+
     def scatter_top_k(self, found: TopK) -> None:
         """Gives each sample its rows of tensors [n, k]."""
-        parts = zip(*(tensor.cpu().split([s.loss_tokens for s in self.samples]) for tensor in found), strict=True)
-        for sample, part in zip(self.samples, parts, strict=True):
+        for sample, *part in zip(self.samples, *map(self._by_sample, found), strict=True):
             sample.teacher_top_k = TopK(*part)
         self.scattered.add("teacher_top_k")
+
+    def scatter_student_top_k(self, ids: Tensor) -> None:
+        """Gives each sample its rows of ids [n, k]."""
+        for sample, part in zip(self.samples, self._by_sample(ids), strict=True):
+            sample.student_top_k = part
+
+    def _by_sample(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return rows.cpu().split([sample.loss_tokens for sample in self.samples])
 
     def scatter(self, values: Tensor, field: str) -> None:
         """Writes a tensor [n] back into the samples' lists; 0 where a token does not count."""

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from fastkl.loss import TopK
 
 UNKNOWN = -50.0  # a teacher's log-prob for what it cannot say: low enough to push it away, and finite
@@ -48,6 +50,7 @@ class Sample:
     unfinished: bool = False  # goes on in the next step
     completion_length: int = 0  # tokens after the prompt, of earlier steps and of the environment too
     weights: list[float] = field(default_factory=list)  # how much each token counts in the loss; empty: all count 1
+    student_top_k: Tensor | None = None  # ids that the teacher shall score too, [n, k] on the CPU
     teacher_top_k: TopK | None = None  # of the counted tokens, [n, k] on the CPU; an id of −1 pads
     teacher_prompt: list[int] | None = None  # what the teacher reads before the completion; None: the student's prompt
     plain_logprobs: list[float] = field(default_factory=list)  # the teacher's, had it read what the student read

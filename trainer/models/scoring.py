@@ -9,7 +9,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastkl.loss import TopK, linear_logprobs, linear_ranks, linear_token_stats, linear_top_k
+from fastkl.loss import (
+    TopK,
+    linear_list_logprobs,
+    linear_logprobs,
+    linear_ranks,
+    linear_token_stats,
+    linear_top_k,
+)
 from fastkl.trainer.data.batching import PAD_ID, Batch
 from fastkl.trainer.data.samples import UNKNOWN
 from fastkl.trainer.errors import RunError
@@ -83,6 +90,37 @@ def batch_top_k(
         return _token_logprobs(rows, weight, batch.tokens, temperature, head), likeliest
 
     return call_with_rows(model, batch, both, readable(model, batch))
+
+
+def batch_likeliest(model: nn.Module, batch: Batch, k: int, vocab_size: int | None) -> Tensor:
+    """The k likeliest ids [n, k] at each counted token of a batch, among those below `vocab_size`."""
+
+    def likeliest(rows: Tensor, weight: Tensor, **head: Any) -> Tensor:
+        return linear_top_k(rows, weight, k, vocab_size=vocab_size, **head).ids
+
+    return call_with_rows(model, batch, likeliest, readable(model, batch))
+
+
+def batch_lists(
+    model: nn.Module, batch: Batch, temperature: float, k: int | None, vocab_size: int | None, listed: Tensor | None
+) -> tuple[Tensor, list[TopK]]:
+    """Log-probs [n] of the counted tokens, and up to two lists with theirs, in one forward; of the ids below `vocab_size`.
+
+    The lists are the model's `k` likeliest tokens and the ids `listed` [n, m], where there are any of them. All log-probs
+    are normalised over the ids below `vocab_size`. The tokens' are UNKNOWN from there on.
+    """
+
+    def lists(rows: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor, list[TopK]]:
+        options = {"vocab_size": vocab_size, "temperature": temperature, **head}
+        known = batch.tokens < (len(weight) if vocab_size is None else vocab_size)
+        ids = batch.tokens.where(known, -1)[:, None]
+        ids = ids if listed is None else torch.cat([ids, listed], 1)
+        logprobs = linear_list_logprobs(rows, weight, ids, **options)
+        found = [] if k is None else [linear_top_k(rows, weight, k, **options)]
+        found += [] if listed is None else [TopK(listed, logprobs[:, 1:])]
+        return logprobs[:, 0].where(known, UNKNOWN), found
+
+    return call_with_rows(model, batch, lists, readable(model, batch))
 
 
 def batch_ranks(model: nn.Module, batch: Batch, vocab_size: int) -> Tensor:

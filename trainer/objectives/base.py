@@ -16,6 +16,7 @@ from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.listener import Clock
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.several import RoutedTeacher
+from fastkl.trainer.teachers.teacher import Lists
 
 
 class Objective(Protocol):
@@ -55,9 +56,9 @@ class Objective(Protocol):
         return 1
 
     @staticmethod
-    def teacher_top_k(config: LossConfig) -> int | None:
-        """How many of its likeliest tokens the teacher is asked for at each place; None: for none."""
-        return None
+    def lists(config: LossConfig) -> Lists:
+        """What the teacher is asked for at each place, beside the log-prob of the token."""
+        return Lists()
 
 
 def score_by_teacher(teachers: RoutedTeacher[Any], samples: list[Sample], clock: Clock) -> None:

@@ -24,6 +24,7 @@ from fastkl.trainer.objectives.weights.step import needs_entropies_first
 from fastkl.trainer.runs.listener import Clock
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.several import RoutedTeacher
+from fastkl.trainer.teachers.teacher import Lists
 
 
 class PolicyGradient(Objective):
@@ -36,8 +37,8 @@ class PolicyGradient(Objective):
         self._loss, self._sampling, self._teachers = loss, sampling, teachers
 
     @staticmethod
-    def teacher_top_k(config: LossConfig) -> int | None:
-        return None if config.forward_kl_above is None else config.forward_kl_top_k
+    def lists(config: LossConfig) -> Lists:
+        return Lists(teacher=None if config.forward_kl_above is None else config.forward_kl_top_k)
 
     def groups(self, samples: list[Sample]) -> list[list[Sample]]:
         if self._teachers is None or self._loss.forward_kl_above is None:

@@ -12,6 +12,7 @@ from fastkl.trainer.objectives.divergence import FullDivergence
 from fastkl.trainer.objectives.policy_gradient import PolicyGradient
 from fastkl.trainer.objectives.top_k import TopKDivergence
 from fastkl.trainer.teachers.several import RoutedTeacher
+from fastkl.trainer.teachers.teacher import Lists
 
 OBJECTIVES: dict[ObjectiveName, type[Any]] = {
     "policy_gradient": PolicyGradient,
@@ -26,10 +27,10 @@ def make_objective(loss: LossConfig, sampling: SamplingConfig, teachers: RoutedT
     return objective
 
 
-def teacher_top_k(loss: LossConfig) -> int | None:
-    """How many of its likeliest tokens the config's objective asks the teacher for; None: for none."""
-    count: int | None = OBJECTIVES[loss.objective].teacher_top_k(loss)
-    return count
+def asked_lists(loss: LossConfig) -> Lists:
+    """What the config's objective asks teachers for, beside the log-probs of tokens."""
+    lists: Lists = OBJECTIVES[loss.objective].lists(loss)
+    return lists
 
 
 def teacher_passes(loss: LossConfig) -> int:

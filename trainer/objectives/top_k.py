@@ -1,21 +1,19 @@
-"""Divergence from the teacher's k likeliest tokens, which a server can tell as well."""
+"""Divergence on a list of likeliest tokens, which a server can tell as well."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from fastkl.kernels.options import Direction, ListTail
-from fastkl.loss import LossOutput, top_k_kl_loss
+from fastkl.loss import LossOutput, TopK, top_k_kl_loss
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.data.batching import Batch
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.models.scoring import call_with_rows
-from fastkl.trainer.models.sizes.flops import Cost
+from fastkl.trainer.models.sizes.flops import Cost, scoring_flops
 from fastkl.trainer.objectives.base import Objective, measure_entropies, measuring_flops, score_by_teacher
 from fastkl.trainer.objectives.controls import shuffle_lists
 from fastkl.trainer.objectives.forward_kl import list_entropies, plus_forward_kl
@@ -23,57 +21,75 @@ from fastkl.trainer.objectives.numbers import numbers_are_checked
 from fastkl.trainer.runs.listener import Clock
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.several import RoutedTeacher
-from fastkl.trainer.teachers.teacher import Teacher
+from fastkl.trainer.teachers.teacher import Lists, Teacher
 
 
 class TopKDivergence(Objective):
-    """The KL divergence to the teacher's likeliest tokens, which scoring leaves in the samples (`top_k_kl_loss`)."""
+    """The KL divergence on a list of likeliest tokens, which scoring leaves in the samples (`top_k_kl_loss`).
+
+    The list is the teacher's, or the student's as it is before the update, or both. The student's costs one forward pass
+    of it: its samplers draw tokens and keep no lists, and the update's own passes would come too late for a server.
+    """
 
     def __init__(self, loss: LossConfig, sampling: SamplingConfig, teachers: RoutedTeacher[Teacher]) -> None:
         self._loss, self._temperature, self._teachers = loss, sampling.temperature, teachers
 
     @staticmethod
-    def teacher_top_k(config: LossConfig) -> int | None:
-        return config.top_k
+    def lists(config: LossConfig) -> Lists:
+        of, k = config.top_k_of, config.top_k
+        return Lists(teacher=None if of == "student" else k, student=None if of == "teacher" else k)
 
     def prepare(self, samples: list[Sample], student: Student, clock: Clock) -> None:
         measure_entropies(student, samples, self._loss, self._temperature, clock)
+        if (k := self.lists(self._loss).student) is not None:
+            with clock("student_top_k"):
+                student.list_likeliest(self._teachers.groups(samples), k, lambda own: self._teachers.of(own).vocab_size)
         score_by_teacher(self._teachers, samples, clock)
+        for sample in samples:
+            sample.student_top_k = None  # `teacher_top_k` has it
         if self._loss.control == "shuffled":
             shuffle_lists(samples)
 
     def preparing_flops(self, cost: Cost, samples: list[Sample]) -> float:
-        return measuring_flops(self._loss, cost, samples)
+        listing = 0.0 if self._loss.top_k_of == "teacher" else scoring_flops(cost, samples)
+        return listing + measuring_flops(self._loss, cost, samples)
 
     def groups(self, samples: list[Sample]) -> list[list[Sample]]:
         return self._teachers.groups(samples)
 
     @numbers_are_checked()
     def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: float, seed: int) -> LossOutput:
-        vocabulary, likeliest = self._teachers.of(batch.samples).vocab_size, batch.top_k()
+        vocabulary, lists = self._teachers.of(batch.samples).vocab_size, batch.top_k()
         weights = batch.weights
 
         def loss(rows: Tensor, weight: Tensor, **head: Any) -> LossOutput:
             cut = vocabulary if vocabulary != weight.shape[0] else None
-
-            def divergence(direction: Direction, tail: ListTail, mask: Tensor | None) -> LossOutput:
-                return top_k_kl_loss(
-                    rows,
-                    weight,
-                    *likeliest,
-                    direction=direction,
-                    tail=tail,
-                    tokens=batch.tokens if cut is None else None,
-                    vocab_size=cut,
-                    mask=mask,
-                    normalizer=normalizer,
-                    temperature=self._temperature,
-                    backward=self._loss.backward_pass(seed),
-                    **head,
-                )
-
-            output = divergence(self._loss.top_k_direction, self._loss.top_k_tail, weights)
-            forward_kl = partial(divergence, "forward", "bucket")
-            return plus_forward_kl(output, list_entropies(likeliest), weights, forward_kl, self._loss)
+            common: dict[str, Any] = {
+                "vocab_size": cut,
+                "normalizer": normalizer,
+                "temperature": self._temperature,
+                "backward": self._loss.backward_pass(seed),
+                **head,
+            }
+            output = top_k_kl_loss(rows, weight, *lists, mask=weights, **{**self._tail(batch, lists, cut), **common})
+            return plus_forward_kl(
+                self._said(batch, output, cut),
+                list_entropies(lists),
+                weights,
+                lambda mask: top_k_kl_loss(rows, weight, *lists, direction="forward", mask=mask, **common),
+                self._loss,
+            )
 
         return call_with_rows(model, batch, loss)
+
+    def _tail(self, batch: Batch, lists: TopK, cut: int | None) -> dict[str, Any]:
+        """The loss's arguments about what the lists leave out; `cut`: only the ids below are compared."""
+        return {
+            "direction": self._loss.top_k_direction,
+            "tail": self._loss.top_k_tail,
+            "tokens": batch.tokens if cut is None else None,
+        }
+
+    def _said(self, batch: Batch, output: LossOutput, cut: int | None) -> LossOutput:
+        """Over the common ids alone, the student's log-probs are not those it sampled with."""
+        return output if cut is None else output._replace(logprobs=None)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from fastkl.trainer.data.samples import Sample
 
 NAME = "samples.jsonl"
+LEFT_OUT = ("student_top_k", "teacher_top_k")  # lists of every place: many times what else is known of it
 LINE = re.compile(rb'\{"step": (\d+),')  # how a line begins
 
 Line = tuple[int, int]  # where it begins in its file, and its length
@@ -22,7 +23,7 @@ Line = tuple[int, int]  # where it begins in its file, and its length
 def sample_records(
     samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, step: int
 ) -> Iterator[dict[str, object]]:
-    """What the log holds of a step's samples: the step (first: see LINE), texts, and all fields but the top k.
+    """What the log holds of a step's samples: the step (first: see LINE), texts, and all fields but `LEFT_OUT`.
 
     Of a teacher's own prompt, its text too.
     """
@@ -33,7 +34,7 @@ def sample_records(
             "text": tokenizer.decode(sample.ids),
             "tokens": [tokenizer.decode([token]) for token in sample.ids],
             **({} if read is None else {"teacher_text": tokenizer.decode(read)}),
-            **{name: value for name, value in vars(sample).items() if name != "teacher_top_k"},
+            **{name: value for name, value in vars(sample).items() if name not in LEFT_OUT},
         }
 
 

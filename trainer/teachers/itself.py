@@ -16,6 +16,7 @@ from fastkl.trainer.notes import note
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.second_weights import SecondWeights
+from fastkl.trainer.teachers.teacher import Lists
 
 
 class SelfTeachers:
@@ -26,8 +27,8 @@ class SelfTeachers:
         self._seconds: dict[str, SecondWeights] = {}
         self._reads_student = False
 
-    def make(self, config: DistillConfig, teacher: TeacherConfig, top_k: int | None) -> LocalTeacher:
-        """One that scores as the student does. `top_k`: how many of its likeliest tokens it finds; None for none."""
+    def make(self, config: DistillConfig, teacher: TeacherConfig, lists: Lists) -> LocalTeacher:
+        """One that scores as the student does; `lists`: what it is asked for beside the log-probs of tokens."""
         student, base = self._student, teacher.self == "base"
         device, model, cost = student.device, student.model, student.cost
         if teacher.self in ("ema", "synced"):
@@ -42,7 +43,7 @@ class SelfTeachers:
             config.batch.max_tokens,
             config.sampling.temperature,
             device,
-            top_k=top_k,
+            top_k=lists.teacher,
             as_teacher=partial(_as_teacher, student, without=base),
             cost=without_adapter(cost) if base else cost,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from fastkl.trainer.data.batching import Batch, Layout, batches, in_order
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.models.scoring import (
+    batch_lists,
     batch_logprobs,
     batch_ranks,
     batch_top_k,
@@ -24,6 +24,7 @@ from fastkl.trainer.models.scoring import (
     scoring,
 )
 from fastkl.trainer.models.sizes.flops import Cost, cost_of, scoring_flops
+from fastkl.trainer.teachers.lists import joined
 
 
 class TeacherHead(NamedTuple):
@@ -45,6 +46,7 @@ class LocalTeacher:
         device: Where the model is.
         top_k: Find so many of the likeliest tokens too; null for none.
         vocab_size: The ids that it shares with the student, where heads are padded to different sizes.
+        shared_only: Normalise the tokens' log-probs over those ids alone, as those of lists are.
         as_teacher: A context in which the model is the teacher: with the adapter off, where it is the student's base.
         cost: That of a forward pass; null: of the whole model.
     """
@@ -59,21 +61,20 @@ class LocalTeacher:
         *,
         top_k: int | None = None,
         vocab_size: int | None = None,
+        shared_only: bool = False,
         as_teacher: Callable[[], AbstractContextManager[Any]] = nullcontext,
         cost: Cost | None = None,
     ) -> None:
         self.model, self.vocab_size = model, vocab_size
         self._device, self._top_k, self._as_teacher = device, top_k, as_teacher
+        self._shared_only = shared_only
         self._layout, self._max_tokens, self._temperature = layout, max_tokens, temperature
         self._cost = cost_of(self.model) if cost is None else cost
         # Of the head, on the student's device where that is another: the version of the weights, and they.
         self._copies: dict[Tensor, tuple[int, Tensor]] = {}
 
     def score(self, samples: Sequence[Sample]) -> None:
-        if self._top_k is None:
-            self._scatter(samples, "teacher_logprobs", self._logprobs)
-        else:
-            self._scatter(samples, "teacher_logprobs", partial(self._with_top_k, k=self._top_k))
+        self._scatter(samples, "teacher_logprobs", self._scores)
 
     def rank(self, samples: Sequence[Sample], vocab_size: int) -> None:
         self._scatter(samples, "teacher_ranks", lambda batch: batch_ranks(self.model, batch, vocab_size))
@@ -91,10 +92,17 @@ class LocalTeacher:
     def _logprobs(self, batch: Batch) -> Tensor:
         return check_finite(batch_logprobs(self.model, batch, self._temperature), "teacher")
 
-    def _with_top_k(self, batch: Batch, k: int) -> Tensor:
-        """The log-probs; the likeliest tokens go into the samples."""
-        logprobs, likeliest = batch_top_k(self.model, batch, self._temperature, k, self.vocab_size)
-        batch.scatter_top_k(likeliest)
+    def _scores(self, batch: Batch) -> Tensor:
+        """The log-probs; lists, where they are asked for, go into the samples."""
+        listed = batch.student_top_k()
+        if self._top_k is None and listed is None:
+            return self._logprobs(batch)
+        if self._top_k is not None and listed is None and not self._shared_only:
+            logprobs, likeliest = batch_top_k(self.model, batch, self._temperature, self._top_k, self.vocab_size)
+            batch.scatter_top_k(likeliest)
+        else:
+            logprobs, lists = batch_lists(self.model, batch, self._temperature, self._top_k, self.vocab_size, listed)
+            batch.scatter_top_k(joined(lists))
         return check_finite(logprobs, "teacher")
 
     def flops(self, samples: Sequence[Sample]) -> dict[str, float]:

@@ -24,15 +24,16 @@ from fastkl.trainer.teachers.itself import SelfTeachers, remark_on_self
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.served import ServedTeacher, connect
 from fastkl.trainer.teachers.several import RoutedTeacher
-from fastkl.trainer.teachers.teacher import Teacher
+from fastkl.trainer.teachers.teacher import Lists, Teacher
 
 
 def check_teachers(
-    config: DistillConfig, tokenizer: PreTrainedTokenizerBase, read: Sequence[DataSet], top_k: int | None
+    config: DistillConfig, tokenizer: PreTrainedTokenizerBase, read: Sequence[DataSet], lists: Lists
 ) -> None:
     """Tokenizers, chat templates and devices, before any model is loaded; the data sets as the teachers read them."""
-    if top_k is not None:
-        checks.check_top_k(top_k, tokenizer)
+    for count in (lists.teacher, lists.student):
+        if count is not None:
+            checks.check_top_k(count, tokenizer)
     remark_on_self(config)
     for data_set in read if config.has_teacher else ():
         teacher_device(data_set.teacher, torch.device("cpu"))
@@ -43,7 +44,7 @@ def check_teachers(
 
 
 def connect_servers(
-    config: DistillConfig, tokenizer: PreTrainedTokenizerBase, read: Sequence[DataSet], top_k: int | None
+    config: DistillConfig, tokenizer: PreTrainedTokenizerBase, read: Sequence[DataSet], lists: Lists
 ) -> dict[TeacherConfig, ServedTeacher]:
     """The teachers behind HTTP; a server has been checked by asking it. The data sets are as the teachers read them."""
     served = {}
@@ -61,7 +62,8 @@ def connect_servers(
                 temperature=config.sampling.temperature,
                 longest=longest,
                 remedy=remedy(config, where),
-                top_k=top_k,
+                top_k=lists.teacher,
+                listed=lists.student,
             )
     return served
 
@@ -73,12 +75,12 @@ def open_teachers(
     read: TeacherPrompts,
     student: Student,
     served: dict[TeacherConfig, ServedTeacher],
-    top_k: int | None,
+    lists: Lists,
 ) -> RoutedTeacher[Any] | None:
     """Those behind HTTP and those that are loaded here; models are checked against the student and the data.
 
-    None where the run has no teacher. `read` is what they read, and learns how much that may be. `top_k` is how many of
-    its likeliest tokens each finds; None: none.
+    None where the run has no teacher. `read` is what they read, and learns how much that may be. `lists` is what each is
+    asked for beside the log-probs of tokens.
     """
     teachers: dict[TeacherConfig, Teacher] = {**served}
     itself = SelfTeachers(student)
@@ -88,9 +90,9 @@ def open_teachers(
     for data_set, own in zip(data_sets, read.read, strict=True):
         if config.has_teacher and data_set.teacher not in teachers:
             if data_set.teacher.self is None:
-                teachers[data_set.teacher] = _load(config, data_set.teacher, tokenizer, student, top_k)
+                teachers[data_set.teacher] = _load(config, data_set.teacher, tokenizer, student, lists)
             else:
-                teachers[data_set.teacher] = itself.make(config, data_set.teacher, top_k)
+                teachers[data_set.teacher] = itself.make(config, data_set.teacher, lists)
         teacher = teachers.get(data_set.teacher)
         local = teacher.model if isinstance(teacher, LocalTeacher) else None
         whose = f"teacher of {data_set.name}" if data_set.name else "teacher"
@@ -130,7 +132,7 @@ def _load(
     teacher: TeacherConfig,
     tokenizer: PreTrainedTokenizerBase,
     student: Student,
-    top_k: int | None,
+    lists: Lists,
 ) -> LocalTeacher:
     device = teacher_device(teacher, student.device)
     model = fuse(load_teacher(teacher, device), "teacher")
@@ -139,4 +141,5 @@ def _load(
     ours, theirs = (each.get_output_embeddings().weight.shape[0] for each in models)
     cut = None if ours == theirs else min(ours, theirs, vocabulary(tokenizer))
     tokens, temperature = config.batch.max_tokens, config.sampling.temperature
-    return LocalTeacher(model, layout, tokens, temperature, device, top_k=top_k, vocab_size=cut)
+    options: dict[str, Any] = {"top_k": lists.teacher, "vocab_size": cut, "shared_only": lists.with_token}
+    return LocalTeacher(model, layout, tokens, temperature, device, **options)

@@ -17,13 +17,17 @@ from fastkl.trainer.models.tokenizers import vocabulary
 from fastkl.trainer.notes import note
 from fastkl.trainer.runs import processes
 from fastkl.trainer.servers.answers import BadAnswer, Unscored
-from fastkl.trainer.servers.check import check_server
+from fastkl.trainer.servers.check import TOLERANCE, check_server
+from fastkl.trainer.servers.check_listed import check_listed
 from fastkl.trainer.servers.completions import CompletionsServer, Scores
 from fastkl.trainer.servers.concurrency import gather
 from fastkl.trainer.servers.connection import Connection
+from fastkl.trainer.servers.constant import MANY
+from fastkl.trainer.servers.listed import ListServer
 from fastkl.trainer.servers.quoting import quote_value
 from fastkl.trainer.servers.recheck import Recheck, Reference
 from fastkl.trainer.servers.token_texts import TokenTexts
+from fastkl.trainer.teachers.lists import joined
 
 
 class ServedTeacher:
@@ -34,6 +38,7 @@ class ServedTeacher:
         config: How many samples at once, and how often the server is checked.
         reference: What it answered at the start.
         tokenizer: The one whose ids are sent: the teacher knows no others.
+        lists: Where to ask about the ids that the student lists.
     """
 
     def __init__(
@@ -42,8 +47,9 @@ class ServedTeacher:
         config: TeacherServerConfig,
         reference: Reference,
         tokenizer: PreTrainedTokenizerBase,
+        lists: ListServer | None = None,
     ) -> None:
-        self._server, self._config, self._reference = server, config, reference
+        self._server, self._config, self._reference, self._lists = server, config, reference, lists
         self._vocabulary, self._top_k = vocabulary(tokenizer), reference.top_k
         self.vocab_size: int | None = self._vocabulary
         self._texts = TokenTexts(tokenizer)
@@ -54,7 +60,9 @@ class ServedTeacher:
         size = self._config.sequences_per_request
         groups = [samples[first : first + size] for first in range(0, len(samples), size)]
         answers = list(itertools.chain.from_iterable(gather(self._ask, groups, self._config.concurrency)))
+        listed = None if self._lists is None else gather(self._ask_lists, samples, self._config.concurrency)
         self._check(samples, answers)
+        self._check_lists(samples, answers, listed or [])
         for sample, scored in zip(samples, answers, strict=True):
             sample.teacher_logprobs = [
                 0.0 if not counted else logprob if token < self._vocabulary else UNKNOWN
@@ -67,6 +75,9 @@ class ServedTeacher:
             sample.teacher_ranks = ranks if any(ranks) else []
             if self._top_k is not None:
                 sample.teacher_top_k = self._likeliest(list(itertools.compress(scored.top, sample.loss_mask)))
+        for sample, found in zip(samples, listed, strict=True) if listed is not None else ():
+            own = [] if self._top_k is None or sample.teacher_top_k is None else [sample.teacher_top_k]
+            sample.teacher_top_k = joined([*own, found])
 
     def rank(self, samples: Sequence[Sample], vocab_size: int) -> None:
         pass  # see `score`: to ask again could fail, and would tell the same
@@ -113,6 +124,33 @@ class ServedTeacher:
             self._check_texts(ids, answer)
         return answers
 
+    def _ask_lists(self, sample: Sample) -> TopK:
+        """The ids that the student listed for the counted tokens, with the teacher's log-probs."""
+        assert self._lists is not None
+        assert sample.student_top_k is not None
+        if sample.student_top_k.numel() == 0:
+            return TopK(sample.student_top_k, torch.zeros(sample.student_top_k.shape))
+        rows = iter(sample.student_top_k.tolist())
+        lists = [next(rows) if counted else [] for counted in sample.loss_mask]
+        scored = self._lists.score(self._readable(sample), lists, self._reference.temperature)
+        return TopK(sample.student_top_k, torch.tensor([*itertools.compress(scored, sample.loss_mask)]))
+
+    def _check_lists(self, samples: Sequence[Sample], answers: Sequence[Scores], listed: Sequence[TopK]) -> None:
+        """Compares what both answers say of the tokens that are on the student's lists."""
+        apart: list[float] = []
+        for sample, answer, found in zip(samples, answers, listed, strict=False):
+            tokens, ordinary = (
+                torch.tensor([*itertools.compress(values, sample.loss_mask)])[:, None]
+                for values in (sample.ids, answer.logprobs)
+            )
+            distance = (found.logprobs - ordinary).abs()
+            apart += distance[(found.ids == tokens) & distance.isfinite()].tolist()
+        if len(apart) >= MANY and sum(apart) / len(apart) > TOLERANCE:
+            raise BadAnswer(
+                f"the teacher's server at {self._server.url} gives ids that are sent to it other log-probs than it gives "
+                f"them in its ordinary answer, {sum(apart) / len(apart):.2f} nats apart on average over {len(apart)} tokens"
+            )
+
     def _readable(self, sample: Sample) -> list[int]:
         return [token if token < self._vocabulary else PAD_ID for token in sample.ids]
 
@@ -143,10 +181,12 @@ def connect(
     longest: list[int],
     remedy: str,
     top_k: int | None = None,
+    listed: int | None = None,
 ) -> ServedTeacher:
-    """A teacher whose server has shown what `check_server` asks of it."""
+    """A teacher whose server has shown what `check_server` asks of it, and `check_listed` where ids will be `listed`."""
     note(f"asking the teacher's server {config.server.url}")
-    server = CompletionsServer(config.server.model, Connection(config.server, "the teacher's server"))
+    connection = Connection(config.server, "the teacher's server")
+    server = CompletionsServer(config.server.model, connection)
     reference = check_server(
         server,
         config.server,
@@ -157,4 +197,8 @@ def connect(
         remedy=remedy,
         top_k=top_k,
     )
-    return ServedTeacher(server, config.server, reference, tokenizer)
+    if listed is None:
+        return ServedTeacher(server, config.server, reference, tokenizer)
+    lists = ListServer(config.server.model, connection)
+    check_listed(server, lists, reference, listed, vocabulary(tokenizer), longest, remedy)
+    return ServedTeacher(server, config.server, reference, tokenizer, lists)

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from fastkl.trainer.data.samples import Sample
+
+
+class Lists(NamedTuple):
+    """The lists of tokens that an objective asks teachers for, at each place."""
+
+    teacher: int | None = None  # so many of the teacher's likeliest tokens
+    student: int | None = None  # log-probs of so many ids that the student chose: `Sample.student_top_k`
+    with_token: bool = False  # the log-prob of the token itself is normalised over the ids that lists have
 
 
 class Teacher(Protocol):
@@ -16,7 +24,8 @@ class Teacher(Protocol):
     def score(self, samples: Sequence[Sample]) -> None:
         """Writes the log-probs of all counted tokens into `teacher_logprobs`, at the temperature of the samples.
 
-        Where the objective asks for them, its likeliest tokens go into `teacher_top_k`.
+        Where the objective asks for lists, they go into `teacher_top_k`: its likeliest tokens, then the ids of
+        `student_top_k`.
         An id that the teacher does not know gets UNKNOWN; what comes after it is scored as if it were PAD_ID.
 
         Raises:

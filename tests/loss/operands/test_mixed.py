@@ -19,7 +19,7 @@ from loss_cases import (
     with_gradients,
 )
 
-from fastkl.loss import linear_ranks, linear_top_k, reverse_kl_loss
+from fastkl.loss import linear_list_logprobs, linear_ranks, linear_top_k, reverse_kl_loss
 
 HEADS = {"hidden": ("weight", "bias"), "teacher_hidden": ("teacher_weight", "teacher_bias")}
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -94,6 +94,8 @@ def test_no_gradient_is_needed() -> None:
     cast = in_dtype(p, torch.bfloat16, "weight", "bias")
     top, expected = (linear_top_k(q.hidden, q.weight, 3, bias=q.bias) for q in (p, cast))
     assert torch.equal(top.ids, expected.ids)
+    listed = linear_list_logprobs(p.hidden, p.weight, top.ids, bias=p.bias)
+    assert torch.equal(listed, expected.logprobs)
     tokens = p.tokens.clamp(min=0)
     ranks = [linear_ranks(q.hidden, q.weight, tokens, bias=q.bias) for q in (p, cast)]
     assert torch.equal(*ranks)

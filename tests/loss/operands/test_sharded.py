@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from fastkl.loss import jsd_loss, linear_ranks, linear_top_k, policy_gradient_loss
+from fastkl.loss import jsd_loss, linear_list_logprobs, linear_ranks, linear_top_k, policy_gradient_loss
 
 SHARDED = ("weight", "bias", "teacher_weight", "teacher_bias")
 PLACEMENTS = {"rows": [Shard(0)], "whole": [Replicate()]}
@@ -57,6 +57,8 @@ def test_other_calls_and_options(mesh: DeviceMesh) -> None:
     q = sharded(p, mesh, [Shard(0)])
     assert torch.equal(linear_top_k(q.hidden, q.weight, 3).ids, linear_top_k(p.hidden, p.weight, 3).ids)
     tokens = p.tokens.clamp(min=0)
+    ours, expected = (linear_list_logprobs(one.hidden, one.weight, tokens[:, None]) for one in (q, p))
+    assert torch.equal(ours, expected)
     assert torch.equal(linear_ranks(q.hidden, q.weight, tokens), linear_ranks(p.hidden, p.weight, tokens))
     low, tokens = p.hidden.bfloat16(), tokens.clamp(max=8)
     ours, expected = (

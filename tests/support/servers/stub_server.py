@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import socket
 import struct
@@ -13,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from tiny_models import tokenizer
 from torch import Tensor
@@ -27,6 +30,8 @@ class StubServer:
 
     defect: None, "ignored", "shifted" (the logits after a token, as llama-cpp-python), "late" and "early" (a place off),
     "bos" (a token is put before the prompt), "no-top", "positive", "nan", "one-choice", "reversed" (choices out of order).
+    scores_lists: whether it knows vLLM's prompt_logprob_token_ids. list_defect: None, "ignored", "shifted" (to the place
+    before), "sorted" (by id), "from-0" (`prompt_logprob_start` is ignored), "positive", "nan", "float64", "transposed".
     """
 
     def __init__(self, model: Path, words: PreTrainedTokenizerFast | None = None) -> None:
@@ -34,6 +39,7 @@ class StubServer:
         self.words = tokenizer() if words is None else words
         self.apis = {"prompt_logprobs", "echo"}
         self.defect: str | None = None
+        self.scores_lists, self.list_defect = False, ""
         self.tokenizes, self.tells_texts, self.scales, self.names_ids = True, True, False, True
         self.told_rank: Callable[[int], object] = lambda rank: rank
         self.context = 64
@@ -72,6 +78,8 @@ class StubServer:
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if path == "/tokenize" and self.tokenizes:
             return 200, {"tokens": self.words(body["prompt"], add_special_tokens=False)["input_ids"]}
+        if path == "/inference/v1/generate" and self.scores_lists:
+            return self.lists(body["token_ids"], **body["sampling_params"])
         if path != "/v1/completions":
             return 404, {"detail": "Not Found"}
         if body["model"] != "stub":
@@ -85,6 +93,40 @@ class StubServer:
         choices = [{"index": index, "text": "x", **self.scored(ids, body)} for index, ids in enumerate(body["prompt"])]
         choices = choices[:1] if self.defect == "one-choice" else choices
         return 200, {"choices": choices[::-1] if self.defect == "reversed" else choices}
+
+    def lists(
+        self,
+        ids: list[int],
+        max_tokens: int,
+        temperature: float,
+        prompt_logprob_token_ids: list[list[int]],
+        prompt_logprob_start: int,
+    ) -> tuple[int, Any]:
+        """Of vLLM, docs/training/prompt_token_id_logprobs.md: as many rows as there are scored places, −inf for padding."""
+        rows, start, defect = prompt_logprob_token_ids, prompt_logprob_start, self.list_defect
+        width, vocabulary = max(map(len, rows)), self.model.config.vocab_size
+        if len(ids) + max_tokens > self.context:
+            return 400, {"error": f"maximum context length is {self.context} tokens"}
+        if width > self.most_logprobs:
+            return 400, {"error": f"requested prompt_logprob_token_ids of {width}, more than {self.most_logprobs}"}
+        if len(rows) != len(ids) - 1 - start or any(not -1 <= token < vocabulary for row in rows for token in row):
+            return 400, {
+                "error": f"{len(rows)} rows for a prompt of {len(ids)} from {start}, or an id out of vocabulary"
+            }
+        found = self.logprobs(ids, temperature if self.scales else 1.0)
+        places = (
+            found[:-1] if defect == "from-0" else found.roll(1, 0)[start:-1] if defect == "shifted" else found[start:-1]
+        )
+        matrix = np.full((len(rows), width), -np.inf, np.float32)
+        for place, (row, values) in enumerate(zip(rows, places, strict=False)):
+            matrix[place, : len(row)] = values[sorted(row) if defect == "sorted" else row].numpy()
+        if defect in ("positive", "nan"):
+            matrix[0, 0] = 0.5 if defect == "positive" else np.nan
+        matrix = matrix.astype(np.float64) if defect == "float64" else matrix.T if defect == "transposed" else matrix
+        file = io.BytesIO()
+        np.save(file, matrix)
+        text = None if defect == "ignored" else base64.b64encode(file.getvalue()).decode()
+        return 200, {"request_id": "x", "choices": [], "prompt_token_id_logprobs": text}
 
     def scored(self, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:
         api = "echo" if body.get("echo") else "prompt_logprobs"

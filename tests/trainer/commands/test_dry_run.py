@@ -48,7 +48,12 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(
     ("command", "more"),
-    [("distill", {}), ("distill", {"mixed_precision": "bf16", "student__lora__rank": 2}), ("sft", {})],
+    [
+        ("distill", {}),
+        ("distill", {"mixed_precision": "bf16", "student__lora__rank": 2}),
+        ("distill", {"loss__objective": "top_k", "loss__top_k_of": "both"}),
+        ("sft", {}),
+    ],
     ids=str,
 )
 def test_a_step_is_counted_without_weights(
@@ -60,6 +65,7 @@ def test_a_step_is_counted_without_weights(
     for word in ("FLOPs", "the student's weights", "Adam's two moments", "update: activations", "at the peak"):
         assert word in text
     assert ("sampling" in text) == ("weights of teacher" in text) == (command == "distill")
+    assert ("pass before the update" in text) == ("loss__top_k_of" in more)
     assert "unknown" not in text
     assert list(tmp_path.iterdir()) == []
 

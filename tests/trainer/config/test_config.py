@@ -163,6 +163,7 @@ REFUSED_BY_DISTILL: list[tuple[dict[str, object], list[str]]] = [
         {"loss.control": "shuffled", "sampling.prompts_per_step": 1},
         ["loss.control is shuffled", "a single sample", "sampling.prompts_per_step"],
     ),
+    ({"loss.top_k_of": "both"}, ["loss.top_k_of is 'both'", "belongs to top_k"]),
     ({"loss.top_k": 0, "loss.objective": "top_k"}, ["loss.top_k is 0", "at least 1"]),
     (
         SERVED | {"loss.objective": "forward_kl"},

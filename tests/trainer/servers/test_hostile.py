@@ -41,7 +41,7 @@ class Direct(Connection):
         self.answered = 0
 
     def post(self, url: str, body: dict[str, Any], entries: int = 0) -> dict[str, Any]:
-        path = "/tokenize" if url.endswith("/tokenize") else "/v1/completions"
+        path = url.removeprefix("http://127.0.0.1:9")
         status, answer = self.stub.answer(path, json.loads(json.dumps(body)))
         if status != 200:
             raise Refused(str(answer), status)
@@ -53,19 +53,25 @@ class Direct(Connection):
 @pytest.fixture(scope="module", autouse=True)
 def stub(tmp_path_factory: pytest.TempPathFactory) -> StubVllm:
     Direct.stub = StubVllm(save_model(tmp_path_factory.mktemp("models") / "teacher", seed=1))
-    Direct.stub.scales = True
+    Direct.stub.scales = Direct.stub.scores_lists = True
     return Direct.stub
 
 
-def teach(api: str, temperature: float, top_k: int | None) -> None:
+def teach(api: str, temperature: float, top_k: int | None, listed: int | None = None) -> None:
     options: dict[str, Any] = {"api": api, "concurrency": 1, "recheck_every": 1}
     config = TeacherConfig(server=TeacherServerConfig(url="http://127.0.0.1:9/v1", model="stub", **options))
-    teacher = connect(config, WORDS, temperature=temperature, longest=[3] * 60, remedy="Do this", top_k=top_k)
+    asked: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "listed": listed}
+    teacher = connect(config, WORDS, longest=[3] * 60, remedy="Do this", **asked)
     given = [make_sample([7, 8], [9, 10, 11], index) for index in range(2)]
+    for one in given:
+        one.student_top_k = None if listed is None else torch.arange(3 * listed).reshape(3, listed)
     teacher.score(given)
     for sample in given:
         assert all(type(value) is float and value <= 0 for value in sample.teacher_logprobs)
         assert torch.tensor(sample.teacher_logprobs).isfinite().all()
+
+
+lists = partial(teach, listed=2)
 
 
 def sample(api: str, temperature: float, top_k: int | None) -> None:
@@ -76,11 +82,22 @@ def sample(api: str, temperature: float, top_k: int | None) -> None:
 
 
 APIS = ("prompt_logprobs", "echo")
-ORDINARY = [(teach, "prompt_logprobs", 1.0, 3), (teach, "echo", 1.0, None), (sample, "sampling", 1.0, None)]
+ORDINARY = [
+    (teach, "prompt_logprobs", 1.0, 3),
+    (teach, "echo", 1.0, None),
+    (lists, "prompt_logprobs", 1.0, None),
+    (sample, "sampling", 1.0, None),
+]
 WAYS = [
-    pytest.param(*way, id=", ".join(map(str, way[1:])), marks=() if way in ORDINARY else pytest.mark.slow)
+    pytest.param(
+        *way,
+        id=", ".join(map(str, [*(["lists"] if way[0] is lists else []), *way[1:]])),
+        marks=() if way in ORDINARY else pytest.mark.slow,
+    )
     for way in [
         *((teach, api, *options) for api in APIS for options in ((1.0, None), (0.7, None), (1.0, 3))),
+        (lists, "prompt_logprobs", 1.0, None),
+        (lists, "prompt_logprobs", 0.7, 3),
         (sample, "sampling", 1.0, None),
         (sample, "sampling", 0.7, None),
     ]
@@ -97,7 +114,7 @@ def test_any_value_in_any_answer(
     ask()  # it is sound
 
     @settings(PROPERTY, max_examples=20)
-    @given(number=st.integers(0, 7), place=st.floats(0, 1, exclude_max=True), value=JSON)
+    @given(number=st.integers(0, 11 if asked is lists else 7), place=st.floats(0, 1, exclude_max=True), value=JSON)
     def holds(number: int, place: float, value: Any) -> None:
         def change(answer: Any) -> Any:
             ways = [path for path in places(answer) if path]

@@ -46,6 +46,7 @@ MAIN_SETTINGS = (
     "loss.skew_alpha",
     "loss.divergence_power",
     "loss.top_k",
+    "loss.top_k_of",
     "loss.top_k_direction",
     "loss.top_k_tail",
     "loss.forward_kl_above",
