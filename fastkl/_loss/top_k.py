@@ -66,6 +66,7 @@ def top_k_kl_loss(
                             `policy_gradient_loss`.
     tail_baseline           c, a number or [...], in nats. It must not depend on the token itself. A running mean of
                             `LossOutput.per_token.gap` over earlier tokens outside the list lowers the variance. None: 0.
+                            Under torch.compile give a number that changes as a 0-dim tensor: each float is a graph.
     tail_weight             w in [0, 1]. 1: without bias. Less trades noise for a part 1 − w of the bucket's bias.
     truncate_ratio          > 0: caps r, as in `policy_gradient_loss`. That has a bias of its own. None: no cap.
 
@@ -202,7 +203,10 @@ def _token_logprobs(call: Call, name: str, logprobs: Tensor | None, hidden: Tens
     """Of the tokens, [N]."""
     if logprobs is None:
         return None
-    found = call.per_row(check.check_per_token(name, logprobs, hidden))
+    found = check.check_per_token(name, logprobs, hidden)
+    if not found.is_floating_point():
+        raise TypeError(f"{name} is {found.dtype}; expected floating-point log-probs")
+    found = call.per_row(found)
     check_logprobs(name, found)
     return found
 

@@ -207,6 +207,7 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (TAIL, {"token_teacher_logprobs": ones(3)}, "ValueError: token_teacher_logprobs is [3] / [2, 3]"),
     (TAIL, {"token_teacher_logprobs": LOGPROBS}, "ValueError: token_teacher_logprobs is [2, 3, 4] / [2, 3]"),
     (TAIL, {"token_teacher_logprobs": [0.0]}, "TypeError: token_teacher_logprobs must be a tensor"),
+    (TAIL, {"token_teacher_logprobs": P.tokens}, "TypeError: token_teacher_logprobs is torch.int64; expected float"),
     (TAIL, {"sampler_logprobs": ones(3)}, "ValueError: sampler_logprobs is [3] / [2, 3]"),
     (TAIL, {"sampler_logprobs": -ones(2, 3, device=META)}, "ValueError: sampler_logprobs is on meta / cpu"),
     (TAIL, {"sampler_logprobs": None}, "ValueError: truncate_ratio is 1.3 and needs sampler_logprobs"),

@@ -55,27 +55,37 @@ class Enumerated(NamedTuple):
     sampler: Tensor  # [contexts, V] log-probs of the policy that sampled
     head: Mapping[str, Any]
 
-    def mean(self, baseline: Tensor | float | None, off_policy: bool, needs: tuple[str, ...], **options: Any) -> Any:
-        """Value and gradients averaged over the sampler's tokens, summed over contexts."""
-        p = self.p.leaves(needs)
-        rows = p.hidden.repeat_interleave(self.log_q.shape[1], 0)
-        found = loss.top_k_kl_loss(
+    def output(self, rows: Tensor, off_policy: bool = False, **options: Any) -> loss.LossOutput:
+        """Of the hidden states of all rows."""
+        return loss.top_k_kl_loss(
             rows,
-            p.weight,
+            self.p.weight,
             *(t.repeat_interleave(self.log_q.shape[1], 0) for t in self.lists),
-            bias=p.bias,
+            bias=self.p.bias,
             tail="sampled",
-            tokens=torch.arange(self.log_q.shape[1]).repeat(len(p.hidden)),
+            tokens=torch.arange(self.log_q.shape[1]).repeat(len(self.p.hidden)),
             token_teacher_logprobs=self.log_q.reshape(-1),
             sampler_logprobs=self.sampler.reshape(-1) if off_policy else None,
-            tail_baseline=baseline,
-            reduction="none",
-            **self.head,
-            **options,
+            **{"reduction": "none", **self.head, **options},
         )
+
+    def mean(self, baseline: Tensor | float | None, off_policy: bool, needs: tuple[str, ...], **options: Any) -> Any:
+        """Value and gradients averaged over the sampler's tokens, summed over contexts."""
+        of = self._replace(p=self.p.leaves(needs))
+        rows = of.p.hidden.repeat_interleave(self.log_q.shape[1], 0)
+        found = of.output(rows, off_policy, tail_baseline=baseline, **options).loss
         weights = self.sampler if off_policy else torch.log_softmax(self.z(), -1)
-        value = (found.loss * weights.exp().reshape(-1)).sum()
-        return value.detach(), torch.autograd.grad(value, [getattr(p, f) for f in needs])
+        value = (found * weights.exp().reshape(-1)).sum()
+        return value.detach(), torch.autograd.grad(value, [getattr(of.p, f) for f in needs])
+
+    def variance(self, **options: Any) -> float:
+        """Of the gradient by the hidden states under the student's own tokens: its trace, summed over contexts."""
+        rows = self.p.hidden.repeat_interleave(self.log_q.shape[1], 0).requires_grad_()
+        (gradient,) = torch.autograd.grad(self.output(rows, **options).loss.sum(), rows)
+        gradient = gradient.reshape(*self.log_q.shape, -1)
+        probabilities = torch.softmax(self.z(), -1)[..., None]
+        mean = (probabilities * gradient).sum(1, keepdim=True)
+        return float((probabilities * (gradient - mean).square()).sum())
 
     def z(self) -> Tensor:
         return reference_logits(self.p, **self.head)[0][:, : self.log_q.shape[1]]
@@ -154,20 +164,9 @@ def test_vocab_size() -> None:
 def test_the_mean_of_a_reduced_loss(reduction: str) -> None:
     """With the tokens' probabilities as the mask: gradients that are made in the forward pass."""
     of = enumerated()
-    p, probabilities = of.p.leaves(), torch.log_softmax(of.z(), -1).exp().reshape(-1)
-    rows = [t.repeat_interleave(V, 0) for t in (p.hidden, *of.lists)]
-    output = loss.top_k_kl_loss(
-        rows[0],
-        p.weight,
-        *rows[1:],
-        bias=p.bias,
-        tail="sampled",
-        tokens=torch.arange(V).repeat(CONTEXTS),
-        token_teacher_logprobs=of.log_q.reshape(-1),
-        tail_baseline=0.9,
-        mask=probabilities,
-        reduction=reduction,
-    )
+    p, mask = of.p.leaves(), torch.softmax(of.z(), -1).reshape(-1)
+    rows = p.hidden.repeat_interleave(V, 0)
+    output = of._replace(p=p).output(rows, tail_baseline=0.9, mask=mask, reduction=reduction)
     output.loss.backward()
     value, exact = of.exact(TRAINABLE)
     share = 1.0 / CONTEXTS if reduction == "mean" else 1.0
@@ -185,6 +184,21 @@ def test_both_terms_of_a_baseline_are_needed() -> None:
     probabilities = torch.softmax(z, -1)
     (one,) = torch.autograd.grad(1.0 - probabilities.gather(-1, of.lists.ids).sum(), z)
     assert float(one.abs().max()) > 0.01
+
+
+def test_noise() -> None:
+    """A weight has its square of the variance; the mean gap as a baseline has less than none."""
+    plain = half = centred = 0.0
+    for seed in range(8):
+        of = enumerated(3, seed=seed)
+        probabilities = torch.log_softmax(of.z(), -1).exp().reshape(-1)
+        found = of.output(of.p.hidden.repeat_interleave(V, 0)).per_token
+        share = probabilities * found.outside
+        plain += of.variance()
+        half += of.variance(tail_weight=0.5)
+        centred += of.variance(tail_baseline=float((share * found.gap).sum() / share.sum()))
+    assert half == pytest.approx(0.25 * plain)
+    assert centred < 0.9 * plain
 
 
 @pytest.mark.parametrize("baseline", [None, 0.8])
