@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastkl.loss import LossOutput, TopK
+from fastkl.loss import LossOutput
 from fastkl.trainer.config.loss import LossConfig
 
 
@@ -36,10 +36,3 @@ def plus_forward_kl(
     return output._replace(
         loss=output.loss + config.forward_kl_coef * added.loss, metrics={**output.metrics, **metrics}
     )
-
-
-def list_entropies(likeliest: TopK) -> Tensor:
-    """−Σ q log q [n] of listed tokens [n, k] and the rest as one outcome: at most the entropy of the whole vocabulary."""
-    listed = likeliest.logprobs.exp().where(likeliest.ids >= 0, 0.0)
-    outcomes = torch.cat([listed, (1 - listed.sum(-1, keepdim=True)).clamp(min=0)], -1)
-    return -torch.xlogy(outcomes, outcomes).sum(-1)

@@ -19,7 +19,8 @@ from fastkl.trainer.models.sizes.flops import Cost, scoring_flops
 from fastkl.trainer.objectives.advantages import set_advantages
 from fastkl.trainer.objectives.base import Objective, measure_entropies, measuring_flops, score_by_teacher
 from fastkl.trainer.objectives.controls import with_scores
-from fastkl.trainer.objectives.forward_kl import list_entropies, plus_forward_kl
+from fastkl.trainer.objectives.forward_kl import plus_forward_kl
+from fastkl.trainer.objectives.weights.known import list_entropies
 from fastkl.trainer.objectives.weights.step import needs_entropies_first
 from fastkl.trainer.runs.listener import Clock
 from fastkl.trainer.student import Student

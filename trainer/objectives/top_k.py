@@ -16,8 +16,9 @@ from fastkl.trainer.models.scoring import call_with_rows
 from fastkl.trainer.models.sizes.flops import Cost, scoring_flops
 from fastkl.trainer.objectives.base import Objective, measure_entropies, measuring_flops, score_by_teacher
 from fastkl.trainer.objectives.controls import shuffle_lists
-from fastkl.trainer.objectives.forward_kl import list_entropies, plus_forward_kl
+from fastkl.trainer.objectives.forward_kl import plus_forward_kl
 from fastkl.trainer.objectives.numbers import numbers_are_checked
+from fastkl.trainer.objectives.weights.known import list_entropies
 from fastkl.trainer.runs.listener import Clock
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.several import RoutedTeacher

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastkl.loss import TopK
 from fastkl.trainer.data.samples import Sample
 
 
@@ -22,6 +23,7 @@ class KnownTokens:
     )  # the sampler's; of a given completion the student's, None where nothing asked for them
     teacher_logprobs: Tensor | None  # None without a teacher
     student_entropies: Tensor | None  # nats; None where no forward pass before the update tells them
+    teacher_entropies: Tensor | None  # of its listed tokens and the rest as one, nats; None where no list was asked for
     prompt_index: int  # equal for the samples of one prompt
     dataset: str  # of a mixture
     given: bool  # the completion stands in the data
@@ -49,9 +51,17 @@ def known_tokens(sample: Sample) -> KnownTokens:
         sampler_logprobs=counted(sample.old_logprobs if sample.given else sample.sampler_logprobs),
         teacher_logprobs=counted(sample.teacher_logprobs),
         student_entropies=counted(sample.student_entropies),
+        teacher_entropies=None if sample.teacher_top_k is None else list_entropies(sample.teacher_top_k).double(),
         prompt_index=sample.prompt_index,
         dataset=sample.dataset,
         given=sample.given,
         truncated=sample.truncated,
         reward=sample.reward,
     )
+
+
+def list_entropies(likeliest: TopK) -> Tensor:
+    """−Σ q log q [n] of listed tokens [n, k] and the rest as one outcome: at most the entropy of the whole vocabulary."""
+    listed = likeliest.logprobs.exp().where(likeliest.ids >= 0, 0.0)
+    outcomes = torch.cat([listed, (1 - listed.sum(-1, keepdim=True)).clamp(min=0)], -1)
+    return -torch.xlogy(outcomes, outcomes).sum(-1)

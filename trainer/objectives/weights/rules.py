@@ -59,7 +59,8 @@ def drift(samples: Sequence[KnownTokens], gamma: float) -> list[Tensor]:
             continue
         size = sample.gaps.abs()
         total = size.sum().clamp(min=torch.finfo(size.dtype).tiny)
-        weights.append(1 + gamma * (1 - (size.cumsum(0) - size) / total))
+        before = ((size.cumsum(0) - size) / total).clamp(0, 1)  # sums are rounded
+        weights.append(1 + gamma * (1 - before))
     return weights
 
 
