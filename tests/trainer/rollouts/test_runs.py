@@ -69,6 +69,26 @@ def test_reinforcement_learning_without_a_teacher(folder: Path, tmp_path: Path) 
     check_first_update(folder, done)
 
 
+@pytest.mark.parametrize(
+    "teacher",
+    [{}, {"teacher__path": "", "teacher__self": "live", "teacher__context__system": "in words"}],
+    ids=["other", "told"],
+)
+def test_a_reward_that_the_teacher_weighs(folder: Path, tmp_path: Path, teacher: dict[str, object]) -> None:
+    """It alone says whether a sample is encouraged, whatever the teacher thinks of it."""
+    options = {"reward__grader": "regex:[0-9]", "sampling__samples_per_prompt": 4, "loss__kl_coef": 0, **teacher}
+    done = run(tmp_path / "run", folder, **options, loss__redistribute=0.5, loss__redistribute_clip=0.3, **ONE)
+    factors = set()
+    for sample in done.samples:
+        gaps = torch.tensor(counted(sample, "teacher_logprobs")) - torch.tensor(counted(sample, "sampler_logprobs"))
+        reward = sample["reward_advantage"]
+        factor = 0.5 + 0.5 * (gaps * (1 if reward > 0 else -1)).exp().clamp(0.7, 1.3)
+        assert counted(sample, "advantages") == pytest.approx((reward * factor).tolist(), abs=1e-6)
+        factors |= {round(value, 4) for value in factor.tolist() if reward}
+    assert len(factors) > 2
+    check_first_update(folder, done)
+
+
 @pytest.mark.parametrize("role", ["null", "user"])
 def test_environment_tokens_have_no_gradient(folder: Path, tmp_path: Path, role: str) -> None:
     turns = {"environment__name": "nods", "environment__role": role, "sampling__max_new_tokens": 24}

@@ -70,6 +70,7 @@ BASE: dict[str, object] = {**LORA, "teacher__path": "", "teacher__self": "base"}
 REWARD: dict[str, object] = {"reward__grader": "regex:[0-4]$", "reward__baseline": "none", "teacher__path": ""}
 LIVE: dict[str, object] = {**REWARD, "teacher__self": "live"}
 EMA: dict[str, object] = {**REWARD, "teacher__self": "ema", "teacher__ema_rate": 0.3}
+TOLD: dict[str, object] = {"teacher__path": "", "teacher__self": "live", "teacher__context__system": "in words"}
 SYNCED: dict[str, object] = {**REWARD, "teacher__self": "synced", "teacher__sync_every": 2}
 VARIANTS: dict[str, dict[str, object]] = {
     "full": {},
@@ -91,6 +92,9 @@ VARIANTS: dict[str, dict[str, object]] = {
     "ema": EMA | {"student": "untied"},
     "ema-lora": EMA | LORA,
     "synced": SYNCED,
+    "told": TOLD,
+    "told-whole": TOLD | {"loss__objective": "reverse_kl"},
+    "told-whole-lora": TOLD | LORA | {"loss__objective": "reverse_kl"},
     "continuous": {"sampling__engine": "continuous_batching"},
     "weights": {"loss__weights": ["top_gap:0.4", "drift:0.5"]},
     "weights-whole": {"loss__weights": ["top_gap:0.4", "skip_first:1"], "loss__objective": "reverse_kl"},
