@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from nods import Nods
 from run_cases import Run, check_equal, check_moments, completion_logprobs, counted, interrupt, run
 from run_settings import distillation
 from tiny_data import sums, write_jsonl
@@ -15,19 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from fastkl.trainer.data.samples import Completion
 from fastkl.trainer.errors import ConfigError
-from fastkl.trainer.rollouts.environments import ENVIRONMENTS, Message, Reply
+from fastkl.trainer.rollouts.environments import ENVIRONMENTS
 from fastkl.trainer.rollouts.samplers.generate import GenerateSampler
-
-
-class Nods:
-    """Stops at every "e" and says "ok"; pays for turns."""
-
-    stops = ("e",)
-    rewards = True
-
-    def reply(self, conversation: list[Message], row: Any) -> Reply:
-        ended = not conversation[-1].content.endswith("e")
-        return Reply(None if ended else "ok", 1.0)
 
 
 @pytest.fixture(autouse=True)

@@ -201,13 +201,28 @@ def test_entries_of_a_mixture_may_share_a_teacher(
         assert text is None if name == "plain" else text.startswith(f"<s>{name}<u>")
 
 
-def test_given_completions_are_read_after_the_teachers_prompt(folder: Path, tmp_path: Path) -> None:
-    done = run(tmp_path / "run", folder, **SYSTEM, sampling__on_policy_fraction=0.5, optim__steps=1)
-    teacher: Any = AutoModelForCausalLM.from_pretrained(folder / "teacher")
-    assert {sample["given"] for sample in done.samples} == {True, False}
-    for sample in done.samples:
+WAYS: dict[str, dict[str, object]] = {
+    "given": {"sampling__on_policy_fraction": 0.5},
+    "in-portions": {"sampling__tokens_per_step": 3},
+    "replies": {"environment__name": "class:nods.Nods", "environment__trust": "true", "environment__role": "user"},
+    "padded-heads": {},
+}
+
+
+@pytest.mark.parametrize(("way", "options"), WAYS.items(), ids=WAYS)
+def test_all_that_follows_a_prompt_follows_the_teachers(
+    folder: Path, padded: Path, tmp_path: Path, way: str, options: dict[str, object]
+) -> None:
+    models = padded if way == "padded-heads" else folder
+    length = {"sampling__max_new_tokens": 24} if way == "replies" else {}
+    done = run(tmp_path / "run", models, **SYSTEM, **options, **length, optim__steps=2)
+    teacher: Any = AutoModelForCausalLM.from_pretrained(models / "teacher")
+    for sample in (sample for sample in done.samples if max(sample["ids"]) < teacher.config.vocab_size):
         wanted = score_of(teacher, sample, sample["teacher_prompt"])
         assert counted(sample, "teacher_logprobs") == pytest.approx(wanted, abs=1e-5)
+    assert any(sample["given"] for sample in done.samples) == (way == "given")
+    follow = [sample["completion_length"] - sum(sample["loss_mask"]) for sample in done.samples]
+    assert any(follow) == (way in ("in-portions", "replies"))
 
 
 def test_other_examples_are_another_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
