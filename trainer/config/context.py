@@ -41,6 +41,8 @@ class ContextConfig:
         examples: Put solved examples before the chat, after its system turn.
         function: Let this Python function write the prompt: MODULE.NAME(row), or MODULE.NAME(row, samples) with all samples
             of the row, once they are graded.
+        max_tokens: Let a function of samples write no prompt longer than this: the teacher reads the student's instead.
+            A server needs it. null: as long as the teacher can read.
         trust_context: Allow the Python function that `function` names to be imported and run.
     """
 
@@ -49,6 +51,7 @@ class ContextConfig:
     messages: str | None = None
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
     function: str | None = None
+    max_tokens: int | None = None
     trust_context: bool = False
 
     def __post_init__(self) -> None:
@@ -66,10 +69,9 @@ class ContextConfig:
         if self.function is not None:
             reason = f"context.function is {self.function!r}, which writes the whole prompt; unset one of them"
             unchanged(self, "context.", reason, ["system", "template", "messages", "examples"])
-        require(
-            self.function is not None or not self.trust_context,
-            "context.trust_context is true, but context.function is null; unset it",
-        )
+        else:
+            unchanged(self, "context.", "context.function is null; unset it", ["max_tokens", "trust_context"])
+        at_least(1, self, "context.", "max_tokens")
         self.columns  # noqa: B018 - refuses a template that cannot be read
 
     @property

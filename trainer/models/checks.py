@@ -135,14 +135,20 @@ def check_room(
     prompts: list[EncodedPrompt], max_new_tokens: int | list[int], models: dict[str, PreTrainedModel], remedy: str
 ) -> None:
     """Every prompt and its completion (a full one, or one of the given length) fit every model's context."""
-    lengths = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    longest, new = max(zip(prompts, lengths, strict=True), key=lambda pair: len(pair[0].tokens) + pair[1])
     empty = min(prompts, key=lambda prompt: len(prompt.tokens))
     if not empty.tokens:
         raise ConfigError(f"{empty.row.source} is an empty prompt; a completion needs at least one token before it")
     _check_ids(((prompt.row.source, prompt.tokens) for prompt in prompts), models)
-    for name, model in models.items():
-        limit = context_length(model)
+    check_length(prompts, max_new_tokens, {name: context_length(model) for name, model in models.items()}, remedy)
+
+
+def check_length(
+    prompts: list[EncodedPrompt], max_new_tokens: int | list[int], limits: dict[str, int | None], remedy: str
+) -> None:
+    """As `check_room`, of models by the lengths of their contexts; None: there is no limit."""
+    lengths = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    longest, new = max(zip(prompts, lengths, strict=True), key=lambda pair: len(pair[0].tokens) + pair[1])
+    for name, limit in limits.items():
         if limit is not None and len(longest.tokens) + new > limit:
             raise ConfigError(
                 f"{longest.row.source} has {len(longest.tokens)} tokens; with {new} new ones it exceeds the "

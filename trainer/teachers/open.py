@@ -15,8 +15,10 @@ from fastkl.trainer.data.batching import PAD_ID
 from fastkl.trainer.data.mixture import DataSet
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.loading import fuse, load_teacher, load_teacher_tokenizer, teacher_device
+from fastkl.trainer.models.pretrained import read_config
 from fastkl.trainer.models.self_checks.layouts import batch_layout
 from fastkl.trainer.models.self_checks.probe import Probe
+from fastkl.trainer.models.sizes.layers import most_positions
 from fastkl.trainer.models.tokenizers import vocabulary
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.context.prompts import TeacherPrompts
@@ -41,6 +43,10 @@ def check_teachers(
         if theirs is not None:
             checks.check_tokenizers(tokenizer, theirs)
             checks.check_chat(tokenizer, theirs, data_set.prompts)
+        if data_set.context != ContextConfig() and not data_set.teacher.server.url:
+            model = read_config(data_set.teacher if data_set.teacher.self is None else config.student)
+            limits = {whose(data_set): most_positions(model.get_text_config())}
+            checks.check_length(data_set.prompts, config.sampling.max_new_tokens, limits, remedy(config, data_set))
 
 
 def connect_servers(
@@ -54,6 +60,9 @@ def connect_servers(
             new = [PAD_ID] * config.sampling.max_new_tokens
             prompts = (max(other.prompts, key=lambda prompt: len(prompt.tokens)) for other in own)
             sequences = [(prompt.ids + new, other) for prompt, other in zip(prompts, own, strict=True)]
+            sequences += [
+                ([PAD_ID] * other.context.max_tokens + new, other) for other in own if other.context.max_tokens
+            ]
             sequences += [(max((s.ids for s in other.given), key=len), other) for other in own if other.given]
             longest, where = max(sequences, key=lambda pair: len(pair[0]))
             served[data_set.teacher] = connect(
@@ -95,8 +104,7 @@ def open_teachers(
                 teachers[data_set.teacher] = itself.make(config, data_set.teacher, lists)
         teacher = teachers.get(data_set.teacher)
         local = teacher.model if isinstance(teacher, LocalTeacher) else None
-        whose = f"teacher of {data_set.name}" if data_set.name else "teacher"
-        models = {} if local is None else {whose: local}
+        models = {} if local is None else {whose(data_set): local}
         checks.check_vocabulary(tokenizer, {"student": student.model} | models)
         checks.check_end_of_sequence(student.model, local, tokenizer)
         check_fit(config, data_set, {"student": student.model}, checks.SHORTER.format("sampling", data_set.setting))
@@ -105,6 +113,11 @@ def open_teachers(
     if not teachers:
         return None
     return RoutedTeacher({data_set.name: teachers[data_set.teacher] for data_set in data_sets}, itself.ready)
+
+
+def whose(data_set: DataSet) -> str:
+    """What messages call the teacher of a data set."""
+    return f"teacher of {data_set.name}" if data_set.name else "teacher"
 
 
 def check_fit(config: DistillConfig, data_set: DataSet, models: dict[str, PreTrainedModel], shorter: str) -> None:

@@ -81,5 +81,10 @@ def context_function(config: ContextConfig, setting: str) -> Written | None:
             inspect.signature(function).bind(*arguments)
         except (TypeError, ValueError):
             continue
+        if len(arguments) == 1 and config.max_tokens is not None:
+            raise ConfigError(
+                f"{setting}.max_tokens is {config.max_tokens}, but {name} is {config.function!r}, which takes (row): its "
+                f"prompts are known and checked before the first step; unset it"
+            )
         return Written(name, function, len(arguments) == 2)
     raise ConfigError(f"{name} is {config.function!r}, which does not take (row) or (row, samples)")

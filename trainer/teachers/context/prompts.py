@@ -63,6 +63,7 @@ class TeacherPrompts:
         self._prompts = {prompt.index: prompt for data_set in data_sets for prompt in data_set.prompts}
         self._fixed: dict[int, EncodedPrompt] = {}  # by the student's index
         self._functions: dict[str, Written] = {}  # of samples, by data set
+        self._most: dict[str, float] = {}  # the most tokens that such a function may write
         self._limits: dict[str, float] = {}  # the most tokens that the teacher of a data set reads, where that is known
         self.read: list[DataSet] = []
         for data_set in data_sets:
@@ -80,9 +81,20 @@ class TeacherPrompts:
             return []
         function = context_function(context, setting)
         if function is not None and function.of_samples:
-            self._functions[data_set.name] = function
+            self._add(data_set, function, setting)
             return []
         return fixed_prompts(data_set.prompts, context, function, self._tokenizer, setting)
+
+    def _add(self, data_set: DataSet, function: Written, setting: str) -> None:
+        """A function whose prompts nobody knows yet."""
+        most = data_set.context.max_tokens
+        if data_set.teacher.server.url and most is None:
+            raise ConfigError(
+                f"{function.setting} is {data_set.context.function!r}, whose prompts are not known before a step, and "
+                f"nobody knows how much the teacher's server can read; set {setting}.max_tokens"
+            )
+        self._functions[data_set.name] = function
+        self._most[data_set.name] = math.inf if most is None else most
 
     def _given(self, data_set: DataSet) -> list[Sample]:
         """Its own completions as the teacher reads them."""
@@ -122,13 +134,17 @@ class TeacherPrompts:
             raise RunError(str(error)) from error
         too_long = 0
         for sample, ids in zip(written, found, strict=True):
-            fits = ids is None or len(ids) + sample.completion_length <= self._limits.get(sample.dataset, math.inf)
+            fits = ids is None or self._fits(sample, ids)
             sample.teacher_prompt = ids if fits else None
             too_long += not fits
         return {
             "context/plain_fraction": sum(ids is None for ids in found) / len(found),
             "context/too_long_fraction": too_long / len(found),
         }
+
+    def _fits(self, sample: Sample, ids: list[int]) -> bool:
+        limit = self._limits.get(sample.dataset, math.inf)
+        return len(ids) <= self._most[sample.dataset] and len(ids) + sample.completion_length <= limit
 
     def _written(self, samples: Sequence[Sample]) -> list[list[int] | None]:
         """What functions write for samples that may be of several rows: a call for all samples of a row."""

@@ -93,6 +93,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, object], list[str]]] = {
         {"function": f"{HERE}.failing", **TRUST},
         ["rows.jsonl:1: teacher.context.function failed", "hint"],
     ),
+    "rows": (
+        ROW,
+        {"function": f"{HERE}.of_row", "max_tokens": 9, **TRUST},
+        ["teacher.context.max_tokens is 9", "which takes (row)"],
+    ),
     "few-examples": (ROW, {"examples.count": 3}, ["teacher.context.examples.count is 3", "has 2 rows"]),
 }
 
@@ -174,7 +179,8 @@ SETTINGS: dict[str, tuple[dict[str, object], str]] = {
         {"function": "a.b", "system": "x"},
         r"teacher\.context\.system is 'x', but teacher\.context\.function",
     ),
-    "trust": ({"trust_context": "true"}, r"teacher\.context\.trust_context is true, but teacher\.context\.function"),
+    "trust": ({"trust_context": "true"}, r"teacher\.context\.trust_context is True, but teacher\.context\.function"),
+    "most": ({"max_tokens": 9}, r"teacher\.context\.max_tokens is 9, but teacher\.context\.function is null"),
     "braces": ({"template": "{prompt"}, r"teacher\.context\.template cannot be read.* and \{\{ and \}\} for braces"),
     "attribute": ({"template": "{answer.real}"}, r"has \{answer\.real\}, which names no field"),
     "format": ({"template": "{answer:>9}"}, r"has \{answer:>9\}, which names no field"),

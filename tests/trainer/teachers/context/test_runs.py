@@ -162,6 +162,25 @@ def test_a_function_whose_prompts_are_too_long(folder: Path, tmp_path: Path) -> 
     assert all(sample["teacher_prompt"] is None for sample in done.samples)
 
 
+def test_a_server_reads_what_a_function_writes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As long as the server can read, which is asked for before the first step."""
+    options: dict[str, object] = {**SAMPLES, "optim__steps": 1}
+    local = run(tmp_path / "local", folder, **options, teacher__context__max_tokens=9)
+    assert 0 < local.metrics[0]["context/too_long_fraction"] < 1
+    with serving(folder / "teacher") as stub:
+        settings = distillation(tmp_path / "served", folder, **options, **served("teacher", stub))
+        refusal(capsys, "distill", settings, "teacher.context.function is", "set teacher.context.max_tokens")
+        long = settings | {"teacher.context.max_tokens": 60}
+        refusal(capsys, "distill", long, "cannot score 68 tokens", "what teacher.context adds")
+        there = Run.of(distilled(settings | {"teacher.context.max_tokens": 9}))
+    assert there.metrics[0]["context/too_long_fraction"] == local.metrics[0]["context/too_long_fraction"]
+    for ours, theirs in zip(there.samples, local.samples, strict=True):
+        assert ours["teacher_prompt"] == theirs["teacher_prompt"]
+        assert ours["teacher_logprobs"] == pytest.approx(theirs["teacher_logprobs"], abs=1e-4)
+
+
 def test_a_function_that_fails_in_a_step(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = SAMPLES | {"teacher__context__function": f"{HERE}.too_few"}
     settings = distillation(tmp_path / "run", folder, **options)
@@ -169,7 +188,7 @@ def test_a_function_that_fails_in_a_step(folder: Path, tmp_path: Path, capsys: p
 
 
 def test_what_the_teacher_cannot_hold_is_refused(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = distillation(tmp_path / "run", folder, teacher__context__system="a" * 50)
     parts = [
@@ -178,8 +197,9 @@ def test_what_the_teacher_cannot_hold_is_refused(
         "what teacher.context adds",
     ]
     refusal(capsys, "distill", settings, *parts)
-    refusal(capsys, "distill", settings | {"sampling.max_new_tokens": 60}, "exceeds the student's context of 64")
     assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(loading, "load_model", None)  # seen before one is loaded
+    refusal(capsys, "distill", settings, *parts)
 
 
 def test_entries_of_a_mixture_may_share_a_teacher(
