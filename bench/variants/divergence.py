@@ -64,6 +64,7 @@ LAUNCHERS = [
             _one("skewed_forward_kl", (FP32, BF16), 50257, capped=True, capped_teacher=True, tokens=True),
             _one("skewed_forward_kl", (FP32, BF16), 50257, capped=True, capped_teacher=True, tokens=True) | BIASES,
             _one("forward_kl", (FP32, BF16), CUT) | BIASES,
+            _one("density_power", (FP32, BF16), 50257, capped=True, capped_teacher=True, tokens=True) | BIASES,
         ],
     ),
     Launcher(

@@ -66,6 +66,7 @@ def test_functions_without_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
         advantages = loss.reverse_kl_advantages(*logprobs, power=0.5, **packed)
         loss.extrapolated_advantages(*logprobs, p.teacher_logprobs, extrapolate=1.25, **packed)
         loss.centred_advantages(advantages, sequence_ids=IDS)
+        loss.redistributed_advantages(advantages, *logprobs, share=0.5)
 
 
 @frozen_or_all
@@ -80,7 +81,7 @@ def test_token_stats(monkeypatch: pytest.MonkeyPatch, entropy_grad: bool, needs:
 
 def test_every_public_function_is_here() -> None:
     public = {name for name in loss.__all__ if inspect.isfunction(getattr(loss, name))}
-    advantages = {"reverse_kl_advantages", "extrapolated_advantages", "centred_advantages"}
+    advantages = {f"{kind}_advantages" for kind in ("reverse_kl", "extrapolated", "centred", "redistributed")}
     without = {"linear_top_k", "linear_list_logprobs", "linear_ranks", "linear_token_stats"} | advantages
     assert public == without | {one.function.__name__ for one in LOSSES.values()}
 
