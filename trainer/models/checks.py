@@ -86,9 +86,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, models: dict[str, PreTr
             )
 
 
-def check_top_k(k: int, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_top_k(k: int, tokenizer: PreTrainedTokenizerBase, setting: str) -> None:
     if k > (known := vocabulary(tokenizer)):
-        raise ConfigError(f"loss.top_k is {k}, more than the {known} ids of the tokenizer; lower it")
+        raise ConfigError(f"{setting} is {k}, more than the {known} ids of the tokenizer; lower it")
 
 
 def check_chat(

@@ -39,7 +39,9 @@ class PolicyGradient(Objective):
 
     @staticmethod
     def lists(config: LossConfig) -> Lists:
-        return Lists(teacher=None if config.forward_kl_above is None else config.forward_kl_top_k)
+        if config.forward_kl_above is None:
+            return Lists()
+        return Lists(teacher=config.forward_kl_top_k, setting="loss.forward_kl_top_k")
 
     def groups(self, samples: list[Sample]) -> list[list[Sample]]:
         if self._teachers is None or self._loss.forward_kl_above is None:

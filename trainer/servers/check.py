@@ -44,6 +44,7 @@ def check_server(
     longest: list[int],
     remedy: str,
     top_k: int | None = None,
+    top_k_setting: str = "loss.top_k",
 ) -> Reference:
     """What to ask it again later, and how; a ConfigError says what is wrong with it, a ServerError that it is not there.
 
@@ -54,11 +55,12 @@ def check_server(
         longest: A sequence as long as they get.
         remedy: What to do if it is too long.
         top_k: How many of the likeliest tokens will be asked for.
+        top_k_setting: The setting that says so.
     """
     compared = _check_tokenization(server, tokenizer)
     ids = _encoded(tokenizer, SAMPLE_TEXT)[:PROBE_TOKENS]
     probes = [[*ids, last] for last in list(dict.fromkeys(ids))[:PROBES]]
-    api, scores = _choose_api(server, config, probes, top_k)
+    api, scores = _choose_api(server, config, probes, top_k, top_k_setting)
     if not (compared or trusted):
         _check_texts(server, tokenizer, api, probes[0], scores[0])
     _check_alignment(server, scores)
@@ -133,7 +135,7 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _choose_api(
-    server: CompletionsServer, config: TeacherServerConfig, probes: list[list[int]], top_k: int | None
+    server: CompletionsServer, config: TeacherServerConfig, probes: list[list[int]], top_k: int | None, setting: str
 ) -> tuple[Api, list[Scores]]:
     """The first way of asking that gets log-probs of the prompt, and those of the probes."""
     failures = []
@@ -148,7 +150,7 @@ def _choose_api(
             raise ConfigError(f"{error}. {USE_VLLM}") from error
     missing, remedy = "log-probs", USE_VLLM
     if top_k is not None:
-        missing += f" and {top_k} likeliest tokens (loss.top_k)"
+        missing += f" and {top_k} likeliest tokens ({setting})"
         remedy += "; vLLM lists --max-logprobs tokens, 20 by default"
     raise _unfit(server, f"gives no {missing} of given tokens ({'; '.join(failures)}). {remedy}")
 

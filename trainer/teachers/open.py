@@ -35,7 +35,7 @@ def check_teachers(
     """Tokenizers, chat templates and devices, before any model is loaded; the data sets as the teachers read them."""
     for count in (lists.teacher, lists.student):
         if count is not None:
-            checks.check_top_k(count, tokenizer)
+            checks.check_top_k(count, tokenizer, lists.setting)
     remark_on_self(config)
     for data_set in read if config.has_teacher else ():
         teacher_device(data_set.teacher, torch.device("cpu"))
@@ -72,6 +72,7 @@ def connect_servers(
                 longest=longest,
                 remedy=remedy(config, where),
                 top_k=lists.teacher,
+                top_k_setting=lists.setting,
                 listed=lists.student,
             )
     return served

@@ -181,6 +181,7 @@ def connect(
     longest: list[int],
     remedy: str,
     top_k: int | None = None,
+    top_k_setting: str = "loss.top_k",
     listed: int | None = None,
 ) -> ServedTeacher:
     """A teacher whose server has shown what `check_server` asks of it, and `check_listed` where ids will be `listed`."""
@@ -196,6 +197,7 @@ def connect(
         longest=longest,
         remedy=remedy,
         top_k=top_k,
+        top_k_setting=top_k_setting,
     )
     if listed is None:
         return ServedTeacher(server, config.server, reference, tokenizer)

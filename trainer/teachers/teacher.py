@@ -13,6 +13,7 @@ class Lists(NamedTuple):
 
     teacher: int | None = None  # so many of the teacher's likeliest tokens
     student: int | None = None  # log-probs of so many ids that the student chose: `Sample.student_top_k`
+    setting: str = "loss.top_k"  # which says how many
     with_token: bool = False  # the log-prob of the token itself is normalised over the ids that lists have
 
 

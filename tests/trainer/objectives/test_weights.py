@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from run_cases import Run, check_moments, completion_logprobs, counted, distilled, run
+from run_cases import Run, check_moments, completion_logprobs, counted, distilled, refusal, run
 from run_settings import distillation
 from server_cases import served
 from stub_server import serving
@@ -367,3 +367,16 @@ def test_several_teachers_of_an_unsure_run_with_heads_of_their_own(tmp_path: Pat
     (row,) = read_jsonl(distilled(settings) / "metrics.jsonl")
     assert row["policy/added_forward_kl"] > 0
     assert math.isfinite(row["loss"])
+
+
+@pytest.mark.parametrize(
+    ("options", "setting"),
+    [
+        ({"loss__forward_kl_above": 1, "loss__forward_kl_top_k": 999}, "loss.forward_kl_top_k is 999"),
+        ({"loss__objective": "top_k", "loss__top_k": 999}, "loss.top_k is 999"),
+    ],
+)
+def test_a_list_of_more_than_there_is(
+    tmp_path: Path, models: Path, options: dict[str, object], setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusal(capsys, "distill", distillation(tmp_path / "run", models, **options), setting, "ids of the tokenizer")
