@@ -89,7 +89,7 @@ class OnPolicy:
             samples = filter_by_length(written, self._config.sampling)
             metrics["flops/sampling"] = sampling_flops(self._student.cost, [s for s in written if not s.given])
         mine = processes.my_share(samples)
-        self._objective.prepare(mine, self._student, clock)
+        metrics |= self._objective.prepare(mine, self._student, clock)
         if self._teachers is not None and step + 1 == self._config.optim.steps:
             processes.raise_together(self._teachers.recheck)  # no later step would find a server that has changed
         samples = processes.gather(mine)
@@ -182,7 +182,7 @@ def prepare(config: DistillConfig) -> Prepared:
     judge = make_judge(config.reward, tokenizer, environment, prompts)
     weights = TokenWeights(config.loss)
     eval_prompts = load_eval_prompts(config.eval, tokenizer)
-    check_teachers(config, tokenizer, teacher_prompts.read, lists)
+    check_teachers(config, tokenizer, data_sets, teacher_prompts.read, lists)
     served = connect_servers(config, tokenizer, teacher_prompts.read, lists)
     sampling_server = connect_sampling(config, tokenizer, prompts, eval_prompts) if config.sampling.server.url else None
     return Prepared(
@@ -236,6 +236,9 @@ def _identity(
     for name, teacher in ({} if teachers is None else teachers.by_data_set).items():
         if isinstance(teacher, LocalTeacher) and name not in own:
             prints[f"the weights of the teacher{name and f' of {name}'}"] = weights_fingerprint(teacher.model)
+    reference = None if teachers is None else teachers.reference
+    if reference is not None and reference.model is not student.model:
+        prints["the weights of the reference"] = weights_fingerprint(reference.model)
     return Identity(prints)
 
 

@@ -56,6 +56,7 @@ COMPARED, WHOLE = "another objective", "a divergence over the whole vocabulary"
 MISMATCH = f"{OWN}; under another objective than `policy_gradient`, heads of one size"
 UNSURE = "`loss.forward_kl_above`"
 WEIGHED = "`loss.weights`"
+EXTRAPOLATED = "`loss.extrapolate`"
 GIVEN = "`sampling.on_policy_fraction` below 1, `policy_gradient`"
 
 # fmt: off
@@ -94,7 +95,8 @@ GROUPS = (
         Metric("time/student_top_k", SECONDS, "`loss.top_k_of: student` or `both`",
                "A forward pass for the student's likeliest tokens."),
         Metric("time/teacher", SECONDS, "a teacher, `policy_gradient`, `top_k` or `loss.weights` that need its log-probs",
-               "The teacher's forward passes. Divergences over the whole vocabulary have theirs in `time/train`."),
+               "The forward passes of teacher and reference; with `loss.baseline: kl` one of the student too. Divergences "
+               "over the whole vocabulary have theirs in `time/train`."),
         Metric("time/train", SECONDS, "", "The update."),
         Metric("tokens_per_second", "tokens", "",
                "Tokens of the step's samples, prompts included, divided by the seconds of all phases.",
@@ -110,9 +112,11 @@ GROUPS = (
         Metric("eval/truncated_fraction", "fraction", EVALUATION, "Answers that reached the length limit."),
     )),
     Group("FLOPs", "rest", (
+        Metric("flops/reference", "FLOPs", EXTRAPOLATED, "The reference's forward passes."),
         Metric("flops/sampling", "FLOPs", DISTILL, "The student's completions: prefill and decode."),
         Metric("flops/student", "FLOPs", "",
-               "The update, and the forward passes of `loss.old_logprobs: recompute`, `tip` and `loss.top_k_of: student`."),
+               "The update, and the forward passes of `loss.old_logprobs: recompute`, `tip`, `loss.baseline: kl` and "
+               "`loss.top_k_of: student`."),
         Metric("flops/teacher", "FLOPs", "a teacher that no server holds", "The teacher's forward passes."),
     )),
     Group("The teacher's own prompt", "learning", (
@@ -129,6 +133,16 @@ GROUPS = (
                "Mean of ℓ_teacher − ℓ. It estimates the forward KL if the teacher wrote the completions.",
                "falls towards 0"),
         Metric("given/nll", NATS, GIVEN, "Mean of −ℓ.", "falls"),
+    )),
+    Group("The KL's part", "rest", (
+        Metric("advantages/clip_fraction", "fraction", "`loss.advantage_clip`",
+               "The student's own tokens whose KL part of the advantage was clipped.", "small: a clip is a bias"),
+        Metric("advantages/kl_baseline", NATS, "`loss.baseline: kl`",
+               "Mean of the exact reverse KL where the student's own tokens stand: `teacher_kl` without its noise. With "
+               "`loss.extrapolate: λ`, λ times that and 1 − λ times the one from the reference.", "falls towards 0"),
+        Metric("reference_kl", NATS, EXTRAPOLATED,
+               "Mean of ℓ_sampler − ℓ_reference over the student's own tokens. It estimates the reverse KL from the "
+               "reference."),
     )),
     Group("Optimizer", "rest", (
         Metric("optim/grad_norm", "", "", "Norm of the gradient before it is clipped. The mean over the optimizer steps."),
@@ -156,6 +170,9 @@ GROUPS = (
         Metric("policy/k3", NATS, POLICY, "Mean of r − 1 − log r. It estimates the same KL and is never negative."),
         Metric("policy/kept_fraction", "fraction", SPARSE,
                "How much of tokens × vocabulary the sparse backward used.", "below 1: at 1 it saves nothing"),
+        Metric("policy/out_of_bounds_fraction", "fraction", "`loss.ratio_bounds`",
+               "Tokens that are left out of the loss. With `loss.ratio: sequence`, those of whole completions.",
+               "small: what is left out is not learned"),
         Metric("policy/ratio_max", "", POLICY, "The largest importance ratio."),
         Metric("policy/ratio_mean", "", POLICY, "Mean importance ratio.", "about 1, which is its expectation"),
         Metric("policy/ratio_min", "", POLICY, "The smallest importance ratio."),
@@ -179,7 +196,7 @@ Each step is one row of `metrics.jsonl`, and one point of the figures in `report
 first step.
 
 - ℓ is the log-prob of a token under the student before the update. ℓ_sampler is what the sampler gave with the token,
-  ℓ_teacher what the teacher says of it.
+  ℓ_teacher and ℓ_reference are what teacher and reference say of it.
 - "With" says when a metric is written. Where it is empty, every run has it.
 - "Healthy" is empty where it differs from run to run. Many of these numbers are estimates from the samples of one step:
   look at the curve, not at one point.

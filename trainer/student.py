@@ -158,6 +158,16 @@ class Student:
             for batch, _ in self._in_step(groups):
                 batch.scatter_student_top_k(batch_likeliest(self.wrapped, batch, k, known(batch.samples)))
 
+    def measure(
+        self, groups: list[list[Sample]], field: str, values: Callable[[Callable[..., Any], Batch], Tensor]
+    ) -> None:
+        """Writes `values(model, batch)` [n] of the counted tokens of this process's samples into their list `field`.
+
+        The model is called as in the coming update, without gradients. A batch has samples of one group.
+        """
+        batches = (batch for batch, _ in self._in_step(groups))
+        scatter_values(self.wrapped, batches, field, lambda batch: values(self._forward, batch))
+
     def _scatter(self, samples: list[Sample], field: str, values: Callable[[Batch], Tensor]) -> None:
         with self._autocast():
             scatter_values(self.wrapped, (batch for batch, _ in self._in_step([samples])), field, values)

@@ -32,6 +32,13 @@ RUNS: dict[str, dict[str, Any]] = {
         "loss__backward": "sparse",
         "loss__method": "ppo",
     },
+    "tamed": {
+        "loss__baseline": "kl",
+        "loss__advantage_clip": 1.0,
+        "loss__extrapolate": 1.25,
+        "loss__ratio_bounds": [0.5, 2.0],
+        "reference__path": "student",
+    },
     "divergence": {"loss__objective": "jsd", "teacher__context__system": "in words"},
     "top_k": {
         "loss__objective": "top_k",
@@ -51,6 +58,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> dict[str,
     runs = {}
     for name, options in RUNS.items():
         settings = distillation(path / name, folder, **small, **options)
+        settings |= {"reference.path": folder / str(options["reference__path"])} if "reference__path" in options else {}
         if "mixture" in options:
             data = {"data": {"path": str(folder / "sums.jsonl")}}
             entries = {data_set: entry | data for data_set, entry in options["mixture"].items()}

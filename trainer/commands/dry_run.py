@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from fastkl.trainer.commands.estimate import Plan, called, lines
+from transformers import PreTrainedModel
+
+from fastkl.trainer.commands.estimate import Plan, Scorer, lines
+from fastkl.trainer.config.teacher import as_teacher
 from fastkl.trainer.config.training import DistillConfig, SftConfig
-from fastkl.trainer.data.mixture import step_prompts
+from fastkl.trainer.data.mixture import DataSet, step_prompts
 from fastkl.trainer.data.order import batch_indices
 from fastkl.trainer.data.prompts import encode_prompts, given_samples
 from fastkl.trainer.data.samples import make_sample
@@ -33,18 +36,23 @@ def dry_distill(config: DistillConfig) -> None:
     with RunFolder(config):  # it can be written, and holds no other run; what was made for this goes away again
         found = prepare(config)
     student = outline_of_student(config.student)
-    here = {data_set.teacher for data_set in found.data_sets if config.has_teacher and not data_set.teacher.server.url}
-    teachers = {teacher: outline(teacher) if teacher.self is None else student for teacher in sorted(here, key=called)}
-    models = {"student": student} | {called(teacher): model for teacher, model in teachers.items() if teacher.path}
+    scorers = list(_scorers(config, found.data_sets, student))
+    loaded = [scorer for scorer in scorers if scorer.config.path]
+    models = {"student": student} | {scorer.name: scorer.model for scorer in loaded}
     checks.check_vocabulary(found.tokenizer, models)
     new = config.sampling.max_new_tokens
     read = found.teacher_prompts
     sampled = [prompt for data_set in found.data_sets if not data_set.given for prompt in data_set.prompts]
     checks.check_one_rope(sampled, new, {"student": student})
     for data_set, own in zip(found.data_sets, read.read, strict=True):
-        theirs = {name: model for name, model in models.items() if name == called(data_set.teacher)}
-        check_fit(config, data_set, {"student": student}, checks.SHORTER.format("sampling", data_set.setting))
-        check_fit(config, own, theirs, remedy(config, own))
+        scoring = [scorer for scorer in loaded if data_set.name in scorer.data_sets]
+        teachers, references = (
+            {scorer.name: scorer.model for scorer in scoring if scorer.role == role}
+            for role in ("teacher", "reference")
+        )
+        same = {"student": student, **references}
+        check_fit(config, data_set, same, checks.SHORTER.format("sampling", data_set.setting))
+        check_fit(config, own, teachers, remedy(config, own))
     checks.check_eval_room(found.eval_prompts, config.eval, "student", student)
     prompts = step_prompts(found.data_sets, config.sampling.prompts_per_step, 0, config.seed)
     samples = [
@@ -53,8 +61,18 @@ def dry_distill(config: DistillConfig) -> None:
         for _ in range(config.sampling.samples_per_prompt)
     ]
     read.give_fixed(samples)
-    of_data_set = {data_set.name: data_set.teacher for data_set in found.data_sets}
-    _print(Plan(config, accelerator, student, teachers, found.prompts, samples, of_data_set), _contexts(found))
+    _print(Plan(config, accelerator, student, scorers, found.prompts, samples), _contexts(found))
+
+
+def _scorers(config: DistillConfig, data_sets: list[DataSet], student: PreTrainedModel) -> Iterator[Scorer]:
+    """The teachers and the reference, with outlines of those that are not the student, but for those behind a server."""
+    here = {data_set.teacher for data_set in data_sets if config.has_teacher and not data_set.teacher.server.url}
+    for teacher in sorted(here, key=lambda teacher: teacher.path or str(teacher.self)):
+        own = frozenset(data_set.name for data_set in data_sets if data_set.teacher == teacher)
+        yield Scorer("teacher", teacher, outline(teacher) if teacher.self is None else student, own)
+    if config.loss.extrapolate != 1:
+        reference, everything = as_teacher(config.reference), frozenset(data_set.name for data_set in data_sets)
+        yield Scorer("reference", reference, outline(reference) if reference.self is None else student, everything)
 
 
 def dry_sft(config: SftConfig) -> None:
@@ -75,7 +93,7 @@ def dry_sft(config: SftConfig) -> None:
     checks.check_room(prompts, lengths, {"student": student}, checks.SHORTER_ROW)
     checks.check_eval_room(eval_prompts, config.eval, "student", student)
     step = [examples[index] for index in batch_indices(len(examples), config.examples_per_step, 0, config.seed)]
-    _print(Plan(config, accelerator, student, {}, prompts, step, {}))
+    _print(Plan(config, accelerator, student, [], prompts, step))
 
 
 def _contexts(found: Prepared) -> Iterator[str]:

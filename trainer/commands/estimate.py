@@ -20,7 +20,7 @@ from fastkl.trainer.data.batching import Layout, batches
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.models.sizes.flops import cost_of, sampling_flops, scoring_flops, training_flops, without_adapter
-from fastkl.trainer.objectives.registry import teacher_passes
+from fastkl.trainer.objectives.registry import make_objective, teacher_passes
 from fastkl.trainer.runs import processes
 
 GIB = 2**30
@@ -35,10 +35,28 @@ class Plan(NamedTuple):
     config: RunConfig
     accelerator: Accelerator
     student: PreTrainedModel
-    teachers: dict[TeacherConfig, PreTrainedModel]  # models here; of one that is the student, the student's
+    scorers: list[Scorer]  # those that no server holds
     prompts: list[EncodedPrompt]
     samples: list[Sample]  # a distillation's are of full length
-    teacher_of: dict[str, TeacherConfig]  # by data set
+
+
+class Scorer(NamedTuple):
+    """A model that scores samples."""
+
+    role: str  # teacher or reference
+    config: TeacherConfig
+    model: PreTrainedModel  # of one that is the student, the student's
+    data_sets: frozenset[str]  # whose samples it scores
+
+    @property
+    def name(self) -> str:
+        """How it is called in the table."""
+        return f"{self.role} {self.config.path or self.config.self}"
+
+    def read(self, samples: list[Sample]) -> list[Sample]:
+        """Its part of a step's samples, as it reads them."""
+        own = [sample for sample in samples if sample.dataset in self.data_sets]
+        return [sample.for_teacher() for sample in own] if self.role == "teacher" else own
 
 
 class Part(NamedTuple):
@@ -46,11 +64,6 @@ class Part(NamedTuple):
 
     name: str
     bytes: float | None
-
-
-def called(teacher: TeacherConfig) -> str:
-    """How a teacher is called in the table."""
-    return f"teacher {teacher.path or teacher.self}"
 
 
 def lines(plan: Plan) -> Iterator[str]:
@@ -113,17 +126,14 @@ def _flops(plan: Plan) -> Iterator[tuple[str, float]]:
     if isinstance(plan.config, DistillConfig):
         yield "sampling", sampling_flops(cost, plan.samples)
         passes = teacher_passes(plan.config.loss)
-        for teacher, model in plan.teachers.items():
-            theirs = without_adapter(cost_of(model)) if teacher.self == "base" else cost_of(model)
-            yield called(teacher), passes * scoring_flops(theirs, _read_by(plan, teacher))
-        if plan.config.loss.old_logprobs == "recompute" or plan.config.loss.top_k_of != "teacher":
-            yield "the student's pass before the update", scoring_flops(cost, plan.samples)
+        for scorer in plan.scorers:
+            theirs = cost_of(scorer.model)
+            theirs = without_adapter(theirs) if scorer.config.self == "base" else theirs
+            yield scorer.name, passes * scoring_flops(theirs, scorer.read(plan.samples))
+        preparing = make_objective(plan.config.loss, plan.config.sampling, None).preparing_flops(cost, plan.samples)
+        if preparing:
+            yield "the student's pass before the update", preparing
     yield "the student's update", training_flops(cost, plan.samples)
-
-
-def _read_by(plan: Plan, teacher: TeacherConfig) -> list[Sample]:
-    """The samples of a teacher, as it reads them."""
-    return [sample.for_teacher() for sample in plan.samples if plan.teacher_of[sample.dataset] == teacher]
 
 
 def _memory(plan: Plan, passes: Passes) -> Iterator[str]:
@@ -157,27 +167,28 @@ def _always(plan: Plan, shard: int) -> Iterator[Part]:
     yield Part("Adam's two moments", 2 * trained / shard)
     if processes.count() > 1 and shard == 1:
         yield Part("DDP's buckets", trained)
-    for teacher, model in plan.teachers.items():
-        if teacher.device is None and teacher.self not in ("base", "live"):
-            yield _teacher(teacher, model, shard)
+    for scorer in plan.scorers:
+        if scorer.config.device is None and scorer.config.self not in ("base", "live"):
+            yield _weights(scorer, shard)
     dtype = plan.config.sampling.dtype if isinstance(plan.config, DistillConfig) else None
     if dtype is not None:
         yield Part(f"the copy in {dtype} that samples", sum(p.numel() for p in plan.student.parameters()) * 2.0)
 
 
 def _elsewhere(plan: Plan) -> Iterator[Part]:
-    for teacher, model in plan.teachers.items():
-        if teacher.device is not None:
-            yield _teacher(teacher, model, 1)
+    for scorer in plan.scorers:
+        if scorer.config.device is not None:
+            yield _weights(scorer, 1)
 
 
-def _teacher(teacher: TeacherConfig, model: PreTrainedModel, shard: int) -> Part:
-    where = "" if teacher.device is None else f" on {teacher.device}"
-    if teacher.self is not None:
-        kept = memory.second_weights(model, averaged=teacher.self == "ema", sharded=shard > 1) / shard
-        return Part(f"the weights of {called(teacher)}{where}, beside the student's", kept)
-    size = memory.weights(model, teacher.quantization)
-    return Part(f"the weights of {called(teacher)}{where}, {_parameters(model)}", size)
+def _weights(scorer: Scorer, shard: int) -> Part:
+    config, model = scorer.config, scorer.model
+    where = "" if config.device is None else f" on {config.device}"
+    if config.self is not None:
+        kept = memory.second_weights(model, averaged=config.self == "ema", sharded=shard > 1) / shard
+        return Part(f"the weights of {scorer.name}{where}, beside the student's", kept)
+    size = memory.weights(model, config.quantization)
+    return Part(f"the weights of {scorer.name}{where}, {_parameters(model)}", size)
 
 
 def _phases(plan: Plan, passes: Passes, shard: int) -> Iterator[tuple[str, list[Part]]]:
@@ -195,21 +206,22 @@ def _phases(plan: Plan, passes: Passes, shard: int) -> Iterator[tuple[str, list[
         if shard > 1:
             parts.append(Part("the gathered student", memory.weights(student)))
         yield "sampling", parts
-    for teacher, model in plan.teachers.items():
-        read = Passes(plan, _read_by(plan, teacher) or plan.samples).largest
-        kept = memory.activations(model, read, passes.layout, None, "off")
-        layers = model.config.get_text_config().num_hidden_layers
+    compared = 2 if isinstance(config, DistillConfig) and config.loss.baseline == "kl" else 1
+    for scorer in plan.scorers:
+        read = Passes(plan, scorer.read(plan.samples) or plan.samples).largest
+        kept = memory.activations(scorer.model, read, passes.layout, None, "off")
+        layers = scorer.model.config.get_text_config().num_hidden_layers
         parts = [
             Part("a layer", None if kept is None else kept / layers),
-            Part("a chunk of logits", memory.head_workspace(model, read.counted, device, 1)),
-            *_gathered(teacher, model, shard),
+            Part("a chunk of logits", memory.head_workspace(scorer.model, read.counted, device, compared)),
+            *_gathered(scorer, shard),
         ]
-        if teacher.device is None:
-            yield "teacher", parts
+        if scorer.config.device is None:
+            yield scorer.role, parts
     yield "saving", [Part("the student's tensors as bytes", memory.weights(student))]
     sampled = _sampled_objective(config)
     heads, products = 1 if sampled else 2, autocast or student.dtype
-    gathered = [part for teacher, model in plan.teachers.items() for part in _gathered(teacher, model, shard)]
+    gathered = [part for scorer in plan.scorers for part in _gathered(scorer, shard)]
     yield (
         "update",
         [
@@ -221,15 +233,16 @@ def _phases(plan: Plan, passes: Passes, shard: int) -> Iterator[tuple[str, list[
     )
 
 
-def _gathered(teacher: TeacherConfig, student: PreTrainedModel, shard: int) -> Iterator[Part]:
-    """What a teacher that is a sharded student needs while it scores."""
-    if shard == 1 or teacher.self is None or teacher.device is not None:
+def _gathered(scorer: Scorer, shard: int) -> Iterator[Part]:
+    """What one that is a sharded student needs while it scores."""
+    config, student = scorer.config, scorer.model
+    if shard == 1 or config.self is None or config.device is not None:
         return
-    second = teacher.self in ("ema", "synced")
+    second = config.self in ("ema", "synced")
     if not second or not all(parameter.requires_grad for parameter in student.parameters()):
         yield Part("the gathered student", memory.weights(student))
     if second:
-        yield Part(f"the gathered weights of {called(teacher)}", memory.gradients(student))
+        yield Part(f"the gathered weights of {scorer.name}", memory.gradients(student))
 
 
 def _sampled_objective(config: Any) -> bool:

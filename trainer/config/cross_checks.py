@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastkl.trainer.config.environment import EnvironmentConfig
-from fastkl.trainer.config.loss import LossConfig
+from fastkl.trainer.config.loss import KL_PART, LossConfig
 from fastkl.trainer.config.losses.weights import weight_rule
 from fastkl.trainer.config.reward import RewardConfig
 from fastkl.trainer.config.rules import unchanged
@@ -34,6 +34,14 @@ def check_rollouts(
         )
         unchanged(reward, "reward.", reason, ["grader"])
         unchanged(sampling, "sampling.", reason, ["given_coef"])
+    if sampling.on_policy_fraction == 0:
+        reason = "sampling.on_policy_fraction is 0: given completions have no KL in their advantages; unset one of them"
+        unchanged(loss, "loss.", reason, KL_PART)
+    require(
+        loss.baseline != "mean" or sampling.samples_per_step > 1,
+        "loss.baseline is mean, but a step has one sample, and the mean is that of the others; raise "
+        "sampling.prompts_per_step or set loss.baseline to none",
+    )
     if reward.grader is not None:
         _check_reward(sampling, reward, environment)
     if environment.name is not None:

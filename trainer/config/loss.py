@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastkl.kernels.divergence.formula import Divergence, check_alpha, check_beta, check_power
-from fastkl.kernels.options import Backward, Direction, ListTail, Method, Sparse, Surrogate
+from fastkl.kernels.options import Backward, Direction, ListTail, Method, RatioBounds, Sparse, Surrogate
 from fastkl.trainer.config.losses.control import Control
 from fastkl.trainer.config.losses.weights import FUNCTION, weight_rule
 from fastkl.trainer.config.rules import at_least, fraction, named, positive, unchanged
@@ -15,11 +15,13 @@ from fastkl.trainer.errors import require
 ObjectiveName = Literal["policy_gradient", "top_k", Divergence]
 ListedBy = Literal["teacher", "student", "both"]
 SERVED: tuple[ObjectiveName, ...] = ("policy_gradient", "top_k")  # they take a teacher that a server holds
-SURROGATE = ("method", "clip_low", "clip_high", "dual_clip", "truncate_ratio")
-ADVANTAGE = ("kl_coef", "discount", "redistribute", "redistribute_clip")
+SURROGATE = ("method", "clip_low", "clip_high", "dual_clip", "truncate_ratio", "ratio_bounds")
+# What becomes of the teacher's scores in an advantage.
+KL_PART = ("baseline", "advantage_power", "advantage_clip", "extrapolate")
+ADVANTAGE = ("kl_coef", "discount", "redistribute", "redistribute_clip", *KL_PART)
 # The objectives that an option belongs to. The others refuse another value than its default.
 OPTION_OF: dict[str, tuple[ObjectiveName, ...]] = {
-    **dict.fromkeys((*SURROGATE, *ADVANTAGE, "old_logprobs"), ("policy_gradient",)),
+    **dict.fromkeys((*SURROGATE, *ADVANTAGE, "ratio", "old_logprobs"), ("policy_gradient",)),
     "jsd_beta": ("jsd",),
     "skew_alpha": ("skewed_reverse_kl", "skewed_forward_kl"),
     "divergence_power": ("density_power",),
@@ -39,6 +41,12 @@ class LossConfig:
         method: Choose the formula of policy_gradient: importance_sampling, reinforce, ppo or cispo.
         kl_coef: Weigh the reverse KL in the advantage by this. 0, with a reward, is plain reinforcement learning.
         discount: Discount the KL of later tokens by this. 0: each token answers for itself alone.
+        baseline: Subtract from the KL of a token its mean over the step's other completions (mean), or the exact KL at its
+            place (kl), which needs the teacher's model here. Neither changes the gradient's mean. none: subtract nothing.
+        advantage_power: Bound the KL's part of an advantage by this power a of the probabilities: it is (q^a − p^a) / a in
+            place of log q − log p. 0: no bound.
+        advantage_clip: Clip the KL's part of an advantage to plus and minus this. null: no clip.
+        extrapolate: Go past the teacher by this factor, away from the model in `reference`. 1: go to the teacher.
         redistribute: Let the teacher weigh the reward at each token: this share of its advantage is multiplied by the
             teacher's probability over the student's, or by the inverse where the advantage is negative. 0: every token of
             a sample has the same.
@@ -49,6 +57,9 @@ class LossConfig:
         clip_high: Clip the ratio of ppo and cispo at 1 + clip_high.
         dual_clip: Limit the loss of ppo where the advantage is negative, to this times its size. null: no limit.
         truncate_ratio: Cap the importance ratio at this. null: no cap.
+        ratio: Take the importance ratio of each token (token), or the geometric mean over its completion (sequence).
+        ratio_bounds: Leave out of the loss what has a ratio outside [low, high]: tokens, or whole completions with ratio:
+            sequence. 0 and .inf leave a side open. null: nothing is left out.
         backward: Compute all of the gradient (exact), or estimate it from a random subset of the vocabulary, without bias
             (sparse; docs/understand/sparse-backward.md).
         sparse_error: Allow the sparse gradient this relative error. null: the loss's default, 0.002.
@@ -80,6 +91,10 @@ class LossConfig:
     method: Method = Surrogate.method
     kl_coef: float = 1.0
     discount: float = 0.0
+    baseline: Literal["none", "mean", "kl"] = "none"
+    advantage_power: float = 0.0
+    advantage_clip: float | None = None
+    extrapolate: float = 1.0
     redistribute: float = 0.0
     redistribute_clip: float = 0.2
     old_logprobs: Literal["sampler", "recompute", "current"] = "sampler"
@@ -87,6 +102,8 @@ class LossConfig:
     clip_high: float = Surrogate.clip_high
     dual_clip: float | None = Surrogate.dual_clip
     truncate_ratio: float | None = Surrogate.truncate_ratio
+    ratio: Literal["token", "sequence"] = "token"
+    ratio_bounds: list[float] | None = None
     backward: Literal["exact", "sparse"] = "exact"
     sparse_error: float | None = None
     jsd_beta: float = 0.5
@@ -114,6 +131,10 @@ class LossConfig:
                 unchanged(self, "loss.", reason, [name])
         if self.backward == "exact":
             unchanged(self, "loss.", "loss.backward is exact; set loss.backward to sparse", ["sparse_error"])
+        require(
+            self.ratio_bounds is None or len(self.ratio_bounds) == 2,
+            f"loss.ratio_bounds is {self.ratio_bounds}; give two numbers, [low, high], where 0 and .inf leave a side open",
+        )
         with named({name: f"loss.{name}" for name in SURROGATE}):
             self.surrogate()
         with named({"error": "loss.sparse_error"}):
@@ -130,6 +151,7 @@ class LossConfig:
         )
         if self.redistribute == 0:
             unchanged(self, "loss.", "loss.redistribute is 0; set it", ["redistribute_clip"])
+        self._check_kl_part()
         at_least(1, self, "loss.", "top_k")
         self._check_forward_kl()
         self._check_control()
@@ -144,6 +166,26 @@ class LossConfig:
             f"loss.method is {self.method} and loss.truncate_ratio is {self.truncate_ratio}, but loss.old_logprobs is "
             f"current: the ratio is 1, and nothing is clipped; set loss.old_logprobs to sampler or recompute",
         )
+        if self.old_logprobs == "current":
+            reason = "loss.old_logprobs is current: every ratio is 1; set it to sampler or recompute"
+            unchanged(self, "loss.", reason, ["ratio", "ratio_bounds"])
+
+    def _check_kl_part(self) -> None:
+        with named({"power": "loss.advantage_power"}):
+            check_power(self.advantage_power)
+        positive(self, "loss.", "advantage_clip", "extrapolate")
+        if self.kl_coef == 0:
+            reason = "loss.kl_coef is 0, which leaves the KL out of the advantages; unset it, or raise loss.kl_coef"
+            unchanged(self, "loss.", reason, KL_PART)
+        if self.advantage_power > 0:
+            reason = f"loss.advantage_power is {self.advantage_power}"
+            unchanged(
+                self, "loss.", f"{reason}: what it bounds are probabilities of the teacher; unset one", ["extrapolate"]
+            )
+            require(
+                self.baseline != "kl",
+                f"loss.baseline is kl, but {reason}: the KL is not the mean of what it bounds; set loss.baseline to mean",
+            )
 
     def _check_forward_kl(self) -> None:
         at_least(0, self, "loss.", "forward_kl_above")
@@ -183,6 +225,10 @@ class LossConfig:
             self.kl_coef > 0 or self.redistribute > 0,
             f"loss.control is {self.control}, but loss.kl_coef is 0 (loss.redistribute too): no teacher takes part anyway",
         )
+        if self.control == "no_teacher":
+            reason = "loss.control is no_teacher, and this would bring the teacher's own scores in; unset one of them"
+            unchanged(self, "loss.", reason, ["extrapolate"])
+            require(self.baseline != "kl", f"loss.baseline is kl, but {reason}")
         seen = [text for text in self.weights if not weight_rule(text).is_blind]
         require(
             not seen,
@@ -192,7 +238,9 @@ class LossConfig:
 
     def surrogate(self) -> Surrogate:
         """The options of policy_gradient, as the loss takes them."""
-        return Surrogate(**{name: getattr(self, name) for name in SURROGATE})
+        options = {name: getattr(self, name) for name in SURROGATE}
+        bounds = None if self.ratio_bounds is None else RatioBounds(*self.ratio_bounds)
+        return Surrogate(**{**options, "ratio_bounds": bounds})
 
     def backward_pass(self, seed: int) -> Backward:
         """`backward`, as the losses take it."""

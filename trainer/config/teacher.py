@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastkl.trainer.config.context import ContextConfig
-from fastkl.trainer.config.loss import SERVED, ObjectiveName
+from fastkl.trainer.config.loss import SERVED, LossConfig
 from fastkl.trainer.config.models import ModelConfig, StudentConfig
 from fastkl.trainer.config.rules import at_least, unchanged
 from fastkl.trainer.config.server import ServerConfig
@@ -67,6 +67,27 @@ class TeacherConfig(ModelConfig):
         return dataclasses.replace(self, context=ContextConfig())
 
 
+@dataclass(frozen=True)
+class ReferenceConfig(ModelConfig):
+    """A model that only scores, beside the teacher: loaded here (`path`), or the student's own base (`self`).
+
+    Args:
+        self: Use the weights under the student's LoRA adapter (base) instead of loading `path`.
+        device: Load the model on this device: cpu, cuda:1, … null: the student's.
+        quantization: Load the blocks in 8 or 4 bits (package bitsandbytes), but not the head. null: as they are in the
+            folder, which may be quantised already.
+    """
+
+    self: Literal["base"] | None = None
+    device: str | None = None
+    quantization: Literal["8bit", "4bit"] | None = None
+
+
+def as_teacher(config: ReferenceConfig) -> TeacherConfig:
+    """A reference is opened and asked as a teacher is."""
+    return TeacherConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+
+
 RATES = {"ema_rate": "ema", "sync_every": "synced"}  # a setting of one kind of `self`
 OF_SELF = ("self", *RATES, "device", "context")
 
@@ -98,7 +119,7 @@ def check_teacher(name: str, config: TeacherConfig) -> None:
 
 def _check_self(name: str, config: TeacherConfig) -> None:
     """The student's own weights, and what says how they follow it."""
-    reason = f"{name}.self is {config.self}: the teacher is the student, with its settings; unset one of them"
+    reason = f"{name}.self is {config.self}: it is the student, with its settings; unset one of them"
     other = [field.name for field in dataclasses.fields(config) if field.name not in OF_SELF]
     unchanged(config, f"{name}.", reason, other)
     if config.self == "ema":
@@ -130,14 +151,35 @@ def check_self_of(name: str, config: TeacherConfig, student: StudentConfig) -> N
     require(
         config.self is None or config.device is None or (full and config.self in ("ema", "synced")),
         f"{name}.device is {config.device!r}, but {name}.self is {config.self} and student.lora.rank is "
-        f"{student.lora.rank}: the teacher shares the student's weights and is where they are; unset it",
+        f"{student.lora.rank}: it shares the student's weights and is where they are; unset it",
     )
 
 
-def check_objective(name: str, config: TeacherConfig, objective: ObjectiveName) -> None:
-    """A server tells log-probs of some tokens. What compares whole distributions needs the model here."""
+def check_reference(config: ReferenceConfig, loss: LossConfig, student: StudentConfig) -> None:
+    """It is there where the loss asks for it, and nowhere else."""
+    if loss.extrapolate == 1:
+        unchanged(
+            config, "reference.", "loss.extrapolate is 1, which asks no reference; unset it, or set loss.extrapolate"
+        )
+        return
     require(
-        not config.server.url or objective in SERVED,
-        f"loss.objective is {objective}, but {name}.server.url is {config.server.url!r}: a server gives no distribution "
-        f"over the whole vocabulary; set loss.objective to {' or '.join(SERVED)}, or load the teacher from {name}.path",
+        bool(config.path) or config.self is not None,
+        f"loss.extrapolate is {loss.extrapolate}, but reference.path is empty; give a model folder or a Hub id, or set "
+        f"reference.self",
+    )
+    check_teacher("reference", as_teacher(config))
+    check_self_of("reference", as_teacher(config), student)
+
+
+def check_loss(name: str, config: TeacherConfig, loss: LossConfig) -> None:
+    """A server tells log-probs of some tokens. What compares whole distributions needs the model here."""
+    served = f"{name}.server.url is {config.server.url!r}: a server gives no distribution over the whole vocabulary"
+    require(
+        not config.server.url or loss.objective in SERVED,
+        f"loss.objective is {loss.objective}, but {served}; set loss.objective to {' or '.join(SERVED)}, or load the "
+        f"teacher from {name}.path",
+    )
+    require(
+        not config.server.url or loss.baseline != "kl",
+        f"loss.baseline is kl, but {served}; set loss.baseline to mean, or load the teacher from {name}.path",
     )

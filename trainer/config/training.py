@@ -17,7 +17,14 @@ from fastkl.trainer.config.optim import BatchConfig, CheckpointConfig, OptimConf
 from fastkl.trainer.config.reward import RewardConfig
 from fastkl.trainer.config.rules import at_least
 from fastkl.trainer.config.sampling import SamplingConfig
-from fastkl.trainer.config.teacher import TeacherConfig, check_objective, check_self_of, check_teacher
+from fastkl.trainer.config.teacher import (
+    ReferenceConfig,
+    TeacherConfig,
+    check_loss,
+    check_reference,
+    check_self_of,
+    check_teacher,
+)
 from fastkl.trainer.errors import require
 
 
@@ -38,7 +45,7 @@ class RunConfig:
         trackers: Log to these trackers of accelerate, besides metrics.jsonl. For example [tensorboard, wandb].
         log_samples: Write this many samples of each step to samples.jsonl. Distillation adds the ranks of their tokens.
         resume: Refuse settings that change what the run computes (same), or go on with them from the last checkpoint
-            (change). Student, teacher, data, environment and seed never change.
+            (change). Student, teacher, reference, data, environment and seed never change.
     """
 
     run: str
@@ -66,6 +73,7 @@ class DistillConfig(RunConfig):
 
     Args:
         teacher: Let this model score the student's tokens. It is never trained.
+        reference: Compare with this model too, for loss.extrapolate.
         mixture: Train on several data sets instead of `data`: by name, each with its prompts, weight and teacher.
         sampling: Let the student sample like this.
         loss: Choose what the student minimises.
@@ -74,6 +82,7 @@ class DistillConfig(RunConfig):
     """
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     mixture: dict[str, MixtureConfig] = field(default_factory=dict)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -96,6 +105,7 @@ class DistillConfig(RunConfig):
             self._check_teachers()
         else:
             check_without_teacher(self.loss)
+        check_reference(self.reference, self.loss, self.student)
         require(
             self.environment.role is None or all(entry.data.chat_template for entry in self.data_sets().values()),
             f"environment.role is {self.environment.role!r}, but data.chat_template is false: a text has no turns. Set "
@@ -116,7 +126,7 @@ class DistillConfig(RunConfig):
     def _check_teachers(self) -> None:
         for name, teacher in self.teachers().items():
             check_teacher(name, teacher)
-            check_objective(name, teacher, self.loss.objective)
+            check_loss(name, teacher, self.loss)
             check_self_of(name, teacher, self.student)
             require(
                 teacher.self != "live" or teacher.context != ContextConfig() or self.reward.grader is not None,

@@ -46,6 +46,12 @@ class Batch:
         return sum(sample.weighed_tokens for sample in self.samples)
 
     @property
+    def sequences(self) -> Tensor:
+        """[n] int64, which sample a token is of."""
+        counts = torch.tensor([sample.loss_tokens for sample in self.samples])
+        return torch.repeat_interleave(counts).to(self.tokens.device)
+
+    @property
     def given(self) -> Tensor:
         """[n] which tokens are of completions that the data give."""
         return self._which(lambda sample: sample.given)

@@ -41,6 +41,8 @@ class Sample:
     teacher_logprobs: list[float] = field(default_factory=list)
     old_logprobs: list[float] = field(default_factory=list)  # what the ratio is taken against; empty: current policy
     student_entropies: list[float] = field(default_factory=list)  # of its distribution before the update, nats
+    reference_logprobs: list[float] = field(default_factory=list)
+    kl_baseline: list[float] = field(default_factory=list)  # what is taken off the KL; `loss.baseline: kl`
     advantages: list[float] = field(default_factory=list)
     student_ranks: list[int] = field(default_factory=list)  # 1: its likeliest token; 0: no token of the tokenizer
     teacher_ranks: list[int] = field(default_factory=list)

@@ -15,7 +15,7 @@ EXTREMES: dict[str, Callable[[float, float], float]] = {"min": min, "max": max} 
 
 
 def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """What the samples say before the update: entropy and lengths of the student's own, likelihoods of the given."""
+    """What the samples say before the update: of the student's own entropy, lengths and KLs, of the given likelihoods."""
     metrics = {}
     own = [sample for sample in samples if not sample.given]
     given = [sample for sample in samples if sample.given]
@@ -23,6 +23,10 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         metrics["entropy"] = -_per_token(own, "sampler_logprobs")
         metrics["completions/mean_length"] = sum(sample.loss_tokens for sample in own) / len(own)
         metrics["completions/truncated_fraction"] = sum(sample.truncated for sample in own) / len(own)
+        if own[0].reference_logprobs:
+            metrics["reference_kl"] = _gap_per_token(own, "reference_logprobs")
+        if own[0].kl_baseline:
+            metrics["advantages/kl_baseline"] = _per_token(own, "kl_baseline")
     if given and given[0].old_logprobs:
         metrics["given/nll"] = -_per_token(given, "old_logprobs")
         if given[0].teacher_logprobs:
@@ -39,7 +43,7 @@ def teacher_kl(samples: Sequence[Sample]) -> dict[str, float]:
     data_sets = sorted({sample.dataset for sample in scored if sample.dataset})
     parts = {"teacher_kl": scored} if scored else {}
     parts |= {f"teacher_kl/{name}": [sample for sample in scored if sample.dataset == name] for name in data_sets}
-    return {key: _gap_per_token(part) for key, part in parts.items()}
+    return {key: _gap_per_token(part, "teacher_logprobs") for key, part in parts.items()}
 
 
 def context_gap(samples: Sequence[Sample]) -> dict[str, float]:
@@ -102,8 +106,8 @@ def _per_token(samples: Sequence[Sample], field: str) -> float:
     return sum(sum(getattr(sample, field)) for sample in samples) / _tokens(samples)
 
 
-def _gap_per_token(samples: Sequence[Sample]) -> float:
-    return sum(sum(sample.sampler_logprobs) - sum(sample.teacher_logprobs) for sample in samples) / _tokens(samples)
+def _gap_per_token(samples: Sequence[Sample], field: str) -> float:
+    return sum(sum(sample.sampler_logprobs) - sum(getattr(sample, field)) for sample in samples) / _tokens(samples)
 
 
 def _tokens(samples: Sequence[Sample]) -> int:

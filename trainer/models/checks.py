@@ -23,7 +23,7 @@ from fastkl.trainer.models.tokenizers import (
     where_they_part,
 )
 
-SAME_FAMILY = "Use a teacher of the student's family"
+SAME_FAMILY = "Use a {0} of the student's family"
 SPECIALS = ("bos_token_id", "eos_token_id", "unk_token_id")
 # Remedies where a context is too short.
 SHORTER = "Lower {0}.max_new_tokens, or leave long prompts out with {1}.max_prompt_tokens"
@@ -31,40 +31,41 @@ SHORTER_CONTEXT = "Lower {0}.max_new_tokens, or shorten what {1} adds"
 SHORTER_ROW = "Shorten its completion or take the row out"
 
 
-def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, name: str = "teacher") -> None:
     """What the student can write is one token with one id in both, and both read and end a text alike.
 
-    The teacher may have more tokens than the student.
+    The teacher may have more tokens than the student. `name` is what messages call it.
     """
+    family = SAME_FAMILY.format(name)
     found = compare_vocabularies(student, teacher)
     if found.differing:
         named = [
-            f"{token} is {ours!r} in the student's and {theirs!r} in the teacher's"
+            f"{token} is {ours!r} in the student's and {theirs!r} in the {name}'s"
             for token, ours, theirs in found.differing
         ]
         raise ConfigError(
-            f"student and teacher tokenize differently: id {first_three(named, '; ')}. The teacher would score other "
-            f"tokens than the student wrote. {SAME_FAMILY}"
+            f"student and {name} tokenize differently: id {first_three(named, '; ')}. The {name} would score other "
+            f"tokens than the student wrote. {family}"
         )
     if found.lacking:
         named = [f"{token} {spelling!r}" for token, spelling in found.lacking]
         raise ConfigError(
-            f"student and teacher tokenize differently: the teacher lacks ids of the student, {first_three(named, ', ')}. "
-            f"It could not score these tokens. {SAME_FAMILY}, or one that has them; if the student never writes them, "
+            f"student and {name} tokenize differently: the {name} lacks ids of the student, {first_three(named, ', ')}. "
+            f"It could not score these tokens. {family}, or one that has them; if the student never writes them, "
             f"take them out of its tokenizer"
         )
     text = SAMPLE_TEXT + (student.eos_token or "")
     ours, theirs = student(text)["input_ids"], teacher(text)["input_ids"]
     if ours != theirs:
         raise ConfigError(
-            f"student and teacher tokenize differently (the same text gives {len(ours)} and {len(theirs)} tokens, "
-            f"{where_they_part(ours, theirs)}): the teacher could not score the student's tokens. {SAME_FAMILY}"
+            f"student and {name} tokenize differently (the same text gives {len(ours)} and {len(theirs)} tokens, "
+            f"{where_they_part(ours, theirs)}): the {name} could not score the student's tokens. {family}"
         )
-    for name in SPECIALS:
-        if getattr(student, name) != getattr(teacher, name):
+    for special in SPECIALS:
+        if getattr(student, special) != getattr(teacher, special):
             raise ConfigError(
-                f"{name} is {getattr(student, name)} in the student's tokenizer and {getattr(teacher, name)} in the "
-                f"teacher's; give both the same (a base and a chat model of one family often differ here)"
+                f"{special} is {getattr(student, special)} in the student's tokenizer and {getattr(teacher, special)} in "
+                f"the {name}'s; give both the same (a base and a chat model of one family often differ here)"
             )
 
 
@@ -92,7 +93,10 @@ def check_top_k(k: int, tokenizer: PreTrainedTokenizerBase, setting: str) -> Non
 
 
 def check_chat(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, prompts: list[EncodedPrompt]
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    prompts: list[EncodedPrompt],
+    name: str = "teacher",
 ) -> None:
     """The teacher was trained on the same chat format, where prompts are chats or text is made one."""
     chats = [(prompt.row, prompt.chat) for prompt in prompts if prompt.chat is not None]
@@ -104,18 +108,16 @@ def check_chat(
         try:
             theirs = template.render(row.turns, row.tools, to_answer=True)
         except Refusal as error:
-            raise ConfigError(
-                f"{row.source}: of the teacher, {error}; give student and teacher one template"
-            ) from error
+            raise ConfigError(f"{row.source}: of the {name}, {error}; give student and {name} one template") from error
         if ours != theirs:
             raise ConfigError(
-                f"the chat templates of student and teacher differ: {ours[:80]!r}… and {theirs[:80]!r}…; the teacher "
-                f"would judge a format it does not know. Copy the teacher's chat_template into the student's tokenizer"
+                f"the chat templates of student and {name} differ: {ours[:80]!r}… and {theirs[:80]!r}…; the {name} "
+                f"would judge a format it does not know. Copy the {name}'s chat_template into the student's tokenizer"
             )
 
 
 def check_end_of_sequence(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
+    student: PreTrainedModel, teacher: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, name: str = "teacher"
 ) -> None:
     """Where the student stops, a teacher that is loaded here can stop; a model that declares no end has the tokenizer's.
 
@@ -128,7 +130,7 @@ def check_end_of_sequence(
     ours, theirs = (declared_ends(model) or tokenizer_ends(tokenizer) for model in (student, teacher))
     ours = sorted({*ours, *([] if (turn_end := end_of_turn(tokenizer)) is None else [turn_end])})
     if not set(ours) & set(theirs):
-        raise ConfigError(f"the student ends with ids {ours} and the teacher with {theirs}; give them a common one")
+        raise ConfigError(f"the student ends with ids {ours} and the {name} with {theirs}; give them a common one")
 
 
 def check_room(

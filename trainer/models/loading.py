@@ -27,8 +27,8 @@ def load_teacher_tokenizer(config: TeacherConfig) -> PreTrainedTokenizerBase | N
     return load_tokenizer(dataclasses.replace(config, path=path)) if path else None
 
 
-def teacher_device(config: TeacherConfig, default: torch.device) -> torch.device:
-    """Where a teacher is loaded; a ConfigError if this machine has no such device."""
+def teacher_device(config: TeacherConfig, default: torch.device, name: str = "teacher") -> torch.device:
+    """Where a teacher is loaded; a ConfigError if this machine has no such device. `name` is what messages call it."""
     if config.device is None:
         return default
     try:
@@ -36,16 +36,16 @@ def teacher_device(config: TeacherConfig, default: torch.device) -> torch.device
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"teacher.device is {config.device!r}, which cannot be used here ({' '.join(str(error).split())}); this "
+            f"{name}.device is {config.device!r}, which cannot be used here ({' '.join(str(error).split())}); this "
             f"machine has cpu and {torch.accelerator.device_count()} accelerators, null means where the student is"
         ) from error
     return device
 
 
-def load_teacher(config: TeacherConfig, device: torch.device) -> PreTrainedModel:
+def load_teacher(config: TeacherConfig, device: torch.device, name: str = "teacher") -> PreTrainedModel:
     """A model that never gets a gradient."""
-    quantized = _quantized(config, device)
-    note(f"loading the teacher {config.path}")
+    quantized = _quantized(config, device, name)
+    note(f"loading the {name} {config.path}")
     model = load_model(config, **quantized).requires_grad_(False)
     return model if quantized else model.to(device)
 
@@ -56,7 +56,7 @@ def vocab_size(config: ModelConfig) -> int:
     return size
 
 
-def _quantized(config: TeacherConfig, device: torch.device) -> dict[str, Any]:
+def _quantized(config: TeacherConfig, device: torch.device, name: str) -> dict[str, Any]:
     """Options that load a quantised model, as the folder holds it or as asked for; none for a plain one."""
     stored = _stored_quantization(config)
     placed = {"device_map": {"": device}}  # a quantised model cannot be moved
@@ -64,12 +64,12 @@ def _quantized(config: TeacherConfig, device: torch.device) -> dict[str, Any]:
         return {} if stored is None else placed
     if stored is not None:
         raise ConfigError(
-            f"teacher.quantization is {config.quantization}, but the weights in {config.path!r} are quantised already "
+            f"{name}.quantization is {config.quantization}, but the weights in {config.path!r} are quantised already "
             f"({stored}); unset it"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            f"teacher.quantization is {config.quantization}, which needs the package bitsandbytes: pip install "
+            f"{name}.quantization is {config.quantization}, which needs the package bitsandbytes: pip install "
             f"bitsandbytes, or unset it"
         )
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": getattr(torch, config.dtype)}

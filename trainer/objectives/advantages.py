@@ -3,51 +3,103 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkl.loss import redistributed_advantages, reverse_kl_advantages
+from fastkl.loss import (
+    centred_advantages,
+    extrapolated_advantages,
+    redistributed_advantages,
+    reverse_kl_advantages,
+)
+from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.reward import RewardConfig
-from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.data.samples import UNKNOWN, Sample
 from fastkl.trainer.objectives.numbers import numbers_are_checked
+from fastkl.trainer.runs import processes
 
 Estimator = Callable[[Tensor, Tensor], Tensor]  # rewards [n], group numbers [n] -> advantages [n]
 
 
-@numbers_are_checked()
-def set_advantages(
-    samples: list[Sample],
-    *,
-    coef: float,
-    discount: float,
-    given_coef: float = 1.0,
-    redistribute: float = 0.0,
-    redistribute_clip: float = 0.2,
-) -> None:
-    """Writes A = A_env − coef Σ γᵏ d of every counted token: the samples' `reward_advantage` and the reverse KL's.
+def set_advantages(samples: list[Sample], loss: LossConfig, given_coef: float = 1.0) -> dict[str, float]:
+    """Writes A = A_env + A_KL of every counted token: the samples' `reward_advantage`, and what the teacher's scores give.
 
-    All samples stand end to end in one row; no sum crosses a sample's end. Without a teacher's log-probs there is no KL. A
-    token of a given completion has the advantage `given_coef` instead of both: −log p, weighted. The share `redistribute`
-    of A_env is weighed by the teacher (`redistributed_advantages`).
+    All samples of this process stand end to end in one row; no sum crosses a sample's end. Without a teacher's log-probs
+    A_KL is 0. A token of a given completion has the advantage `given_coef` instead of both: −log p, weighted. The share
+    `redistribute` of A_env is weighed by the teacher (`redistributed_advantages`). All processes call it. Returns metrics
+    of the whole step.
     """
-    if not samples:
-        return
-    lengths = [len(sample.ids) for sample in samples]
-    own = [sample.old_logprobs or sample.sampler_logprobs or [0.0] * len(sample.ids) for sample in samples]
-    teacher = [sample.teacher_logprobs or ours for sample, ours in zip(samples, own, strict=True)]
-    mask = torch.tensor(list(itertools.chain(*(sample.loss_mask for sample in samples))))
-    ids = torch.repeat_interleave(torch.tensor(lengths))
-    ours, theirs = (torch.tensor(list(itertools.chain(*logprobs))) for logprobs in (own, teacher))
-    advantages = reverse_kl_advantages(ours, theirs, mask, coef=coef, discount=discount, sequence_ids=ids)
-    rewards = torch.tensor([sample.reward_advantage for sample in samples])[ids]
-    if redistribute > 0:
-        rewards = redistributed_advantages(rewards, ours, theirs, mask, share=redistribute, clip=redistribute_clip)
-    rows = (advantages + rewards).split(lengths)
-    for sample, row, counted in zip(samples, rows, mask.split(lengths), strict=True):
+    scores = _Scores(samples)
+    advantages, rewards = processes.raise_together(lambda: _parts(scores, loss))
+    if loss.baseline == "mean":
+        advantages = _centred(advantages, scores)
+    advantages, metrics = _clipped(advantages, scores.sampled, loss.advantage_clip)
+    rows = (advantages + rewards).split(scores.lengths)
+    for sample, row, counted in zip(samples, rows, scores.mask.split(scores.lengths), strict=True):
         values = torch.full_like(row, given_coef) if sample.given else row
         sample.advantages = values.where(counted, 0.0).tolist()
+    return metrics
+
+
+class _Scores:
+    """What advantages are made of, of all tokens [n] of some samples end to end."""
+
+    def __init__(self, samples: list[Sample]) -> None:
+        zeros = [[0.0] * len(sample.ids) for sample in samples]
+        own = [s.old_logprobs or s.sampler_logprobs or zero for s, zero in zip(samples, zeros, strict=True)]
+        self.lengths = [len(sample.ids) for sample in samples]
+        self.ids = torch.repeat_interleave(torch.tensor(self.lengths, dtype=torch.long))
+        self.mask = _end_to_end([sample.loss_mask for sample in samples]).bool()
+        self.sampled = self.mask & ~torch.tensor([sample.given for sample in samples], dtype=torch.bool)[self.ids]
+        self.rewards = torch.tensor([sample.reward_advantage for sample in samples])[self.ids]
+        self.ours = _end_to_end(own)
+        self.teacher = _end_to_end([s.teacher_logprobs or ours for s, ours in zip(samples, own, strict=True)])
+        self.reference = _end_to_end([s.reference_logprobs or zero for s, zero in zip(samples, zeros, strict=True)])
+        self.baseline = _end_to_end([s.kl_baseline or zero for s, zero in zip(samples, zeros, strict=True)])
+
+
+@numbers_are_checked()
+def _parts(scores: _Scores, loss: LossConfig) -> tuple[Tensor, Tensor]:
+    """The KL's part, before the mean as a baseline and the clip, and the reward's, [n] each."""
+    ours, theirs, mask = scores.ours, scores.teacher, scores.mask
+    options: dict[str, Any] = {"coef": loss.kl_coef, "discount": loss.discount, "sequence_ids": scores.ids}
+    options["baseline"] = scores.baseline if loss.baseline == "kl" else None
+    if loss.extrapolate == 1:
+        advantages = reverse_kl_advantages(ours, theirs, mask, power=loss.advantage_power, **options)
+    else:
+        # Of an id that the reference lacks, nothing is to go away from.
+        reference = torch.where(scores.reference == UNKNOWN, theirs, scores.reference)
+        advantages = extrapolated_advantages(ours, theirs, reference, mask, extrapolate=loss.extrapolate, **options)
+    rewards = scores.rewards
+    if loss.redistribute > 0:
+        share, clip = loss.redistribute, loss.redistribute_clip
+        rewards = redistributed_advantages(rewards, ours, theirs, mask, share=share, clip=clip)
+    return advantages, rewards
+
+
+def _centred(advantages: Tensor, scores: _Scores) -> Tensor:
+    """Less the mean over the other samples of the step, on all processes; those that nobody sampled are no part of it."""
+    values, which, counts = zip(*processes.gather([(advantages, scores.sampled, scores.lengths)]), strict=True)
+    numbers = torch.repeat_interleave(torch.tensor([*itertools.chain(*counts)], dtype=torch.long))
+    centred = centred_advantages(torch.cat(values), torch.cat(which), sequence_ids=numbers)
+    return centred.split([len(share) for share in values])[processes.rank()]
+
+
+def _clipped(advantages: Tensor, sampled: Tensor, limit: float | None) -> tuple[Tensor, dict[str, float]]:
+    """Within ± limit, and the share of the step's sampled tokens that were not."""
+    if limit is None:
+        return advantages, {}
+    beyond = (advantages.abs() > limit) & sampled
+    counts = processes.gather([(int(beyond.sum()), int(sampled.sum()))])
+    share = sum(clipped for clipped, _ in counts) / max(1, sum(tokens for _, tokens in counts))
+    return advantages.clamp(-limit, limit), {"advantages/clip_fraction": share}
+
+
+def _end_to_end(lists: Sequence[Sequence[float]]) -> Tensor:
+    return torch.tensor(list(itertools.chain(*lists)))
 
 
 def set_reward_advantages(samples: list[Sample], config: RewardConfig) -> dict[str, float]:

@@ -22,8 +22,12 @@ from fastkl.trainer.teachers.teacher import Lists
 class Objective(Protocol):
     """Makes samples ready and gives the loss of a batch. Subclass it; `registry.OBJECTIVES` is where it gets its name."""
 
-    def prepare(self, samples: list[Sample], student: Student, clock: Clock) -> None:
-        """Writes into this process's samples what the loss needs of them, before the update. All processes call it."""
+    def prepare(self, samples: list[Sample], student: Student, clock: Clock) -> dict[str, float]:
+        """Writes into this process's samples what the loss needs of them, before the update. All processes call it.
+
+        Returns metrics of the whole step, the same on all processes.
+        """
+        return {}
 
     def groups(self, samples: list[Sample]) -> list[list[Sample]]:
         """The samples apart by what cannot share a batch."""

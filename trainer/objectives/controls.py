@@ -26,7 +26,8 @@ from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.runs import processes
 
-SCORES = ("sampler_logprobs", "old_logprobs", "teacher_logprobs")  # of a sample: what its advantages are made of
+# Of a sample: what its advantages are made of.
+SCORES = ("sampler_logprobs", "old_logprobs", "teacher_logprobs", "reference_logprobs", "kl_baseline")
 T = TypeVar("T")
 
 

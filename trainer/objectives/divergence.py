@@ -51,10 +51,11 @@ class FullDivergence(Objective):
         settings = OPTIONS.get(loss.objective, {})
         self._options = {option: getattr(loss, setting) for option, setting in settings.items()}
 
-    def prepare(self, samples: list[Sample], student: Student, clock: Clock) -> None:
+    def prepare(self, samples: list[Sample], student: Student, clock: Clock) -> dict[str, float]:
         measure_entropies(student, samples, self._config, self._temperature, clock)
         if needs_teacher_first(self._config):
             score_by_teacher(self._teachers, samples, clock)
+        return {}
 
     @staticmethod
     def teacher_passes(config: LossConfig) -> int:

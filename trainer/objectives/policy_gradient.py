@@ -19,6 +19,7 @@ from fastkl.trainer.models.sizes.flops import Cost, scoring_flops
 from fastkl.trainer.objectives.advantages import set_advantages
 from fastkl.trainer.objectives.base import Objective, measure_entropies, measuring_flops, score_by_teacher
 from fastkl.trainer.objectives.controls import with_scores
+from fastkl.trainer.objectives.exact_kl import score_with_exact_kl
 from fastkl.trainer.objectives.forward_kl import plus_forward_kl
 from fastkl.trainer.objectives.weights.known import list_entropies
 from fastkl.trainer.objectives.weights.step import needs_entropies_first
@@ -48,24 +49,25 @@ class PolicyGradient(Objective):
             return [samples]
         return self._teachers.groups(samples)
 
-    def prepare(self, samples: list[Sample], student: Student, clock: Clock) -> None:
+    def prepare(self, samples: list[Sample], student: Student, clock: Clock) -> dict[str, float]:
         if self._teachers is not None:
-            score_by_teacher(self._teachers, samples, clock)
+            self._score(self._teachers, samples, student, clock)
         with clock("old_logprobs"):
             self._set_old_logprobs(samples, student)
         if self._loss.old_logprobs != "recompute":
             measure_entropies(student, samples, self._loss, self._sampling.temperature, clock)
         judged = with_scores(samples, self._loss)
-        set_advantages(
-            judged,
-            coef=self._loss.kl_coef,
-            discount=self._loss.discount,
-            given_coef=self._sampling.given_coef,
-            redistribute=self._loss.redistribute,
-            redistribute_clip=self._loss.redistribute_clip,
-        )
+        metrics = set_advantages(judged, self._loss, self._sampling.given_coef)
         for sample, other in zip(samples, judged, strict=True):
             sample.advantages = other.advantages
+        return metrics
+
+    def _score(self, teachers: RoutedTeacher[Any], samples: list[Sample], student: Student, clock: Clock) -> None:
+        if self._loss.baseline != "kl":
+            score_by_teacher(teachers, samples, clock)
+            return
+        with clock("teacher"), teachers.ready():
+            score_with_exact_kl(teachers, samples, student, self._sampling.temperature, self._loss.extrapolate)
 
     def _set_old_logprobs(self, samples: list[Sample], student: Student) -> None:
         """What the importance ratio is taken against: see `LossConfig.old_logprobs`.
@@ -86,7 +88,8 @@ class PolicyGradient(Objective):
 
     def preparing_flops(self, cost: Cost, samples: list[Sample]) -> float:
         recomputed = self._loss.old_logprobs == "recompute"
-        return scoring_flops(cost, samples) if recomputed else measuring_flops(self._loss, cost, samples)
+        first = scoring_flops(cost, samples) if recomputed else measuring_flops(self._loss, cost, samples)
+        return first + (scoring_flops(cost, samples) if self._loss.baseline == "kl" else 0.0)
 
     def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: float, seed: int) -> LossOutput:
         old = batch.per_token("old_logprobs") if batch.samples[0].old_logprobs else None
@@ -108,6 +111,8 @@ class PolicyGradient(Objective):
                 batch.per_token("advantages"),
                 old,
                 **dataclasses.asdict(self._loss.surrogate()),
+                ratio=self._loss.ratio,
+                sequence_ids=batch.sequences if self._loss.ratio == "sequence" else None,
                 mask=weights,
                 **common,
             )

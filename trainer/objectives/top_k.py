@@ -40,7 +40,7 @@ class TopKDivergence(Objective):
         of, k = config.top_k_of, config.top_k
         return Lists(teacher=None if of == "student" else k, student=None if of == "teacher" else k)
 
-    def prepare(self, samples: list[Sample], student: Student, clock: Clock) -> None:
+    def prepare(self, samples: list[Sample], student: Student, clock: Clock) -> dict[str, float]:
         measure_entropies(student, samples, self._loss, self._temperature, clock)
         if (k := self.lists(self._loss).student) is not None:
             with clock("student_top_k"):
@@ -50,6 +50,7 @@ class TopKDivergence(Objective):
             sample.student_top_k = None  # `teacher_top_k` has it
         if self._loss.control == "shuffled":
             shuffle_lists(samples)
+        return {}
 
     def preparing_flops(self, cost: Cost, samples: list[Sample]) -> float:
         listing = 0.0 if self._loss.top_k_of == "teacher" else scoring_flops(cost, samples)

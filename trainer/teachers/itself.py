@@ -27,7 +27,7 @@ class SelfTeachers:
         self._seconds: dict[str, SecondWeights] = {}
         self._reads_student = False
 
-    def make(self, config: DistillConfig, teacher: TeacherConfig, lists: Lists) -> LocalTeacher:
+    def make(self, config: DistillConfig, teacher: TeacherConfig, lists: Lists, role: str = "teacher") -> LocalTeacher:
         """One that scores as the student does; `lists`: what it is asked for beside the log-probs of tokens."""
         student, base = self._student, teacher.self == "base"
         device, model, cost = student.device, student.model, student.cost
@@ -44,6 +44,7 @@ class SelfTeachers:
             config.sampling.temperature,
             device,
             top_k=lists.teacher,
+            role=role,
             as_teacher=partial(_as_teacher, student, without=base),
             cost=without_adapter(cost) if base else cost,
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastkl.loss import linear_top_k
 from fastkl.trainer.data.batching import Batch, Layout, batches, in_order
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.models.scoring import (
@@ -47,6 +48,7 @@ class LocalTeacher:
         top_k: Find so many of the likeliest tokens too; null for none.
         vocab_size: The ids that it shares with the student, where heads are padded to different sizes.
         shared_only: Normalise the tokens' log-probs over those ids alone, as those of lists are.
+        role: What messages call it, and what the samples' list of its log-probs begins with: teacher or reference.
         as_teacher: A context in which the model is the teacher: with the adapter off, where it is the student's base.
         cost: That of a forward pass; null: of the whole model.
     """
@@ -62,10 +64,11 @@ class LocalTeacher:
         top_k: int | None = None,
         vocab_size: int | None = None,
         shared_only: bool = False,
+        role: str = "teacher",
         as_teacher: Callable[[], AbstractContextManager[Any]] = nullcontext,
         cost: Cost | None = None,
     ) -> None:
-        self.model, self.vocab_size = model, vocab_size
+        self.model, self.vocab_size, self.role = model, vocab_size, role
         self._device, self._top_k, self._as_teacher = device, top_k, as_teacher
         self._shared_only = shared_only
         self._layout, self._max_tokens, self._temperature = layout, max_tokens, temperature
@@ -74,7 +77,7 @@ class LocalTeacher:
         self._copies: dict[Tensor, tuple[int, Tensor]] = {}
 
     def score(self, samples: Sequence[Sample]) -> None:
-        self._scatter(samples, "teacher_logprobs", self._scores)
+        self._scatter(samples, f"{self.role}_logprobs", self._scores)
 
     def rank(self, samples: Sequence[Sample], vocab_size: int) -> None:
         self._scatter(samples, "teacher_ranks", lambda batch: batch_ranks(self.model, batch, vocab_size))
@@ -90,7 +93,7 @@ class LocalTeacher:
             scatter_values(self.model, batches(samples, self._max_tokens, self._layout, self._device), field, values)
 
     def _logprobs(self, batch: Batch) -> Tensor:
-        return check_finite(batch_logprobs(self.model, batch, self._temperature), "teacher")
+        return check_finite(batch_logprobs(self.model, batch, self._temperature), self.role)
 
     def _scores(self, batch: Batch) -> Tensor:
         """The log-probs; lists, where they are asked for, go into the samples."""
@@ -121,6 +124,12 @@ class LocalTeacher:
                 for batch in in_order(samples, self._max_tokens, self._layout, self._device)
             ]
         return heads[0]._replace(hidden=torch.cat([head.hidden for head in heads]))
+
+    def keep_top_k(self, batch: Batch, head: TeacherHead) -> None:
+        """Gives the samples of a batch the likeliest tokens that `score` gives them, from what their `head` is."""
+        if self._top_k is not None:
+            options = {"vocab_size": self.vocab_size, "temperature": self._temperature, **head.options}
+            batch.scatter_top_k(linear_top_k(head.hidden, head.weight, self._top_k, **options))
 
     def _on_device(self, parameter: Tensor, device: torch.device) -> Tensor:
         """A parameter on a device; a copy is made again when the weights are others."""

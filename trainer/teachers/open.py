@@ -9,10 +9,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkl.trainer.config.context import ContextConfig
-from fastkl.trainer.config.teacher import TeacherConfig
+from fastkl.trainer.config.teacher import TeacherConfig, as_teacher
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.batching import PAD_ID
 from fastkl.trainer.data.mixture import DataSet
+from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.loading import fuse, load_teacher, load_teacher_tokenizer, teacher_device
 from fastkl.trainer.models.pretrained import read_config
@@ -30,23 +31,36 @@ from fastkl.trainer.teachers.teacher import Lists, Teacher
 
 
 def check_teachers(
-    config: DistillConfig, tokenizer: PreTrainedTokenizerBase, read: Sequence[DataSet], lists: Lists
+    config: DistillConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    data_sets: Sequence[DataSet],
+    read: Sequence[DataSet],
+    lists: Lists,
 ) -> None:
-    """Tokenizers, chat templates and devices, before any model is loaded; the data sets as the teachers read them."""
+    """Tokenizers, chat templates and devices, before any model is loaded. `read`: the data sets as teachers read them."""
     for count in (lists.teacher, lists.student):
         if count is not None:
             checks.check_top_k(count, tokenizer, lists.setting)
     remark_on_self(config)
     for data_set in read if config.has_teacher else ():
-        teacher_device(data_set.teacher, torch.device("cpu"))
-        theirs = load_teacher_tokenizer(data_set.teacher)
-        if theirs is not None:
-            checks.check_tokenizers(tokenizer, theirs)
-            checks.check_chat(tokenizer, theirs, data_set.prompts)
+        _check_scorer(data_set.teacher, tokenizer, data_set.prompts, "teacher")
         if data_set.context != ContextConfig() and not data_set.teacher.server.url:
             model = read_config(data_set.teacher if data_set.teacher.self is None else config.student)
             limits = {whose(data_set): most_positions(model.get_text_config())}
             checks.check_length(data_set.prompts, config.sampling.max_new_tokens, limits, remedy(config, data_set))
+    if config.loss.extrapolate != 1:
+        prompts = [prompt for data_set in data_sets for prompt in data_set.prompts]
+        _check_scorer(as_teacher(config.reference), tokenizer, prompts, "reference")
+
+
+def _check_scorer(
+    config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, prompts: list[EncodedPrompt], name: str
+) -> None:
+    teacher_device(config, torch.device("cpu"), name)
+    theirs = load_teacher_tokenizer(config)
+    if theirs is not None:
+        checks.check_tokenizers(tokenizer, theirs, name)
+        checks.check_chat(tokenizer, theirs, prompts, name)
 
 
 def connect_servers(
@@ -99,10 +113,7 @@ def open_teachers(
     checks.check_one_rope(sampled, new, {"student": student.model})
     for data_set, own in zip(data_sets, read.read, strict=True):
         if config.has_teacher and data_set.teacher not in teachers:
-            if data_set.teacher.self is None:
-                teachers[data_set.teacher] = _load(config, data_set.teacher, tokenizer, student, lists)
-            else:
-                teachers[data_set.teacher] = itself.make(config, data_set.teacher, lists)
+            teachers[data_set.teacher] = _open(config, data_set.teacher, tokenizer, student, itself, lists)
         teacher = teachers.get(data_set.teacher)
         local = teacher.model if isinstance(teacher, LocalTeacher) else None
         models = {} if local is None else {whose(data_set): local}
@@ -113,7 +124,27 @@ def open_teachers(
         read.limit(own, models.values())
     if not teachers:
         return None
-    return RoutedTeacher({data_set.name: teachers[data_set.teacher] for data_set in data_sets}, itself.ready)
+    by_data_set = {data_set.name: teachers[data_set.teacher] for data_set in data_sets}
+    return RoutedTeacher(by_data_set, itself.ready, _reference(config, tokenizer, data_sets, student, itself))
+
+
+def _reference(
+    config: DistillConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    data_sets: Sequence[DataSet],
+    student: Student,
+    itself: SelfTeachers,
+) -> LocalTeacher | None:
+    """The model of `reference`, which reads what the student reads; None where the loss asks for none."""
+    if config.loss.extrapolate == 1:
+        return None
+    reference = _open(config, as_teacher(config.reference), tokenizer, student, itself, Lists(), "reference")
+    models = {"reference": reference.model}
+    checks.check_vocabulary(tokenizer, models)
+    checks.check_end_of_sequence(student.model, reference.model, tokenizer, "reference")
+    for data_set in data_sets:
+        check_fit(config, data_set, models, checks.SHORTER.format("sampling", data_set.setting))
+    return reference
 
 
 def whose(data_set: DataSet) -> str:
@@ -141,19 +172,23 @@ def remedy(config: DistillConfig, data_set: DataSet) -> str:
     return checks.SHORTER_CONTEXT.format("sampling", f"{config.teacher_setting(data_set.name)}.context")
 
 
-def _load(
+def _open(
     config: DistillConfig,
     teacher: TeacherConfig,
     tokenizer: PreTrainedTokenizerBase,
     student: Student,
+    itself: SelfTeachers,
     lists: Lists,
+    role: str = "teacher",
 ) -> LocalTeacher:
-    device = teacher_device(teacher, student.device)
-    model = fuse(load_teacher(teacher, device), "teacher")
-    layout = batch_layout(config.batch, model, Probe(model, "teacher"))
+    if teacher.self is not None:
+        return itself.make(config, teacher, lists, role)
+    device = teacher_device(teacher, student.device, role)
+    model = fuse(load_teacher(teacher, device, role), role)
+    layout = batch_layout(config.batch, model, Probe(model, role))
     models: list[Any] = [student.model, model]
     ours, theirs = (each.get_output_embeddings().weight.shape[0] for each in models)
     cut = None if ours == theirs else min(ours, theirs, vocabulary(tokenizer))
     tokens, temperature = config.batch.max_tokens, config.sampling.temperature
-    options: dict[str, Any] = {"top_k": lists.teacher, "vocab_size": cut, "shared_only": lists.with_token}
+    options: dict[str, Any] = {"top_k": lists.teacher, "vocab_size": cut, "shared_only": lists.with_token, "role": role}
     return LocalTeacher(model, layout, tokens, temperature, device, **options)

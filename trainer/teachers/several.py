@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Generic, TypeVar
 
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.teacher import Teacher
 
 T = TypeVar("T", bound=Teacher, covariant=True)
@@ -17,17 +18,23 @@ class RoutedTeacher(Generic[T]):
 
     Args:
         ready: A context in which they can be used; entered and left by all processes together.
+        reference: Scores all samples too, into a list of its own.
     """
 
     def __init__(
-        self, teachers: Mapping[str, T], ready: Callable[[], AbstractContextManager[None]] = nullcontext
+        self,
+        teachers: Mapping[str, T],
+        ready: Callable[[], AbstractContextManager[None]] = nullcontext,
+        reference: LocalTeacher | None = None,
     ) -> None:
-        self.by_data_set, self.ready = teachers, ready
+        self.by_data_set, self.ready, self.reference = teachers, ready, reference
 
     def score(self, samples: Sequence[Sample]) -> None:
         for group in self.groups(samples):
             with _as_read(group) as read:
                 self.of(group).score(read)
+        if self.reference is not None:
+            self.reference.score(samples)
 
     def rank(self, samples: Sequence[Sample], vocab_size: int) -> None:
         for group in self.groups(samples):
@@ -47,7 +54,10 @@ class RoutedTeacher(Generic[T]):
         read = [sample.for_teacher() for sample in samples]
         parts = [self.of(group).flops(group) for group in self.groups(read)]
         known = [part["flops/teacher"] for part in parts if part]
-        return {"flops/teacher": sum(known)} if len(known) == len(parts) else {}
+        total = {"flops/teacher": sum(known)} if len(known) == len(parts) else {}
+        if self.reference is not None:
+            total["flops/reference"] = self.reference.flops(samples)["flops/teacher"]
+        return total
 
     def groups(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         """The samples apart by teacher, in their order."""

@@ -115,6 +115,28 @@ def test_second_weights_are_of_the_size_that_is_told(folder: Path, dtype: str) -
         assert memory.second_weights(student, averaged=averaged, sharded=False) == sum(found.values())
 
 
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("base", [False, True], ids=["folder", "base"])
+def test_a_reference_is_counted(base: bool, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its forward pass, its weights unless they are the student's, and what an exact KL adds."""
+    settings = distillation(tmp_path / "run", folder, student__lora__rank=2)
+    plain = table(arguments("distill", settings), capsys)
+    assert "reference" not in plain
+    assert "the student's pass before the update" not in plain
+    more = {"reference.self": "base"} if base else {"reference.path": folder / "teacher"}
+    settings |= {"loss.extrapolate": 1.5, "loss.baseline": "kl", **more}
+    text = table(arguments("distill", settings), capsys)
+    flops = {name: value for value, name in re.findall(r"FLOPs +(\S+)  (.*)", text)}
+    assert float(flops["the student's pass before the update"]) > 0
+    if base:  # an adapter is off
+        assert 0 < float(flops["reference base"]) < float(flops["the student's pass before the update"])
+        assert "weights of reference" not in text
+    else:
+        assert flops[f"reference {folder / 'teacher'}"] == flops[f"teacher {folder / 'teacher'}"]
+        assert f"the weights of reference {folder / 'teacher'}" in text
+    assert "reference: a chunk of logits" in text
+
+
 def test_flops_and_passes_are_those_of_the_run(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +158,7 @@ def test_flops_and_passes_are_those_of_the_run(
         ({"sampling.max_new_tokens": 100}, ["student's context of 64"]),
         ({"teacher.path": "short"}, ["teacher short's context of 8"]),
         ({"teacher.path": "small"}, ["the teacher small's head has"]),
+        ({"loss.extrapolate": 2, "reference.path": "short"}, ["reference short's context of 8"]),
         ({"eval.data.path": "sums.jsonl", "eval.grader": "vibes"}, ["eval.grader is 'vibes'"]),
         ({"run": "sums.jsonl"}, ["sums.jsonl exists and is not a run folder"]),
         ({"trackers": ["nosuch"]}, ["trackers has 'nosuch'"]),

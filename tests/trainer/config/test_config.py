@@ -26,6 +26,12 @@ from fastkl.trainer.errors import ConfigError
 URL = "http://127.0.0.1:9/v1"
 SERVED: dict[str, object] = {"teacher.path": "", "teacher.server.url": URL, "teacher.server.model": "m"}
 SAMPLED: dict[str, object] = {"sampling.server.url": URL, "sampling.server.model": "m"}
+KL_PARTS: list[tuple[dict[str, object], list[str]]] = [
+    ({"loss.baseline": "mean"}, ["loss.baseline is 'mean'"]),
+    ({"loss.advantage_power": 2}, ["loss.advantage_power is 2"]),
+    ({"loss.advantage_clip": 5}, ["loss.advantage_clip is 5"]),
+    ({"loss.extrapolate": 2, "reference.path": "r"}, ["loss.extrapolate is 2"]),
+]
 # settings, what the message must hold: the setting with its value, and the way out
 BASE: dict[str, object] = {"teacher.self": "base", "teacher.path": ""}
 REFUSED_BY_DISTILL: list[tuple[dict[str, object], list[str]]] = [
@@ -85,6 +91,67 @@ REFUSED_BY_DISTILL: list[tuple[dict[str, object], list[str]]] = [
     ({"loss.clip_high": 0.3}, ["loss.clip_high is 0.3", "loss.method 'importance_sampling'", "cispo"]),
     ({"loss.method": "ppo", "loss.old_logprobs": "current"}, ["loss.method is ppo", "sampler or recompute"]),
     ({"loss.kl_coef": -1.0}, ["loss.kl_coef is -1.0", "at least 0"]),
+    ({"loss.advantage_power": -1}, ["loss.advantage_power is -1", "in [0, 1000]"]),
+    ({"loss.advantage_clip": 0}, ["loss.advantage_clip is 0", "> 0", "null"]),
+    ({"loss.extrapolate": 0}, ["loss.extrapolate is 0", "> 0"]),
+    (
+        {"loss.baseline": "kl", "loss.advantage_power": 1},
+        ["loss.baseline is kl", "loss.advantage_power is 1", "set loss.baseline to mean"],
+    ),
+    (
+        {"loss.advantage_power": 1, "loss.extrapolate": 2, "reference.path": "r"},
+        ["loss.extrapolate is 2", "loss.advantage_power is 1", "unset one"],
+    ),
+    *(
+        (
+            {"loss.kl_coef": 0, "reward.grader": "boxed", "reward.baseline": "none", **option},
+            [*said, "loss.kl_coef is 0"],
+        )
+        for option, said in KL_PARTS
+    ),
+    *(
+        ({"sampling.on_policy_fraction": 0, **option}, [*said, "sampling.on_policy_fraction is 0", "unset one"])
+        for option, said in KL_PARTS
+    ),
+    *(
+        ({"loss.objective": "top_k", **option}, [*said, "loss.objective is top_k", "belongs to policy_gradient"])
+        for option, said in (*KL_PARTS, ({"loss.ratio": "sequence"}, ["loss.ratio is 'sequence'"]))
+    ),
+    (
+        {"loss.baseline": "mean", "sampling.prompts_per_step": 1},
+        ["loss.baseline is mean", "one sample", "sampling.prompts_per_step"],
+    ),
+    (
+        SERVED | {"loss.baseline": "kl"},
+        ["loss.baseline is kl", f"teacher.server.url is '{URL}'", "to mean", "teacher.path"],
+    ),
+    ({"loss.extrapolate": 1.25}, ["loss.extrapolate is 1.25", "reference.path is empty", "reference.self"]),
+    ({"reference.path": "r"}, ["reference.path is 'r'", "loss.extrapolate is 1", "set loss.extrapolate"]),
+    ({"reference.device": "cpu"}, ["reference.device is 'cpu'", "loss.extrapolate is 1"]),
+    (
+        {"loss.extrapolate": 1.25, "reference.self": "base"},
+        ["reference.self is base", "student.lora.rank is 0", "reference.path"],
+    ),
+    (
+        {"loss.extrapolate": 2, "reference.self": "base", "reference.path": "r", "student.lora.rank": 2},
+        ["reference.path is 'r'", "reference.self is base", "unset one"],
+    ),
+    *(
+        ({"loss.control": "no_teacher", **option}, [said, "loss.control is no_teacher", "unset one"])
+        for option, said in (
+            ({"loss.baseline": "kl"}, "loss.baseline is kl"),
+            ({"loss.extrapolate": 2, "reference.path": "r"}, "loss.extrapolate is 2"),
+        )
+    ),
+    ({"loss.ratio_bounds": [2]}, ["loss.ratio_bounds is [2.0]", "two numbers", ".inf"]),
+    ({"loss.ratio_bounds": [2, 1]}, ["loss.ratio_bounds is (2.0, 1.0)", "low < high"]),
+    *(
+        ({"loss.old_logprobs": "current", **option}, [said, "loss.old_logprobs is current", "sampler or recompute"])
+        for option, said in (
+            ({"loss.ratio_bounds": [0.5, 2]}, "loss.ratio_bounds is [0.5, 2.0]"),
+            ({"loss.ratio": "sequence"}, "loss.ratio is 'sequence'"),
+        )
+    ),
     ({"student.lora.alpha": 16.0}, ["student.lora.alpha is 16.0", "set student.lora.rank"]),
     ({"loss.clip_low": 1.5}, ["loss.clip_low is 1.5", "<= 1"]),
     ({"loss.clip_high": -0.1}, ["loss.clip_high is -0.1", ">= 0"]),

@@ -77,7 +77,7 @@ def sample(ours: list[float], theirs: list[float], **fields: Any) -> Sample:
 
 def advantages(samples: list[Sample], **config: Any) -> list[list[float]]:
     judged = with_scores(samples, LossConfig(**config))
-    set_advantages(judged, coef=1.0, discount=0.0)
+    set_advantages(judged, LossConfig(**config))
     return [one.advantages[1:] for one in judged]
 
 

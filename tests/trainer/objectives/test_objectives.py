@@ -15,7 +15,7 @@ from tiny_data import read_jsonl
 from torch import Tensor
 
 from fastkl.loss import LossOutput, reverse_kl_loss
-from fastkl.trainer.config.loss import ObjectiveName
+from fastkl.trainer.config.loss import LossConfig, ObjectiveName
 from fastkl.trainer.data.batching import Batch
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import RunError
@@ -49,10 +49,10 @@ def test_numbers_that_no_update_can_be_made_of_end_the_run(field: str, logprob: 
     """In a sentence, on any device; where nothing is counted they may be anything."""
     own = {"sampler_logprobs": [math.nan, -1.0], "teacher_logprobs": [math.nan, -2.0]}
     sample = Sample([1, 2], [False, True], 0, **own)
-    set_advantages([sample], coef=1.0, discount=0.0)
+    set_advantages([sample], LossConfig())
     assert sample.advantages == [0.0, -1.0]
     with pytest.raises(RunError, match=f"no update can be made of this step's samples: {field} {said}"):
-        set_advantages([Sample([1, 2], [False, True], 0, **own | {field: [0.0, logprob]})], coef=1.0, discount=0.0)
+        set_advantages([Sample([1, 2], [False, True], 0, **own | {field: [0.0, logprob]})], LossConfig())
 
 
 def test_a_teacher_that_gives_nan_ends_the_run() -> None:

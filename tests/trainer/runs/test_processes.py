@@ -95,6 +95,14 @@ VARIANTS: dict[str, dict[str, object]] = {
     "told": TOLD,
     "told-whole": TOLD | {"loss__objective": "reverse_kl"},
     "told-whole-lora": TOLD | LORA | {"loss__objective": "reverse_kl"},
+    "tamed": {
+        "loss__baseline": "mean",
+        "loss__advantage_clip": 2,
+        "loss__ratio": "sequence",
+        "loss__ratio_bounds": [0.5, 2],
+    },
+    "extrapolated": BASE
+    | {"loss__baseline": "kl", "loss__extrapolate": 1.5, "reference__self": "base", "optim__lr": 0.05},
     "continuous": {"sampling__engine": "continuous_batching"},
     "weights": {"loss__weights": ["top_gap:0.4", "drift:0.5"]},
     "weights-whole": {"loss__weights": ["top_gap:0.4", "skip_first:1"], "loss__objective": "reverse_kl"},

@@ -41,6 +41,9 @@ MAIN_SETTINGS = (
     "loss.method",
     "loss.kl_coef",
     "loss.discount",
+    "loss.baseline",
+    "loss.advantage_power",
+    "loss.extrapolate",
     "loss.old_logprobs",
     "loss.jsd_beta",
     "loss.skew_alpha",
@@ -63,7 +66,8 @@ MAIN_SETTINGS = (
 CHANGES = 100  # at most that many are shown, the last ones
 CHANGE_CHARACTERS = 200  # of a setting's value in a change
 
-FLOPS = ("flops/sampling", "flops/teacher", "flops/student")  # of a step, as time/* are
+FLOPS = ("flops/sampling", "flops/teacher", "flops/student")  # of a step, as time/* are; those of every distillation
+REFERENCE_FLOPS = "flops/reference"
 
 
 def run_data(path: Path, name: str, sample_bytes: int) -> Json:
@@ -177,11 +181,11 @@ def _tokens(rows: Sequence[Json], settings: Json) -> list[float] | None:
 
 
 def _flops(rows: Sequence[Json], settings: Json) -> list[float] | None:
-    """FLOPs of sampling, teacher and student together, up to each row; None if the run did not count all of them."""
+    """FLOPs of sampling, scoring and training together, up to each row; None if the run did not count all of them."""
     wanted = FLOPS if "teacher" in settings else FLOPS[-1:]
     if any("flops/student" in row and not all(name in row for name in wanted) for row in rows):
         return None  # a served teacher's are unknown: the rest would flatter the run
-    total = list(accumulate(sum(row.get(name, 0) for name in FLOPS) for row in rows))
+    total = list(accumulate(sum(row.get(name, 0) for name in (*FLOPS, REFERENCE_FLOPS)) for row in rows))
     return total if total[-1] else None
 
 

@@ -15,6 +15,7 @@ from tiny_data import write_jsonl
 from tiny_models import tokenizer
 
 from fastkl.trainer.config.data import DataConfig
+from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.reward import RewardConfig
 from fastkl.trainer.data.prompts import encode_prompts
 from fastkl.trainer.data.rows import Prompt
@@ -160,7 +161,7 @@ def test_rewards_are_added_to_the_kl() -> None:
     assert metrics == pytest.approx(
         {"reward/mean": 1.25, "reward/std": 0.6875**0.5, "reward/groups_without_signal": 0.5}
     )
-    set_advantages(samples, coef=0.5, discount=1.0)
+    set_advantages(samples, LossConfig(kl_coef=0.5, discount=1.0))
     kl = [0.0, 0.0, -0.5 * (0.5 - 1.0), -0.5 * -1.0, -0.5 * -1.0]
     for sample, environment in zip(samples, [1.0, -1.0, 0.0, 0.0, 0.0], strict=True):
         wanted = [0.0, 0.0, *(value + environment for value in kl[2:])]
@@ -187,12 +188,12 @@ def test_without_a_teacher_the_reward_is_all() -> None:
     sample = graded(0, 3.0)
     sample.teacher_logprobs = []
     set_reward_advantages([sample], RewardConfig(grader="boxed", baseline="none"))
-    set_advantages([sample], coef=0.0, discount=0.0)
+    set_advantages([sample], LossConfig(kl_coef=0.0))
     assert sample.advantages == [0.0, 0.0, 3.0, 3.0, 3.0]
 
 
 def test_a_given_completion_is_weighted_likelihood() -> None:
     sample = graded(0, None)
     sample.given = True
-    set_advantages([sample], coef=5.0, discount=0.5, given_coef=0.25)
+    set_advantages([sample], LossConfig(kl_coef=5.0, discount=0.5), given_coef=0.25)
     assert sample.advantages == [0.0, 0.0, 0.25, 0.25, 0.25]
