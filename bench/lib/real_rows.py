@@ -157,6 +157,7 @@ def _whole_file(source: Model) -> tuple[Path, str]:
         return _folder(source, 0), source.file
     whole = CACHE / f"{source.package.format('')}.gguf"
     if not whole.is_file():
+        CACHE.mkdir(parents=True, exist_ok=True)
         with open(aside := whole.with_suffix(".new"), "wb") as out:
             for part in parts:
                 out.write(part.read_bytes())

@@ -137,6 +137,26 @@ def test_sampled_tokens_have_the_gradient_of_the_loss() -> None:
         torch.testing.assert_close(gradient(policy_gradient_loss, given, tokens, advantages, logprobs), expected)
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_sampled_tails_have_the_gradient_of_the_loss(weight: float) -> None:
+    given = rows()
+    logprobs, ids = given.q.log().topk(K)
+    estimator = formulas.sampled_tail(given, listed(given), BASELINE, weight)
+    for y, expected in enumerate(outcomes(given, estimator)):
+        found = gradient(
+            top_k_kl_loss,
+            given,
+            ids,
+            logprobs,
+            tail="sampled",
+            tokens=torch.full((N,), y),
+            token_teacher_logprobs=given.q.log()[:, y],
+            tail_baseline=BASELINE.squeeze(1),
+            tail_weight=weight,
+        )
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_power_has_the_gradient_of_its_divergence() -> None:
     given, alpha = rows(), 0.7
     z = given.p.log().requires_grad_()
