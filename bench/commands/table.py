@@ -13,8 +13,10 @@ import argparse
 import re
 from pathlib import Path
 
-from bench.lib.tables import TABLES
+from bench.estimators import tables as estimators
+from bench.lib import tables
 
+TABLES = tables.TABLES | estimators.TABLES
 ROOT = Path(__file__).parents[2]
 START = "<!-- table "
 MARKED = re.compile(rf"({START}(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

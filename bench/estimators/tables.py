@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.estimators.figure import error, found
 from bench.lib.markdown import Report, table
-from bench.lib.report import read_result
+from bench.lib.report import RESULTS, read_result
 
 Wanted = dict[str, dict[str, Any]]  # rows of a report, by what they are called
 PAIRS = ("pruned", "healed", "drop2", "qwen")
@@ -104,7 +104,7 @@ def cosines() -> str:
     def cell(report: Report, wanted: dict[str, Any]) -> str:
         return _figure(found(report, wanted), "cosine")
 
-    listed = {name.replace("k", "20"): row for name, row in BIASED.items()}
+    listed = {name.replace("'s k", "'s 20"): row for name, row in BIASED.items()}
     clipped = {name: row for name, row in SAMPLED.items() if row["estimator"] == "clipped"}
     return _table("cosine", _lines(listed | clipped | POWERS, reports, cell), reports)
 
@@ -119,12 +119,14 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def _reports() -> list[Report]:
-    return [read_result(f"estimators-{name}") for name in PAIRS]
+    """Of the pairs that have been measured."""
+    names = (f"estimators-{name}" for name in PAIRS)
+    return [read_result(name) for name in names if (RESULTS / f"{name}.json").is_file()]
 
 
 def _table(first: str, rows: Sequence[Sequence[str]], reports: Sequence[Report]) -> str:
     header = [first, *(_conditions(report)["label"] for report in reports)]
-    return table(header, rows, "float32", reports)
+    return table(header, rows, "On-policy completions at temperature 1, distributions in float32", reports)
 
 
 def _lines(wanted: Wanted, reports: Sequence[Report], cell: Callable[[Report, dict[str, Any]], str]) -> list[list[str]]:

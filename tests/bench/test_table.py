@@ -8,8 +8,7 @@ import pytest
 from bench_cases import bench_refusal
 
 from bench.__main__ import main
-from bench.commands.table import documents, with_tables
-from bench.lib.tables import TABLES
+from bench.commands.table import TABLES, documents, with_tables
 
 
 @pytest.mark.parametrize("document", documents(), ids=lambda document: document.name)
