@@ -28,7 +28,13 @@ from bench.estimators.statistics import (
     head_gradient,
     ratios,
 )
-from fastkl.loss import policy_gradient_loss, reverse_kl_advantages, reverse_kl_loss, top_k_kl_loss
+from fastkl.loss import (
+    density_power_loss,
+    policy_gradient_loss,
+    reverse_kl_advantages,
+    reverse_kl_loss,
+    top_k_kl_loss,
+)
 
 N, V, K = 3, 7, 2
 
@@ -158,12 +164,17 @@ def test_sampled_tails_have_the_gradient_of_the_loss(weight: float) -> None:
 
 
 def test_a_power_has_the_gradient_of_its_divergence() -> None:
-    given, alpha = rows(), 0.7
-    z = given.p.log().requires_grad_()
-    p, q = z.softmax(1), given.q
-    divergence = (p ** (1 + alpha) / (1 + alpha) - p * q**alpha + alpha / (1 + alpha) * q ** (1 + alpha)) / alpha
-    (expected,) = torch.autograd.grad(divergence.sum(), z)
-    torch.testing.assert_close(mean(given.p, formulas.power(given, alpha)), expected)
+    given = rows()
+    found = gradient(density_power_loss, given, teacher_logits=given.q.log(), power=0.7)
+    torch.testing.assert_close(found, mean(given.p, formulas.power(given, 0.7)))
+
+
+def test_a_sampled_power_has_the_gradient_of_the_loss() -> None:
+    given = rows()
+    for y, expected in enumerate(outcomes(given, formulas.power(given, 0.7))):
+        tokens, logprobs = torch.full((N,), y), given.p.log()[:, y]
+        advantages = reverse_kl_advantages(logprobs, given.q.log()[:, y], power=0.7)
+        torch.testing.assert_close(gradient(policy_gradient_loss, given, tokens, advantages, logprobs), expected)
 
 
 def test_the_noise_of_the_head_is_that_of_all_outcomes() -> None:
