@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -83,7 +84,10 @@ class LocalTeacher:
         self._scatter(samples, "teacher_ranks", lambda batch: batch_ranks(self.model, batch, vocab_size))
 
     def score_plain(self, samples: Sequence[Sample]) -> None:
-        self._scatter(samples, "plain_logprobs", self._logprobs)
+        plain = [dataclasses.replace(sample) for sample in samples]
+        self.score(plain)
+        for sample, scored in zip(samples, plain, strict=True):
+            sample.plain_logprobs = scored.teacher_logprobs
 
     def recheck(self) -> None:
         pass  # nobody can have replaced it

@@ -85,6 +85,17 @@ def test_everything_that_a_teacher_says(layout: Layout, max_tokens: int) -> None
             assert counted(sample, "plain_logprobs") == pytest.approx(without, abs=1e-5)
 
 
+def test_lists_of_the_student_are_scored_where_the_teacher_reads() -> None:
+    given = samples()
+    for sample in given:
+        sample.student_top_k = torch.arange(4).repeat(sample.loss_tokens, 1)
+    routed("padded").score(given)
+    for sample in given:
+        wanted = plain(sample, sample.teacher_prompt or sample.ids[: sample.prompt_length])[:, :4]
+        assert sample.teacher_top_k is not None
+        torch.testing.assert_close(sample.teacher_top_k.logprobs.double(), wanted, atol=1e-5, rtol=0)
+
+
 def test_flops_are_of_what_is_read() -> None:
     given = samples()
     read = [sample.for_teacher() for sample in given]
