@@ -192,6 +192,8 @@ def _as_group(name: str, node: yaml.Node, kind: Any) -> str:
 
 def _wanted(node: yaml.Node, kind: Any) -> str:
     words = f"it must be {in_words(kind)}"
+    if str in alternatives(kind) and isinstance(node, yaml.MappingNode) and node.flow_style:
+        return f"{words}; put a text that begins with a brace into quotes"
     if "a list" in words and isinstance(node, yaml.ScalarNode):
         return f"{words}, for example [{node.value}]"
     for one in alternatives(kind) if isinstance(node, yaml.SequenceNode) else ():

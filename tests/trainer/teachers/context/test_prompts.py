@@ -7,11 +7,16 @@ from typing import Any
 
 import pytest
 from chat_templates import FAMILIES, QWEN, family_tokenizer
-from context_cases import HERE, prompts_of
+from context_cases import HERE, asked, prompts_of
+from documents import blocks
+from launches import REPOSITORY
 from run_settings import config, distillation
 from tiny_data import write_jsonl
 
+from fastkl.trainer.commands import command_line as commands
+from fastkl.trainer.data.rows import parse_row
 from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.teachers.context.functions import Attempt
 
 ROW: dict[str, Any] = {"prompt": "1+1=", "answer": "2", "completion": "it is 2", "metadata": {"hint": "add", "n": 3}}
 CHAT: dict[str, Any] = {
@@ -196,3 +201,24 @@ def test_refused_settings(tmp_path: Path, context: dict[str, object], message: s
     settings = distillation(tmp_path / "run", tmp_path) | {f"teacher.context.{name}": v for name, v in context.items()}
     with pytest.raises(ConfigError, match=message):
         config("distill", settings)
+
+
+def test_a_template_that_yaml_takes_for_a_group(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("run: r\nteacher:\n  context:\n    template: {prompt}\n", encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match=r"run\.yaml:4: teacher\.context\.template .* begins with a brace into quotes"
+    ):
+        commands.parse(["distill", str(file)])
+
+
+def test_the_function_in_the_documentation(tmp_path: Path) -> None:
+    (code,) = [code for code in blocks(REPOSITORY / "docs/teachers.md") if "def hint" in code]
+    names: dict[str, Any] = {}
+    exec(compile(code, "teachers.md", "exec"), names)
+    row = parse_row("d.jsonl:1", ROW)
+    right, wrong = Attempt("it is 2", 1.0, False), Attempt("3", 0.0, False)
+    assert names["hint"](row, [wrong, wrong]) == [None, None]
+    first, second = names["hint"](row, [wrong, right])
+    assert first == asked("1+1=\n\nA correct answer:\nit is 2")
+    assert second is None
