@@ -15,7 +15,7 @@ STEPS = (1000, 4000, 16000)
 BIASED: Wanted = {
     "`bucket`, the teacher's k": {"estimator": "bucket", "of": "teacher"},
     "`bucket`, the student's k": {"estimator": "bucket", "of": "student"},
-    "`bucket`, both": {"estimator": "bucket", "of": "both"},
+    "`bucket`, both lists": {"estimator": "bucket", "of": "both"},
     "`renormalise`, the teacher's k": {"estimator": "renormalise", "of": "teacher"},
     "`drop`, the teacher's k": {"estimator": "drop", "of": "teacher"},
 }
@@ -34,7 +34,7 @@ LISTED: Wanted = {
     "`sampled` tail, weight ½": {"estimator": "sampled tail", "parameter": 0.5},
     "`sampled` tail": {"estimator": "sampled tail", "parameter": 1.0},
 }
-WHOSE = {"teacher": "the teacher's 20", "student": "the student's 20", "both": "both"}
+WHOSE = {"teacher": "the teacher's 20", "student": "the student's 20", "both": "both lists"}
 LISTS: Wanted = {f"{WHOSE[of]}, {name}": {**wanted, "of": of} for of in WHOSE for name, wanted in LISTED.items()}
 
 
