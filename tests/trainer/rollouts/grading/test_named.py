@@ -175,9 +175,8 @@ def test_the_teacher_weighs_the_reward() -> None:
         sample, given = graded(0, reward), graded(1, None)
         given.given = True
         set_reward_advantages([sample], RewardConfig(grader="boxed", baseline="none"))
-        set_advantages(
-            [sample, given], coef=coef, discount=0.0, given_coef=0.25, redistribute=0.5, redistribute_clip=0.3
-        )
+        loss = LossConfig(kl_coef=coef, redistribute=0.5, redistribute_clip=0.3)
+        set_advantages([sample, given], loss, given_coef=0.25)
         factor = (ratios * (1 if reward > 0 else -1)).exp().clamp(0.7, 1.3)
         wanted = reward * (0.5 + 0.5 * factor) + coef * ratios
         assert sample.advantages == pytest.approx([0.0, 0.0, *wanted.tolist()])
