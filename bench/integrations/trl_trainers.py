@@ -35,9 +35,9 @@ def judged(job: Job, vocabulary: int) -> list[Row]:
     return [{"prompt": f"{p} ", "completion": c, "label": index % 2 == 0} for index, (p, c) in enumerate(pairs)]
 
 
-def distinct(completions: list[str], **_: Any) -> list[float]:
-    """A reward: the number of different characters."""
-    return [float(len(set(completion))) for completion in completions]
+def sevens(completions: list[str], **_: Any) -> list[float]:
+    """A reward that differs between completions of any length: the number of sevens."""
+    return [float(completion.count("7")) for completion in completions]
 
 
 def build(
@@ -102,7 +102,7 @@ def _teacher(job: Job) -> Row:
 
 
 def _reward(job: Job) -> Row:
-    return {"reward_funcs": distinct}
+    return {"reward_funcs": sevens}
 
 
 _distillation = partial(_kind, "Distillation", prompts, sampled=True, arguments=_teacher)

@@ -47,7 +47,7 @@ def in_your_code() -> str:
         rows.append([f"Liger's {OPS[op]}", LIGER_LINE, *gain])
     rows.append(["verl 0.9.1", "`fastkl.integrations.verl.use()`", "not measured", ""])
     header = ["you use", "write", "times as fast", "extra MB"]
-    return table(header, rows, "Trained head, float32, processor time", [report, *losses.values()], "torch")
+    return table(header, rows, "Trained head, float32", [report, *losses.values()], "torch")
 
 
 def under_trainers() -> str:
@@ -75,7 +75,7 @@ def peers() -> str:
         first = report["rows"][0]
         rows.append([OPS[first["op"]], first["head"], shape, str(report["conditions"]["teacher_width"] or ""), *cells])
     header = ["units (extra MB)", "head", "N, D, V", "D_t", *PEERS.values()]
-    return table(header, rows, "float32, processor time", reports)
+    return table(header, rows, "float32, one thread", reports)
 
 
 def accuracy() -> str:

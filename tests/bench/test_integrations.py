@@ -74,14 +74,20 @@ def test_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.
         jobs.append(job)
         if job.kind == "kto":
             raise RuntimeError("no such package")
+        gradient = float(job.kind != "grpo")
         turns = [{"way": way, "seconds": 99.0 if step == 0 else seconds[way]} for step in range(4) for way in job.ways]
-        return {"steps": turns, "extra_mb": 10.0 * len(job.ways[0]), "log": [{"loss": 1.0 + (job.ways == ["fastkl"])}]}
+        return {
+            "steps": turns,
+            "extra_mb": 10.0 * len(job.ways[0]),
+            "log": [{"loss": 1.0 + (job.ways == ["fastkl"]), "grad_norm": gradient}],
+        }
 
     monkeypatch.setattr(integrations, "_process", process)
     file = tmp_path / "report.json"
-    main(["integrations", "--small", "--impl", "sft,kto", "--clock", "cpu", "--json", str(file)])
+    main(["integrations", "--small", "--impl", "sft,kto,grpo", "--clock", "cpu", "--json", str(file)])
     report = json.loads(file.read_text())
     assert report["trainers"]["kto"] == {"skipped": "no such package"}
+    assert "gradient of the trainer as it comes is 0" in report["trainers"]["grpo"]["skipped"]
     sft = report["trainers"]["sft"]
     assert (sft["seconds"], sft["head_share"], sft["difference"]) == (seconds, 0.75, 1.0)
     assert sft["extra_mb"] == {"theirs": 60.0, "fastkl": 60.0}
