@@ -117,7 +117,8 @@ def execute(scale: str, run: Run) -> None:
     options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "fastkl.cli", "distill", str(HERE / f"{scale}.yaml"), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with (RUNS / scale / f"{run.folder}.log").open("w") as log:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{run.folder}.log").open("a") as log:
         subprocess.run(command, env=environment, stdout=log, stderr=log, check=True)
     write_text(folder / "result.json", json.dumps(asdict(run) | summary(read_jsonl(folder / "metrics.jsonl"))) + "\n")
     print(run.folder, flush=True)
