@@ -174,7 +174,7 @@ def prepare(config: DistillConfig) -> Prepared:
     teacher_prompts = TeacherPrompts(config, data_sets, tokenizer)
     note(f"{len(prompts)} prompts read and encoded")
     remark_on_data_sets(data_sets, config.sampling.prompts_per_step)
-    longest = max(len(p.tokens) for data_set in [*data_sets, *teacher_prompts.read] for p in data_set.prompts)
+    longest = max(len(p.tokens) for data_set in [*data_sets, *teacher_prompts.data_sets] for p in data_set.prompts)
     remark_on_length(longest + config.sampling.max_new_tokens, config.batch.max_tokens)
     if (control := remark(config.loss.control)) is not None:
         note(f"this run is {control}")
@@ -182,8 +182,8 @@ def prepare(config: DistillConfig) -> Prepared:
     judge = make_judge(config.reward, tokenizer, environment, prompts)
     weights = TokenWeights(config.loss)
     eval_prompts = load_eval_prompts(config.eval, tokenizer)
-    check_teachers(config, tokenizer, data_sets, teacher_prompts.read, lists)
-    served = connect_servers(config, tokenizer, teacher_prompts.read, lists)
+    check_teachers(config, tokenizer, data_sets, teacher_prompts.data_sets, lists)
+    served = connect_servers(config, tokenizer, teacher_prompts.data_sets, lists)
     sampling_server = connect_sampling(config, tokenizer, prompts, eval_prompts) if config.sampling.server.url else None
     return Prepared(
         tokenizer, environment, data_sets, eval_prompts, judge, weights, teacher_prompts, served, sampling_server
@@ -228,7 +228,7 @@ def _identity(
     prints = {f"the rows of {data_set.setting}": rows_fingerprint(data_set.prompts) for data_set in data_sets}
     prints |= {
         f"what the teacher of {read.setting} reads": rows_fingerprint(read.prompts)
-        for data_set, read in zip(data_sets, teacher_prompts.read, strict=True)
+        for data_set, read in zip(data_sets, teacher_prompts.data_sets, strict=True)
         if read is not data_set
     }
     prints |= {"the rows of eval.data": rows_fingerprint(eval_prompts), "the student's weights": student.fingerprint}

@@ -41,10 +41,9 @@ def dry_distill(config: DistillConfig) -> None:
     models = {"student": student} | {scorer.name: scorer.model for scorer in loaded}
     checks.check_vocabulary(found.tokenizer, models)
     new = config.sampling.max_new_tokens
-    read = found.teacher_prompts
     sampled = [prompt for data_set in found.data_sets if not data_set.given for prompt in data_set.prompts]
     checks.check_one_rope(sampled, new, {"student": student})
-    for data_set, own in zip(found.data_sets, read.read, strict=True):
+    for data_set, own in zip(found.data_sets, found.teacher_prompts.data_sets, strict=True):
         scoring = [scorer for scorer in loaded if data_set.name in scorer.data_sets]
         teachers, references = (
             {scorer.name: scorer.model for scorer in scoring if scorer.role == role}
@@ -60,7 +59,7 @@ def dry_distill(config: DistillConfig) -> None:
         for prompt in prompts
         for _ in range(config.sampling.samples_per_prompt)
     ]
-    read.give_fixed(samples)
+    found.teacher_prompts.give_fixed(samples)
     _print(Plan(config, accelerator, student, scorers, found.prompts, samples), _contexts(found))
 
 
@@ -98,7 +97,7 @@ def dry_sft(config: SftConfig) -> None:
 
 def _contexts(found: Prepared) -> Iterator[str]:
     """What teachers read in place of the student's prompts: of each data set, the first."""
-    for data_set, own in zip(found.data_sets, found.teacher_prompts.read, strict=True):
+    for data_set, own in zip(found.data_sets, found.teacher_prompts.data_sets, strict=True):
         student, teacher = data_set.prompts[0], own.prompts[0]
         if own is not data_set:
             yield (

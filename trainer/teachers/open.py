@@ -96,14 +96,14 @@ def open_teachers(
     config: DistillConfig,
     tokenizer: PreTrainedTokenizerBase,
     data_sets: Sequence[DataSet],
-    read: TeacherPrompts,
+    prompts: TeacherPrompts,
     student: Student,
     served: dict[TeacherConfig, ServedTeacher],
     lists: Lists,
 ) -> RoutedTeacher[Any] | None:
     """Those behind HTTP and those that are loaded here; models are checked against the student and the data.
 
-    None where the run has no teacher. `read` is what they read, and learns how much that may be. `lists` is what each is
+    None where the run has no teacher. `prompts` are what they read, and learn how long they may be. `lists` is what each is
     asked for beside the log-probs of tokens.
     """
     teachers: dict[TeacherConfig, Teacher] = {**served}
@@ -111,7 +111,7 @@ def open_teachers(
     new = config.sampling.max_new_tokens
     sampled = [prompt for data_set in data_sets if not data_set.given for prompt in data_set.prompts]
     checks.check_one_rope(sampled, new, {"student": student.model})
-    for data_set, own in zip(data_sets, read.read, strict=True):
+    for data_set, own in zip(data_sets, prompts.data_sets, strict=True):
         if config.has_teacher and data_set.teacher not in teachers:
             teachers[data_set.teacher] = _open(config, data_set.teacher, tokenizer, student, itself, lists)
         teacher = teachers.get(data_set.teacher)
@@ -121,7 +121,7 @@ def open_teachers(
         checks.check_end_of_sequence(student.model, local, tokenizer)
         check_fit(config, data_set, {"student": student.model}, checks.SHORTER.format("sampling", data_set.setting))
         check_fit(config, own, models, remedy(config, own))
-        read.limit(own, models.values())
+        prompts.limit(own, models.values())
     if not teachers:
         return None
     by_data_set = {data_set.name: teachers[data_set.teacher] for data_set in data_sets}

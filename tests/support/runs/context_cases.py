@@ -63,4 +63,4 @@ def prompts_of(
     settings |= {f"teacher.context.{name}": value for name, value in context.items()}
     found = config("distill", settings | {f"data.{name}": value for name, value in data.items()})
     read = TeacherPrompts(found, read_data_sets(found, words), words)
-    return [words.decode(prompt.ids) for prompt in read.read[0].prompts], read
+    return [words.decode(prompt.ids) for prompt in read.data_sets[0].prompts], read

@@ -65,12 +65,12 @@ class TeacherPrompts:
         self._functions: dict[str, Written] = {}  # of samples, by data set
         self._most: dict[str, float] = {}  # the most tokens that such a function may write
         self._limits: dict[str, float] = {}  # the most tokens that the teacher of a data set reads, where that is known
-        self.read: list[DataSet] = []
+        self.data_sets: list[DataSet] = []  # as the teachers read them
         for data_set in data_sets:
             setting = config.teacher_setting(data_set.name)
             fixed = self._fix(data_set, f"{setting}.context") if config.has_teacher else []
             self._fixed |= {prompt.index: prompt for prompt in fixed}
-            self.read.append(
+            self.data_sets.append(
                 dataclasses.replace(data_set, prompts=fixed, given=self._given(data_set)) if fixed else data_set
             )
 

@@ -55,7 +55,7 @@ def test_what_the_teacher_reads(tmp_path: Path, row: dict[str, Any], context: di
         context = context | {"examples.path": write_jsonl(tmp_path / "examples.jsonl", EXAMPLES)}
     found, read = prompts_of(tmp_path, [row, row], context)
     assert found == [text, text]
-    assert [prompt.index for prompt in read.read[0].prompts] == [0, 1]
+    assert [prompt.index for prompt in read.data_sets[0].prompts] == [0, 1]
 
 
 def test_a_text_that_is_no_chat(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_templates_of_all_habits(tmp_path: Path, name: str) -> None:
     found, read = prompts_of(tmp_path, [ROW], {"template": "{hint}: {prompt}"}, words)
     plain = prompts_of(tmp_path, [ROW], {"template": "{prompt}"}, words)[0]
     assert found[0].replace("add: 1+1=", "1+1=") == plain[0]
-    assert read.read[0].prompts[0].row.source.endswith("rows.jsonl:1 with teacher.context")
+    assert read.data_sets[0].prompts[0].row.source.endswith("rows.jsonl:1 with teacher.context")
     refused = {"gemma": "System role not supported", "r1": r"leaves out the `content` of turn 1 \(system\)"}.get(name)
     if refused is not None:
         with pytest.raises(ConfigError, match=rf"rows\.jsonl:1 with teacher\.context: .*{refused}"):

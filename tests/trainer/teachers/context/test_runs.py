@@ -120,7 +120,9 @@ def test_a_server_reads_what_a_model_here_reads(folder: Path, tmp_path: Path) ->
     assert all(sample["plain_logprobs"] == [] for sample in read_jsonl(there / "samples.jsonl"))
 
 
-@pytest.mark.parametrize("context", [SYSTEM, SAMPLES], ids=["fixed", "samples"])
+@pytest.mark.parametrize(
+    "context", [pytest.param(SYSTEM, id="fixed", marks=pytest.mark.slow), pytest.param(SAMPLES, id="samples")]
+)
 def test_it_goes_on_in_the_middle(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, context: dict[str, object]
 ) -> None:
