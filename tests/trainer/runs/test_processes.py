@@ -101,8 +101,7 @@ VARIANTS: dict[str, dict[str, object]] = {
         "loss__ratio": "sequence",
         "loss__ratio_bounds": [0.5, 2],
     },
-    "extrapolated": BASE
-    | {"loss__baseline": "kl", "loss__extrapolate": 1.5, "reference__self": "base", "optim__lr": 0.05},
+    "extrapolated": BASE | {"loss__baseline": "kl", "loss__extrapolate": 1.5, "reference__self": "base"},
     "continuous": {"sampling__engine": "continuous_batching"},
     "weights": {"loss__weights": ["top_gap:0.4", "drift:0.5"]},
     "weights-whole": {"loss__weights": ["top_gap:0.4", "skip_first:1"], "loss__objective": "reverse_kl"},
