@@ -9,7 +9,7 @@ A finite batch has scatter of its own: ‖Σ_c M_c‖² over C completions is, i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -59,17 +59,32 @@ class Noise(NamedTuple):
         return Noise(factor**2 * self.rows, factor**2 * self.head)
 
 
+BLOCK_ROWS = 192
 NO_ERROR, NO_NOISE = Error(0.0, Length(0.0, 0.0, 0), 0.0), Noise(0.0, 0.0)
 
 
 def head_gradient(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Length]:
     """M [V, D] and its length, from the gradients [n, V] and the hidden states [n, D] of each completion."""
     total, scatter, completions = torch.zeros(()), 0.0, 0
-    for gradient, hidden in parts:
-        total = gradient.t() @ hidden if completions == 0 else total.addmm_(gradient.t(), hidden)
-        scatter += inner(gradient @ gradient.t(), hidden @ hidden.t())
-        completions += 1
+    for block in _blocks(parts):
+        for gradient, hidden in block:
+            scatter += inner(gradient @ gradient.t(), hidden @ hidden.t())
+        gradients, states = (torch.cat(part) for part in zip(*block, strict=True))
+        total = gradients.t() @ states if completions == 0 else total.addmm_(gradients.t(), states)
+        completions += len(block)
     return total, Length(inner(total, total), scatter, completions)
+
+
+def _blocks(parts: Iterable[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Completions together, of `BLOCK_ROWS` rows or a few more: M is read and written once for each block."""
+    block: list[tuple[Tensor, Tensor]] = []
+    for part in parts:
+        block.append(part)
+        if sum(len(hidden) for _, hidden in block) >= BLOCK_ROWS:
+            yield block
+            block = []
+    if block:
+        yield block
 
 
 def ratios(gradient: Gradient, error: Error, noise: Noise, tokens: int) -> dict[str, float | None]:

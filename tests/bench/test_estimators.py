@@ -15,7 +15,7 @@ from tiny_models import causal_lm
 from torch import Tensor
 
 from bench.__main__ import main
-from bench.estimators import formulas
+from bench.estimators import formulas, statistics
 from bench.estimators.formulas import Estimator, Rows, mean, rows_of, variance
 from bench.estimators.rollouts import rounded, spoiled
 from bench.estimators.statistics import (
@@ -199,6 +199,17 @@ def test_a_length_without_scatter_is_that_of_the_mean() -> None:
     estimate = sum((length.square - length.scatter) / 2 for length in lengths) / len(lengths)
     assert estimate == pytest.approx(float(expected.square().sum()), rel=1e-9)
     assert Length(1.0, 2.0, 2).of_mean() is None
+
+
+def test_blocks_of_completions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    parts = [(torch.randn(n, V, dtype=torch.float64), torch.randn(n, 4, dtype=torch.float64)) for n in (2, 5, 1, 3)]
+    whole, length = head_gradient(parts)
+    monkeypatch.setattr(statistics, "BLOCK_ROWS", 3)
+    blocks, other = head_gradient(parts)
+    torch.testing.assert_close(blocks, whole)
+    assert other == pytest.approx(length)
+    assert length.completions == 4
 
 
 def test_ratios_and_the_tokens_of_equal_error() -> None:
