@@ -208,6 +208,7 @@ def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder,
     rollouts = Rollouts(config.sampling, responder, prompts, given, judge)
     ids = vocabulary(tokenizer)
     source = OnPolicy(config, student, objective, teachers, sampler, rollouts, weights, data_sets, teacher_prompts, ids)
+    student.also_checkpoint("objective", objective)
     student.also_checkpoint("identity", _identity(student, teachers, data_sets, teacher_prompts, eval_prompts))
     for name, teacher in ({} if teachers is None else teachers.by_data_set).items():
         if isinstance(teacher, ServedTeacher):

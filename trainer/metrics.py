@@ -51,6 +51,8 @@ NATS, SECONDS = "nats per token", "seconds per step"
 OWN, DISTILL, EVALUATION = "completions of the student", "distillation", "`eval.data`, in the steps that evaluate"
 REWARD, SPARSE = "`reward.grader`", "`loss.backward: sparse`"
 POLICY = "`loss.objective: policy_gradient`, and sft"
+RATIO = "`policy_gradient`, `loss.top_k_tail: sampled`, and sft"
+TAIL = "`loss.top_k_tail: sampled`"
 CLIPPED = "`loss.method: ppo` or `cispo`"
 COMPARED, WHOLE = "another objective", "a divergence over the whole vocabulary"
 MISMATCH = f"{OWN}; under another objective than `policy_gradient`, heads of one size"
@@ -158,7 +160,8 @@ GROUPS = (
         Metric("policy/DIVERGENCE_mean", NATS, COMPARED, "The divergence from the teacher.", "falls towards 0"),
         Metric("policy/added_forward_kl", NATS, UNSURE,
                "The forward KL that is added, before `loss.forward_kl_coef`. 0 where it is not."),
-        Metric("policy/clip_fraction", "fraction", POLICY,
+        Metric("policy/bucket_kl", NATS, TAIL, "The part of the divergence that the lists show: what `bucket` minimises."),
+        Metric("policy/clip_fraction", "fraction", RATIO,
                "Tokens whose gradient a clip or `loss.truncate_ratio` changed."),
         Metric("policy/clip_high_fraction", "fraction", CLIPPED,
                "Tokens with a ratio above 1 + `loss.clip_high` and a positive advantage."),
@@ -170,12 +173,19 @@ GROUPS = (
         Metric("policy/k3", NATS, POLICY, "Mean of r − 1 − log r. It estimates the same KL and is never negative."),
         Metric("policy/kept_fraction", "fraction", SPARSE,
                "How much of tokens × vocabulary the sparse backward used.", "below 1: at 1 it saves nothing"),
+        Metric("policy/list_mass", "fraction", TAIL, "The student's probability of a list's tokens."),
         Metric("policy/out_of_bounds_fraction", "fraction", "`loss.ratio_bounds`",
                "Tokens that are left out of the loss. With `loss.ratio: sequence`, those of whole completions.",
                "small: what is left out is not learned"),
-        Metric("policy/ratio_max", "", POLICY, "The largest importance ratio."),
-        Metric("policy/ratio_mean", "", POLICY, "Mean importance ratio.", "about 1, which is its expectation"),
-        Metric("policy/ratio_min", "", POLICY, "The smallest importance ratio."),
+        Metric("policy/ratio_max", "", RATIO, "The largest importance ratio."),
+        Metric("policy/ratio_mean", "", RATIO, "Mean importance ratio.", "about 1, which is its expectation"),
+        Metric("policy/ratio_min", "", RATIO, "The smallest importance ratio."),
+        Metric("policy/tail_baseline", "nats", TAIL,
+               "What the gaps of the step are taken against: the mean gap of earlier steps. 0 in the first."),
+        Metric("policy/tail_gap", "nats", TAIL,
+               "Mean of ℓ − ℓ_teacher − ρ over the student's tokens outside the lists. ρ is the same of both whole tails: "
+               "log((1 − P) / (1 − Q)).", "falls towards 0"),
+        Metric("policy/tail_share", "fraction", TAIL, "The student's own tokens that are outside the lists."),
         Metric("policy/teacher_entropy", NATS, WHOLE, "Entropy of the teacher."),
         Metric("policy/top1_agreement", "fraction", WHOLE,
                "Tokens for which student and teacher have the same likeliest token.", "rises"),

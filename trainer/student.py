@@ -226,6 +226,7 @@ class Student:
         for follower in self._followers:
             follower.updated(step + 1)
         _exchange(samples, scattered)
+        metrics |= objective.updated(samples)
         mismatches = mismatch_metrics([part for _, own, _ in parts for part in own])
         if step == 0 and self.config.student.dropout == "off":
             remark_on_mismatch(mismatches)

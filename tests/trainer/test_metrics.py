@@ -45,6 +45,8 @@ RUNS: dict[str, dict[str, Any]] = {
         "loss__top_k_of": "both",
         "loss__weights": ["skip_first:1"],
         "loss__forward_kl_above": 1.0,
+        "loss__top_k": 2,
+        "loss__top_k_tail": "sampled",
     },
 }
 NOT_HERE = {"time/push_weights"}  # a sampling server's: tests/trainer/rollouts/samplers/test_served.py

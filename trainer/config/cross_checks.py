@@ -28,6 +28,11 @@ def check_rollouts(
         f"loss.redistribute is {loss.redistribute}, but reward.grader is null: there is no reward to weigh; name a grader, "
         f"or unset it",
     )
+    require(
+        loss.top_k_tail != "sampled" or sampling.on_policy_fraction > 0,
+        "loss.top_k_tail is sampled and sampling.on_policy_fraction is 0: no token is the student's own; raise it, or set "
+        "loss.top_k_tail to bucket",
+    )
     if loss.objective != "policy_gradient":
         reason = (
             f"loss.objective is {loss.objective}, which has no advantages; set it to policy_gradient, or unset this"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastkl.kernels.divergence.formula import Divergence, check_alpha, check_beta, check_power
-from fastkl.kernels.options import Backward, Direction, ListTail, Method, RatioBounds, Sparse, Surrogate
+from fastkl.kernels.options import Backward, Direction, Method, RatioBounds, SampledTail, Sparse, Surrogate, Tail
 from fastkl.trainer.config.losses.control import Control
 from fastkl.trainer.config.losses.weights import FUNCTION, weight_rule
 from fastkl.trainer.config.rules import at_least, fraction, named, positive, unchanged
@@ -22,11 +22,12 @@ ADVANTAGE = ("kl_coef", "discount", "redistribute", "redistribute_clip", *KL_PAR
 # The objectives that an option belongs to. The others refuse another value than its default.
 OPTION_OF: dict[str, tuple[ObjectiveName, ...]] = {
     **dict.fromkeys((*SURROGATE, *ADVANTAGE, "ratio", "old_logprobs"), ("policy_gradient",)),
+    "truncate_ratio": ("policy_gradient", "top_k"),
     "jsd_beta": ("jsd",),
     "skew_alpha": ("skewed_reverse_kl", "skewed_forward_kl"),
     "divergence_power": ("density_power",),
     "forward_kl_top_k": ("policy_gradient",),
-    **dict.fromkeys(("top_k", "top_k_of", "top_k_direction", "top_k_tail"), ("top_k",)),
+    **dict.fromkeys(("top_k", "top_k_of", "top_k_direction", "top_k_tail", "tail_weight"), ("top_k",)),
 }
 
 
@@ -56,7 +57,7 @@ class LossConfig:
         clip_low: Clip the ratio of ppo and cispo at 1 − clip_low.
         clip_high: Clip the ratio of ppo and cispo at 1 + clip_high.
         dual_clip: Limit the loss of ppo where the advantage is negative, to this times its size. null: no limit.
-        truncate_ratio: Cap the importance ratio at this. null: no cap.
+        truncate_ratio: Cap the importance ratio at this, also that of top_k_tail: sampled. null: no cap.
         ratio: Take the importance ratio of each token (token), or the geometric mean over its completion (sequence).
         ratio_bounds: Leave out of the loss what has a ratio outside [low, high]: tokens, or whole completions with ratio:
             sequence. 0 and .inf leave a side open. null: nothing is left out.
@@ -75,6 +76,10 @@ class LossConfig:
         top_k_tail: Treat all other tokens as one outcome (bucket), or leave them out with a renormalisation (renormalise)
             or without (drop). Those two are far from the reverse KL: on two pairs of models their gradients were off by
             42 to 112 % of its gradient's length at 20 tokens, by 110 to 213 % at one (docs/objectives.md).
+            sampled: as bucket, and the sampled token stands for what the bucket does not see. On average that is the
+            reverse KL over the whole vocabulary.
+        tail_weight: Weigh the sampled token of top_k_tail by this. Below 1 there is less noise, and a part of the bucket's
+            bias. 0: the bucket alone.
         forward_kl_above: Add the forward KL where the teacher's entropy is above this many nats (EOPD;
             docs/token-weights.md). null: add none.
         forward_kl_coef: Weigh the added forward KL by this.
@@ -113,7 +118,8 @@ class LossConfig:
     top_k: int = 20
     top_k_of: ListedBy = "teacher"
     top_k_direction: Direction = "reverse"
-    top_k_tail: ListTail = "bucket"
+    top_k_tail: Tail = "bucket"
+    tail_weight: float = SampledTail.tail_weight
     forward_kl_above: float | None = None
     forward_kl_coef: float = 1.0
     forward_kl_top_k: int = 16
@@ -154,6 +160,7 @@ class LossConfig:
             unchanged(self, "loss.", "loss.redistribute is 0; set it", ["redistribute_clip"])
         self._check_kl_part()
         at_least(1, self, "loss.", "top_k")
+        self._check_tail()
         self._check_forward_kl()
         self._check_control()
         rules = [weight_rule(text) for text in self.weights]
@@ -187,6 +194,25 @@ class LossConfig:
                 self.baseline != "kl",
                 f"loss.baseline is kl, but {reason}: the KL is not the mean of what it bounds; set loss.baseline to mean",
             )
+
+    def _check_tail(self) -> None:
+        if self.objective != "top_k":
+            return
+        if self.top_k_tail != "sampled":
+            reason = f"loss.top_k_tail is {self.top_k_tail}: it belongs to sampled; unset one of them"
+            unchanged(self, "loss.", reason, ["tail_weight", "truncate_ratio"])
+        require(
+            self.top_k_tail != "sampled" or self.top_k_direction == "reverse",
+            f"loss.top_k_tail is sampled and loss.top_k_direction is {self.top_k_direction}: the student's tokens stand "
+            f"for the tail of the reverse KL alone; set loss.top_k_direction to reverse, or loss.top_k_tail to bucket",
+        )
+        require(
+            self.top_k_tail != "sampled" or self.control is None,
+            f"loss.control is {self.control} and loss.top_k_tail is sampled: a list of another place does not say what the "
+            f"token here stands for; set loss.top_k_tail to bucket",
+        )
+        with named({"tail_weight": "loss.tail_weight"}):
+            SampledTail(self.tail_weight)
 
     def _check_forward_kl(self) -> None:
         at_least(0, self, "loss.", "forward_kl_above")

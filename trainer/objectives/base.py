@@ -50,6 +50,18 @@ class Objective(Protocol):
         """
         ...
 
+    def updated(self, samples: list[Sample]) -> dict[str, float]:
+        """Sees all samples of a step after its update, with what was scattered; on every process. Returns metrics."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it, the same on every process."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave, of this objective or another one."""
+        return
+
     def preparing_flops(self, cost: Cost, samples: list[Sample]) -> float:
         """FLOPs of the student in `prepare`."""
         return 0.0

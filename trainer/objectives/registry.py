@@ -10,6 +10,7 @@ from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.objectives.base import Objective
 from fastkl.trainer.objectives.divergence import FullDivergence
 from fastkl.trainer.objectives.policy_gradient import PolicyGradient
+from fastkl.trainer.objectives.sampled_tail import SampledTailDivergence
 from fastkl.trainer.objectives.top_k import TopKDivergence
 from fastkl.trainer.teachers.several import RoutedTeacher
 from fastkl.trainer.teachers.teacher import Lists
@@ -23,17 +24,22 @@ OBJECTIVES: dict[ObjectiveName, type[Any]] = {
 
 def make_objective(loss: LossConfig, sampling: SamplingConfig, teachers: RoutedTeacher[Any] | None) -> Objective:
     """The objective that a config names."""
-    objective: Objective = OBJECTIVES[loss.objective](loss, sampling, teachers)
+    objective: Objective = _kind(loss)(loss, sampling, teachers)
     return objective
 
 
 def asked_lists(loss: LossConfig) -> Lists:
     """What the config's objective asks teachers for, beside the log-probs of tokens."""
-    lists: Lists = OBJECTIVES[loss.objective].lists(loss)
+    lists: Lists = _kind(loss).lists(loss)
     return lists
 
 
 def teacher_passes(loss: LossConfig) -> int:
     """How often the config's objective has the teacher read a sample for its score."""
-    passes: int = OBJECTIVES[loss.objective].teacher_passes(loss)
+    passes: int = _kind(loss).teacher_passes(loss)
     return passes
+
+
+def _kind(loss: LossConfig) -> type[Any]:
+    kind = OBJECTIVES[loss.objective]
+    return SampledTailDivergence if kind is TopKDivergence and loss.top_k_tail == "sampled" else kind

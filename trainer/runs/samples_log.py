@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from fastkl.trainer.data.samples import Sample
 
 NAME = "samples.jsonl"
-LEFT_OUT = ("student_top_k", "teacher_top_k")  # lists of every place: many times what else is known of it
+LEFT_OUT = ("student_top_k", "teacher_top_k", "tail_gaps")  # of the update alone; lists would be most of the file
 LINE = re.compile(rb'\{"step": (\d+),')  # how a line begins
 
 Line = tuple[int, int]  # where it begins in its file, and its length

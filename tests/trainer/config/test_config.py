@@ -32,6 +32,7 @@ KL_PARTS: list[tuple[dict[str, object], list[str]]] = [
     ({"loss.advantage_clip": 5}, ["loss.advantage_clip is 5"]),
     ({"loss.extrapolate": 2, "reference.path": "r"}, ["loss.extrapolate is 2"]),
 ]
+SAMPLED_TAIL: dict[str, object] = {"loss.objective": "top_k", "loss.top_k_tail": "sampled"}
 # settings, what the message must hold: the setting with its value, and the way out
 BASE: dict[str, object] = {"teacher.self": "base", "teacher.path": ""}
 REFUSED_BY_DISTILL: list[tuple[dict[str, object], list[str]]] = [
@@ -232,6 +233,32 @@ REFUSED_BY_DISTILL: list[tuple[dict[str, object], list[str]]] = [
     ),
     ({"loss.top_k_of": "both"}, ["loss.top_k_of is 'both'", "belongs to top_k"]),
     ({"loss.top_k": 0, "loss.objective": "top_k"}, ["loss.top_k is 0", "at least 1"]),
+    ({"loss.tail_weight": 0.5}, ["loss.tail_weight is 0.5", "belongs to top_k"]),
+    (
+        {"loss.tail_weight": 0.5, "loss.objective": "top_k"},
+        ["loss.tail_weight is 0.5", "loss.top_k_tail is bucket: it belongs to sampled"],
+    ),
+    ({"loss.truncate_ratio": 2, "loss.objective": "top_k"}, ["loss.truncate_ratio is 2", "loss.top_k_tail is bucket"]),
+    ({"loss.truncate_ratio": 2, "loss.objective": "jsd"}, ["loss.truncate_ratio is 2", "policy_gradient and top_k"]),
+    (SAMPLED_TAIL | {"loss.tail_weight": 1.5}, ["loss.tail_weight is 1.5", "in [0, 1]"]),
+    (SAMPLED_TAIL | {"loss.truncate_ratio": 0}, ["loss.truncate_ratio is 0", "must be > 0"]),
+    (
+        SAMPLED_TAIL | {"loss.top_k_direction": "forward"},
+        ["loss.top_k_tail is sampled", "loss.top_k_direction is forward", "set loss.top_k_direction to reverse"],
+    ),
+    (
+        SAMPLED_TAIL | {"sampling.on_policy_fraction": 0},
+        ["loss.top_k_tail is sampled", "sampling.on_policy_fraction is 0", "set loss.top_k_tail to bucket"],
+    ),
+    (
+        SAMPLED_TAIL | {"loss.control": "shuffled"},
+        ["loss.control is shuffled", "loss.top_k_tail is sampled", "set loss.top_k_tail to bucket"],
+    ),
+    (SAMPLED_TAIL | {"reward.grader": "regex:a"}, ["reward.grader is 'regex:a'", "loss.objective is top_k"]),
+    (
+        SAMPLED_TAIL | {"loss.old_logprobs": "recompute"},
+        ["loss.old_logprobs is 'recompute'", "belongs to policy_gradient"],
+    ),
     (
         SERVED | {"loss.objective": "forward_kl"},
         ["loss.objective is forward_kl", URL, "policy_gradient or top_k", "teacher.path"],

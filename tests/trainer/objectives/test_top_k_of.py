@@ -66,7 +66,13 @@ CASES: dict[str, tuple[str, str, dict[str, object]]] = {
 }
 
 
-@pytest.mark.parametrize(("of", "which", "options"), CASES.values(), ids=CASES)
+SLOW = ("student", "both, packed", "student, padded heads")
+
+
+@pytest.mark.parametrize(
+    ("of", "which", "options"),
+    [pytest.param(*case, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name, case in CASES.items()],
+)
 def test_a_step_equals_the_same_step_by_hand(
     tmp_path: Path, of: str, which: str, options: dict[str, object], request: pytest.FixtureRequest
 ) -> None:
@@ -93,9 +99,10 @@ def test_the_forward_pass_is_counted(tmp_path: Path, models: Path) -> None:
     assert rows["student"].metrics[0]["time/student_top_k"] > 0
 
 
-@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["ddp", "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
 def test_two_processes_do_what_one_does(tmp_path: Path, models: Path, fsdp: bool) -> None:
-    """One process has a batch more than the other, and is given a filler."""
+    """One process has a batch more than the other, which is given a filler. Beside it, test_sampled_tail.py."""
     found = {}
     for count in (1, 2):
         options: dict[str, Any] = {"optim__steps": 2, "sampling__prompts_per_step": 5, "batch__max_tokens": 40}
@@ -112,7 +119,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path, models: Path, fsdp: bool
     check_same(found[2], found[1])
 
 
-@pytest.mark.parametrize("of", ["student", "both"])
+@pytest.mark.parametrize("of", ["student", pytest.param("both", marks=pytest.mark.slow)])
 def test_a_server_that_scores_lists_equals_the_model_here(tmp_path: Path, models: Path, of: str) -> None:
     options: dict[str, Any] = {**TOP_K, "loss__top_k_of": of, "optim__steps": 2}
     here = run(tmp_path / "here", models, **options)

@@ -124,6 +124,7 @@ OTHERS: dict[str, Settings] = {
     "bfloat16": {"student__dtype": "bfloat16"},
     "reverse_kl": {"loss__objective": "reverse_kl", **SHORT},
     "top_k": {"loss__objective": "top_k", "loss__top_k": 5, **SHORT},
+    "sampled_tail": {"loss__objective": "top_k", "loss__top_k": 3, "loss__top_k_tail": "sampled", **SHORT},
     "top_k_of_both": {"loss__objective": "top_k", "loss__top_k": 5, "loss__top_k_of": "both", **SHORT},
 }
 

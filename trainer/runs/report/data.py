@@ -52,6 +52,7 @@ MAIN_SETTINGS = (
     "loss.top_k_of",
     "loss.top_k_direction",
     "loss.top_k_tail",
+    "loss.tail_weight",
     "loss.forward_kl_above",
     "loss.weights",
     "loss.control",
