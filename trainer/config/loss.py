@@ -74,7 +74,7 @@ class LossConfig:
             (docs/servers.md).
         top_k_direction: Choose the reverse or the forward KL of top_k.
         top_k_tail: Treat all other tokens as one outcome (bucket), or leave them out with a renormalisation (renormalise)
-            or without (drop). Those two are far from the reverse KL: on two pairs of models their gradients were off by
+            or without (drop). Those two are far from the reverse KL: for two flat students their gradients were off by
             42 to 112 % of its gradient's length at 20 tokens, by 110 to 213 % at one (docs/objectives.md).
             sampled: as bucket, and the sampled token stands for what the bucket does not see. On average that is the
             reverse KL over the whole vocabulary.
