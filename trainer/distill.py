@@ -85,8 +85,10 @@ class OnPolicy:
                 processes.on_main(self._sampler.refresh)
         with clock("sample"), self._student.gathered():
             written = self._rollout(step)
-            metrics = set_reward_advantages(written, self._config.reward) | self._teacher_prompts.give(written)
-            samples = filter_by_length(written, self._config.sampling)
+            metrics = set_reward_advantages(written, self._config.reward)
+            unmasked, told = self._teacher_prompts.give(written)
+            metrics |= told
+            samples = filter_by_length(unmasked, self._config.sampling)
             metrics["flops/sampling"] = sampling_flops(self._student.cost, [s for s in written if not s.given])
         mine = processes.my_share(samples)
         metrics |= self._objective.prepare(mine, self._student, clock)
@@ -101,7 +103,7 @@ class OnPolicy:
             self._set_ranks(samples[: self._config.log_samples])
         self._rollouts.carry_over(samples)  # nothing can fail any more: a checkpoint holds the state between two steps
         if self._config.sampling.filters:
-            metrics["completions/dropped_fraction"] = 1 - len(samples) / len(written)
+            metrics["completions/dropped_fraction"] = (len(unmasked) - len(samples)) / len(written)
         return samples, rollout_metrics(samples) | metrics
 
     def _rollout(self, step: int) -> list[Sample]:

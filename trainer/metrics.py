@@ -58,6 +58,8 @@ COMPARED, WHOLE = "another objective", "a divergence over the whole vocabulary"
 MISMATCH = f"{OWN}; under another objective than `policy_gradient`, heads of one size"
 UNSURE = "`loss.forward_kl_above`"
 WEIGHED = "`loss.weights`"
+OF_SAMPLES = "`teacher.context.function` of samples"
+SIBLING = "`teacher.context.function: sibling`, graded samples"
 EXTRAPOLATED = "`loss.extrapolate`"
 GIVEN = "`sampling.on_policy_fraction` below 1, `policy_gradient`"
 
@@ -122,12 +124,21 @@ GROUPS = (
         Metric("flops/teacher", "FLOPs", "a teacher that no server holds", "The teacher's forward passes."),
     )),
     Group("The teacher's own prompt", "learning", (
+        Metric("context/fallback_fraction", "fraction", SIBLING,
+               "Samples without another success or feedback: their teacher read the student's prompt."),
+        Metric("context/feedback_fraction", "fraction", SIBLING,
+               "Samples whose teacher was given the environment's feedback."),
         Metric("context/gap", NATS, "`teacher.context`, a teacher that no server holds",
                "Mean of ℓ_teacher after its own prompt, less ℓ_teacher after the student's, over the samples in "
                "samples.jsonl.", "above 0 where the student is as its prompt asks"),
-        Metric("context/plain_fraction", "fraction", "`teacher.context.function` of samples",
+        Metric("context/masked_fraction", "fraction", SIBLING,
+               "Samples that are left out of the loss.", "below 1: at 1 a step changes nothing"),
+        Metric("context/plain_fraction", "fraction", OF_SAMPLES,
                "Samples for which the function wrote no prompt: the teacher read the student's."),
-        Metric("context/too_long_fraction", "fraction", "`teacher.context.function` of samples",
+        Metric("context/sibling_fraction", "fraction", SIBLING,
+               "Samples whose teacher was given another sample of the prompt, one that succeeded.",
+               "above 0: at 0 nobody succeeds, or everybody"),
+        Metric("context/too_long_fraction", "fraction", OF_SAMPLES,
                "Samples of which the function's prompt was too long for the teacher: it read the student's.", "0"),
     )),
     Group("Given completions", "rest", (

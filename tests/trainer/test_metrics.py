@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from context_cases import HERE
+from context_cases import SIBLING
 from launches import REPOSITORY
 from run_cases import distilled, tuned
 from run_settings import distillation, evaluated, training
@@ -23,8 +23,8 @@ RUNS: dict[str, dict[str, Any]] = {
         "sampling__samples_per_prompt": 2,
         "sampling__max_completion_tokens": 7,
         "loss__old_logprobs": "recompute",
-        "teacher__context__function": f"{HERE}.of_samples",
-        "teacher__context__trust_context": "true",
+        **SIBLING,
+        "teacher__context__sibling__succeeded": "plain",
     },
     "given": {"sampling__on_policy_fraction": 0.5, "student__dtype": "bfloat16"},
     "mixture": {

@@ -28,6 +28,7 @@ from fastkl.trainer.notes import Count, note
 from fastkl.trainer.runs.identity import rows_fingerprint, weights_fingerprint
 from fastkl.trainer.teachers.context.functions import context_function
 from fastkl.trainer.teachers.context.prompts import fixed_prompts
+from fastkl.trainer.teachers.context.siblings import Siblings
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.served import connect
 from fastkl.trainer.teachers.teacher import Teacher
@@ -71,10 +72,10 @@ def _with_context(
     context: ContextConfig, prompts: list[EncodedPrompt], tokenizer: PreTrainedTokenizerBase
 ) -> list[EncodedPrompt]:
     function = context_function(context, SETTING)
-    if function is not None and function.of_samples:
+    if isinstance(function, Siblings) or (function is not None and function.of_samples):
         raise ConfigError(
-            f"{function.setting} is {context.function!r}, which takes (row, samples), but there are no samples here; "
-            f"name a function that takes (row)"
+            f"{SETTING}.function is {context.function!r}, which reads samples, but there are no samples here; name a "
+            f"function that takes (row)"
         )
     return fixed_prompts(prompts, context, function, tokenizer, SETTING)
 

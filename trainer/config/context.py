@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Literal
 
 from fastkl.trainer.config.data import COLUMNS
 from fastkl.trainer.config.rules import at_least, unchanged
@@ -30,6 +33,40 @@ class ExamplesConfig:
 
 
 @dataclass(frozen=True)
+class SiblingConfig:
+    """What `context.function: sibling` writes: a success of the same prompt, and what the environment said (SDPO).
+
+    Args:
+        success: Call a sample with this reward or a higher one a success.
+        template: Write this text in place of the last user turn. {prompt} is that turn. {solution} and {feedback} are the
+            texts of the next two settings, or nothing.
+        solution: Show another sample of the prompt that succeeded like this; {text} is what the student wrote.
+        feedback: Show what the environment said of the sample like this; {text} is that. null: leave it out.
+        succeeded: Leave samples that succeeded out of the loss (mask), let their teacher read the student's prompt (plain),
+            or another success (sibling).
+        alone: Where a sample has neither another success nor feedback, let its teacher read the student's prompt (plain),
+            or leave it out of the loss (mask).
+    """
+
+    success: float = 1.0
+    template: str = "{prompt}{solution}{feedback}\n\nNow answer the question."
+    solution: str = "\n\nA right answer:\n{text}"
+    feedback: str | None = "\n\nWhat was said of a wrong answer:\n{text}"
+    succeeded: Literal["mask", "plain", "sibling"] = "mask"
+    alone: Literal["plain", "mask"] = "plain"
+
+    def __post_init__(self) -> None:
+        require(math.isfinite(self.success), f"sibling.success is {self.success}; it must be finite")
+        _check_names("sibling.template", self.template, ("prompt", "solution", "feedback"), ("prompt", "solution"))
+        _check_names("sibling.solution", self.solution, ("text",), ("text",))
+        if self.feedback is not None:
+            _check_names("sibling.feedback", self.feedback, ("text",), ("text",))
+
+
+SIBLING = "sibling"  # the function that fastkl has
+
+
+@dataclass(frozen=True)
 class ContextConfig:
     """The teacher's own prompt, before the same completion. Without any of these it reads the student's.
 
@@ -39,8 +76,9 @@ class ContextConfig:
             `metadata` and other columns are the row's. {{ and }} are braces.
         messages: Take the whole chat from this column of the row, or from this key of its `metadata`.
         examples: Put solved examples before the chat, after its system turn.
-        function: Let this Python function write the prompt: MODULE.NAME(row), or MODULE.NAME(row, samples) with all samples
-            of the row, once they are graded.
+        function: Let this function write the prompt. sibling: of a failed sample, with one that succeeded. Or one of yours:
+            MODULE.NAME(row), or MODULE.NAME(row, samples) with all samples of the row, once they are graded.
+        sibling: Say what the function sibling does.
         max_tokens: Let a function of samples write no prompt longer than this: the teacher reads the student's instead.
             A server needs it. null: as long as the teacher can read.
         trust_context: Allow the Python function that `function` names to be imported and run.
@@ -51,6 +89,7 @@ class ContextConfig:
     messages: str | None = None
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
     function: str | None = None
+    sibling: SiblingConfig = field(default_factory=SiblingConfig)
     max_tokens: int | None = None
     trust_context: bool = False
 
@@ -71,8 +110,21 @@ class ContextConfig:
             unchanged(self, "context.", reason, ["system", "template", "messages", "examples"])
         else:
             unchanged(self, "context.", "context.function is null; unset it", ["max_tokens", "trust_context"])
+        self._check_sibling()
         at_least(1, self, "context.", "max_tokens")
         self.columns  # noqa: B018 - refuses a template that cannot be read
+
+    def _check_sibling(self) -> None:
+        function = self.function
+        require(
+            function in (None, SIBLING) or "." in str(function),
+            f"context.function is {function!r}; known are {SIBLING} and MODULE.NAME, a function of yours",
+        )
+        if function == SIBLING:
+            unchanged(self, "context.", f"context.function is {SIBLING}, which is no code of yours", ["trust_context"])
+        else:
+            reason = f"context.function is {'null' if function is None else repr(function)}; set it to {SIBLING}"
+            unchanged(self.sibling, "context.sibling.", reason)
 
     @property
     def template_fields(self) -> tuple[str, ...]:
@@ -81,22 +133,36 @@ class ContextConfig:
         Raises:
             ConfigError: For a template that is no text with names in braces.
         """
-        try:
-            parts = list(string.Formatter().parse(self.template or ""))
-        except ValueError as error:
-            raise ConfigError(f"context.template cannot be read: {error}. {_BRACES}") from error
-        for _, name, form, conversion in parts:
-            require(
-                name is None or (_NAME.fullmatch(name) is not None and not form and conversion is None),
-                f"context.template has {{{name}{f'!{conversion}' * bool(conversion)}{f':{form}' * bool(form)}}}, which "
-                f"names no field of a row. {_BRACES}",
-            )
-        return tuple(dict.fromkeys(name for _, name, _, _ in parts if name is not None))
+        return _names("context.template", self.template or "", "names no field of a row")
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The fields of a row that it reads."""
         return self.template_fields + (() if self.messages is None else (self.messages,))
+
+
+def _names(setting: str, text: str, wrong: str) -> tuple[str, ...]:
+    """The names in braces of a setting, each once. `wrong` says what is wrong of another one."""
+    try:
+        parts = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise ConfigError(f"{setting} cannot be read: {error}. {_BRACES}") from error
+    for _, name, form, conversion in parts:
+        require(
+            name is None or (_NAME.fullmatch(name) is not None and not form and conversion is None),
+            f"{setting} has {{{name}{f'!{conversion}' * bool(conversion)}{f':{form}' * bool(form)}}}, which "
+            f"{wrong}. {_BRACES}",
+        )
+    return tuple(dict.fromkeys(name for _, name, _, _ in parts if name is not None))
+
+
+def _check_names(setting: str, text: str, known: Collection[str], needed: Collection[str]) -> None:
+    all_known = " and ".join(f"{{{name}}}" for name in known)
+    found = _names(setting, text, f"is not known; known are {all_known}")
+    for name in found:
+        require(name in known, f"{setting} has {{{name}}}, which is not known; known are {all_known}. {_BRACES}")
+    for name in needed:
+        require(name in found, f"{setting} is {text!r}, without {{{name}}}; put it in")
 
 
 _NAME = re.compile(r"(?!\d+$)[\w-]+")

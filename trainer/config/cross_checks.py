@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from fastkl.trainer.config.context import SIBLING, ContextConfig, SiblingConfig
 from fastkl.trainer.config.environment import EnvironmentConfig
 from fastkl.trainer.config.loss import KL_PART, LossConfig
 from fastkl.trainer.config.losses.weights import weight_rule
@@ -12,21 +15,32 @@ from fastkl.trainer.errors import require
 
 
 def check_rollouts(
-    sampling: SamplingConfig, loss: LossConfig, reward: RewardConfig, environment: EnvironmentConfig
+    sampling: SamplingConfig,
+    loss: LossConfig,
+    reward: RewardConfig,
+    environment: EnvironmentConfig,
+    contexts: Mapping[str, ContextConfig],
 ) -> None:
+    """`contexts` are those of all teachers, by the names of their settings."""
+    unpaid = "reward.grader is null" if reward.grader is None else "reward.coef is 0"
     require(
-        loss.kl_coef > 0 or reward.grader is not None or sampling.on_policy_fraction == 0,
-        "loss.kl_coef is 0 and reward.grader is null: there is nothing to learn from the student's samples; name a grader "
-        "or raise loss.kl_coef",
+        loss.kl_coef > 0 or reward.pays or sampling.on_policy_fraction == 0,
+        f"loss.kl_coef is 0 and {unpaid}: there is nothing to "
+        f"learn from the student's samples; name a grader with a coef above 0, or raise loss.kl_coef",
+    )
+    graded_for_teachers = any(context.function is not None for context in contexts.values())
+    require(
+        reward.grader is None or reward.coef > 0 or graded_for_teachers,
+        f"reward.coef is 0 and no teacher.context has a function that could read grades: reward.grader "
+        f"({reward.grader}) would have no effect; unset it or raise reward.coef",
     )
     require(
         loss.control != "shuffled" or sampling.samples_per_step > 1,
         "loss.control is shuffled, but a step has a single sample; raise sampling.prompts_per_step",
     )
     require(
-        loss.redistribute == 0 or reward.grader is not None,
-        f"loss.redistribute is {loss.redistribute}, but reward.grader is null: there is no reward to weigh; name a grader, "
-        f"or unset it",
+        loss.redistribute == 0 or reward.pays,
+        f"loss.redistribute is {loss.redistribute}, but {unpaid}: there is no reward to weigh; name a grader, or unset it",
     )
     require(
         loss.top_k_tail != "sampled" or sampling.on_policy_fraction > 0,
@@ -37,7 +51,8 @@ def check_rollouts(
         reason = (
             f"loss.objective is {loss.objective}, which has no advantages; set it to policy_gradient, or unset this"
         )
-        unchanged(reward, "reward.", reason, ["grader"])
+        unread = ["baseline", "normalize"] if graded_for_teachers else ["grader"]
+        unchanged(reward, "reward.", reason, [*unread, *(["coef"] if reward.pays else [])])
         unchanged(sampling, "sampling.", reason, ["given_coef"])
     if sampling.on_policy_fraction == 0:
         reason = "sampling.on_policy_fraction is 0: given completions have no KL in their advantages; unset one of them"
@@ -48,7 +63,10 @@ def check_rollouts(
         "sampling.prompts_per_step or set loss.baseline to none",
     )
     if reward.grader is not None:
-        _check_reward(sampling, reward, environment)
+        _check_reward(sampling, reward, environment, reward.pays and loss.objective == "policy_gradient")
+    for name, context in contexts.items():
+        if context.function == SIBLING:
+            _check_sibling(f"{name}.function is {SIBLING}", context.sibling, sampling, loss, reward, environment)
     if environment.name is not None:
         reason = f"environment.name is {environment.name!r}"
         unchanged(sampling, "sampling.", f"{reason}: a conversation ends in its step; unset one", ["tokens_per_step"])
@@ -71,21 +89,53 @@ def check_without_teacher(loss: LossConfig) -> None:
     )
 
 
-def _check_reward(sampling: SamplingConfig, reward: RewardConfig, environment: EnvironmentConfig) -> None:
+def _check_reward(
+    sampling: SamplingConfig, reward: RewardConfig, environment: EnvironmentConfig, has_advantages: bool
+) -> None:
     require(
         sampling.on_policy_fraction > 0,
         f"reward.grader is {reward.grader!r}, but sampling.on_policy_fraction is 0: given completions are not graded; "
         f"raise it or leave reward.grader null",
     )
+    has_groups = reward.baseline == "group" and has_advantages
     require(
-        reward.baseline == "none" or sampling.samples_per_prompt > 1,
+        not has_groups or sampling.samples_per_prompt > 1,
         "reward.baseline is group, but sampling.samples_per_prompt is 1: every sample would be its own baseline and earn "
         "0. Raise sampling.samples_per_prompt or set reward.baseline to none",
     )
-    if reward.baseline == "group":
+    if has_groups:
         reason = "reward.baseline is group: the samples of a prompt would end in different steps. Unset one of them"
         unchanged(sampling, "sampling.", reason, ["tokens_per_step"])
     require(
         reward.grader != "environment" or environment.name is not None,
         "reward.grader is environment, but environment.name is null; name an environment or another grader",
+    )
+
+
+def _check_sibling(
+    reason: str,
+    sibling: SiblingConfig,
+    sampling: SamplingConfig,
+    loss: LossConfig,
+    reward: RewardConfig,
+    environment: EnvironmentConfig,
+) -> None:
+    """There are grades, groups of whole samples, and no reward that the mask would throw away."""
+    require(
+        reward.grader is not None,
+        f"{reason}, but reward.grader is null: nobody knows which samples succeeded; name a grader",
+    )
+    told = sibling.feedback is not None and environment.name is not None
+    require(
+        sampling.samples_per_prompt > 1 or told,
+        f"{reason}, but sampling.samples_per_prompt is 1: a sample has no siblings, and no environment says anything of "
+        f"it; raise sampling.samples_per_prompt",
+    )
+    unchanged(
+        sampling, "sampling.", f"{reason}: a group would end in different steps. Unset one of them", ["tokens_per_step"]
+    )
+    require(
+        sibling.succeeded != "mask" or not (reward.pays and loss.objective == "policy_gradient"),
+        f"{reason} and sibling.succeeded is mask, but reward.coef is {reward.coef}: samples that succeeded would not be in "
+        f"the loss, and nobody would earn a reward; set reward.coef to 0, or sibling.succeeded to plain or sibling",
     )

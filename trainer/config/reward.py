@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fastkl.trainer.config.rules import positive, unchanged
+from fastkl.trainer.config.rules import at_least, unchanged
 from fastkl.trainer.errors import require
 
 
@@ -16,7 +16,8 @@ class RewardConfig:
     Args:
         grader: Score completions with this: last_number, boxed, math_verify, regex:PATTERN, reasoning_gym[:DATASET],
             function:MODULE.NAME, or environment (the environment's own reward). null: no reward.
-        coef: Weigh the reward in the advantage by this.
+        coef: Weigh the reward in the advantage by this. 0: samples are graded, and what reads the grades is
+            teacher.context.function.
         baseline: Subtract from a reward the mean of the samples of its prompt (group), or nothing (none).
         normalize: Divide by the standard deviation of the group as well.
         trust_grader: Allow the Python function that `grader` names to be imported and run.
@@ -29,10 +30,18 @@ class RewardConfig:
     trust_grader: bool = False
 
     def __post_init__(self) -> None:
-        positive(self, "reward.", "coef")
+        at_least(0, self, "reward.", "coef")
         if self.grader is None:
             unchanged(self, "reward.", "reward.grader is null; name a grader")
+        if self.coef == 0:
+            reason = "reward.coef is 0, which leaves the reward out of the advantages; unset one of them"
+            unchanged(self, "reward.", reason, ["baseline", "normalize"])
         require(
             not self.normalize or self.baseline == "group",
             f"reward.normalize is true, but reward.baseline is {self.baseline}: there is no group; unset one of them",
         )
+
+    @property
+    def pays(self) -> bool:
+        """Whether the student learns from the reward itself."""
+        return self.grader is not None and self.coef > 0

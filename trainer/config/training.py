@@ -96,7 +96,8 @@ class DistillConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rollouts(self.sampling, self.loss, self.reward, self.environment)
+        contexts = {f"{name}.context": teacher.context for name, teacher in self.teachers().items()}
+        check_rollouts(self.sampling, self.loss, self.reward, self.environment, contexts)
         if self.mixture:
             check_mixture(self.mixture, self.data, self.teacher)
         else:
@@ -129,7 +130,7 @@ class DistillConfig(RunConfig):
             check_loss(name, teacher, self.loss)
             check_self_of(name, teacher, self.student)
             require(
-                teacher.self != "live" or teacher.context != ContextConfig() or self.reward.grader is not None,
+                teacher.self != "live" or teacher.context != ContextConfig() or self.reward.pays,
                 f"{name}.self is live: the teacher is the student as it is and reads the same prompt, so that its KL is 0 "
                 f"under every objective; give it a prompt of its own ({name}.context), name a reward.grader, or set "
                 f"{name}.self to ema, synced or base, or {name}.path",

@@ -50,6 +50,7 @@ class Sample:
     student_ranks: list[int] = field(default_factory=list)  # 1: its likeliest token; 0: no token of the tokenizer
     teacher_ranks: list[int] = field(default_factory=list)
     reward: float | None = None  # None: not graded
+    feedback: str | None = None  # what an environment said of it to the teacher alone
     reward_advantage: float = 0.0  # of each counted token, beside the KL's
     given: bool = False  # the completion stands in the data; the student did not sample it
     unfinished: bool = False  # goes on in the next step

@@ -23,6 +23,8 @@ class Reply(NamedTuple):
     text: str | None = None
     reward: float = 0.0
     """Added up over the conversation: the score of the sample where reward.grader is `environment`."""
+    feedback: str | None = None
+    """For the teacher (`teacher.context.function`), also with the last reply. The student never reads it."""
 
 
 class Environment(Protocol):

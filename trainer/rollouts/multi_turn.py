@@ -36,6 +36,7 @@ class _Conversation:
     message_start: int = 0  # where the student's current message begins
     turns: int = 0
     reward: float = 0.0
+    feedback: list[str] = field(default_factory=list)
     truncated: bool = False
     over: bool = False
 
@@ -114,6 +115,7 @@ class MultiTurn:
         own = Message("assistant", self._text(conversation.token_ids[conversation.message_start :]))
         reply = self._environment.reply([*conversation.messages, own], conversation.prompt.row)
         conversation.reward += reply.reward
+        conversation.feedback += [reply.feedback] if reply.feedback else []
         if reply.text is None:
             conversation.over = True
             return
@@ -169,6 +171,7 @@ class MultiTurn:
             conversation.truncated,
             conversation.token_ids[conversation.message_start :],
             conversation.reward if self._environment.rewards else None,
+            "\n".join(conversation.feedback) or None,
         )
 
 

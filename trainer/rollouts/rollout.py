@@ -89,6 +89,7 @@ class Rollouts:
             dataset=prompt.dataset,
             sampler_logprobs=[0.0] * len(context) + trajectory.logprobs,
             completion_length=length,
+            feedback=trajectory.feedback,
         )
         sample.unfinished = trajectory.truncated and self._config.tokens_per_step is not None and length < limit
         sample.truncated = trajectory.truncated and not sample.unfinished

@@ -24,6 +24,7 @@ class Trajectory(NamedTuple):
     truncated: bool
     answer_ids: list[int]  # what is graded: the student's last message
     reward: float | None = None  # the environment's
+    feedback: str | None = None  # the environment's, for the teacher
 
 
 class Responder(Protocol):

@@ -18,6 +18,13 @@ from fastkl.trainer.teachers.context.functions import Attempt
 from fastkl.trainer.teachers.context.prompts import TeacherPrompts
 
 HERE = "context_cases"
+# Short, for models that read 64 characters.
+SIBLING: dict[str, object] = {
+    "teacher__context__function": "sibling",
+    "teacher__context__sibling__template": "{prompt}{solution}{feedback}",
+    "teacher__context__sibling__solution": "={text}",
+    "teacher__context__sibling__feedback": " -{text}",
+}
 
 
 def asked(text: str) -> list[Turn]:
@@ -54,13 +61,14 @@ def prompts_of(
     rows: Sequence[dict[str, Any]],
     context: dict[str, object],
     words: PreTrainedTokenizerBase | None = None,
+    more: dict[str, object] | None = None,
     **data: object,
 ) -> tuple[list[str], TeacherPrompts]:
-    """What the teacher reads of each row, as text; `context` are settings of `teacher.context`."""
+    """What the teacher reads of each row, as text; `context` are settings of `teacher.context`, `more` others."""
     words = tokenizer() if words is None else words
     settings = {"run": folder / "run", "student.path": "s", "teacher.path": "t"}
     settings |= {"data.path": write_jsonl(folder / "rows.jsonl", rows)}
     settings |= {f"teacher.context.{name}": value for name, value in context.items()}
-    found = config("distill", settings | {f"data.{name}": value for name, value in data.items()})
+    found = config("distill", settings | (more or {}) | {f"data.{name}": value for name, value in data.items()})
     read = TeacherPrompts(found, read_data_sets(found, words), words)
     return [words.decode(prompt.ids) for prompt in read.data_sets[0].prompts], read

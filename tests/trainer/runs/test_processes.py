@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from composites import composite
+from context_cases import SIBLING
 from launches import REPOSITORY, free_port, give_samples, together
 from run_cases import PEERS, check_equal, check_same, log
 from run_settings import arguments, distillation, evaluated
@@ -86,6 +87,7 @@ VARIANTS: dict[str, dict[str, object]] = {
         "reward__grader": "regex:[0-9]",
         "sampling__samples_per_prompt": 2,
     },
+    "siblings": SIBLING | {"reward__grader": "regex:^[0-9a-h]", "reward__coef": 0, "sampling__samples_per_prompt": 3},
     "base": BASE | {"loss__objective": "policy_gradient"},
     "base-whole": BASE | {"loss__objective": "reverse_kl"},
     "live": LIVE,

@@ -6,23 +6,14 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from fastkl.trainer.config.context import ContextConfig
+from fastkl.trainer.config.context import SIBLING, ContextConfig
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.errors import ConfigError, brief
 from fastkl.trainer.rollouts.grading.trusted import imported
+from fastkl.trainer.teachers.context.attempts import Attempt, Told
+from fastkl.trainer.teachers.context.siblings import Siblings
 from fastkl.trainer.teachers.context.turns import Content, read_chat
-
-
-class Attempt(NamedTuple):
-    """What such a function sees of a sample."""
-
-    text: str
-    """All that follows the prompt, an environment's replies too, without special tokens."""
-    reward: float | None
-    """None: not graded."""
-    truncated: bool
-    """The completion reached the length limit."""
 
 
 class Written(NamedTuple):
@@ -36,15 +27,15 @@ class Written(NamedTuple):
         """What the teacher reads before every completion of the prompt."""
         return self._content(prompt, self._called(prompt.row))
 
-    def of_attempts(self, prompt: EncodedPrompt, attempts: Sequence[Attempt]) -> list[Content | None]:
-        """What the teacher reads before each of the completions; None: what the student read."""
+    def of_attempts(self, prompt: EncodedPrompt, attempts: Sequence[Attempt]) -> list[Told]:
+        """What the teacher reads before each of the completions."""
         found = self._called(prompt.row, list(attempts))
         if not isinstance(found, Sequence) or isinstance(found, str) or len(found) != len(attempts):
             raise ConfigError(
                 f"{prompt.row.source}: {self.setting} gave {str(found)[:80]!r}; it must give a list with one entry for "
                 f"each of the {len(attempts)} samples: messages, or None for the student's prompt"
             )
-        return [None if each is None else self._content(prompt, each) for each in found]
+        return [Told(None if each is None else self._content(prompt, each)) for each in found]
 
     def _called(self, row: Prompt, *more: Any) -> Any:
         try:
@@ -66,7 +57,7 @@ class Written(NamedTuple):
         return value
 
 
-def context_function(config: ContextConfig, setting: str) -> Written | None:
+def context_function(config: ContextConfig, setting: str) -> Written | Siblings | None:
     """The function that `config.function` names, if it names one; `setting` is the name of `config`.
 
     Raises:
@@ -75,6 +66,8 @@ def context_function(config: ContextConfig, setting: str) -> Written | None:
     if config.function is None:
         return None
     name = f"{setting}.function"
+    if config.function == SIBLING:
+        return Siblings(config.sibling, setting)
     function = imported(name, config.function, f"{setting}.trust_context", config.trust_context)
     for arguments in (["row"], ["row", "samples"]):
         try:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,8 +19,10 @@ from fastkl.trainer.errors import ConfigError, RunError
 from fastkl.trainer.models.loading import context_length
 from fastkl.trainer.models.sizes.layers import rope_switch
 from fastkl.trainer.runs import processes
+from fastkl.trainer.teachers.context.attempts import Attempt, Told
 from fastkl.trainer.teachers.context.encoding import encode_contents
-from fastkl.trainer.teachers.context.functions import Attempt, Written, context_function
+from fastkl.trainer.teachers.context.functions import Written, context_function
+from fastkl.trainer.teachers.context.siblings import MARKS, Siblings
 from fastkl.trainer.teachers.context.turns import read_examples, teacher_content
 
 
@@ -48,6 +51,13 @@ def fixed_prompts(
     return encode_contents(prompts, contents, tokenizer, setting)
 
 
+class _Encoded(NamedTuple):
+    """What a function told of a sample, as token ids."""
+
+    ids: list[int] | None  # None: the student's prompt
+    told: Told  # without its content
+
+
 class TeacherPrompts:
     """The prompts that `teacher.context` makes. Without one, a teacher reads what the student read.
 
@@ -62,7 +72,7 @@ class TeacherPrompts:
         self._tokenizer = tokenizer
         self._prompts = {prompt.index: prompt for data_set in data_sets for prompt in data_set.prompts}
         self._fixed: dict[int, EncodedPrompt] = {}  # by the student's index
-        self._functions: dict[str, Written] = {}  # of samples, by data set
+        self._functions: dict[str, Written | Siblings] = {}  # of samples, by data set
         self._most: dict[str, float] = {}  # the most tokens that such a function may write
         self._limits: dict[str, float] = {}  # the most tokens that the teacher of a data set reads, where that is known
         self.data_sets: list[DataSet] = []  # as the teachers read them
@@ -80,17 +90,20 @@ class TeacherPrompts:
         if context == ContextConfig():
             return []
         function = context_function(context, setting)
-        if function is not None and function.of_samples:
+        if isinstance(function, Siblings) or (function is not None and function.of_samples):
             self._add(data_set, function, setting)
             return []
         return fixed_prompts(data_set.prompts, context, function, self._tokenizer, setting)
 
-    def _add(self, data_set: DataSet, function: Written, setting: str) -> None:
+    def _add(self, data_set: DataSet, function: Written | Siblings, setting: str) -> None:
         """A function whose prompts nobody knows yet."""
+        if isinstance(function, Siblings):  # its template is known
+            first = data_set.prompts[:1]
+            encode_contents(first, [function.example(prompt) for prompt in first], self._tokenizer, function.setting)
         most = data_set.context.max_tokens
         if data_set.teacher.server.url and most is None:
             raise ConfigError(
-                f"{function.setting} is {data_set.context.function!r}, whose prompts are not known before a step, and "
+                f"{setting}.function is {data_set.context.function!r}, whose prompts are not known before a step, and "
                 f"nobody knows how much the teacher's server can read; set {setting}.max_tokens"
             )
         self._functions[data_set.name] = function
@@ -116,10 +129,11 @@ class TeacherPrompts:
             fixed = self._fixed.get(sample.prompt_index)
             sample.teacher_prompt = None if fixed is None else fixed.ids
 
-    def give(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Writes `teacher_prompt` of all samples of a step, which are graded; returns metrics.
+    def give(self, samples: list[Sample]) -> tuple[list[Sample], dict[str, float]]:
+        """Writes `teacher_prompt` of all samples of a step, which are graded.
 
-        All processes call it with the same samples.
+        Returns those that no function masks, which the loss is to see, and metrics. All processes call it with the same
+        samples.
 
         Raises:
             RunError: Where a function of the user's fails.
@@ -127,41 +141,54 @@ class TeacherPrompts:
         self.give_fixed(samples)
         written = [sample for sample in samples if sample.dataset in self._functions]
         if not written:
-            return {}
+            return samples, {}
         try:
             found = processes.on_main(lambda: self._written(written))
         except ConfigError as error:
             raise RunError(str(error)) from error
         too_long = 0
-        for sample, ids in zip(written, found, strict=True):
+        for sample, (ids, _) in zip(written, found, strict=True):
             fits = ids is None or self._fits(sample, ids)
             sample.teacher_prompt = ids if fits else None
             too_long += not fits
-        return {
-            "context/plain_fraction": sum(ids is None for ids in found) / len(found),
+        metrics = {
+            "context/plain_fraction": sum(ids is None for ids, _ in found) / len(found),
             "context/too_long_fraction": too_long / len(found),
         }
+        masked = {id(sample) for sample, (_, told) in zip(written, found, strict=True) if told.masked}
+        return [sample for sample in samples if id(sample) not in masked], metrics | _shares(told for _, told in found)
 
     def _fits(self, sample: Sample, ids: list[int]) -> bool:
         limit = self._limits.get(sample.dataset, math.inf)
         return len(ids) <= self._most[sample.dataset] and len(ids) + sample.completion_length <= limit
 
-    def _written(self, samples: Sequence[Sample]) -> list[list[int] | None]:
+    def _written(self, samples: Sequence[Sample]) -> list[_Encoded]:
         """What functions write for samples that may be of several rows: a call for all samples of a row."""
-        found: dict[int, list[int] | None] = {}
+        found: dict[int, _Encoded] = {}
         order = sorted(samples, key=lambda sample: sample.prompt_index)  # stable
         for index, group in itertools.groupby(order, key=lambda sample: sample.prompt_index):
             own = list(group)
-            found |= {id(s): ids for s, ids in zip(own, self._of_group(self._prompts[index], own), strict=True)}
+            found |= {id(s): each for s, each in zip(own, self._of_group(self._prompts[index], own), strict=True)}
         return [found[id(sample)] for sample in samples]
 
-    def _of_group(self, prompt: EncodedPrompt, samples: list[Sample]) -> list[list[int] | None]:
+    def _of_group(self, prompt: EncodedPrompt, samples: list[Sample]) -> list[_Encoded]:
         function = self._functions[prompt.dataset]
-        contents = function.of_attempts(prompt, [self._attempt(sample) for sample in samples])
-        new = [content for content in contents if content is not None]
+        all_told = function.of_attempts(prompt, [self._attempt(sample) for sample in samples])
+        new = [told.content for told in all_told if told.content is not None]
         encoded = iter(encode_contents([prompt] * len(new), new, self._tokenizer, function.setting))
-        return [None if content is None else next(encoded).ids for content in contents]
+        return [
+            _Encoded(None if told.content is None else next(encoded).ids, told._replace(content=None))
+            for told in all_told
+        ]
 
     def _attempt(self, sample: Sample) -> Attempt:
         text = self._tokenizer.decode(sample.ids[sample.prompt_length :], skip_special_tokens=True)
-        return Attempt(text, sample.reward, sample.truncated)
+        return Attempt(text, sample.reward, sample.truncated, sample.feedback)
+
+
+def _shares(all_told: Iterable[Told]) -> dict[str, float]:
+    """How many of the samples with marks have each of them; nothing where there are none."""
+    marks = [told.marks for told in all_told if told.marks is not None]
+    if not marks:
+        return {}
+    return {f"context/{mark}_fraction": sum(mark in own for own in marks) / len(marks) for mark in MARKS}

@@ -35,10 +35,20 @@ def teacher_content(prompt: EncodedPrompt, config: ContextConfig, examples: Sequ
             raise _lacking(row, config.messages, f"{setting}.messages")
         turns = read_chat(row.source, config.messages, value)
     if config.template is not None:
-        last = _last_user(turns)
-        turns = [*turns[:last], turns[last] | {"content": _filled(row, config, setting)}, *turns[last + 1 :]]
+        turns = asking(turns, _filled(row, config, setting))
     first = next((place for place, turn in enumerate(turns) if turn["role"] not in FIRST), len(turns))
     return [*_system(turns[:first], config.system), *examples, *turns[first:]]
+
+
+def question(row: Prompt) -> str:
+    """The last user turn."""
+    return str(row.turns[_last_user(row.turns)]["content"])
+
+
+def asking(turns: Sequence[Turn], text: str) -> list[Turn]:
+    """The turns with this text as the last user turn."""
+    last = _last_user(turns)
+    return [*turns[:last], turns[last] | {"content": text}, *turns[last + 1 :]]
 
 
 def read_chat(source: str, name: str, value: Any) -> list[Turn]:
@@ -88,8 +98,7 @@ def _filled(row: Prompt, config: ContextConfig, setting: str) -> str:
 
 
 def _field(row: Prompt, name: str, setting: str) -> str:
-    asked = row.turns[_last_user(row.turns)]["content"]
-    own = {"prompt": asked, "answer": row.answer, "completion": row.completion}
+    own = {"prompt": question(row), "answer": row.answer, "completion": row.completion}
     value = ({**row.more, **row.metadata} | own).get(name)
     if value is None:
         raise _lacking(row, name, f"{setting}.template")

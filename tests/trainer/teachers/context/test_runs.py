@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from context_cases import HERE
+from context_cases import HERE, SIBLING
 from run_cases import (
     Run,
     check_equal,
@@ -39,6 +39,12 @@ SAMPLES: dict[str, object] = {
     "teacher__context__function": f"{HERE}.of_samples",
     "teacher__context__trust_context": "true",
     "reward__grader": "regex:^[0-9a-h]",
+    "sampling__samples_per_prompt": 3,
+}
+
+SIBLINGS = SIBLING | {
+    "reward__grader": "regex:^[0-9a-h]",
+    "reward__coef": 0,
     "sampling__samples_per_prompt": 3,
 }
 
@@ -121,7 +127,12 @@ def test_a_server_reads_what_a_model_here_reads(folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "context", [pytest.param(SYSTEM, id="fixed", marks=pytest.mark.slow), pytest.param(SAMPLES, id="samples")]
+    "context",
+    [
+        pytest.param(SYSTEM, id="fixed", marks=pytest.mark.slow),
+        pytest.param(SAMPLES, id="samples", marks=pytest.mark.slow),
+        pytest.param(SIBLINGS, id="siblings"),
+    ],
 )
 def test_it_goes_on_in_the_middle(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, context: dict[str, object]
