@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from fastkl.trainer.data.mixture import read_data_sets
 from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.data.turns import Turn
-from fastkl.trainer.teachers.context.functions import Attempt
+from fastkl.trainer.teachers.context.attempts import Attempt
 from fastkl.trainer.teachers.context.prompts import TeacherPrompts
 
 HERE = "context_cases"

@@ -16,7 +16,7 @@ from tiny_data import write_jsonl
 from fastkl.trainer.commands import command_line as commands
 from fastkl.trainer.data.rows import parse_row
 from fastkl.trainer.errors import ConfigError
-from fastkl.trainer.teachers.context.functions import Attempt
+from fastkl.trainer.teachers.context.attempts import Attempt
 
 ROW: dict[str, Any] = {"prompt": "1+1=", "answer": "2", "completion": "it is 2", "metadata": {"hint": "add", "n": 3}}
 CHAT: dict[str, Any] = {
@@ -218,7 +218,4 @@ def test_the_function_in_the_documentation(tmp_path: Path) -> None:
     exec(compile(code, "teachers.md", "exec"), names)
     row = parse_row("d.jsonl:1", ROW)
     right, wrong = Attempt("it is 2", 1.0, False), Attempt("3", 0.0, False)
-    assert names["hint"](row, [wrong, wrong]) == [None, None]
-    first, second = names["hint"](row, [wrong, right])
-    assert first == asked("1+1=\n\nA correct answer:\nit is 2")
-    assert second is None
+    assert names["hint"](row, [wrong, right]) == [asked("1+1=\n\nThe answer is 2."), None]
