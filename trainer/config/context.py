@@ -165,5 +165,5 @@ def _check_names(setting: str, text: str, known: Collection[str], needed: Collec
         require(name in found, f"{setting} is {text!r}, without {{{name}}}; put it in")
 
 
-_NAME = re.compile(r"(?!\d+$)[\w-]+")
+_NAME = re.compile(r"(?!\d+$)[\w-]+( [\w-]+)*")  # columns may have names of several words
 _BRACES = "Write {name} for a field, and {{ and }} for braces"

@@ -42,7 +42,7 @@ def parse_row(source: str, row: Any, more: Collection[str] = ()) -> Prompt:
     """A row of a file or data set, checked; an error names it by its `source`. Columns in `more` are kept as they are."""
     if not isinstance(row, dict):
         raise ConfigError(f"{source} is a {type(row).__name__}; expected an object with `prompt` or `messages`")
-    _check_encodable(source, row, [*COLUMNS, *more])
+    check_encodable(source, row, [*COLUMNS, *more])
     prompt, reply = _prompt(source, row)
     completion = _completion(source, row.get("completion"))
     if reply is not None and completion is not None:
@@ -142,7 +142,7 @@ def _from_json(source: str, value: Any) -> Any:
         raise ConfigError(f"{source}: `tools` is text that is no JSON ({error})") from error
 
 
-def _check_encodable(source: str, row: Mapping[str, Any], names: Iterable[str]) -> None:
+def check_encodable(source: str, row: Mapping[str, Any], names: Iterable[str]) -> None:
     """JSON can spell half of a surrogate pair, which is no text and which no tokenizer takes and no file holds."""
     for name in names:
         try:

@@ -49,6 +49,20 @@ def far_too_long(row: Prompt, samples: Sequence[Attempt]) -> list[list[Turn]]:
     return [asked("a" * 200) for _ in samples]
 
 
+def of_changed(row: Prompt) -> list[Turn]:
+    row.turns[-1]["content"] += "!"
+    row.metadata.clear()
+    return row.turns
+
+
+def of_either(row: Prompt, samples: Sequence[Attempt] = ()) -> list[Turn]:
+    return asked("1")
+
+
+def of_half(row: Prompt) -> list[Turn]:
+    return asked("\ud800")
+
+
 def failing(row: Prompt) -> None:
     raise KeyError("hint")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.errors import ConfigError, brief
 
 
 def imported(option: str, path: str, trust: str, trusted: bool) -> Any:
@@ -17,5 +17,5 @@ def imported(option: str, path: str, trust: str, trusted: bool) -> Any:
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{option} names {path!r}, which cannot be imported: {error}") from error
+    except Exception as error:  # whatever the user's module raises
+        raise ConfigError(f"{option} names {path!r}, which cannot be imported: {brief(error)}") from error

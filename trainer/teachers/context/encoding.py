@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.data.prompts import EncodedPrompt
+from fastkl.trainer.data.rows import check_encodable
 from fastkl.trainer.data.text import encode
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.teachers.context.turns import Content
@@ -23,12 +24,14 @@ def encode_contents(
 
     Raises:
         ConfigError: Naming the row, where the template refuses a chat, or begins the answer otherwise than after the
-            student's prompt.
+            student's prompt, and where a content is no text.
     """
     rows = [
         dataclasses.replace(prompt.row, prompt=content, source=f"{prompt.row.source} with {setting}")
         for prompt, content in zip(prompts, contents, strict=True)
     ]
+    for row in rows:
+        check_encodable(row.source, {"prompt": row.prompt}, ["prompt"])
     texts = [
         str(row.prompt) if prompt.chat is None else prompt.chat.prompt(row)
         for prompt, row in zip(prompts, rows, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ class Written(NamedTuple):
 
     def _called(self, row: Prompt, *more: Any) -> Any:
         try:
-            return self.call(row, *more)
+            return self.call(copy.deepcopy(row), *more)  # its own: what it changes there, nobody else reads
         except Exception as error:  # whatever the user's code raises
             raise ConfigError(f"{row.source}: {self.setting} failed: {brief(error)}") from error
 
@@ -61,7 +62,7 @@ def context_function(config: ContextConfig, setting: str) -> Written | Siblings 
     """The function that `config.function` names, if it names one; `setting` is the name of `config`.
 
     Raises:
-        ConfigError: If it is not trusted, not there, or takes other arguments.
+        ConfigError: If it is not trusted, not there, or takes other arguments, or both (row) and (row, samples).
     """
     if config.function is None:
         return None
@@ -69,15 +70,21 @@ def context_function(config: ContextConfig, setting: str) -> Written | Siblings 
     if config.function == SIBLING:
         return Siblings(config.sibling, setting)
     function = imported(name, config.function, f"{setting}.trust_context", config.trust_context)
-    for arguments in (["row"], ["row", "samples"]):
-        try:
-            inspect.signature(function).bind(*arguments)
-        except (TypeError, ValueError):
-            continue
-        if len(arguments) == 1 and config.max_tokens is not None:
-            raise ConfigError(
-                f"{setting}.max_tokens is {config.max_tokens}, but {name} is {config.function!r}, which takes (row): its "
-                f"prompts are known and checked before the first step; unset it"
-            )
-        return Written(name, function, len(arguments) == 2)
-    raise ConfigError(f"{name} is {config.function!r}, which does not take (row) or (row, samples)")
+    of_row, of_samples = (_takes(function, *arguments) for arguments in (["row"], ["row", "samples"]))
+    if of_row == of_samples:
+        wrong = "may be called in both ways: give its arguments no defaults" if of_row else "takes other arguments"
+        raise ConfigError(f"{name} is {config.function!r}, which is called with (row) or (row, samples), but {wrong}")
+    if of_row and config.max_tokens is not None:
+        raise ConfigError(
+            f"{setting}.max_tokens is {config.max_tokens}, but {name} is {config.function!r}, which takes (row): its "
+            f"prompts are known and checked before the first step; unset it"
+        )
+    return Written(name, function, of_samples)
+
+
+def _takes(function: Any, *arguments: str) -> bool:
+    try:
+        inspect.signature(function).bind(*arguments)
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -44,7 +44,8 @@ def fixed_prompts(
         ConfigError: Naming the row that cannot have such a prompt.
     """
     if function is not None:
-        contents = [function.of_row(prompt) for prompt in prompts]
+        # By one process for all: it may be a matter of chance what it writes.
+        contents = processes.on_main(lambda: [function.of_row(prompt) for prompt in prompts])
     else:
         examples = read_examples(context.examples, f"{setting}.examples")
         contents = [teacher_content(prompt, context, examples, setting) for prompt in prompts]

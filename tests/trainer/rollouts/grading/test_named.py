@@ -66,10 +66,13 @@ def test_a_users_own_function_is_run_only_if_trusted(monkeypatch: pytest.MonkeyP
         ("function:missing_module.f", True, r"missing_module\.f.*cannot be imported"),
         ("function:json.no_such_name", True, "cannot be imported"),
         ("function:json", True, "cannot be imported"),
+        ("function:broken_module.f", True, r"cannot be imported: NameError: name 'nothing' is not defined"),
         ("boxed", True, r"trust_grader is true but reward\.grader is 'boxed'"),
     ],
 )
-def test_bad_names(name: str, trusted: bool, message: str) -> None:
+def test_bad_names(name: str, trusted: bool, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_module.py").write_text("nothing\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=message):
         grade(name, "", trusted=trusted)
 

@@ -12,11 +12,16 @@ from documents import blocks
 from launches import REPOSITORY
 from run_settings import config, distillation
 from tiny_data import write_jsonl
+from tiny_models import tokenizer
 
 from fastkl.trainer.commands import command_line as commands
+from fastkl.trainer.config.context import ContextConfig
+from fastkl.trainer.data.chat import ChatTemplate
+from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.rows import parse_row
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.teachers.context.attempts import Attempt
+from fastkl.trainer.teachers.context.functions import context_function
 
 ROW: dict[str, Any] = {"prompt": "1+1=", "answer": "2", "completion": "it is 2", "metadata": {"hint": "add", "n": 3}}
 CHAT: dict[str, Any] = {
@@ -36,6 +41,7 @@ READ: dict[str, tuple[dict[str, Any], dict[str, object], str]] = {
     "template": (ROW, {"template": "{hint} {n} {answer}. {prompt}"}, "<u>add 3 2. 1+1=<a>"),
     "completion": (ROW, {"template": "{completion}"}, "<u>it is 2<a>"),
     "last-turn": (CHAT, {"template": "{prompt}?"}, "<s>sum<u>1+1<a>2<u>2+2?<a>"),
+    "words": (ROW | {"metadata": {"a hint": "add"}}, {"template": "{a hint} {prompt}"}, "<u>add 1+1=<a>"),
     "another-column": (ROW | {"note": "so"}, {"template": "{note} {prompt}"}, "<u>so 1+1=<a>"),
     "messages": (CHAT, {"messages": "theirs"}, "<u>what is 2+2<a>"),
     "messages-of-metadata": (
@@ -56,6 +62,16 @@ def test_what_the_teacher_reads(tmp_path: Path, row: dict[str, Any], context: di
     found, read = prompts_of(tmp_path, [row, row], context)
     assert found == [text, text]
     assert [prompt.index for prompt in read.data_sets[0].prompts] == [0, 1]
+
+
+def test_a_function_that_changes_its_row() -> None:
+    """It changes its own copy: the student's row, and what the next call gets, stay as they are."""
+    row = parse_row("d.jsonl:1", {"messages": asked("1+1="), "metadata": {"hint": "add"}})
+    prompt = EncodedPrompt(row, [], chat=ChatTemplate(tokenizer()))
+    function = context_function(ContextConfig(function=f"{HERE}.of_changed", trust_context=True), "teacher.context")
+    assert function is not None
+    assert [function.of_row(prompt) for _ in range(2)] == [asked("1+1=!")] * 2
+    assert (prompt.row.turns, prompt.row.metadata) == (asked("1+1="), {"hint": "add"})
 
 
 def test_a_text_that_is_no_chat(tmp_path: Path) -> None:
@@ -92,7 +108,13 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, object], list[str]]] = {
     "no-chat": (ROW | {"theirs": "2+2"}, {"messages": "theirs"}, ["rows.jsonl:1: `theirs` must be a list"]),
     "untrusted": (ROW, {"function": f"{HERE}.of_row"}, ["teacher.context.trust_context to true"]),
     "missing": (ROW, {"function": f"{HERE}.nothing", **TRUST}, ["teacher.context.function", "cannot be imported"]),
-    "arguments": (ROW, {"function": f"{HERE}.of_nothing", **TRUST}, ["does not take (row) or (row, samples)"]),
+    "arguments": (
+        ROW,
+        {"function": f"{HERE}.of_nothing", **TRUST},
+        ["(row) or (row, samples), but takes other arguments"],
+    ),
+    "either": (ROW, {"function": f"{HERE}.of_either", **TRUST}, ["(row) or (row, samples), but may be called in both"]),
+    "half-a-pair": (ROW, {"function": f"{HERE}.of_half", **TRUST}, ["rows.jsonl:1 with teacher.context", "surrogate"]),
     "failing": (
         ROW,
         {"function": f"{HERE}.failing", **TRUST},
