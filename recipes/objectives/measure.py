@@ -78,8 +78,11 @@ def main() -> None:
     names = given.objectives or list(OBJECTIVES)
     for size in tokens:
         leading = [name for name in names if size < LARGEST or name in LEADING]
-        rates = [Run(name, size, rate, 0) for name in leading for rate in scale.rates]
-        run_all(given.scale, rates, given.jobs)
+        run_all(
+            given.scale,
+            (Run(name, size, rate, 0) for rate in given.rates or scale.rates for name in leading),
+            given.jobs,
+        )
         chosen = {name: best_rate(given.scale, name, size) for name in leading}
         run_all(given.scale, (Run(n, size, rate, seed) for seed in SEEDS for n, rate in chosen.items()), given.jobs)
 
@@ -89,6 +92,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("scale", choices=SCALES, help="choose the models and the task")
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, help="run these, all by default")
     parser.add_argument("--tokens", type=int, nargs="+", help="run these sizes of an optimizer step, all by default")
+    parser.add_argument("--rates", type=float, nargs="+", help="try these learning rates, the scale's by default")
     parser.add_argument("--jobs", type=int, default=1, help="run so many at once, a core each")
     return parser.parse_args()
 
