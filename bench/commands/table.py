@@ -14,9 +14,9 @@ import re
 from pathlib import Path
 
 from bench.estimators import tables as estimators
-from bench.lib import tables
+from bench.lib import objective_tables, tables
 
-TABLES = tables.TABLES | estimators.TABLES
+TABLES = tables.TABLES | estimators.TABLES | objective_tables.TABLES
 ROOT = Path(__file__).parents[2]
 START = "<!-- table "
 MARKED = re.compile(rf"({START}(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -6,8 +6,8 @@
 For each number of tokens per optimizer step, every objective runs once at each learning rate (seed 0). Those that end
 nearest to the teacher give its learning rate. It then runs at that rate with three other seeds, which are what is shown.
 
-Everything is kept in runs/objectives: what is complete is not run again, what was interrupted goes on. The results are
-written to runs/objectives/SCALE.json after every run.
+Everything is kept in runs/objectives: what is complete is not run again, what was interrupted goes on. After every run
+the results are written to runs/objectives/SCALE.json, and drawn beside it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from figure import draw
+
+from fastkl._check.machine import cpu_model, versions
 from fastkl.trainer.runs.files import read_jsonl, write_text
 
 HERE, RUNS = Path(__file__).parent, Path("runs/objectives")
@@ -100,32 +104,49 @@ def arguments() -> argparse.Namespace:
 def run_all(scale: str, runs: Iterable[Run], jobs: int) -> None:
     with ThreadPoolExecutor(jobs) as pool:
         for _ in pool.map(lambda run: execute(scale, run), runs):
-            write_text(RUNS / f"{scale}.json", json.dumps(list(results(scale)), indent=1) + "\n")
+            write_report(scale)
+
+
+def write_report(scale: str) -> None:
+    """All runs that are complete, and what they were made on."""
+    report = {
+        "runs": list(results(scale)),
+        "machine": {"cpu": cpu_model(), "threads": 1},
+        "versions": versions("fastkl", "transformers"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    write_text(RUNS / f"{scale}.json", json.dumps(report) + "\n")
+    draw(report["runs"], RUNS / f"{scale}.png")
 
 
 def execute(scale: str, run: Run) -> None:
-    """`fastkl distill`, in a process of its own; one that is complete ends at once."""
+    """`fastkl distill`, in a process of its own; nothing for a run that is complete."""
     folder = RUNS / scale / run.folder
     if (folder / "result.json").exists():
         return
-    given = SCALES[scale]
-    settings = {
-        "run": folder,
-        "seed": run.seed,
-        "optim.lr": run.rate,
-        "sampling.prompts_per_step": given.batches[run.tokens],
-        **{f"loss.{name}": value for name, value in OBJECTIVES[run.objective].items()},
-    }
-    if OBJECTIVES[run.objective].get("objective") == "top_k":
-        settings["loss.top_k"] = given.top_k
-    options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "fastkl.cli", "distill", str(HERE / f"{scale}.yaml"), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "fastkl.cli", *words(scale, run)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with folder.with_name(f"{run.folder}.log").open("a") as log:
         subprocess.run(command, env=environment, stdout=log, stderr=log, check=True)
     write_text(folder / "result.json", json.dumps(asdict(run) | summary(read_jsonl(folder / "metrics.jsonl"))) + "\n")
     print(run.folder, flush=True)
+
+
+def words(scale: str, run: Run) -> list[str]:
+    """The command line of a run."""
+    given, loss = SCALES[scale], OBJECTIVES[run.objective]
+    settings = {
+        "run": RUNS / scale / run.folder,
+        "seed": run.seed,
+        "optim.lr": run.rate,
+        "sampling.prompts_per_step": given.batches[run.tokens],
+        **{f"loss.{name}": value for name, value in loss.items()},
+    }
+    if loss.get("objective") == "top_k":
+        settings["loss.top_k"] = given.top_k
+    options = (text for name, value in settings.items() for text in (f"--{name}", str(value)))
+    return ["distill", str(HERE / f"{scale}.yaml"), *options]
 
 
 def summary(metrics: list[Settings]) -> Settings:

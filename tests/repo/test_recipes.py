@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -71,6 +73,31 @@ def test_sums_of_flops_and_targets(recipe: Load) -> None:
     assert compare.flops_to(points, 0.8) == 22.0
     assert compare.flops_to(points, 0.81) is None
     assert compare.curve(metrics, 5.0) == [(0, 0.1), (32.0, 0.8)]
+
+
+def test_every_run_of_the_objectives_is_accepted(recipe: Load) -> None:
+    (measure,) = recipe("objectives", "measure")
+    for scale, given in measure.SCALES.items():
+        runs = [measure.Run(name, size, 2e-4, 1) for name in measure.OBJECTIVES for size in given.batches]
+        configs = [parse(measure.words(scale, run))[1] for run in runs]
+        assert len({config.run for config in configs}) == len(runs)
+        lists = {config.loss.top_k for config in configs if config.loss.objective == "top_k"}
+        assert lists == {given.top_k}
+
+
+def test_a_learning_rate_is_chosen_by_the_seed_that_is_not_shown(
+    recipe: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (measure,) = recipe("objectives", "measure")
+    monkeypatch.setattr(measure, "RUNS", tmp_path)
+    for rate, seed, kl in ((2e-4, 0, 0.5), (6e-4, 0, 0.4), (2e-3, 1, 0.1), (2e-3, 0, 0.6)):
+        run = measure.Run("tail", 1000, rate, seed)
+        metrics = [{"step": 0, "eval/accuracy": 0.1}, {"step": 1, "teacher_kl": kl, "eval/accuracy": 0.2}]
+        folder = tmp_path / "tiny" / run.folder
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(asdict(run) | measure.summary(metrics)))
+    assert measure.best_rate("tiny", "tail", 1000) == 6e-4
+    assert {result["accuracy"] for result in measure.results("tiny")} == {0.2}
 
 
 def test_worked_solutions_are_right(recipe: Load, tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""The tables of recipes/objectives: how far each objective brings a student, by its learning rate and its batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from bench.lib.markdown import Report, markdown, table
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "objectives"
+OBJECTIVES = {
+    "sampled": "`policy_gradient`",
+    "sampled_baseline": "… `baseline: mean`",
+    "sampled_power": "… `advantage_power: 1`",
+    "bucket": "`top_k`, `bucket`",
+    "half_tail": "… `sampled`, `tail_weight: 0.5`",
+    "tail": "… `sampled`",
+    "whole": "`reverse_kl`",
+}
+Run = dict[str, Any]
+
+
+def trained() -> str:
+    """Accuracy and teacher_kl at the end of training, with the standard errors of three seeds."""
+    report = _read("tiny")
+    shown = [run for run in report["runs"] if run["seed"]]
+    sizes = sorted({run["tokens"] for run in shown})
+    rows = []
+    for name, label in OBJECTIVES.items():
+        cells = []
+        for size in sizes:
+            runs = [run for run in shown if (run["objective"], run["tokens"]) == (name, size)]
+            cells += (
+                [f"{runs[0]['rate']:g}", _percent(runs), _with_error(runs, "teacher_kl", 1, 2)] if runs else [""] * 3
+            )
+        rows.append([label, *cells])
+    header = ["", *(f"{what} at {size:,}" for size in sizes for what in ("rate", "accuracy, %", "teacher_kl"))]
+    return table(header, rows, "± standard errors of three seeds, 1 to 3", [report])
+
+
+def learning_rates() -> str:
+    """Accuracy at each learning rate that was tried, of one seed."""
+    report = _read("tiny")
+    sizes = sorted({run["tokens"] for run in report["runs"]})
+    rates = sorted({run["rate"] for run in report["runs"]})
+    rows = []
+    for name, label in OBJECTIVES.items():
+        found = {
+            (run["tokens"], run["rate"]): [run]
+            for run in report["runs"]
+            if run["objective"] == name and not run["seed"]
+        }
+        cells = (" / ".join(_percent(found.get((size, rate), ())) for rate in rates) for size in sizes)
+        rows.append([label, *("" if not cell.strip("/– ") else cell for cell in cells)])
+    header = [f"accuracy, %, at {' / '.join(f'{rate:g}' for rate in rates)}", *(f"{size:,} tokens" for size in sizes)]
+    return markdown(header, rows)
+
+
+TABLES = {"objectives-trained": trained, "objectives-rates": learning_rates}
+
+
+def _read(scale: str) -> Report:
+    report: Report = json.loads((RECIPE / f"{scale}.json").read_text(encoding="utf-8"))
+    return report
+
+
+def _percent(runs: Iterable[Run]) -> str:
+    """The mean accuracy of the runs in per cent, with its standard error; – for no run."""
+    return _with_error(list(runs), "accuracy", 100, 1)
+
+
+def _with_error(runs: list[Run], name: str, scale: float, digits: int) -> str:
+    values = [scale * run[name] for run in runs]
+    if not values:
+        return "–"
+    error = f" ± {stdev(values) / sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{error}"
