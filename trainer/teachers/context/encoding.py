@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.rows import check_encodable
 from fastkl.trainer.data.text import encode
+from fastkl.trainer.data.turns import Turn, left_out
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.teachers.context.turns import Content
 
@@ -42,6 +43,21 @@ def encode_contents(
         _check_end(prompt, text, tokens, tokenizer, setting)
         found.append(dataclasses.replace(prompt, row=row, tokens=array("i", tokens)))
     return found
+
+
+def check_examples(examples: Sequence[Turn], prompt: EncodedPrompt, setting: str) -> None:
+    """The answers of examples stand whole in a teacher's prompt; templates drop the thoughts of earlier turns.
+
+    `setting` is the name of the examples.
+    """
+    text = "" if prompt.chat is None else prompt.chat.prompt(prompt.row)
+    for turn in examples:
+        if turn["role"] == "assistant" and (part := left_out(turn, text)):
+            raise ConfigError(
+                f"{setting}: the chat template leaves a part out of the {part} of an example's answer, which begins with "
+                f"{turn['content'][:SHOWN]!r}, as templates do with the thoughts of earlier turns. Take it out of the "
+                f"examples, or write them into a context's template"
+            )
 
 
 def _check_end(

@@ -20,7 +20,7 @@ from fastkl.trainer.models.loading import context_length
 from fastkl.trainer.models.sizes.layers import rope_switch
 from fastkl.trainer.runs import processes
 from fastkl.trainer.teachers.context.attempts import Attempt, Told
-from fastkl.trainer.teachers.context.encoding import encode_contents
+from fastkl.trainer.teachers.context.encoding import check_examples, encode_contents
 from fastkl.trainer.teachers.context.functions import Written, context_function
 from fastkl.trainer.teachers.context.siblings import MARKS, Siblings
 from fastkl.trainer.teachers.context.turns import read_examples, teacher_content
@@ -46,10 +46,12 @@ def fixed_prompts(
     if function is not None:
         # By one process for all: it may be a matter of chance what it writes.
         contents = processes.on_main(lambda: [function.of_row(prompt) for prompt in prompts])
-    else:
-        examples = read_examples(context.examples, f"{setting}.examples")
-        contents = [teacher_content(prompt, context, examples, setting) for prompt in prompts]
-    return encode_contents(prompts, contents, tokenizer, setting)
+        return encode_contents(prompts, contents, tokenizer, setting)
+    examples = read_examples(context.examples, f"{setting}.examples")
+    contents = [teacher_content(prompt, context, examples, setting) for prompt in prompts]
+    found = encode_contents(prompts, contents, tokenizer, setting)
+    check_examples(examples, found[0], f"{setting}.examples")
+    return found
 
 
 class _Encoded(NamedTuple):

@@ -152,6 +152,20 @@ def test_refused_examples(tmp_path: Path, example: dict[str, Any], part: str) ->
         prompts_of(tmp_path, [ROW], {"examples.path": file})
 
 
+@pytest.mark.parametrize(
+    ("name", "thought"), [("qwen", {"reasoning_content": "add one"}), ("qwen", {}), ("r1", {}), ("smollm", {})]
+)
+def test_thoughts_of_examples(tmp_path: Path, name: str, thought: dict[str, str]) -> None:
+    """A template that drops them from earlier turns would show other examples than those that were written."""
+    turn = {"role": "assistant", "content": "2" if thought else "<think>add one</think>2", **thought}
+    file = write_jsonl(tmp_path / "examples.jsonl", [{"messages": [*asked("1+1="), turn]}])
+    if name == "smollm":
+        assert "add one" in prompts_of(tmp_path, [ROW], {"examples.path": file}, family_tokenizer(name))[0][0]
+        return
+    with pytest.raises(ConfigError, match=r"teacher\.context.*: the chat template leaves .*out "):
+        prompts_of(tmp_path, [ROW], {"examples.path": file}, family_tokenizer(name))
+
+
 @pytest.mark.parametrize("name", ["system", "messages", "examples.path"])
 def test_a_text_has_no_turns(tmp_path: Path, name: str) -> None:
     value = write_jsonl(tmp_path / "examples.jsonl", EXAMPLES) if name == "examples.path" else "theirs"
