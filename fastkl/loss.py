@@ -39,7 +39,7 @@ of the tensor for the call, and its gradient too before that is sharded again. G
 FSDP does it. hidden and what is per token are the process's own, plain tensors.
 
 Arguments that do not fit raise TypeError or ValueError before anything is computed. The message names the argument. On a
-CPU this includes token ids outside the vocabulary, and, in tokens that take part, log-probs that are NaN or above 0. On an
+CPU this includes, in tokens that take part, ids outside the vocabulary and log-probs that are NaN or above 0. On an
 accelerator those checks would be synchronisations, so they are left out: rows of ids that do not exist become NaN (Triton)
 or end in a device-side assertion (PyTorch). On a CPU a divergence also refuses a teacher that gives NaN or +inf, once its
 values show it. A student's NaN is never refused: the loss is then NaN.

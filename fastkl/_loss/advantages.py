@@ -106,12 +106,13 @@ def centred_advantages(
     baseline of RLOO (Kool et al., 2019; Ahmadian et al., 2024), per token. The plain mean of the batch would shrink the
     gradient, the more the fewer sequences there are. `advantages` may be those of any function here, of rewards, or sums.
     A row along the last dimension is a sequence, or holds several, told apart by `sequence_ids` as in
-    `reverse_kl_advantages`. A sequence without others keeps its advantages. Masked tokens get 0, whatever they hold.
+    `reverse_kl_advantages`. A sequence without others keeps its advantages. Masked tokens get 0, whatever they hold. An
+    infinite advantage makes the mean infinite for all other sequences: bound it (`power`, a clip), or mask it out.
 
     Give all sequences of a step in one call. Returns float32 (float64 for float64), detached, without a synchronisation.
     Raises TypeError or ValueError for what does not fit.
     """
-    check.check_tensor("advantages", advantages)
+    check.check_real("advantages", advantages)
     if advantages.dim() == 0:
         raise ValueError("advantages is a single number, which makes no sequence: expected [..., T]")
     _check_alike("advantages", advantages, {"mask": mask, "sequence_ids": sequence_ids})
@@ -120,17 +121,13 @@ def centred_advantages(
     active = weights != 0
     values = advantages.detach().double().where(active, 0.0)
     sequences = Sequences(advantages, sequence_ids)
-
-    def of_others(numbers: Tensor) -> Tensor:
-        return numbers.sum() - sequences.sum(numbers.reshape(-1)).reshape(numbers.shape)
-
-    mean = of_others(values) / of_others(weights)
-    centred = values - weights * mean.where(of_others(active.double()) > 0, 0.0)
+    total, count = (sequences.sum_of_others(x.reshape(-1)).reshape(x.shape) for x in (values, weights))
+    centred = values - weights * (total / count).where(count > 0, 0.0)
     return centred.where(active, 0.0).to(dtype)
 
 
 def redistributed_advantages(
-    advantages: Tensor,  # [..., T]
+    advantages: Tensor,  # [..., T], or one for each row, [...] or [..., 1]
     sampler_logprobs: Tensor,  # [..., T]
     teacher_logprobs: Tensor,  # [..., T]
     mask: Tensor | None = None,  # [..., T]
@@ -147,45 +144,50 @@ def redistributed_advantages(
     finds likelier than the sampler did counts more where A > 0, and less where A < 0. The factor is positive: no sign
     changes. |A'| is between (1 − λε) |A| and (1 + λε) |A|. The sum over a sequence is not kept.
 
-    λ in [0, 1]: 0 leaves A as it is. ε in [0, 1): 0 does too. The advantage of a masked token is 0, whatever is there;
-    there is no other use of the mask. Returns float32 (float64 where an argument is), detached. Raises TypeError or
-    ValueError for what does not fit, on a CPU also for log-probs above 0 or NaN where the mask is not 0.
+    A may be one number for each row, as a reward is. λ in [0, 1]: 0 leaves A as it is. ε in [0, 1): 0 does too. The
+    advantage of a masked token is 0, whatever is there; there is no other use of the mask. Returns float32 (float64 where
+    an argument is), detached. Raises TypeError or ValueError for what does not fit, on a CPU also for log-probs above 0 or
+    NaN where the mask is not 0.
     """
-    check.check_tensor("advantages", advantages)
     policies = {"sampler_logprobs": sampler_logprobs, "teacher_logprobs": teacher_logprobs}
-    _check_alike("advantages", advantages, {**policies, "mask": mask})
+    ours, theirs = _logprobs(policies, mask)
+    own = check.per_token(check.check_real("advantages", advantages), ours.shape)
+    _check_alike("sampler_logprobs", ours, {"advantages": own})
     for name, number in (("share", share), ("clip", clip)):
         check.check_number(name, number)
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"share is {share}; it must be in [0, 1]")
     if not 0.0 <= clip < 1.0:
         raise ValueError(f"clip is {clip}; it must be in [0, 1)")
-    ours, theirs = _logprobs(policies, mask)
-    own = advantages.detach().to(torch.promote_types(ours.dtype, advantages.dtype))
-    gap = (theirs - ours).where(theirs != ours, 0.0)  # −inf is as impossible as −inf
+    own = own.detach().to(torch.promote_types(ours.dtype, own.dtype))
+    gap = (theirs - ours).where((theirs != ours) & (own != 0), 0.0)  # −inf is as impossible as −inf
     weight = torch.exp((own.sign() * gap).clamp(math.log1p(-clip), math.log1p(clip)))
     result = own * (1.0 - share + share * weight)
     return result if mask is None else result.where(mask != 0, 0.0)
 
 
 def _check_alike(first: str, like: Tensor, others: dict[str, Tensor | None]) -> None:
-    """Shapes and devices of tensors per token, and ids that are integers."""
+    """Shapes and devices of tensors per token, ids that are integers, and weights of a mask."""
     for name, tensor in others.items():
         if tensor is None:
             continue
-        check.check_tensor(name, tensor)
+        check.check_real(name, tensor)
         if tensor.shape != like.shape:
             raise ValueError(f"{name} is {list(tensor.shape)} but {first} is {list(like.shape)}")
         check.check_device(name, tensor, like, first)
         if name == "sequence_ids":
             check.check_integers(name, tensor)
+        if name == "mask":
+            check.check_weights(tensor)
 
 
 def _logprobs(policies: dict[str, Tensor], mask: Tensor | None) -> list[Tensor]:
     """Log-probs of the same tokens, checked and detached, in one dtype."""
     dtype, (first, like) = torch.float32, next(iter(policies.items()))
     for name, logprobs in policies.items():
-        dtype = torch.promote_types(dtype, check.check_tensor(name, logprobs).dtype)
+        if not check.check_tensor(name, logprobs).is_floating_point():
+            raise TypeError(f"{name} is {logprobs.dtype}; expected floating-point log-probs")
+        dtype = torch.promote_types(dtype, logprobs.dtype)
     _check_alike(first, like, {**policies, "mask": mask})
     for name, logprobs in policies.items():
         check_logprobs(name, logprobs, None if mask is None else mask != 0)
@@ -201,7 +203,7 @@ def _power_difference(a: Tensor, b: Tensor, power: float) -> Tensor:
     x = power * gap
     share = -torch.expm1(-x)
     size = torch.where(x < 1.0, gap * torch.where(x > 0.0, share / x, 1.0), share / power)
-    size = size * torch.exp(power * torch.maximum(a, b).double())
+    size = size * torch.exp(power * torch.maximum(a, b).double().clamp(max=0.0))  # above 0 by rounding alone
     return torch.where(a < b, -size, size).to(a.dtype)
 
 
@@ -220,11 +222,12 @@ def _advantages(
         raise ValueError(f"discount is {discount}; it must be in [0, 1]")
     _check_alike("sampler_logprobs", difference, {"sequence_ids": sequence_ids, "baseline": baseline})
     if mask is not None:
-        difference = (difference * mask).where(mask != 0, 0.0)
+        weights = mask.detach().to(difference.dtype)
+        difference = (difference * weights).where(mask != 0, 0.0)
     if discount > 0.0 and difference.dim() > 0:
         difference = future_sums(difference, discount, sequence_ids)
     if baseline is not None:
         own = baseline.detach().to(difference.dtype)
-        difference = difference - (own if mask is None else (own * mask).where(mask != 0, 0.0))
+        difference = difference - (own if mask is None else (own * weights).where(mask != 0, 0.0))
     advantages = -coef * difference
     return advantages if mask is None else advantages.where(mask != 0, 0.0)

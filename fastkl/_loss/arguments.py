@@ -79,16 +79,29 @@ def check_integers(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} is {tensor.dtype}; expected integers")
 
 
+def check_real(name: str, value: Any) -> Tensor:
+    tensor = check_tensor(name, value)
+    if tensor.is_complex():
+        raise TypeError(f"{name} is {tensor.dtype}; expected real numbers")
+    return tensor
+
+
 def check_number(name: str, value: Any, whole: bool = False) -> None:
     """A number, of NumPy's or a tensor's too; a gradient of it would be lost in silence."""
     if not isinstance(value, int if whole else (int, float)) and not hasattr(
         value, "__index__" if whole else "__float__"
     ):
         raise TypeError(f"{name} is {value!r}; expected a {'whole ' if whole else ''}number")
-    if not isinstance(value, Tensor):
+    if isinstance(value, (int, float)):
         return
-    if value.numel() != 1:
-        raise TypeError(f"{name} is a tensor {list(value.shape)}; expected a single number, which holds for all tokens")
+    shape, is_tensor = getattr(value, "shape", ()), isinstance(value, Tensor)
+    if value.numel() != 1 if is_tensor else len(shape) > 0:
+        what = f"{'a tensor' if is_tensor else 'an array'} {list(shape)}"
+        raise TypeError(f"{name} is {what}; expected a single number, which holds for all tokens")
+    if not is_tensor:
+        return
+    if value.is_complex() or (whole and value.is_floating_point()):
+        raise TypeError(f"{name} is {value.dtype}; expected a {'whole' if whole else 'real'} number")
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, and the losses have none for it: pass it detached")
 
@@ -106,9 +119,7 @@ def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> Non
 
 def check_per_token(name: str, tensor: Tensor, hidden: Tensor) -> Tensor:
     """A real-valued tensor with one entry per token, detached."""
-    check_tensor(name, tensor)
-    if tensor.is_complex():
-        raise TypeError(f"{name} is {tensor.dtype}; expected real numbers")
+    check_real(name, tensor)
     if tensor.shape != hidden.shape[:-1]:
         raise ValueError(
             f"{name} is {list(tensor.shape)} but hidden is {list(hidden.shape)}: expected one entry per token, "
@@ -118,7 +129,14 @@ def check_per_token(name: str, tensor: Tensor, hidden: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def check_tokens(tokens: Tensor, hidden: Tensor, vocabulary: int, ignore_index: int, name: str = "tokens") -> Tensor:
+def check_tokens(
+    tokens: Tensor,
+    hidden: Tensor,
+    vocabulary: int,
+    ignore_index: int,
+    name: str = "tokens",
+    active: Tensor | None = None,  # bool [N]; what is left out may be any id
+) -> Tensor:
     """Token ids [...] as int64. On an accelerator ids outside the vocabulary are left to the row functions:
     looking at them here would stall the device, and in a compiled graph nothing can be raised."""
     tokens = check_per_token(name, tokens, hidden)
@@ -127,6 +145,8 @@ def check_tokens(tokens: Tensor, hidden: Tensor, vocabulary: int, ignore_index: 
     tokens = tokens.to(torch.int64)
     if visible(tokens):
         wrong = ((tokens < 0) | (tokens >= vocabulary)) & (tokens != ignore_index)
+        if active is not None:
+            wrong = wrong & active.reshape(wrong.shape)
         if bool(wrong.any()):
             raise ValueError(
                 f"{name} holds the id {int(tokens[wrong][0])}, outside the vocabulary (0 … {vocabulary - 1}) "
@@ -249,8 +269,21 @@ def mask_weights(mask: Tensor | None, hidden: Tensor, dtype: torch.dtype) -> Ten
     if mask is None:
         return hidden.new_ones(hidden.shape[:-1].numel(), dtype=dtype)
     weights = check_per_token("mask", mask, hidden).reshape(-1).to(dtype)
-    if visible(weights) and not bool(((weights >= 0) & (weights < torch.inf)).all()):
+    check_weights(weights)
+    return weights
+
+
+def check_weights(mask: Tensor) -> None:
+    """On an accelerator nobody looks."""
+    if visible(mask) and not bool(((mask >= 0) & (mask < torch.inf)).all()):
         raise ValueError(
             "mask holds a weight that is negative or not finite; weights are >= 0, and 0 leaves a token out"
         )
-    return weights
+
+
+def per_token(advantages: Tensor, shape: torch.Size) -> Tensor:
+    """One for each row along the last dimension, [B] or [B, 1], as one for each token; all others as they are."""
+    rows = shape[:-1], (*shape[:-1], 1)
+    if len(shape) == 0 or advantages.shape == shape or advantages.shape not in rows:
+        return advantages
+    return advantages.reshape(*shape[:-1], 1).expand(shape)

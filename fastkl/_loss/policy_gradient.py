@@ -213,15 +213,13 @@ def _advantages(name: str, advantages: Tensor, hidden: Tensor, sequence_ids: Ten
     """One entry per token, detached; one per row along the last dimension is expanded."""
     check.check_tensor(name, advantages)
     shape = hidden.shape[:-1]
-    per_row = len(shape) > 0 and advantages.shape != shape and advantages.shape in (shape[:-1], (*shape[:-1], 1))
-    if per_row and sequence_ids is not None:
+    expanded = check.per_token(advantages, shape)
+    if expanded is not advantages and sequence_ids is not None:
         raise ValueError(
             f"{name} is {list(advantages.shape)}, one per row, and sequence_ids says that a row holds several sequences: "
             f"expected one entry per token, {list(shape)}"
         )
-    if per_row:
-        advantages = advantages.reshape(*shape[:-1], 1).expand(shape)
-    return check.check_per_token(name, advantages, hidden)
+    return check.check_per_token(name, expanded, hidden)
 
 
 def _logprobs(call: Call, name: str, logprobs: Tensor | None, hidden: Tensor) -> Tensor | None:

@@ -63,8 +63,9 @@ def flat_call(
     token_weights = check.mask_weights(options.get("mask"), hidden, compute_dtype(hidden.dtype))
     if tokens is not None:
         vocabulary = weight.shape[0] if vocab_size is None else vocab_size
-        tokens = check.check_tokens(tokens, hidden, vocabulary, options["ignore_index"], tokens_name).reshape(-1)
-        token_weights = token_weights.where(tokens != options["ignore_index"], 0.0)
+        ignored, active = options["ignore_index"], token_weights != 0
+        tokens = check.check_tokens(tokens, hidden, vocabulary, ignored, tokens_name, active).reshape(-1)
+        token_weights = token_weights.where(tokens != ignored, 0.0)
     active = token_weights != 0
     shape = hidden.shape[:-1]
     hidden, weight, bias = operands(hidden, weight, bias, vocab_size)

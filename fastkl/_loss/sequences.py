@@ -24,6 +24,14 @@ class Sequences:
         totals = future_sums(values.double().reshape(self._numbers.shape), 1.0, self._numbers)
         return totals.reshape(-1)[self._first].to(values.dtype)
 
+    def sum_of_others(self, values: Tensor) -> Tensor:
+        """For values [N], each token's sum over all sequences but its own [N], in float64, without a difference."""
+        end = torch.searchsorted(self._numbers.reshape(-1), self._numbers.reshape(-1), right=True)
+        zero = values.new_zeros(1, dtype=torch.float64)
+        later = torch.cat([future_sums(values.double(), 1.0, None), zero])[end]
+        earlier = torch.cat([future_sums(values.double().flip(0), 1.0, None), zero]).flip(0)[self._first]
+        return earlier + later
+
     def mean(self, values: Tensor, active: Tensor) -> Tensor:
         """For values [N], each token's mean over the active tokens of its sequence [N]; 0 if there are none."""
         return self.sum(values.where(active, 0.0)) / self.sum(active.to(values.dtype)).clamp(min=1.0)

@@ -188,7 +188,9 @@ def _check_tail(options: Mapping[str, Any]) -> SampledTail | None:
             f"truncate_ratio is {options['truncate_ratio']} and needs sampler_logprobs: without them every ratio is 1"
         )
     baseline = options["tail_baseline"]
-    if baseline is not None and not isinstance(baseline, Tensor):
+    if hasattr(baseline, "__len__") and not isinstance(baseline, str):  # one for each token
+        check.check_tensor("tail_baseline", baseline)
+    elif baseline is not None:
         check.check_finite("tail_baseline", baseline)
     return record(SampledTail, options)
 
@@ -220,11 +222,11 @@ def _baseline(call: Call, baseline: Tensor | float | None, hidden: Tensor) -> Te
         return None
     if not isinstance(baseline, Tensor):
         return torch.full_like(call.token_weights, baseline)
-    if baseline.dim() > 0 or call.shape == baseline.shape:
+    if baseline.shape == call.shape or baseline.numel() != 1:
         found = call.per_row(check.check_per_token("tail_baseline", baseline, hidden))
     else:
         check.check_number("tail_baseline", baseline)
-        found = baseline.to(call.token_weights).expand_as(call.token_weights)
+        found = baseline.reshape(()).to(call.token_weights).expand_as(call.token_weights)
     if visible(found) and not bool(found.isfinite().all()):
         raise BadNumbers("tail_baseline holds NaN or an infinity where the mask is not 0; it must be finite")
     return found

@@ -150,7 +150,11 @@ class _Token(NamedTuple):
 
 def _token(logits: Logits, tokens: Tensor, listed: Tensor) -> _Token:
     wrong = (tokens < 0) | (tokens >= logits.student.shape[1])
-    z, slope = _entries(logits, tokens.masked_fill(wrong, 0)[:, None])
+    ids = tokens.masked_fill(wrong, 0)[:, None]
+    z, slope = _entries(logits, ids)
+    if logits.student_cap is not None:  # what the tail leaves out
+        x = _entries(logits._replace(student_cap=None), ids)[0]
+        z = z.masked_fill((x == -torch.inf) & ~listed.any(1, keepdim=True), -torch.inf)
     return _Token(tokens, z.squeeze(1).masked_fill(wrong, torch.nan), slope.squeeze(1), listed)
 
 

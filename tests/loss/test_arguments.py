@@ -272,6 +272,15 @@ def test_accepted(name: str) -> None:
     assert fused(name, P).isfinite().all()
 
 
+@pytest.mark.parametrize("name", REDUCED)
+def test_masked_tokens_may_be_any_id(name: str) -> None:
+    p = P._replace(mask=torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]]))
+    anything = torch.tensor([[0, -1, 0], [10**6, 0, 0]])
+    assert torch.equal(fused(name, p._replace(tokens=p.tokens.where(p.mask != 0, anything))), fused(name, p))
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        fused(name, p._replace(tokens=p.tokens.where(p.mask == 0, anything - 1)))
+
+
 @pytest.mark.parametrize("field", ["teacher_hidden", "teacher_weight", "teacher_bias"])
 def test_teacher_that_requires_a_gradient(field: str) -> None:
     """In a graph it is refused. A Parameter of a model that somebody trains is what people have: it is detached."""
@@ -315,12 +324,28 @@ ADVANTAGES: list[tuple[dict[str, Any], str]] = [
     ({"power": -0.5}, "power is -0.5; it must be in [0, 1000] / 0: the reverse KL"),
     ({"power": 1001}, "power is 1001"),
     ({"power": nan}, "power is nan"),
+    ({"mask": -ones(2, 3)}, "mask holds a weight that is negative"),
+    ({"mask": ones(2, 3) * nan}, "mask holds a weight / not finite"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), ADVANTAGES)
 def test_advantages_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=pattern(message)):
+        loss.reverse_kl_advantages(**{"sampler_logprobs": zeros(2, 3), "teacher_logprobs": zeros(2, 3), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampler_logprobs": -torch.ones(2, 3, dtype=torch.int64)}, "sampler_logprobs is torch.int64 / log-probs"),
+        ({"teacher_logprobs": zeros(2, 3) * 1j}, "teacher_logprobs is torch.complex64"),
+        ({"baseline": zeros(2, 3) * 1j}, "baseline is torch.complex64; expected real numbers"),
+        ({"mask": zeros(2, 3) * 1j}, "mask is torch.complex64; expected real numbers"),
+    ],
+)
+def test_advantages_of_other_dtypes(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=pattern(message)):
         loss.reverse_kl_advantages(**{"sampler_logprobs": zeros(2, 3), "teacher_logprobs": zeros(2, 3), **change})
 
 
@@ -344,6 +369,10 @@ def test_centred_advantages_refused() -> None:
         loss.centred_advantages(zeros(2, 3), ones(3))
     with pytest.raises(TypeError, match=pattern("sequence_ids is torch.float32; expected integers")):
         loss.centred_advantages(zeros(2, 3), sequence_ids=ones(2, 3))
+    with pytest.raises(ValueError, match=pattern("mask holds a weight that is negative")):
+        loss.centred_advantages(zeros(2, 3), -ones(2, 3))
+    with pytest.raises(TypeError, match=pattern("advantages is torch.complex64; expected real numbers")):
+        loss.centred_advantages(zeros(2, 3) * 1j)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)

@@ -237,10 +237,10 @@ def test_a_list_of_everything_is_the_exact_divergence(seed: int, token: int) -> 
         torch.testing.assert_close(ours.gradients[field], gradient, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("shape", [(), (3,)], ids=["number", "one per token"])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (3,)], ids=["number", "[1]", "[1, 1]", "one per token"])
 def test_forms_of_a_baseline(shape: tuple[int, ...]) -> None:
     p = make_problem((3,))
-    given = torch.full(shape, 0.3, dtype=torch.float64, requires_grad=len(shape) > 0)
+    given = torch.full(shape, 0.3, dtype=torch.float64, requires_grad=shape == (3,))
     ours = fused("sampled_tail", p, tail_baseline=given)
     torch.testing.assert_close(ours, fused("sampled_tail", p, tail_baseline=0.3))
 
@@ -379,6 +379,19 @@ def test_a_token_next_to_certain_has_next_to_no_gradient() -> None:
     one = EDGES["the token is next to certain"]
     (_, exact), (_, found) = (evaluate(one, dtype, None) for dtype in (torch.float64, torch.float32))
     torch.testing.assert_close(found.double(), exact, rtol=0.0, atol=2e-10)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_token_that_a_bias_forbids_adds_nothing(softcap: float | None) -> None:
+    """Its probability in the bucket is 0, with a soft-cap too."""
+    p = make_problem((1,))._replace(mask=None, tokens=torch.tensor([4]), sampler_logprobs=None)
+    p = p._replace(bias=p.bias.index_fill(0, torch.tensor(4), -torch.inf))
+    log_q = torch.log_softmax(reference_logits(p)[1], -1)
+    ids, logprobs = torch.tensor([[0, 1, 2]]), log_q[:, :3]
+    lists = {"teacher_ids": ids, "teacher_logprobs": logprobs, "softcap": softcap}
+    ours = with_gradients(fused, "sampled_tail", p, **lists, **PLAIN)
+    assert_same(ours, with_gradients(fused, "top_k", p, **lists))
+    assert fused_output("sampled_tail", p, **lists, **PLAIN).logprobs.item() == -torch.inf
 
 
 def test_what_the_teacher_cannot_emit_is_infinite() -> None:

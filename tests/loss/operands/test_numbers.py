@@ -16,6 +16,7 @@ from torch import Tensor, tensor
 from fastkl import loss
 
 P = make_problem((2, 3), vocabulary=7, dim=4, dtype=torch.float32)
+NONE_OF_THEM = (None, "0.5", tensor([0.5, 0.5]), tensor(0.5j), numpy.array([0.5, 0.5]), numpy.array([0.5]))
 OPTIONAL = (
     "softcap",
     "teacher_softcap",
@@ -45,11 +46,13 @@ def test_they_are_found() -> None:
 
 
 @pytest.mark.parametrize(("name", "option"), EACH)
-@pytest.mark.parametrize("value", [None, "0.5", tensor([0.5, 0.5])], ids=["None", "str", "tensor"])
+@pytest.mark.parametrize("value", NONE_OF_THEM, ids=["None", "str", "tensor", "complex", "array", "array of one"])
 def test_no_number(name: str, option: str, value: Any) -> None:
     if value is None and option in OPTIONAL:
         return
-    with pytest.raises((TypeError, ValueError), match=rf"^{option} is (None|'0.5'|a tensor \[2\]|tensor)"):
+    with pytest.raises(
+        (TypeError, ValueError), match=rf"^{option} is (None|'0.5'|an? (tensor|array) \[.\]|tensor|torch.c|array)"
+    ):
         fused(name, P, **{option: value})
 
 

@@ -103,6 +103,25 @@ def test_a_power_bounds_the_advantage(power: float, dtype: torch.dtype) -> None:
     torch.testing.assert_close(advantages.double(), expected, rtol=1e-6 if dtype == torch.float32 else 1e-10, atol=0.0)
 
 
+@pytest.mark.parametrize("power", [0.5, 60.0, 1000.0])
+def test_log_probs_that_rounding_puts_above_0_keep_the_bound(power: float) -> None:
+    sampler, teacher = torch.tensor([0.009, -1.0, 0.009]), torch.tensor([-1.0, 0.009, 0.0])
+    assert (loss.reverse_kl_advantages(sampler, teacher, power=power).abs() <= (1.0 + 1e-6) / power).all()
+
+
+@pytest.mark.parametrize("mask", [torch.float64, torch.bfloat16, torch.int64], ids=str)
+def test_a_mask_changes_no_dtype_and_gets_no_gradient(mask: torch.dtype) -> None:
+    weights = torch.tensor([[0.0, 1.0], [2.0, 1.0]]).to(mask).requires_grad_(mask.is_floating_point)
+    sampler, teacher = -torch.rand(2, 2, 2, generator=generator(6))
+    for found, wanted in (
+        (loss.reverse_kl_advantages(s, t, m, baseline=teacher, discount=0.5), loss.centred_advantages(sampler, m))
+        for s, t, m in ((sampler, teacher, weights), (sampler, teacher, weights.detach().float()))
+    ):
+        assert found.dtype == wanted.dtype == torch.float32
+        assert not found.requires_grad
+        assert not wanted.requires_grad
+
+
 def test_what_a_reference_forbids() -> None:
     sampler, teacher, ref = torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, -INF]), torch.tensor([-INF, -1.0])
     found = [loss.extrapolated_advantages(sampler, teacher, ref, extrapolate=x) for x in (1.5, 0.5, 1.0, 0.0)]
@@ -154,6 +173,16 @@ def test_a_sequence_without_others_is_left_as_it_is() -> None:
     assert loss.centred_advantages(torch.ones(3, 2, 4)).abs().max() == 0
     with pytest.raises(ValueError, match=r"advantages is a single number, .* expected \[..., T\]"):
         loss.centred_advantages(torch.tensor(1.0))
+
+
+def test_a_sequence_has_no_part_in_its_own_baseline() -> None:
+    """Neither an infinity nor a size that rounds the others away."""
+    others = torch.tensor([[1.0, 2.0], [4.0, 5.0]])
+    for large in (-INF, 2.0**100):
+        found = loss.centred_advantages(torch.cat([torch.tensor([[large, 7.0]]), others]))
+        assert found[0].tolist() == [large, 4.0]
+    weights = torch.tensor([[1.0, 1.0], [1e-20, 1e-20]])
+    torch.testing.assert_close(loss.centred_advantages(others * weights, weights)[0], torch.tensor([-3.5, -2.5]))
 
 
 @pytest.mark.parametrize("power", [0.0, 2.0])

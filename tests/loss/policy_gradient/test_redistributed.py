@@ -63,6 +63,18 @@ def test_what_is_impossible_stays_finite() -> None:
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
     found = loss.redistributed_advantages(advantages, some, never, share=1.0, clip=0.2)
     torch.testing.assert_close(found, torch.tensor([0.8, -1.2, 1.0, -1.0]))
+    for one, other in ((some, never), (never, some)):
+        assert (loss.redistributed_advantages(torch.zeros(4), one, other, share=0.5) == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1)], ids=str)
+def test_one_for_each_row(shape: tuple[int, ...]) -> None:
+    """As a reward gives it, and as policy_gradient_loss takes it."""
+    _, sampler, teacher = case((3, 8), 4, 2.0)
+    rewards = torch.tensor([1.0, -0.5, 0.0])
+    found = loss.redistributed_advantages(rewards.reshape(shape), sampler, teacher, share=0.5)
+    wanted = loss.redistributed_advantages(rewards[:, None].expand(3, 8), sampler, teacher, share=0.5)
+    assert torch.equal(found, wanted)
 
 
 def test_masked_tokens_may_hold_anything() -> None:
@@ -89,8 +101,9 @@ def test_dtype_and_gradient(dtype: torch.dtype) -> None:
         ({"share": torch.nan}, "share"),
         ({"clip": 1.0}, r"clip is 1.0; it must be in \[0, 1\)"),
         ({"clip": -0.1}, "clip is -0.1"),
-        ({"teacher_logprobs": torch.zeros(3)}, r"teacher_logprobs is \[3\] but advantages is \[2\]"),
-        ({"mask": torch.ones(1, 2)}, r"mask is \[1, 2\] but advantages is \[2\]"),
+        ({"teacher_logprobs": torch.zeros(3)}, r"teacher_logprobs is \[3\] but sampler_logprobs is \[2\]"),
+        ({"mask": torch.ones(1, 2)}, r"mask is \[1, 2\] but sampler_logprobs is \[2\]"),
+        ({"advantages": torch.zeros(3)}, r"advantages is \[3\] but sampler_logprobs is \[2\]"),
         ({"sampler_logprobs": torch.tensor([0.5, 0.0])}, r"sampler_logprobs holds 0.5"),
     ],
     ids=str,
