@@ -55,8 +55,7 @@ def check_rollouts(
         unchanged(reward, "reward.", reason, [*unread, *(["coef"] if reward.pays else [])])
         unchanged(sampling, "sampling.", reason, ["given_coef"])
     if sampling.on_policy_fraction == 0:
-        reason = "sampling.on_policy_fraction is 0: given completions have no KL in their advantages; unset one of them"
-        unchanged(loss, "loss.", reason, KL_PART)
+        _check_given_alone(loss)
     require(
         loss.baseline != "mean" or sampling.samples_per_step > 1,
         "loss.baseline is mean, but a step has one sample, and the mean is that of the others; raise "
@@ -73,6 +72,23 @@ def check_rollouts(
         require(
             sampling.on_policy_fraction > 0, f"{reason}, but sampling.on_policy_fraction is 0: the student is silent"
         )
+
+
+def _check_given_alone(loss: LossConfig) -> None:
+    """Nothing asks for what the student's own samples alone have."""
+    start = "sampling.on_policy_fraction is 0: given completions have no"
+    unchanged(loss, "loss.", f"{start} KL in their advantages; unset one of them", KL_PART)
+    if loss.objective == "policy_gradient":
+        unchanged(
+            loss, "loss.", f"{start} teacher's score that a control could replace; unset one of them", ["control"]
+        )
+    seen = [text for text in loss.weights if weight_rule(text).reads_gaps]
+    require(
+        not seen or (loss.objective == "policy_gradient" and loss.old_logprobs != "current"),
+        f"loss.weights has {' and '.join(seen)}, but {start} log-probs of the student before the update under "
+        f"loss.objective {loss.objective}, loss.old_logprobs {loss.old_logprobs}: every token would weigh 1; name another "
+        f"rule, or raise sampling.on_policy_fraction",
+    )
 
 
 def check_without_teacher(loss: LossConfig) -> None:

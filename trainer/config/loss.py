@@ -17,8 +17,8 @@ ListedBy = Literal["teacher", "student", "both"]
 SERVED: tuple[ObjectiveName, ...] = ("policy_gradient", "top_k")  # they take a teacher that a server holds
 SURROGATE = ("method", "clip_low", "clip_high", "dual_clip", "truncate_ratio", "ratio_bounds")
 # What becomes of the teacher's scores in an advantage.
-KL_PART = ("baseline", "advantage_power", "advantage_clip", "extrapolate")
-ADVANTAGE = ("kl_coef", "discount", "redistribute", "redistribute_clip", *KL_PART)
+KL_PART = ("discount", "baseline", "advantage_power", "advantage_clip", "extrapolate")
+ADVANTAGE = ("kl_coef", "redistribute", "redistribute_clip", *KL_PART)
 # The objectives that an option belongs to. The others refuse another value than its default.
 OPTION_OF: dict[str, tuple[ObjectiveName, ...]] = {
     **dict.fromkeys((*SURROGATE, *ADVANTAGE, "ratio", "old_logprobs"), ("policy_gradient",)),
@@ -28,6 +28,13 @@ OPTION_OF: dict[str, tuple[ObjectiveName, ...]] = {
     "divergence_power": ("density_power",),
     "forward_kl_top_k": ("policy_gradient",),
     **dict.fromkeys(("top_k", "top_k_of", "top_k_direction", "top_k_tail", "tail_weight"), ("top_k",)),
+}
+# The objectives that are the forward KL where a setting has a value.
+FORWARD_KL: dict[ObjectiveName, tuple[str, str | float]] = {
+    "forward_kl": ("objective", "forward_kl"),
+    "jsd": ("jsd_beta", 0),
+    "skewed_forward_kl": ("skew_alpha", 0),
+    "top_k": ("top_k_direction", "forward"),
 }
 
 
@@ -84,7 +91,7 @@ class LossConfig:
             docs/token-weights.md). null: add none.
         forward_kl_coef: Weigh the added forward KL by this.
         forward_kl_top_k: Ask the teacher for this many of its likeliest tokens for it, under policy_gradient.
-        weights: Weigh each token by the product of these rules: skip_first:N, top_gap:SHARE, drift:GAMMA,
+        weights: Weigh each token by the product of these rules: skip_first:N, top_gap:SHARE, tip:SHARE, drift:GAMMA,
             function:MODULE.NAME (docs/token-weights.md). The loss is the weighted mean. Empty: every token counts 1.
         trust_weights: Allow the Python function that `weights` names to be imported and run.
         control: Run a control, which shows whether the teacher mattered (docs/token-weights.md). shuffled: judge each token
@@ -177,6 +184,12 @@ class LossConfig:
         if self.old_logprobs == "current":
             reason = "loss.old_logprobs is current: every ratio is 1; set it to sampler or recompute"
             unchanged(self, "loss.", reason, ["ratio", "ratio_bounds"])
+        if self.method == "reinforce" and self.ratio_bounds is None and self.truncate_ratio is None:
+            reason = (
+                "loss.method is reinforce, which has no ratio without loss.ratio_bounds or loss.truncate_ratio; set one of "
+                "them, or unset this"
+            )
+            unchanged(self, "loss.", reason, ["ratio"])
 
     def _check_kl_part(self) -> None:
         with named({"power": "loss.advantage_power"}):
@@ -213,6 +226,10 @@ class LossConfig:
         )
         with named({"tail_weight": "loss.tail_weight"}):
             SampledTail(self.tail_weight)
+        if self.tail_weight == 0:
+            unchanged(
+                self, "loss.", "loss.tail_weight is 0: no token has a ratio; unset one of them", ["truncate_ratio"]
+            )
 
     def _check_forward_kl(self) -> None:
         at_least(0, self, "loss.", "forward_kl_above")
@@ -223,10 +240,11 @@ class LossConfig:
             reason = "loss.forward_kl_above is null, which adds no forward KL; set it, or unset this"
             unchanged(self, "loss.", reason, ["forward_kl_coef", "forward_kl_top_k"])
             return
-        direction = f", loss.top_k_direction {self.top_k_direction}" if self.objective == "top_k" else ""
+        setting, value = FORWARD_KL.get(self.objective, ("objective", None))
+        beside = "" if setting == "objective" else f", loss.{setting} {value}"
         require(
-            self.objective != "forward_kl" and not (direction and self.top_k_direction == "forward"),
-            f"loss.forward_kl_above is {above:g}, but loss.objective is {self.objective}{direction}: it is the forward KL "
+            getattr(self, setting) != value,
+            f"loss.forward_kl_above is {above:g}, but loss.objective is {self.objective}{beside}: it is the forward KL "
             f"already; unset one of them",
         )
         require(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,13 @@ from fastkl.trainer.data.samples import Sample
 
 Layout = Literal["packed", "padded", "single"]  # single: one sequence in a forward pass
 PAD_ID = 0  # any valid id: padding is masked out of the attention and out of the loss
+
+
+class Parts(NamedTuple):
+    """What a loss takes as `mask` and `normalizer`."""
+
+    mask: Tensor | None  # [n] float32; 0 where a token does not count, None where all count the same
+    normalizer: float
 
 
 @dataclasses.dataclass
@@ -28,18 +35,30 @@ class Batch:
 
     def per_token(self, field: str) -> Tensor:
         """A list of the samples (`advantages`, `sampler_logprobs`, …) as a float32 tensor [n]."""
-        values = [
+        return torch.tensor(self._counted(field), dtype=torch.float32, device=self.tokens.device)
+
+    def _counted(self, field: str) -> list[float]:
+        return [
             value
             for sample in self.samples
             for value, counted in zip(getattr(sample, field), sample.loss_mask, strict=True)
             if counted
         ]
-        return torch.tensor(values, dtype=torch.float32, device=self.tokens.device)
 
     @property
-    def weights(self) -> Tensor | None:
-        """[n] float32: how much each token counts in the loss; None where all count 1."""
-        return self.per_token("weights") if any(sample.weights for sample in self.samples) else None
+    def is_weighed(self) -> bool:
+        """Whether the tokens count differently in the loss."""
+        return any(sample.weights for sample in self.samples)
+
+    def parts(self, total: float) -> Parts:
+        """What each token counts in a mean over tokens that together weigh `total`.
+
+        A token's share of the total is a float32 number, however large or small the weights are.
+        """
+        if not self.is_weighed:
+            return Parts(None, total)
+        shares = torch.tensor(self._counted("weights"), dtype=torch.float64) / total
+        return Parts(shares.float().to(self.tokens.device), 1.0)
 
     @property
     def weighed_tokens(self) -> int:
@@ -65,8 +84,11 @@ class Batch:
         known = {id(sample) for sample in sampled}
         sampler = dataclasses.replace(self, samples=sampled).per_token("sampler_logprobs")
         chosen = self._which(lambda sample: id(sample) in known)
-        difference, weights = logprobs[chosen] - sampler, self.weights
-        return difference if weights is None else difference[weights[chosen] != 0]
+        difference = logprobs[chosen] - sampler
+        if not self.is_weighed:
+            return difference
+        counts = torch.tensor([weight != 0 for weight in self._counted("weights")], device=chosen.device)
+        return difference[counts[chosen]]
 
     def _which(self, chosen: Callable[[Sample], bool]) -> Tensor:
         """[n] which tokens are of samples that are chosen."""

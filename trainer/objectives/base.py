@@ -38,7 +38,7 @@ class Objective(Protocol):
         return nullcontext()
 
     def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: float, seed: int) -> LossOutput:
-        """The sum over the batch's tokens, each times its weight (`batch.weights`), divided by `normalizer`.
+        """The sum over the batch's tokens, each times its weight, divided by `normalizer` (`Batch.parts`).
 
         What it scatters into the batch's samples reaches all processes after the update.
 

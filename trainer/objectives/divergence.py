@@ -75,7 +75,8 @@ class FullDivergence(Objective):
         local = self._teachers.of(batch.samples)
         read = [sample.for_teacher() for sample in batch.samples]
         teacher, cut = local.head(read, batch.tokens.device), local.vocab_size
-        known, weights = batch.tokens < (len(teacher.weight) if cut is None else cut), batch.weights
+        known = batch.tokens < (len(teacher.weight) if cut is None else cut)
+        weights, normalizer = batch.parts(normalizer)
 
         def loss(rows: Tensor, weight: Tensor, **head: Any) -> LossOutput:
             common: dict[str, Any] = {

@@ -93,7 +93,8 @@ class PolicyGradient(Objective):
 
     def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: float, seed: int) -> LossOutput:
         old = batch.per_token("old_logprobs") if batch.samples[0].old_logprobs else None
-        likeliest, vocabulary, weights = None, None, batch.weights
+        likeliest, vocabulary = None, None
+        weights, normalizer = batch.parts(normalizer)
         if self._teachers is not None and self._loss.forward_kl_above is not None:
             likeliest, vocabulary = batch.top_k(), self._teachers.of(batch.samples).vocab_size
 

@@ -62,7 +62,7 @@ class TopKDivergence(Objective):
     @numbers_are_checked()
     def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: float, seed: int) -> LossOutput:
         vocabulary, lists = self._teachers.of(batch.samples).vocab_size, batch.top_k()
-        weights = batch.weights
+        weights, normalizer = batch.parts(normalizer)
 
         def loss(rows: Tensor, weight: Tensor, **head: Any) -> LossOutput:
             cut = vocabulary if vocabulary != weight.shape[0] else None

@@ -19,6 +19,7 @@ from fastkl.kernels.options import Sparse, Surrogate
 from fastkl.trainer.commands.command_line import COMMANDS, Command
 from fastkl.trainer.commands.schema import group_of, settings_of
 from fastkl.trainer.config.loss import OPTION_OF, LossConfig, ObjectiveName
+from fastkl.trainer.config.losses.weights import FORMS
 from fastkl.trainer.config.mixture import MixtureConfig
 from fastkl.trainer.config.training import DistillConfig, SftConfig
 from fastkl.trainer.errors import ConfigError
@@ -27,6 +28,7 @@ URL = "http://127.0.0.1:9/v1"
 SERVED: dict[str, object] = {"teacher.path": "", "teacher.server.url": URL, "teacher.server.model": "m"}
 SAMPLED: dict[str, object] = {"sampling.server.url": URL, "sampling.server.model": "m"}
 KL_PARTS: list[tuple[dict[str, object], list[str]]] = [
+    ({"loss.discount": 0.5}, ["loss.discount is 0.5"]),
     ({"loss.baseline": "mean"}, ["loss.baseline is 'mean'"]),
     ({"loss.advantage_power": 2}, ["loss.advantage_power is 2"]),
     ({"loss.advantage_clip": 5}, ["loss.advantage_clip is 5"]),
@@ -188,6 +190,36 @@ REFUSED_BY_DISTILL: list[tuple[dict[str, object], list[str]]] = [
         {"loss.weights": ["drift:1"], "loss.kl_coef": 0, "reward.grader": "boxed", "teacher.path": ""}
         | {"sampling.samples_per_prompt": 2},
         ["loss.weights has drift:1", "the run has none", "name a teacher"],
+    ),
+    *(
+        (
+            {"loss.weights": ["skip_first:1", rule], "sampling.on_policy_fraction": 0, **option},
+            [f"loss.weights has {rule}", "sampling.on_policy_fraction is 0", "would weigh 1", "name another rule"],
+        )
+        for rule, option in (
+            ("drift:1", {"loss.objective": "top_k"}),
+            ("tip:0.5", {"loss.objective": "reverse_kl"}),
+            ("top_gap:0.5", {"loss.old_logprobs": "current"}),
+        )
+    ),
+    *(
+        (
+            {"loss.control": control, "sampling.on_policy_fraction": 0},
+            [f"loss.control is '{control}'", "sampling.on_policy_fraction is 0", "unset one"],
+        )
+        for control in ("shuffled", "no_teacher")
+    ),
+    *(
+        (
+            {"loss.forward_kl_above": 1, "loss.objective": objective, f"loss.{setting}": 0},
+            ["loss.forward_kl_above is 1", f"loss.objective is {objective}, loss.{setting} 0", "KL already"],
+        )
+        for objective, setting in (("jsd", "jsd_beta"), ("skewed_forward_kl", "skew_alpha"))
+    ),
+    ({"loss.method": "reinforce", "loss.ratio": "sequence"}, ["loss.ratio is 'sequence'", "reinforce", "unset this"]),
+    (
+        SAMPLED_TAIL | {"loss.tail_weight": 0, "loss.truncate_ratio": 2},
+        ["loss.truncate_ratio is 2", "loss.tail_weight is 0", "unset one"],
     ),
     ({"loss.forward_kl_above": -1}, ["loss.forward_kl_above is -1", "at least 0", "or null"]),
     ({"loss.forward_kl_coef": 2}, ["loss.forward_kl_coef is 2", "loss.forward_kl_above is null"]),
@@ -439,6 +471,11 @@ def test_help_is_a_few_short_sentences(command: Command) -> None:
             assert text[0].isupper(), f"{name}: {text}"
             assert text.endswith("."), f"{name}: {text}"
             assert text.count(". ") <= 3, f"{name}: {text}"
+
+
+def test_help_names_every_rule_of_weights() -> None:
+    said = explanations(LossConfig)["weights"]
+    assert [form for form in FORMS if form not in said] == []
 
 
 def explanations(kind: type) -> dict[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from run_cases import Run, check_moments, completion_logprobs, counted, distilled, refusal, run
 from run_settings import distillation
@@ -27,6 +27,7 @@ from fastkl.loss import TopK
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import ConfigError, RunError
+from fastkl.trainer.objectives.weights import rules
 from fastkl.trainer.objectives.weights.known import KnownTokens, known_tokens, list_entropies
 from fastkl.trainer.objectives.weights.step import TokenWeights
 
@@ -106,6 +107,7 @@ def test_the_highest_of_many_scores_are_cut_for_tip() -> None:
     assert sum(weighed([many], "tip:0.5")[0][50:]) == 50
 
 
+@example([[0.0, 0.9269577259946935, -14.189959745646815, -1.060076137072958, 1.0, 0.0]], 1.0)
 @given(st.lists(st.lists(st.floats(-30, 1), min_size=1, max_size=6), min_size=1, max_size=5), st.floats(0.01, 1))
 def test_what_holds_for_all_gaps(gaps: list[list[float]], share: float) -> None:
     samples = [sample(own) for own in gaps]
@@ -159,6 +161,10 @@ GIVEN_BY_FUNCTIONS = {
     "one": (lambda samples: 1.0, "gave a float, which is no list of numbers"),
     "negative": (lambda samples: [[1.0, -1.0] for _ in samples], r"gave the weight -1\.0; weights are finite"),
     "nan": (lambda samples: [[1.0, math.nan] for _ in samples], "gave the weight nan"),
+    "none": (lambda samples: None, "gave a NoneType, which is no list of numbers"),
+    "one_less": (lambda samples: [one.positions for one in samples[1:]], r"gave weights .* \[\] for samples of \[2\]"),
+    "column": (lambda samples: [one.positions[:, None] for one in samples], r"gave weights .* \[\[2, 1\]\] for"),
+    "failing": (lambda samples: samples[9], r"failed: IndexError: list index out of range"),
 }
 
 
@@ -186,6 +192,23 @@ def test_a_function_of_the_users_own(name: str) -> None:
     value = 2.0 if name == "twice" else 0.5
     assert weights.set([one]) == {"weights/mean": value / 2, "weights/selected_fraction": 0.5}
     assert one.weights == [0, 0, 0, value, 0]
+
+
+def test_weights_that_no_number_can_add_up() -> None:
+    weights = TokenWeights(LossConfig(weights=["drift:1e200", "drift:1e200"]))
+    with pytest.raises(RunError, match=r"the weights of drift:1e\+200 and drift:1e\+200 together are too large to add"):
+        weights.set([sample([1.0, 2.0])])
+
+
+def test_what_is_nothing_beside_the_largest_weight_is_0() -> None:
+    """A token counts for the metrics if it does for the loss, which has it in float32."""
+    one = sample([0.0, 1.0])
+    module = types.ModuleType("far_apart")
+    module.weights = lambda samples: [[1e-20, 1e20]]  # type: ignore[attr-defined]
+    sys.modules["far_apart"] = module
+    TokenWeights(LossConfig(weights=["function:far_apart.weights"], trust_weights=True)).set([one])
+    del sys.modules["far_apart"]
+    assert (one.weights, one.weighed_tokens) == ([0, 0, 0, 1e20, 0], 1)
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +302,24 @@ def test_a_constant_weight_changes_nothing_and_is_counted(tmp_path: Path, models
         assert now["loss"] == pytest.approx(before["loss"], rel=1e-6)
     for name, parameter in plain.weights().items():
         torch.testing.assert_close(done.weights()[name], parameter)
+
+
+@pytest.mark.parametrize(("objective", "size"), [("policy_gradient", 1e-60), ("top_k", 1e37), ("reverse_kl", 1e60)])
+def test_weights_count_by_their_ratios_however_large(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch, objective: str, size: float
+) -> None:
+    """Also where float32 has no such number."""
+    options: dict[str, object] = {"optim__steps": 1, "batch__max_tokens": 40, **OPTIONS[objective]}
+    wanted = run(tmp_path / "wanted", models, loss__weights=["drift:1"], **options).metrics[0]
+    monkeypatch.setitem(rules.RULES, "drift", lambda samples, gamma: [size * w for w in rules.drift(samples, gamma)])
+    found = run(tmp_path / "found", models, loss__weights=["drift:1"], **options).metrics[0]
+    assert found["weights/mean"] == pytest.approx(size * wanted["weights/mean"])
+    for name in (
+        "loss",
+        "optim/grad_norm",
+        "policy/k3" if objective == "policy_gradient" else "sampler_mismatch/mean_abs",
+    ):
+        assert found[name] == pytest.approx(wanted[name], rel=1e-5), name
 
 
 def test_tokens_of_no_weight_cost_the_head_nothing_and_a_step_of_none_teaches_nothing(

@@ -11,11 +11,13 @@ from torch import Tensor
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.losses.weights import FUNCTION, WeightRule, weight_rule
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.errors import RunError
+from fastkl.trainer.errors import RunError, brief
 from fastkl.trainer.objectives.weights.known import KnownTokens, known_tokens
 from fastkl.trainer.objectives.weights.rules import Weigh, built_in
 from fastkl.trainer.rollouts.grading.trusted import imported
 from fastkl.trainer.runs import processes
+
+NOTHING = 1e-30  # of the step's largest weight: what is smaller is 0, also as a share of all of them in float32
 
 
 class TokenWeights:
@@ -50,9 +52,14 @@ class TokenWeights:
     def _of(self, samples: list[KnownTokens]) -> list[Tensor]:
         weights = [torch.ones(len(sample.tokens), dtype=torch.float64) for sample in samples]
         for name, weigh in self._rules:
-            found = _checked(name, weigh(samples), samples)
+            found = _checked(name, _found(name, weigh, samples), samples)
             weights = [before * own for before, own in zip(weights, found, strict=True)]
-        return weights
+        together = torch.cat(weights)
+        if not bool(together.sum().isfinite()):
+            rules = " and ".join(name for name, _ in self._rules)
+            raise RunError(f"loss.weights: the weights of {rules} together are too large to add")
+        least = NOTHING * together.max() if len(together) else 0.0
+        return [own.where(own >= least, 0.0) for own in weights]
 
 
 def needs_teacher_first(config: LossConfig) -> bool:
@@ -70,6 +77,13 @@ def _weigh(rule: WeightRule, trusted: bool) -> Weigh:
         return built_in(rule)
     function: Weigh = imported("loss.weights", rule.path, "loss.trust_weights", trusted)
     return function
+
+
+def _found(name: str, weigh: Weigh, samples: Sequence[KnownTokens]) -> Any:
+    try:
+        return weigh(samples)
+    except Exception as error:  # whatever the user's code raises
+        raise RunError(f"loss.weights: {name} failed: {brief(error)}") from error
 
 
 def _checked(name: str, weights: Any, samples: Sequence[KnownTokens]) -> list[Tensor]:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from fastkl.trainer.errors import ConfigError, brief
+from fastkl.trainer.errors import ConfigError, brief, require
 
 
 def imported(option: str, path: str, trust: str, trusted: bool) -> Any:
-    """What a dotted path names; its module is run only where the user has said so."""
+    """The function or class that a dotted path names; its module is run only where the user has said so."""
     if not trusted:
         raise ConfigError(
             f"{option} names {path!r}, whose module would be run; set {trust} to true if you trust that code"
         )
     module, _, name = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever the user's module raises
         raise ConfigError(f"{option} names {path!r}, which cannot be imported: {brief(error)}") from error
+    require(
+        callable(found), f"{option} names {path!r}, a {type(found).__name__}, which cannot be called; name a function"
+    )
+    return found

@@ -65,6 +65,7 @@ def test_a_users_own_function_is_run_only_if_trusted(monkeypatch: pytest.MonkeyP
         ("reasoning_gym:no_such_set", False, "no_such_set"),
         ("function:missing_module.f", True, r"missing_module\.f.*cannot be imported"),
         ("function:json.no_such_name", True, "cannot be imported"),
+        ("function:json.__name__", True, r"json\.__name__', a str, which cannot be called; name a function"),
         ("function:json", True, "cannot be imported"),
         ("function:broken_module.f", True, r"cannot be imported: NameError: name 'nothing' is not defined"),
         ("boxed", True, r"trust_grader is true but reward\.grader is 'boxed'"),
