@@ -41,6 +41,7 @@ class SiblingConfig:
         template: Write this text in place of the last user turn. {prompt} is that turn. {solution} and {feedback} are the
             texts of the next two settings, or nothing.
         solution: Show another sample of the prompt that succeeded like this; {text} is what the student wrote.
+        thoughts: Show what a success thought too: all before its last </think>.
         feedback: Show what the environment said of the sample like this; {text} is that. null: leave it out.
         succeeded: Leave samples that succeeded out of the loss (mask), let their teacher read the student's prompt (plain),
             or another success (sibling).
@@ -51,6 +52,7 @@ class SiblingConfig:
     success: float = 1.0
     template: str = "{prompt}{solution}{feedback}\n\nNow answer the question."
     solution: str = "\n\nA right answer:\n{text}"
+    thoughts: bool = True
     feedback: str | None = "\n\nWhat was said of a wrong answer:\n{text}"
     succeeded: Literal["mask", "plain", "sibling"] = "mask"
     alone: Literal["plain", "mask"] = "plain"

@@ -56,7 +56,8 @@ class Siblings:
     def _content(self, prompt: EncodedPrompt, solution: str | None, feedback: str | None) -> Content:
         texts = {"prompt": question(prompt.row), "solution": "", "feedback": ""}
         if solution is not None:
-            texts["solution"] = self._config.solution.format(text=solution.strip())
+            shown = solution if self._config.thoughts else solution.rpartition("</think>")[2]
+            texts["solution"] = self._config.solution.format(text=shown.strip())
         if feedback is not None and self._config.feedback is not None:
             texts["feedback"] = self._config.feedback.format(text=feedback.strip())
         text = self._config.template.format(**texts)

@@ -51,6 +51,7 @@ def asked(told: Told) -> str | None:
 
 RIGHT, WRONG, ODD = Attempt("{a}", 1.0, False), Attempt("b", 0.0, False), Attempt("c", None, False)
 SAID = Attempt("d", 0.5, True, "off by {1}\n")
+SHOWN: list[set[str] | None] = [{"masked"}, {"sibling"}]
 CASES: dict[str, tuple[list[Attempt], dict[str, Any], list[str | None], list[set[str] | None]]] = {
     "masked": ([WRONG, RIGHT], {}, ["{1} so:{a}?", None], [{"sibling"}, {"masked"}]),
     "plain": ([WRONG, RIGHT], {"succeeded": "plain"}, ["{1} so:{a}?", None], [{"sibling"}, set()]),
@@ -66,6 +67,8 @@ CASES: dict[str, tuple[list[Attempt], dict[str, Any], list[str | None], list[set
     "feedback": ([SAID, WRONG], {}, ["{1} no:off by {1}?", None], [{"feedback"}, {"fallback"}]),
     "both": ([RIGHT, SAID], {}, [None, "{1} so:{a} no:off by {1}?"], [{"masked"}, {"sibling", "feedback"}]),
     "no-feedback": ([RIGHT, SAID], {"feedback": None}, [None, "{1} so:{a}?"], [{"masked"}, {"sibling"}]),
+    "thoughts": ([Attempt("<think>a</think>\nb", 1.0, False), WRONG], {}, [None, "{1} so:<think>a</think>\nb?"], SHOWN),
+    "no-thoughts": ([Attempt("a</think>\nb", 1.0, False), WRONG], {"thoughts": False}, [None, "{1} so:b?"], SHOWN),
     "a-lower-bar": ([SAID, WRONG], {"success": 0.5}, [None, "{1} so:d?"], [{"masked"}, {"sibling"}]),
     "not-graded": ([ODD, ODD], {}, [None, None], [None, None]),
 }
