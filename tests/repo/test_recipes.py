@@ -256,3 +256,12 @@ def test_table_of_results(recipe: Load) -> None:
     (measure,) = recipe("self_distillation", "measure")
     table = measure.table({"prompted": {"does": 0.5}, "sft-0": {"does": 0.25, "capitals": 1.0, "flops": 1.2e12}})
     assert table.splitlines()[2:] == ["| prompted | 50% |  |  |  |  |", "| sft-0 | 25% |  |  | 100% | 1.2e+12 |"]
+
+
+@pytest.mark.parametrize("name", ["sdpo", "sdpo_sampled", "rlsd"])
+def test_the_feedback_recipes_student_was_taught_to_read_what_its_teacher_reads(recipe: Load, name: str) -> None:
+    (make,) = recipe("feedback", "make")
+    sibling = parse(["distill", str(RECIPES / "feedback" / f"{name}.yaml")])[1].teacher.context.sibling
+    solution = sibling.solution.format(text="1 + 1 = 2")
+    read = sibling.template.format(prompt="1 + 1 =", solution=solution, feedback="")
+    assert read == make.TOLD.format(prompt="1 + 1 =", text="1 + 1 = 2")
