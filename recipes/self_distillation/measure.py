@@ -84,7 +84,7 @@ def parts() -> dict[str, Part]:
     )
     # A row's own completion is the right answer: nobody who learns may see it.
     unsolved = [{"prompt": row["prompt"], "answer": row["answer"]} for row in learned]
-    task = Part("examples", unsolved, graded, examples, lambda text, row: is_right(text, row["answer"]), 8)
+    task = Part("examples", unsolved, graded, examples, lambda text, row: is_right(text, row["answer"]), 6)
     return {part.name: part for part in (rule, task)}
 
 
