@@ -41,9 +41,11 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
                 curves = [_curve(run, quantity) for run in shown if (run["objective"], run["tokens"]) == (name, size)]
                 if curves and curves[0]:
                     axis.errorbar(*_mean(curves), label=title, color=colour, marker=".", capsize=2)
-            axis.set(ylabel=label if size == sizes[0] else None, ylim=(0, None))
+            axis.set(ylabel=label if size == sizes[0] else None)
         column[0].set_title(f"{size:,} tokens per optimizer step")
         column[1].set_xlabel("step")
+    for axis in axes[:, 0]:  # once all is drawn: a limit ends scaling
+        axis.set_ylim(bottom=0)
     handles, labels = max((axis.get_legend_handles_labels() for axis in axes.flat), key=lambda found: len(found[1]))
     figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(sizes), frameon=False, fontsize="small")
     figure.savefig(path, dpi=120)
