@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/, made from the reports in bench/results/.
+"""The tables of README.md and docs/, made from the reports of benches and recipes by bench/tables/.
 
     python -m bench table                 prints all of them
     python -m bench table losses          prints one
@@ -14,9 +14,9 @@ import re
 from pathlib import Path
 
 from bench.estimators import tables as estimators
-from bench.lib import objective_tables, tables
+from bench.tables import integrations, losses, objectives
 
-TABLES = tables.TABLES | estimators.TABLES | objective_tables.TABLES
+TABLES = integrations.TABLES | losses.TABLES | estimators.TABLES | objectives.TABLES
 ROOT = Path(__file__).parents[2]
 START = "<!-- table "
 MARKED = re.compile(rf"({START}(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

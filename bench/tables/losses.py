@@ -1,4 +1,4 @@
-"""The tables of the documents, from the reports in bench/results/. `TABLES` names the function that makes each."""
+"""The tables of losses, kernels and trainers. `TABLES` names the function that makes each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.lib.cases import HEADS
-from bench.lib.integration_tables import accuracy, in_your_code, peers, under_trainers
 from bench.lib.markdown import Report, markdown, table
 from bench.lib.report import by_implementation, read_result
 
@@ -125,10 +124,6 @@ def counted_units() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "in-your-code": in_your_code,
-    "under-trainers": under_trainers,
-    "peers": peers,
-    "accuracy": accuracy,
     "losses": losses,
     "sparse": sparse,
     "sparse-times": sparse_times,

@@ -117,3 +117,6 @@ def _change(memory: dict[str, float]) -> str:
 
 def _cell(row: dict[str, Any] | None, text: str) -> str:
     return "–" if row is None else text.format(**row)
+
+
+TABLES = {"in-your-code": in_your_code, "under-trainers": under_trainers, "peers": peers, "accuracy": accuracy}
