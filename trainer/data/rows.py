@@ -12,6 +12,7 @@ from fastkl.trainer.data.turns import Turn, make_turn, read_turns
 from fastkl.trainer.errors import ConfigError
 
 FOREIGN = ("conversations", "conversation", "dialog", "chosen")  # where other formats keep a chat
+NO_COLUMNS: Mapping[str, Any] = {}  # one for all rows: a dict of their own would be 64 bytes each
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Prompt:
     metadata: dict[str, Any] = field(default_factory=dict)  # what else a verifier of the answer needs
     tools: list[dict[str, Any]] | None = None  # JSON schemas of functions, for the chat template
     reply: Turn | None = None  # the completion as an assistant's turn, where it is more than its text
-    more: dict[str, Any] = field(default_factory=dict)  # the other columns that were asked for
+    more: Mapping[str, Any] = field(default_factory=lambda: NO_COLUMNS)  # the other columns that were asked for
 
     @property
     def turns(self) -> list[Turn]:
@@ -63,7 +64,7 @@ def parse_row(source: str, row: Any, more: Collection[str] = ()) -> Prompt:
         metadata=metadata,
         tools=_tools(source, row.get("tools")),
         reply=reply if reply is not None and len(reply) > 2 else None,
-        more={name: row[name] for name in more if row.get(name) is not None and name not in COLUMNS},
+        more={name: row[name] for name in more if row.get(name) is not None and name not in COLUMNS} or NO_COLUMNS,
     )
 
 
