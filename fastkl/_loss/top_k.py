@@ -50,7 +50,7 @@ def top_k_kl_loss(
                       at 20 tokens, by 181 and 213 % at one (docs/objectives.md).
                       "drop": the terms of the listed tokens alone, as they are. Biased, and no divergence: it may be
                       negative, and in the reverse direction the student pays nothing for what is not listed. Its gradient
-                      was off by 73 and 112 % there at 20 tokens, by 121 and 110 % at one.
+                      was off by 73 and 112 % there at 20 tokens, by 120 and 110 % at one.
                       "sampled": the bucket, and the sampled token in place of what the bucket does not see. Without bias:
                       on average the reverse KL over the whole vocabulary, and its gradient. See below.
     On an accelerator nobody looks at the ids: a list without one, or with one outside the vocabulary, makes its row NaN.
