@@ -18,6 +18,11 @@ TAILS: tuple[ListTail, ...] = get_args(ListTail)
 ERROR = 2e-3  # what rounding the gradient by the logits to bfloat16 costs
 
 
+def _check_truncate_ratio(truncate_ratio: float | None) -> None:
+    if truncate_ratio is not None and not truncate_ratio > 0:
+        raise ValueError(f"truncate_ratio is {truncate_ratio}; it must be > 0, or None")
+
+
 class RatioBounds(NamedTuple):
     low: float
     high: float
@@ -41,8 +46,7 @@ class Surrogate:
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}; use one of {', '.join(METHODS)}")
         self._check_clips()
-        if self.truncate_ratio is not None and not self.truncate_ratio > 0:
-            raise ValueError(f"truncate_ratio is {self.truncate_ratio}; it must be > 0, or None")
+        _check_truncate_ratio(self.truncate_ratio)
         if self.ratio_bounds is not None and not 0 <= self.ratio_bounds.low < self.ratio_bounds.high:
             raise ValueError(f"ratio_bounds is {tuple(self.ratio_bounds)}; need 0 <= low < high")
         if not 0 <= self.ref_kl_coef < float("inf"):
@@ -80,8 +84,7 @@ class SampledTail:
             raise ValueError(
                 f"tail_weight is {self.tail_weight}; it must be in [0, 1] (1: without bias, 0: the bucket alone)"
             )
-        if self.truncate_ratio is not None and not self.truncate_ratio > 0:
-            raise ValueError(f"truncate_ratio is {self.truncate_ratio}; it must be > 0, or None")
+        _check_truncate_ratio(self.truncate_ratio)
 
 
 @dataclasses.dataclass(frozen=True)

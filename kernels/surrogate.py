@@ -84,12 +84,12 @@ def k3(log_ratios: Tensor) -> Tensor:
     return torch.expm1(log_ratios) - log_ratios
 
 
-def importance_ratio(surrogate: Surrogate, log_ratios: Tensor) -> Ratio:
+def importance_ratio(log_ratios: Tensor, truncate_ratio: float | None) -> Ratio:
     whole = torch.exp(bounded(log_ratios))
     slope = whole.where(~_beyond(log_ratios), 0.0)
-    if surrogate.truncate_ratio is None:
+    if truncate_ratio is None:
         return Ratio(whole, slope, whole)
-    value = whole.clamp(max=surrogate.truncate_ratio)
+    value = whole.clamp(max=truncate_ratio)
     return Ratio(value, torch.where(whole > value, value, slope), whole)
 
 
@@ -127,7 +127,7 @@ def surrogate_terms(
 
     Where A is 0 the KL to the reference alone is left, however impossible the token or its ratio.
     """
-    ratio, counted = importance_ratio(surrogate, log_ratios), advantages != 0
+    ratio, counted = importance_ratio(log_ratios, surrogate.truncate_ratio), advantages != 0
     loss, slope, clipped = _terms(surrogate, logprobs, ratio, advantages)
     loss, slope = loss.where(counted, 0.0), slope.where(counted, 0.0)
     if ref_logprobs is not None:

@@ -118,7 +118,7 @@ def policy_gradient_loss(
     if options["ratio"] == "sequence" and old is not None and sequences is not None:
         log_ratios = _sequence_log_ratios(call, old, sequences)
         if surrogate.ratio_bounds is not None:
-            inside = ~outside_bounds(surrogate, importance_ratio(surrogate, log_ratios).whole)
+            inside = ~outside_bounds(surrogate, importance_ratio(log_ratios, surrogate.truncate_ratio).whole)
             graded = inside if graded is None else graded & inside
     count = token_weights.sum()
     if call.reduction.kind == "sequence_mean" and sequences is not None:
@@ -256,7 +256,7 @@ def _metrics(row_loss: RowLoss, logprobs: Tensor, active: Tensor) -> dict[str, T
     assert advantages is not None
     own = log_ratio(logprobs, row_loss.old_logprobs)
     log_ratios = own if row_loss.log_ratios is None else row_loss.log_ratios
-    ratio = importance_ratio(surrogate, log_ratios)
+    ratio = importance_ratio(log_ratios, surrogate.truncate_ratio)
     terms = surrogate_terms(surrogate, logprobs, log_ratios, advantages)
     own = bounded(own)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastkl.kernels.divergence.formula import ROWS
-from fastkl.kernels.options import SampledTail, Surrogate
+from fastkl.kernels.options import SampledTail
 from fastkl.kernels.rows.interface import TailTokens
 from fastkl.kernels.surrogate import Ratio, importance_ratio, log_ratio
 
@@ -47,7 +47,7 @@ class Addition(NamedTuple):
 
 def ratio_of(tail: SampledTail, logprobs: Tensor, sampler_logprobs: Tensor | None) -> Ratio:
     """The importance ratio of tokens, 1 where the student itself sampled them."""
-    return importance_ratio(Surrogate(truncate_ratio=tail.truncate_ratio), log_ratio(logprobs, sampler_logprobs))
+    return importance_ratio(log_ratio(logprobs, sampler_logprobs), tail.truncate_ratio)
 
 
 def addition(
