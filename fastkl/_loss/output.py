@@ -65,6 +65,15 @@ def is_likeliest(gap: Tensor, lse: Tensor) -> Tensor:
     return (gap == 0) & ~lse.isnan()
 
 
+def ratio_metrics(ratios: Tensor, active: Tensor) -> dict[str, Tensor]:
+    """Of importance ratios [N] before any cap."""
+    return {
+        "ratio_mean": masked_mean(ratios, active),
+        "ratio_min": masked_extreme(ratios, active, largest=False),
+        "ratio_max": masked_extreme(ratios, active, largest=True),
+    }
+
+
 def sparse_metrics(statistics: Tensor | None) -> dict[str, Tensor]:
     """What a sparse backward pass says of itself (`ColumnSampler.statistics`)."""
     return {} if statistics is None else {"kept_fraction": statistics[0], "grad_error": statistics[1]}

@@ -9,7 +9,7 @@ from fastkl._loss import arguments as check
 from fastkl._loss.advantages import reverse_kl_advantages
 from fastkl._loss.numbers import check_logprobs
 from fastkl._loss.options import PolicyOptions, Ratio, record, takes
-from fastkl._loss.output import LossOutput, masked_extreme, masked_mean, sparse_metrics
+from fastkl._loss.output import LossOutput, masked_mean, ratio_metrics, sparse_metrics
 from fastkl._loss.rows import Call, flat_call, reduced_loss
 from fastkl._loss.sequences import Sequences
 from fastkl.kernels.operators.library import evaluate
@@ -264,9 +264,7 @@ def _metrics(row_loss: RowLoss, logprobs: Tensor, active: Tensor) -> dict[str, T
         return masked_mean(which.to(logprobs.dtype), active)
 
     metrics = {
-        "ratio_mean": masked_mean(ratio.whole, active),
-        "ratio_min": masked_extreme(ratio.whole, active, largest=False),
-        "ratio_max": masked_extreme(ratio.whole, active, largest=True),
+        **ratio_metrics(ratio.whole, active),
         "clip_fraction": share(terms.clipped),
         "k1": masked_mean(-own, active),
         "k3": masked_mean(k3(own), active),

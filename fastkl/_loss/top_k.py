@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from fastkl._loss import arguments as check
 from fastkl._loss.numbers import BadNumbers, check_logprobs, visible
 from fastkl._loss.options import TopKOptions, record, takes
-from fastkl._loss.output import LossOutput, masked_extreme, masked_mean
+from fastkl._loss.output import LossOutput, masked_mean, ratio_metrics
 from fastkl._loss.rows import Call, divergence_output, flat_call
 from fastkl.kernels.options import DIRECTIONS, SampledTail, Tail
 from fastkl.kernels.rows.interface import TailTokens
@@ -249,12 +249,7 @@ def _tail_output(call: Call, output: LossOutput, values: Tensor) -> LossOutput:
     if given.sampler_logprobs is not None:
         ratio = ratio_of(tail, output.logprobs.reshape(-1), given.sampler_logprobs)
         capped = (is_outside & (ratio.whole > ratio.value)).to(gap.dtype)
-        metrics |= {
-            "ratio_mean": masked_mean(ratio.whole, active),
-            "ratio_min": masked_extreme(ratio.whole, active, largest=False),
-            "ratio_max": masked_extreme(ratio.whole, active, largest=True),
-            "clip_fraction": masked_mean(capped, active),
-        }
+        metrics |= {**ratio_metrics(ratio.whole, active), "clip_fraction": masked_mean(capped, active)}
     shaped = rows.reshape(4, *call.shape)
     per_token = TailPerToken(is_outside.reshape(call.shape), *shaped[1:])
     return output._replace(metrics={**output.metrics, **metrics}, per_token=per_token)
