@@ -185,8 +185,7 @@ def _logprobs(policies: dict[str, Tensor], mask: Tensor | None) -> list[Tensor]:
     """Log-probs of the same tokens, checked and detached, in one dtype."""
     dtype, (first, like) = torch.float32, next(iter(policies.items()))
     for name, logprobs in policies.items():
-        if not check.check_tensor(name, logprobs).is_floating_point():
-            raise TypeError(f"{name} is {logprobs.dtype}; expected floating-point log-probs")
+        check.check_floats(name, check.check_tensor(name, logprobs))
         dtype = torch.promote_types(dtype, logprobs.dtype)
     _check_alike(first, like, {**policies, "mask": mask})
     for name, logprobs in policies.items():

@@ -86,6 +86,11 @@ def check_real(name: str, value: Any) -> Tensor:
     return tensor
 
 
+def check_floats(name: str, logprobs: Tensor) -> None:
+    if not logprobs.is_floating_point():
+        raise TypeError(f"{name} is {logprobs.dtype}; expected floating-point log-probs")
+
+
 def check_number(name: str, value: Any, whole: bool = False) -> None:
     """A number, of NumPy's or a tensor's too; a gradient of it would be lost in silence."""
     if not isinstance(value, int if whole else (int, float)) and not hasattr(

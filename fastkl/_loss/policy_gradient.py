@@ -7,10 +7,9 @@ from typing_extensions import Unpack
 
 from fastkl._loss import arguments as check
 from fastkl._loss.advantages import reverse_kl_advantages
-from fastkl._loss.numbers import check_logprobs
 from fastkl._loss.options import PolicyOptions, Ratio, record, takes
 from fastkl._loss.output import LossOutput, masked_mean, ratio_metrics, sparse_metrics
-from fastkl._loss.rows import Call, flat_call, reduced_loss
+from fastkl._loss.rows import Call, flat_call, reduced_loss, token_logprobs
 from fastkl._loss.sequences import Sequences
 from fastkl.kernels.operators.library import evaluate
 from fastkl.kernels.options import RatioBounds, Surrogate
@@ -109,8 +108,8 @@ def policy_gradient_loss(
     call = flat_call(hidden, weight, tokens, options, kind, reductions=REDUCTIONS)
     active, token_weights = call.active, call.token_weights
     advantages = call.per_row(_advantages("advantages", advantages, hidden, options["sequence_ids"]))
-    old = _logprobs(call, "old_logprobs", old_logprobs, hidden)
-    ref = _logprobs(call, "ref_logprobs", options["ref_logprobs"], hidden)
+    old = token_logprobs(call, "old_logprobs", old_logprobs, hidden)
+    ref = token_logprobs(call, "ref_logprobs", options["ref_logprobs"], hidden)
     sequences = _sequences(tokens, options, hidden)
 
     graded = advantages != 0 if entropy_coef == 0.0 and surrogate.ref_kl_coef == 0.0 else None
@@ -220,15 +219,6 @@ def _advantages(name: str, advantages: Tensor, hidden: Tensor, sequence_ids: Ten
             f"expected one entry per token, {list(shape)}"
         )
     return check.check_per_token(name, expanded, hidden)
-
-
-def _logprobs(call: Call, name: str, logprobs: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """Of the tokens under another policy, [N]."""
-    if logprobs is None:
-        return None
-    found = call.per_row(check.check_per_token(name, logprobs, hidden))
-    check_logprobs(name, found)
-    return found
 
 
 def _sequences(tokens: Tensor, options: PolicyOptions, hidden: Tensor) -> Sequences | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkl._loss import arguments as check
 from fastkl._loss import hints
+from fastkl._loss.numbers import check_logprobs
 from fastkl._loss.operands import first_rows, operands
 from fastkl._loss.options import record
 from fastkl._loss.output import LossOutput, masked_extreme, masked_mean, sparse_metrics
@@ -77,6 +78,17 @@ def flat_call(
         check.check_hard_coef(hard_coef, tokens)
         spec = spec._replace(hard_coef=float(hard_coef))
     return Call(shape, inputs, spec, token_weights, active, reduction, options["skip_zero_rows"], weight_grad)
+
+
+def token_logprobs(call: Call, name: str, logprobs: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """Log-probs of the tokens under another policy, checked, [N]."""
+    if logprobs is None:
+        return None
+    given = check.check_per_token(name, logprobs, hidden)
+    check.check_floats(name, given)
+    found = call.per_row(given)
+    check_logprobs(name, found)
+    return found
 
 
 def reduced_loss(call: Call, row_loss: RowLoss, rows: Rows, count: Tensor) -> Losses:

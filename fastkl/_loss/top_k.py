@@ -13,7 +13,7 @@ from fastkl._loss import arguments as check
 from fastkl._loss.numbers import BadNumbers, check_logprobs, visible
 from fastkl._loss.options import TopKOptions, record, takes
 from fastkl._loss.output import LossOutput, masked_mean, ratio_metrics
-from fastkl._loss.rows import Call, divergence_output, flat_call
+from fastkl._loss.rows import Call, divergence_output, flat_call, token_logprobs
 from fastkl.kernels.options import DIRECTIONS, SampledTail, Tail
 from fastkl.kernels.rows.interface import TailTokens
 from fastkl.kernels.top_k.sampled import TailPerToken, ratio_of
@@ -129,8 +129,7 @@ def _check_list(ids: Tensor, logprobs: Tensor, hidden: Tensor) -> tuple[Tensor, 
     if ids.shape != logprobs.shape:
         raise ValueError(f"teacher_ids is {list(ids.shape)} but teacher_logprobs is {list(logprobs.shape)}")
     check.check_integers("teacher_ids", ids)
-    if not logprobs.is_floating_point():
-        raise TypeError(f"teacher_logprobs is {logprobs.dtype}; expected floating-point log-probs")
+    check.check_floats("teacher_logprobs", logprobs)
     if logprobs.requires_grad and torch.is_grad_enabled():
         raise ValueError("teacher_logprobs requires a gradient, and top_k_kl_loss has none for it: detach it")
     k = ids.shape[-1]
@@ -197,23 +196,11 @@ def _check_tail(options: Mapping[str, Any]) -> SampledTail | None:
 
 def _with_tail(call: Call, sampled: SampledTail, hidden: Tensor, options: Mapping[str, Any]) -> Call:
     """The call with what is known of its tokens."""
-    teacher = _token_logprobs(call, "token_teacher_logprobs", options["token_teacher_logprobs"], hidden)
-    sampler = _token_logprobs(call, "sampler_logprobs", options["sampler_logprobs"], hidden)
+    teacher = token_logprobs(call, "token_teacher_logprobs", options["token_teacher_logprobs"], hidden)
+    sampler = token_logprobs(call, "sampler_logprobs", options["sampler_logprobs"], hidden)
     assert teacher is not None
     tail = TailTokens(teacher, sampler, _baseline(call, options["tail_baseline"], hidden))
     return call._replace(inputs=call.inputs._replace(tail=tail), spec=call.spec._replace(tail=sampled))
-
-
-def _token_logprobs(call: Call, name: str, logprobs: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """Of the tokens, [N]."""
-    if logprobs is None:
-        return None
-    found = check.check_per_token(name, logprobs, hidden)
-    if not found.is_floating_point():
-        raise TypeError(f"{name} is {found.dtype}; expected floating-point log-probs")
-    found = call.per_row(found)
-    check_logprobs(name, found)
-    return found
 
 
 def _baseline(call: Call, baseline: Tensor | float | None, hidden: Tensor) -> Tensor | None:

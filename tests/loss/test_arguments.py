@@ -90,6 +90,7 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     ),
     (PG, {"advantages": 1.0}, "TypeError: advantages / float"),
     (PG, {"old_logprobs": ones(3)}, "ValueError: old_logprobs is [3] / [2, 3]"),
+    (PG, {"old_logprobs": P.tokens}, "TypeError: old_logprobs is torch.int64; expected floating-point log-probs"),
     (SAMPLED, {"sampler_logprobs": ones(3)}, "ValueError: sampler_logprobs is [3] / [2, 3]"),
     (SAMPLED, {"teacher_logprobs": ones(3)}, "ValueError: teacher_logprobs is [3] / [2, 3]"),
     (SAMPLED, {"env_advantages": ones(3)}, "ValueError: env_advantages is [3] / [2, 3]"),
