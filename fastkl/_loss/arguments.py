@@ -160,6 +160,27 @@ def check_tokens(
     return tokens
 
 
+def check_list(name: str, value: Any, hidden: Tensor) -> Tensor:
+    """k entries for each token, [..., k]."""
+    tensor = check_tensor(name, value)
+    if tensor.dim() != hidden.dim() or tensor.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"{name} is {list(tensor.shape)} but hidden is {list(hidden.shape)}: expected k entries per token, "
+            f"{[*hidden.shape[:-1], 'k']}"
+        )
+    check_device(name, tensor, hidden, "hidden")
+    return tensor
+
+
+def check_listed_ids(name: str, ids: Tensor, vocabulary: int) -> None:
+    """Ids of lists, or −1. On an accelerator nobody looks."""
+    if not visible(ids):
+        return
+    wrong = (ids < -1) | (ids >= vocabulary)
+    if bool(wrong.any()):
+        raise ValueError(f"{name} holds {int(ids[wrong][0])}, outside the vocabulary (0 … {vocabulary - 1}; −1 pads)")
+
+
 def check_hard_coef(hard_coef: float, tokens: Tensor | None) -> None:
     if not 0.0 <= hard_coef < float("inf"):
         raise ValueError(

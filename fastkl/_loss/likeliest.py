@@ -11,7 +11,6 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastkl._loss import arguments as check
-from fastkl._loss.numbers import visible
 from fastkl._loss.operands import operands
 from fastkl._loss.options import LikeliestOptions, record, takes
 from fastkl.kernels.chunking import row_chunks
@@ -82,19 +81,10 @@ def linear_list_logprobs(
 
 
 def _listed_ids(ids: Tensor, hidden: Tensor, vocabulary: int) -> Tensor:
-    """Checked, [N, k] int64. On an accelerator nobody looks at the ids."""
-    check.check_tensor("ids", ids)
-    if ids.dim() != hidden.dim() or ids.shape[:-1] != hidden.shape[:-1]:
-        raise ValueError(
-            f"ids is {list(ids.shape)} but hidden is {list(hidden.shape)}: expected k ids per token, "
-            f"{[*hidden.shape[:-1], 'k']}"
-        )
-    check.check_device("ids", ids, hidden, "hidden")
-    check.check_integers("ids", ids)
+    """Checked, [N, k] int64."""
+    check.check_integers("ids", check.check_list("ids", ids, hidden))
     ids = ids.to(torch.int64)
-    wrong = (ids < -1) | (ids >= vocabulary)
-    if visible(ids) and bool(wrong.any()):
-        raise ValueError(f"ids holds {int(ids[wrong][0])}, outside the vocabulary (0 … {vocabulary - 1}; −1 pads)")
+    check.check_listed_ids("ids", ids, vocabulary)
     return ids.reshape(math.prod(ids.shape[:-1]), ids.shape[-1])
 
 

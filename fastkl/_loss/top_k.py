@@ -119,13 +119,8 @@ def top_k_kl_loss(
 def _check_list(ids: Tensor, logprobs: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Ids and log-probs as [N, k]."""
     for name, tensor in (("teacher_ids", ids), ("teacher_logprobs", logprobs)):
-        check.check_tensor(name, tensor)
-        if tensor.dim() != hidden.dim() or tensor.shape[:-1] != hidden.shape[:-1] or tensor.shape[-1] == 0:
-            raise ValueError(
-                f"{name} is {list(tensor.shape)} but hidden is {list(hidden.shape)}: expected k entries per token, "
-                f"{[*hidden.shape[:-1], 'k']}"
-            )
-        check.check_device(name, tensor, hidden, "hidden")
+        if check.check_list(name, tensor, hidden).shape[-1] == 0:
+            raise ValueError(f"{name} is {list(tensor.shape)}: expected at least one entry per token")
     if ids.shape != logprobs.shape:
         raise ValueError(f"teacher_ids is {list(ids.shape)} but teacher_logprobs is {list(logprobs.shape)}")
     check.check_integers("teacher_ids", ids)
@@ -145,11 +140,7 @@ def _look_at_list(ids: Tensor, logprobs: Tensor, vocabulary: int) -> None:
     """What can only be seen in the numbers, of rows that take part, and so on a CPU alone."""
     if bool((ids[:, 0] < 0).any()):
         raise ValueError("teacher_ids has a row without any id; mask such tokens out")
-    wrong = (ids < -1) | (ids >= vocabulary)
-    if bool(wrong.any()):
-        raise ValueError(
-            f"teacher_ids holds {int(ids[wrong][0])}, outside the vocabulary (0 … {vocabulary - 1}; −1 pads)"
-        )
+    check.check_listed_ids("teacher_ids", ids, vocabulary)
     ordered = ids.sort(-1).values
     again = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     if bool(again.any()):

@@ -193,6 +193,11 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (TOP_K, {"tail": "cut"}, "ValueError: tail is 'cut'; use one of bucket, renormalise, drop, sampled"),
     (TOP_K, {"vocab_size": 12}, "ValueError: vocab_size is 12; it must be an int in 1 … / (weight 11)"),
     (TOP_K, {"teacher_ids": IDS[0]}, "ValueError: teacher_ids is [3, 4] but hidden is [2, 3, 5]"),
+    (
+        TOP_K,
+        {"teacher_ids": IDS[..., :0]},
+        "ValueError: teacher_ids is [2, 3, 0]: expected at least one entry per token",
+    ),
     (TOP_K, {"teacher_logprobs": LOGPROBS[..., :2]}, "ValueError: teacher_ids is / 4] but teacher_logprobs is / 2]"),
     (TOP_K, {"teacher_ids": LOGPROBS}, "TypeError: teacher_ids is torch.float32; expected integers"),
     (TOP_K, {"teacher_ids": IDS.index_fill(2, torch.tensor([0, 1]), 5)}, "ValueError: lists 5 twice in a row"),

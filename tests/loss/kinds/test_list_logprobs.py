@@ -54,7 +54,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "shape": (
         {"ids": torch.tensor([1, 2])},
         ValueError,
-        r"ids is \[2\] but hidden is \[2, 3\]: expected k ids per token",
+        r"ids is \[2\] but hidden is \[2, 3\]: expected k entries per token",
     ),
     "rows": ({"ids": torch.tensor([[1]])}, ValueError, r"ids is \[1, 1\] but hidden is \[2, 3\]"),
     "dtype": ({"ids": torch.ones(2, 1)}, TypeError, r"ids is torch.float32; expected integers"),
