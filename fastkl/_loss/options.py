@@ -93,14 +93,20 @@ class SharedVocabularyOptions(LossOptions, total=False):
     squared_temperature: Annotated[bool, False]
 
 
-class TopKOptions(SharedVocabularyOptions, total=False):
+class ListOptions(SharedVocabularyOptions, total=False):
     direction: Annotated[Direction, "reverse"]
     tail: Annotated[Tail, "bucket"]
+
+
+class SampledTailOptions(TypedDict, total=False):
     token_teacher_logprobs: Annotated[Tensor | None, None]
     sampler_logprobs: Annotated[Tensor | None, None]
     tail_baseline: Annotated[Tensor | float | None, None]
     tail_weight: Annotated[float, SampledTail.tail_weight]
     truncate_ratio: Annotated[float | None, SampledTail.truncate_ratio]
+
+
+class TopKOptions(ListOptions, SampledTailOptions, total=False): ...
 
 
 class DivergenceOptions(SharedVocabularyOptions, total=False):
@@ -119,11 +125,15 @@ _FIELDS: dict[Any, list[str]] = {
 }
 
 
+def defaults_of(options: type) -> dict[str, Any]:
+    """Those of a TypedDict of this module, by name."""
+    return {name: kind.__metadata__[0] for name, kind in get_type_hints(options, include_extras=True).items()}
+
+
 def takes(options: type) -> Callable[[F], F]:
     """Gives a function with `**options` the names and defaults of a TypedDict of this module."""
-    types = get_type_hints(options, include_extras=True)
-    defaults = {name: kind.__metadata__[0] for name, kind in types.items()}
-    kinds = {name: kind.__origin__ for name, kind in types.items()}
+    defaults = defaults_of(options)
+    kinds = {name: kind.__origin__ for name, kind in get_type_hints(options, include_extras=True).items()}
     keywords = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind)
         for name, kind in kinds.items()

@@ -11,20 +11,14 @@ from typing_extensions import Unpack
 
 from fastkl._loss import arguments as check
 from fastkl._loss.numbers import BadNumbers, check_logprobs, visible
-from fastkl._loss.options import TopKOptions, record, takes
+from fastkl._loss.options import SampledTailOptions, TopKOptions, defaults_of, record, takes
 from fastkl._loss.output import LossOutput, masked_mean, ratio_metrics
 from fastkl._loss.rows import Call, divergence_output, flat_call, token_logprobs
 from fastkl.kernels.options import DIRECTIONS, SampledTail, Tail
 from fastkl.kernels.rows.interface import TailTokens
 from fastkl.kernels.top_k.sampled import TailPerToken, ratio_of
 
-TAIL_OPTIONS = {  # of a sampled tail, with their defaults
-    "token_teacher_logprobs": None,
-    "sampler_logprobs": None,
-    "tail_baseline": None,
-    "tail_weight": SampledTail.tail_weight,
-    "truncate_ratio": SampledTail.truncate_ratio,
-}
+_TAIL_DEFAULTS = defaults_of(SampledTailOptions)
 
 
 @takes(TopKOptions)
@@ -157,7 +151,7 @@ def _look_at_list(ids: Tensor, logprobs: Tensor, vocabulary: int) -> None:
 def _check_tail(options: Mapping[str, Any]) -> SampledTail | None:
     """The options of a sampled tail, None for another one, which has none of them."""
     if options["tail"] != "sampled":
-        for name, default in TAIL_OPTIONS.items():
+        for name, default in _TAIL_DEFAULTS.items():
             if (value := options[name]) is not default and (default is None or value != default):
                 given = "given" if isinstance(value, Tensor) else value
                 raise ValueError(f'{name} is {given} but tail is {options["tail"]!r}; it belongs to tail="sampled"')
