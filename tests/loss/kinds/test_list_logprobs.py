@@ -1,4 +1,4 @@
-"""Log-probs of lists of ids, and lists that are joined."""
+"""Log-probs of lists of ids."""
 
 from __future__ import annotations
 
@@ -6,13 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from property_settings import PROPERTY
 
-from fastkl.loss import TopK, linear_list_logprobs, linear_top_k
-from fastkl.trainer.errors import RunError
-from fastkl.trainer.teachers.lists import joined
+from fastkl.loss import linear_list_logprobs, linear_top_k
 
 V, D = 50, 16
 
@@ -73,28 +68,3 @@ def test_refused(change: dict[str, Any], error: type[Exception], message: str) -
     arguments = {"hidden": torch.ones(2, 3), "weight": torch.ones(8, 3), "ids": torch.tensor([[1], [2]]), **change}
     with pytest.raises(error, match=message):
         linear_list_logprobs(**arguments)
-
-
-LISTS = st.lists(st.integers(0, 9), min_size=1, max_size=5, unique=True)
-
-
-@PROPERTY
-@given(rows=st.lists(st.tuples(LISTS, LISTS), max_size=4), impossible=st.integers(0, 9))
-def test_joined_lists_have_each_id_once_in_order(rows: list[tuple[list[int], list[int]]], impossible: int) -> None:
-    """Padded lists of any lengths; an id that the teacher holds impossible is in none."""
-
-    def padded(which: int) -> TopK:
-        ids = torch.tensor([row[which] + [-1] * (5 - len(row[which])) for row in rows]).reshape(len(rows), 5).long()
-        logprobs = (-1.0 - ids).masked_fill(ids == impossible, -torch.inf).where(ids >= 0, 0.0)
-        return TopK(ids, logprobs)
-
-    wanted = [[*dict.fromkeys(token for token in first + second if token != impossible)] for first, second in rows]
-    if not all(wanted):
-        with pytest.raises(
-            RunError, match=r"none of the 10 tokens of a list any probability. Set loss.top_k_of to both"
-        ):
-            joined([padded(0), padded(1)])
-        return
-    found = joined([padded(0), padded(1)])
-    assert found.ids.tolist() == [row + [-1] * (10 - len(row)) for row in wanted]
-    assert torch.equal(found.logprobs, (-1.0 - found.ids).where(found.ids >= 0, 0.0))
