@@ -23,8 +23,7 @@ exactly, and hence a value and a gradient of exactly 0. Of the density power div
 
     (pᵅ − qᵅ) / α = sign(r) Pᵅ S_α        φ = P¹⁺ᵅ (S_α − S_1+α) where p ≥ q, P¹⁺ᵅ (S_1+α − t S_α) where p < q
 
-The compiler is not to fuse multiplications with additions by
-itself: p − q would be off by the rounding of one of them.
+The compiler is not to fuse multiplications with additions by itself: p − q would be off by the rounding of one of them.
 
 A hard target adds coef · power · (p¹ − 1[y]) to the gradient, p¹ = e^(power · a) / Σ e^(power · a).
 

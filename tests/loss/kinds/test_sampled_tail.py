@@ -187,7 +187,7 @@ def test_both_terms_of_a_baseline_are_needed() -> None:
 
 
 def test_noise() -> None:
-    """A weight has its square of the variance; the mean gap as a baseline has less than none."""
+    """A weight w leaves w² of the variance; the mean gap as a baseline lowers it."""
     plain = half = centred = 0.0
     for seed in range(8):
         of = enumerated(3, seed=seed)
