@@ -14,9 +14,10 @@ from fastkl._loss.numbers import BadNumbers, check_logprobs, visible
 from fastkl._loss.options import SampledTailOptions, TopKOptions, defaults_of, record, takes
 from fastkl._loss.output import LossOutput, masked_mean, ratio_metrics
 from fastkl._loss.rows import Call, divergence_output, flat_call, token_logprobs
+from fastkl.kernels.divergence.formula import ROWS
 from fastkl.kernels.options import DIRECTIONS, SampledTail, Tail
 from fastkl.kernels.rows.interface import TailTokens
-from fastkl.kernels.top_k.sampled import TailPerToken, ratio_of
+from fastkl.kernels.top_k.sampled import ROWS_WITH_TAIL, TailPerToken, ratio_of
 
 _TAIL_DEFAULTS = defaults_of(SampledTailOptions)
 
@@ -210,18 +211,17 @@ def _tail_output(call: Call, output: LossOutput, values: Tensor) -> LossOutput:
     assert tail is not None
     assert given is not None
     assert output.logprobs is not None
-    outside, list_mass, bucket_kl, gap = rows = values[2:6].reshape(4, -1)
-    is_outside = active & (outside != 0)
+    rows = TailPerToken(*values[ROWS:ROWS_WITH_TAIL].reshape(len(TailPerToken._fields), -1))
+    outside = active & (rows.outside != 0)
     metrics = {
-        "tail_share": masked_mean(outside, active),
-        "list_mass": masked_mean(list_mass, active),
-        "bucket_kl": masked_mean(bucket_kl, active),
-        "tail_gap": masked_mean(gap, is_outside),
+        "tail_share": masked_mean(rows.outside, active),
+        "list_mass": masked_mean(rows.list_mass, active),
+        "bucket_kl": masked_mean(rows.bucket_kl, active),
+        "tail_gap": masked_mean(rows.gap, outside),
     }
     if given.sampler_logprobs is not None:
         ratio = ratio_of(tail, output.logprobs.reshape(-1), given.sampler_logprobs)
-        capped = (is_outside & (ratio.whole > ratio.value)).to(gap.dtype)
+        capped = (outside & (ratio.whole > ratio.value)).to(values.dtype)
         metrics |= {**ratio_metrics(ratio.whole, active), "clip_fraction": masked_mean(capped, active)}
-    shaped = rows.reshape(4, *call.shape)
-    per_token = TailPerToken(is_outside.reshape(call.shape), *shaped[1:])
+    per_token = TailPerToken(*(row.reshape(call.shape) for row in rows._replace(outside=outside)))
     return output._replace(metrics={**output.metrics, **metrics}, per_token=per_token)
