@@ -53,7 +53,7 @@ def reverse_kl_advantages(
 def redistributed_advantages(
     advantages: Tensor, sampler_logprobs: Tensor, teacher_logprobs: Tensor, share: float, clip: float
 ) -> Tensor:
-    """A ((1 − λ) + λ clip((q / p)^sign A, 1 − ε, 1 + ε)) of each token, λ = share, ε = clip."""
+    """A ((1 − λ) + λ clip((q / p)^sign(A), 1 − ε, 1 + ε)) of each token, λ = share, ε = clip."""
     ratio = torch.exp(teacher_logprobs) / torch.exp(sampler_logprobs)
     weight = torch.where(advantages < 0, 1.0 / ratio, ratio).clamp(1.0 - clip, 1.0 + clip)
     return advantages * ((1.0 - share) + share * weight)
