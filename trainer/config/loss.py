@@ -268,7 +268,8 @@ class LossConfig:
         )
         require(
             self.kl_coef > 0 or self.redistribute > 0,
-            f"loss.control is {self.control}, but loss.kl_coef is 0 (loss.redistribute too): no teacher takes part anyway",
+            f"loss.control is {self.control}, but loss.kl_coef and loss.redistribute are 0: no teacher takes part anyway; "
+            f"unset it, or raise one of them",
         )
         if self.control == "no_teacher":
             reason = "loss.control is no_teacher, and this would bring the teacher's own scores in; unset one of them"

@@ -253,7 +253,7 @@ REFUSED_BY_DISTILL: list[tuple[dict[str, object], list[str]]] = [
     ({"loss.control": "no_teacher", "loss.control_share": 1.5}, ["loss.control_share is 1.5", "between 0 and 1"]),
     (
         {"loss.control": "shuffled", "loss.kl_coef": 0, "reward.grader": "boxed", "sampling.samples_per_prompt": 2},
-        ["loss.control is shuffled", "loss.kl_coef is 0"],
+        ["loss.control is shuffled", "loss.kl_coef and loss.redistribute are 0", "unset it"],
     ),
     (
         {"loss.control": "shuffled", "loss.weights": ["skip_first:1", "drift:1"]},
