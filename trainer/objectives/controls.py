@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from fastkl.loss import TopK
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.objectives.weights.shares import largest
 from fastkl.trainer.runs import processes
 
 # Of a sample: what its advantages are made of.
@@ -93,10 +93,7 @@ def lowest(parts: Sequence[Tensor], share: float) -> list[Tensor]:
     """bool, [n] each: the ⌈share · N⌉ lowest of the N values of all processes; of equal ones the first."""
 
     def choose(everyone: Sequence[Tensor]) -> list[Tensor]:
-        values = torch.cat(list(everyone))
-        chosen = torch.zeros(len(values), dtype=torch.bool)
-        chosen[values.argsort(stable=True)[: math.ceil(share * len(values))]] = True
-        return list(chosen.split([len(part) for part in everyone]))
+        return list(largest(-torch.cat(list(everyone)), share).split([len(part) for part in everyone]))
 
     return _together(list(parts), choose)
 

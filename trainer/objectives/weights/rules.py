@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastkl.trainer.config.losses.weights import WeightRule
 from fastkl.trainer.objectives.weights.known import KnownTokens
+from fastkl.trainer.objectives.weights.shares import largest
 
 Weigh = Callable[[Sequence[KnownTokens]], Sequence[Tensor]]
 
@@ -39,11 +40,14 @@ def tip(samples: Sequence[KnownTokens], share: float) -> list[Tensor]:
     et al., "TIP: Token Importance in On-Policy Distillation" (2026, arXiv 2604.14084), have the KL of the distributions as
     δ, of which |d| is known before the update.
     """
-    chosen = [s for s in samples if s.gaps is not None and s.student_entropies is not None]
-    entropies = _unit([sample.student_entropies for sample in chosen if sample.student_entropies is not None])
-    gaps = _unit([sample.gaps.abs() for sample in chosen if sample.gaps is not None])
-    scores = {id(s): h + gap - h * gap for s, h, gap in zip(chosen, entropies, gaps, strict=True)}
-    return _largest([scores.get(id(sample)) for sample in samples], samples, share)
+    known = {
+        index: (sample.student_entropies, sample.gaps.abs())
+        for index, sample in enumerate(samples)
+        if sample.gaps is not None and sample.student_entropies is not None
+    }
+    entropies, gaps = (_unit([pair[column] for pair in known.values()]) for column in (0, 1))
+    scores = {index: h + gap - h * gap for index, h, gap in zip(known, entropies, gaps, strict=True)}
+    return _largest([scores.get(index) for index in range(len(samples))], samples, share)
 
 
 def drift(samples: Sequence[KnownTokens], gamma: float) -> list[Tensor]:
@@ -81,9 +85,7 @@ def _largest(scores: Sequence[Tensor | None], samples: Sequence[KnownTokens], sh
     weights = [torch.ones(len(sample.tokens), dtype=torch.float64) for sample in samples]
     known = [(weight, score) for weight, score in zip(weights, scores, strict=True) if score is not None]
     if known:
-        values = torch.cat([score for _, score in known])
-        chosen = torch.zeros_like(values)
-        chosen[values.argsort(descending=True, stable=True)[: math.ceil(share * len(values))]] = 1.0
+        chosen = largest(torch.cat([score for _, score in known]), share)
         for (weight, _), own in zip(known, chosen.split([len(weight) for weight, _ in known]), strict=True):
             weight.copy_(own)
     return weights
