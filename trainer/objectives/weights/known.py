@@ -18,9 +18,7 @@ class KnownTokens:
 
     tokens: Tensor  # int64
     positions: Tensor  # int64: 0 is the first token after the prompt; what an environment wrote takes places too
-    sampler_logprobs: (
-        Tensor | None
-    )  # the sampler's; of a given completion the student's, None where nothing asked for them
+    sampler_logprobs: Tensor | None  # of a given completion the student's; None where nothing asked for them
     teacher_logprobs: Tensor | None  # None without a teacher
     student_entropies: Tensor | None  # nats; None where no forward pass before the update tells them
     teacher_entropies: Tensor | None  # of its listed tokens and the rest as one, nats; None where no list was asked for
