@@ -159,10 +159,10 @@ def _names(setting: str, text: str, wrong: str) -> tuple[str, ...]:
 
 
 def _check_names(setting: str, text: str, known: Collection[str], needed: Collection[str]) -> None:
-    all_known = " and ".join(f"{{{name}}}" for name in known)
-    found = _names(setting, text, f"is not known; known are {all_known}")
+    wrong = f"is not known; known are {' and '.join(f'{{{name}}}' for name in known)}"
+    found = _names(setting, text, wrong)
     for name in found:
-        require(name in known, f"{setting} has {{{name}}}, which is not known; known are {all_known}. {_BRACES}")
+        require(name in known, f"{setting} has {{{name}}}, which {wrong}. {_BRACES}")
     for name in needed:
         require(name in found, f"{setting} is {text!r}, without {{{name}}}; put it in")
 
