@@ -129,14 +129,16 @@ class DistillConfig(RunConfig):
             check_teacher(name, teacher)
             check_loss(name, teacher, self.loss)
             check_self_of(name, teacher, self.student)
+            if teacher.self != "live" or teacher.context != ContextConfig():
+                continue
             require(
-                teacher.self != "live" or teacher.context != ContextConfig() or self.reward.pays,
+                self.reward.pays,
                 f"{name}.self is live: the teacher is the student as it is and reads the same prompt, so that its KL is 0 "
                 f"under every objective; give it a prompt of its own ({name}.context), name a reward.grader, or set "
                 f"{name}.self to ema, synced or base, or {name}.path",
             )
             require(
-                teacher.self != "live" or teacher.context != ContextConfig() or self.loss.redistribute == 0,
+                self.loss.redistribute == 0,
                 f"{name}.self is live: the teacher finds every token as likely as the student does, and loss.redistribute "
                 f"({self.loss.redistribute}) would weigh all of them alike; give it a prompt of its own ({name}.context) "
                 f"or unset one of them",
