@@ -168,7 +168,7 @@ def _always(plan: Plan, shard: int) -> Iterator[Part]:
     if processes.count() > 1 and shard == 1:
         yield Part("DDP's buckets", trained)
     for scorer in plan.scorers:
-        if scorer.config.device is None and scorer.config.self not in ("base", "live"):
+        if scorer.config.device is None and (scorer.config.self is None or scorer.config.follows_student):
             yield _weights(scorer, shard)
     dtype = plan.config.sampling.dtype if isinstance(plan.config, DistillConfig) else None
     if dtype is not None:
@@ -238,10 +238,9 @@ def _gathered(scorer: Scorer, shard: int) -> Iterator[Part]:
     config, student = scorer.config, scorer.model
     if shard == 1 or config.self is None or config.device is not None:
         return
-    second = config.self in ("ema", "synced")
-    if not second or not all(parameter.requires_grad for parameter in student.parameters()):
+    if not (config.follows_student and all(parameter.requires_grad for parameter in student.parameters())):
         yield Part("the gathered student", memory.weights(student))
-    if second:
+    if config.follows_student:
         yield Part(f"the gathered weights of {scorer.name}", memory.gradients(student))
 
 

@@ -62,6 +62,11 @@ class TeacherConfig(ModelConfig):
     context: ContextConfig = field(default_factory=ContextConfig)
 
     @property
+    def follows_student(self) -> bool:
+        """Whether it has weights of its own, made of the student's."""
+        return self.self in ("ema", "synced")
+
+    @property
     def scorer(self) -> TeacherConfig:
         """What is loaded or asked, whatever it reads."""
         return dataclasses.replace(self, context=ContextConfig())
@@ -149,7 +154,7 @@ def check_self_of(name: str, config: TeacherConfig, student: StudentConfig) -> N
         f"{name}.path to the base",
     )
     require(
-        config.self is None or config.device is None or (full and config.self in ("ema", "synced")),
+        config.self is None or config.device is None or (full and config.follows_student),
         f"{name}.device is {config.device!r}, but {name}.self is {config.self} and student.lora.rank is "
         f"{student.lora.rank}: it shares the student's weights and is where they are; unset it",
     )

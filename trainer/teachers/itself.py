@@ -31,7 +31,7 @@ class SelfTeachers:
         """One that scores as the student does; `lists`: what it is asked for beside the log-probs of tokens."""
         student, base = self._student, teacher.self == "base"
         device, model, cost = student.device, student.model, student.cost
-        if teacher.self in ("ema", "synced"):
+        if teacher.follows_student:
             second = self._second(teacher)
             device, model = teacher_device(teacher, student.device), second.model
             self._reads_student |= second.shares
