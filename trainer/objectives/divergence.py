@@ -14,10 +14,11 @@ from fastkl.loss import LossOutput, PerToken
 from fastkl.trainer.config.loss import LossConfig, ObjectiveName
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.data.batching import Batch
-from fastkl.trainer.data.samples import UNKNOWN, Sample
-from fastkl.trainer.models.scoring import call_with_rows, check_finite
+from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.models.scoring import call_with_rows
 from fastkl.trainer.models.sizes.flops import Cost
 from fastkl.trainer.objectives.base import Objective, measure_entropies, measuring_flops, score_by_teacher
+from fastkl.trainer.objectives.comparison import Comparison
 from fastkl.trainer.objectives.forward_kl import plus_forward_kl
 from fastkl.trainer.objectives.numbers import numbers_are_checked
 from fastkl.trainer.objectives.weights.step import needs_teacher_first
@@ -73,23 +74,16 @@ class FullDivergence(Objective):
     @numbers_are_checked()
     def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: float, seed: int) -> LossOutput:
         local = self._teachers.of(batch.samples)
-        read = [sample.for_teacher() for sample in batch.samples]
-        teacher, cut = local.head(read, batch.tokens.device), local.vocab_size
-        known = batch.tokens < (len(teacher.weight) if cut is None else cut)
+        comparison, cut = Comparison(local, batch, self._temperature), local.vocab_size
+        teacher, known = comparison.head, comparison.known
         weights, normalizer = batch.parts(normalizer)
 
         def loss(rows: Tensor, weight: Tensor, **head: Any) -> LossOutput:
-            common: dict[str, Any] = {
-                "vocab_size": cut,
-                "normalizer": normalizer,
-                "temperature": self._temperature,
-                "backward": self._config.backward_pass(seed),
-                **head,
-                **{f"teacher_{name}": value for name, value in teacher.options.items()},
-            }
+            backward = self._config.backward_pass(seed)
+            common = {"normalizer": normalizer, "backward": backward, **head, **comparison.options}
             heads = rows, weight, teacher.hidden, teacher.weight
-            tokens = batch.tokens.where(known, 0)
-            output = self._loss(*heads, tokens=tokens, per_token=True, mask=weights, **self._options, **common)
+            options = {"tokens": comparison.tokens, "per_token": True, "mask": weights, **self._options}
+            output = self._loss(*heads, **options, **common)
             assert isinstance(output.per_token, PerToken)
             return plus_forward_kl(
                 output,
@@ -107,7 +101,7 @@ class FullDivergence(Objective):
         if weights is not None:
             weighed = weights != 0
             logprobs = logprobs + self._left_out(teacher, batch.tokens.where(known & ~weighed, IGNORED), cut)
-        batch.scatter(check_finite(logprobs, "teacher").where(known, UNKNOWN), "teacher_logprobs")
+        comparison.scatter(logprobs)
         means = {name: getattr(tokens, name)[weighed].mean() for name in ("top1_agreement", "teacher_entropy")}
         # Over the common ids alone, the student's log-probs are not those it sampled with.
         return output._replace(logprobs=output.logprobs if cut is None else None, metrics=output.metrics | means)
