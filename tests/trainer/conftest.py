@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from run_cases import fresh_accelerate, padded_pair
-from tiny_data import pair_and_sums
+from tiny_data import model_and_sums, pair_and_sums
+from tiny_models import save_model
 
 from fastkl.trainer.distill import OnPolicy
 
@@ -38,8 +39,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student, a wider teacher, a reference and a dozen sums; heads of one size."""
+    path = model_and_sums(tmp_path_factory.mktemp("models"), "student")
+    save_model(path / "teacher", seed=1, width=24, tie_word_embeddings=False)
+    save_model(path / "reference", seed=2)
+    return path
+
+
+@pytest.fixture(scope="session")
 def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with heads padded to different sizes."""
+    """A student, a teacher and sums; heads padded to different sizes."""
     return padded_pair(tmp_path_factory.mktemp("padded"))
 
 

@@ -11,8 +11,7 @@ import torch
 from run_cases import WORDS, Run, check_moments, completion_logprobs, counted, run
 from server_cases import served
 from stub_server import serving
-from tiny_data import model_and_sums
-from tiny_models import llama, save_model
+from tiny_models import llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -20,14 +19,6 @@ from fastkl.loss import linear_top_k
 from fastkl.trainer.data.samples import UNKNOWN
 
 K = 5
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Heads of one size; the teacher is wider."""
-    path = model_and_sums(tmp_path_factory.mktemp("models"), "student")
-    save_model(path / "teacher", seed=1, width=24, tie_word_embeddings=False)
-    return path
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from launches import in_group
 from run_cases import WORDS, Run, check_equal, completion_logprobs, counted, distilled, interrupt, log, run
 from run_settings import config, distillation
 from stub_server import serving
-from tiny_data import model_and_sums, write_jsonl
+from tiny_data import write_jsonl
 from tiny_models import llama, save_model, tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -31,15 +31,6 @@ from fastkl.trainer.runs.folder import check_run_folder
 from fastkl.trainer.teachers.local import LocalTeacher, TeacherHead
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Heads of one size; the teacher is wider."""
-    path = model_and_sums(tmp_path_factory.mktemp("models"), "student")
-    save_model(path / "teacher", seed=1, width=24, tie_word_embeddings=False)
-    save_model(path / "reference", seed=2)
-    return path
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -16,8 +16,6 @@ from run_cases import WORDS, Run, check_moments, check_same, completion_logprobs
 from run_settings import arguments, distillation
 from server_cases import served
 from stub_server import serving
-from tiny_data import model_and_sums
-from tiny_models import save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -27,13 +25,6 @@ from fastkl.trainer.rollouts.environments import ENVIRONMENTS, Message, Reply
 K = 3
 TAIL: dict[str, object] = {"loss__objective": "top_k", "loss__top_k": K, "loss__top_k_tail": "sampled"}
 STILL: dict[str, object] = {"optim__lr": 1e-9, "optim__schedule": "constant", "optim__max_grad_norm": "null"}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = model_and_sums(tmp_path_factory.mktemp("models"), "student")
-    save_model(path / "teacher", seed=1, width=24, tie_word_embeddings=False)
-    return path
 
 
 class Nods:

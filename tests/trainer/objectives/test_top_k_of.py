@@ -12,8 +12,6 @@ from run_cases import WORDS, Run, check_moments, check_same, completion_logprobs
 from run_settings import arguments, distillation
 from server_cases import served
 from stub_server import serving
-from tiny_data import model_and_sums
-from tiny_models import save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -22,13 +20,6 @@ from fastkl.trainer.models.sizes.flops import cost_of, scoring_flops
 
 K = 5
 TOP_K: dict[str, object] = {"loss__objective": "top_k", "loss__top_k": K}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = model_and_sums(tmp_path_factory.mktemp("models"), "student")
-    save_model(path / "teacher", seed=1, width=24, tie_word_embeddings=False)
-    return path
 
 
 def bucket(log_p: Tensor, log_q: Tensor, of: str) -> Tensor:

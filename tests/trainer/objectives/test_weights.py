@@ -18,8 +18,7 @@ from run_cases import Run, check_moments, completion_logprobs, counted, distille
 from run_settings import distillation
 from server_cases import served
 from stub_server import serving
-from tiny_data import model_and_sums, read_jsonl
-from tiny_models import save_model
+from tiny_data import read_jsonl
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -209,13 +208,6 @@ def test_what_is_nothing_beside_the_largest_weight_is_0() -> None:
     TokenWeights(LossConfig(weights=["function:far_apart.weights"], trust_weights=True)).set([one])
     del sys.modules["far_apart"]
     assert (one.weights, one.weighed_tokens) == ([0, 0, 0, 1e20, 0], 1)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = model_and_sums(tmp_path_factory.mktemp("models"), "student")
-    save_model(path / "teacher", seed=1, width=24, tie_word_embeddings=False)
-    return path
 
 
 def surrogate(log_p: Tensor, log_q: Tensor, tokens: Tensor) -> Tensor:
