@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import bucket, kl, listed
 from run_cases import WORDS, Run, check_moments, completion_logprobs, counted, run
 from server_cases import served
 from stub_server import serving
@@ -21,20 +22,8 @@ from fastkl.trainer.data.samples import UNKNOWN
 K = 5
 
 
-def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
 def mixed(share: float, log_p: Tensor, log_q: Tensor) -> Tensor:
     return (share * log_p.exp() + (1 - share) * log_q.exp()).log()
-
-
-def top_k(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Reverse, the rest as one outcome."""
-    q, ids = log_q.topk(K, -1)
-    p = log_p.gather(-1, ids)
-    rest_p, rest_q = (torch.log1p(-listed.exp().sum(-1, keepdim=True)) for listed in (p, q))
-    return kl(torch.cat([p, rest_p], -1), torch.cat([q, rest_q], -1))
 
 
 def density_power(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -53,7 +42,7 @@ CASES: dict[str, tuple[dict[str, object], Formula]] = {
     "skewed_forward_kl": ({}, lambda p, q: kl(q, mixed(0.1, q, p))),
     "total_variation": ({}, lambda p, q: (p.exp() - q.exp()).abs().sum(-1) / 2),
     "density_power": ({"loss__divergence_power": 0.5}, density_power),
-    "top_k": ({"loss__top_k": K}, top_k),
+    "top_k": ({"loss__top_k": K}, lambda p, q: bucket(p, q, listed(p, q, K))),
 }
 OPTIONS = {name: {"loss__objective": name, **options} for name, (options, _) in CASES.items()}
 VARIANTS: dict[str, dict[str, object]] = {

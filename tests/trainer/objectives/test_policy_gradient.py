@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import kl
 from launches import in_group
 from run_cases import WORDS, Run, check_equal, completion_logprobs, counted, distilled, interrupt, log, run
 from run_settings import config, distillation
@@ -31,10 +32,6 @@ from fastkl.trainer.runs.folder import check_run_folder
 from fastkl.trainer.teachers.local import LocalTeacher, TeacherHead
 
 CPU = torch.device("cpu")
-
-
-def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 class Scores:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from by_hand import bucket, listed, rest
 from hypothesis import given
 from hypothesis import strategies as st
 from launches import give_samples, together
@@ -55,7 +56,10 @@ def step_by_hand(
     samples: list[dict[str, Any]], student: Any, teacher: Any, baseline: float, options: dict[str, object]
 ) -> Step:
     """With all the logits, over the ids that both know."""
-    temperature, of = float(str(options.get("sampling__temperature", 1.0))), options.get("loss__top_k_of", "teacher")
+    temperature, of = (
+        float(str(options.get("sampling__temperature", 1.0))),
+        str(options.get("loss__top_k_of", "teacher")),
+    )
     weight, cap = float(str(options.get("loss__tail_weight", 1.0))), options.get("loss__truncate_ratio")
     log_p, log_q = (
         torch.cat([completion_logprobs(model, sample, temperature, WORDS) for sample in samples])
@@ -67,24 +71,19 @@ def step_by_hand(
         for field in ("ids", "sampler_logprobs")
     )
     own = torch.tensor([not sample["given"] for sample in samples for _ in counted(sample, "ids")])
-    listed = torch.zeros(log_p.shape, dtype=torch.bool)
-    for name, logprobs in (("student", log_p), ("teacher", log_q)):
-        if of in (name, "both"):
-            listed.scatter_(-1, logprobs.detach().topk(K, -1).indices, True)
-    p, q = log_p.exp(), log_q.exp()
-    rest_p, rest_q = (torch.where(listed, 0.0, mass).sum(-1) for mass in (p, q))
+    chosen = listed(log_p, log_q, K, of)
+    rest_p, rest_q = rest(log_p, chosen), rest(log_q, chosen)
     rho = (rest_p / rest_q).log()
-    bucket = torch.where(listed, p * (log_p - log_q), 0.0).sum(-1) + rest_p * rho
 
     safe = tokens.clamp(max=WORDS - 1)[:, None]
-    outside = own & (tokens < WORDS) & ~listed.gather(1, safe)[:, 0]
+    outside = own & (tokens < WORDS) & ~chosen.gather(1, safe)[:, 0]
     log_py, log_qy = (logprobs.gather(1, safe)[:, 0] for logprobs in (log_p, log_q))
     ratio, gap = (log_py - sampler).exp().detach(), (log_py - log_qy - rho).detach()
     ratio = ratio if cap is None else ratio.clamp(max=float(str(cap)))
     ratio = ratio * (log_py - log_py.detach()).exp()  # a cap leaves the gradient of log p
     c = torch.where(own, baseline, 0.0)
     sampled = ratio * torch.where(outside, gap - c, 0.0)
-    loss = (bucket + weight * (sampled + c * rest_p)).mean()
+    loss = (bucket(log_p, log_q, chosen) + weight * (sampled + c * rest_p)).mean()
     return Step(loss, gap[outside].tolist(), int(own.sum()), float(1 - rest_p.mean()))
 
 
@@ -152,10 +151,10 @@ def test_a_weight_of_0_is_the_bucket(tmp_path: Path, models: Path) -> None:
         run(tmp_path / tail, models, loss__objective="top_k", loss__top_k=K, loss__top_k_tail=tail, **options).metrics
         for tail, options in (("bucket", {}), ("sampled", {"loss__tail_weight": 0}))
     ]
-    for bucket, sampled in zip(*rows, strict=True):
+    for plain, sampled in zip(*rows, strict=True):
         for name in ("loss", "optim/grad_norm", "teacher_kl", "policy/top_k_kl_mean"):
-            assert sampled[name] == pytest.approx(bucket[name], rel=1e-5)
-        assert sampled["policy/bucket_kl"] == pytest.approx(bucket["loss"], rel=1e-5)
+            assert sampled[name] == pytest.approx(plain[name], rel=1e-5)
+        assert sampled["policy/bucket_kl"] == pytest.approx(plain["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["ddp", "fsdp"])

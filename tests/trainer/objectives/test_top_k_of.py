@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import bucket, listed
 from launches import give_samples, together
 from run_cases import WORDS, Run, check_moments, check_same, completion_logprobs, run
 from run_settings import arguments, distillation
 from server_cases import served
 from stub_server import serving
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fastkl.trainer.data.samples import make_sample
@@ -22,17 +22,6 @@ K = 5
 TOP_K: dict[str, object] = {"loss__objective": "top_k", "loss__top_k": K}
 
 
-def bucket(log_p: Tensor, log_q: Tensor, of: str) -> Tensor:
-    """Reverse KL on the union of the lists, the rest as one outcome; [n]."""
-    listed = torch.zeros(log_p.shape, dtype=torch.bool)
-    for name, logprobs in (("student", log_p), ("teacher", log_q)):
-        if of in (name, "both"):
-            listed.scatter_(-1, logprobs.detach().topk(K, -1).indices, True)
-    p, q = log_p.exp(), log_q.exp()
-    rest_p, rest_q = (torch.where(listed, 0.0, mass).sum(-1) for mass in (p, q))
-    return torch.where(listed, p * (log_p - log_q), 0.0).sum(-1) + rest_p * (rest_p / rest_q).log()
-
-
 def by_hand(done: Run, folder: Path, temperature: float, of: str) -> None:
     """A run of one step against the same step with all the logits."""
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("student", "teacher"))
@@ -40,7 +29,7 @@ def by_hand(done: Run, folder: Path, temperature: float, of: str) -> None:
         torch.cat([completion_logprobs(model, sample, temperature, WORDS) for sample in done.samples])
         for model in (student, teacher)
     )
-    values = bucket(log_p, log_q.detach(), of)
+    values = bucket(log_p, log_q.detach(), listed(log_p, log_q, K, of))
     values.mean().backward()
     (row,) = done.metrics
     assert row["loss"] == pytest.approx(values.mean().item(), rel=1e-4)

@@ -7,11 +7,12 @@ import json
 import math
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from by_hand import bucket, kl, listed
 from hypothesis import example, given
 from hypothesis import strategies as st
 from run_cases import Run, check_moments, completion_logprobs, counted, distilled, refusal, run
@@ -215,17 +216,11 @@ def surrogate(log_p: Tensor, log_q: Tensor, tokens: Tensor) -> Tensor:
     return (own - own.detach()).exp() * (own.detach() - theirs)
 
 
-def reverse_kl(log_p: Tensor, log_q: Tensor, tokens: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def bucket(log_p: Tensor, log_q: Tensor, tokens: Tensor) -> Tensor:
-    q, ids = log_q.topk(K, -1)
-    lists = [torch.cat([own, torch.log1p(-own.exp().sum(-1, keepdim=True))], -1) for own in (log_p.gather(-1, ids), q)]
-    return reverse_kl(*lists, tokens)
-
-
-FORMULAS = {"policy_gradient": surrogate, "top_k": bucket, "reverse_kl": reverse_kl}
+FORMULAS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "policy_gradient": surrogate,
+    "top_k": lambda log_p, log_q, _: bucket(log_p, log_q, listed(log_p, log_q, K)),
+    "reverse_kl": lambda log_p, log_q, _: kl(log_p, log_q),
+}
 OPTIONS: dict[str, dict[str, object]] = {name: {"loss__objective": name} for name in FORMULAS}
 OPTIONS["top_k"] |= {"loss__top_k": K}
 
@@ -333,12 +328,6 @@ TAU = {
 COEF = 0.5
 
 
-def listed(log_q: Tensor, k: int) -> Tensor:
-    """Log-probs of the k likeliest tokens and of the rest as one."""
-    q = log_q.topk(k, -1).values
-    return torch.cat([q, torch.log1p(-q.exp().sum(-1, keepdim=True))], -1)
-
-
 @pytest.mark.parametrize("objective", FORMULAS)
 def test_the_forward_kl_on_top_where_the_teacher_is_unsure(tmp_path: Path, models: Path, objective: str) -> None:
     """Of the listed tokens where no more is known, of the whole vocabulary elsewhere; weights act on both."""
@@ -358,12 +347,12 @@ def test_the_forward_kl_on_top_where_the_teacher_is_unsure(tmp_path: Path, model
     tokens = torch.tensor([token for s in done.samples for token in counted(s, "ids")])
     weights = torch.tensor([weight for s in done.samples for weight in counted(s, "weights")])
     if objective == "reverse_kl":
-        entropies, forward_kl = -(log_q.exp() * log_q).sum(-1), reverse_kl(log_q, log_p, tokens)
+        outcomes, forward_kl = log_q.exp(), kl(log_q, log_p)
     else:
-        q, ids = listed(log_q, K), log_q.topk(K, -1).indices
-        p = log_p.gather(-1, ids)
-        p = torch.cat([p, torch.log1p(-p.exp().sum(-1, keepdim=True))], -1)
-        entropies, forward_kl = -(q.exp() * q).sum(-1), reverse_kl(q, p, tokens)
+        q = log_q.topk(K, -1).values.exp()
+        outcomes = torch.cat([q, 1 - q.sum(-1, keepdim=True)], -1)
+        forward_kl = bucket(log_q, log_p, listed(log_p, log_q, K))
+    entropies = -(outcomes * outcomes.log()).sum(-1)
     unsure = entropies > TAU[objective]
     assert 0 < (unsure & (weights > 0)).sum() < (weights > 0).sum()
     values = FORMULAS[objective](log_p, log_q, tokens) + COEF * unsure * forward_kl
