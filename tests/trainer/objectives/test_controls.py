@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_cases import Run, check_equal, distilled, interrupt, run
+from run_cases import check_equal, distilled, interrupt, run
 from run_settings import distillation
 from torch import Tensor
 
@@ -145,7 +145,7 @@ def test_a_run_without_a_teacher_needs_none_and_reports_one_that_is_there(folder
     assert beside.metrics[0]["teacher_kl"] > 0
     for name, parameter in alone.weights().items():
         assert torch.equal(beside.weights()[name], parameter)
-    penalised = [value for one in Run.of(alone.folder).samples for value in one["advantages"] if value]
+    penalised = [value for one in alone.samples for value in one["advantages"] if value]
     assert penalised == pytest.approx([-0.5] * len(penalised), abs=1e-6)
     assert len(penalised) == -(-sum(sum(one["loss_mask"]) for one in alone.samples) // 5)
 

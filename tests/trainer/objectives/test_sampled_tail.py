@@ -21,26 +21,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fastkl.trainer.objectives.sampled_tail import MEMORY, RunningMean
-from fastkl.trainer.rollouts.environments import ENVIRONMENTS, Message, Reply
 
 K = 3
 TAIL: dict[str, object] = {"loss__objective": "top_k", "loss__top_k": K, "loss__top_k_tail": "sampled"}
+NODS: dict[str, object] = {"environment__name": "class:nods.Nods", "environment__trust": "true"}
 STILL: dict[str, object] = {"optim__lr": 1e-9, "optim__schedule": "constant", "optim__max_grad_norm": "null"}
-
-
-class Nods:
-    """Stops at every "e" and says "ok"."""
-
-    stops = ("e",)
-    rewards = False
-
-    def reply(self, conversation: list[Message], row: Any) -> Reply:
-        return Reply("ok" if conversation[-1].content.endswith("e") else None)
-
-
-@pytest.fixture(autouse=True)
-def nods(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ENVIRONMENTS, "nods", Nods)
 
 
 class Step(NamedTuple):
@@ -116,7 +101,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "capped ratios": ("models", {"sampling__dtype": "bfloat16", "loss__truncate_ratio": 0.999}),
     "padded heads": ("padded", {"sampling__temperature": 1.3}),
     "padded heads, student's list": ("padded", {"loss__top_k_of": "student"}),
-    "turns": ("models", {"environment__name": "nods", "sampling__max_new_tokens": 24}),
+    "turns": ("models", NODS | {"sampling__max_new_tokens": 24}),
     "given": ("models", {"sampling__on_policy_fraction": 0.5}),
 }
 

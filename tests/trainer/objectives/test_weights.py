@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -151,7 +151,7 @@ def entropy(rest: float) -> float:
     return -rest * math.log(rest) - (1 - rest) * math.log(1 - rest)
 
 
-GIVEN_BY_FUNCTIONS = {
+GIVEN_BY_FUNCTIONS: dict[str, tuple[Callable[..., object], str | None]] = {
     "twice": (twice, None),
     "lists": (lambda samples: [[0.5] * len(one.tokens) for one in samples], None),
     "short": (
@@ -168,20 +168,18 @@ GIVEN_BY_FUNCTIONS = {
 }
 
 
-@pytest.fixture
-def own_weights() -> Iterator[None]:
+def user_function(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[..., object]) -> str:
+    """The rule that names it."""
     module = types.ModuleType("own_weights")
-    for name, (function, _) in GIVEN_BY_FUNCTIONS.items():
-        setattr(module, name, function)
-    sys.modules["own_weights"] = module
-    yield
-    del sys.modules["own_weights"]
+    setattr(module, name, function)
+    monkeypatch.setitem(sys.modules, "own_weights", module)
+    return f"function:own_weights.{name}"
 
 
-@pytest.mark.usefixtures("own_weights")
 @pytest.mark.parametrize("name", GIVEN_BY_FUNCTIONS)
-def test_a_function_of_the_users_own(name: str) -> None:
-    rule, wrong = f"function:own_weights.{name}", GIVEN_BY_FUNCTIONS[name][1]
+def test_a_function_of_the_users_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, wrong = GIVEN_BY_FUNCTIONS[name]
+    rule = user_function(monkeypatch, name, function)
     with pytest.raises(ConfigError, match=r"loss\.weights names .*; set loss\.trust_weights to true"):
         TokenWeights(LossConfig(weights=[rule]))
     weights, one = TokenWeights(LossConfig(weights=[rule, "skip_first:1"], trust_weights=True)), sample([1.0, 2.0])
@@ -200,14 +198,11 @@ def test_weights_that_no_number_can_add_up() -> None:
         weights.set([sample([1.0, 2.0])])
 
 
-def test_what_is_nothing_beside_the_largest_weight_is_0() -> None:
+def test_what_is_nothing_beside_the_largest_weight_is_0(monkeypatch: pytest.MonkeyPatch) -> None:
     """A token counts for the metrics if it does for the loss, which has it in float32."""
     one = sample([0.0, 1.0])
-    module = types.ModuleType("far_apart")
-    module.weights = lambda samples: [[1e-20, 1e20]]  # type: ignore[attr-defined]
-    sys.modules["far_apart"] = module
-    TokenWeights(LossConfig(weights=["function:far_apart.weights"], trust_weights=True)).set([one])
-    del sys.modules["far_apart"]
+    rule = user_function(monkeypatch, "far_apart", lambda samples: [[1e-20, 1e20]])
+    TokenWeights(LossConfig(weights=[rule], trust_weights=True)).set([one])
     assert (one.weights, one.weighed_tokens) == ([0, 0, 0, 1e20, 0], 1)
 
 
