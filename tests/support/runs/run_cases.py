@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from run_settings import Settings, arguments, config, distillation
+from run_settings import MINIMAL, Settings, arguments, config, distillation
 from safetensors.torch import load_file
 from tiny_data import read_jsonl, sums, write_jsonl
 from tiny_models import save_model, tokenizer
@@ -95,6 +96,24 @@ def refusal(said: pytest.CaptureFixture[str], command: str, settings: dict[str, 
     error = said.readouterr().err
     assert [part for part in parts if part not in error] == [], error
     return error
+
+
+def refusals(command: str, cases: Iterable[tuple[Settings, list[str]]]) -> list[Any]:
+    """Parameters of `check_refused`, of a command's settings and what is said of them."""
+    return [
+        pytest.param(command, settings, parts, id="-".join([command, *map("{0[0]}={0[1]}".format, settings.items())]))
+        for settings, parts in cases
+    ]
+
+
+def check_refused(
+    said: pytest.CaptureFixture[str], folder: Path, command: str, settings: Settings, *parts: str
+) -> None:
+    """In one line, with nothing left behind in a folder; the settings come on top of the least that is needed."""
+    error = refusal(said, command, MINIMAL[command] | settings, *parts)
+    assert error.startswith("fastkl: ")
+    assert error.count("\n") == 1
+    assert list(folder.iterdir()) == []
 
 
 def check_scores(folder: Path, data: Path, here: Settings, there: Settings, tolerance: float) -> None:

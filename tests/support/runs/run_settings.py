@@ -18,6 +18,8 @@ MINIMAL: dict[str, dict[str, object]] = {
     "eval": {"model.path": "m", "eval.data.path": "d.jsonl"},
     "score": {"output": "o.jsonl", "model.path": "m", "data.path": "d.jsonl"},
 }
+URL = "http://127.0.0.1:9/v1"
+SERVED: dict[str, object] = {"teacher.path": "", "teacher.server.url": URL, "teacher.server.model": "m"}
 
 
 def arguments(command: str, settings: Mapping[str, object]) -> list[str]:

@@ -33,12 +33,6 @@ optim:
 """
 
 
-@pytest.fixture
-def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.mark.parametrize("flag", [[], ["--config"]], ids=["positional", "--config"])
 def test_yaml_and_overrides(flag: list[str], empty_folder: Path) -> None:
     Path("run.yaml").write_text(YAML)
