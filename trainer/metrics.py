@@ -130,7 +130,7 @@ GROUPS = (
                "Samples whose teacher was given the environment's feedback."),
         Metric("context/gap", NATS, "`teacher.context`, a teacher that no server holds",
                "Mean of ℓ_teacher after its own prompt, less ℓ_teacher after the student's, over the samples in "
-               "samples.jsonl.", "above 0 where the student is as its prompt asks"),
+               "samples.jsonl.", "above 0 where the student does what the teacher's prompt asks"),
         Metric("context/masked_fraction", "fraction", SIBLING,
                "Samples that are left out of the loss.", "below 1: at 1 a step changes nothing"),
         Metric("context/plain_fraction", "fraction", OF_SAMPLES,
