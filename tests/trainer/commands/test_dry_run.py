@@ -37,6 +37,11 @@ def table(line: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
+def lasting(text: str) -> list[str]:
+    """A table without the memory that the process has at the moment."""
+    return [line for line in text.splitlines() if not line.endswith(("Python and libraries, as now", "at the peak"))]
+
+
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(*args: object, **options: object) -> None:
@@ -71,23 +76,23 @@ def test_a_step_is_counted_without_weights(
 
 
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize("lora", [0, 2])
 @pytest.mark.parametrize(
-    ("kind", "held"),
+    ("kind", "held", "lora"),
     [
-        ({"self": "base"}, 0),
-        ({"self": "live"}, 0),
-        ({"self": "ema", "ema_rate": 0.1}, 1),
-        ({"self": "synced", "sync_every": 2}, 1),
+        pytest.param({"self": kind, **more}, held, rank, id=f"{kind}-{rank}")
+        for kind, more, held, ranks in (
+            ("base", {}, 0, (2,)),
+            ("live", {}, 0, (0, 2)),
+            ("ema", {"ema_rate": 0.1}, 1, (0, 2)),
+            ("synced", {"sync_every": 2}, 1, (0, 2)),
+        )
+        for rank in ranks
     ],
-    ids=["base", "live", "ema", "synced"],
 )
 def test_a_teacher_that_is_the_student(
     kind: dict[str, object], held: int, lora: int, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its passes cost what the student's do, without the adapter for the base; it takes no weights but its own."""
-    if (kind["self"], lora) == ("base", 0):
-        return
     more = {f"teacher__{name}": value for name, value in kind.items()} | {"student__lora__rank": lora}
     more |= {"teacher__path": "", "reward__grader": "boxed", "reward__baseline": "none"}
     text = table(arguments("distill", distillation(tmp_path / "run", folder, **more)), capsys)
@@ -147,7 +152,7 @@ def test_flops_and_passes_are_those_of_the_run(
     (row,) = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     (flops,) = re.findall(r"FLOPs +(\S+) +the student's update", text)
     assert float(flops) == pytest.approx(row["flops/student"], rel=0.01)
-    assert table(line, capsys) == text or "Python and libraries" in text  # a run that is there is left as it is
+    assert lasting(table(line, capsys)) == lasting(text)  # a run that is there is left as it is
     assert len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
