@@ -49,7 +49,8 @@ class LocalTeacher:
         top_k: Find so many of the likeliest tokens too; null for none.
         vocab_size: The ids that it shares with the student, where heads are padded to different sizes.
         shared_only: Normalise the tokens' log-probs over those ids alone, as those of lists are.
-        role: What messages call it, and what the samples' list of its log-probs begins with: teacher or reference.
+        role: What messages and metrics call it, and what the samples' list of its log-probs begins with: teacher or
+            reference.
         as_teacher: A context in which the model is the teacher: with the adapter off, where it is the student's base.
         cost: That of a forward pass; null: of the whole model.
     """
@@ -113,7 +114,7 @@ class LocalTeacher:
         return check_finite(logprobs, "teacher")
 
     def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
-        return {"flops/teacher": scoring_flops(self._cost, samples)}
+        return {f"flops/{self.role}": scoring_flops(self._cost, samples)}
 
     def head(self, samples: list[Sample], device: torch.device) -> TeacherHead:
         """Hidden states of the samples' counted tokens, in the samples' order, on a device."""

@@ -56,7 +56,7 @@ class RoutedTeacher(Generic[T]):
         known = [part["flops/teacher"] for part in parts if part]
         total = {"flops/teacher": sum(known)} if len(known) == len(parts) else {}
         if self.reference is not None:
-            total["flops/reference"] = self.reference.flops(samples)["flops/teacher"]
+            total |= self.reference.flops(samples)
         return total
 
     def groups(self, samples: Sequence[Sample]) -> list[list[Sample]]:
