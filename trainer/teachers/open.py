@@ -121,7 +121,8 @@ def open_teachers(
         checks.check_end_of_sequence(student.model, local, tokenizer)
         check_fit(config, data_set, {"student": student.model}, checks.SHORTER.format("sampling", data_set.setting))
         check_fit(config, own, models, remedy(config, own))
-        prompts.limit(own, models.values())
+        if local is not None:
+            prompts.limit(own, local)
     if not teachers:
         return None
     by_data_set = {data_set.name: teachers[data_set.teacher] for data_set in data_sets}

@@ -118,13 +118,12 @@ class TeacherPrompts:
         self.give_fixed(given)
         return [sample.for_teacher() for sample in given]
 
-    def limit(self, data_set: DataSet, models: Iterable[PreTrainedModel]) -> None:
-        """The teacher of a data set is one of these models: what functions write for it may not be longer than it reads."""
+    def limit(self, data_set: DataSet, model: PreTrainedModel) -> None:
+        """The teacher of a data set is this model: what functions write for it may not be longer than it reads."""
         shortest = min(len(prompt.tokens) for prompt in data_set.prompts)
-        for model in models:
-            limit, switch = context_length(model), rope_switch(model.config.get_text_config())
-            limits = [limit, switch if switch is not None and shortest <= switch else None]
-            self._limits[data_set.name] = min((each for each in limits if each is not None), default=math.inf)
+        limit, switch = context_length(model), rope_switch(model.config.get_text_config())
+        limits = [limit, switch if switch is not None and shortest <= switch else None]
+        self._limits[data_set.name] = min((each for each in limits if each is not None), default=math.inf)
 
     def give_fixed(self, samples: Iterable[Sample]) -> None:
         """Writes `teacher_prompt` of samples as far as it depends on their rows alone."""
