@@ -30,10 +30,7 @@ def teacher_content(prompt: EncodedPrompt, config: ContextConfig, examples: Sequ
         return str(row.prompt) if config.template is None else _filled(row, config, setting)
     turns = row.turns
     if config.messages is not None:
-        value = row.more.get(config.messages, row.metadata.get(config.messages))
-        if value is None:
-            raise _lacking(row, config.messages, f"{setting}.messages")
-        turns = read_chat(row.source, config.messages, value)
+        turns = read_chat(row.source, config.messages, _field(row, config.messages, f"{setting}.messages"))
     if config.template is not None:
         turns = asking(turns, _filled(row, config, setting))
     first = next((place for place, turn in enumerate(turns) if turn["role"] not in FIRST), len(turns))
@@ -93,24 +90,24 @@ def _check_text(row: Prompt, config: ContextConfig, setting: str) -> None:
 
 def _filled(row: Prompt, config: ContextConfig, setting: str) -> str:
     """The template with the row's fields."""
-    fields = {name: _field(row, name, setting) for name in config.template_fields}
+    fields = {name: _text(_field(row, name, f"{setting}.template")) for name in config.template_fields}
     return str(config.template).format(**fields)
 
 
-def _field(row: Prompt, name: str, setting: str) -> str:
-    own = {"prompt": question(row), "answer": row.answer, "completion": row.completion}
-    value = ({**row.more, **row.metadata} | own).get(name)
-    if value is None:
-        raise _lacking(row, name, f"{setting}.template")
+def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _lacking(row: Prompt, name: str, setting: str) -> ConfigError:
-    found = {"prompt": row.prompt, "answer": row.answer, "completion": row.completion, **row.metadata, **row.more}
-    has = ", ".join(f"`{known}`" for known, value in found.items() if value is not None)
-    return ConfigError(
-        f"{row.source} lacks `{name}`, which {setting} names; it has {has}. Give it one, or take the row out"
-    )
+def _field(row: Prompt, name: str, setting: str) -> Any:
+    """What a name in `setting` stands for; a column goes before a key of the metadata."""
+    own = {"prompt": question(row), "answer": row.answer, "completion": row.completion}
+    found = {key: value for key, value in {**row.metadata, **row.more, **own}.items() if value is not None}
+    if name not in found:
+        has = ", ".join(f"`{known}`" for known in found)
+        raise ConfigError(
+            f"{row.source} lacks `{name}`, which {setting} names; it has {has}. Give it one, or take the row out"
+        )
+    return found[name]
 
 
 def _last_user(turns: Sequence[Turn]) -> int:

@@ -43,6 +43,7 @@ READ: dict[str, tuple[dict[str, Any], dict[str, object], str]] = {
     "last-turn": (CHAT, {"template": "{prompt}?"}, "<s>sum<u>1+1<a>2<u>2+2?<a>"),
     "words": (ROW | {"metadata": {"a hint": "add"}}, {"template": "{a hint} {prompt}"}, "<u>add 1+1=<a>"),
     "another-column": (ROW | {"note": "so"}, {"template": "{note} {prompt}"}, "<u>so 1+1=<a>"),
+    "column-and-key": (ROW | {"hint": "so"}, {"template": "{hint} {prompt}"}, "<u>so 1+1=<a>"),
     "messages": (CHAT, {"messages": "theirs"}, "<u>what is 2+2<a>"),
     "messages-of-metadata": (
         ROW | {"metadata": {"chat": [{"role": "user", "content": "sum"}]}},
