@@ -44,9 +44,7 @@ class Sample:
     reference_logprobs: list[float] = field(default_factory=list)
     kl_baseline: list[float] = field(default_factory=list)  # what is taken off the KL; `loss.baseline: kl`
     advantages: list[float] = field(default_factory=list)
-    tail_gaps: list[float] = field(
-        default_factory=list
-    )  # log p − log q − ρ of tokens outside `teacher_top_k`; else NaN
+    tail_gaps: list[float] = field(default_factory=list)  # log p − log q − ρ outside `teacher_top_k`; NaN on it
     student_ranks: list[int] = field(default_factory=list)  # 1: its likeliest token; 0: no token of the tokenizer
     teacher_ranks: list[int] = field(default_factory=list)
     reward: float | None = None  # None: not graded

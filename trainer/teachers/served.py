@@ -60,9 +60,9 @@ class ServedTeacher:
         size = self._config.sequences_per_request
         groups = [samples[first : first + size] for first in range(0, len(samples), size)]
         answers = list(itertools.chain.from_iterable(gather(self._ask, groups, self._config.concurrency)))
-        listed = None if self._lists is None else gather(self._ask_lists, samples, self._config.concurrency)
+        listed = [] if self._lists is None else gather(self._ask_lists, samples, self._config.concurrency)
         self._check(samples, answers)
-        self._check_lists(samples, answers, listed or [])
+        self._check_lists(samples, answers, listed)
         for sample, scored in zip(samples, answers, strict=True):
             sample.teacher_logprobs = [
                 0.0 if not counted else logprob if token < self._vocabulary else UNKNOWN
@@ -75,7 +75,7 @@ class ServedTeacher:
             sample.teacher_ranks = ranks if any(ranks) else []
             if self._top_k is not None:
                 sample.teacher_top_k = self._likeliest(list(itertools.compress(scored.top, sample.loss_mask)))
-        for sample, found in zip(samples, listed, strict=True) if listed is not None else ():
+        for sample, found in zip(samples, listed, strict=False):
             own = [] if self._top_k is None or sample.teacher_top_k is None else [sample.teacher_top_k]
             sample.teacher_top_k = joined([*own, found])
 
