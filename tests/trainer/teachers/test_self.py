@@ -275,12 +275,19 @@ def test_equal_ones_share_their_weights(folder: Path, tmp_path: Path, trace: Tra
         (REWARDED, False),
         ({"teacher__path": ""}, True),
         ({"teacher__path": "", "sampling__on_policy_fraction": 0.5}, False),
+        ({"teacher__path": "", "loss__extrapolate": 1.5, "reference__path": "teacher"}, False),
     ],
-    ids=["rewarded", "alone", "given"],
+    ids=["rewarded", "alone", "given", "away"],
 )
 def test_a_run_that_cannot_begin_says_so(
-    folder: Path, tmp_path: Path, more: Settings, said: bool, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    more: Settings,
+    said: bool,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(folder)
     run = distillation(tmp_path / "run", folder, **{**more, **KINDS["ema"]})
     assert cli.main([*arguments("distill", run), "--dry-run"]) == 0
     assert ("the KL begins at 0 and stays there" in capsys.readouterr().err) == said
