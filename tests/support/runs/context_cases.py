@@ -31,6 +31,15 @@ def asked(text: str) -> list[Turn]:
     return [{"role": "user", "content": text}]
 
 
+def as_read(sample: dict[str, Any]) -> dict[str, Any]:
+    """A logged sample as its teacher reads it."""
+    prompt, begin = sample["teacher_prompt"], len(sample["ids"]) - sample["completion_length"]
+    if prompt is None:
+        return sample
+    ids, mask = prompt + sample["ids"][begin:], [False] * len(prompt) + sample["loss_mask"][begin:]
+    return sample | {"ids": ids, "loss_mask": mask}
+
+
 def of_row(row: Prompt) -> list[Turn]:
     return asked(f"{row.answer} {row.turns[-1]['content']}")
 

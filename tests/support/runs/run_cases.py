@@ -83,6 +83,11 @@ def completion_logprobs(model: Any, sample: dict[str, Any], temperature: float =
     return torch.log_softmax(logits / temperature, -1)[torch.tensor(sample["loss_mask"][1:])]
 
 
+def token_logprobs(model: Any, sample: dict[str, Any]) -> Tensor:
+    """[n], of the tokens that count."""
+    return completion_logprobs(model, sample).gather(1, torch.tensor(counted(sample, "ids"))[:, None])[:, 0]
+
+
 def check_moments(path: Path, model: Any) -> None:
     """After one update from the model's gradients, Adam's means are 1 − β₁ = 0.1 of them."""
     for (name, parameter), found in zip(as_optimized(model), first_moments(path), strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from nods import Nods
-from run_cases import Run, check_equal, check_moments, completion_logprobs, counted, interrupt, run
+from run_cases import Run, check_equal, check_moments, counted, interrupt, run, token_logprobs
 from run_settings import distillation
 from tiny_data import sums, write_jsonl
 from transformers import AutoModelForCausalLM
@@ -30,9 +30,7 @@ def check_first_update(folder: Path, done: Run) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "student")
     losses = []
     for sample in done.samples:
-        ids = torch.tensor(counted(sample, "ids"))
-        logprobs = completion_logprobs(model, sample).gather(1, ids[:, None])[:, 0]
-        losses.append(-logprobs * torch.tensor(counted(sample, "advantages")))
+        losses.append(-token_logprobs(model, sample) * torch.tensor(counted(sample, "advantages")))
     torch.cat(losses).mean().backward()
     check_moments(done.folder, model)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from run_cases import check_equal, completion_logprobs, counted, distilled, interrupt, log
+from run_cases import check_equal, counted, distilled, interrupt, log, token_logprobs
 from run_settings import Settings, arguments, distillation
 from safetensors.torch import load_file
 from tiny_data import read_jsonl
@@ -129,8 +129,7 @@ def test_it_scores_with_the_weights_of_that_moment(folder: Path, tmp_path: Path,
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     parameter.copy_(trace.theirs[at][name])
-            scores = completion_logprobs(model, sample).detach()
-            wanted = scores.gather(1, torch.tensor(counted(sample, "ids"))[:, None])[:, 0]
+            wanted = token_logprobs(model, sample).detach()
             torch.testing.assert_close(torch.tensor(counted(sample, "teacher_logprobs")), wanted, atol=1e-4, rtol=1e-4)
 
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from launches import REPOSITORY
 from peft import LoraConfig, get_peft_model
-from run_cases import completion_logprobs, counted, distilled, log, refusal
+from run_cases import counted, distilled, log, refusal, token_logprobs
 from run_settings import config, distillation, evaluated
 from stub_server import serving
 from tiny_data import model_and_sums, read_jsonl, write_jsonl
@@ -107,9 +107,8 @@ def test_each_data_set_has_its_own_teacher(tmp_path: Path, models: Path, objecti
     assert {s["prompt_index"] for s in samples if s["dataset"] == "chat"} == set(range(5))
     gaps: dict[tuple[int, str], list[float]] = {}
     for sample in samples:
-        scores = completion_logprobs(teachers[sample["dataset"]], sample).detach()
         wanted = torch.zeros(len(sample["ids"]))  # where nothing counts
-        wanted[sample["loss_mask"]] = scores.gather(1, torch.tensor(counted(sample, "ids"))[:, None])[:, 0]
+        wanted[sample["loss_mask"]] = token_logprobs(teachers[sample["dataset"]], sample).detach()
         torch.testing.assert_close(torch.tensor(sample["teacher_logprobs"]), wanted, atol=1e-4, rtol=1e-4)
         ours, theirs = counted(sample, "sampler_logprobs"), counted(sample, "teacher_logprobs")
         for name in ("", sample["dataset"]):

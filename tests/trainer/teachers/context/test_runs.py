@@ -7,19 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from context_cases import HERE, SIBLING
+from context_cases import HERE, SIBLING, as_read
 from run_cases import (
     Run,
     check_equal,
     check_same_weights,
-    completion_logprobs,
     counted,
     distilled,
     interrupt,
     log,
     refusal,
     run,
+    token_logprobs,
 )
 from run_settings import arguments, distillation
 from server_cases import served
@@ -49,16 +48,6 @@ SIBLINGS = SIBLING | {
 }
 
 
-def score_of(model: Any, sample: dict[str, Any], prompt: list[int]) -> list[float]:
-    """The model's log-probs of a sample's tokens after another prompt."""
-    begin = len(sample["ids"]) - sample["completion_length"]
-    read = {"ids": prompt + sample["ids"][begin:], "loss_mask": [False] * len(prompt) + sample["loss_mask"][begin:]}
-    tokens = torch.tensor(counted(sample, "ids"))[:, None]
-    with torch.no_grad():
-        found: list[float] = completion_logprobs(model, read).gather(1, tokens)[:, 0].tolist()
-    return found
-
-
 def without(rows: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in names} for row in rows]
 
@@ -86,8 +75,8 @@ def test_the_teacher_reads_its_prompt_in_a_run(folder: Path, tmp_path: Path, obj
         begin = len(sample["ids"]) - sample["completion_length"]
         assert sample["teacher_text"] == f"<s>in words{tokenizer().decode(sample['ids'][:begin])}"
         found, plain = counted(sample, "teacher_logprobs"), counted(sample, "plain_logprobs")
-        assert found == pytest.approx(score_of(teacher, sample, sample["teacher_prompt"]), abs=1e-5)
-        assert plain == pytest.approx(score_of(teacher, sample, sample["ids"][:begin]), abs=1e-5)
+        assert found == pytest.approx(token_logprobs(teacher, as_read(sample)).tolist(), abs=1e-5)
+        assert plain == pytest.approx(token_logprobs(teacher, sample).tolist(), abs=1e-5)
         assert found != pytest.approx(plain, abs=1e-2)
         gaps[sample["step"]] += [a - b for a, b in zip(found, plain, strict=True)]
     for row in done.metrics:
@@ -109,7 +98,7 @@ def test_a_student_teaches_itself_what_it_is_told(
     done = run(tmp_path / "run", folder, **SYSTEM, **options, loss__objective=objective)
     student: Any = AutoModelForCausalLM.from_pretrained(folder / "student")
     for sample in done.samples:
-        wanted = score_of(student, sample, sample["teacher_prompt"])
+        wanted = token_logprobs(student, as_read(sample)).tolist()
         assert counted(sample, "teacher_logprobs") == pytest.approx(wanted, abs=1e-5)
         assert counted(sample, "plain_logprobs") == pytest.approx(counted(sample, "sampler_logprobs"), abs=1e-4)
     assert done.metrics[0]["optim/grad_norm"] > 0.01
@@ -251,7 +240,7 @@ def test_all_that_follows_a_prompt_follows_the_teachers(
     done = run(tmp_path / "run", models, **SYSTEM, **options, **length, optim__steps=2)
     teacher: Any = AutoModelForCausalLM.from_pretrained(models / "teacher")
     for sample in (sample for sample in done.samples if max(sample["ids"]) < teacher.config.vocab_size):
-        wanted = score_of(teacher, sample, sample["teacher_prompt"])
+        wanted = token_logprobs(teacher, as_read(sample)).tolist()
         assert counted(sample, "teacher_logprobs") == pytest.approx(wanted, abs=1e-5)
     assert any(sample["given"] for sample in done.samples) == (way == "given")
     follow = [sample["completion_length"] - sum(sample["loss_mask"]) for sample in done.samples]
@@ -276,8 +265,8 @@ def test_scores_of_completions_after_another_prompt(
     teacher: Any = AutoModelForCausalLM.from_pretrained(folder / "teacher")
     for row, sample in zip(sums(), read_jsonl(tmp_path / "scores.jsonl"), strict=True):
         assert tokenizer().decode(sample["ids"]) == f"<u>{row['answer']} {row['prompt']}<a>{row['completion']}<eos>"
-        wanted = completion_logprobs(teacher, sample).gather(1, torch.tensor(counted(sample, "ids"))[:, None])[:, 0]
-        assert counted(sample, "logprobs") == pytest.approx(wanted.tolist(), abs=1e-5)
+        wanted = token_logprobs(teacher, sample).tolist()
+        assert counted(sample, "logprobs") == pytest.approx(wanted, abs=1e-5)
     other = settings | {"model.context.template": "{prompt}"}
     refusal(capsys, "score", other, "model.context.template")
     function = {"model.context.function": f"{HERE}.of_samples", "model.context.trust_context": "true"}

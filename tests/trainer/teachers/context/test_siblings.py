@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from context_cases import SIBLING, prompts_of
+from context_cases import SIBLING, as_read, prompts_of
 from hypothesis import given
 from hypothesis import strategies as st
-from run_cases import Run, check_moments, completion_logprobs, counted, distilled, refusal, run
+from run_cases import Run, check_moments, completion_logprobs, counted, distilled, refusal, run, token_logprobs
 from run_settings import arguments, config, distillation
 from server_cases import served
 from stub_server import serving
@@ -129,11 +129,8 @@ def test_runs(folder: Path, tmp_path: Path, kind: str, objective: str) -> None:
             question = tokenizer().decode(sample["ids"][1 : begin - 1])
             told = right is not None and sample["reward"] == 0
             assert sample.get("teacher_text") == (f"<u>{question}={written(right)}<a>" if told and right else None)
-            prompt = sample["teacher_prompt"] or sample["ids"][:begin]
-            read = {"ids": prompt + sample["ids"][begin:]}
-            read["loss_mask"] = [False] * len(prompt) + sample["loss_mask"][begin:]
-            wanted = completion_logprobs(model, read).gather(1, torch.tensor(counted(sample, "ids"))[:, None])[:, 0]
-            assert counted(sample, "teacher_logprobs") == pytest.approx(wanted.tolist(), abs=1e-5)
+            wanted = token_logprobs(model, as_read(sample)).tolist()
+            assert counted(sample, "teacher_logprobs") == pytest.approx(wanted, abs=1e-5)
             reads, alone = reads + told, alone + (right is None)
     (row,) = done.metrics
     assert 0 < reads < len(done.samples)
@@ -160,10 +157,7 @@ def test_what_is_masked_is_not_there(folder: Path, tmp_path: Path, substeps: int
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("student", "teacher"))
     values = []
     for sample in done.samples:
-        begin = len(sample["ids"]) - sample["completion_length"]
-        prompt = sample["teacher_prompt"] or sample["ids"][:begin]
-        read = {"ids": prompt + sample["ids"][begin:], "loss_mask": [False] * len(prompt) + sample["loss_mask"][begin:]}
-        p, q = completion_logprobs(student, sample), completion_logprobs(teacher, read).detach()
+        p, q = completion_logprobs(student, sample), completion_logprobs(teacher, as_read(sample)).detach()
         values.append((p.exp() * (p - q)).sum(-1))
     torch.cat(values).mean().backward()
     assert row["loss"] == pytest.approx(torch.cat(values).mean().item(), rel=1e-4)
