@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 import torch
 from tiny_models import tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from fastkl.trainer.servers import connection
 
 Row = tuple[float, int, dict[int, float]]
 Trouble = int | str  # a status, or "reset", "slow", "no-json", "a-list"
@@ -223,11 +226,14 @@ def handler(stub: StubServer) -> type[BaseHTTPRequestHandler]:
 def serving(
     model: Path, words: PreTrainedTokenizerFast | None = None, kind: Callable[..., Stub] = StubServer
 ) -> Iterator[Stub]:
+    """The stub of a model folder over HTTP. Meanwhile nobody pauses for long before asking again."""
     stub = kind(model, words)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler(stub))
     server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that have gone
     stub.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield stub
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connection, "RETRY_PAUSE", 0.01)
+        yield stub
     server.shutdown()
     server.server_close()

@@ -19,7 +19,6 @@ from fastkl.head import fuse
 from fastkl.trainer.config.teacher import TeacherConfig, TeacherServerConfig
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import ConfigError, RunError, ServerError
-from fastkl.trainer.servers import connection
 from fastkl.trainer.servers.answers import BadAnswer
 from fastkl.trainer.servers.connection import Connection
 from fastkl.trainer.servers.listed import ListServer
@@ -36,8 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def stub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubServer]:
-    monkeypatch.setattr(connection, "RETRY_PAUSE", 0.01)
+def stub(folder: Path) -> Iterator[StubServer]:
     with serving(folder) as server:
         server.scores_lists = True
         yield server

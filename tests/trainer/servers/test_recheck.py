@@ -17,7 +17,6 @@ from fastkl.trainer.config.server import ServerConfig
 from fastkl.trainer.config.teacher import TeacherConfig, TeacherServerConfig
 from fastkl.trainer.data.samples import Sample, make_sample
 from fastkl.trainer.errors import ServerError
-from fastkl.trainer.servers import connection
 from fastkl.trainer.servers.answers import BadAnswer
 from fastkl.trainer.servers.completions import Api, CompletionsServer, Scores
 from fastkl.trainer.servers.connection import Connection
@@ -36,8 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def stub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubServer]:
-    monkeypatch.setattr(connection, "RETRY_PAUSE", 0.0)
+def stub(folder: Path) -> Iterator[StubServer]:
     with serving(folder) as server:
         yield server
 

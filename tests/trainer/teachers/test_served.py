@@ -33,8 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def stub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubServer]:
-    monkeypatch.setattr(connection, "RETRY_PAUSE", 0.01)
+def stub(folder: Path) -> Iterator[StubServer]:
     with serving(folder) as server:
         yield server
 

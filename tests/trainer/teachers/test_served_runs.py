@@ -13,15 +13,13 @@ from stub_server import StubServer, serving
 from tiny_models import CHAT_TEMPLATE, llama, tokenizer
 
 from fastkl import cli
-from fastkl.trainer.servers import connection
 
 STEPS = 4
 KEY = "sk-very-secret"
 
 
 @pytest.fixture
-def stub(dropout: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubServer]:
-    monkeypatch.setattr(connection, "RETRY_PAUSE", 0.01)
+def stub(dropout: Path) -> Iterator[StubServer]:
     with serving(dropout / "teacher") as server:
         yield server
 

@@ -24,7 +24,7 @@ from fastkl.trainer.data.sources import load_prompts
 from fastkl.trainer.errors import ConfigError, ServerError
 from fastkl.trainer.rollouts.samplers.served import ServedSampler, connect_sampling
 from fastkl.trainer.runs.processes import start
-from fastkl.trainer.servers import connection, generation
+from fastkl.trainer.servers import generation
 from fastkl.trainer.servers.completions import BadAnswer
 from fastkl.trainer.student import Student
 
@@ -36,8 +36,7 @@ PROMPTS = [[3, 7, 8], [9, 10, 11, 12], [3, 7, 8], [20]]
 
 
 @pytest.fixture
-def stub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubVllm]:
-    monkeypatch.setattr(connection, "RETRY_PAUSE", 0.01)
+def stub(folder: Path) -> Iterator[StubVllm]:
     with serving(folder / "student", kind=StubVllm) as server:
         yield server
 
