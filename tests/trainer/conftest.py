@@ -61,6 +61,12 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher whose head is not its embedding."""
+    return save_model(tmp_path_factory.mktemp("untied") / "teacher", seed=1, tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="session")
 def dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Attention dropout makes an update depend on the random state too, which a checkpoint must therefore hold."""
     return pair_and_sums(tmp_path_factory.mktemp("dropout"), attention_dropout=0.2)

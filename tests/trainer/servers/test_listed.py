@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from stub_server import StubServer, serving
-from tiny_models import save_model, tokenizer
+from tiny_models import tokenizer
 
 from fastkl.head import fuse
 from fastkl.trainer.config.teacher import TeacherConfig, TeacherServerConfig
@@ -29,14 +29,9 @@ WORDS = tokenizer()
 K = 4
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "teacher", seed=1, tie_word_embeddings=False)
-
-
 @pytest.fixture
-def stub(folder: Path) -> Iterator[StubServer]:
-    with serving(folder) as server:
+def stub(untied: Path) -> Iterator[StubServer]:
+    with serving(untied) as server:
         server.scores_lists = True
         yield server
 

@@ -27,14 +27,9 @@ WORDS = tokenizer()
 APIS = ("prompt_logprobs", "echo")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "teacher", seed=1, tie_word_embeddings=False)
-
-
 @pytest.fixture
-def stub(folder: Path) -> Iterator[StubServer]:
-    with serving(folder) as server:
+def stub(untied: Path) -> Iterator[StubServer]:
+    with serving(untied) as server:
         yield server
 
 
@@ -214,8 +209,8 @@ OTHERS = {"permuted": CHARACTERS[::-1], "fewer": CHARACTERS.replace("e", "")}
 
 @pytest.mark.parametrize("characters", OTHERS.values(), ids=OTHERS)
 @pytest.mark.parametrize("api", APIS)
-def test_another_tokenizer_is_found_by_asking(folder: Path, api: str, characters: str) -> None:
-    with serving(folder, tokenizer(characters)) as stub:
+def test_another_tokenizer_is_found_by_asking(untied: Path, api: str, characters: str) -> None:
+    with serving(untied, tokenizer(characters)) as stub:
         message = r"tokenizes differently \(the same text gives \d+ tokens here and \d+ there.*student's family"
         for trusted in (False, True):
             with pytest.raises(ConfigError, match=message):
@@ -224,8 +219,8 @@ def test_another_tokenizer_is_found_by_asking(folder: Path, api: str, characters
 
 @pytest.mark.parametrize("characters", OTHERS.values(), ids=OTHERS)
 @pytest.mark.parametrize("api", APIS)
-def test_another_tokenizer_is_found_by_the_texts_of_its_tokens(folder: Path, api: str, characters: str) -> None:
-    with serving(folder, tokenizer(characters)) as stub:
+def test_another_tokenizer_is_found_by_the_texts_of_its_tokens(untied: Path, api: str, characters: str) -> None:
+    with serving(untied, tokenizer(characters)) as stub:
         stub.tokenizes = False
         with pytest.raises(ConfigError, match=r"id \d+ is '\S' in the student's tokenizer and .*teacher\.tokenizer"):
             connected(stub, api=api)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from property_settings import PROPERTY
 from stub_server import serving
-from tiny_models import llama, save_model, tokenizer
+from tiny_models import llama, tokenizer
 from torch import Tensor
 
 from fastkl.head import fuse
@@ -104,11 +105,10 @@ def test_flops_are_of_what_is_read() -> None:
     assert [len(sample.ids) for sample in read] == [6, 7, 5, 6]
 
 
-def test_a_server_says_the_same(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = save_model(tmp_path_factory.mktemp("models") / "teacher", seed=1, tie_word_embeddings=False)
+def test_a_server_says_the_same(untied: Path) -> None:
     here, there = samples(), samples()
     routed("padded", temperature=1.0, top_k=3).score(here)
-    with serving(folder) as stub:
+    with serving(untied) as stub:
         config = TeacherConfig(server=TeacherServerConfig(url=stub.url, model="stub", sequences_per_request=2))
         server = connect(config, tokenizer(), temperature=1.0, longest=[3] * 20, remedy="", top_k=3)
         RoutedTeacher({"": server}).score(there)
