@@ -25,6 +25,9 @@ SIBLING: dict[str, object] = {
     "teacher__context__sibling__solution": "={text}",
     "teacher__context__sibling__feedback": " -{text}",
 }
+# Some of three samples succeed.
+GRADED: dict[str, object] = {"reward__grader": "regex:^[0-9a-h]", "sampling__samples_per_prompt": 3}
+SAMPLES = GRADED | {"teacher__context__function": f"{HERE}.of_samples", "teacher__context__trust_context": "true"}
 
 
 def asked(text: str) -> list[Turn]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from composites import composite
-from context_cases import SIBLING
+from context_cases import GRADED, SAMPLES, SIBLING
 from launches import REPOSITORY, free_port, give_samples, together
 from run_cases import PEERS, check_equal, check_same, log
 from run_settings import arguments, distillation, evaluated
@@ -81,13 +81,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "rounded": {"sampling__dtype": "bfloat16"},
     "context": {"teacher__context__system": "in words", "loss__objective": "top_k"},
     "context-whole": {"teacher__context__system": "in words", "loss__objective": "reverse_kl"},
-    "context-samples": {
-        "teacher__context__function": "context_cases.of_samples",
-        "teacher__context__trust_context": "true",
-        "reward__grader": "regex:[0-9]",
-        "sampling__samples_per_prompt": 2,
-    },
-    "siblings": SIBLING | {"reward__grader": "regex:^[0-9a-h]", "reward__coef": 0, "sampling__samples_per_prompt": 3},
+    "context-samples": SAMPLES | {"reward__grader": "regex:[0-9]", "sampling__samples_per_prompt": 2},
+    "siblings": SIBLING | GRADED | {"reward__coef": 0},
     "base": BASE | {"loss__objective": "policy_gradient"},
     "base-whole": BASE | {"loss__objective": "reverse_kl"},
     "live": LIVE,

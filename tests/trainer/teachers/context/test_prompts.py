@@ -199,7 +199,7 @@ def test_a_thought_that_is_opened_on_one_side_alone(
     with pytest.raises(ConfigError) as error:
         prompts_of(tmp_path, [{"messages": turns, "theirs": CHAT["theirs"]}], context, words)
     said = str(error.value)
-    assert said.index(f"the student's prompt ends in {''}") < said.index(tails[0]) < said.rindex(tails[1])
+    assert said.index("the student's prompt ends in ") < said.index(tails[0]) < said.rindex(tails[1])
     assert "rows.jsonl:1" in said
     assert "by teacher.context" in said
     both = prompts_of(tmp_path, [{"messages": turns, "theirs": turns}], {"messages": "theirs"}, words)[0]

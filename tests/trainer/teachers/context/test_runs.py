@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from context_cases import HERE, SIBLING, as_read
+from context_cases import GRADED, HERE, SAMPLES, SIBLING, as_read
 from run_cases import (
     Run,
     check_equal,
@@ -34,18 +34,7 @@ from fastkl.trainer.runs.report.samples import page_samples
 OBJECTIVES = ["policy_gradient", "reverse_kl", "top_k"]
 SYSTEM: dict[str, object] = {"teacher__context__system": "in words"}
 OWN = ("teacher_prompt", "teacher_text", "plain_logprobs")
-SAMPLES: dict[str, object] = {
-    "teacher__context__function": f"{HERE}.of_samples",
-    "teacher__context__trust_context": "true",
-    "reward__grader": "regex:^[0-9a-h]",
-    "sampling__samples_per_prompt": 3,
-}
-
-SIBLINGS = SIBLING | {
-    "reward__grader": "regex:^[0-9a-h]",
-    "reward__coef": 0,
-    "sampling__samples_per_prompt": 3,
-}
+SIBLINGS = SIBLING | GRADED | {"reward__coef": 0}
 
 
 def without(rows: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:

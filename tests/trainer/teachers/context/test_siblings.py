@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from context_cases import SIBLING, as_read, prompts_of
+from context_cases import GRADED, SIBLING, as_read, prompts_of
 from hypothesis import given
 from hypothesis import strategies as st
 from run_cases import Run, check_moments, completion_logprobs, counted, distilled, refusal, run, token_logprobs
@@ -27,8 +27,7 @@ from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.teachers.context.attempts import Attempt, Told
 from fastkl.trainer.teachers.context.siblings import Siblings
 
-REWARD: dict[str, object] = {"reward__grader": "regex:^[0-9a-h]", "sampling__samples_per_prompt": 3}
-SETTINGS = REWARD | SIBLING
+SETTINGS = GRADED | SIBLING
 SAYS: dict[str, object] = {"environment__name": "class:nods.Says", "environment__trust": "true"}
 
 
@@ -216,7 +215,7 @@ def test_an_entry_of_a_mixture(folder: Path, tmp_path: Path) -> None:
     data, path = {"path": str(folder / "sums.jsonl")}, str(folder / "teacher")
     context = {"function": "sibling", "sibling": {"template": "{prompt}{solution}", "solution": "={text}"}}
     entries = {"a": {"data": data, "teacher": {"path": path, "context": context}}, "b": {"data": data}}
-    settings = distillation(tmp_path / "run", folder, **REWARD, data__path="null", optim__steps=1, reward__coef=0)
+    settings = distillation(tmp_path / "run", folder, **GRADED, data__path="null", optim__steps=1, reward__coef=0)
     done = Run.of(distilled(settings | {"mixture": json.dumps(entries)}))
     names = [sample["dataset"] for sample in done.samples]
     assert names.count("b") == 9
