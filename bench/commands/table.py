@@ -13,8 +13,7 @@ import argparse
 import re
 from pathlib import Path
 
-from bench.estimators import tables as estimators
-from bench.tables import integrations, losses, objectives
+from bench.tables import estimators, integrations, losses, objectives
 
 TABLES = integrations.TABLES | losses.TABLES | estimators.TABLES | objectives.TABLES
 ROOT = Path(__file__).parents[2]
