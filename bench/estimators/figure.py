@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.estimators.study import USUAL_K, usual_k
 from bench.lib.sparse_figure import tidy
 
 Report = dict[str, Any]
@@ -26,10 +27,10 @@ LINES = (
     Line("sampled", "-", 3, {"estimator": "sampled", "baseline": "none"}),
     Line("sampled, the batch's mean as baseline", "--", 3, {"estimator": "sampled", "baseline": "mean"}),
     Line("sampled, the exact KL as baseline", ":", 3, {"estimator": "sampled", "baseline": "kl"}),
-    Line("teacher's 20, bucket", "-", 0, {**BUCKET, "of": "teacher"}),
+    Line("teacher's k, bucket", "-", 0, {**BUCKET, "of": "teacher"}),
     Line("… and the sampled tail at weight ½", ":", 0, {**TAIL, "of": "teacher", "parameter": 0.5}),
     Line("… and the sampled tail", "--", 0, {**TAIL, "of": "teacher", "parameter": 1.0}),
-    Line("student's 20, bucket", "-", 2, {**BUCKET, "of": "student"}),
+    Line("student's k, bucket", "-", 2, {**BUCKET, "of": "student"}),
     Line("… and the sampled tail at weight ½", ":", 2, {**TAIL, "of": "student", "parameter": 0.5}),
     Line("… and the sampled tail", "--", 2, {**TAIL, "of": "student", "parameter": 1.0}),
 )
@@ -58,7 +59,7 @@ def error(row: dict[str, Any], tokens: float) -> float | None:
     return float((row["limit_bias"] ** 2 + row["limit_noise"] / tokens) ** 0.5)
 
 
-def found(report: Report, wanted: dict[str, Any], k: int = 20) -> dict[str, Any] | None:
+def found(report: Report, wanted: dict[str, Any], k: int = USUAL_K) -> dict[str, Any] | None:
     """The row that has what is wanted, on lists of k where it has a list, and with ρ + c where it has a ρ."""
     for row in report["rows"]:
         other = row["k"] not in (None, k) or row["baseline"] == "ρ"
@@ -68,7 +69,7 @@ def found(report: Report, wanted: dict[str, Any], k: int = 20) -> dict[str, Any]
 
 
 def _draw(panel: Any, report: Report, colours: Sequence[str]) -> None:
-    k = max((row["k"] for row in report["rows"] if (row["k"] or 21) <= 20), default=20)
+    k = usual_k(entry["k"] for entry in report["lists"])
     for line in LINES:
         row = found(report, line.row, k)
         if row is not None and row["limit_bias"] is not None:
@@ -76,5 +77,5 @@ def _draw(panel: Any, report: Report, colours: Sequence[str]) -> None:
             panel.plot(TOKENS, errors, label=line.label, color=colours[line.colour], linestyle=line.style)
     conditions = report["conditions"]
     panel.set(xscale="log", yscale="log", xlabel="tokens per optimizer step", ylabel="relative error of the gradient")
-    panel.set_title(f"{conditions['label']}: KL {conditions['kl']:.2f} nats", fontsize=10)
+    panel.set_title(f"{conditions['label']}: KL {conditions['kl']:.2f} nats, k = {k}", fontsize=10)
     tidy(panel)

@@ -13,7 +13,7 @@ Keys of the report's `rows`, one for each estimator:
     limit_bias              head_bias of a batch without end
     limit_noise             noise² of a batch of n tokens is limit_noise / n, relative to the gradient of one without end
     tokens                  n at which the bucket on the same list errs as much (without a list: on the teacher's 20, or the
-                            largest smaller k). With more tokens this estimator is the better one
+                            k of `usual_k`). With more tokens this estimator is the better one
 
 `limit_…` and `tokens` are null where the batch is too small to tell a gradient from its scatter. g is the gradient of the
 reverse KL; a power's is that of its own divergence, but `cosine` is to the reverse KL's.
@@ -22,7 +22,7 @@ reverse KL; a power's is that of its own divergence, but `cosine` is to the reve
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -122,7 +122,7 @@ class Study:
     def estimators(self) -> Iterator[Row]:
         """A row of the report for each."""
         ks = [k for of, k in self._buckets if of == "teacher"]
-        yield from self._without_list(self._buckets["teacher", max((k for k in ks if k <= USUAL_K), default=ks[0])])
+        yield from self._without_list(self._buckets["teacher", usual_k(ks)])
         for of, k in self._buckets:
             yield from self._with_list(of, k)
         for k, formula in itertools.product(ks, (formulas.renormalise, formulas.drop)):
@@ -132,7 +132,7 @@ class Study:
     def _without_list(self, bucket: Error) -> Iterator[Row]:
         baselines = {"none": torch.zeros_like(self._kl), "mean": self._d.mean().expand_as(self._kl), "kl": self._kl}
         for name, values in baselines.items():
-            noise = self._noise(partial(_off_baseline, values))
+            noise = self._noise(partial(_weight, partial(_sampled, values)))
             yield self._row(_label("sampled", baseline=name), NO_ERROR, noise, bucket)
         for bound in BOUNDS:
             build = partial(_of_rows, partial(formulas.clipped, bound=bound))
@@ -207,6 +207,12 @@ class Study:
         return sum(float(torch.special.entr(of(part.rows)).sum()) for part in self._parts) / len(self._d)
 
 
+def usual_k(ks: Iterable[int]) -> int:
+    """The lists that estimators without one are compared with, and that are drawn: of 20, or nearly so many."""
+    listed = sorted(ks)
+    return max((k for k in listed if k <= USUAL_K), default=listed[0])
+
+
 def _part(samples: Samples, span: slice, k: int) -> Part:
     log_p, log_q = samples.log_p[span], samples.log_q[span]
     rows = formulas.rows_of(log_p, log_q)
@@ -225,8 +231,8 @@ def _weight(build: Callable[[Part], Estimator], part: Part) -> Tensor:
     return weight
 
 
-def _off_baseline(baseline: Tensor, part: Part) -> Tensor:
-    return part.rows.d - baseline[part.span]
+def _sampled(baseline: Tensor, part: Part) -> Estimator:
+    return formulas.sampled(part.rows, baseline[part.span])
 
 
 def _off_list(of: str, k: int, baseline: Tensor, part: Part) -> Tensor:

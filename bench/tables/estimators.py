@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.estimators.figure import error, found
+from bench.estimators.study import USUAL_K
 from bench.lib.markdown import Report, table
 from bench.lib.report import read_result
 
@@ -136,7 +137,7 @@ def _conditions(report: Report) -> dict[str, Any]:
 
 
 def _list(report: Report, of: str) -> dict[str, Any]:
-    return next(row for row in report["lists"] if row["of"] == of and row["k"] == 20)
+    return next(row for row in report["lists"] if row["of"] == of and row["k"] == USUAL_K)
 
 
 def _figure(row: dict[str, Any] | None, key: str) -> str:
