@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ |= {
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-}  # models this small leave nothing for a second thread to do
+# Models this small leave nothing for a second thread to do.
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+import make
 
 from fastkl.trainer.commands.command_line import parse
 from fastkl.trainer.distill import distill
@@ -42,9 +42,6 @@ SHARES = ("sibling", "masked", "fallback")
 
 def main() -> None:
     seeds = [int(word) for word in sys.argv[1:]] or [0, 1, 2]
-    sys.path.insert(0, str(HERE))
-    import make
-
     make.main()
     if not (RUNS / "student" / "student").is_dir():
         sft(parse(["sft", str(HERE / "student.yaml")])[1])
@@ -56,10 +53,10 @@ def main() -> None:
 
 
 def arm(name: str, control: str | None, seed: int) -> dict[str, Any]:
-    run = RUNS / f"{name}{f'_{control}' if control else ''}-{seed}"
+    config = parse(words(name, control, seed))[1]
+    run = Path(config.run)
     if not (run / "student").is_dir():
-        options = [f"--run={run}", f"--seed={seed}", *([f"--loss.control={control}"] if control else [])]
-        distill(parse(["distill", str(HERE / f"{name}.yaml"), *options])[1])
+        distill(config)
     rows = read_jsonl(run / "metrics.jsonl")
     found: dict[str, Any] = {"accuracy": [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]}
     found["flops"] = sum(value for row in rows for key, value in row.items() if key.startswith("flops/"))
@@ -68,6 +65,13 @@ def arm(name: str, control: str | None, seed: int) -> dict[str, Any]:
         values = [row[key] for row in rows if (key := f"context/{share}_fraction") in row]
         found |= {share: statistics.mean(values)} if values else {}
     return found
+
+
+def words(name: str, control: str | None, seed: int) -> list[str]:
+    """The command line of an arm."""
+    run = RUNS / f"{name}{f'_{control}' if control else ''}-{seed}"
+    controlled = [f"--loss.control={control}"] if control else []
+    return ["distill", str(HERE / f"{name}.yaml"), f"--run={run}", f"--seed={seed}", *controlled]
 
 
 def table(result: dict[str, dict[str, Any]]) -> str:

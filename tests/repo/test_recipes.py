@@ -105,6 +105,7 @@ def test_worked_solutions_are_right(recipe: Load, tmp_path: Path) -> None:
     (tasks,) = recipe("reasoning/smollm2", "tasks")
     tasks.write_data(tmp_path)
     counts = {"train": tasks.TRAINING, "heldout": tasks.HELD_OUT, "test": tasks.TEST}
+    verifiers = {task: gym.get_score_answer_fn(task) for task in tasks.TASKS}  # making one reads its data set
     rows = []
     for name, count in counts.items():
         part = read_jsonl(tmp_path / f"{name}.jsonl")
@@ -113,7 +114,7 @@ def test_worked_solutions_are_right(recipe: Load, tmp_path: Path) -> None:
     assert len({row["prompt"] for row in rows}) == len(rows)
     for row in rows:
         *steps, answer = row["completion"].split("\n")
-        verify = gym.get_score_answer_fn(row["metadata"]["source_dataset"])
+        verify = verifiers[row["metadata"]["source_dataset"]]
         found = answer.removeprefix("<answer>").removesuffix("</answer>")
         assert verify(answer=found, entry={"answer": row["answer"], "metadata": row["metadata"]}) == 1.0
         for step in steps:
@@ -256,6 +257,30 @@ def test_table_of_results(recipe: Load) -> None:
     (measure,) = recipe("self_distillation", "measure")
     table = measure.table({"prompted": {"does": 0.5}, "sft-0": {"does": 0.25, "capitals": 1.0, "flops": 1.2e12}})
     assert table.splitlines()[2:] == ["| prompted | 50% |  |  |  |  |", "| sft-0 | 25% |  |  | 100% | 1.2e+12 |"]
+
+
+def test_arms_and_table_of_the_feedback_recipe(recipe: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "1")  # as the script sets them: they are restored
+    (compare,) = recipe("feedback", "compare")
+    configs = [parse(compare.words(*arm, seed))[1] for arm in compare.ARMS for seed in (0, 1)]
+    assert len({config.run for config in configs}) == len(configs)
+    assert [config.loss.control for config in configs[::2]] == [control for _, control in compare.ARMS]
+    seeds = {
+        f"sdpo - {seed}": {"accuracy": [0.2, after], "flops": 2e9, "masked": 0.5}
+        for seed, after in enumerate((0.3, 0.5))
+    }
+    assert compare.table(seeds).split() == [
+        "sdpo",
+        "-",
+        "40.0%",
+        "(30.0%,",
+        "50.0%)",
+        "2.0e+09",
+        "FLOPs",
+        "masked",
+        "0.50",
+    ]
 
 
 @pytest.mark.parametrize("name", ["sdpo", "sdpo_sampled", "rlsd"])
