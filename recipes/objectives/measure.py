@@ -174,7 +174,6 @@ def best_rate(scale: str, objective: str, tokens: int) -> float:
 
 def prepare_tiny() -> None:
     """The demo's teacher, and the student of recipes/reasoning."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     if Path("runs/reasoning/tiny/student/student").exists():
         return
     sys.path.insert(0, str(HERE.parent / "reasoning"))

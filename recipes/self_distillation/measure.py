@@ -208,8 +208,8 @@ def grade(part: Part, name: str, path: Path, *, prompted: bool = False) -> None:
         known[name] |= model.kept()
     if name not in UNTRAINED:
         known[name]["flops"] = total_flops(path.parent)
-    plan = part.folder / f"written-{name.removeprefix('sft-')}.json"
     if name.startswith("sft-"):
+        plan = part.folder / f"written-{name.removeprefix('sft-')}.json"
         known[name]["flops"] += json.loads(plan.read_text())["writing"]
     write_text(results, json.dumps(known, indent=1) + "\n")
     print(name, json.dumps(known[name]), flush=True)
