@@ -32,7 +32,6 @@ from fastkl.trainer.runs.files import read_jsonl, write_text
 
 HERE, RUNS = Path(__file__).parent, Path("runs/objectives")
 SEEDS = (1, 2, 3)  # 0 chooses the learning rate
-LAST = 10  # steps whose mean is where a run ends
 Settings = dict[str, Any]
 
 
@@ -44,6 +43,8 @@ class Scale:
     batches: dict[int, int]
     """Prompts per step, by about how many tokens an optimizer step has."""
     top_k: int
+    last: int
+    """Steps whose mean is where a run ends."""
     prepare: Callable[[], None]
 
 
@@ -88,7 +89,9 @@ def main() -> None:
             given.jobs,
         )
         chosen = {name: best_rate(given.scale, name, size) for name in leading}
-        run_all(given.scale, (Run(n, size, rate, seed) for seed in SEEDS for n, rate in chosen.items()), given.jobs)
+        run_all(
+            given.scale, (Run(n, size, rate, seed) for seed in given.seeds for n, rate in chosen.items()), given.jobs
+        )
 
 
 def arguments() -> argparse.Namespace:
@@ -97,6 +100,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, help="run these, all by default")
     parser.add_argument("--tokens", type=int, nargs="+", help="run these sizes of an optimizer step, all by default")
     parser.add_argument("--rates", type=float, nargs="+", help="try these learning rates, the scale's by default")
+    parser.add_argument(
+        "--seeds", type=int, nargs="*", default=SEEDS, help="repeat the best with these; without any, only choose"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="run so many at once, a core each")
     return parser.parse_args()
 
@@ -129,7 +135,8 @@ def execute(scale: str, run: Run) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with folder.with_name(f"{run.folder}.log").open("a") as log:
         subprocess.run(command, env=environment, stdout=log, stderr=log, check=True)
-    write_text(folder / "result.json", json.dumps(asdict(run) | summary(read_jsonl(folder / "metrics.jsonl"))) + "\n")
+    result = asdict(run) | summary(scale, read_jsonl(folder / "metrics.jsonl"))
+    write_text(folder / "result.json", json.dumps(result) + "\n")
     print(run.folder, flush=True)
 
 
@@ -149,12 +156,12 @@ def words(scale: str, run: Run) -> list[str]:
     return ["distill", str(HERE / f"{scale}.yaml"), *options]
 
 
-def summary(metrics: list[Settings]) -> Settings:
+def summary(scale: str, metrics: list[Settings]) -> Settings:
     """Where a run ended, and its curves by step."""
     kl = {row["step"]: row["teacher_kl"] for row in metrics if "teacher_kl" in row}
     accuracy = {row["step"]: row["eval/accuracy"] for row in metrics if "eval/accuracy" in row}
     return {
-        "teacher_kl": fmean(list(kl.values())[-LAST:]),
+        "teacher_kl": fmean(list(kl.values())[-SCALES[scale].last :]),
         "accuracy": accuracy[max(accuracy)] if accuracy else None,
         "curves": {"teacher_kl": kl, "accuracy": accuracy},
     }
@@ -189,8 +196,8 @@ def prepare_smollm2() -> None:
 
 
 SCALES = {
-    "tiny": Scale((2e-4, 6e-4, 2e-3), {1000: 160, 4000: 600, 16000: 2400}, 3, prepare_tiny),
-    "smollm2": Scale((1e-4, 2e-4, 4e-4), {1000: 44, 4000: 176}, 20, prepare_smollm2),
+    "tiny": Scale((2e-4, 6e-4, 2e-3), {1000: 160, 4000: 600, 16000: 2400}, 3, 10, prepare_tiny),
+    "smollm2": Scale((1e-4, 2e-4, 4e-4), {600: 16, 4000: 100}, 20, 3, prepare_smollm2),
 }
 
 if __name__ == "__main__":
