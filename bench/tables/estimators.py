@@ -11,7 +11,7 @@ from bench.lib.markdown import Report, table
 from bench.lib.report import read_result
 
 Wanted = dict[str, dict[str, Any]]  # rows of a report, by what they are called
-PAIRS = ("pruned", "drop2", "qwen")
+PAIRS = ("pruned", "healed", "drop2", "qwen")
 STEPS = (1000, 4000, 16000)
 BIASED: Wanted = {
     "`bucket`, the teacher's k": {"estimator": "bucket", "of": "teacher"},
