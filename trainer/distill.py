@@ -46,7 +46,7 @@ from fastkl.trainer.rollouts.samplers.served import SamplingServer, ServedSample
 from fastkl.trainer.rollouts.single_turn import Responder, SingleTurn
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder
-from fastkl.trainer.runs.identity import Identity, rows_fingerprint, weights_fingerprint
+from fastkl.trainer.runs.identity import Identity, rows_fingerprint, rows_of, weights_fingerprint
 from fastkl.trainer.runs.listener import SILENT, Clock, Listener
 from fastkl.trainer.runs.start import start_run
 from fastkl.trainer.student import Student
@@ -171,11 +171,12 @@ def prepare(config: DistillConfig) -> Prepared:
     """
     tokenizer = load_tokenizer(config.student)
     environment = make_environment(config.environment)
-    data_sets = read_data_sets(config, tokenizer)
+    with_given = config.sampling.on_policy_fraction < 1
+    data_sets = read_data_sets(config.data_sets(), tokenizer, with_given=with_given)
     prompts = [prompt for data_set in data_sets for prompt in data_set.prompts]
     teacher_prompts = TeacherPrompts(config, data_sets, tokenizer)
     note(f"{len(prompts)} prompts read and encoded")
-    remark_on_data_sets(data_sets, config.sampling.prompts_per_step)
+    remark_on_data_sets(data_sets, config.sampling.prompts_per_step, "sampling.prompts_per_step")
     longest = max(len(p.tokens) for data_set in [*data_sets, *teacher_prompts.data_sets] for p in data_set.prompts)
     remark_on_length(longest + config.sampling.max_new_tokens, config.batch.max_tokens)
     if (control := remark(config.loss.control)) is not None:
@@ -228,13 +229,12 @@ def _identity(
     eval_prompts: list[EncodedPrompt],
 ) -> Identity:
     """The rows of each data set and what teachers read, the student's weights, and those of teachers loaded here."""
-    prints = {f"the rows of {data_set.setting}": rows_fingerprint(data_set.prompts) for data_set in data_sets}
-    prints |= {
+    prints = {
         f"what the teacher of {read.setting} reads": rows_fingerprint(read.prompts)
         for data_set, read in zip(data_sets, teacher_prompts.data_sets, strict=True)
         if read is not data_set
     }
-    prints |= {"the rows of eval.data": rows_fingerprint(eval_prompts), "the student's weights": student.fingerprint}
+    prints |= rows_of(data_sets, eval_prompts) | {"the student's weights": student.fingerprint}
     own = {data_set.name for data_set in data_sets if data_set.teacher.self is not None}
     for name, teacher in ({} if teachers is None else teachers.by_data_set).items():
         if isinstance(teacher, LocalTeacher) and name not in own:

@@ -10,11 +10,9 @@ from accelerate import Accelerator
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.config.training import SftConfig
-from fastkl.trainer.data.order import batch_indices
-from fastkl.trainer.data.prompts import encode_prompts, given_samples
-from fastkl.trainer.data.remarks import remark_on_length, remark_on_rows
+from fastkl.trainer.data.mixture import DataSet, read_data_sets, step_prompts
+from fastkl.trainer.data.remarks import remark_on_data_sets, remark_on_length
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.data.sources import load_prompts
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.loop import fit
 from fastkl.trainer.models import checks
@@ -28,7 +26,7 @@ from fastkl.trainer.rollouts.evaluation import load_eval_prompts
 from fastkl.trainer.rollouts.samplers.local import local_sampler
 from fastkl.trainer.rollouts.single_turn import SingleTurn
 from fastkl.trainer.runs.folder import RunFolder
-from fastkl.trainer.runs.identity import Identity, rows_fingerprint
+from fastkl.trainer.runs.identity import Identity, rows_of
 from fastkl.trainer.runs.listener import SILENT, Clock, Listener
 from fastkl.trainer.runs.start import start_run
 from fastkl.trainer.student import Student
@@ -37,13 +35,19 @@ from fastkl.trainer.student import Student
 class Examples:
     """The given completions, each token with advantage 1."""
 
-    def __init__(self, examples: list[Sample], per_step: int, seed: int) -> None:
-        self._examples, self._per_step, self._seed = examples, per_step, seed
+    def __init__(self, data_sets: list[DataSet], per_step: int, seed: int) -> None:
+        self._data_sets, self._per_step, self._seed = data_sets, per_step, seed
+        self._examples = [sample for data_set in data_sets for sample in data_set.given]
+        for example in self._examples:
+            example.advantages = [float(counted) for counted in example.loss_mask]
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
-        chosen = batch_indices(len(self._examples), self._per_step, step, self._seed)
-        samples = [self._examples[index] for index in chosen]
+        samples = self.of_step(step)
         return samples, {"completions/mean_length": sum(sample.loss_tokens for sample in samples) / len(samples)}
+
+    def of_step(self, step: int) -> list[Sample]:
+        chosen = step_prompts(self._data_sets, self._per_step, step, self._seed)
+        return [self._examples[prompt.index] for prompt in chosen]
 
 
 def sft(config: SftConfig, *, listener: Listener = SILENT) -> RunFolder:
@@ -64,13 +68,11 @@ def sft(config: SftConfig, *, listener: Listener = SILENT) -> RunFolder:
 
 def _sft(config: SftConfig, accelerator: Accelerator, folder: RunFolder, listener: Listener) -> None:
     tokenizer = load_tokenizer(config.student)
-    prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
-    examples = given_samples(prompts, tokenizer)
+    data_sets = read_data_sets(config.data_sets(), tokenizer, with_given=True)
+    examples = [example for data_set in data_sets for example in data_set.given]
     note(f"{len(examples)} examples read and encoded")
-    remark_on_rows(len(examples), config.examples_per_step, "data", "examples_per_step")
+    remark_on_data_sets(data_sets, config.examples_per_step, "examples_per_step")
     remark_on_length(max(len(example.ids) for example in examples), config.batch.max_tokens)
-    for example in examples:
-        example.advantages = [float(counted) for counted in example.loss_mask]
     eval_prompts = load_eval_prompts(config.eval, tokenizer)
 
     student = Student(config, accelerator)
@@ -80,14 +82,15 @@ def _sft(config: SftConfig, accelerator: Accelerator, folder: RunFolder, listene
             f"loss; sft does not add it. Set it to false in that config.json to train without"
         )
     checks.check_vocabulary(tokenizer, {"student": student.model})
-    checks.check_given(prompts, examples, {"student": student.model})
+    for data_set in data_sets:
+        checks.check_given(data_set.prompts, data_set.given, {"student": student.model})
     checks.check_eval_room(eval_prompts, config.eval, "student", student.model)
     ends = end_of_sequence(student.model, tokenizer)
     with student.gathered():
         sampler = local_sampler(student.model, eos_token_ids=ends) if eval_prompts else None
-    source = Examples(examples, config.examples_per_step, config.seed)
+    source = Examples(data_sets, config.examples_per_step, config.seed)
     responder = None if sampler is None else SingleTurn(sampler, context_length(student.model))
     objective = PolicyGradient(LossConfig(method="reinforce", old_logprobs="current"), SamplingConfig())
-    rows = {"the rows of data": rows_fingerprint(prompts), "the rows of eval.data": rows_fingerprint(eval_prompts)}
-    student.also_checkpoint("identity", Identity({**rows, "the student's weights": student.fingerprint}))
+    prints = rows_of(data_sets, eval_prompts) | {"the student's weights": student.fingerprint}
+    student.also_checkpoint("identity", Identity(prints))
     fit(student, objective, source, responder, tokenizer, eval_prompts, folder, listener)

@@ -9,11 +9,8 @@ from transformers import PreTrainedModel
 from fastkl.trainer.commands.estimate import Plan, Scorer, lines
 from fastkl.trainer.config.teacher import as_teacher
 from fastkl.trainer.config.training import DistillConfig, SftConfig
-from fastkl.trainer.data.mixture import DataSet, step_prompts
-from fastkl.trainer.data.order import batch_indices
-from fastkl.trainer.data.prompts import encode_prompts, given_samples
+from fastkl.trainer.data.mixture import DataSet, read_data_sets, step_prompts
 from fastkl.trainer.data.samples import make_sample
-from fastkl.trainer.data.sources import load_prompts
 from fastkl.trainer.distill import Prepared, prepare
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.loading import outline_of_student
@@ -23,6 +20,7 @@ from fastkl.trainer.rollouts.evaluation import load_eval_prompts
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.start import start_run
+from fastkl.trainer.sft import Examples
 from fastkl.trainer.teachers.open import check_fit, remedy
 
 
@@ -83,15 +81,16 @@ def dry_sft(config: SftConfig) -> None:
     accelerator = start_run(config, config.examples_per_step, "examples_per_step")
     with RunFolder(config):
         tokenizer = load_tokenizer(config.student)
-        prompts = encode_prompts(load_prompts(config.data), tokenizer, config.data)
-        examples = given_samples(prompts, tokenizer)
+        data_sets = read_data_sets(config.data_sets(), tokenizer, with_given=True)
         eval_prompts = load_eval_prompts(config.eval, tokenizer)
     student = outline_of_student(config.student)
     checks.check_vocabulary(tokenizer, {"student": student})
-    lengths = [example.loss_tokens for example in examples]
-    checks.check_room(prompts, lengths, {"student": student}, checks.SHORTER_ROW)
+    for data_set in data_sets:
+        lengths = [example.loss_tokens for example in data_set.given]
+        checks.check_room(data_set.prompts, lengths, {"student": student}, checks.SHORTER_ROW)
     checks.check_eval_room(eval_prompts, config.eval, "student", student)
-    step = [examples[index] for index in batch_indices(len(examples), config.examples_per_step, 0, config.seed)]
+    step = Examples(data_sets, config.examples_per_step, config.seed).of_step(0)
+    prompts = [prompt for data_set in data_sets for prompt in data_set.prompts]
     _print(Plan(config, accelerator, student, [], prompts, step))
 
 

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from fastkl.trainer.config.context import ContextConfig
 from fastkl.trainer.config.cross_checks import check_rollouts, check_without_teacher
-from fastkl.trainer.config.data import DataConfig, EvalConfig, check_source
+from fastkl.trainer.config.data import DataConfig, EvalConfig
 from fastkl.trainer.config.environment import EnvironmentConfig
 from fastkl.trainer.config.loss import LossConfig
-from fastkl.trainer.config.mixture import MixtureConfig, check_mixture
+from fastkl.trainer.config.mixture import DataSetConfig, TaughtConfig, check_common_teacher, check_data_sets
 from fastkl.trainer.config.models import StudentConfig
 from fastkl.trainer.config.optim import BatchConfig, CheckpointConfig, OptimConfig
 from fastkl.trainer.config.reward import RewardConfig
@@ -83,7 +83,7 @@ class DistillConfig(RunConfig):
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
-    mixture: dict[str, MixtureConfig] = field(default_factory=dict)
+    mixture: dict[str, TaughtConfig] = field(default_factory=dict)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -98,10 +98,8 @@ class DistillConfig(RunConfig):
         super().__post_init__()
         contexts = {f"{name}.context": teacher.context for name, teacher in self.teachers().items()}
         check_rollouts(self.sampling, self.loss, self.reward, self.environment, contexts)
-        if self.mixture:
-            check_mixture(self.mixture, self.data, self.teacher)
-        else:
-            check_source("data", self.data)
+        check_data_sets(self.mixture, self.data)
+        check_common_teacher(self.mixture, self.teacher)
         if self.has_teacher:
             self._check_teachers()
         else:
@@ -144,10 +142,10 @@ class DistillConfig(RunConfig):
                 f"or unset one of them",
             )
 
-    def data_sets(self) -> dict[str, MixtureConfig]:
+    def data_sets(self) -> dict[str, TaughtConfig]:
         """The mixture by name, or the one data set under the name ""; each with its teacher."""
         if not self.mixture:
-            return {"": MixtureConfig(self.data, self.teacher)}
+            return {"": TaughtConfig(self.data, teacher=self.teacher)}
         return {
             name: dataclasses.replace(entry, teacher=entry.teacher or self.teacher)
             for name, entry in sorted(self.mixture.items())
@@ -171,19 +169,25 @@ class SftConfig(RunConfig):
     """Supervised fine-tuning on given completions: the off-policy stage before distillation.
 
     Args:
+        mixture: Train on several data sets instead of `data`: by name, each with its rows and its weight.
         examples_per_step: Take this many examples in a step.
     """
 
+    mixture: dict[str, DataSetConfig] = field(default_factory=dict)
     examples_per_step: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_source("data", self.data)
+        check_data_sets(self.mixture, self.data)
         require(
             self.examples_per_step >= self.optim.substeps,
             f"examples_per_step is {self.examples_per_step}, less than optim.substeps ({self.optim.substeps}); raise it or "
             f"lower optim.substeps",
         )
+
+    def data_sets(self) -> dict[str, DataSetConfig]:
+        """The mixture by name, or the one data set under the name ""."""
+        return dict(sorted(self.mixture.items())) or {"": DataSetConfig(self.data)}
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:

@@ -1,19 +1,18 @@
-"""Several data sets in one run: which prompts a step gets, a pure function of seed and step."""
+"""Several data sets in one run: which rows a step gets, a pure function of seed and step."""
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.config.context import ContextConfig
-from fastkl.trainer.config.mixture import MixtureConfig
+from fastkl.trainer.config.mixture import DataSetConfig, TaughtConfig
 from fastkl.trainer.config.teacher import TeacherConfig
-from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.order import rows_at
 from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, given_samples
 from fastkl.trainer.data.samples import Sample
@@ -25,21 +24,25 @@ class DataSet:
     """Prompts with what the config says of them; the name is "" where there is one data set alone."""
 
     name: str
-    config: MixtureConfig
+    config: DataSetConfig  # of a distillation, `TaughtConfig`
     prompts: list[EncodedPrompt]
     given: list[Sample] = field(default_factory=list)  # its own completions, where a step has some of them
 
     @property
     def teacher(self) -> TeacherConfig:
         """The one that scores, whatever it reads."""
-        assert self.config.teacher is not None  # `DistillConfig.data_sets` fills it in
-        return self.config.teacher.scorer
+        return self._taught_by.scorer
 
     @property
     def context(self) -> ContextConfig:
         """What its teacher reads."""
-        assert self.config.teacher is not None
-        return self.config.teacher.context
+        return self._taught_by.context
+
+    @property
+    def _taught_by(self) -> TeacherConfig:
+        assert isinstance(self.config, TaughtConfig)
+        assert self.config.teacher is not None  # `DistillConfig.data_sets` fills it in
+        return self.config.teacher
 
     @property
     def setting(self) -> str:
@@ -47,21 +50,24 @@ class DataSet:
         return f"mixture.{self.name}.data" if self.name else "data"
 
 
-def read_data_sets(config: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> list[DataSet]:
-    """The data sets of a run, with their completions if a step is to have some of them."""
+def read_data_sets(
+    entries: Mapping[str, DataSetConfig], tokenizer: PreTrainedTokenizerBase, *, with_given: bool
+) -> list[DataSet]:
+    """The data sets of a run by name; with their completions if steps have some of them."""
     data_sets: list[DataSet] = []
     first = 0
-    for name, entry in config.data_sets().items():
-        columns = () if entry.teacher is None else entry.teacher.context.columns
+    for name, entry in entries.items():
+        teacher = entry.teacher if isinstance(entry, TaughtConfig) else None
+        columns = () if teacher is None else teacher.context.columns
         prompts = encode_prompts(load_prompts(entry.data, columns), tokenizer, entry.data, dataset=name, first=first)
-        given = given_samples(prompts, tokenizer) if config.sampling.on_policy_fraction < 1 else []
+        given = given_samples(prompts, tokenizer) if with_given else []
         data_sets.append(DataSet(name, entry, prompts, given))
         first += len(prompts)
     return data_sets
 
 
 def step_prompts(data_sets: Sequence[DataSet], per_step: int, step: int, seed: int) -> list[EncodedPrompt]:
-    """The prompts of a step. Each data set goes through its own as `batch_indices` does."""
+    """The rows of a step. Each data set goes through its own as `batch_indices` does."""
     weights = [data_set.config.weight for data_set in data_sets]
     places = apportion(weights, step * per_step, per_step)
     rows = []

@@ -8,12 +8,12 @@ from fastkl.trainer.data.mixture import DataSet, apportion
 from fastkl.trainer.notes import note
 
 
-def remark_on_data_sets(data_sets: Sequence[DataSet], prompts_per_step: int) -> None:
-    """Says where a step takes a row more than once."""
+def remark_on_data_sets(data_sets: Sequence[DataSet], per_step: int, setting: str) -> None:
+    """Says where a step takes a row more than once; `setting` names what says how many it takes."""
     weights = [data_set.config.weight for data_set in data_sets]
-    places = [who for who, _ in apportion(weights, 0, prompts_per_step)]
+    places = [who for who, _ in apportion(weights, 0, per_step)]
     for index, data_set in enumerate(data_sets):
-        remark_on_rows(len(data_set.prompts), places.count(index), data_set.setting, "sampling.prompts_per_step")
+        remark_on_rows(len(data_set.prompts), places.count(index), data_set.setting, setting)
 
 
 def remark_on_rows(rows: int, taken: int, data: str, setting: str) -> None:

@@ -71,10 +71,10 @@ def check_settings(path: Path, config: RunConfig) -> list[Change]:
 
 def _check_kind(path: Path, before: Mapping[str, Any], config: RunConfig) -> None:
     """Refuses a run of another command: one that has settings of that command, and none of this one."""
-    common = {field.name for field in dataclasses.fields(RunConfig)}
-    own = {kind: {field.name for field in dataclasses.fields(kind)} - common for kind in KINDS}
+    names = {kind: {field.name for field in dataclasses.fields(kind)} for kind in (RunConfig, *KINDS)}
+    own = {kind: names[kind].difference(*(names[other] for other in names if other != kind)) for kind in KINDS}
     for kind, name in KINDS.items():
-        if own[kind] & before.keys() and not own.get(type(config), common) & before.keys():
+        if own[kind] & before.keys() and not own.get(type(config), names[RunConfig]) & before.keys():
             raise ConfigError(
                 f"{path} holds {name}, not {KINDS[type(config)]}; choose another run folder (student.path "
                 f"{path / 'student'} goes on from the trained student, if it is there)"

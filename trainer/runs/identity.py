@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastkl.trainer.data.mixture import DataSet
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.errors import ConfigError
 
@@ -35,6 +36,12 @@ class Identity:
                 f"{' and '.join(others)} changed since the run began: same settings, other content. Bring back what was "
                 f"there, or choose another run folder"
             )
+
+
+def rows_of(data_sets: Iterable[DataSet], eval_prompts: Sequence[EncodedPrompt]) -> dict[str, str]:
+    """Fingerprints of the rows that a run learns from, and of those it is evaluated on."""
+    prints = {f"the rows of {data_set.setting}": rows_fingerprint(data_set.prompts) for data_set in data_sets}
+    return prints | {"the rows of eval.data": rows_fingerprint(eval_prompts)}
 
 
 def rows_fingerprint(prompts: Iterable[EncodedPrompt]) -> str:

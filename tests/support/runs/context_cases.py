@@ -96,5 +96,6 @@ def prompts_of(
     settings |= {"data.path": write_jsonl(folder / "rows.jsonl", rows)}
     settings |= {f"teacher.context.{name}": value for name, value in context.items()}
     found = config("distill", settings | (more or {}) | {f"data.{name}": value for name, value in data.items()})
-    read = TeacherPrompts(found, read_data_sets(found, words), words)
+    data_sets = read_data_sets(found.data_sets(), words, with_given=found.sampling.on_policy_fraction < 1)
+    read = TeacherPrompts(found, data_sets, words)
     return [words.decode(prompt.ids) for prompt in read.data_sets[0].prompts], read

@@ -17,7 +17,7 @@ from fastkl.trainer.commands.command_line import COMMANDS, Command
 from fastkl.trainer.commands.schema import group_of, settings_of
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.losses.weights import FORMS
-from fastkl.trainer.config.mixture import MixtureConfig
+from fastkl.trainer.config.mixture import DataSetConfig, TaughtConfig
 from fastkl.trainer.config.training import DistillConfig, SftConfig
 from fastkl.trainer.errors import ConfigError
 
@@ -166,8 +166,8 @@ def test_commands_run_a_function_of_their_config(command: Command) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_help_is_a_few_short_sentences(command: Command) -> None:
-    kinds = [command.config, MixtureConfig] if command.config is DistillConfig else [command.config]
-    for kind in kinds:
+    entry = {DistillConfig: TaughtConfig, SftConfig: DataSetConfig}.get(command.config)
+    for kind in filter(None, (command.config, entry)):
         for name, text in explanations(kind).items():
             assert text[0].isupper(), f"{name}: {text}"
             assert text.endswith("."), f"{name}: {text}"

@@ -33,9 +33,10 @@ def test_the_rows_of_a_mixture(tmp_path: Path, capsys: pytest.CaptureFixture[str
     files = [write_jsonl(tmp_path / name, sums(count)) for name, count in (("few", 2), ("many", 9))]
     mixture = f"{{few: {{data: {{path: {files[0]}}}}}, many: {{data: {{path: {files[1]}}}, weight: 2}}}}"
     settings = {"run": "r", "student.path": "s", "teacher.path": "t", "mixture": mixture}
-    remark_on_data_sets(read_data_sets(config("distill", settings), tokenizer()), 12)
+    data_sets = read_data_sets(config("distill", settings).data_sets(), tokenizer(), with_given=False)
+    remark_on_data_sets(data_sets, 12, "x")
     error = capsys.readouterr().err
-    assert "mixture.few.data has 2 rows and a step takes 4" in error
+    assert "mixture.few.data has 2 rows and a step takes 4 (x)" in error
     assert "many" not in error
 
 
