@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import threading
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -86,36 +88,77 @@ def connect_sampling(
     return server
 
 
+class Weights(NamedTuple):
+    """The student's weights as they were at some time, for a server to load."""
+
+    version: int  # of the student; below 0: of one that wrote a checkpoint
+    folder: Path
+    logprobs: list[float]  # what the student with these weights says of the probe
+
+
+class Ended(Exception):
+    """Nobody waits for the completions any more."""
+
+
 class ServedSampler:
     """Samples from a server, which gets the student's weights whenever they have changed.
 
     Of several processes the first alone samples, and pushes the weights: a server that was away may need them at any time.
+    One thread at a time samples. Another one may hold weights meanwhile.
     """
 
     shared = False
 
     def __init__(self, server: SamplingServer, student: Student, eos_token_ids: Iterable[int]) -> None:
         self._server, self._student, self._eos = server, student, sorted(set(eos_token_ids))
-        self._version: int | None = None  # of the student, as the server has it
-        self._pushes = 0
+        self._folders = 0  # that were written
+        self._lock = threading.Lock()  # of what folders are there
+        self._newest: Weights | None = None
+        self._held: list[Weights] = []
+        self._pinned: Weights | None = None
+        self._over = threading.Event()
+        self._ordered: Weights | None = None  # the last that the server was told to load,
+        self._loaded: Weights | None = None  # and what it has, where that is known
         self._model = ""
         self._theirs: list[float] = []  # log-probs of the probe by the server, and by the student, at the last push
         self._ours: list[float] = []
         self._limit = TOLERANCE
 
     def refresh(self) -> None:
-        """Pushes the weights unless the server has them; a ServerError says that it did not take them."""
-        if self._version == self._student.version:
+        """Pushes the weights to sample from unless the server has them; a ServerError says that it did not take them."""
+        version = self._student.version if self._pinned is None else self._pinned.version
+        if self._loaded is not None and self._loaded.version == version:
             return
-        self._pushes += 1
-        folder = self._server.folder / f"{self._server.name}-{self._pushes:06d}"
-        save_weights(self._student.model, folder)
+        weights = self._pinned or self._snapshot()
+        before, self._ordered = self._ordered, weights
         try:
-            self._model = self._server.loader.load(folder)
+            self._model = self._server.loader.load(weights.folder)
         finally:
-            self._drop_folders(folder)
-        self._check_loaded()
-        self._version = self._student.version
+            with self._lock:
+                self._drop(before)
+                self._drop(weights)
+        self._check_loaded(weights)
+        self._loaded = weights
+
+    def hold(self) -> Weights:
+        """The student's weights of now, whose folder stays until they are released."""
+        with self._lock:
+            self._held.append(self._snapshot())
+            return self._held[-1]
+
+    def release(self, weights: Weights) -> None:
+        with self._lock:
+            self._held.remove(weights)
+            self._drop(weights)
+
+    @contextmanager
+    def pinned(self, weights: Weights, over: threading.Event) -> Iterator[None]:
+        """While open it samples from these weights, not the student's own. Once it is `over`, `sample` raises Ended."""
+        self._pinned, before, self._over = weights, self._over, over
+        try:
+            yield
+        finally:
+            self._pinned, self._over = None, before
 
     def sample(
         self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seed: int
@@ -123,6 +166,9 @@ class ServedSampler:
         """One completion per prompt (see `Sampler`); a ServerError says why the server gives none."""
 
         def complete(index: int) -> Completion:
+            if self._over.is_set():
+                raise Ended
+            assert self._loaded is not None  # by `refresh`
             return self._server.generation.complete(
                 self._model,
                 prompts[index],
@@ -130,7 +176,7 @@ class ServedSampler:
                 temperature=temperature,
                 seed=_request_seed(seed, index),
                 eos_token_ids=self._eos,
-                cache_salt=f"{self._server.name}-{self._pushes}",
+                cache_salt=self._loaded.folder.name,
             )
 
         for _ in range(ATTEMPTS):
@@ -144,17 +190,27 @@ class ServedSampler:
             except Refused:
                 if self._server.connection.failures == failures:
                     raise
-            self._version = None  # it was away, and has come back with other weights
+            self._loaded = None  # it was away, and has come back with other weights
         raise ServerError(
             f"the sampling server at {self._server.connection.url} lost the student's weights in {ATTEMPTS} attempts to "
             f"sample. See why it starts again, then give the same command: the run goes on where it stopped"
         )
 
-    def _drop_folders(self, newest: Path) -> None:
-        """What this process wrote, but what the server may read again."""
-        for folder in newest.parent.glob(f"{self._server.name}-*"):
-            if folder != newest or not self._server.loader.rereads:
-                shutil.rmtree(folder)
+    def _snapshot(self) -> Weights:
+        """The student's weights, in a folder: all of them, or the adapter."""
+        newest, version = self._newest, self._student.version
+        if newest is None or newest.version != version or not newest.folder.is_dir():
+            self._folders += 1
+            folder = self._server.folder / f"{self._server.name}-{self._folders:06d}"
+            save_weights(self._student.model, folder)
+            self._newest = newest = Weights(version, folder, self._score())
+        return newest
+
+    def _drop(self, weights: Weights | None) -> None:
+        """Removes a folder that nobody holds and that the server will not read again."""
+        reread = self._server.loader.rereads and weights is self._ordered
+        if weights is not None and weights not in self._held and not reread:
+            shutil.rmtree(weights.folder, ignore_errors=True)
 
     def _check_meaning(self, completions: list[Completion]) -> None:
         tokens = [token for completion in completions for token in completion.token_ids]
@@ -166,9 +222,9 @@ class ServedSampler:
                 f"give the same command: the run goes on where it stopped"
             )
 
-    def _check_loaded(self) -> None:
+    def _check_loaded(self, weights: Weights) -> None:
         """The server gives a text the log-probs that the student gives it."""
-        theirs, ours = self._ask(), self._score()
+        theirs, ours = self._ask(), weights.logprobs
         error, moved = _distance(theirs, ours), _distance(ours, self._ours)
         stale = theirs == self._theirs and moved > MOVED
         if stale or error > self._limit:
