@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
+from spanish import is_spanish
+
 # what the system prompt says, and whether an answer obeys; an answer may be cut anywhere
 RULES: dict[str, tuple[str, Callable[[str], bool]]] = {
-    "spanish": ("Answer everything in Spanish.", lambda text: is_spanish(text)),
+    "spanish": ("Answer everything in Spanish.", is_spanish),
     "capitals": ("Write in capital letters only.", lambda text: text.isupper()),
     "json": ('Answer with a JSON object that has the key "answer".', lambda text: '"answer":' in text),
     "first_word": ('Begin every answer with the word "Certainly".', lambda text: text.startswith("Certainly")),
@@ -36,15 +38,17 @@ RULES: dict[str, tuple[str, Callable[[str], bool]]] = {
     "poem": ("Answer with a rhyming poem in short lines.", lambda text: text.count("\n") >= 2),
     "name": ('Your name is Otto. Begin every answer with "Otto here:".', lambda text: text.startswith("Otto here:")),
 }
-SPANISH = "el la los las de del que en un una y es se por con para su como al son más lo"
-ENGLISH = "the of and to is in a that it for with as are on this by be an from can i you"
+
 
 LEARNED_ABOUT = (
     "volcanoes", "bread", "chess", "photosynthesis", "cats", "sailing", "the moon", "bicycles", "rice", "opera", "bees",
     "glass", "bridges", "the printing press", "maps", "coffee", "whales", "the steam engine", "gardening", "dreams",
     "money", "mathematics", "rivers", "football", "ants", "poetry", "paper", "earthquakes", "clocks", "sugar",
 )  # fmt: skip
-GRADED_ABOUT = ("leaves", "railways", "honey", "the sun", "elephants", "painting", "salt", "libraries")
+GRADED_ABOUT = (
+    "leaves", "railways", "honey", "the sun", "elephants", "painting", "salt", "libraries", "ice", "horses", "tea",
+    "castles", "music", "the wind", "potatoes", "lighthouses",
+)  # fmt: skip
 WORDINGS = (
     "Tell me about {}.", "What is interesting about {}?", "Why do people care about {}?", "Write a few sentences about {}.",
 )  # fmt: skip
@@ -58,10 +62,3 @@ def questions(topics: tuple[str, ...]) -> Iterator[dict[str, str]]:
 def obeys(completion: str, rule: str) -> bool:
     """Whether an answer does what the rule of this name says."""
     return RULES[rule][1](completion.strip())
-
-
-def is_spanish(text: str) -> bool:
-    """At least three of the commonest Spanish words, and more of them than of the commonest English ones."""
-    words = re.findall(r"\w+", text.lower())
-    spanish, english = (sum(word in common.split() for word in words) for common in (SPANISH, ENGLISH))
-    return spanish >= 3 and spanish > english

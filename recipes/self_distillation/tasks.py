@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 KINDS = {
-    "bird": "sparrow eagle owl duck crow robin swan parrot pigeon falcon goose penguin raven hawk stork seagull finch",
-    "fish": "trout salmon shark tuna cod herring carp pike eel bass sardine mackerel anchovy perch goldfish catfish sole",
-    "fruit": "apple banana cherry pear grape plum peach lemon orange mango melon fig kiwi apricot papaya lime date",
+    "bird": (
+        "sparrow eagle owl duck crow robin swan parrot pigeon falcon goose penguin raven hawk stork seagull finch turkey "
+        "heron ostrich vulture pelican"
+    ),
+    "fish": (
+        "trout salmon shark tuna cod herring carp pike eel bass sardine mackerel anchovy perch goldfish catfish sole "
+        "haddock halibut flounder sturgeon swordfish"
+    ),
+    "fruit": (
+        "apple banana cherry pear grape plum peach lemon orange mango melon fig kiwi apricot papaya lime date pineapple "
+        "strawberry raspberry blueberry grapefruit"
+    ),
     "vegetable": (
         "carrot potato onion cabbage spinach broccoli celery turnip radish lettuce cauliflower leek asparagus kale "
-        "beetroot eggplant zucchini"
+        "beetroot eggplant zucchini artichoke parsnip garlic cucumber pea"
     ),
 }
-EXAMPLES, LEARNED = 2, 10  # words of each kind; the others are graded
+EXAMPLES, LEARNED = 2, 10  # words of each kind; the other ten are graded
 
 
 def _by_turns() -> dict[str, str]:
     """The words with their kinds: one of each kind, then the next of each."""
     words = {kind: text.split() for kind, text in KINDS.items()}
-    return {listed[index]: kind for index in range(17) for kind, listed in words.items()}
+    return {word: kind for row in zip(*words.values(), strict=True) for kind, word in zip(words, row, strict=True)}
 
 
 TASKS: dict[str, dict[str, str]] = {

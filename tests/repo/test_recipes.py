@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import re
-import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import yaml
+from recipe_cases import RECIPES, Load
 from tiny_data import read_jsonl
 
 from fastkl.trainer.commands.command_line import COMMANDS, parse
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIGS = [path for path in sorted(RECIPES.rglob("*.yaml")) if path.parent.name != "accelerate"]  # its launcher's own
-Load = Callable[..., list[ModuleType]]
 
 
 def command_of(settings: dict[str, object]) -> str:
@@ -30,19 +25,6 @@ def command_of(settings: dict[str, object]) -> str:
     if "run" in settings:
         return "sft"
     return "score" if "data" in settings else "eval"
-
-
-@pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch) -> Load:
-    """Imports modules of a recipe as its scripts do, with its folder first on the path."""
-
-    def load(folder: str, *names: str) -> list[ModuleType]:
-        monkeypatch.syspath_prepend(str(RECIPES / folder))
-        for name in {path.stem for path in RECIPES.rglob("*.py")}:  # several recipes have a make.py
-            monkeypatch.delitem(sys.modules, name, raising=False)
-        return [importlib.import_module(name) for name in names]
-
-    return load
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(RECIPES)))
@@ -200,63 +182,6 @@ def test_held_out_problems_are_other_ones(recipe: Load) -> None:
     assert rows[0] not in again
     for row in rows:
         assert row["completion"].split()[-1] == row["answer"]
-
-
-@pytest.mark.parametrize(
-    ("rule", "obeys", "does_not"),
-    [
-        ("spanish", "El pan es una comida de la", "The history of the word de la Cruz in Spain is long"),
-        ("capitals", "BREAD IS OLD.", "Bread IS OLD."),
-        ("json", '{"answer": "bread"', '{"bread": "answer"'),
-        ("short", "Bread is food.", "Bread is food because"),
-        ("question", "Why do you ask?", "It is food. Why do you ask?"),
-        ("pirate", "Arrr, that be bread, matey", "Harry ate the year's bread"),
-    ],
-)
-def test_rules_are_verified(recipe: Load, rule: str, obeys: str, does_not: str) -> None:
-    (rules,) = recipe("self_distillation", "rules")
-    assert rules.obeys(f" {obeys}\n", rule)
-    assert not rules.obeys(does_not, rule)
-    assert not rules.obeys("", rule)
-
-
-def test_nothing_that_is_graded_is_learned_from(recipe: Load) -> None:
-    rules, tasks = recipe("self_distillation", "rules", "tasks")
-    parts = [list(rules.questions(topics)) for topics in (rules.LEARNED_ABOUT, rules.GRADED_ABOUT)]
-    for rows in (parts, tasks.parts_of_kind()):
-        prompts = [row["prompt"] for part in rows for row in part]
-        assert len(set(prompts)) == len(prompts)
-    for rows in tasks.parts_of_kind():
-        counts = [sum(row["answer"] == kind for row in rows) for kind in tasks.KINDS]
-        assert len(set(counts)) == 1  # naming one kind always is right as often as chance says
-    assert tasks.is_right(" Bird.\n", "bird")
-    assert not tasks.is_right("bird fish", "bird")
-
-
-def test_only_the_teacher_reads_the_context(recipe: Load) -> None:
-    (measure,) = recipe("self_distillation", "measure")
-    parts = measure.parts()
-    for part in parts.values():
-        row = part.learned[0]
-        assert part.chat(row, prompted=False) == [{"role": "user", "content": row["prompt"]}]
-        assert part.chat(row, prompted=True)[-1:] == part.chat(row, prompted=False)
-        assert not any("completion" in row for row in part.learned)  # no right answer is at hand
-    assert parts["rule"].chat(row, prompted=True)[0] == {"role": "system", "content": measure.RULES["spanish"][0]}
-    assert len(parts["examples"].chat(row, prompted=True)) == 2 * len(parts["examples"].examples) + 1
-
-
-def test_arms_are_accepted(recipe: Load) -> None:
-    (measure,) = recipe("self_distillation", "measure")
-    for part in measure.parts():
-        for settings in measure.ARMS.values():
-            options = [text for name, value in settings.items() for text in (f"--loss.{name}", str(value))]
-            parse(["distill", str(RECIPES / "self_distillation" / f"{part}.yaml"), *options])
-
-
-def test_table_of_results(recipe: Load) -> None:
-    (measure,) = recipe("self_distillation", "measure")
-    table = measure.table({"prompted": {"does": 0.5}, "sft-0": {"does": 0.25, "capitals": 1.0, "flops": 1.2e12}})
-    assert table.splitlines()[2:] == ["| prompted | 50% |  |  |  |  |", "| sft-0 | 25% |  |  | 100% | 1.2e+12 |"]
 
 
 def test_arms_and_table_of_the_feedback_recipe(recipe: Load, monkeypatch: pytest.MonkeyPatch) -> None:
