@@ -50,6 +50,7 @@ from fastkl.trainer.runs.identity import Identity, rows_fingerprint, rows_of, we
 from fastkl.trainer.runs.listener import SILENT, Clock, Listener
 from fastkl.trainer.runs.start import start_run
 from fastkl.trainer.student import Student
+from fastkl.trainer.teachers.cached import spared_metrics
 from fastkl.trainer.teachers.context.prompts import TeacherPrompts
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.open import check_teachers, connect_servers, open_teachers
@@ -104,7 +105,7 @@ class OnPolicy:
         self._rollouts.carry_over(samples)  # nothing can fail any more: a checkpoint holds the state between two steps
         if self._config.sampling.filters:
             metrics["completions/dropped_fraction"] = (len(unmasked) - len(samples)) / len(written)
-        return samples, rollout_metrics(samples) | metrics
+        return samples, rollout_metrics(samples) | spared_metrics(samples) | metrics
 
     def _rollout(self, step: int) -> list[Sample]:
         seed = self._config.seed

@@ -121,7 +121,14 @@ GROUPS = (
         Metric("flops/student", "FLOPs", "",
                "The update, and the forward passes of `loss.old_logprobs: recompute`, `tip`, `loss.baseline: kl` and "
                "`loss.top_k_of: student`."),
-        Metric("flops/teacher", "FLOPs", "a teacher that no server holds", "The teacher's forward passes."),
+        Metric("flops/teacher", "FLOPs", "a teacher that no server holds",
+               "The teacher's forward passes, but for what `teacher.cache` had."),
+    )),
+    Group("A cache of the teacher's scores", "rest", (
+        Metric("teacher_cache/hits", "samples per step", "`teacher.cache`",
+               "Samples whose scores were there already, or that are equal to another of the step.",
+               "above 0 where completions are given, and after a restart"),
+        Metric("teacher_cache/misses", "samples per step", "`teacher.cache`", "Samples that the teacher was asked about."),
     )),
     Group("The teacher's own prompt", "learning", (
         Metric("context/fallback_fraction", "fraction", SIBLING,

@@ -49,7 +49,8 @@ RUNS: dict[str, dict[str, Any]] = {
         "loss__top_k_tail": "sampled",
     },
 }
-NOT_HERE = {"time/push_weights"}  # a sampling server's: tests/trainer/rollouts/samplers/test_served.py
+# A sampling server's: tests/trainer/rollouts/samplers/test_served.py. A cache's: tests/trainer/teachers/test_cached.py.
+NOT_HERE = {"time/push_weights", "teacher_cache/hits", "teacher_cache/misses"}
 
 
 @pytest.fixture(scope="module")

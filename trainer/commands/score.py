@@ -26,12 +26,13 @@ from fastkl.trainer.models.self_checks.layouts import batch_layout
 from fastkl.trainer.models.self_checks.probe import Probe
 from fastkl.trainer.notes import Count, note
 from fastkl.trainer.runs.identity import rows_fingerprint, weights_fingerprint
+from fastkl.trainer.teachers.cached import Cacheable, cached, spared_metrics
 from fastkl.trainer.teachers.context.functions import context_function
 from fastkl.trainer.teachers.context.prompts import fixed_prompts
 from fastkl.trainer.teachers.context.siblings import Siblings
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.served import connect
-from fastkl.trainer.teachers.teacher import Teacher
+from fastkl.trainer.teachers.teacher import Lists
 
 AT_ONCE = 256  # completions that are scored and written at once
 SETTING = "model.context"
@@ -54,17 +55,21 @@ def score_completions(config: ScoreConfig) -> None:
             samples = [_after(prompt, sample) for prompt, sample in zip(prompts, samples, strict=True)]
         note(f"{len(samples)} completions read and encoded")
         scorer = _scorer(config, tokenizer, prompts, samples)
+        cache = cached(config.model, scorer, Lists(), config.temperature)
         weights = weights_fingerprint(scorer.model) if isinstance(scorer, LocalTeacher) else "a server's"
         sources = [prompts[sample.prompt_index].row.source for sample in samples]
         output.begin(sources, rows=rows_fingerprint(prompts), weights=weights)
         with Count("scored", len(samples), len(output.rows)) as count, output.interruptible():
             while len(output.rows) < len(samples):
                 piece = samples[len(output.rows) : len(output.rows) + AT_ONCE]
-                scorer.score(piece)
+                (cache or scorer).score(piece)
                 if len(output.rows) + len(piece) == len(samples):
                     scorer.recheck()
                 output.add(_row(sample, prompts[sample.prompt_index]) for sample in piece)
                 count.at(len(output.rows))
+        spared = spared_metrics(samples)
+        if spared:
+            note(f"{spared['teacher_cache/hits']:.0f} completions had scores in {config.model.cache}")
     print(f"{len(samples)} rows written to {output.path}")
 
 
@@ -100,12 +105,13 @@ def _settings(config: ScoreConfig) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
     del settings["output"], settings["batch"]
     settings["model"]["server"] = config.model.server.model
+    del settings["model"]["cache"], settings["model"]["cache_gigabytes"]
     return settings
 
 
 def _scorer(
     config: ScoreConfig, tokenizer: PreTrainedTokenizerBase, prompts: list[EncodedPrompt], samples: list[Sample]
-) -> Teacher:
+) -> Cacheable:
     if config.model.server.url:
         checks.check_given(prompts, samples, {})
         longest = max((sample.ids for sample in samples), key=len)

@@ -9,7 +9,7 @@ from typing import Literal
 from fastkl.trainer.config.context import ContextConfig
 from fastkl.trainer.config.loss import SERVED, LossConfig
 from fastkl.trainer.config.models import ModelConfig, StudentConfig
-from fastkl.trainer.config.rules import at_least, unchanged
+from fastkl.trainer.config.rules import at_least, positive, unchanged
 from fastkl.trainer.config.server import ServerConfig
 from fastkl.trainer.errors import require
 
@@ -50,6 +50,9 @@ class TeacherConfig(ModelConfig):
         quantization: Load the blocks in 8 or 4 bits (package bitsandbytes), but not the head. null: as they are in the
             folder, which may be quantised already.
         context: Let the teacher read another prompt than the student.
+        cache: Keep its scores in this folder, and read from there what it has scored before, in this run or another. null:
+            score everything.
+        cache_gigabytes: Forget the scores that were kept first when the folder would hold more than this.
     """
 
     server: TeacherServerConfig = field(default_factory=TeacherServerConfig)
@@ -60,6 +63,8 @@ class TeacherConfig(ModelConfig):
     device: str | None = None
     quantization: Literal["8bit", "4bit"] | None = None
     context: ContextConfig = field(default_factory=ContextConfig)
+    cache: str | None = None
+    cache_gigabytes: float = 20.0
 
     @property
     def follows_student(self) -> bool:
@@ -94,12 +99,16 @@ def as_teacher(config: ReferenceConfig) -> TeacherConfig:
 
 
 RATES = {"ema_rate": "ema", "sync_every": "synced"}  # a setting of one kind of `self`
-OF_SELF = ("self", *RATES, "device", "context")
+OF_SELF = ("self", *RATES, "device", "context", "cache", "cache_gigabytes")
 
 
 def check_teacher(name: str, config: TeacherConfig) -> None:
     """Exactly one of folder, server and the student itself, and nothing that would be ignored."""
     url = config.server.url
+    if config.cache is None:
+        unchanged(config, f"{name}.", f"{name}.cache is null; name its folder, or unset this", ["cache_gigabytes"])
+    require(config.cache is None or bool(config.cache.strip()), f"{name}.cache is empty; name a folder, or unset it")
+    positive(config, f"{name}.", "cache_gigabytes")
     for setting, kind in RATES.items():
         reason = f"{name}.self is {config.self or 'null'}: it belongs to {kind}; unset it or set {name}.self to {kind}"
         unchanged(config, f"{name}.", reason, [setting] if config.self != kind else [])
@@ -127,6 +136,11 @@ def _check_self(name: str, config: TeacherConfig) -> None:
     reason = f"{name}.self is {config.self}: it is the student, with its settings; unset one of them"
     other = [field.name for field in dataclasses.fields(config) if field.name not in OF_SELF]
     unchanged(config, f"{name}.", reason, other)
+    require(
+        config.cache is None or config.self == "base",
+        f"{name}.cache is {config.cache!r}, but {name}.self is {config.self}: its weights move with the student, and what "
+        f"it said before is not what it says now; unset one of them",
+    )
     if config.self == "ema":
         rate = config.ema_rate
         require(rate is not None, f"{name}.self is ema, but {name}.ema_rate is null; set it, for example to 0.05")
@@ -177,7 +191,13 @@ def check_reference(config: ReferenceConfig, loss: LossConfig, student: StudentC
 
 
 def check_loss(name: str, config: TeacherConfig, loss: LossConfig) -> None:
-    """A server tells log-probs of some tokens. What compares whole distributions needs the model here."""
+    """A server or a cache tells log-probs of some tokens. What compares whole distributions needs the model here."""
+    whole = "loss.baseline is kl" if loss.baseline == "kl" else f"loss.objective is {loss.objective}"
+    require(
+        config.cache is None or (loss.objective in SERVED and loss.baseline != "kl"),
+        f"{name}.cache is {config.cache!r}, but {whole}, which reads whole distributions: none can be kept; unset one of "
+        f"them",
+    )
     served = f"{name}.server.url is {config.server.url!r}: a server gives no distribution over the whole vocabulary"
     require(
         not config.server.url or loss.objective in SERVED,

@@ -57,6 +57,7 @@ class Sample:
     student_top_k: Tensor | None = None  # ids that the teacher shall score too, [n, k] on the CPU
     teacher_top_k: TopK | None = None  # of the counted tokens, [n, k] on the CPU; an id of −1 pads
     teacher_prompt: list[int] | None = None  # what the teacher reads before the completion; None: the student's prompt
+    teacher_cached: bool | None = None  # its scores were there already; None: it has no cache
     plain_logprobs: list[float] = field(default_factory=list)  # the teacher's, had it read what the student read
 
     @property

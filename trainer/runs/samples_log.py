@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from fastkl.trainer.data.samples import Sample
 
 NAME = "samples.jsonl"
-LEFT_OUT = ("student_top_k", "teacher_top_k", "tail_gaps")  # of the update alone; lists would be most of the file
+# Of the update alone, and lists that would be most of the file; whether a cache spared the teacher changes no sample.
+LEFT_OUT = ("student_top_k", "teacher_top_k", "tail_gaps", "teacher_cached")
 LINE = re.compile(rb'\{"step": (\d+),')  # how a line begins
 
 Line = tuple[int, int]  # where it begins in its file, and its length

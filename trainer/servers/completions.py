@@ -69,6 +69,13 @@ class CompletionsServer:
             found = choices(answer, len(sequences))
             return [read(choice, ids, top_k or 0) for choice, ids in zip(found, sequences, strict=True)]
 
+    def description(self) -> list[object]:
+        """What the server calls the model, and what it says that this is made of (vLLM: the folder of the model)."""
+        listed = (self._connection.told(f"{self.url}/models") or {}).get("data")
+        entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+        own = next((entry for entry in entries if entry.get("id") == self._model), {})
+        return [self._model, own.get("root"), own.get("parent")]
+
     def tokenize(self, text: str) -> list[int] | None:
         """The ids that the server's own tokenizer gives a text, where it offers that (vLLM does)."""
         body = {"model": self._model, "prompt": text, "add_special_tokens": False}

@@ -16,7 +16,7 @@ from fastkl.trainer.config.server import ServerConfig
 from fastkl.trainer.errors import ConfigError, ServerError
 from fastkl.trainer.servers.answers import BadAnswer
 from fastkl.trainer.servers.quoting import conceal, quote, quote_address
-from fastkl.trainer.servers.transport import Answer, post
+from fastkl.trainer.servers.transport import Answer, exchange
 
 RETRY_PAUSE, RETRY_LONGEST_PAUSE = 1.0, 30.0  # seconds: the first pause, which doubles, and the longest
 RETRY_STATUS = (408, 425, 429)  # and 5xx
@@ -78,6 +78,13 @@ class Connection:
         """
         return self._persist(url, body, _object, entries=entries)
 
+    def told(self, url: str) -> dict[str, Any] | None:
+        """The JSON object that is to be read there; None where there is none. It is asked for once."""
+        try:
+            return _object(self._once(url, None, 0, ()))
+        except (Transient, ServerError, BadAnswer):
+            return None
+
     def order(self, url: str, body: Mapping[str, Any]) -> None:
         """Has something done, whatever the answer says beyond status 200; 500 says that it cannot be done, as in vLLM."""
         self._persist(url, body, lambda answer: None, final=(500,))
@@ -110,9 +117,9 @@ class Connection:
                 self._announced = False
                 return result
 
-    def _once(self, url: str, body: Mapping[str, Any], entries: int | None, final: tuple[int, ...]) -> Answer:
+    def _once(self, url: str, body: Mapping[str, Any] | None, entries: int | None, final: tuple[int, ...]) -> Answer:
         try:
-            answer = post(
+            answer = exchange(
                 url,
                 body,
                 self._authorize,

@@ -25,9 +25,9 @@ class Answer(NamedTuple):
     body: bytes
 
 
-def post(
+def exchange(
     url: str,
-    body: Mapping[str, Any],
+    body: Mapping[str, Any] | None,
     authorize: Callable[[requests.PreparedRequest], requests.PreparedRequest],
     *,
     seconds: float,
@@ -37,6 +37,7 @@ def post(
     """The answer to a JSON object; redirects are not followed.
 
     Args:
+        body: None: the address is read (GET).
         seconds: The request ends with requests.ReadTimeout after so many.
         most: Bytes of the body, once decompressed: a longer one is a BadAnswer.
         whole: Whether a body that comes with this status is needed. Else the first `PIECE` of it are read.
@@ -46,7 +47,8 @@ def post(
         for scheme in ("http://", "https://"):
             session.mount(scheme, _WatchedAdapter(deadline))
         try:
-            with session.post(
+            with session.request(
+                "GET" if body is None else "POST",
                 url,
                 json=body,
                 timeout=seconds,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +22,13 @@ from fastkl.trainer.models.self_checks.probe import Probe
 from fastkl.trainer.models.sizes.layers import most_positions
 from fastkl.trainer.models.tokenizers import vocabulary
 from fastkl.trainer.student import Student
+from fastkl.trainer.teachers.cached import Cacheable, CachedTeacher, cached
 from fastkl.trainer.teachers.context.prompts import TeacherPrompts
 from fastkl.trainer.teachers.itself import SelfTeachers, remark_on_self
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.served import ServedTeacher, connect
 from fastkl.trainer.teachers.several import RoutedTeacher
-from fastkl.trainer.teachers.teacher import Lists, Teacher
+from fastkl.trainer.teachers.teacher import Lists
 
 
 def check_teachers(
@@ -106,7 +107,7 @@ def open_teachers(
     None where the run has no teacher. `prompts` are what they read, and learn how long they may be. `lists` is what each is
     asked for beside the log-probs of tokens.
     """
-    teachers: dict[TeacherConfig, Teacher] = {**served}
+    teachers: dict[TeacherConfig, Cacheable] = {**served}
     itself = SelfTeachers(student)
     new = config.sampling.max_new_tokens
     sampled = [prompt for data_set in data_sets if not data_set.given for prompt in data_set.prompts]
@@ -126,7 +127,22 @@ def open_teachers(
     if not teachers:
         return None
     by_data_set = {data_set.name: teachers[data_set.teacher] for data_set in data_sets}
-    return RoutedTeacher(by_data_set, itself.ready, _reference(config, tokenizer, data_sets, student, itself))
+    reference = _reference(config, tokenizer, data_sets, student, itself)
+    return RoutedTeacher(by_data_set, itself.ready, reference, _caches(config, data_sets, teachers, lists))
+
+
+def _caches(
+    config: DistillConfig, data_sets: Sequence[DataSet], teachers: Mapping[TeacherConfig, Cacheable], lists: Lists
+) -> dict[str, CachedTeacher]:
+    """By the names of the data sets whose teachers have one."""
+    temperature = config.sampling.temperature
+    found: dict[str, CachedTeacher] = {}
+    for settings, teacher in teachers.items():
+        precision = "no" if settings.self is None else config.mixed_precision
+        cache = cached(settings, teacher, lists, temperature, precision)
+        if cache is not None:
+            found |= {data_set.name: cache for data_set in data_sets if data_set.teacher == settings}
+    return found
 
 
 def _reference(

@@ -27,6 +27,8 @@ from fastkl.trainer.servers.listed import ListServer
 from fastkl.trainer.servers.quoting import quote_value
 from fastkl.trainer.servers.recheck import Recheck, Reference
 from fastkl.trainer.servers.token_texts import TokenTexts
+from fastkl.trainer.teachers.cache.fingerprints import server_fingerprint
+from fastkl.trainer.teachers.cache.store import Store
 from fastkl.trainer.teachers.lists import joined
 
 
@@ -87,6 +89,10 @@ class ServedTeacher:
 
     def recheck(self) -> None:
         self._recheck.at_the_end()
+
+    def fingerprint(self, store: Store) -> str:
+        """The name that a cache of scores has for what this server has shown of its model."""
+        return server_fingerprint(self._server, self._reference, store)
 
     def _likeliest(self, places: list[dict[int, float]]) -> TopK:
         """The lists of some places as tensors. Ids beyond the tokenizer, and what a list is short of, are padding."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.teachers.cached import CachedTeacher
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.teacher import Teacher
 
@@ -19,6 +21,7 @@ class RoutedTeacher(Generic[T]):
     Args:
         ready: A context in which they can be used; entered and left by all processes together.
         reference: Scores all samples too, into a list of its own.
+        caches: What is asked in the place of a teacher, by the name of a data set.
     """
 
     def __init__(
@@ -26,33 +29,36 @@ class RoutedTeacher(Generic[T]):
         teachers: Mapping[str, T],
         ready: Callable[[], AbstractContextManager[None]] = nullcontext,
         reference: LocalTeacher | None = None,
+        caches: Mapping[str, CachedTeacher] = MappingProxyType({}),
     ) -> None:
         self.by_data_set, self.ready, self.reference = teachers, ready, reference
+        self._caches = caches
 
     def score(self, samples: Sequence[Sample]) -> None:
         for group in self.groups(samples):
             with _as_read(group) as read:
-                self.of(group).score(read)
+                self._asked(group).score(read)
         if self.reference is not None:
             self.reference.score(samples)
 
     def rank(self, samples: Sequence[Sample], vocab_size: int) -> None:
         for group in self.groups(samples):
             with _as_read(group) as read:
-                self.of(group).rank(read, vocab_size)
+                self._asked(group).rank(read, vocab_size)
 
     def score_plain(self, samples: Sequence[Sample]) -> None:
         """As `Teacher.score_plain`, of the samples whose teacher has a prompt of its own."""
         for group in self.groups([sample for sample in samples if sample.teacher_prompt is not None]):
-            self.of(group).score_plain(group)
+            self._asked(group).score_plain(group)
 
     def recheck(self) -> None:
         for teacher in {id(teacher): teacher for teacher in self.by_data_set.values()}.values():
             teacher.recheck()
 
     def flops(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """`flops/teacher` of what was computed, and the reference's; see `Teacher.flops`."""
         read = [sample.for_teacher() for sample in samples]
-        parts = [self.of(group).flops(group) for group in self.groups(read)]
+        parts = [self.of(group).flops([s for s in group if not s.teacher_cached]) for group in self.groups(read)]
         known = [part["flops/teacher"] for part in parts if part]
         total = {"flops/teacher": sum(known)} if len(known) == len(parts) else {}
         if self.reference is not None:
@@ -69,6 +75,9 @@ class RoutedTeacher(Generic[T]):
     def of(self, group: Sequence[Sample]) -> T:
         """The teacher of a group."""
         return self.by_data_set[group[0].dataset]
+
+    def _asked(self, group: Sequence[Sample]) -> T | CachedTeacher:
+        return self._caches.get(group[0].dataset) or self.of(group)
 
 
 @contextmanager

@@ -59,6 +59,7 @@ class StubServer:
         self.at_once = self.most_at_once = 0
         self._lock = threading.Lock()
         self.url = ""
+        self.told: dict[str, Any] = {}  # what can be read, by its path
 
     def trouble(self) -> Trouble | None:
         with self._lock:
@@ -208,6 +209,10 @@ def handler(stub: StubServer) -> type[BaseHTTPRequestHandler]:
                 stub.bodies.append(body)
                 status, answer = stub.answer(self.path, body)
             return self.reply(status, json.dumps(answer).encode())
+
+        def do_GET(self) -> None:
+            content = stub.told.get(self.path)
+            self.reply(404 if content is None else 200, json.dumps(content).encode())
 
         def reply(self, status: int, content: bytes) -> None:
             self.send_response(status)

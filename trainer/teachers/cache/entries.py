@@ -1,0 +1,60 @@
+"""What a teacher wrote into a sample, as bytes and back, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fastkl.loss import TopK
+from fastkl.trainer.data.samples import Sample
+
+
+class Damaged(Exception):
+    """These bytes are no scores of this sample."""
+
+
+def pack(sample: Sample, fields: Sequence[str]) -> bytes:
+    """What these fields say of the counted tokens: numbers in the least of 4 and 8 bytes that loses nothing."""
+    found: dict[str, np.ndarray] = {}
+    for name in fields:
+        value = getattr(sample, name)
+        if isinstance(value, TopK):
+            found |= {f"{name}.{part}": _narrow(tensor.numpy()) for part, tensor in value._asdict().items()}
+        elif value is not None and len(value):
+            found[name] = _narrow(np.asarray(value)[np.asarray(sample.loss_mask, np.bool_)])
+    return save(found)
+
+
+def restore(sample: Sample, content: bytes) -> None:
+    """Writes into the fields what was packed.
+
+    Raises:
+        Damaged: Where it does not fit the sample, which stays as it was.
+    """
+    try:
+        found = load(content)
+    except SafetensorError as error:
+        raise Damaged from error
+    if any(len(values) != sample.loss_tokens for values in found.values()):
+        raise Damaged
+    for name in {name.partition(".")[0] for name in found}:
+        if name in found:
+            values = iter(found[name].tolist())
+            setattr(sample, name, [next(values) if counted else _zero(found[name]) for counted in sample.loss_mask])
+        else:
+            ids, logprobs = (torch.from_numpy(found[f"{name}.{part}"]) for part in TopK._fields)
+            setattr(sample, name, TopK(ids.long(), logprobs))
+
+
+def _zero(values: np.ndarray) -> float | int:
+    """0 as the values are."""
+    return 0.0 if values.dtype.kind == "f" else 0
+
+
+def _narrow(values: np.ndarray) -> np.ndarray:
+    small = values.astype(np.float32 if values.dtype.kind == "f" else np.int32)
+    return small if np.array_equal(small, values) else values
