@@ -43,11 +43,15 @@ def save_student(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
 
 
 def save_weights(model: PreTrainedModel, folder: Path) -> None:
-    """What a server needs to sample as the model does: the adapter of a PEFT model, or all weights."""
+    """What a server needs to sample as the model does: the adapter of a PEFT model, or all weights.
+
+    A head that is the embeddings is written under its own name too. vLLM on a CPU computes with a packed copy of the
+    head, and makes it again only from a weight of that name.
+    """
     if hasattr(model, "merge_adapter"):
         model.save_pretrained(folder)
     else:
-        save_model(model, model.state_dict(), folder)
+        save_model(model, model.state_dict() | _tied_head(model), folder)
 
 
 def save_model(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -> None:
@@ -70,6 +74,15 @@ def save_model(model: PreTrainedModel, state: dict[str, Tensor], folder: Path) -
     if differing:
         named = ", ".join(sorted(differing)[:NAMED])
         raise _lost(f"{len(differing)} weights have other names or shapes than {kind.__name__}'s own, such as {named}")
+
+
+def _tied_head(model: Any) -> dict[str, Tensor]:
+    """A copy of the head's weight by its name, where it shares its memory with the embeddings."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight.untyped_storage().data_ptr() != embeddings.weight.untyped_storage().data_ptr():
+        return {}
+    (name,) = (name for name, module in model.named_modules() if module is head)
+    return {f"{name}.weight": head.weight.detach().clone()}
 
 
 def _declare_ends(path: Path, ends: list[int]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from stub_server import StubServer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -18,7 +19,7 @@ class StubVllm(StubServer):
 
     defect, besides those of scoring: "raw" (log-probs at temperature 1), "seedless", "no-ids", "bos" (a token before the
     prompt), "early-end" (ends with an id that it was not told), "deaf" (says that it has loaded weights, and has not),
-    "old-head" (loads all but the head).
+    "old-head" (loads all but the head), "packed-head" (loads the head only by its own name, as vLLM does on a CPU).
     """
 
     def __init__(self, model: Path, words: PreTrainedTokenizerFast | None = None) -> None:
@@ -119,7 +120,8 @@ class StubVllm(StubServer):
         elif self.defect != "deaf":
             head = self.model.lm_head.weight.detach().clone()
             self.model = AutoModelForCausalLM.from_pretrained(folder)
-            if self.defect == "old-head":
+            named = "lm_head.weight" in load_file(folder / file)
+            if self.defect == "old-head" or (self.defect == "packed-head" and not named):
                 self.model.lm_head.weight = torch.nn.Parameter(head)
         return 200, {"results": [None]}
 

