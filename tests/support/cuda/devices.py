@@ -26,6 +26,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def triton_device() -> str:
     """Where the module that asks runs its kernels. It is skipped where they run nowhere."""
     if INTERPRETED:
+        from quick_interpreter import quicken  # imports Triton, which need not be there
+
+        quicken()
         return "cpu"
     if not torch.cuda.is_available():
         pytest.skip("no GPU; test_interpreted.py runs these tests", allow_module_level=True)
