@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import FORMS, NEEDS, Forms, Problem, fused, fused_output, make_problem
+from loss_cases import FORMS, Forms, Problem, each_plan, fused, fused_output, make_problem
 from torch import Tensor
 
 from fastkl.loss import policy_gradient_loss
@@ -30,16 +30,7 @@ def step(name: str, p: Problem, **options: Any) -> Tensor:
     return fused(name, p._replace(hidden=torch.tanh(p.hidden)), **options).sum()
 
 
-# What needs a gradient changes the graph of the two autograd functions, whatever loss is inside them.
-PLANS = [
-    pytest.param(*form, own, id=f"{key}-{need}")
-    for key, form in MORE_FORMS.items()
-    for need, own in NEEDS.items()
-    if need == "all" or key in ("linear_logprobs", "policy_gradient", "reverse_kl-none")
-]
-
-
-@pytest.mark.parametrize(("name", "options", "needs"), PLANS)
+@each_plan(MORE_FORMS)
 def test_one_graph(name: str, options: dict[str, Any], needs: tuple[str, ...]) -> None:
     p = make_problem((2, 5)).leaves(needs)
     tensors = [getattr(p, field) for field in needs]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from largest_tensor import LargestTensor
-from loss_cases import NEEDS, each_loss, frozen_or_all, fused, fused_output, make_problem, with_gradients
+from loss_cases import each_loss, each_plan, frozen_or_all, fused, fused_output, make_problem, with_gradients
 from sparse_cases import FORMS, SEED, SPARSE, each_form, peaked_problem, relative_error, use_small_blocks
 from torch import Tensor
 
@@ -92,16 +92,7 @@ def test_no_tensor_of_tokens_by_vocabulary(
     assert seen.numel <= 32 * 4000
 
 
-# As in tests/loss/test_compile.py: who needs a gradient is a matter of the autograd functions, not of the loss.
-PLANS = [
-    (*form, own)
-    for key, form in FORMS.items()
-    for need, own in NEEDS.items()
-    if need == "all" or key in ("linear_logprobs", "policy_gradient", "reverse_kl-none")
-]
-
-
-@pytest.mark.parametrize(("name", "options", "needs"), PLANS)
+@each_plan(FORMS)
 def test_one_graph(name: str, options: dict[str, Any], needs: tuple[str, ...]) -> None:
     torch._dynamo.reset()
     p = peaked_problem().leaves(needs)

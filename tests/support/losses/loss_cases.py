@@ -292,6 +292,22 @@ def each_of(forms: Forms) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("name", "options"), forms.values(), ids=forms)
 
 
+def each_plan(forms: Forms, needs: tuple[str, ...] = tuple(NEEDS)) -> pytest.MarkDecorator:
+    """Every form with all gradients, and one of each autograd function (per token, reduced) with some of them.
+
+    Who needs a gradient is a matter of those functions, not of the loss inside: the other combinations are slow.
+    """
+    common = ("linear_logprobs", "policy_gradient")
+    plans = [
+        pytest.param(
+            *form, NEEDS[need], id=f"{key}-{need}", marks=() if need == "all" or key in common else pytest.mark.slow
+        )
+        for key, form in forms.items()
+        for need in needs
+    ]
+    return pytest.mark.parametrize(("name", "options", "needs"), plans)
+
+
 def unreduced(name: str) -> dict[str, Any]:
     """The options that make a loss give one value per token."""
     return {} if name == "linear_logprobs" else {"reduction": "none"}

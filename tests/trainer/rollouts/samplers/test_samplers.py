@@ -91,30 +91,35 @@ def sampled(engine, seed):
     return sampler.sample(make_prompts(64), max_new_tokens=16, temperature=1.0, seed=seed)
 
 
-def test_determinism_in_and_across_processes(engine):
-    first = sampled(engine, 1)
-    torch.rand(7)
-    assert sampled(engine, 1) == first
-    assert sampled(engine, 2) != first
+def sampled_under_load():
+    """Of each engine, while others want its cores."""
+    spin = "import time\nend = time.time() + 60\nwhile time.time() < end: pass"
+    load = [subprocess.Popen([sys.executable, "-S", "-c", spin]) for _ in range(2)]
+    try:
+        return {engine: [c[:2] for c in sampled(engine, 1)] for engine in ENGINES}
+    finally:
+        for process in load:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def in_another_process():
     # Equal to the bit for equally many threads: they decide the order of sums.
     code = (
         f"import json, sys, torch; torch.set_num_threads({torch.get_num_threads()}); "
         f"sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}; "
-        f"import test_samplers as t; print(json.dumps([c[:2] for c in t.sampled({engine!r}, 1)]))"
+        "import test_samplers as t; print(json.dumps(t.sampled_under_load()))"
     )
-    spin = "import time\nend = time.time() + 60\nwhile time.time() < end: pass"
-    load = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(2)]
-    try:
-        run = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    finally:
-        for process in load:
-            process.kill()
-    assert json.loads(run.stdout.splitlines()[-1]) == [list(c[:2]) for c in first]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_determinism_in_and_across_processes(engine, in_another_process):
+    first = sampled(engine, 1)
+    torch.rand(7)
+    assert sampled(engine, 1) == first
+    assert sampled(engine, 2) != first
+    assert in_another_process[engine] == [list(c[:2]) for c in first]
 
 
 def test_caller_rng_is_untouched(sampler_of):
