@@ -46,14 +46,12 @@ def test_they_are_found() -> None:
 
 
 @pytest.mark.parametrize(("name", "option"), EACH)
-@pytest.mark.parametrize("value", NONE_OF_THEM, ids=["None", "str", "tensor", "complex", "array", "array of one"])
-def test_no_number(name: str, option: str, value: Any) -> None:
-    if value is None and option in OPTIONAL:
-        return
-    with pytest.raises(
-        (TypeError, ValueError), match=rf"^{option} is (None|'0.5'|an? (tensor|array) \[.\]|tensor|torch.c|array)"
-    ):
-        fused(name, P, **{option: value})
+def test_no_number(name: str, option: str) -> None:
+    for value in NONE_OF_THEM[option in OPTIONAL :]:  # None is first
+        with pytest.raises(
+            (TypeError, ValueError), match=rf"^{option} is (None|'0.5'|an? (tensor|array) \[.\]|tensor|torch.c|array)"
+        ):
+            fused(name, P, **{option: value})
 
 
 @pytest.mark.parametrize("option", ["temperature", "logit_scale", "softcap", "label_smoothing", "z_loss"])

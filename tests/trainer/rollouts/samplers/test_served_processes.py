@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,27 @@ def command(folder: Path, run: Path, stub: StubVllm, **overrides: object) -> lis
     return arguments("distill", distillation(run, folder, **small, **server))
 
 
+@pytest.fixture(scope="module")
+def learned(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """(fsdp, lora) -> the run of two processes that nothing went wrong in, made once."""
+
+    @cache
+    def run(fsdp: bool, lora: int = 0) -> Path:
+        path = tmp_path_factory.mktemp("learned")
+        learn(folder, path, 2, fsdp, lora)
+        return path / "run"
+
+    return run
+
+
+def learn(folder: Path, path: Path, count: int, fsdp: bool, lora: int) -> None:
+    with serving(folder / "student", kind=StubVllm) as stub:
+        line = command(folder, path / "run", stub, student__lora__rank=lora)
+        codes, said = together(line, path / "said", count=count, fsdp=fsdp)
+    assert codes == [0] * count, "\n".join(said)
+    assert len(stub.loads) == STEPS + 1  # one push for each change of the weights
+
+
 @pytest.mark.parametrize(
     ("fsdp", "lora"),
     [
@@ -38,34 +60,23 @@ def command(folder: Path, run: Path, stub: StubVllm, **overrides: object) -> lis
     ],
 )
 def test_samples_losses_and_pushes_are_those_of_one_process(
-    tmp_path: Path, folder: Path, stub: StubVllm, fsdp: bool, lora: int
+    tmp_path: Path, folder: Path, learned: Callable[..., Path], fsdp: bool, lora: int
 ) -> None:
-    loads = []
-    for count in (1, 2):
-        line = command(folder, tmp_path / str(count), stub, student__lora__rank=lora)
-        codes, said = together(line, tmp_path / "said", count=count, fsdp=fsdp and count > 1)
-        assert codes == [0] * count, "\n".join(said)
-        loads.append(len(stub.loads))
-        stub.restart()
-    assert loads == [STEPS + 1, 2 * (STEPS + 1)]  # one push for each change of the weights
-    check_same(tmp_path / "2", tmp_path / "1")
-    assert all(row["sampler_mismatch/mean_abs"] < 1e-5 for row in log(tmp_path / "2")[1:])
+    learn(folder, tmp_path, 1, False, lora)
+    check_same(learned(fsdp, lora), tmp_path / "run")
+    assert all(row["sampler_mismatch/mean_abs"] < 1e-5 for row in log(learned(fsdp, lora))[1:])
 
 
 @pytest.mark.parametrize("fsdp", PEERS.values(), ids=PEERS)
 def test_a_server_that_starts_again_gets_the_weights_again(
-    tmp_path: Path, folder: Path, stub: StubVllm, fsdp: bool
+    tmp_path: Path, folder: Path, stub: StubVllm, learned: Callable[..., Path], fsdp: bool
 ) -> None:
-    codes, said = together(command(folder, tmp_path / "whole", stub), tmp_path / "said", fsdp=fsdp)
-    assert codes == [0, 0], "\n".join(said)
-    loads = len(stub.loads)
-    stub.restart()
     stub.restart_at = 40  # in a rollout
     line = [*command(folder, tmp_path / "run", stub), "--sampling.server.retries=1"]
     codes, said = together(line, tmp_path / "said", fsdp=fsdp)
     assert codes == [0, 0], "\n".join(said)
-    assert len(stub.loads) == 2 * loads + 1
-    check_same(tmp_path / "run", tmp_path / "whole", tolerance=1e-6)
+    assert len(stub.loads) == STEPS + 2
+    check_same(tmp_path / "run", learned(fsdp), tolerance=1e-6)
 
 
 def test_a_server_that_is_gone_ends_both_with_a_checkpoint(tmp_path: Path, folder: Path, stub: StubVllm) -> None:
