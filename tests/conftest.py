@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,10 @@ from torch import Tensor
 
 from fastkl.kernels import driver, gemm, workspace
 from fastkl.kernels.score import cpu as score_cpu
+
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # as `make test` has it: what is not here is not asked for, again and again
 
 
 @pytest.fixture

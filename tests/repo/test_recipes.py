@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from recipe_cases import RECIPES, Load
+from recipe_cases import RECIPES, Load, assert_verified
 from tiny_data import read_jsonl
 
 from fastkl.trainer.commands.command_line import COMMANDS, parse
@@ -117,9 +117,7 @@ def test_worked_solutions_are_right(recipe: Load, tmp_path: Path) -> None:
 )
 def test_instructions_are_verified(recipe: Load, instruction: str, does: str, does_not: str) -> None:
     (instructions,) = recipe("personalisation", "instructions")
-    assert instructions.follows(f" {does}\n", instruction)
-    assert not instructions.follows(does_not, instruction)
-    assert not instructions.follows("", instruction)
+    assert_verified(instructions.follows, instruction, does, does_not)
 
 
 def test_no_terse_answer_follows_an_instruction(recipe: Load) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from recipe_cases import Load
+from recipe_cases import Load, assert_verified
 from tiny_data import read_jsonl
 from tiny_models import save_model, tokenizer
 
@@ -27,9 +27,7 @@ from fastkl.trainer.sft import sft
 )
 def test_rules_are_verified(recipe: Load, rule: str, obeys: str, does_not: str) -> None:
     (rules,) = recipe("self_distillation", "rules")
-    assert rules.obeys(f" {obeys}\n", rule)
-    assert not rules.obeys(does_not, rule)
-    assert not rules.obeys("", rule)
+    assert_verified(rules.obeys, rule, obeys, does_not)
 
 
 SPANISH = (
