@@ -11,11 +11,18 @@ from tiny_data import model_and_sums, pair_and_sums
 from tiny_models import save_model
 
 from fastkl.trainer.distill import OnPolicy
+from fastkl.trainer.rollouts.samplers import weights_folder
 
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     fresh_accelerate()
+
+
+@pytest.fixture(autouse=True)
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written to /dev/shm: weights for a server are in the run folder."""
+    monkeypatch.setattr(weights_folder, "MEMORY", Path("/nonexistent"))
 
 
 @pytest.fixture

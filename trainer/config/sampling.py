@@ -18,11 +18,15 @@ class SamplingServerConfig(ServerConfig):
         model: Sample from the student that the server serves under this name. For LoRA: the base of the adapter.
         concurrency: Keep this many completions in flight.
         weights: Hand over the weights through this folder. This process writes it, and the server reads it under the same
-            path. null: `weights` in the run folder.
+            path. null: a folder in /dev/shm, which is memory, where the server is on this machine and there is room; else
+            `weights` in the run folder.
+        transfer: Send all weights from GPU to GPU by vLLM's own weight transfer, over NCCL or CUDA IPC (docs/servers.md).
+            null: the server reads them from the folder.
     """
 
     concurrency: int = 64
     weights: str | None = None
+    transfer: Literal["nccl", "ipc"] | None = None
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,12 @@ class DistillConfig(RunConfig):
             f"sampling.dtype is {self.sampling.dtype} and so is student.dtype: the copy would be the same; unset "
             f"sampling.dtype",
         )
+        transfer, rank = self.sampling.server.transfer, self.student.lora.rank
+        require(
+            transfer is None or rank == 0,
+            f"sampling.server.transfer is {transfer} and student.lora.rank is {rank}: vLLM loads an adapter from a folder; "
+            f"unset sampling.server.transfer",
+        )
         samples = self.sampling.samples_per_step
         require(
             samples >= self.optim.substeps,

@@ -25,7 +25,7 @@ FREE = re.compile(
     r"log_samples|trackers|eval\.every|checkpoint\..*|batch\.max_tokens|student\.gradient_checkpointing"
     r"|(mixture\.[\w-]+\.)?teacher\.cache(_gigabytes)?"
     r"|((mixture\.[\w-]+\.)?teacher|sampling)\.server\."
-    r"(url|sequences_per_request|recheck_every|weights|concurrency|timeout|retries|api_key_env)"
+    r"(url|sequences_per_request|recheck_every|weights|transfer|concurrency|timeout|retries|api_key_env)"
 )
 # With another one of these it is another run.
 FIXED = re.compile(r"seed|(student|teacher|reference|data|mixture|environment|eval\.data)(\..*)?")

@@ -72,7 +72,11 @@ class TransferLoader:
         rendezvous: dict[str, Any] = {}
         if self._config.transfer == "nccl":
             host = urlsplit(self._base).hostname or ""
-            rendezvous = {"master_address": own_address(host), "master_port": free_port(), "world_size": 1 + self._workers()}
+            rendezvous = {
+                "master_address": own_address(host),
+                "master_port": free_port(),
+                "world_size": 1 + self._workers(),
+            }
         info = getattr(importlib.import_module(f"{API}.{module}"), name)(rank=0, **rendezvous)
         return api.WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source(api))
 
@@ -80,9 +84,11 @@ class TransferLoader:
         """The newest folder's tensors, as vLLM's engines read them."""
         loader = self
 
-        class Source(api.WeightSource):  # type: ignore[misc]
+        class Source(api.WeightSource):
             def metadata(self) -> list[Any]:
-                return [api.ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors(loader._folder)]
+                return [
+                    api.ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors(loader._folder)
+                ]
 
             def __iter__(self) -> Iterator[tuple[str, Tensor]]:
                 return ((name, tensor.to("cuda")) for name, tensor in tensors(loader._folder))

@@ -25,6 +25,7 @@ from fastkl.trainer.models.saving import save_weights
 from fastkl.trainer.models.scoring import check_finite
 from fastkl.trainer.models.tokenizers import SAMPLE_TEXT
 from fastkl.trainer.rollouts.samplers.common import undisturbed
+from fastkl.trainer.rollouts.samplers.weights_folder import weights_folder, weights_size
 from fastkl.trainer.runs import processes
 from fastkl.trainer.servers.check_sampling import check_sampling
 from fastkl.trainer.servers.completions import CompletionsServer
@@ -32,6 +33,7 @@ from fastkl.trainer.servers.concurrency import gather
 from fastkl.trainer.servers.connection import Connection, Refused
 from fastkl.trainer.servers.constant import meaningless
 from fastkl.trainer.servers.generation import GenerationServer
+from fastkl.trainer.servers.transfer import TransferLoader
 from fastkl.trainer.servers.weights import AdapterLoader, Loader, ModelLoader
 from fastkl.trainer.student import Student
 
@@ -50,11 +52,21 @@ class SamplingServer:
         self.connection = Connection(self.config, "the sampling server")
         self.generation = GenerationServer(self.connection, vocab_size(config.student))
         self.name = f"fastkl-{uuid.uuid4().hex}"  # of this process: what it loads and caches there is its own
-        self.folder = Path(self.config.weights or Path(config.run, "weights")).expanduser().resolve()
-        rank = config.student.lora.rank
-        self.loader: Loader = (
-            AdapterLoader(self.connection, rank) if rank else ModelLoader(self.connection, self.config.model)
-        )
+        self.run = Path(config.run).expanduser().resolve()
+        self.loader = self._loader(config.student.lora.rank)
+
+    def _loader(self, rank: int) -> Loader:
+        if rank:
+            return AdapterLoader(self.connection, rank)
+        if self.config.transfer is not None:
+            return TransferLoader(self.connection, self.config)
+        return ModelLoader(self.connection, self.config.model)
+
+    def folder(self, size: float) -> Path:
+        """Where weights of so many bytes are written."""
+        if self.config.weights is not None:
+            return Path(self.config.weights).expanduser().resolve()
+        return weights_folder(self.config.url, self.run, size)
 
 
 def connect_sampling(
@@ -111,7 +123,8 @@ class ServedSampler:
 
     def __init__(self, server: SamplingServer, student: Student, eos_token_ids: Iterable[int]) -> None:
         self._server, self._student, self._eos = server, student, sorted(set(eos_token_ids))
-        self._folders = 0  # that were written
+        self._folders = 0  # that were written,
+        self._folder: Path | None = None  # and where
         self._lock = threading.Lock()  # of what folders are there
         self._newest: Weights | None = None
         self._held: list[Weights] = []
@@ -200,11 +213,17 @@ class ServedSampler:
         """The student's weights, in a folder: all of them, or the adapter."""
         newest, version = self._newest, self._student.version
         if newest is None or newest.version != version or not newest.folder.is_dir():
-            self._folders += 1
-            folder = self._server.folder / f"{self._server.name}-{self._folders:06d}"
+            folder = self._new_folder()
             save_weights(self._student.model, folder)
             self._newest = newest = Weights(version, folder, self._score())
         return newest
+
+    def _new_folder(self) -> Path:
+        """For the next weights."""
+        self._folders += 1
+        if self._folder is None:
+            self._folder = self._server.folder(weights_size(self._student.model))
+        return self._folder / f"{self._server.name}-{self._folders:06d}"
 
     def _drop(self, weights: Weights | None) -> None:
         """Removes a folder that nobody holds and that the server will not read again."""

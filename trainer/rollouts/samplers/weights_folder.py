@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import shutil
 import socket
@@ -19,7 +20,7 @@ COPIES = 3  # that may be there at once: what the server has, what it gets, what
 def weights_folder(url: str, run: Path, size: float) -> Path:
     """A folder in memory where the server is on this machine and `COPIES` of `size` bytes have room; else the run's own.
 
-    What a run that was killed has left there is removed.
+    That in memory is removed when this process ends, and what a run that was killed has left there now.
     """
     own, here = run / "weights", MEMORY / f"fastkl-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]}"
     shutil.rmtree(here, ignore_errors=True)
@@ -29,6 +30,7 @@ def weights_folder(url: str, run: Path, size: float) -> Path:
         why = f"{COPIES} copies of {size / 1e9:.1f} GB have no room in {MEMORY}, where {_room() / 1e9:.1f} GB are free"
     else:
         note(f"the sampling server gets the weights through {here}, which is memory")
+        atexit.register(shutil.rmtree, here, ignore_errors=True)
         return here
     note(f"the sampling server gets the weights through {own}: {why}. sampling.server.weights names another folder")
     return own
