@@ -29,10 +29,10 @@ def weights_folder(url: str, run: Path, size: float) -> Path:
     elif _room() < COPIES * size:
         why = f"{COPIES} copies of {size / 1e9:.1f} GB have no room in {MEMORY}, where {_room() / 1e9:.1f} GB are free"
     else:
-        note(f"the sampling server gets the weights through {here}, which is memory")
+        note(f"weights go to the sampling server through {here}, which is memory")
         atexit.register(shutil.rmtree, here, ignore_errors=True)
         return here
-    note(f"the sampling server gets the weights through {own}: {why}. sampling.server.weights names another folder")
+    note(f"weights go to the sampling server through {own}: {why}. sampling.server.weights names another folder")
     return own
 
 
