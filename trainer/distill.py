@@ -5,7 +5,9 @@ Thinking Machines, "On-Policy Distillation" (2025); Tinker cookbook, recipe `dis
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +45,7 @@ from fastkl.trainer.rollouts.samplers.copied import CopySampler
 from fastkl.trainer.rollouts.samplers.local import local_sampler
 from fastkl.trainer.rollouts.samplers.sampler import Sampler
 from fastkl.trainer.rollouts.samplers.served import SamplingServer, ServedSampler, connect_sampling
+from fastkl.trainer.rollouts.samplers.weights_folder import memory_emptied
 from fastkl.trainer.rollouts.single_turn import Responder, SingleTurn
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder
@@ -141,7 +144,8 @@ def distill(config: DistillConfig, *, listener: Listener = SILENT) -> RunFolder:
         ConfigError: If the run cannot work; before anything expensive.
     """
     accelerator = start_run(config, config.sampling.samples_per_step, "sampling.prompts_per_step")
-    with RunFolder(config) as folder:
+    first = accelerator.is_main_process
+    with RunFolder(config) as folder, memory_emptied(Path(config.run)) if first else nullcontext():
         _distill(config, accelerator, folder, listener)
     return folder
 

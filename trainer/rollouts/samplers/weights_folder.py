@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import shutil
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,22 +19,27 @@ COPIES = 3  # that may be there at once: what the server has, what it gets, what
 
 
 def weights_folder(url: str, run: Path, size: float) -> Path:
-    """A folder in memory where the server is on this machine and `COPIES` of `size` bytes have room; else the run's own.
-
-    That in memory is removed when this process ends, and what a run that was killed has left there now.
-    """
-    own, here = run / "weights", MEMORY / f"fastkl-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]}"
-    shutil.rmtree(here, ignore_errors=True)
+    """A folder in memory where the server is on this machine and `COPIES` of `size` bytes have room; else the run's own."""
+    own, here = run / "weights", _in_memory(run)
     if not is_here(urlsplit(url).hostname or ""):
         why = f"{url} is another machine's"
     elif _room() < COPIES * size:
         why = f"{COPIES} copies of {size / 1e9:.1f} GB have no room in {MEMORY}, where {_room() / 1e9:.1f} GB are free"
     else:
         note(f"weights go to the sampling server through {here}, which is memory")
-        atexit.register(shutil.rmtree, here, ignore_errors=True)
         return here
     note(f"weights go to the sampling server through {own}: {why}. sampling.server.weights names another folder")
     return own
+
+
+@contextmanager
+def memory_emptied(run: Path) -> Iterator[None]:
+    """Nothing of the run's weights is in memory afterwards, nor what a process that was killed has left there."""
+    try:
+        shutil.rmtree(_in_memory(run), ignore_errors=True)
+        yield
+    finally:
+        shutil.rmtree(_in_memory(run), ignore_errors=True)
 
 
 def weights_size(model: nn.Module) -> float:
@@ -59,6 +65,10 @@ def is_here(host: str) -> bool:
         except OSError:
             continue
     return False
+
+
+def _in_memory(run: Path) -> Path:
+    return MEMORY / f"fastkl-{hashlib.sha256(str(run.expanduser().resolve()).encode()).hexdigest()[:16]}"
 
 
 def _room() -> float:

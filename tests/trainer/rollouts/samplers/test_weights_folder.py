@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from run_cases import distilled
+from run_settings import distillation
+from server_cases import served
+from stub_server import serving
+from stub_vllm import StubVllm
 from tiny_models import llama
 
 from fastkl.trainer.config.models import LoraConfig
@@ -15,6 +18,7 @@ from fastkl.trainer.models.saving import save_weights
 from fastkl.trainer.models.text_path import text_path
 from fastkl.trainer.rollouts.samplers import weights_folder as where
 
+LORA: dict[str, object] = {"student.lora.rank": 4}
 HERE = "http://127.0.0.1:8000/v1"
 
 
@@ -53,24 +57,25 @@ def test_so_does_a_server_where_memory_is_short(
     assert where.weights_folder(HERE, tmp_path / "run", 1.0) == tmp_path / "run" / "weights"
 
 
-def test_what_a_killed_run_left_is_removed(tmp_path: Path, memory: Path) -> None:
-    left = where.weights_folder(HERE, tmp_path / "run", 1e3) / "weights"
-    left.mkdir(parents=True)
-    where.weights_folder(HERE, tmp_path / "other", 1e3)
-    assert left.is_dir()
-    where.weights_folder(HERE, tmp_path / "run", 1e3)
-    assert not left.exists()
+def test_nothing_is_left_of_a_run_nor_of_one_that_was_killed(tmp_path: Path, memory: Path) -> None:
+    own, other = (where.weights_folder(HERE, tmp_path / name, 1e3) for name in ("run", "other"))
+    for folder in (own, other):
+        (folder / "weights").mkdir(parents=True)
+    with where.memory_emptied(tmp_path / "run"):
+        assert not own.exists()
+        own.mkdir()
+    assert list(memory.iterdir()) == [other]
 
 
-def test_nothing_is_left_at_the_end(tmp_path: Path, memory: Path) -> None:
-    code = f"""
-from pathlib import Path
-from fastkl.trainer.rollouts.samplers import weights_folder as where
-where.MEMORY = Path({str(memory)!r})
-where.weights_folder({HERE!r}, Path("run"), 1.0).mkdir()
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+@pytest.mark.parametrize("kind", [{}, LORA], ids=["full", "lora"])
+def test_a_run_pushes_through_memory(
+    kind: dict[str, object], tmp_path: Path, folder: Path, memory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(folder / "student", kind=StubVllm) as stub:
+        distilled(distillation(tmp_path / "run", folder, optim__steps=1, **served("sampling", stub)) | kind)
+        assert [path.parent.parent for path in stub.loads] == [memory]
     assert list(memory.iterdir()) == []
+    assert not (tmp_path / "run" / "weights").exists()
 
 
 @pytest.mark.parametrize("tied", [True, False])
