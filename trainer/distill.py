@@ -5,7 +5,9 @@ Thinking Machines, "On-Policy Distillation" (2025); Tinker cookbook, recipe `dis
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import copy
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +23,8 @@ from fastkl.trainer.data.mixture import DataSet, read_data_sets, step_prompts
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.remarks import remark_on_data_sets, remark_on_length
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.data.step_metrics import rollout_metrics
-from fastkl.trainer.loop import fit
+from fastkl.trainer.data.step_metrics import rollout_metrics, staleness
+from fastkl.trainer.loop import Source, fit
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.ends import end_of_sequence
 from fastkl.trainer.models.loading import context_length
@@ -35,6 +37,7 @@ from fastkl.trainer.objectives.advantages import set_reward_advantages
 from fastkl.trainer.objectives.base import Objective
 from fastkl.trainer.objectives.registry import asked_lists, make_objective, teacher_passes
 from fastkl.trainer.objectives.weights.step import TokenWeights
+from fastkl.trainer.rollouts.ahead import AheadRollouts
 from fastkl.trainer.rollouts.environments import Environment, make_environment
 from fastkl.trainer.rollouts.evaluation import load_eval_prompts
 from fastkl.trainer.rollouts.judge import make_judge
@@ -61,7 +64,7 @@ from fastkl.trainer.teachers.served import ServedTeacher
 from fastkl.trainer.teachers.several import RoutedTeacher
 
 
-class OnPolicy:
+class OnPolicy(Source):
     """The student's samples of a step, made ready by the objective."""
 
     def __init__(
@@ -70,25 +73,23 @@ class OnPolicy:
         student: Student,
         objective: Objective,
         teachers: RoutedTeacher[Any] | None,
-        sampler: Sampler,
+        push: Callable[[int], None],
         rollouts: Rollouts,
         weights: TokenWeights,
-        data_sets: list[DataSet],
         teacher_prompts: TeacherPrompts,
         vocab_size: int,
     ) -> None:
         self._config, self._student, self._objective, self._teachers = config, student, objective, teachers
-        self._sampler, self._rollouts, self._weights = sampler, rollouts, weights
-        self._data_sets, self._vocab_size = data_sets, vocab_size
-        self._teacher_prompts = teacher_prompts
+        self._push, self._rollouts, self._weights = push, rollouts, weights
+        self._teacher_prompts, self._vocab_size = teacher_prompts, vocab_size
         student.also_checkpoint("rollouts", rollouts)
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
         if self._config.sampling.server.url:
             with clock("push_weights"), self._student.gathered():
-                processes.on_main(self._sampler.refresh)
+                processes.on_main(lambda: self._push(step))
         with clock("sample"), self._student.gathered():
-            written = self._rollout(step)
+            written = self._rollouts.samples(step)
             metrics = set_reward_advantages(written, self._config.reward)
             unmasked, told = self._teacher_prompts.give(written)
             metrics |= told
@@ -105,15 +106,15 @@ class OnPolicy:
         metrics |= {name: value * passes for name, value in flops.items()}
         with clock("ranks"):
             self._set_ranks(samples[: self._config.log_samples])
+        if isinstance(self._rollouts, AheadRollouts):
+            metrics |= staleness(samples) | {"time/rollouts": processes.on_main(self._rollouts.seconds)}
         self._rollouts.carry_over(samples)  # nothing can fail any more: a checkpoint holds the state between two steps
         if self._config.sampling.filters:
             metrics["completions/dropped_fraction"] = (len(unmasked) - len(samples)) / len(written)
         return samples, rollout_metrics(samples) | spared_metrics(samples) | metrics
 
-    def _rollout(self, step: int) -> list[Sample]:
-        seed = self._config.seed
-        prompts = step_prompts(self._data_sets, self._config.sampling.prompts_per_step, step, seed)
-        return self._rollouts.samples(prompts, step, seed * 1_000_003 + step)
+    def settle(self, stopping: Callable[[], bool]) -> None:
+        self._rollouts.settle(stopping)
 
     def _set_ranks(self, samples: list[Sample]) -> None:
         """Where the tokens stand with the student that sampled them and with the teacher, on every process.
@@ -212,16 +213,23 @@ def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder,
     with student.gathered():
         sampler = _sampler(config, student, [*ends, *stop_ids(environment, tokenizer)], sampling_server)
     responder = _responder(config, student, tokenizer, sampler, environment, [*prompts, *eval_prompts])
-    given = [sample for data_set in data_sets for sample in data_set.given]
-    rollouts = Rollouts(config.sampling, responder, prompts, given, judge)
+    rollouts: Rollouts
+    parts = _rollout_parts(config, responder, data_sets, judge)
+    if isinstance(sampler, ServedSampler) and config.sampling.steps_ahead:
+        tell = _early(config, teachers, teacher_prompts)
+        rollouts = AheadRollouts(*parts, sampler=sampler, steps=config.optim.steps, tell=tell)
+        push, responder = rollouts.ask, rollouts.undisturbed(responder)
+    else:
+        rollouts, push = Rollouts(*parts), lambda step: sampler.refresh()
     ids = vocabulary(tokenizer)
-    source = OnPolicy(config, student, objective, teachers, sampler, rollouts, weights, data_sets, teacher_prompts, ids)
+    source = OnPolicy(config, student, objective, teachers, push, rollouts, weights, teacher_prompts, ids)
     student.also_checkpoint("objective", objective)
     student.also_checkpoint("identity", _identity(student, teachers, data_sets, teacher_prompts, eval_prompts))
     for name, teacher in ({} if teachers is None else teachers.by_data_set).items():
         if isinstance(teacher, ServedTeacher):
             student.also_checkpoint(f"teacher's server {name}", teacher)
-    fit(student, objective, source, responder, tokenizer, eval_prompts, folder, listener)
+    with closing(rollouts), nullcontext() if teachers is None else closing(teachers):
+        fit(student, objective, source, responder, tokenizer, eval_prompts, folder, listener)
     if (control := remark(config.loss.control)) is not None:
         note(f"this run was {control}")
 
@@ -250,6 +258,33 @@ def _identity(
     return Identity(prints)
 
 
+def _rollout_parts(
+    config: DistillConfig, responder: Responder, data_sets: list[DataSet], judge: Judge | None
+) -> tuple[Any, ...]:
+    """The arguments of `Rollouts`."""
+
+    def prompts_of(step: int) -> list[EncodedPrompt]:
+        return step_prompts(data_sets, config.sampling.prompts_per_step, step, config.seed)
+
+    prompts = [prompt for data_set in data_sets for prompt in data_set.prompts]
+    given = [sample for data_set in data_sets for sample in data_set.given]
+    return config.sampling, responder, prompts_of, config.seed, prompts, given, judge
+
+
+def _early(
+    config: DistillConfig, teachers: RoutedTeacher[Any] | None, prompts: TeacherPrompts
+) -> Callable[[Sample], None]:
+    """Has a teacher that is a server begin with a sample. Of several processes each asks about its own, later."""
+
+    def tell(sample: Sample) -> None:
+        known = processes.count() == 1 and not prompts.depends_on_samples(sample.dataset)
+        if teachers is not None and known and filter_by_length([sample], config.sampling):
+            prompts.give_fixed([sample])
+            teachers.ask_early(sample)
+
+    return tell
+
+
 def _responder(
     config: DistillConfig,
     student: Student,
@@ -262,6 +297,8 @@ def _responder(
     if environment is None:
         return SingleTurn(sampler, context)
     chats = dict.fromkeys(prompt.chat for prompt in prompts)
+    if config.sampling.steps_ahead:  # in a thread of their own; nobody says that a tokenizer may be in two at a time
+        tokenizer = copy.deepcopy(tokenizer)
     return MultiTurn(sampler, tokenizer, environment, config.environment, ends, context, chats)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -40,6 +40,10 @@ class Source(Protocol):
         The same for the same step and the same student, always.
         """
         ...
+
+    def settle(self, stopping: Callable[[], bool]) -> None:
+        """Before a checkpoint: waits until what is underway for later steps is there, or until the run is stopping."""
+        return
 
 
 def fit(
@@ -102,6 +106,7 @@ def fit(
                 _remark(progress, too_small_an_update(metrics, config.optim.lr))
             listener.on_step(done, metrics, samples)
             if done == config.optim.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
+                source.settle(stop.told)
                 folder.save_checkpoint(student.save, done)
         _remark(progress, processes.on_main(lambda: _skipped(folder, config.optim)))
         with student.gathered():

@@ -61,6 +61,7 @@ WEIGHED = "`loss.weights`"
 OF_SAMPLES = "`teacher.context.function` of samples"
 SIBLING = "`teacher.context.function: sibling`, graded samples"
 EXTRAPOLATED = "`loss.extrapolate`"
+AHEAD = "`sampling.steps_ahead`"
 GIVEN = "`sampling.on_policy_fraction` below 1, `policy_gradient`"
 
 # fmt: off
@@ -90,12 +91,22 @@ GROUPS = (
                "Tokens whose ratio exp(ℓ − ℓ_sampler) is below 0.9 or above 1.1."),
         Metric("sampler_mismatch/p95_abs", "nats", MISMATCH, "The 95th percentile of |ℓ − ℓ_sampler|."),
     )),
+    Group("Age of the samples", "mismatch", (
+        Metric("staleness/max", "steps", AHEAD, "How much older the oldest weights that wrote a sample are than those that "
+               "learn from it.", "at most `sampling.max_staleness`"),
+        Metric("staleness/mean", "steps", AHEAD, "The same, as a mean over the student's own tokens."),
+    )),
     Group("Time", "time", (
         Metric("time/old_logprobs", SECONDS, "`policy_gradient`, or `tip` in `loss.weights`",
                "A forward pass for the log-probs that the ratio is taken against, or for entropies, where one is needed."),
         Metric("time/push_weights", SECONDS, "`sampling.server`", "Handing the student's weights to the sampling server."),
+        Metric("time/rollouts", SECONDS, AHEAD,
+               "How long the sampling server took for the step's samples, beside earlier steps. No part of "
+               "`tokens_per_second`."),
         Metric("time/ranks", SECONDS, DISTILL, "Ranks of the tokens in samples.jsonl."),
-        Metric("time/sample", SECONDS, DISTILL, "Sampling and grading."),
+        Metric("time/sample", SECONDS, DISTILL,
+               "Sampling and grading. With `sampling.steps_ahead`: waiting for the samples, and grading.",
+               "with `sampling.steps_ahead` about 0: else the server is slower than the rest"),
         Metric("time/student_top_k", SECONDS, "`loss.top_k_of: student` or `both`",
                "A forward pass for the student's likeliest tokens."),
         Metric("time/teacher", SECONDS, "a teacher, `policy_gradient`, `top_k` or `loss.weights` that need its log-probs",

@@ -14,7 +14,7 @@ from fastkl.trainer.data.mixture import DataSet, read_data_sets, step_prompts
 from fastkl.trainer.data.remarks import remark_on_data_sets, remark_on_length
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import ConfigError
-from fastkl.trainer.loop import fit
+from fastkl.trainer.loop import Source, fit
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.ends import end_of_sequence
 from fastkl.trainer.models.loading import context_length
@@ -32,7 +32,7 @@ from fastkl.trainer.runs.start import start_run
 from fastkl.trainer.student import Student
 
 
-class Examples:
+class Examples(Source):
     """The given completions, each token with advantage 1."""
 
     def __init__(self, data_sets: list[DataSet], per_step: int, seed: int) -> None:

@@ -49,8 +49,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "loss__top_k_tail": "sampled",
     },
 }
-# A sampling server's: tests/trainer/rollouts/samplers/test_served.py. A cache's: tests/trainer/teachers/test_cached.py.
-NOT_HERE = {"time/push_weights", "teacher_cache/hits", "teacher_cache/misses"}
+# A sampling server's: tests/trainer/rollouts/samplers/test_served.py and tests/trainer/rollouts/test_ahead.py. A cache's:
+# tests/trainer/teachers/test_cached.py.
+NOT_HERE = {"time/push_weights", "time/rollouts", "staleness/mean", "staleness/max"}
+NOT_HERE |= {"teacher_cache/hits", "teacher_cache/misses"}
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,11 @@ def check_rollouts(
     if sampling.on_policy_fraction == 0:
         _check_given_alone(loss)
     require(
+        not sampling.steps_ahead or loss.objective != "policy_gradient" or loss.old_logprobs == "sampler",
+        f"sampling.steps_ahead is {sampling.steps_ahead}: older weights write the samples, and loss.old_logprobs is "
+        f"{loss.old_logprobs}, which takes the importance ratio against newer ones; set it to sampler",
+    )
+    require(
         loss.baseline != "mean" or sampling.samples_per_step > 1,
         "loss.baseline is mean, but a step has one sample, and the mean is that of the others; raise "
         "sampling.prompts_per_step or set loss.baseline to none",

@@ -62,6 +62,10 @@ class SamplingConfig:
         dtype: Sample from a copy of the student in this dtype, in evaluation too. The samples have its log-probs. null:
             sample from the student itself.
         server: Sample on this server. Without one, this process samples.
+        steps_ahead: Ask the server for the samples of so many coming steps while the student learns. They are written by
+            weights that are so many steps old (docs/rollouts.md). 0: each step samples first.
+        max_staleness: Refuse samples that are written by weights more steps old than this. null: as old as steps_ahead
+            makes them.
     """
 
     prompts_per_step: int = 64
@@ -83,6 +87,8 @@ class SamplingConfig:
     max_requests: int | None = None
     dtype: Literal["bfloat16", "float16"] | None = None
     server: SamplingServerConfig = field(default_factory=SamplingServerConfig)
+    steps_ahead: int = 0
+    max_staleness: int | None = None
 
     @property
     def samples_per_step(self) -> int:
@@ -116,6 +122,7 @@ class SamplingConfig:
             names = ("engine", "max_batch_tokens", "max_requests", "dtype")
             unchanged(self, "sampling.", f"{reason} ({flags}); unset it", names)
         self._check_lengths()
+        self._check_ahead()
 
     def _check_lengths(self) -> None:
         most = self.max_new_tokens
@@ -135,4 +142,22 @@ class SamplingConfig:
             0 <= self.min_completion_tokens <= highest <= most and highest > 0,
             f"sampling.min_completion_tokens is {self.min_completion_tokens} and sampling.max_completion_tokens is "
             f"{self.max_completion_tokens}; they must be in order, within 0 and sampling.max_new_tokens ({most})",
+        )
+
+    def _check_ahead(self) -> None:
+        at_least(0, self, "sampling.", "steps_ahead", "max_staleness")
+        ahead = f"sampling.steps_ahead is {self.steps_ahead}"
+        require(
+            not self.steps_ahead or bool(self.server.url),
+            f"{ahead}, but this process samples, which cannot learn at the same time. Start a server that samples and give "
+            f"its address (sampling.server.url, docs/servers.md), or set sampling.steps_ahead to 0",
+        )
+        require(
+            not self.steps_ahead or self.on_policy_fraction > 0,
+            f"{ahead}, but sampling.on_policy_fraction is 0: there is nothing to sample; unset one of them",
+        )
+        require(
+            self.max_staleness is None or self.steps_ahead <= self.max_staleness,
+            f"{ahead}: samples would be so many steps old, and sampling.max_staleness is {self.max_staleness}; lower the "
+            f"one or raise the other",
         )

@@ -52,6 +52,7 @@ class Sample:
     reward_advantage: float = 0.0  # of each counted token, beside the KL's
     given: bool = False  # the completion stands in the data; the student did not sample it
     unfinished: bool = False  # goes on in the next step
+    staleness: int = 0  # steps that the student has taken since it wrote the sample
     completion_length: int = 0  # tokens after the prompt, of earlier steps and of the environment too
     weights: list[float] = field(default_factory=list)  # how much each token counts in the loss; empty: all count 1
     student_top_k: Tensor | None = None  # ids that the teacher shall score too, [n, k] on the CPU

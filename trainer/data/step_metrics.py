@@ -46,6 +46,15 @@ def teacher_kl(samples: Sequence[Sample]) -> dict[str, float]:
     return {key: _gap_per_token(part, "teacher_logprobs") for key, part in parts.items()}
 
 
+def staleness(samples: Sequence[Sample]) -> dict[str, float]:
+    """How many steps older the weights that wrote the samples are than those that learn from them."""
+    own = [sample for sample in samples if not sample.given]
+    if not own:
+        return {}
+    steps = sum(sample.staleness * sample.loss_tokens for sample in own)
+    return {"staleness/mean": steps / _tokens(own), "staleness/max": max(sample.staleness for sample in own)}
+
+
 def context_gap(samples: Sequence[Sample]) -> dict[str, float]:
     """The mean of ℓ_teacher after its own prompt, less ℓ_teacher after the student's, where both are known."""
     both = [sample for sample in samples if sample.teacher_logprobs and sample.plain_logprobs]

@@ -19,13 +19,13 @@ from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Completion
 from fastkl.trainer.rollouts.environments import Environment, Message
 from fastkl.trainer.rollouts.samplers.sampler import Sampler
-from fastkl.trainer.rollouts.single_turn import Trajectory, round_seed, sample_within, sampling_share
+from fastkl.trainer.rollouts.single_turn import Finished, Trajectory, round_seed, sample_within, sampling_share
 from fastkl.trainer.rollouts.turn_markers import TurnMarkers, turn_markers
 
 T = TypeVar("T")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Conversation:
     prompt: EncodedPrompt
     budget: int
@@ -80,7 +80,13 @@ class MultiTurn:
         return sampling_share(self._sampler, items)
 
     def respond(
-        self, prompts: Sequence[EncodedPrompt], *, max_new_tokens: Sequence[int], temperature: float, seed: int
+        self,
+        prompts: Sequence[EncodedPrompt],
+        *,
+        max_new_tokens: Sequence[int],
+        temperature: float,
+        seed: int,
+        finished: Finished | None = None,
     ) -> list[Trajectory]:
         """See `Responder`. The environment's tokens count towards `max_new_tokens`; its rewards are added up."""
         conversations = [
@@ -99,6 +105,8 @@ class MultiTurn:
             )
             for conversation, completion in zip(active, completions, strict=True):
                 self._advance(conversation, completion)
+                if conversation.over and finished is not None:
+                    finished(conversations.index(conversation), self._trajectory(conversation))
             active = [conversation for conversation in active if not conversation.over]
         return [self._trajectory(conversation) for conversation in conversations]
 

@@ -11,12 +11,14 @@ from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.rollouts.lengths import length_limit
-from fastkl.trainer.rollouts.single_turn import Responder, Trajectory
+from fastkl.trainer.rollouts.single_turn import Finished, Responder, Trajectory
 from fastkl.trainer.runs import processes
 
 ROUNDING = 1e-9  # of a product that should be whole
 
 Judge = Callable[[Trajectory, EncodedPrompt], float]
+Start = tuple[EncodedPrompt, list[int]]
+"""A prompt, and what earlier steps have written after it."""
 
 
 class Rollouts:
@@ -24,6 +26,8 @@ class Rollouts:
 
     Args:
         responder: Answers prompts.
+        prompts_of: The prompts of a step: the first of them are the student's, the rest given.
+        seed: That of the run.
         prompts: All prompts of the run, by their `index`.
         given: A sample of each prompt's given completion; empty where the student writes all.
         judge: The reward of a finished trajectory; None for no reward.
@@ -33,26 +37,25 @@ class Rollouts:
         self,
         config: SamplingConfig,
         responder: Responder,
+        prompts_of: Callable[[int], Sequence[EncodedPrompt]],
+        seed: int,
         prompts: Sequence[EncodedPrompt],
         given: Sequence[Sample],
         judge: Judge | None,
     ) -> None:
         self._config, self._responder, self._prompts = config, responder, prompts
+        self._prompts_of, self._seed = prompts_of, seed
         self._given, self._judge = given, judge
         self._unfinished: list[dict[str, Any]] = []
 
-    def samples(self, prompts: Sequence[EncodedPrompt], step: int, seed: int) -> list[Sample]:
-        """Of these prompts; the first of them are the student's, the rest given.
+    def samples(self, step: int) -> list[Sample]:
+        """The student's samples of a step, then the given ones.
 
         Several processes share the writing, and all have all samples.
         """
-        own = on_policy_count(len(prompts), self._config.on_policy_fraction, step)
-        starts = [(prompt, list[int]()) for prompt in prompts[:own] for _ in range(self._config.samples_per_prompt)]
-        starts += [(self._prompts[start["prompt_index"]], start["completion"]) for start in self._unfinished]
-        given = [dataclasses.replace(self._given[prompt.index], given=True) for prompt in prompts[own:]]
-        mine = self._responder.my_share(starts)
-        written = processes.raise_together(lambda: self._write(mine, step, processes.seed(seed)))
-        return processes.gather(written) + given
+        mine = self._responder.my_share(self._starts(step, self._unfinished))
+        written = processes.raise_together(lambda: self._samples(mine, self._write(mine, step), step))
+        return processes.gather(written) + self._given_samples(step)
 
     def carry_over(self, samples: Sequence[Sample]) -> None:
         """Ends a step: its unfinished samples go on in the next one."""
@@ -62,22 +65,61 @@ class Rollouts:
             if sample.unfinished
         ]
 
+    def settle(self, stopping: Callable[[], bool]) -> None:
+        """Waits until nothing is underway, or until the run is stopping."""
+
+    def close(self) -> None:
+        """Ends what is underway: the run is over."""
+
     def state_dict(self) -> dict[str, Any]:
         return {"unfinished": self._unfinished}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._unfinished = state["unfinished"]
 
-    def _write(self, starts: list[tuple[EncodedPrompt, list[int]]], step: int, seed: int) -> list[Sample]:
+    def _on_policy(self, step: int) -> tuple[Sequence[EncodedPrompt], int]:
+        """The prompts of a step, and how many of them the student completes."""
+        prompts = self._prompts_of(step)
+        return prompts, on_policy_count(len(prompts), self._config.on_policy_fraction, step)
+
+    def _given_samples(self, step: int) -> list[Sample]:
+        prompts, own = self._on_policy(step)
+        return [dataclasses.replace(self._given[prompt.index], given=True) for prompt in prompts[own:]]
+
+    def _starts(self, step: int, unfinished: Sequence[dict[str, Any]]) -> list[Start]:
+        """What the student goes on with in a step: its prompts, and what is unfinished by then."""
+        prompts, own = self._on_policy(step)
+        starts = [(prompt, list[int]()) for prompt in prompts[:own] for _ in range(self._config.samples_per_prompt)]
+        return starts + [(self._prompts[start["prompt_index"]], start["completion"]) for start in unfinished]
+
+    def _write(self, starts: Sequence[Start], step: int, finished: Finished | None = None) -> list[Trajectory]:
         limit = length_limit(self._config, step)
         portion = self._config.tokens_per_step or limit
-        trajectories = self._responder.respond(
+        return self._responder.respond(
             [dataclasses.replace(prompt, tokens=prompt.ids + before) for prompt, before in starts],
             max_new_tokens=[min(portion, limit - len(before)) for _, before in starts],
             temperature=self._config.temperature,
-            seed=seed,
+            seed=processes.seed(self._seed * 1_000_003 + step),
+            finished=finished,
         )
-        return [self._sample(*start, t, limit) for start, t in zip(starts, trajectories, strict=True)]
+
+    def _samples(self, starts: Sequence[Start], trajectories: Sequence[Trajectory], step: int) -> list[Sample]:
+        limit = length_limit(self._config, step)
+        return [self._graded(*start, t, limit) for start, t in zip(starts, trajectories, strict=True)]
+
+    def _left(self, starts: Sequence[Start], trajectories: Sequence[Trajectory], step: int) -> list[dict[str, Any]]:
+        """What a step leaves unfinished."""
+        limit = length_limit(self._config, step)
+        return [
+            {"prompt_index": prompt.index, "completion": before + trajectory.token_ids}
+            for (prompt, before), trajectory in zip(starts, trajectories, strict=True)
+            if self._goes_on(before, trajectory, limit)
+        ]
+
+    def _goes_on(self, before: Sequence[int], trajectory: Trajectory, limit: int) -> bool:
+        """Whether it is unfinished."""
+        length = len(before) + len(trajectory.token_ids)
+        return trajectory.truncated and self._config.tokens_per_step is not None and length < limit
 
     def _sample(self, prompt: EncodedPrompt, before: list[int], trajectory: Trajectory, limit: int) -> Sample:
         """`before` was sampled by older weights: it is context, like the prompt."""
@@ -91,8 +133,12 @@ class Rollouts:
             completion_length=length,
             feedback=trajectory.feedback,
         )
-        sample.unfinished = trajectory.truncated and self._config.tokens_per_step is not None and length < limit
+        sample.unfinished = self._goes_on(before, trajectory, limit)
         sample.truncated = trajectory.truncated and not sample.unfinished
+        return sample
+
+    def _graded(self, prompt: EncodedPrompt, before: list[int], trajectory: Trajectory, limit: int) -> Sample:
+        sample = self._sample(prompt, before, trajectory, limit)
         if self._judge is not None and not sample.unfinished:
             whole = trajectory._replace(answer_ids=before + trajectory.answer_ids)
             sample.reward = self._judge(whole, prompt)

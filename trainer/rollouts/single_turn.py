@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Completion
@@ -27,6 +27,10 @@ class Trajectory(NamedTuple):
     feedback: str | None = None  # the environment's, for the teacher
 
 
+Finished = Callable[[int, Trajectory], None]
+"""Is told a trajectory and the place of its prompt, by any thread."""
+
+
 class Responder(Protocol):
     """One trajectory per prompt, in order; the same ones for the same weights and seed. Temperature 0 is greedy."""
 
@@ -35,9 +39,18 @@ class Responder(Protocol):
         ...
 
     def respond(
-        self, prompts: Sequence[EncodedPrompt], *, max_new_tokens: Sequence[int], temperature: float, seed: int
+        self,
+        prompts: Sequence[EncodedPrompt],
+        *,
+        max_new_tokens: Sequence[int],
+        temperature: float,
+        seed: int,
+        finished: Finished | None = None,
     ) -> list[Trajectory]:
-        """`max_new_tokens[i]` bounds all that follows prompt i."""
+        """`max_new_tokens[i]` bounds all that follows prompt i.
+
+        With a sampler that is a server, `finished` is told each trajectory as soon as it is whole. It may be told again.
+        """
         ...
 
 
@@ -56,7 +69,13 @@ class SingleTurn:
         return sampling_share(self._sampler, items)
 
     def respond(
-        self, prompts: Sequence[EncodedPrompt], *, max_new_tokens: Sequence[int], temperature: float, seed: int
+        self,
+        prompts: Sequence[EncodedPrompt],
+        *,
+        max_new_tokens: Sequence[int],
+        temperature: float,
+        seed: int,
+        finished: Finished | None = None,
     ) -> list[Trajectory]:
         completions = sample_within(
             self._sampler,
@@ -65,11 +84,14 @@ class SingleTurn:
             context=self._context,
             temperature=temperature,
             seed=seed,
+            finished=None if finished is None else lambda place, completion: finished(place, _one_turn(completion)),
         )
-        return [
-            Trajectory(c.token_ids, [True] * len(c.token_ids), c.logprobs, c.truncated, c.token_ids)
-            for c in completions
-        ]
+        return [_one_turn(completion) for completion in completions]
+
+
+def _one_turn(completion: Completion) -> Trajectory:
+    ids, logprobs, truncated = completion
+    return Trajectory(ids, [True] * len(ids), logprobs, truncated, ids)
 
 
 def sampling_share(sampler: Sampler, items: Sequence[T]) -> list[T]:
@@ -85,16 +107,31 @@ def sample_within(
     context: int | None,
     temperature: float,
     seed: int,
+    finished: Callable[[int, Completion], None] | None = None,
 ) -> list[Completion]:
     """Completions of at most `budgets[i]` tokens each; each prompt and its budget fit `context`.
 
     A sampler has one limit for all. It is asked for the largest that fits every prompt, and what is too long is cut: the
-    beginning of a sample is a sample. The few that are still short of their own budget go on in another call.
+    beginning of a sample is a sample. The few that are still short of their own budget go on in another call. A server's
+    sampler tells of each as soon as it is there, and `finished` is told of those that do not go on.
     """
     tokens: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
     truncated = [True] * len(prompts)
     active, calls = list(range(len(prompts))), 0
+
+    def joined(place: int, new: Completion) -> Completion:
+        """What is there of a prompt's completion with what was sampled last."""
+        left = budgets[place] - len(tokens[place])
+        cut = new.truncated or len(new.token_ids) > left
+        return Completion(tokens[place] + new.token_ids[:left], logprobs[place] + new.logprobs[:left], cut)
+
+    def arrived(number: int, new: Completion) -> None:
+        whole = joined(place := active[number], new)
+        if finished is not None and not (whole.truncated and new.token_ids and len(whole.token_ids) < budgets[place]):
+            finished(place, whole)
+
+    telling: dict[str, Any] = {} if finished is None else {"arrived": arrived}
     while active:
         asked = max(budgets[i] - len(tokens[i]) for i in active)
         if context is not None:
@@ -104,12 +141,10 @@ def sample_within(
             max_new_tokens=asked,
             temperature=temperature,
             seed=round_seed(seed, calls),
+            **telling,
         )
         for i, completion in zip(active, new, strict=True):
-            left = budgets[i] - len(tokens[i])
-            truncated[i] = completion.truncated or len(completion.token_ids) > left
-            tokens[i] += completion.token_ids[:left]
-            logprobs[i] += completion.logprobs[:left]
+            tokens[i], logprobs[i], truncated[i] = joined(i, completion)
         grown = [i for i, completion in zip(active, new, strict=True) if completion.token_ids]  # or it would never end
         active = [i for i in grown if truncated[i] and len(tokens[i]) < budgets[i]]
         calls += 1

@@ -24,18 +24,20 @@ Line = tuple[int, int]  # where it begins in its file, and its length
 def sample_records(
     samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, step: int
 ) -> Iterator[dict[str, object]]:
-    """What the log holds of a step's samples: the step (first: see LINE), texts, and all fields but `LEFT_OUT`.
+    """What the log holds of a step's samples: the step (first: see LINE), texts, and all fields but `LEFT_OUT`, and
+    the staleness of what is stale.
 
     Of a teacher's own prompt, its text too.
     """
     for sample in samples:
         read = sample.teacher_prompt
+        left_out = LEFT_OUT if sample.staleness else (*LEFT_OUT, "staleness")
         yield {
             "step": step,
             "text": tokenizer.decode(sample.ids),
             "tokens": [tokenizer.decode([token]) for token in sample.ids],
             **({} if read is None else {"teacher_text": tokenizer.decode(read)}),
-            **{name: value for name, value in vars(sample).items() if name not in LEFT_OUT},
+            **{name: value for name, value in vars(sample).items() if name not in left_out},
         }
 
 

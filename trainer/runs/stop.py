@@ -55,6 +55,10 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def told(self) -> bool:
+        """Whether this process was told to stop."""
+        return self._number != 0
+
     def check(self) -> None:
         """Raises Stopped on every process if any of them was told to stop. All processes call it at the same point."""
         if self._postponed:

@@ -29,6 +29,7 @@ from fastkl.trainer.servers.recheck import Recheck, Reference
 from fastkl.trainer.servers.token_texts import TokenTexts
 from fastkl.trainer.teachers.cache.fingerprints import server_fingerprint
 from fastkl.trainer.teachers.cache.store import Store
+from fastkl.trainer.teachers.early import Early
 from fastkl.trainer.teachers.lists import joined
 
 
@@ -56,12 +57,11 @@ class ServedTeacher:
         self.vocab_size: int | None = self._vocabulary
         self._texts = TokenTexts(tokenizer)
         self._names_tokens = not self._texts.differing(reference.ids, reference.scores.texts)  # as the tokenizer does
+        self._early = Early(self._ask, config.sequences_per_request, config.concurrency)
         self._recheck = Recheck(server, reference, config.recheck_every)
 
     def score(self, samples: Sequence[Sample]) -> None:
-        size = self._config.sequences_per_request
-        groups = [samples[first : first + size] for first in range(0, len(samples), size)]
-        answers = list(itertools.chain.from_iterable(gather(self._ask, groups, self._config.concurrency)))
+        answers = self._answers(samples)
         listed = [] if self._lists is None else gather(self._ask_lists, samples, self._config.concurrency)
         self._check(samples, answers)
         self._check_lists(samples, answers, listed)
@@ -80,6 +80,26 @@ class ServedTeacher:
         for sample, found in zip(samples, listed, strict=False):
             own = [] if self._top_k is None or sample.teacher_top_k is None else [sample.teacher_top_k]
             sample.teacher_top_k = joined([*own, found])
+
+    def ask_early(self, sample: Sample) -> None:
+        """Asks about a sample that `score` will get; by any thread."""
+        self._early.add(tuple(self._readable(sample)), sample)
+
+    def close(self) -> None:
+        """Nobody will ask for scores any more."""
+        self._early.close()
+
+    def _answers(self, samples: Sequence[Sample]) -> list[Scores]:
+        """What the server says: of samples about which it was asked early, and of the rest, about which it is asked now."""
+        keys = [tuple(self._readable(sample)) for sample in samples]
+        early = [self._early.find(key) for key in keys]
+        rest = [sample for sample, answer in zip(samples, early, strict=True) if answer is None]
+        size = self._config.sequences_per_request
+        groups = [rest[first : first + size] for first in range(0, len(rest), size)]
+        asked = itertools.chain.from_iterable(gather(self._ask, groups, self._config.concurrency))
+        answers = [next(asked) if answer is None else answer.result() for answer in early]
+        self._early.forget(keys)
+        return answers
 
     def rank(self, samples: Sequence[Sample], vocab_size: int) -> None:
         pass  # see `score`: to ask again could fail, and would tell the same

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.teachers.cached import CachedTeacher
 from fastkl.trainer.teachers.local import LocalTeacher
+from fastkl.trainer.teachers.served import ServedTeacher
 from fastkl.trainer.teachers.teacher import Teacher
 
 T = TypeVar("T", bound=Teacher, covariant=True)
@@ -41,6 +42,12 @@ class RoutedTeacher(Generic[T]):
         if self.reference is not None:
             self.reference.score(samples)
 
+    def ask_early(self, sample: Sample) -> None:
+        """Has the sample's teacher begin with it, if that is a server without a cache; by any thread."""
+        teacher: Teacher = self.by_data_set[sample.dataset]
+        if isinstance(teacher, ServedTeacher) and sample.dataset not in self._caches:
+            teacher.ask_early(sample.for_teacher())
+
     def rank(self, samples: Sequence[Sample], vocab_size: int) -> None:
         for group in self.groups(samples):
             with _as_read(group) as read:
@@ -50,6 +57,12 @@ class RoutedTeacher(Generic[T]):
         """As `Teacher.score_plain`, of the samples whose teacher has a prompt of its own."""
         for group in self.groups([sample for sample in samples if sample.teacher_prompt is not None]):
             self._asked(group).score_plain(group)
+
+    def close(self) -> None:
+        """The run is over: nobody will ask for what was asked early."""
+        for teacher in self.by_data_set.values():
+            if isinstance(teacher, ServedTeacher):
+                teacher.close()
 
     def recheck(self) -> None:
         for teacher in {id(teacher): teacher for teacher in self.by_data_set.values()}.values():

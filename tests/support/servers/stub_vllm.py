@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ class StubVllm(StubServer):
 
     def __init__(self, model: Path, words: PreTrainedTokenizerFast | None = None) -> None:
         super().__init__(model, words)
-        self.folder = model
+        self.folder = self.started = model
+        self.first = copy.deepcopy(self.model)
         self._turn = threading.Lock()  # one completion at a time: `model` is the one that answers
         self.development = self.runtime_lora = True
         self.adapters: dict[str, PeftModel] = {}
@@ -115,17 +117,20 @@ class StubVllm(StubServer):
         self.loads.append(folder)
         if adapter is not None:
             source = self.folder if self.defect == "deaf" else folder
-            base = AutoModelForCausalLM.from_pretrained(self.folder)
+            started = self.folder == self.started
+            base = copy.deepcopy(self.first) if started else AutoModelForCausalLM.from_pretrained(self.folder)
             self.adapters[adapter] = base if source == self.folder else PeftModel.from_pretrained(base, str(folder))
         elif self.defect != "deaf":
             head = self.model.lm_head.weight.detach().clone()
-            self.model = AutoModelForCausalLM.from_pretrained(folder)
-            named = "lm_head.weight" in load_file(folder / file)
-            if self.defect == "old-head" or (self.defect == "packed-head" and not named):
+            # Not from_pretrained, which is for one thread at a time: a run that samples ahead learns meanwhile.
+            weights = load_file(folder / file)
+            self.model = copy.deepcopy(self.first)
+            self.model.load_state_dict(weights, strict=False)
+            if self.defect == "old-head" or (self.defect == "packed-head" and "lm_head.weight" not in weights):
                 self.model.lm_head.weight = torch.nn.Parameter(head)
         return 200, {"results": [None]}
 
     def restart(self) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(self.folder)
+        self.model = copy.deepcopy(self.first)
         self.adapters.clear()
         self.served.clear()

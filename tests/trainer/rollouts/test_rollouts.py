@@ -302,10 +302,10 @@ def test_filters() -> None:
 TWO = [encoded("q"), encoded("qq", 1)]
 
 
-def partial(script: Callable[[str], str], judge: Any = None, **settings: Any) -> tuple[Rollouts, Scripted]:
-    sampler = Scripted(script)
-    config = SamplingConfig(max_new_tokens=6, tokens_per_step=4, **settings)
-    return Rollouts(config, SingleTurn(sampler, 100), TWO, [], judge), sampler
+def partial(script: Callable[[str], str], first: list[EncodedPrompt], judge: Any = None) -> Rollouts:
+    """In two steps, of which the second has the second prompt."""
+    config, steps = SamplingConfig(max_new_tokens=6, tokens_per_step=4), [first, TWO[1:]]
+    return Rollouts(config, SingleTurn(Scripted(script), 100), steps.__getitem__, 0, TWO, [], judge)
 
 
 def alphabet(text: str) -> str:
@@ -319,11 +319,11 @@ def test_unfinished_samples_go_on_with_their_new_tokens_in_the_loss() -> None:
         judged.append(WORDS.decode(trajectory.answer_ids))
         return 1.0
 
-    rollouts, _ = partial(alphabet, judge)
-    (first,) = rollouts.samples(TWO[:1], 0, 0)
+    rollouts = partial(alphabet, TWO[:1], judge)
+    (first,) = rollouts.samples(0)
     assert (first.unfinished, first.truncated, first.reward) == (True, False, None)
     rollouts.carry_over([first])
-    new, old = rollouts.samples(TWO[1:], 1, 1)
+    new, old = rollouts.samples(1)
     assert WORDS.decode(old.ids) == "qabcdef"
     assert old.loss_mask == [False] * 5 + [True] * 2
     assert (old.unfinished, old.truncated, old.reward, old.completion_length) == (False, True, 1.0, 6)
@@ -334,13 +334,13 @@ def test_unfinished_samples_go_on_with_their_new_tokens_in_the_loss() -> None:
 
 
 def test_the_state_is_all_there_is_to_resume_from() -> None:
-    whole, _ = partial(alphabet)
-    whole.carry_over(whole.samples(TWO, 0, 0))
-    resumed, _ = partial(alphabet)
+    whole = partial(alphabet, TWO)
+    whole.carry_over(whole.samples(0))
+    resumed = partial(alphabet, TWO)
     resumed.load_state_dict(whole.state_dict())
-    assert [vars(s) for s in resumed.samples(TWO[1:], 1, 5)] == [vars(s) for s in whole.samples(TWO[1:], 1, 5)]
+    assert [vars(s) for s in resumed.samples(1)] == [vars(s) for s in whole.samples(1)]
     # A step that is taken again, because its teacher was away, is the same.
-    assert [vars(s) for s in whole.samples(TWO[1:], 1, 5)] == [vars(s) for s in whole.samples(TWO[1:], 1, 5)]
+    assert [vars(s) for s in whole.samples(1)] == [vars(s) for s in whole.samples(1)]
 
 
 def test_given_completions_fill_the_rest() -> None:
@@ -348,8 +348,8 @@ def test_given_completions_fill_the_rest() -> None:
     given: list[Sample] = [dataclasses.replace(make_sample(ids("q"), ids("xyz"), i), given=True) for i in range(4)]
     config = SamplingConfig(max_new_tokens=6, on_policy_fraction=0.5, samples_per_prompt=2)
     prompts = [encoded("q", index) for index in range(4)]
-    rollouts = Rollouts(config, SingleTurn(sampler, 100), prompts, given, None)
-    samples = rollouts.samples([prompts[index] for index in (2, 3, 0, 1)], 0, 0)
+    step = [prompts[index] for index in (2, 3, 0, 1)]
+    samples = Rollouts(config, SingleTurn(sampler, 100), lambda _: step, 0, prompts, given, None).samples(0)
     sampled = [(2, False), (2, False), (3, False), (3, False)]
     assert [(s.prompt_index, s.given) for s in samples] == [*sampled, (0, True), (1, True)]
     samples[-1].advantages = [1.0]

@@ -6,12 +6,13 @@ import hashlib
 import shutil
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.config.training import DistillConfig
@@ -25,7 +26,7 @@ from fastkl.trainer.models.saving import save_weights
 from fastkl.trainer.models.scoring import check_finite
 from fastkl.trainer.models.tokenizers import SAMPLE_TEXT
 from fastkl.trainer.rollouts.samplers.common import undisturbed
-from fastkl.trainer.rollouts.samplers.weights_folder import weights_folder, weights_size
+from fastkl.trainer.rollouts.samplers.weights_folder import COPIES, weights_folder, weights_size
 from fastkl.trainer.runs import processes
 from fastkl.trainer.servers.check_sampling import check_sampling
 from fastkl.trainer.servers.completions import CompletionsServer
@@ -53,6 +54,7 @@ class SamplingServer:
         self.generation = GenerationServer(self.connection, vocab_size(config.student))
         self.name = f"fastkl-{uuid.uuid4().hex}"  # of this process: what it loads and caches there is its own
         self.run = Path(config.run).expanduser().resolve()
+        self._copies = COPIES + config.sampling.steps_ahead
         self.loader = self._loader(config.student.lora.rank)
 
     def _loader(self, rank: int) -> Loader:
@@ -66,7 +68,7 @@ class SamplingServer:
         """Where weights of so many bytes are written."""
         if self.config.weights is not None:
             return Path(self.config.weights).expanduser().resolve()
-        return weights_folder(self.config.url, self.run, size)
+        return weights_folder(self.config.url, self.run, size, self._copies)
 
 
 def connect_sampling(
@@ -106,6 +108,12 @@ class Weights(NamedTuple):
     version: int  # of the student; below 0: of one that wrote a checkpoint
     folder: Path
     logprobs: list[float]  # what the student with these weights says of the probe
+
+    def state(self) -> dict[str, Any]:
+        """As a checkpoint holds them: the files, which are read when that is written."""
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        content = {str(path.relative_to(self.folder)): _mapped(path) for path in files}
+        return {"files": content, "logprobs": self.logprobs}
 
 
 class Ended(Exception):
@@ -153,11 +161,23 @@ class ServedSampler:
         self._check_loaded(weights)
         self._loaded = weights
 
-    def hold(self) -> Weights:
-        """The student's weights of now, whose folder stays until they are released."""
+    def hold(self, weights: Weights | None = None) -> Weights:
+        """Weights, the student's of now if none are given: their folder stays until they are released as often as held."""
         with self._lock:
-            self._held.append(self._snapshot())
+            self._held.append(self._snapshot() if weights is None else weights)
             return self._held[-1]
+
+    def restored(self, state: dict[str, Any]) -> Weights:
+        """Holds weights that a checkpoint has (`Weights.state`)."""
+        folder = self._new_folder()
+        for name, content in state["files"].items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content.numpy().tobytes())
+        return self.hold(Weights(-self._folders, folder, state["logprobs"]))
+
+    def is_current(self, weights: Weights) -> bool:
+        """Whether the student has these weights."""
+        return weights.version == self._student.version
 
     def release(self, weights: Weights) -> None:
         with self._lock:
@@ -174,15 +194,24 @@ class ServedSampler:
             self._pinned, self._over = None, before
 
     def sample(
-        self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float, seed: int
+        self,
+        prompts: list[list[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        arrived: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
-        """One completion per prompt (see `Sampler`); a ServerError says why the server gives none."""
+        """One completion per prompt (see `Sampler`); a ServerError says why the server gives none.
+
+        `arrived` is told each with its place as soon as it is there, by any thread; again where it had to be made again.
+        """
 
         def complete(index: int) -> Completion:
             if self._over.is_set():
                 raise Ended
             assert self._loaded is not None  # by `refresh`
-            return self._server.generation.complete(
+            completion = self._server.generation.complete(
                 self._model,
                 prompts[index],
                 max_new_tokens=max_new_tokens,
@@ -191,6 +220,9 @@ class ServedSampler:
                 eos_token_ids=self._eos,
                 cache_salt=self._loaded.folder.name,
             )
+            if arrived is not None:
+                arrived(index, completion)
+            return completion
 
         for _ in range(ATTEMPTS):
             self.refresh()
@@ -269,6 +301,12 @@ class ServedSampler:
             logits = model.eval()(input_ids=ids, use_cache=False).logits[:, :-1].float()
         logprobs = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).flatten()
         return [0.0, *check_finite(logprobs, "student").tolist()]  # nothing predicts the first token
+
+
+def _mapped(path: Path) -> Tensor:
+    """The bytes of a file, uint8; they stay when it is removed."""
+    size = path.stat().st_size
+    return torch.from_file(str(path), size=size, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
 
 
 def _request_seed(seed: int, index: int) -> int:

@@ -15,16 +15,16 @@ from torch import nn
 from fastkl.trainer.notes import note
 
 MEMORY = Path("/dev/shm")
-COPIES = 3  # that may be there at once: what the server has, what it gets, what samples are held for
+COPIES = 3  # that may be there at once: what the server has, what it gets, and one more; more with sampling.steps_ahead
 
 
-def weights_folder(url: str, run: Path, size: float) -> Path:
-    """A folder in memory where the server is on this machine and `COPIES` of `size` bytes have room; else the run's own."""
+def weights_folder(url: str, run: Path, size: float, copies: int) -> Path:
+    """A folder in memory where the server is on this machine and some copies of `size` bytes have room; else the run's own."""
     own, here = run / "weights", _in_memory(run)
     if not is_here(urlsplit(url).hostname or ""):
         why = f"{url} is another machine's"
-    elif _room() < COPIES * size:
-        why = f"{COPIES} copies of {size / 1e9:.1f} GB have no room in {MEMORY}, where {_room() / 1e9:.1f} GB are free"
+    elif _room() < copies * size:
+        why = f"{copies} copies of {size / 1e9:.1f} GB have no room in {MEMORY}, where {_room() / 1e9:.1f} GB are free"
     else:
         note(f"weights go to the sampling server through {here}, which is memory")
         return here
@@ -34,9 +34,11 @@ def weights_folder(url: str, run: Path, size: float) -> Path:
 
 @contextmanager
 def memory_emptied(run: Path) -> Iterator[None]:
-    """Nothing of the run's weights is in memory afterwards, nor what a process that was killed has left there."""
+    """Nothing of the run's weights is in memory afterwards, nor what a process that was killed has left, there or in
+    the run's folder."""
     try:
-        shutil.rmtree(_in_memory(run), ignore_errors=True)
+        for left in (_in_memory(run), run / "weights"):
+            shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
         shutil.rmtree(_in_memory(run), ignore_errors=True)

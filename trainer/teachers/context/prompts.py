@@ -131,6 +131,10 @@ class TeacherPrompts:
             fixed = self._fixed.get(sample.prompt_index)
             sample.teacher_prompt = None if fixed is None else fixed.ids
 
+    def depends_on_samples(self, data_set: str) -> bool:
+        """Whether a function writes the prompts of this data set's teacher when the samples of a step are graded."""
+        return data_set in self._functions
+
     def give(self, samples: list[Sample]) -> tuple[list[Sample], dict[str, float]]:
         """Writes `teacher_prompt` of all samples of a step, which are graded.
 

@@ -1,0 +1,142 @@
+"""What `sampling.steps_ahead` costs and brings, on a CPU, with server.py in the place of vLLM.
+
+    python recipes/ahead/measure.py overlap       # seconds of a step, where sampling and training take set times
+    python recipes/ahead/measure.py learning      # teacher_kl and accuracy at 0, 1 and 4 steps ahead, three seeds
+
+The models are the demo's (`make demo`). Runs are kept in runs/ahead: what is complete is not run again. The results are
+written beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from fastkl._check.machine import cpu_model, versions
+from fastkl.trainer.commands.command_line import parse
+from fastkl.trainer.distill import distill
+from fastkl.trainer.runs.files import read_jsonl, write_text
+from fastkl.trainer.runs.listener import Listener
+
+HERE, RUNS = Path(__file__).parent, Path("runs/ahead")
+STUDENT = Path("runs/demo/student/student")
+AHEAD, SEEDS = (0, 1, 4), (1, 2, 3)
+LAST = 10  # steps whose mean is where a run ends
+TIMES = ((3.0, 1.5), (1.5, 3.0), (2.0, 2.0))  # seconds of sampling, of training
+STEPS, SKIPPED = 9, 3  # of a run that is timed; the first of them fill the queue
+
+
+class Slow(Listener):
+    """Training takes so many seconds more, and every step is timed."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self.ends = seconds, list[float]()
+
+    @contextmanager
+    def _sleeping(self) -> Iterator[None]:
+        time.sleep(self._seconds)
+        yield
+
+    def on_phase(self, phase: str) -> AbstractContextManager[None]:
+        return self._sleeping() if phase == "train" else super().on_phase(phase)
+
+    def on_step(self, step: int, *_: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def overlap() -> Iterator[dict[str, Any]]:
+    """A row for each pair of times and each number of steps ahead."""
+    for sampling, training in TIMES:
+        for ahead in (0, 1):
+            folder, slow = RUNS / f"overlap-{sampling:g}-{training:g}-{ahead}", Slow(training)
+            if not (folder / "ends.json").exists():
+                with serving(sampling) as url:
+                    distill(
+                        parse(words(folder, url, ahead, 0, **{"optim.steps": STEPS, "eval.data.path": "null"}))[1],
+                        listener=slow,
+                    )
+                write_text(folder / "ends.json", json.dumps(slow.ends))
+            ends = json.loads((folder / "ends.json").read_text())
+            seconds = (ends[-1] - ends[SKIPPED - 1]) / (len(ends) - SKIPPED)
+            rows = read_jsonl(folder / "metrics.jsonl")[SKIPPED:]
+            phases = {name: fmean(row[f"time/{name}"] for row in rows) for name in ("push_weights", "teacher", "ranks")}
+            yield {"sampling": sampling, "training": training, "steps_ahead": ahead, "seconds": seconds, **phases}
+
+
+def learning() -> Iterator[dict[str, Any]]:
+    """A row for each seed and each number of steps ahead."""
+    for seed in SEEDS:
+        for ahead in AHEAD:
+            folder = RUNS / f"learning-{ahead}-{seed}"
+            if not (folder / "report.html").exists():
+                with serving(0.0) as url:
+                    subprocess.run([sys.executable, "-m", "fastkl.cli", *words(folder, url, ahead, seed)], check=True)
+            rows = read_jsonl(folder / "metrics.jsonl")
+            kls = [row["teacher_kl"] for row in rows if "teacher_kl" in row]
+            accuracies = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
+            yield {
+                "steps_ahead": ahead,
+                "seed": seed,
+                "before": accuracies[0],
+                "accuracy": accuracies[-1],
+                "teacher_kl": fmean(kls[-LAST:]),
+                "halfway": fmean(kls[len(kls) // 2 - LAST // 2 : len(kls) // 2 + LAST // 2]),
+                "mismatch": fmean(row["sampler_mismatch/mean_abs"] for row in rows[-LAST:]),
+            }
+
+
+@contextmanager
+def serving(seconds: float) -> Iterator[str]:
+    """The address of a server of its own that holds completions back so long."""
+    command = [sys.executable, str(HERE / "server.py"), str(STUDENT), "--seconds", str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+def words(folder: Path, url: str, ahead: int, seed: int, **more: object) -> list[str]:
+    """The command line of a run."""
+    settings = {"run": folder, "seed": seed, "sampling.server.url": url, "sampling.steps_ahead": ahead, **more}
+    return ["distill", str(HERE / "distill.yaml"), *(f"--{name}={value}" for name, value in settings.items())]
+
+
+def write_report(name: str, rows: list[dict[str, Any]]) -> None:
+    report = {
+        "rows": rows,
+        "machine": {"cpu": cpu_model(), "threads": 1},
+        "versions": versions("fastkl", "transformers"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    write_text(HERE / f"{name}.json", json.dumps(report, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("overlap", "learning"), help="measure this")
+    what = parser.parse_args().what
+    if not STUDENT.exists():
+        sys.exit(f"{STUDENT} is not there: run `make demo` first")
+    torch.set_num_threads(1)
+    rows = []
+    for row in {"overlap": overlap, "learning": learning}[what]():
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        write_report(name=what, rows=rows)
+
+
+if __name__ == "__main__":
+    main()
