@@ -22,19 +22,24 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from server import Model
 
 from fastkl._check.machine import cpu_model, versions
 from fastkl.trainer.commands.command_line import parse
 from fastkl.trainer.distill import distill
 from fastkl.trainer.runs.files import read_jsonl, write_text
-from fastkl.trainer.runs.listener import Listener
+from fastkl.trainer.runs.listener import SILENT, Listener
+from fastkl.trainer.servers import connection
+from fastkl.trainer.servers.transport import Answer
 
 HERE, RUNS = Path(__file__).parent, Path("runs/ahead")
 STUDENT = Path("runs/demo/student/student")
 AHEAD, SEEDS = (0, 1, 4), (1, 2, 3)
 LAST = 10  # steps whose mean is where a run ends
-TIMES = ((3.0, 1.5), (1.5, 3.0), (2.0, 2.0))  # seconds of sampling, of training
-STEPS, SKIPPED = 9, 3  # of a run that is timed; the first of them fill the queue
+TIMES = ((8.0, 4.0), (4.0, 8.0))  # seconds of sampling, of training
+STEPS, SKIPPED = 7, 2  # of a run that is timed; the first of them fill the queue
+TIMED: dict[str, Any] = {"optim.steps": STEPS, "eval.data.path": "null", "sampling.prompts_per_step": 8}
 
 
 class Slow(Listener):
@@ -62,10 +67,7 @@ def overlap() -> Iterator[dict[str, Any]]:
             folder, slow = RUNS / f"overlap-{sampling:g}-{training:g}-{ahead}", Slow(training)
             if not (folder / "ends.json").exists():
                 with serving(sampling) as url:
-                    distill(
-                        parse(words(folder, url, ahead, 0, **{"optim.steps": STEPS, "eval.data.path": "null"}))[1],
-                        listener=slow,
-                    )
+                    train(words(folder, url, ahead, 0, **TIMED), slow)
                 write_text(folder / "ends.json", json.dumps(slow.ends))
             ends = json.loads((folder / "ends.json").read_text())
             seconds = (ends[-1] - ends[SKIPPED - 1]) / (len(ends) - SKIPPED)
@@ -80,8 +82,8 @@ def learning() -> Iterator[dict[str, Any]]:
         for ahead in AHEAD:
             folder = RUNS / f"learning-{ahead}-{seed}"
             if not (folder / "report.html").exists():
-                with serving(0.0) as url:
-                    subprocess.run([sys.executable, "-m", "fastkl.cli", *words(folder, url, ahead, seed)], check=True)
+                with in_process():
+                    train(words(folder, "http://in.process/v1", ahead, seed))
             rows = read_jsonl(folder / "metrics.jsonl")
             kls = [row["teacher_kl"] for row in rows if "teacher_kl" in row]
             accuracies = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
@@ -96,6 +98,27 @@ def learning() -> Iterator[dict[str, Any]]:
             }
 
 
+def train(line: list[str], listener: Listener = SILENT) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # a run after another in one process
+    distill(parse(line)[1], listener=listener)
+
+
+@contextmanager
+def in_process() -> Iterator[None]:
+    """While open, a server's answers come without a network: on a CPU, HTTP would take longer than all the rest."""
+    model, exchange = Model(STUDENT), connection.exchange
+
+    def answered(url: str, body: dict[str, Any], *_: Any, **__: Any) -> Answer:
+        status, answer = model.answer("/" + url.split("/", 3)[3], body)
+        return Answer(status, {}, json.dumps(answer).encode())
+
+    connection.exchange = answered
+    try:
+        yield
+    finally:
+        connection.exchange = exchange
+
+
 @contextmanager
 def serving(seconds: float) -> Iterator[str]:
     """The address of a server of its own that holds completions back so long."""
@@ -108,7 +131,7 @@ def serving(seconds: float) -> Iterator[str]:
             process.kill()
 
 
-def words(folder: Path, url: str, ahead: int, seed: int, **more: object) -> list[str]:
+def words(folder: Path, url: str, ahead: int, seed: int, **more: Any) -> list[str]:
     """The command line of a run."""
     settings = {"run": folder, "seed": seed, "sampling.server.url": url, "sampling.steps_ahead": ahead, **more}
     return ["distill", str(HERE / "distill.yaml"), *(f"--{name}={value}" for name, value in settings.items())]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -30,28 +31,41 @@ class Request(NamedTuple):
     answer: queue.SimpleQueue[dict[str, Any]]
 
 
-class Server(ThreadingHTTPServer):
-    """The model, and one thread that computes with it.
+class Model:
+    """The model, and one thread that computes completions with it.
 
     Args:
-        model: Its folder.
+        folder: Where it is.
         seconds: How long the answer to a completion is held back at least.
     """
 
-    daemon_threads = True
-    request_queue_size = 256
-
-    def __init__(self, model: Path, seconds: float, port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
-        self.model, self.seconds = AutoModelForCausalLM.from_pretrained(model).eval(), seconds
+    def __init__(self, folder: Path, seconds: float = 0.0) -> None:
+        self.model, self.seconds = AutoModelForCausalLM.from_pretrained(folder).eval(), seconds
         self.requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         self._turn = threading.Lock()
         threading.Thread(target=self._work, daemon=True).start()
 
+    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Status and content, as vLLM gives them at `/v1/completions` and `/collective_rpc`."""
+        if path == "/collective_rpc":
+            if body.get("method") != "reload_weights":
+                return 400, {"error": "Missing 'method' in request body"}
+            self.load(Path(body["kwargs"]["weights_path"]))
+            return 200, {"results": [None]}
+        if path != "/v1/completions":
+            return 404, {"error": "Not Found"}
+        if "return_token_ids" not in body:
+            scores = [self.score(ids) for ids in body["prompt"]]
+            return 200, {"choices": [{"index": i, "prompt_logprobs": each} for i, each in enumerate(scores)]}
+        begin, found = time.monotonic(), queue.SimpleQueue[dict[str, Any]]()
+        self.requests.put(Request(body, found))
+        choice = found.get()
+        time.sleep(max(0.0, begin + self.seconds - time.monotonic()))
+        return 200, {"choices": [choice]}
+
     def load(self, folder: Path) -> None:
         with self._turn:
-            self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+            self.model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)  # a tied head is no part
 
     @torch.no_grad()
     def score(self, ids: list[int]) -> list[Any]:
@@ -119,34 +133,25 @@ class Server(ThreadingHTTPServer):
         ]
 
 
+class Server(ThreadingHTTPServer):
+    """A model over HTTP."""
+
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, model: Model, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.model, self.url = model, f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
 class Handler(BaseHTTPRequestHandler):
-    """`/v1/completions` and `/collective_rpc`."""
+    """Asks the model."""
 
     server: Server
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path == "/collective_rpc":
-            self._reload(body)
-        elif self.path != "/v1/completions":
-            self._reply(404, {"error": "Not Found"})
-        elif "return_token_ids" in body:
-            begin, answer = time.monotonic(), queue.SimpleQueue[dict[str, Any]]()
-            self.server.requests.put(Request(body, answer))
-            choice = answer.get()
-            time.sleep(max(0.0, begin + self.server.seconds - time.monotonic()))
-            self._reply(200, {"choices": [choice]})
-        else:
-            scores = [self.server.score(ids) for ids in body["prompt"]]
-            self._reply(200, {"choices": [{"index": i, "prompt_logprobs": each} for i, each in enumerate(scores)]})
-
-    def _reload(self, body: dict[str, Any]) -> None:
-        if body.get("method") != "reload_weights":
-            return self._reply(400, {"error": "Missing 'method' in request body"})
-        self.server.load(Path(body["kwargs"]["weights_path"]))
-        return self._reply(200, {"results": [None]})
-
-    def _reply(self, status: int, answer: dict[str, Any]) -> None:
+        status, answer = self.server.model.answer(self.path, body)
         content = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
@@ -169,6 +174,6 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, default=0, help="listen here; 0: on a port that is free")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    server = Server(given.model, given.seconds, given.port)
+    server = Server(Model(given.model, given.seconds), given.port)
     print(server.url, flush=True)
     server.serve_forever()

@@ -112,9 +112,10 @@ def _step(plan: Plan) -> str:
     tokens = sum(len(sample.ids) for sample in plan.samples)
     if isinstance(plan.config, DistillConfig):
         sampling = plan.config.sampling
+        ahead = f", by weights so many steps old: {sampling.steps_ahead}" if sampling.steps_ahead else ""
         return (
             f"{sampling.prompts_per_step} prompts × {sampling.samples_per_prompt} completions of at most "
-            f"{sampling.max_new_tokens} tokens: at most {tokens:,} tokens"
+            f"{sampling.max_new_tokens} tokens: at most {tokens:,} tokens{ahead}"
         )
     return (
         f"{len(plan.samples)} examples: {tokens:,} tokens, of which {sum(s.loss_tokens for s in plan.samples):,} count"

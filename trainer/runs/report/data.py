@@ -67,6 +67,7 @@ MAIN_SETTINGS = (
 CHANGES = 100  # at most that many are shown, the last ones
 CHANGE_CHARACTERS = 200  # of a setting's value in a change
 
+BESIDE = "time/rollouts"  # no phase of a step, but beside those of earlier ones
 FLOPS = ("flops/sampling", "flops/teacher", "flops/student")  # of a step, as time/* are; those of every distillation
 REFERENCE_FLOPS = "flops/reference"
 
@@ -195,6 +196,6 @@ def _seconds(rows: Iterable[Json]) -> dict[str, float]:
     total: dict[str, float] = defaultdict(float)
     for row in rows:
         for name, value in row.items():
-            if name.startswith("time/"):
+            if name.startswith("time/") and name != BESIDE:
                 total[name.removeprefix("time/")] += value
     return {name: round(value, 3) for name, value in total.items()}
