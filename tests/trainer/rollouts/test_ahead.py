@@ -269,7 +269,6 @@ def test_a_run_resumes_exactly_after_its_server_was_gone(
     stub.restart()
     assert cli.main(arguments("distill", again)) == 0
     check_equal(tmp_path / "run", tmp_path / "whole")
-    assert not any((tmp_path / "run" / "weights").iterdir()) or name == "lora"
 
 
 @slow

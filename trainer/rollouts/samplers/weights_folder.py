@@ -18,8 +18,8 @@ MEMORY = Path("/dev/shm")
 COPIES = 3  # that may be there at once: what the server has, what it gets, and one more; more with sampling.steps_ahead
 
 
-def weights_folder(url: str, run: Path, size: float, copies: int) -> Path:
-    """A folder in memory where the server is on this machine and some copies of `size` bytes have room; else the run's own."""
+def weights_folder(url: str, run: Path, size: float, copies: int = COPIES) -> Path:
+    """A folder in memory where the server is on this machine and `copies` of `size` bytes have room; else the run's own."""
     own, here = run / "weights", _in_memory(run)
     if not is_here(urlsplit(url).hostname or ""):
         why = f"{url} is another machine's"
