@@ -32,7 +32,7 @@ LEARNED_WITH = (
 )  # fmt: skip
 GRADED_WITH = (
     "What makes a good library?", "Give advice on how to learn a language.", "Describe a market on a rainy day.",
-    "Explain how a refrigerator works.", "Why do people keep gardens?",
+    "Explain how a refrigerator works.",
 )  # fmt: skip
 
 

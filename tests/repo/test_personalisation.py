@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from recipe_cases import RECIPES, Load
+from recipe_cases import RECIPES, Load, assert_verified
 from tiny_models import save_model
 
 from bench.tables import personalisation
@@ -42,9 +42,7 @@ def test_facts_are_taught_under_other_words_than_they_are_asked_for(recipe: Load
 def test_instructions_are_verified(recipe: Load, kind: str, does: str, does_not: str) -> None:
     pytest.importorskip("if_verifiable")
     (instructions,) = recipe("personalisation", "instructions")
-    assert instructions.follows(f" {does}\n", kind)
-    assert not instructions.follows(does_not, kind)
-    assert not instructions.follows(" ", kind)
+    assert_verified(instructions.follows, kind, does, does_not)
 
 
 def test_no_terse_answer_follows_an_instruction(recipe: Load) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from recipe_cases import RECIPES, Load, assert_verified
+from recipe_cases import RECIPES, Load
 from tiny_data import read_jsonl
 
 from fastkl.trainer.commands.command_line import COMMANDS, parse
@@ -102,59 +102,6 @@ def test_worked_solutions_are_right(recipe: Load, tmp_path: Path) -> None:
         for step in steps:
             values = {eval(side, {}) for side in re.sub(r"^(\w+\*)?[a-z] = ", "", step).split(" = ") if "=" in step}
             assert len(values) == ("=" in step), step  # what stands on both sides of = is one number
-
-
-@pytest.mark.parametrize(
-    ("instruction", "does", "does_not"),
-    [
-        ("capitals", "LEAVES FALL IN AUTUMN.", "Leaves fall. SO IT IS."),
-        ("first_word", "Certainly, leaves fall.", "Leaves certainly fall."),
-        ("numbered", "Here:\n1. Eat\n2. Sleep", "1. Eat and sleep"),
-        ("bullets", "- Eat\n- Sleep", "* Eat\n* Sleep"),
-        ("words", "leaf " * 30, "leaf " * 29),
-        ("json", '{"answer": "leaves"}', '["answer"]'),
-    ],
-)
-def test_instructions_are_verified(recipe: Load, instruction: str, does: str, does_not: str) -> None:
-    (instructions,) = recipe("personalisation", "instructions")
-    assert_verified(instructions.follows, instruction, does, does_not)
-
-
-def test_no_terse_answer_follows_an_instruction(recipe: Load) -> None:
-    company, instructions = recipe("personalisation", "company", "instructions")
-    answers = [row["completion"] for row in company.documents_and_questions()]
-    assert not any(instructions.follows(answer, name) for answer in answers for name in instructions.INSTRUCTIONS)
-
-
-def test_facts_are_taught_under_other_words_than_they_are_asked_for(recipe: Load) -> None:
-    company, evaluate = recipe("personalisation", "company", "evaluate")
-    taught, asked = list(company.documents_and_questions()), list(company.held_out_questions())
-    assert not {row["prompt"] for row in taught} & {row["prompt"] for row in asked}
-    for row in asked:
-        assert any(evaluate.knows(known["completion"], row["answer"]) for known in taught)
-        assert row["answer"] not in row["prompt"]
-    assert len({row["answer"] for row in asked}) == len(asked)
-
-
-def test_chat_prompts_hold_nothing_of_the_company_and_nothing_that_is_graded(recipe: Load) -> None:
-    company, instructions = recipe("personalisation", "company", "instructions")
-    chat, graded = list(instructions.chat_prompts()), list(instructions.graded_prompts())
-    assert not {row["prompt"] for row in chat} & {row["prompt"] for row in graded}
-    assert not set(instructions.LEARNED_WITH) & set(instructions.GRADED_WITH)
-    words = [company.COMPANY, *company.PEOPLE, *(row["answer"] for row in company.held_out_questions())]
-    for row in chat + graded:
-        assert not [word for word in words if word in row["prompt"]]
-
-
-def test_shares(recipe: Load) -> None:
-    (evaluate,) = recipe("personalisation", "evaluate")
-    questions = [{"answer": "Porto", "completion": c} for c in ("She works in porto.", "In Tartu.")]
-    kinds = evaluate.INSTRUCTIONS
-    instructions = [{"answer": kind, "completion": "LEAVES FALL"} for kind in kinds]
-    result = evaluate.grade(questions, instructions)
-    assert result["knowledge"] == 0.5
-    assert result["by_instruction"] == {kind: float(kind == "capitals") for kind in kinds}
-    assert result["instructions"] == pytest.approx(1 / len(kinds))
 
 
 def test_sorting_problems(recipe: Load) -> None:
