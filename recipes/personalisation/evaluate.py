@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastkl.trainer.runs.files import read_jsonl
 
 Row = dict[str, Any]
-ANSWER, CHAT = 16, 48  # tokens at most, to a question and to an instruction
+ANSWER, CHAT = 24, 48  # tokens at most, to a question and to an instruction
 
 
 class Answer(NamedTuple):
