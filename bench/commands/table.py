@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/, made from the reports of benches and recipes by bench/tables/.
+"""The tables of README.md, docs/ and recipes/, made from the reports of benches and recipes by bench/tables/.
 
     python -m bench table                 prints all of them
     python -m bench table losses          prints one
@@ -13,9 +13,9 @@ import argparse
 import re
 from pathlib import Path
 
-from bench.tables import estimators, integrations, losses, objectives
+from bench.tables import estimators, integrations, losses, objectives, personalisation
 
-TABLES = integrations.TABLES | losses.TABLES | estimators.TABLES | objectives.TABLES
+TABLES = integrations.TABLES | losses.TABLES | estimators.TABLES | objectives.TABLES | personalisation.TABLES
 ROOT = Path(__file__).parents[2]
 START = "<!-- table "
 MARKED = re.compile(rf"({START}(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -23,7 +23,7 @@ MARKED = re.compile(rf"({START}(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"print these only: {', '.join(TABLES)}")
-    parser.add_argument("--write", action="store_true", help="write the tables into README.md and docs/")
+    parser.add_argument("--write", action="store_true", help="write the tables into README.md, docs/ and recipes/")
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 def documents() -> list[Path]:
     """Where tables may stand."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [ROOT / "README.md", *(path for room in ("docs", "recipes") for path in sorted((ROOT / room).rglob("*.md")))]
 
 
 def with_tables(text: str) -> str:

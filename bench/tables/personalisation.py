@@ -12,6 +12,7 @@ from bench.lib.markdown import Report, table
 
 RESULTS = Path(__file__).parents[2] / "recipes" / "personalisation" / "results.json"
 Run = dict[str, Any]
+CONTROLS = ("_shuffled", "_no_teacher")
 COLUMNS: dict[str, tuple[Callable[[Run], float | None], str]] = {
     "knows the first set": (lambda run: run["knows"]["first"], ".0%"),
     "the second set": (lambda run: run["knows"]["second"], ".0%"),
@@ -31,7 +32,7 @@ def phases() -> str:
 def kinds() -> str:
     """Of each kind of instructions the share that is met, after some phases."""
     report = _read()
-    found = {phase: runs for phase, runs in _phases(report) if not phase.startswith("read_")}
+    found = {phase: runs for phase, runs in _phases(report) if not phase.endswith(CONTROLS)}
     rows = [
         [f"`{kind}`", *(f"{fmean(run['follows_by_kind'][kind] for run in runs):.0%}" for runs in found.values())]
         for kind in found["before"][0]["follows_by_kind"]

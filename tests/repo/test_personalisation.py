@@ -82,6 +82,13 @@ def test_every_phase_is_accepted_and_goes_on_from_an_earlier_one(recipe: Load) -
     assert phases.needed(["second_recovered"]) == ["documents_70", "recovered", "second", "second_recovered"]
 
 
+def test_results_are_those_of_phases(recipe: Load) -> None:
+    (phases,) = recipe("personalisation", "phases")
+    report = json.loads((RECIPES / "personalisation" / "results.json").read_text(encoding="utf-8"))
+    assert report["runs"][0]["phase"] == "before"
+    assert {run["phase"] for run in report["runs"][1:]} <= set(phases.PHASES)
+
+
 def test_answers_that_end_are_told_from_those_that_are_cut(recipe: Load, tmp_path: Path) -> None:
     (evaluate,) = recipe("personalisation", "evaluate")
     save_model(tmp_path / "model", max_position_embeddings=512)
