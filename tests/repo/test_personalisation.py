@@ -75,11 +75,11 @@ def test_every_phase_is_accepted_and_goes_on_from_an_earlier_one(recipe: Load) -
         settings = phases.settings_of(name, 1) | {"run": phases.folder(name, 1)}
         config = parse(series.words(phase.command, RECIPES / "personalisation" / phase.config, settings))[1]
         if phase.command == "sft":
-            share = 70 if name == "second" else int(name.removeprefix("documents_"))
+            share = 100 if name == "second" else int(name.removeprefix("documents_"))
             wanted = {"documents": share} | ({"chats": 100 - share} if share < 100 else {})
             assert {key: entry.weight for key, entry in config.mixture.items()} == wanted
     assert phases.needed([]) == list(phases.PHASES)
-    assert phases.needed(["second_recovered"]) == ["documents_70", "recovered", "second", "second_recovered"]
+    assert phases.needed(["second_recovered"]) == ["documents_100", "recovered", "second", "second_recovered"]
 
 
 def test_results_are_those_of_phases(recipe: Load) -> None:
