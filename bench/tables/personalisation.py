@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from bench.lib.markdown import Report, table
+from bench.lib.report import counted
 
 RESULTS = Path(__file__).parents[2] / "recipes" / "personalisation" / "results.json"
 Run = dict[str, Any]
@@ -26,7 +27,9 @@ def phases() -> str:
     """Of each phase the mean of its seeds, and in brackets each of them."""
     report = _read()
     rows = [[f"`{phase}`", *(_cell(runs, *column) for column in COLUMNS.values())] for phase, runs in _phases(report)]
-    return table(["", *COLUMNS], rows, "Means of seeds, in brackets each", [report], "torch", "transformers")
+    read = next(run["reads"] for run in report["runs"] if "reads" in run)
+    rows.insert(1, ["… with the document before the question", f"{read:.0%}", *["–"] * (len(COLUMNS) - 1)])
+    return table(["", *COLUMNS], rows, f"{_seeds(report)}, in brackets each", [report], "torch", "transformers")
 
 
 def kinds() -> str:
@@ -38,7 +41,7 @@ def kinds() -> str:
         for kind in found["before"][0]["follows_by_kind"]
     ]
     header = ["", *(f"`{phase}`" for phase in found)]
-    return table(header, rows, "Means of seeds", [report], "torch", "transformers")
+    return table(header, rows, _seeds(report), [report], "torch", "transformers")
 
 
 TABLES = {"personalisation": phases, "personalisation-kinds": kinds}
@@ -52,6 +55,10 @@ def _read() -> Report:
 def _phases(report: Report) -> list[tuple[str, list[Run]]]:
     names = dict.fromkeys(run["phase"] for run in report["runs"])
     return [(name, [run for run in report["runs"] if run["phase"] == name]) for name in names]
+
+
+def _seeds(report: Report) -> str:
+    return f"Means of {counted(max(len(runs) for _, runs in _phases(report)), 'seed')} at most"
 
 
 def _cell(runs: list[Run], value: Callable[[Run], float | None], form: str) -> str:

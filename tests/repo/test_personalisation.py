@@ -106,7 +106,7 @@ def test_table_of_phases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         known = {"first": first, "second": 0.0}
         return {"phase": phase, "knows": known, "follows": 0.5, "follows_by_kind": kinds, "words": 10.4, **more}
 
-    runs = [run("before", 0.0), run("read", 0.25, flops=1e12), run("read", 0.75, flops=3e12)]
+    runs = [run("before", 0.0, reads=0.5), run("read", 0.25, flops=1e12), run("read", 0.75, flops=3e12)]
     report = {
         "runs": runs,
         "machine": {"cpu": "A CPU", "threads": 1},
@@ -116,6 +116,7 @@ def test_table_of_phases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setattr(personalisation, "RESULTS", tmp_path / "results.json")
     personalisation.RESULTS.write_text(json.dumps(report))
     table = personalisation.phases()
-    assert "| `before` | 0% | 0% | 50% | 10 | |\n" in table
+    assert "| `before` | 0% | 0% | 50% | 10 | |\n| … with the document before the question | 50% | – | – | – | – |\n" in table
+    assert "\nMeans of 2 seeds at most, in brackets each.\n" in table
     assert "| `read` | 50% (25%, 75%) | 0% (0%, 0%) | 50% (50%, 50%) | 10 | 2.0e+12 |\n" in table
     assert "| `a:b` | 0% | 50% |\n" in personalisation.kinds()
