@@ -77,7 +77,7 @@ def test_a_learning_rate_is_chosen_by_the_seed_that_is_not_shown(
         metrics = [{"step": 0, "eval/accuracy": 0.1}, {"step": 1, "teacher_kl": kl, "eval/accuracy": 0.2}]
         folder = tmp_path / "tiny" / run.folder
         folder.mkdir(parents=True)
-        (folder / "result.json").write_text(json.dumps(asdict(run) | measure.summary(metrics)))
+        (folder / "result.json").write_text(json.dumps(asdict(run) | measure.summary("tiny", metrics)))
     assert measure.best_rate("tiny", "tail", 1000) == 6e-4
     assert {result["accuracy"] for result in measure.results("tiny")} == {0.2}
 
