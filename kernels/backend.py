@@ -78,9 +78,13 @@ def _sums_to_zero(spec: Spec, row_loss: RowLoss) -> bool:
 def scorer(spec: Spec, inputs: Inputs) -> Callable[[Tensor], None] | None:
     """What writes the values [K, N] without any logits, or None where that is the business of chunks.
 
+    It has no part of a vocabulary that several processes share.
+
     Log-probs have one on a CPU, with the entropy or without, and so has a cross-entropy without smoothing. Triton has it
     for 16-bit heads, where the GEMMs of a vendor are not far faster, and for the reverse KL of two heads alone too.
     """
+    if spec.share is not None:
+        return None
     if spec.kind == "cross_entropy":
         return _cross_entropy_scorer(spec, inputs)
     if not _is_triton(spec.backend, inputs.hidden) and inputs.hidden.is_cpu:

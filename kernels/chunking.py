@@ -72,7 +72,8 @@ def workspace_bytes_per_row(spec: Spec, inputs: Inputs, gradient: bool) -> int:
     """
     logits, low = compute_dtype(inputs.hidden.dtype), gradient_dtype(inputs.hidden)
     apart = low.itemsize if gradient and gradient_lies_apart(inputs) else 0
-    length = row_length(inputs.weight.shape[0], inputs.hidden.device)
+    ids = inputs.weight.shape[0] if spec.share is None else spec.share.most  # as many rows on all processes
+    length = row_length(ids, inputs.hidden.device)
     if gradient and spec.backend == "epilogue":
         return length * low.itemsize
     return length * (logits.itemsize * (1 if spec.teacher is None else 2) + apart)

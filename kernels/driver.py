@@ -10,6 +10,8 @@ A row function in Triton adds b itself (`backend.adds_bias`): x is made without 
 A row whose slope is 0 has no gradient, whatever its logits are: its u becomes 0, and slopes · h is 0 there.
 With the backend "epilogue" x is in no memory: its product leaves u of the rows (`epilogue/triton.py`), times a factor.
 dh and dW are made from a random subset of the columns of u where `spec.sparse` says so (`sparse/estimator.py`).
+Where several processes have the rows of W between them, `spec.share`, the row function exchanges what is one number for a
+row (`rows/parallel/`). dh is added up over the processes when all chunks are done. dW is of each one's own rows.
 
 Nothing of size N × V exists: a chunk's logits live in the workspace and are gone with the next chunk. A new loss is a new
 row function (`rows/interface.py`). Which rows are a chunk is in `chunking.py`, the place of one in `workspace.py`.
@@ -40,6 +42,7 @@ from fastkl.kernels.gemm import (
     most_rows,
 )
 from fastkl.kernels.problem import Gradients, Inputs, Needs, RowLoss, Spec
+from fastkl.kernels.rows.parallel.share import add_up
 from fastkl.kernels.sparse.estimator import ColumnSample, ColumnSampler, Estimates, blocks
 from fastkl.kernels.sparse.pytorch import add_to_weight_gradient, merged
 from fastkl.kernels.workspace import Chunk, Workspace
@@ -78,7 +81,7 @@ def evaluate_with_gradients(
     spec = planned(spec, inputs, row_loss)
     values = _new_values(spec, inputs)
     losses = values.new_zeros(values.shape[1])
-    grad_hidden = torch.empty_like(hidden) if needs.hidden else None
+    grad_hidden = _new_hidden_gradient(spec, inputs) if needs.hidden else None
     grad_weight = _new_weight_gradient(spec, inputs) if weight_grad is None and needs.weight else weight_grad
     sums = Gradients(grad_hidden, grad_weight, values.new_zeros(weight.shape[0]) if needs.bias else None)
     sampler = column_sampler(spec, inputs, row_loss)
@@ -105,6 +108,8 @@ def evaluate_with_gradients(
                 _add_products(sums, inputs, span, u, slope, overwrite=weight_grad is None and span.start == 0)
             else:  # of the group's only chunk
                 _add_sparse_products(sums, inputs, chunk, slope, factor, sampler, estimates)
+    if spec.share is not None and sums.hidden is not None:
+        sums = sums._replace(hidden=add_up(spec.share, sums.hidden).to(hidden.dtype))
     return values, losses, sums if sampler is None else sums._replace(statistics=sampler.statistics())
 
 
@@ -236,6 +241,12 @@ def _full_precision(inputs: Inputs) -> torch.autocast:
 def _new_values(spec: Spec, inputs: Inputs) -> Tensor:
     hidden = inputs.hidden
     return hidden.new_zeros(spec.outputs, hidden.shape[0], dtype=compute_dtype(hidden.dtype))
+
+
+def _new_hidden_gradient(spec: Spec, inputs: Inputs) -> Tensor:
+    """In the compute dtype where other processes add to it: the parts may be far larger than their sum."""
+    dtype = inputs.hidden.dtype if spec.share is None else compute_dtype(inputs.hidden.dtype)
+    return torch.empty_like(inputs.hidden, dtype=dtype)
 
 
 def _new_weight_gradient(spec: Spec, inputs: Inputs) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastkl.kernels.divergence.formula import ROWS, ROWS_WITH_EXTRAS
 from fastkl.kernels.options import CrossEntropy, SampledTail, Sparse, Surrogate
 from fastkl.kernels.rows.interface import TailTokens
+from fastkl.kernels.rows.parallel.share import Share
 from fastkl.kernels.surrogate import log_ratio, surrogate_terms
 from fastkl.kernels.top_k.sampled import ROWS_WITH_TAIL
 
@@ -68,6 +69,7 @@ class Spec(NamedTuple):
     cross_entropy: CrossEntropy | None = None  # of that kind
     hard_coef: float = 0.0  # of a divergence: of the cross-entropy at temperature 1 beside it
     tail: SampledTail | None = None  # of top_k "reverse-bucket", to which the sampled tokens add what it lacks
+    share: Share | None = None  # of the vocabulary, that this process has; None: it has all ids
 
     @property
     def outputs(self) -> int:
@@ -85,6 +87,8 @@ class Spec(NamedTuple):
 class Inputs(NamedTuple):
     """The tensors of a loss on N rows. Hidden sizes of student and teacher may differ, vocabularies may not.
 
+    V are the ids of this process, where several share the vocabulary (`Spec.share`).
+
     A divergence has its teacher as a head or as logits, top_k as the list of the teacher's likeliest tokens, and with a
     sampled tail what the teacher says of the tokens too.
     """
@@ -100,7 +104,7 @@ class Inputs(NamedTuple):
     top_ids: Tensor | None = None  # [N, k] int64
     top_logprobs: Tensor | None = None  # [N, k], compute dtype
     tail: TailTokens | None = None  # of N rows
-    class_weight: Tensor | None = None  # [V], compute dtype
+    class_weight: Tensor | None = None  # one for each id of all processes, compute dtype
 
     def take(self, index: Tensor | None) -> Inputs:
         """The same problem on the rows of `index`; on all of them where it is None."""

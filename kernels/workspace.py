@@ -12,6 +12,7 @@ from fastkl.kernels.chunking import gradient_lies_apart
 from fastkl.kernels.gemm import compute_dtype, gradient_dtype, new_scores, project, scaled_into
 from fastkl.kernels.problem import HeadOptions, Inputs, Spec
 from fastkl.kernels.rows.interface import Logits
+from fastkl.kernels.rows.parallel.vocabulary import WHOLE, Pieces, Vocabulary
 
 
 class Chunk(NamedTuple):
@@ -33,6 +34,7 @@ class Workspace:
         self.student = _workspace(inputs, rows, dtype)
         self.teacher = None if spec.teacher is None else _workspace(inputs, rows, dtype)
         self.student_bias = self.teacher_bias = None
+        self.vocabulary: Vocabulary = WHOLE if spec.share is None else Pieces(spec.share)
         if adds_bias(spec, inputs.hidden):
             self.inputs = inputs._replace(bias=None, teacher_bias=None)
             self.student_bias = _scaled_bias(inputs.bias, spec.student, dtype)
@@ -50,6 +52,7 @@ class Workspace:
             student_bias=self.student_bias,
             teacher_bias=self.teacher_bias,
             class_weight=inputs.class_weight,
+            vocabulary=self.vocabulary,
         )
         if self.teacher is not None and self.spec.teacher is not None:
             _teacher_scores(inputs, rows, self.spec.teacher, self.teacher[:n])

@@ -82,7 +82,7 @@ def token_values(problem: Problem, weight_grad: Tensor | None = None, entropy_gr
     if not _wants_gradient(inputs):
         return TokenValues.of(evaluate(problem))
     head_is_frozen = not inputs.weight.requires_grad and (inputs.bias is None or not inputs.bias.requires_grad)
-    kept = head_is_frozen and not entropy_gradient
+    kept = head_is_frozen and not entropy_gradient and problem.spec.share is None  # W[y] may be another process's
     values = TokenValues(*_apply(_UnitTokenValues if kept else _TokenValues, problem, weight_grad))
     return values if entropy_gradient else values._replace(entropies=values.entropies.detach())
 

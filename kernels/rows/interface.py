@@ -20,6 +20,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from fastkl.kernels.rows.parallel.vocabulary import WHOLE, Vocabulary
+
 
 class TailTokens(NamedTuple):
     """What is known of the sampled tokens, for a tail that they stand for: [n] each, compute dtype."""
@@ -44,7 +46,8 @@ class Logits(NamedTuple):
     top_ids: Tensor | None = None  # [n, k] int64
     top_logprobs: Tensor | None = None  # [n, k], compute dtype
     tail: TailTokens | None = None
-    class_weight: Tensor | None = None  # [V], compute dtype
+    class_weight: Tensor | None = None  # one for each of all ids, compute dtype
+    vocabulary: Vocabulary = WHOLE  # of a row function in PyTorch; others have all ids
 
 
 class RowFunction(Protocol):

@@ -6,30 +6,26 @@ product) stays small.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from fastkl.kernels.rows.interface import Logits
+from fastkl.kernels.rows.parallel.vocabulary import peak_of, row_blocks
 
-# Smaller blocks that fit a cache are no faster (a row is most of one already), and every pass over a block is a barrier
-# between threads, which costs dearly on a busy machine.
-BLOCK_BYTES = 32 * 2**20
 LOWEST_LOGPROB = -1e30  # times a probability of 0 it is 0
 
 
 def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> None:
     """out[0] = lse(z) − z[y]; gradient p − 1[y]."""
     assert tokens is not None
-    for rows in row_blocks(logits.student):
+    vocabulary = logits.vocabulary
+    for rows in vocabulary.blocks(logits.student):
         block, y = logits.student[rows], tokens[rows, None]
         z = apply_cap(block, logits.student_cap, keep=gradient is not None)
-        target = block.gather(1, y).squeeze(1)
-        peak, top = softmax_in_place(block)
-        out[0, rows] = (peak - target) - top  # in this order: large logits cancel before anything is rounded
+        peak, top, target = vocabulary.softmax(block, y)
+        out[0, rows] = (peak - target) - top
         if gradient is not None:
-            block.scatter_add_(1, y, block.new_full((1, 1), -1.0).expand_as(y))
+            vocabulary.subtract(block, y, block.new_ones((1, 1)).expand_as(y))
             undo_cap(block, z, logits.student_cap)
             hand_over(block, gradient[rows])
 
@@ -41,26 +37,25 @@ def token_nll_entropy(logits: Logits, tokens: Tensor | None, out: Tensor, gradie
     """
     assert tokens is not None
     assert gradient is None, "entropy_gradient makes it, once the weights are known"
-    for rows in row_blocks(logits.student):
-        block, y = logits.student[rows], tokens[rows, None]
+    vocabulary = logits.vocabulary
+    for rows in vocabulary.blocks(logits.student):
+        block = logits.student[rows]
         apply_cap(block, logits.student_cap, keep=False)
-        out[2, rows] = block.amax(-1)
-        out[4, rows] = out[2, rows] - block.gather(1, y).squeeze(1)
-        torch.log_softmax(block, -1, out=block)
-        out[0, rows] = -block.gather(1, y).squeeze(1)
-        out[1, rows] = torch.special.entr(block.exp()).sum(-1)
-        out[3, rows] = -block.amax(-1)
+        peak, top, target = vocabulary.log_softmax(block, tokens[rows, None])
+        out[0, rows] = (peak - target) - top
+        out[1, rows] = vocabulary.total(torch.special.entr(block.exp()).sum(-1))
+        out[2, rows], out[3, rows], out[4, rows] = peak, -top, peak - target
 
 
 def entropy_gradient(logits: Logits, tokens: Tensor, out: Tensor, weights: Tensor, gradient: Tensor) -> None:
     """w₀ (p − 1[y]) − w₁ p (log p + H) + w₂ p, the gradient of w₀ out[0] + w₁ out[1] + w₂ lse; weights [3, n]."""
-    for rows in row_blocks(logits.student):
+    for rows in logits.vocabulary.blocks(logits.student):
         log_p, (w_nll, w_entropy, w_lse) = logits.student[rows], weights[:, rows, None]
         p = log_p.exp()
         z = None if logits.student_cap is None else log_p + (out[2] + out[3])[rows, None]
         of_p = w_nll + w_lse - w_entropy * out[1, rows, None]
         log_p.clamp_(min=LOWEST_LOGPROB).mul_(-w_entropy).add_(of_p).mul_(p)
-        log_p.scatter_add_(1, tokens[rows, None], -w_nll)
+        logits.vocabulary.subtract(log_p, tokens[rows, None], w_nll)
         undo_cap(log_p, z, logits.student_cap)
         hand_over(log_p, gradient[rows])
 
@@ -78,7 +73,7 @@ def tail_sums(logits: Logits, out: Tensor, power: float | None = None) -> None:
     """out[0] = m = max z, out[1] = Σ exp(z − m), out[2] = Σ exp(power (z − m)) (`top_k/formula.TailFunctions`)."""
     for rows in row_blocks(logits.student):
         z = _capped_entries(logits.student[rows], logits.student_cap)
-        out[0, rows] = z.amax(-1)
+        out[0, rows] = peak_of(z)
         out[1, rows] = _exponentials(z, out[0, rows]).sum(-1)
         if power is not None:
             out[2, rows] = _exponentials(z, out[0, rows], power).sum(-1)
@@ -111,21 +106,6 @@ def _exponentials(z: Tensor, m: Tensor, power: float = 1.0) -> Tensor:
     """exp(power (z − m)), 0 throughout a row without entries."""
     a = torch.sub(z, m.clamp(min=torch.finfo(z.dtype).min)[:, None])
     return (a if power == 1.0 else a.mul_(power)).exp_()
-
-
-def row_blocks(chunk: Tensor) -> Iterator[slice]:
-    """Blocks of about BLOCK_BYTES on a CPU; the whole chunk elsewhere, where launches cost more than cache misses."""
-    n, vocabulary = chunk.shape
-    step = max(1, BLOCK_BYTES // (vocabulary * chunk.element_size())) if chunk.is_cpu else max(1, n)
-    for start in range(0, n, step):
-        yield slice(start, min(start + step, n))
-
-
-def softmax_in_place(z: Tensor) -> tuple[Tensor, Tensor]:
-    """z becomes softmax(z). Returns max z and log max p, [n] each; lse(z) is their difference, well conditioned."""
-    peak = z.amax(-1)
-    torch.softmax(z, -1, out=z)
-    return peak, z.amax(-1).log_()
 
 
 def apply_cap(x: Tensor, cap: float | None, keep: bool) -> Tensor | None:

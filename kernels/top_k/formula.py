@@ -31,6 +31,7 @@ from torch import Tensor
 from fastkl.kernels.divergence.formula import HardTarget
 from fastkl.kernels.options import SampledTail
 from fastkl.kernels.rows.interface import Logits, TailTokens
+from fastkl.kernels.rows.parallel.vocabulary import Vocabulary
 from fastkl.kernels.top_k.sampled import TailPerToken, addition
 
 
@@ -76,14 +77,16 @@ def top_k(
     """
     assert logits.top_ids is not None
     assert logits.top_logprobs is not None
-    x, padding = logits.student, logits.top_ids < 0
-    wrong = padding[:, 0] | (logits.top_ids >= x.shape[1]).any(1)
+    x, vocabulary, padding = logits.student, logits.vocabulary, logits.top_ids < 0
+    wrong = padding[:, 0] | (logits.top_ids >= vocabulary.size(x)).any(1)
     ids = torch.where(padding, logits.top_ids[:, :1], logits.top_ids).masked_fill(wrong[:, None], 0)
-    z, slope = _entries(logits, ids)
-    token = None if tokens is None else _token(logits, tokens, (ids == tokens[:, None]) & ~padding)
-    x.scatter_(1, ids, -torch.inf)
+    scores, token_scores = _scores(logits, ids, tokens)
+    z, slope = _capped(scores, logits.student_cap)
+    token = None if tokens is None else _token(logits, tokens, token_scores, (ids == tokens[:, None]) & ~padding)
+    vocabulary.put(x, ids, torch.full_like(scores, -torch.inf))
     sums = out.new_empty(2 if hard is None else 3, out.shape[1])
     dense.tail_sums(logits, sums, None if hard is None else hard.power)
+    sums = vocabulary.tail(sums, 1.0 if hard is None else hard.power)
     z = z.masked_fill(padding, -torch.inf)
     peak = torch.maximum(sums[0], z.amax(1))  # taken off first: large logits cancel before anything is rounded
     z, log_tail = z - peak[:, None], sums[0] - peak + sums[1].log()
@@ -105,7 +108,7 @@ def top_k(
     u, share, hard_scale, power = terms.gradient, _share(terms.tail, sums[1], wrong), None, 1.0
     if token is None or (hard is None and tail is None):
         dense.tail_gradient(logits, sums[0], share, gradient)
-        _scatter_listed(gradient, ids, u * slope, padding, wrong)
+        _put_listed(vocabulary, gradient, ids, u * slope, padding, wrong)
         return
     at_token = share * torch.exp(token.z - sums[0]).where(sums[1] > 0, 0.0)  # the gradient there, if it is in the tail
     if terms.token is not None:
@@ -124,7 +127,7 @@ def top_k(
     again = token.listed.any(1) | token.z.isnan()
     u = torch.cat([u * slope, (at_token * token.slope)[:, None]], 1)
     ids = torch.cat([ids, torch.where(again, ids[:, 0], token.id)[:, None]], 1)
-    _scatter_listed(gradient, ids, u, torch.cat([padding, again[:, None]], 1), wrong)
+    _put_listed(vocabulary, gradient, ids, u, torch.cat([padding, again[:, None]], 1), wrong)
 
 
 def _share(tail: Tensor, exponentials: Tensor, wrong: Tensor) -> Tensor:
@@ -133,10 +136,12 @@ def _share(tail: Tensor, exponentials: Tensor, wrong: Tensor) -> Tensor:
     return (tail.where(some, 0.0) / exponentials.where(some, 1.0)).masked_fill(wrong, torch.nan)
 
 
-def _scatter_listed(gradient: Tensor, ids: Tensor, u: Tensor, padding: Tensor, wrong: Tensor) -> None:
+def _put_listed(
+    vocabulary: Vocabulary, gradient: Tensor, ids: Tensor, u: Tensor, padding: Tensor, wrong: Tensor
+) -> None:
     """u [n, k] at the ids; padding repeats the first entry, and rows that are wrong become NaN."""
     u = torch.where(padding, u[:, :1], u).masked_fill(wrong[:, None], torch.nan)
-    gradient.scatter_(1, ids, u.to(gradient.dtype))
+    vocabulary.put(gradient, ids, u.to(gradient.dtype))
 
 
 class _Token(NamedTuple):
@@ -148,14 +153,12 @@ class _Token(NamedTuple):
     listed: Tensor  # bool [n, k]: where the list has it
 
 
-def _token(logits: Logits, tokens: Tensor, listed: Tensor) -> _Token:
-    wrong = (tokens < 0) | (tokens >= logits.student.shape[1])
-    ids = tokens.masked_fill(wrong, 0)[:, None]
-    z, slope = _entries(logits, ids)
+def _token(logits: Logits, tokens: Tensor, scores: Tensor, listed: Tensor) -> _Token:
+    wrong = (tokens < 0) | (tokens >= logits.vocabulary.size(logits.student))
+    z, slope = _capped(scores, logits.student_cap)
     if logits.student_cap is not None:  # what the tail leaves out
-        x = _entries(logits._replace(student_cap=None), ids)[0]
-        z = z.masked_fill((x == -torch.inf) & ~listed.any(1, keepdim=True), -torch.inf)
-    return _Token(tokens, z.squeeze(1).masked_fill(wrong, torch.nan), slope.squeeze(1), listed)
+        z = z.masked_fill((scores == -torch.inf) & ~listed.any(1), -torch.inf)
+    return _Token(tokens, z.masked_fill(wrong, torch.nan), slope, listed)
 
 
 class _Listed(NamedTuple):
@@ -266,11 +269,21 @@ def _least(dtype: torch.dtype) -> float:
     return 16 * torch.finfo(dtype).eps
 
 
-def _entries(logits: Logits, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """z and dz/dx of the student at the ids, [n, k]."""
-    x, cap = logits.student.gather(1, ids), logits.student_cap
+def _scores(logits: Logits, ids: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x of the student at the ids [n, k], and at the tokens [n]; anything where those do not exist, or there are none."""
+    vocabulary, count = logits.vocabulary, ids.shape[1]
+    if tokens is not None:
+        wrong = (tokens < 0) | (tokens >= vocabulary.size(logits.student))
+        ids = torch.cat([ids, tokens.masked_fill(wrong, 0)[:, None]], 1)
+    x = vocabulary.part(logits.student, ids)
     if logits.student_bias is not None:
         x = x + logits.student_bias[ids]
+    x = vocabulary.total(x)
+    return x[:, :count], x[:, -1]
+
+
+def _capped(x: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+    """z and dz/dx."""
     if cap is None:
         return x, torch.ones_like(x)
     z = cap * torch.tanh(x)

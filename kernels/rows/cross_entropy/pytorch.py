@@ -15,34 +15,34 @@ from torch import Tensor
 
 from fastkl.kernels.options import CrossEntropy
 from fastkl.kernels.rows.interface import Logits
-from fastkl.kernels.rows.pytorch import apply_cap, hand_over, row_blocks, softmax_in_place, undo_cap
+from fastkl.kernels.rows.pytorch import apply_cap, hand_over, undo_cap
 
 
 def cross_entropy(
     options: CrossEntropy, logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None
 ) -> None:
     assert tokens is not None
-    c, share = logits.class_weight, options.label_smoothing / logits.student.shape[1]
-    for rows in row_blocks(logits.student):
-        block, y = logits.student[rows], tokens[rows, None]
+    vocabulary = logits.vocabulary
+    count, c = vocabulary.size(logits.student), logits.class_weight
+    own, share = None if c is None else vocabulary.own(c, logits.student), options.label_smoothing / count
+    for rows in vocabulary.blocks(logits.student):
+        block, y, smoothed = logits.student[rows], tokens[rows, None], None
         z = apply_cap(block, logits.student_cap, keep=gradient is not None)
-        target, smoothed = block.gather(1, y).squeeze(1), None
         if len(out) > 4:
-            out[4, rows] = block.argmax(-1).to(out.dtype)
+            out[4, rows] = vocabulary.first_largest(block)[0].to(out.dtype)
         if share == 0.0:
-            peak, top = softmax_in_place(block)
+            peak, top, target = vocabulary.softmax(block, y)
         else:
-            peak = block.amax(-1)
-            top = torch.log_softmax(block, -1, out=block).amax(-1)
-            smoothed = -_weighted_sum(block, c)
+            peak, top, target = vocabulary.log_softmax(block, y)
+            smoothed = vocabulary.total(-_weighted_sum(block, own))
             block.exp_()
-        nll, lse = (peak - target) - top, peak - top  # in this order: large logits cancel before anything is rounded
+        nll, lse = (peak - target) - top, peak - top
         b = torch.full_like(nll, 1.0 - options.label_smoothing)
         if c is not None:
             b = b * c[tokens[rows]]
         value, a = (b * nll).where(b != 0, 0.0), b
         if smoothed is not None:
-            value, a = value + share * smoothed, a + share * (logits.student.shape[1] if c is None else c.sum())
+            value, a = value + share * smoothed, a + share * (count if c is None else c.sum())
         if options.z_loss != 0.0:
             value, a = value + options.z_loss * lse.square(), a + 2.0 * options.z_loss * lse
         out[0, rows], out[1, rows], out[2, rows], out[3, rows] = value, nll, lse, peak - target
@@ -50,8 +50,8 @@ def cross_entropy(
             if c is not None or options != CrossEntropy():
                 block.mul_(a[:, None])
             if share != 0.0:
-                block.sub_(share if c is None else share * c)
-            block.scatter_add_(1, y, -b[:, None])
+                block.sub_(share if own is None else share * own)
+            vocabulary.subtract(block, y, b[:, None])
             undo_cap(block, z, logits.student_cap)
             hand_over(block, gradient[rows])
 
@@ -75,4 +75,4 @@ def _weighted_sum(log_p: Tensor, c: Tensor | None) -> Tensor:
     total = log_p @ c
     if total.is_cpu and not total.isnan().any():
         return total
-    return (log_p * c).masked_fill_(c == 0, 0.0).sum(-1) + 0.0 * log_p.amax(-1)  # NaN where the row is
+    return (log_p * c).masked_fill_((c == 0) & ~log_p.isnan(), 0.0).sum(-1)
