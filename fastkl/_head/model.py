@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastkl._loss.operands import is_packed
+from fastkl._loss.heads.operands import is_packed
 
 # Classes that wrap a model for training, or become a part of its class, by name: not all of them are installed.
 WRAPPERS = (

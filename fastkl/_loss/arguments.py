@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastkl._loss import hints
+from fastkl._loss.heads.operands import is_packed, is_sharded, operand_dtype
 from fastkl._loss.numbers import visible
-from fastkl._loss.operands import is_packed, is_sharded, operand_dtype
 from fastkl.kernels.backend import BACKENDS
 from fastkl.kernels.gemm import compute_dtype
 from fastkl.kernels.options import Backward, Sparse
@@ -19,8 +19,11 @@ from fastkl.kernels.problem import Backend
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, who: str = "") -> None:
-    """Shapes, dtypes and devices of one head; `who` prefixes the argument names ("student_", "teacher_", "")."""
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, who: str = "", *, part: bool = False) -> None:
+    """Shapes, dtypes and devices of one head; `who` prefixes the argument names ("student_", "teacher_", "").
+
+    The rows of one process, a `part`, may be none.
+    """
     bias_name = "bias" if who == "student_" else f"{who}bias"
     for name, tensor in ((f"{who}hidden", hidden), (f"{who}weight", weight), (bias_name, bias)):
         if tensor is None and name == bias_name:
@@ -39,7 +42,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, who: str = "
             f"{who}hidden {list(hidden.shape)} does not fit {who}weight {list(weight.shape)}: expected "
             f"[..., D] and [V, D] (the LM head's weight as torch.nn.Linear keeps it){hints.of_head(hidden, weight, who)}"
         )
-    if weight.shape[0] == 0:
+    if weight.shape[0] == 0 and not part:
         raise ValueError(f"{who}weight {list(weight.shape)} has an empty vocabulary")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"{bias_name} {list(bias.shape)} does not fit {who}weight {list(weight.shape)}: expected [V]")

@@ -53,7 +53,7 @@ def linear_cross_entropy(
     """
     terms = record(CrossEntropy, options)
     call = flat_call(hidden, weight, targets, options, "cross_entropy", tokens_name="targets")
-    class_weight = _class_weight(options["class_weight"], weight, call)
+    class_weight = _class_weight(options["class_weight"], call)
     count, weights = call.token_weights.sum(), call.token_weights
     if class_weight is not None and call.inputs.tokens is not None:
         of_targets = class_weight[call.inputs.tokens]
@@ -79,20 +79,20 @@ def linear_cross_entropy(
     return LossOutput(loss, (-nll).reshape(call.shape), {**metrics, **sparse_metrics(statistics)}, per_token)
 
 
-def _class_weight(class_weight: Tensor | None, weight: Tensor, call: Call) -> Tensor | None:
-    """[V] in the compute dtype, detached, cut to the vocabulary of the call."""
+def _class_weight(class_weight: Tensor | None, call: Call) -> Tensor | None:
+    """One for each id in the compute dtype, detached, cut to the vocabulary of the call."""
     if class_weight is None:
         return None
     check.check_tensor("class_weight", class_weight)
-    if class_weight.shape not in (weight.shape[:1], call.inputs.weight.shape[:1]):
+    if class_weight.shape not in ((call.all_ids,), (call.vocabulary,)):
         raise ValueError(
-            f"class_weight is {list(class_weight.shape)} but weight is {list(weight.shape)}: expected one weight per id, "
-            f"{list(weight.shape[:1])}"
+            f"class_weight is {list(class_weight.shape)} but weight has {call.all_ids} ids: expected one for each id, "
+            f"[{call.all_ids}]"
         )
     if class_weight.is_complex():
         raise TypeError(f"class_weight is {class_weight.dtype}; expected real numbers")
-    check.check_device("class_weight", class_weight, weight, "weight")
-    class_weight = class_weight.detach()[: call.inputs.weight.shape[0]].to(call.token_weights.dtype)
+    check.check_device("class_weight", class_weight, call.inputs.weight, "weight")
+    class_weight = class_weight.detach()[: call.vocabulary].to(call.token_weights.dtype)
     if visible(class_weight) and not bool(((class_weight >= 0) & (class_weight < torch.inf)).all()):
         raise ValueError("class_weight holds a weight that is negative or not finite; weights are >= 0")
     return class_weight.contiguous()

@@ -180,14 +180,17 @@ def _divergence(
 ) -> LossOutput:
     """factor · the divergence, reduced; its metrics under the name of its kind."""
     vocab_size, temperature = options["vocab_size"], options["temperature"]
-    check.check_head(student_hidden, student_weight, options["bias"], "student_")
+    part = options["group"] is not None
+    check.check_head(student_hidden, student_weight, options["bias"], "student_", part=part)
     teacher = Teacher(teacher_hidden, teacher_weight, options["teacher_bias"], options["teacher_logits"])
-    check_teacher(teacher, student_hidden, student_weight, vocab_size)
-    call = flat_call(student_hidden, student_weight, options["tokens"], options, "divergence", "student_")
+    check_teacher(teacher, student_hidden, student_weight, vocab_size, part)
+    call = flat_call(
+        student_hidden, student_weight, options["tokens"], options, "divergence", "student_", teacher=teacher
+    )
     if options["teacher_temperature"] is None:
         options = {**options, "teacher_temperature": temperature}
     call = call._replace(
-        inputs=teacher.join(call.inputs, exactly=vocab_size is None),
+        inputs=teacher.join(call.inputs, vocab_size, call.piece),
         spec=call.spec._replace(
             teacher=record(HeadOptions, options, "teacher_"),
             variant=effective_kind(kind, parameter),
@@ -197,7 +200,7 @@ def _divergence(
     )
     factor = factor * temperature**2 if options["squared_temperature"] else factor
     output, values = divergence_output(call, kind, factor)
-    check_teacher_gave_numbers(call.inputs, values[0].reshape(-1))
+    check_teacher_gave_numbers(call.inputs, values[0].reshape(-1), call.spec.share)
     return output._replace(per_token=_per_token(values, options["tokens"] is not None))
 
 

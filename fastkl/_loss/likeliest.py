@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastkl._loss import arguments as check
-from fastkl._loss.operands import operands
+from fastkl._loss.heads.operands import operands
 from fastkl._loss.options import LikeliestOptions, record, takes
 from fastkl.kernels.chunking import row_chunks
 from fastkl.kernels.gemm import compute_dtype, most_rows, new_scores, project

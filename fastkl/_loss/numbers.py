@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkl.kernels.problem import Inputs
+from fastkl.kernels.rows.parallel.share import Share, gathered
 
 ROUNDING = 0.01  # a log-prob of a certain token, from a server that rounds it, may be so far above 0
 
@@ -38,8 +39,11 @@ def check_logprobs(name: str, logprobs: Tensor, active: Tensor | None = None) ->
     )
 
 
-def check_teacher_gave_numbers(inputs: Inputs, values: Tensor) -> None:
-    """Refuses NaN and +inf of a teacher where they made a value [N] of a divergence NaN; a student's NaN is let through."""
+def check_teacher_gave_numbers(inputs: Inputs, values: Tensor, share: Share | None) -> None:
+    """Refuses NaN and +inf of a teacher where they made a value [N] of a divergence NaN; a student's NaN is let through.
+
+    All processes that share the vocabulary refuse what one of them finds: the values are the same on all.
+    """
     if not visible(values) or not bool(values.isnan().any()):
         return
     row = values.isnan().nonzero()[:1, 0]
@@ -50,8 +54,11 @@ def check_teacher_gave_numbers(inputs: Inputs, values: Tensor) -> None:
         "teacher_bias": inputs.teacher_bias,
         "teacher_logits": None if logits is None else logits(row) if callable(logits) else logits[row],
     }
-    for name, tensor in given.items():
-        if tensor is not None and bool((tensor.isnan() | (tensor == torch.inf)).any()):
+    found = torch.tensor([t is not None and bool((t.isnan() | (t == torch.inf)).any()) for t in given.values()])
+    if share is not None:
+        found = gathered(share, found.to(torch.uint8)).any(0)
+    for name, bad in zip(given, found.tolist(), strict=True):
+        if bad:
             raise BadNumbers(
                 f"{name} holds NaN or +inf, at row {int(row)} of the flattened tokens first: find what made the teacher "
                 f"give it, or mask those tokens out"

@@ -45,6 +45,7 @@ class LogprobOptions(HeadArguments, total=False):
     backend: Annotated[Backend, "auto"]
     backward: Annotated[Backward, "exact"]
     weight_grad: Annotated[Tensor | None, None]
+    group: Annotated[Any | None, None]  # a ProcessGroup, which not every build of torch has; or a DeviceMesh
 
 
 class TokenStatsOptions(LogprobOptions, total=False):

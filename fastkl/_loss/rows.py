@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastkl._loss import arguments as check
 from fastkl._loss import hints
+from fastkl._loss.heads.operands import first_rows, operands
+from fastkl._loss.heads.shares import Piece, TeacherIds, find_piece
 from fastkl._loss.numbers import check_logprobs
-from fastkl._loss.operands import first_rows, operands
 from fastkl._loss.options import record
 from fastkl._loss.output import LossOutput, masked_extreme, masked_mean, sparse_metrics
 from fastkl.kernels.gemm import compute_dtype
@@ -30,6 +31,14 @@ class Call(NamedTuple):
     reduction: check.Reduction
     skip_zero_rows: bool
     weight_grad: Tensor | None
+    all_ids: int  # of the head, those that vocab_size leaves out included
+    piece: Piece | None  # of the head, that this process has; None: all of it
+
+    @property
+    def vocabulary(self) -> int:
+        """The ids that take part, of all processes."""
+        share = self.spec.share
+        return self.inputs.weight.shape[0] if share is None else share.vocabulary
 
     def per_row(self, tensor: Tensor) -> Tensor:
         """A tensor [...] with an entry per token as [N], in the compute dtype, 0 where not active."""
@@ -51,33 +60,46 @@ def flat_call(
     who: str = "",  # prefixes the names of hidden and weight in errors
     reductions: tuple[str, ...] = ("mean", "sum", "none"),
     tokens_name: str = "tokens",
+    teacher: TeacherIds | None = None,
 ) -> Call:
-    """Checks hidden [..., D], weight [V, D], tokens [...] and the options that all losses share; cuts the vocabulary."""
+    """Checks hidden [..., D], weight [V, D], tokens [...] and the options that all losses share; cuts the vocabulary.
+
+    Of the teacher it asks only which ids it has.
+    """
     bias, weight_grad, vocab_size = options["bias"], options["weight_grad"], options.get("vocab_size")
     head = record(HeadOptions, options)
-    check.check_head(hidden, weight, bias, who)
+    check.check_head(hidden, weight, bias, who, part=options["group"] is not None)
     reduction = check.check_reduction(options.get("reduction", "none"), options.get("normalizer"), hidden, reductions)
     check.check_plan(options["backend"], options["chunk_size"], weight, weight_grad)
-    if vocab_size is not None:
-        check.check_vocab_size(vocab_size, {f"{who}weight": weight.shape[0]})
-        weight_grad = None if weight_grad is None else first_rows(weight_grad, vocab_size)
+    sparse, ignored = check.sparse(options["backward"]), options["ignore_index"]
     token_weights = check.mask_weights(options.get("mask"), hidden, compute_dtype(hidden.dtype))
     if tokens is not None:
-        vocabulary = weight.shape[0] if vocab_size is None else vocab_size
-        ignored, active = options["ignore_index"], token_weights != 0
+        tokens = check.check_per_token(tokens_name, tokens, hidden)
+    piece = find_piece((hidden, weight, bias), tokens, token_weights, teacher, options)
+    all_ids = weight.shape[0] if piece is None else piece.share.vocabulary
+    if vocab_size is not None:
+        check.check_vocab_size(vocab_size, {f"{who}weight": all_ids})
+        own = vocab_size if piece is None else piece.rows_below(vocab_size)
+        weight_grad = None if weight_grad is None else first_rows(weight_grad, own)
+    if tokens is not None:
+        vocabulary = all_ids if vocab_size is None else vocab_size
+        active = token_weights != 0
         tokens = check.check_tokens(tokens, hidden, vocabulary, ignored, tokens_name, active).reshape(-1)
         token_weights = token_weights.where(tokens != ignored, 0.0)
     active = token_weights != 0
     shape = hidden.shape[:-1]
-    hidden, weight, bias = operands(hidden, weight, bias, vocab_size)
+    hidden, weight, bias = operands(hidden, weight, bias, vocab_size, piece)
     tokens = None if tokens is None else tokens.where(active, 0)
     inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, tokens)
-    sparse = check.sparse(options["backward"])
     spec = Spec(kind, head, backend=options["backend"], chunk_size=options["chunk_size"], sparse=sparse)
+    if piece is not None:
+        share = piece.share if vocab_size is None else piece.share.cut(vocab_size)
+        spec = spec._replace(share=share, backend="torch")
     if (hard_coef := options.get("hard_coef", 0.0)) != 0.0:
         check.check_hard_coef(hard_coef, tokens)
         spec = spec._replace(hard_coef=float(hard_coef))
-    return Call(shape, inputs, spec, token_weights, active, reduction, options["skip_zero_rows"], weight_grad)
+    skip = options["skip_zero_rows"]
+    return Call(shape, inputs, spec, token_weights, active, reduction, skip, weight_grad, all_ids, piece)
 
 
 def token_logprobs(call: Call, name: str, logprobs: Tensor | None, hidden: Tensor) -> Tensor | None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastkl._loss import arguments as check
-from fastkl._loss.operands import operands
+from fastkl._loss.heads.operands import operands
+from fastkl._loss.heads.shares import Piece
 from fastkl.kernels.gemm import compute_dtype
 from fastkl.kernels.problem import Inputs, TeacherChunks
 
@@ -21,25 +22,30 @@ class Teacher(NamedTuple):
     bias: Tensor | None  # [V]
     logits: Tensor | TeacherChunks | None
 
-    def join(self, inputs: Inputs, exactly: bool) -> Inputs:
-        """The inputs of a student with this teacher, flat and cut to the student's vocabulary.
+    def join(self, inputs: Inputs, vocab_size: int | None, piece: Piece | None) -> Inputs:
+        """The inputs of a student with this teacher, flat and cut to the student's vocabulary, of which it has a `piece`.
 
-        The results of a function are checked against that vocabulary; a larger one is taken unless `exactly`.
+        The results of a function are checked against that vocabulary; with a `vocab_size` a larger one is taken.
         """
         vocabulary, logits = inputs.weight.shape[0], self.logits
+        count = vocabulary if piece is None else vocab_size
         if self.hidden is not None and self.weight is not None:
             bias = None if self.bias is None else self.bias.detach()
-            hidden, weight, bias = operands(self.hidden.detach(), self.weight.detach(), bias, vocabulary)
+            hidden, weight, bias = operands(self.hidden.detach(), self.weight.detach(), bias, count, piece)
             hidden = hidden.reshape(-1, hidden.shape[-1])
             return inputs._replace(teacher_hidden=hidden, teacher_weight=weight, teacher_bias=bias)
         if isinstance(logits, Tensor):
-            return inputs._replace(teacher_logits=_flat_logits(logits[..., :vocabulary]))
+            own = logits[..., :vocabulary] if piece is None else piece.own_logits(logits, vocab_size)
+            return inputs._replace(teacher_logits=_flat_logits(own))
         assert logits is not None
-        return inputs._replace(teacher_logits=_checked(logits, vocabulary, exactly))
+        return inputs._replace(teacher_logits=_checked(logits, vocabulary, exactly=vocab_size is None))
 
 
-def check_teacher(teacher: Teacher, hidden: Tensor, weight: Tensor, vocab_size: int | None) -> None:
-    """Shapes, dtypes and devices against the student's; which forms go together."""
+def check_teacher(teacher: Teacher, hidden: Tensor, weight: Tensor, vocab_size: int | None, part: bool = False) -> None:
+    """Shapes, dtypes and devices against the student's; which forms go together.
+
+    `part`: both have the ids of one process, which `find_piece` compares.
+    """
     _check_form(teacher, weight.shape[0])
     if torch.is_grad_enabled() and any(_wants_gradient(name, t) for name, t in teacher._asdict().items()):
         raise ValueError(
@@ -48,7 +54,7 @@ def check_teacher(teacher: Teacher, hidden: Tensor, weight: Tensor, vocab_size: 
         )
     vocabularies = {"student_weight": weight.shape[0]}
     if teacher.hidden is not None and teacher.weight is not None:
-        check.check_head(teacher.hidden, teacher.weight, teacher.bias, "teacher_")
+        check.check_head(teacher.hidden, teacher.weight, teacher.bias, "teacher_", part=part)
         _check_rows("teacher_hidden", teacher.hidden, hidden)
         vocabularies["teacher_weight"] = teacher.weight.shape[0]
     if isinstance(teacher.logits, Tensor):
@@ -56,7 +62,8 @@ def check_teacher(teacher: Teacher, hidden: Tensor, weight: Tensor, vocab_size: 
         vocabularies["teacher_logits"] = teacher.logits.shape[-1]
     if callable(teacher.logits) and torch.compiler.is_compiling():
         raise ValueError("teacher_logits is a function, which torch.compile does not take: give a tensor or a head")
-    _check_vocabularies(vocabularies, vocab_size)
+    if not part:
+        _check_vocabularies(vocabularies, vocab_size)
 
 
 def _wants_gradient(name: str, tensor: Any) -> bool:

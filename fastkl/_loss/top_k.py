@@ -97,7 +97,7 @@ def top_k_kl_loss(
     call = flat_call(hidden, weight, options["tokens"], options, "top_k")
     ids, logprobs = _check_list(teacher_ids, teacher_logprobs, hidden)
     if visible(ids):
-        _look_at_list(ids[call.active], logprobs[call.active], call.inputs.weight.shape[0])
+        _look_at_list(ids[call.active], logprobs[call.active], call.vocabulary)
     ids = torch.where(call.active[:, None], ids, _placeholder(ids))
     logprobs = logprobs.to(call.token_weights.dtype)
     call = call._replace(

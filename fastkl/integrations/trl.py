@@ -24,7 +24,7 @@ except ImportError as error:
 
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from fastkl._loss.operands import operands, whole
+from fastkl._loss.heads.operands import operands, whole
 from fastkl.integrations.bindings import Part, put_in_place
 from fastkl.loss import PerToken, jsd_loss, linear_logprobs, linear_token_stats
 

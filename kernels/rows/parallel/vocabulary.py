@@ -66,7 +66,7 @@ class Vocabulary(Protocol):
         """The sum over all ids from those over each process's, of any shape."""
 
     def first_largest(self, *chunks: Tensor) -> list[Tensor]:
-        """The first id of the largest entry, [n] for each."""
+        """The first id of the largest entry, [n] for each, of any dtype."""
 
     def tail(self, sums: Tensor, power: float) -> Tensor:
         """`top_k/formula.TailFunctions.tail_sums` over all ids, from those of this process."""
@@ -184,8 +184,9 @@ class Pieces:
 
     def first_largest(self, *chunks: Tensor) -> list[Tensor]:
         own = [torch.stack([peak_of(x), self._id_of_peak(x)]) for x in chunks]
-        found = gathered(self.share, torch.stack(own))
-        return [self._first(found[:, i]) for i in range(len(chunks))]
+        peaks, ids = gathered(self.share, torch.stack(own)).unbind(2)
+        first = ids.where(peaks == peaks.amax(0), torch.inf).amin(0)
+        return [*first.unbind(0)]
 
     def tail(self, sums: Tensor, power: float) -> Tensor:
         parts = gathered(self.share, sums)
@@ -212,11 +213,6 @@ class Pieces:
     def _id_of_peak(self, x: Tensor) -> Tensor:
         """As a number of the chunk's dtype: float32 has every id below 2²⁴."""
         return x.new_zeros(x.shape[0]) if x.shape[1] == 0 else (x.argmax(-1) + self.share.first).to(x.dtype)
-
-    def _first(self, found: Tensor) -> Tensor:
-        """The id [n] of the first process that has the peak; found [processes, 2, n]."""
-        process = (found[:, 0] == found[:, 0].amax(0)).to(torch.uint8).argmax(0, keepdim=True)
-        return found[:, 1].gather(0, process).squeeze(0).to(torch.int64)
 
 
 def row_blocks(chunk: Tensor) -> Iterator[slice]:

@@ -30,7 +30,7 @@ from row_cases import INF, Caps, Outcome, Rows, UnderTest, assert_accurate, clos
 
 from fastkl.kernels.divergence.formula import HardTarget, Outputs, PerToken
 from fastkl.kernels.divergence.pytorch import divergence
-from fastkl.kernels.rows import pytorch as rows_pytorch
+from fastkl.kernels.rows.parallel import vocabulary
 
 CAPS: dict[str, Caps] = {
     "plain": (None, None),
@@ -141,7 +141,7 @@ def test_blocks(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = random_rows(5, 31)
     rows.x[3, 4] = -INF
     whole = run_ours(kind, rows)
-    monkeypatch.setattr(rows_pytorch, "BLOCK_BYTES", 2 * 31 * 8)
+    monkeypatch.setattr(vocabulary, "BLOCK_BYTES", 2 * 31 * 8)
     ours = run_ours(kind, rows)
     assert torch.equal(ours.values, whole.values)
     assert torch.equal(ours.gradient, whole.gradient)

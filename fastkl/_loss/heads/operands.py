@@ -1,10 +1,15 @@
-"""The tensors of a head as the products take them: whole, of one dtype, cut to the vocabulary."""
+"""The tensors of a head as the products take them: of one dtype, cut to the vocabulary, whole or the piece of a process."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+if TYPE_CHECKING:
+    from fastkl._loss.heads.shares import Piece
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -26,13 +31,17 @@ def operand_dtype(hidden: Tensor, *others: Tensor | None) -> torch.dtype | None:
 
 
 def operands(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int | None = None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int | None = None, piece: Piece | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of a head that was checked. Gradients come back in the dtype and the sharding of each tensor."""
     dtype = operand_dtype(hidden, weight, bias)
     assert dtype is not None
-    weight = first_rows(whole(weight), vocab_size).to(dtype)
-    return hidden.to(dtype), weight, None if bias is None else first_rows(whole(bias), vocab_size).to(dtype)
+
+    def rows(tensor: Tensor) -> Tensor:
+        found = first_rows(whole(tensor), vocab_size) if piece is None else piece.own(tensor, vocab_size)
+        return found.to(dtype)
+
+    return hidden.to(dtype), rows(weight), None if bias is None else rows(bias)
 
 
 def first_rows(tensor: Tensor, count: int | None) -> Tensor:

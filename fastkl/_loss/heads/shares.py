@@ -1,0 +1,222 @@
+"""A head whose rows several processes have between them: which ids are this one's.
+
+There are two layouts. With `group=` each process gives its own rows of whatever has one for each id, as Megatron has it.
+A DTensor that lies with `Shard(0)` on one dimension of its mesh, as torch's tensor parallelism makes it, says so itself.
+FSDP 2 makes such tensors too, of processes that have other tokens each. So a DTensor is taken in pieces only where the
+processes agree on the tokens, and gathered where they do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastkl._loss.heads.agreement import differing, gathered, given
+from fastkl._loss.heads.operands import is_sharded, whole
+from fastkl.kernels.options import Sparse
+from fastkl.kernels.rows.parallel.share import Share
+
+
+class Layout(NamedTuple):
+    """Of a DTensor."""
+
+    rows: int
+    mesh: Any
+    placements: tuple[Any, ...]
+
+
+class Piece(NamedTuple):
+    """The rows of a head that this process has, before any is left out."""
+
+    share: Share
+    rows: int
+    layout: Layout | None  # of a head that is a DTensor; None: whatever is given is this process's own
+
+    def rows_below(self, vocab_size: int | None) -> int:
+        """How many of this process's ids are below `vocab_size`."""
+        return self.rows if vocab_size is None else min(max(vocab_size - self.share.first, 0), self.rows)
+
+    def own(self, tensor: Tensor, vocab_size: int | None) -> Tensor:
+        """This process's rows of a head's weight or bias. The gradient of a DTensor keeps its layout."""
+        count = self.rows_below(vocab_size)
+        if self.layout is None:
+            return tensor[:count]
+        if is_sharded(tensor) and _layout(tensor) == self.layout:
+            return _local(tensor)[:count]
+        return whole(tensor)[self.share.first : self.share.first + count]
+
+    def own_logits(self, logits: Tensor, vocab_size: int | None) -> Tensor:
+        """This process's columns of logits [..., V]."""
+        first = 0 if self.layout is None else self.share.first
+        return logits[..., first : first + self.rows_below(vocab_size)]
+
+
+class TeacherIds(Protocol):
+    """What a teacher has for each id, as far as it was given."""
+
+    @property
+    def weight(self) -> Tensor | None: ...  # [V, D_t]
+
+    @property
+    def bias(self) -> Tensor | None: ...  # [V]
+
+    @property
+    def logits(self) -> Any: ...  # [..., V], or a function
+
+
+def find_piece(
+    head: tuple[Tensor, Tensor, Tensor | None],  # hidden, weight, bias
+    tokens: Tensor | None,
+    mask: Tensor | None,
+    teacher: TeacherIds | None,
+    options: Mapping[str, Any],
+) -> Piece | None:
+    """None: each process has the whole head, or gathers it.
+
+    A collective of the group: ValueError on all of its processes where they were not given the same.
+    """
+    (hidden, weight, bias), group, layout = head, options["group"], None
+    if group is not None:
+        _refuse(weight, bias, teacher, options)
+        group = _process_group(group)
+        place, rows = dist.get_rank(group), weight.shape[0]
+    else:
+        layout = _shared_layout(weight, bias) if _can_be_shared(teacher, options) else None
+        if layout is None:
+            return None
+        dim = _shared_dimension(layout)
+        group, place, rows = layout.mesh.get_group(dim), layout.mesh.get_local_rank(dim), _local_rows(weight)
+    theirs = rows if teacher is None or layout is not None else _rows_of(teacher)
+    own = given(head, tokens, mask, options)
+    found = gathered([place, rows, theirs, *own.values()], hidden.device, group)
+    if different := differing(own, found[:, 3:]):
+        if layout is not None:
+            return None
+        raise ValueError(
+            f"the processes of group were given {different}; all of them take the same tokens and options, and each its "
+            f"own rows of the head"
+        )
+    ordered = [(int(ours), int(others)) for _, ours, others in sorted(found[:, :3].tolist())]
+    _check_rows(ordered, options.get("vocab_size"))
+    sizes = [ours for ours, _ in ordered]
+    return Piece(Share(group.group_name, sum(sizes[:place]), sum(sizes), max(sizes)), rows, layout)
+
+
+def _refuse(weight: Tensor, bias: Tensor | None, teacher: TeacherIds | None, options: Mapping[str, Any]) -> None:
+    """What goes with a whole head alone."""
+    if is_sharded(weight) or (bias is not None and is_sharded(bias)):
+        raise ValueError(
+            "group is given but weight or bias is a DTensor: leave group out, its mesh says the group; or give "
+            "weight.to_local()"
+        )
+    if torch.compiler.is_compiling():
+        raise ValueError("group is given, which torch.compile does not take: call the loss outside of the graph")
+    if isinstance(options["backward"], Sparse):
+        raise ValueError(
+            "group is given but backward is Sparse(…), whose sample of columns is drawn from all ids in one process: pass "
+            'backward="exact"'
+        )
+    if options["backend"] in ("triton", "epilogue"):
+        raise ValueError(
+            f'group is given but backend is "{options["backend"]}", whose kernels see all ids of a row: pass '
+            f'backend="auto", which is PyTorch here'
+        )
+    if teacher is None:
+        return
+    if any(t is not None and is_sharded(t) for t in (teacher.weight, teacher.bias)):
+        raise ValueError("group is given but the teacher's head is a DTensor: give teacher_weight.to_local()")
+    if _is_function(teacher.logits):
+        raise ValueError(
+            "group is given but teacher_logits is a function, which gives all ids: give teacher_hidden and this process's "
+            "rows of teacher_weight, or this process's columns of the logits as a tensor"
+        )
+
+
+def _can_be_shared(teacher: TeacherIds | None, options: Mapping[str, Any]) -> bool:
+    """Whether a head that is a DTensor may be taken in pieces: one that may not is gathered."""
+    if torch.compiler.is_compiling() or isinstance(options["backward"], Sparse) or not options["skip_zero_rows"]:
+        return False
+    return options["backend"] in ("auto", "torch") and not (teacher is not None and _is_function(teacher.logits))
+
+
+def _is_function(logits: Any) -> bool:
+    return callable(logits) and not isinstance(logits, Tensor)
+
+
+def _process_group(group: Any) -> Any:
+    """The group itself, or that of a mesh of one dimension."""
+    if hasattr(group, "get_group"):
+        if group.ndim != 1:
+            raise ValueError(
+                f'group is a mesh of {group.ndim} dimensions; give the one of the vocabulary, as mesh["tp"] or '
+                f'mesh.get_group("tp")'
+            )
+        group = group.get_group()
+    if not hasattr(group, "group_name"):
+        raise TypeError(
+            f"group is {type(group).__name__}; expected a process group that this process is in, as "
+            f"torch.distributed.new_group gives it, or a DeviceMesh of one dimension"
+        )
+    return group
+
+
+def _layout(tensor: Any) -> Layout:
+    return Layout(tensor.shape[0], tensor.device_mesh, tuple(tensor.placements))
+
+
+def _shared_layout(weight: Tensor, bias: Tensor | None) -> Layout | None:
+    """That of a DTensor whose rows lie on one dimension of its mesh, those of the bias alike; None for any other."""
+    if not is_sharded(weight) or (bias is not None and (not is_sharded(bias) or _layout(bias) != _layout(weight))):
+        return None
+    from torch.distributed.tensor import Shard
+
+    layout = _layout(weight)
+    apart = [i for i, placement in enumerate(layout.placements) if not placement.is_replicate()]
+    if len(apart) != 1 or layout.mesh.size(apart[0]) == 1 or type(layout.placements[apart[0]]) is not Shard:
+        return None
+    return layout if layout.placements[apart[0]].dim == 0 else None
+
+
+def _shared_dimension(layout: Layout) -> int:
+    return next(i for i, placement in enumerate(layout.placements) if not placement.is_replicate())
+
+
+def _local(tensor: Any) -> Tensor:
+    """The rows of this process. Along dimensions where all have the same ones gradients are averaged, as by `whole`."""
+    from torch.distributed.tensor import Partial
+
+    placements = tuple(tensor.placements)
+    gradient = [Partial("avg") if placement.is_replicate() else placement for placement in placements]
+    found: Tensor = tensor.redistribute(placements=placements).to_local(grad_placements=gradient)
+    return found
+
+
+def _local_rows(weight: Any) -> int:
+    rows: int = weight.to_local().shape[0]
+    return rows
+
+
+def _rows_of(teacher: TeacherIds) -> int:
+    rows: int = teacher.logits.shape[-1] if teacher.weight is None else teacher.weight.shape[0]
+    return rows
+
+
+def _check_rows(rows: list[tuple[int, int]], vocab_size: int | None) -> None:
+    """Ids of student and teacher on each process, in order: the same ones, as far as `vocab_size` keeps them."""
+    first, ours = (0, 0), [own for own, _ in rows]
+    if sum(ours) == 0:
+        raise ValueError("weight has no rows on any process of the group: an empty vocabulary")
+    for own, theirs in rows:
+        kept = own if vocab_size is None else min(max(vocab_size - first[0], 0), own)
+        alike = theirs == own if vocab_size is None else kept == 0 or (first[0] == first[1] and theirs >= kept)
+        if not alike:
+            raise ValueError(
+                f"the teacher has {[other for _, other in rows]} ids on the processes of group, and the student {ours}: "
+                f"give each process the same ids of both; where the last one has more padding of one, pass "
+                f"vocab_size=len(tokenizer)"
+            )
+        first = first[0] + own, first[1] + theirs
