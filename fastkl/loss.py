@@ -33,10 +33,12 @@ values.
     weight_grad     [V, D] float32 (float64 for float64 weights). The backward pass adds the weight's gradient to it and
                     leaves weight.grad alone. Use it to sum over micro-batches in full precision, for example with
                     Megatron's weight.main_grad, or with weight.grad itself if that is float32. Not under torch.compile.
+    group           The process group, or DeviceMesh of one dimension, whose processes have the head in pieces. See below.
 
-weight, bias and those of a teacher may be DTensors, sharded by FSDP 2 or tensor parallelism. Each process then gathers all
-of the tensor for the call, and its gradient too before that is sharded again. Gradients of the processes are averaged, as
-FSDP does it. hidden and what is per token are the process's own, plain tensors.
+weight, bias and those of a teacher may be DTensors, sharded by FSDP 2 or tensor parallelism. hidden and what is per token
+are the process's own, plain tensors. A head with `Shard(0)` is taken in pieces where the processes have the same tokens.
+Elsewhere each process gathers all of the tensor for the call, and its gradient too before that is sharded again. Gradients
+of the processes are then averaged, as FSDP does it.
 
 Arguments that do not fit raise TypeError or ValueError before anything is computed. The message names the argument. On a
 CPU this includes, in tokens that take part, ids outside the vocabulary and log-probs that are NaN or above 0. On an
@@ -70,6 +72,26 @@ rows. By default a chunk has at least one block. A block that would use half of 
 rows are. Metrics: kept_fraction is the part of tokens × vocabulary that was used, and grad_error the expected error (0 for
 what was computed exactly). Under torch.compile a loss that is not reduced and has a trainable head draws its subset in the
 backward pass, and has neither metric.
+
+A head in pieces
+----------------
+With group= each process of the group has the same tokens and some rows of the head: those of its rank, one rank after the
+other, as many as it likes. weight, weight_grad, bias, teacher_weight, teacher_bias and teacher_logits are its own part, of
+the same ids for student and teacher. Ids, vocab_size and class_weight are those of the whole vocabulary. Every process gets
+the whole result, with the same bits: losses, metrics, by-products and the gradient of hidden, which is already summed over
+the group. The gradients of weight and bias are those of its own rows. The accuracy is that of the whole head.
+
+A chunk of rows costs one exchange of a few numbers a row, and two for divergences, entropies, label smoothing and top-k. The
+gradient of hidden is one sum of [N, D] float32 over the group. A call begins with an exchange of a few numbers, a
+synchronisation on an accelerator: the processes compare what they were given, and all raise ValueError where it differs.
+Backward passes are collectives too.
+
+A DTensor with Shard(0) on one dimension of its mesh needs no group: that dimension's is taken, if the processes have the
+same tokens. Bias and teacher may be split alike or whole. It is gathered, as before, under torch.compile, for a sparse
+backward, a Triton backend, skip_zero_rows=False or a function as teacher_logits.
+
+With group= those are refused, but for skip_zero_rows. Row functions are those in PyTorch, on a GPU too.
+linear_top_k, linear_list_logprobs and linear_ranks take no group, and gather a DTensor.
 
 Divergences
 -----------

@@ -67,7 +67,7 @@ def differing(own: Mapping[str, float], found: Tensor) -> str:
     return ""
 
 
-_PROJECTIONS = tuple(f"hidden states {i}" for i in range(DIRECTIONS))
+_PROJECTIONS = tuple(f"hidden states {i}" for i in range(DIRECTIONS + 1))
 
 
 def _sample(hidden: Tensor, active: Tensor) -> Tensor:
@@ -77,9 +77,11 @@ def _sample(hidden: Tensor, active: Tensor) -> Tensor:
 
 
 def _projections(rows: Tensor) -> list[Tensor]:
-    """Sums of their numbers with signs that come and go, over the size that such a sum has."""
+    """Sums of their numbers with signs that come and go, over the size that such a sum has; and the log of that."""
     i, j = (torch.arange(1, size + 1, device=rows.device, dtype=rows.dtype) for size in rows.shape)
     directions = torch.arange(1, DIRECTIONS + 1, device=rows.device, dtype=rows.dtype)
     sums = (rows * torch.cos(i)[:, None]).sum(0) @ torch.cos(j[:, None] * directions)
-    size = torch.linalg.vector_norm(rows) / 2  # the mean of cos² cos² is a quarter
-    return [*(sums / size.clamp(min=torch.finfo(rows.dtype).tiny)).unbind(0)]
+    size = (
+        torch.linalg.vector_norm(rows).clamp(min=torch.finfo(rows.dtype).tiny) / 2
+    )  # cos² cos² is a quarter on average
+    return [*(sums / size).unbind(0), size.log()]
