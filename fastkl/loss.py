@@ -81,7 +81,7 @@ the same ids for student and teacher. Ids, vocab_size and class_weight are those
 the whole result, with the same bits: losses, metrics, by-products and the gradient of hidden, which is already summed over
 the group. The gradients of weight and bias are those of its own rows. The accuracy is that of the whole head.
 
-A chunk of rows costs one exchange of a few numbers a row, and two for divergences, entropies, label smoothing and top-k. The
+A chunk of rows costs one exchange of a few numbers a row; divergences, entropies, label smoothing and top-k cost two. The
 gradient of hidden is one sum of [N, D] float32 over the group. A call begins with an exchange of a few numbers, a
 synchronisation on an accelerator: the processes compare what they were given, and all raise ValueError where it differs.
 Backward passes are collectives too.

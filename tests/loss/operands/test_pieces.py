@@ -24,7 +24,7 @@ from loss_cases import (
     pattern,
     with_gradients,
 )
-from pieces import TOKEN_STATS, Case, everything, of_processes
+from pieces import TOKEN_STATS, Case, everything, of_dtensors, of_processes
 from torch import Tensor
 
 from fastkl.loss import Sparse
@@ -199,8 +199,8 @@ def test_a_dtensor_needs_no_group(key: str) -> None:
         assert_same(key, found, everything(case, case.problem(), **case.options))
         (first, _), *others = called
         assert first == "all_gather"
-        assert [name for name, _ in others].count("all_reduce") == 1
-        assert others[-1] == ("all_reduce", case.problem().hidden.numel())
+        assert [name for name, _ in others] == ["all_gather"] * (len(others) - 1) + ["all_reduce"]
+        assert others[-1][1] <= case.problem().hidden.numel()
         assert all(1 <= size <= FEW for _, size in others[:-1])
         assert len(others) - 1 <= (
             3 if "per_token" in case.options else 4 if case.options else 2
