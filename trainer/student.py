@@ -39,7 +39,7 @@ from fastkl.trainer.models.scoring import (
 from fastkl.trainer.models.self_checks.layouts import batch_layout
 from fastkl.trainer.models.self_checks.probe import Probe
 from fastkl.trainer.models.self_checks.update import check_update
-from fastkl.trainer.models.sharding import GatheredCopy, name_layers
+from fastkl.trainer.models.sharding import GatheredCopy, head_gathered_once, name_layers
 from fastkl.trainer.models.sizes.flops import cost_of, training_flops
 from fastkl.trainer.runs import checkpoint, processes
 from fastkl.trainer.runs.identity import weights_fingerprint
@@ -242,13 +242,14 @@ class Student:
         shortest = [min((s for group in groups for s in group), key=lambda s: len(s.ids))] if own else []
         counts, fillers = zip(*processes.gather([(len(own), shortest)]), strict=True)
         filler = min(itertools.chain(*fillers), key=lambda sample: len(sample.ids), default=None)
-        for index in range(max(counts)):
-            last = index == max(counts) - 1 or self._gathered_copy is not None
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                if index < len(own):
-                    yield own[index], True
-                elif filler is not None:
-                    yield next(batches([copy.copy(filler)], limit, layout, device)), False
+        with head_gathered_once(self.wrapped):
+            for index in range(max(counts)):
+                last = index == max(counts) - 1 or self._gathered_copy is not None
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                    if index < len(own):
+                        yield own[index], True
+                    elif filler is not None:
+                        yield next(batches([copy.copy(filler)], limit, layout, device)), False
 
     def _step(self, step: int, norm: float, coarse: Counts) -> None:
         """An optimizer step, or none where the gradient is not finite: the norm and so the decision is everyone's."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
@@ -17,6 +18,25 @@ def name_layers(model: Any) -> None:
     has = {type(module).__name__ for module in model.modules()}
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base._no_split_modules = [name for name in base._no_split_modules or [] if name in has] or None
+
+
+@contextmanager
+def head_gathered_once(model: nn.Module) -> Iterator[None]:
+    """While open, FSDP gathers what is in no layer (embeddings, norm, head) once, not twice for each batch.
+
+    These are the outermost unit, which is gathered all through a forward and all through a backward pass in any case: to
+    keep it until the next one takes no memory that they do not need. Layers are gathered and let go of one by one, as ever.
+    Weights may not change meanwhile.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.set_reshard_after_forward(False, recurse=False)
+    model.set_reshard_after_backward(False, recurse=False)
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 class GatheredCopy:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -17,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from fastkl.head import fuse
 from fastkl.loss import linear_logprobs, policy_gradient_loss
+from fastkl.trainer.models.sharding import head_gathered_once
 
 STEPS, RATE = 3, 0.05
 CHECKPOINTING = "-checkpointing"
@@ -114,3 +117,28 @@ def in_one_process(kind: str) -> dict[str, Tensor]:
 def as_one_of_several(rank: int, count: int, kind: str, wrapper: str, form: str) -> dict[str, Tensor]:
     model = WRAPPERS[wrapper](model_of(kind))
     return trained(model, lambda: count * loss_of(model, IDS[rank::count], form))
+
+
+def gathered_bytes(rank: int, count: int, kind: str, once: bool) -> tuple[int, int, dict[str, Tensor]]:
+    """What FSDP gathers for 3 batches of an update, whose gradients are accumulated, and for 2 that are only scored.
+
+    Also the bytes of all that is in no layer, and the gradients.
+    """
+    model = _sharded(model_of(kind), reshard_after_forward=True)
+    called, gather = [0], torch.distributed.all_gather_into_tensor
+
+    def all_gather_into_tensor(found: Tensor, *args: Any, **options: Any) -> Any:
+        called[0] += found.numel() * found.itemsize
+        return gather(found, *args, **options)
+
+    with patch.object(torch.distributed, "all_gather_into_tensor", all_gather_into_tensor):
+        with head_gathered_once(model) if once else nullcontext():
+            for row in IDS[:3]:
+                loss_of(model, row[None], "output").backward()
+        with head_gathered_once(model) if once else nullcontext(), torch.no_grad():
+            for row in IDS[:2]:
+                loss_of(model, row[None], "tensor")
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+    outer = sum(p.numel() * p.itemsize for name, p in model.named_parameters() if ".layers." not in name)
+    return called[0], outer, gradients
