@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -119,26 +119,36 @@ def as_one_of_several(rank: int, count: int, kind: str, wrapper: str, form: str)
     return trained(model, lambda: count * loss_of(model, IDS[rank::count], form))
 
 
-def gathered_bytes(rank: int, count: int, kind: str, once: bool) -> tuple[int, int, dict[str, Tensor]]:
-    """What FSDP gathers for 3 batches of an update, whose gradients are accumulated, and for 2 that are only scored.
+class Gathered(NamedTuple):
+    gathered: int  # bytes
+    outer: int  # bytes of all that is in no layer
+    gradients: dict[str, Tensor]
 
-    Also the bytes of all that is in no layer, and the gradients.
-    """
+
+def gathered_bytes(rank: int, count: int, kind: str) -> list[Gathered]:
+    """What FSDP gathers for 3 batches whose gradients are accumulated and for 2 that are only scored: as it would by
+    itself, and inside `head_gathered_once`."""
+    return [_gathered_bytes(kind, way) for way in (lambda _: nullcontext(), head_gathered_once)]
+
+
+def _gathered_bytes(kind: str, way: Callable[[nn.Module], Any]) -> Gathered:
     model = _sharded(model_of(kind), reshard_after_forward=True)
-    called, gather = [0], torch.distributed.all_gather_into_tensor
+    sizes: list[int] = []
+    gather = torch.distributed.all_gather_into_tensor
 
     def all_gather_into_tensor(found: Tensor, *args: Any, **options: Any) -> Any:
-        called[0] += found.numel() * found.itemsize
+        sizes.append(found.numel() * found.itemsize)
         return gather(found, *args, **options)
 
     with patch.object(torch.distributed, "all_gather_into_tensor", all_gather_into_tensor):
-        with head_gathered_once(model) if once else nullcontext():
+        with way(model):
             for row in IDS[:3]:
                 loss_of(model, row[None], "output").backward()
-        with head_gathered_once(model) if once else nullcontext(), torch.no_grad():
+        with way(model), torch.no_grad():
             for row in IDS[:2]:
                 loss_of(model, row[None], "tensor")
-    assert all(isinstance(p, DTensor) for p in model.parameters())
+    for parameter in model.parameters():
+        assert isinstance(parameter, DTensor)
     gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
     outer = sum(p.numel() * p.itemsize for name, p in model.named_parameters() if ".layers." not in name)
-    return called[0], outer, gradients
+    return Gathered(sum(sizes), outer, gradients)
