@@ -172,7 +172,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a-weight-per-token": (
         lambda: loss.linear_cross_entropy(H, W, IDS, class_weight=ones(2, 4)),
-        "ValueError: class_weight is [2, 4] but weight is [50, 16]: expected one weight per id, [50]",
+        "ValueError: class_weight is [2, 4] but weight has 50 ids: expected one for each id, [50]",
     ),
     "a-negative-class-weight": (
         lambda: loss.linear_cross_entropy(H, W, IDS, class_weight=-ones(50)),

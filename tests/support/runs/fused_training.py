@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from tiny_models import causal_lm
 from torch import Tensor, nn
@@ -134,13 +135,17 @@ def gathered_bytes(rank: int, count: int, kind: str) -> list[Gathered]:
 def _gathered_bytes(kind: str, way: Callable[[nn.Module], Any]) -> Gathered:
     model = _sharded(model_of(kind), reshard_after_forward=True)
     sizes: list[int] = []
-    gather = torch.distributed.all_gather_into_tensor
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    gather = getattr(dist, name)
 
-    def all_gather_into_tensor(found: Tensor, *args: Any, **options: Any) -> Any:
+    def counted(*args: Any, **options: Any) -> Any:
+        found = next(
+            tensor for tensor in (*args, *options.values()) if isinstance(tensor, Tensor)
+        )  # the whole one is first
         sizes.append(found.numel() * found.itemsize)
-        return gather(found, *args, **options)
+        return gather(*args, **options)
 
-    with patch.object(torch.distributed, "all_gather_into_tensor", all_gather_into_tensor):
+    with patch.object(dist, name, counted):
         with way(model):
             for row in IDS[:3]:
                 loss_of(model, row[None], "output").backward()
