@@ -34,7 +34,7 @@ def given(
         "gradients to make": sum(2**i for i, one in enumerate(wanted) if one),
         "values of chunk_size": options["chunk_size"] or 0,
         "values of skip_zero_rows": bool(options["skip_zero_rows"]),
-        "values of vocab_size": options.get("vocab_size") or 0,
+        "values of vocab_size": known if isinstance(known := options.get("vocab_size"), int) else 0,
     }
     active, sums = hidden.new_ones(rows, dtype=torch.bool), dict[str, Tensor]()
     for name, numbers, nothing in (("tokens", tokens, options["ignore_index"]), ("masks", mask, 0.0)):

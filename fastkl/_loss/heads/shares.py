@@ -101,7 +101,8 @@ def find_piece(
             f"own rows of the head"
         )
     ordered = [(int(ours), int(others)) for _, ours, others in sorted(found[:, :3].tolist())]
-    _check_rows(ordered, options.get("vocab_size"))
+    known = options.get("vocab_size")
+    _check_rows(ordered, known if isinstance(known, int) else None)  # what is no number is refused later
     sizes = [ours for ours, _ in ordered]
     return Piece(Share(group.group_name, sum(sizes[:place]), sum(sizes), max(sizes)), rows, layout)
 
