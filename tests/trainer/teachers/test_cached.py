@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import sqlite3
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
+from property_settings import PROPERTY
 from run_cases import check_same_weights, distilled, interrupt, log, refusal, refusals
 from run_settings import Settings, arguments, config, distillation
 from stub_server import StubServer, serving
@@ -22,6 +26,7 @@ from fastkl.head import fuse
 from fastkl.trainer.config.teacher import TeacherConfig, TeacherServerConfig
 from fastkl.trainer.data.samples import Sample, make_sample
 from fastkl.trainer.errors import ConfigError, ServerError
+from fastkl.trainer.teachers.cache import fingerprints
 from fastkl.trainer.teachers.cache.store import NAME
 from fastkl.trainer.teachers.cached import CachedTeacher, cached
 from fastkl.trainer.teachers.local import LocalTeacher
@@ -170,6 +175,24 @@ def test_one_weight_in_its_last_bit_is_another_model(tmp_path: Path) -> None:
         weight.view(torch.int32)[3, 5] += 1
     teacher.score(samples())
     assert len(teacher.asked) == 3
+
+
+@PROPERTY
+@given(st.integers(1, 70), st.sampled_from([torch.float32, torch.bfloat16, torch.int8]), st.data())
+def test_one_bit_of_a_weight_changes_its_hash(size: int, dtype: torch.dtype, data: st.DataObject) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fingerprints, "WORDS", data.draw(st.sampled_from([1, 3, 2**22])))
+        weight = torch.randn(size).mul(9).to(dtype)
+        other = weight.clone()
+        content = other.view(torch.uint8)
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        found = [fingerprints._hash(each) for each in (weight, weight.clone(), other)]
+    words = weight.view(torch.uint8).tolist()
+    words += [0] * (-len(words) % 8)
+    numbers = [int.from_bytes(bytes(words[at : at + 8]), sys.byteorder) for at in range(0, len(words), 8)]
+    wanted = sum((2 * at + 1) * 0x9E3779B97F4A7C15 * number for at, number in enumerate(numbers)) % 2**64
+    assert found[:2] == [wanted, wanted]
+    assert found[2] != wanted
 
 
 def test_a_damaged_entry_is_scored_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
