@@ -21,7 +21,14 @@ from fastkl.trainer.commands.run_folder import note_of_student, settings_of_run
 from fastkl.trainer.commands.schema import full_names, settings_of
 from fastkl.trainer.commands.values import node_of
 from fastkl.trainer.commands.yaml_file import read_file
-from fastkl.trainer.config.offline import EvaluateConfig, InitConfig, ReportConfig, ScoreConfig
+from fastkl.trainer.config.offline import (
+    DistillPlan,
+    EvaluateConfig,
+    InitConfig,
+    ReportConfig,
+    ScoreConfig,
+    SftPlan,
+)
 from fastkl.trainer.config.training import DistillConfig, SftConfig
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.runs.settings import flat, refuse_renamed
@@ -69,6 +76,7 @@ class Command(NamedTuple):
     usage: str = "CONFIG.yaml [--key value ...]"
     dry_run: str = ""  # the function that only checks and estimates, if there is one
     add_arguments: Callable[[argparse.ArgumentParser, type], None] = _add_settings
+    other: type | None = None  # what it takes where nothing is set that `config` alone has
 
     @property
     def takes_settings(self) -> bool:
@@ -96,6 +104,13 @@ COMMANDS = {
         "fine-tune a student on given completions (the stage before distillation)",
         dry_run="commands.dry_run:dry_sft",
         usage="CONFIG.yaml [--key value ...] [--dry-run]",
+    ),
+    "plan": Command(
+        DistillPlan,
+        "commands.plan.command:print_plan",
+        "tell the memory, FLOPs and hours of a config on devices that need not be here",
+        usage="CONFIG.yaml [--processes N] [--device NAME] [--accelerate FILE] [--key value ...]",
+        other=SftPlan,
     ),
     "eval": Command(
         EvaluateConfig,
@@ -190,8 +205,8 @@ def _with_settings(name: str, words: list[str]) -> Any:
     """The config of a command that takes settings."""
     if not words:
         raise ConfigError(f"name a config: fastkl {name} {COMMANDS[name].usage}. `fastkl init` prints a first one")
-    settings = Settings(COMMANDS[name].config, lambda setting: _elsewhere(name, setting))
     found = list(_places(name, words))
+    settings = Settings(_kind(COMMANDS[name], found), lambda setting: _elsewhere(name, setting))
     renamed = [pair for setting, value, _ in found for pair in flat({setting: _plain(value)})]
     refuse_renamed(renamed, "Write the new names")
     for setting, value, place in found:
@@ -202,6 +217,14 @@ def _with_settings(name: str, words: list[str]) -> Any:
         if setting.rpartition(".")[2] == "path" and isinstance(value, str):
             note_of_student(Path(value))
     return config
+
+
+def _kind(command: Command, found: list[tuple[str, yaml.Node | str, Place]]) -> type:
+    """The config that is meant by what is set."""
+    if command.other is None:
+        return command.config
+    own = {*settings_of(command.config)} - {*settings_of(command.other)}
+    return command.config if own & {setting.partition(".")[0] for setting, _, _ in found} else command.other
 
 
 def _places(name: str, words: list[str]) -> Iterator[tuple[str, yaml.Node | str, Place]]:
@@ -241,6 +264,9 @@ def _elsewhere(name: str, setting: str) -> str:
         for other, command in COMMANDS.items()
         if command.takes_settings and other != name and setting in full_names(command.config, groups=True)
     ]
+    others = [
+        other for other in others if COMMANDS[other].other is None
+    ] or others  # a plan has those of all that train
     if not others:
         return ""
     own = ", ".join(settings_of(COMMANDS[name].config))

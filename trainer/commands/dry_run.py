@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from transformers import PreTrainedModel
+from accelerate import Accelerator
 
-from fastkl.trainer.commands.estimate import Plan, Scorer, lines
-from fastkl.trainer.config.teacher import as_teacher
+from fastkl.trainer.commands.plan.run import Processes, Run, scorers_of
+from fastkl.trainer.commands.plan.table import lines
 from fastkl.trainer.config.training import DistillConfig, SftConfig
-from fastkl.trainer.data.mixture import DataSet, read_data_sets, step_prompts
+from fastkl.trainer.data.mixture import read_data_sets, step_prompts
 from fastkl.trainer.data.samples import make_sample
 from fastkl.trainer.distill import Prepared, prepare
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.loading import outline_of_student
-from fastkl.trainer.models.pretrained import load_tokenizer, outline
+from fastkl.trainer.models.pretrained import load_tokenizer
 from fastkl.trainer.notes import printable
 from fastkl.trainer.rollouts.evaluation import load_eval_prompts
 from fastkl.trainer.runs import processes
@@ -34,7 +34,7 @@ def dry_distill(config: DistillConfig) -> None:
     with RunFolder(config):  # it can be written, and holds no other run; what was made for this goes away again
         found = prepare(config)
     student = outline_of_student(config.student)
-    scorers = list(_scorers(config, found.data_sets, student))
+    scorers = list(scorers_of(config, student))
     loaded = [scorer for scorer in scorers if scorer.config.path]
     models = {"student": student} | {scorer.name: scorer.model for scorer in loaded}
     checks.check_vocabulary(found.tokenizer, models)
@@ -58,18 +58,8 @@ def dry_distill(config: DistillConfig) -> None:
         for _ in range(config.sampling.samples_per_prompt)
     ]
     found.teacher_prompts.give_fixed(samples)
-    _print(Plan(config, accelerator, student, scorers, found.prompts, samples), _contexts(found))
-
-
-def _scorers(config: DistillConfig, data_sets: list[DataSet], student: PreTrainedModel) -> Iterator[Scorer]:
-    """The teachers and the reference, with outlines of those that are not the student, but for those behind a server."""
-    here = {data_set.teacher for data_set in data_sets if config.has_teacher and not data_set.teacher.server.url}
-    for teacher in sorted(here, key=lambda teacher: teacher.path or str(teacher.self)):
-        own = frozenset(data_set.name for data_set in data_sets if data_set.teacher == teacher)
-        yield Scorer("teacher", teacher, outline(teacher) if teacher.self is None else student, own)
-    if config.loss.extrapolate != 1:
-        reference, everything = as_teacher(config.reference), frozenset(data_set.name for data_set in data_sets)
-        yield Scorer("reference", reference, outline(reference) if reference.self is None else student, everything)
+    lengths = [len(prompt.tokens) for prompt in found.prompts]
+    _print(Run(config, _started(accelerator), student, scorers, lengths, samples, samples), _contexts(found))
 
 
 def dry_sft(config: SftConfig) -> None:
@@ -91,7 +81,8 @@ def dry_sft(config: SftConfig) -> None:
     checks.check_eval_room(eval_prompts, config.eval, "student", student)
     step = Examples(data_sets, config.examples_per_step, config.seed).of_step(0)
     prompts = [prompt for data_set in data_sets for prompt in data_set.prompts]
-    _print(Plan(config, accelerator, student, [], prompts, step))
+    lengths = [len(prompt.tokens) for prompt in prompts]
+    _print(Run(config, _started(accelerator), student, [], lengths, step, step))
 
 
 def _contexts(found: Prepared) -> Iterator[str]:
@@ -111,6 +102,10 @@ def _contexts(found: Prepared) -> Iterator[str]:
             )
 
 
-def _print(plan: Plan, more: Iterable[str] = ()) -> None:
+def _started(accelerator: Accelerator) -> Processes:
+    return Processes(processes.count(), accelerator.is_fsdp2, str(accelerator.device))
+
+
+def _print(run: Run, more: Iterable[str] = ()) -> None:
     if processes.rank() == 0:
-        print("\n".join([*lines(plan), *more]), flush=True)
+        print("\n".join([*lines(run), *more]), flush=True)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from fastkl.trainer.config.data import DataConfig, EvalConfig, check_source
 from fastkl.trainer.config.models import ModelConfig
 from fastkl.trainer.config.optim import BatchConfig
-from fastkl.trainer.config.rules import positive
+from fastkl.trainer.config.rules import at_least, positive
 from fastkl.trainer.config.teacher import TeacherConfig, check_teacher
+from fastkl.trainer.config.training import DistillConfig, SftConfig
 from fastkl.trainer.errors import require
+
+DeviceName = Literal["a100", "b200", "cpu", "h100", "h200", "l40s", "mi300", "mi325", "rtx4090"]
 
 
 @dataclass(frozen=True)
@@ -108,3 +112,56 @@ class ReportConfig:
             self.output is not None or len(self.runs) == 1,
             f"output is not set and there are {len(self.runs)} runs; name the page to write with --output FILE",
         )
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """The devices of a run that is planned, and how it uses them.
+
+    Args:
+        processes: Plan for this many, one on each device. null: num_processes of the accelerate file, or 1.
+        accelerate: Take from this file of accelerate whether FSDP 2 shards the student (recipes/accelerate). null: DDP.
+        device: Plan for this kind of device. Its numbers are those of its datasheet. A cpu has none: no hours then.
+        memory: Let a device have this many GiB. null: 95 % of the datasheet's GB; of a cpu, what this machine has.
+        flops_share: Assume that products reach this share of the datasheet's FLOP/s.
+        bandwidth_share: Assume that decoding reaches this share of the datasheet's bandwidth.
+        prompt_tokens: Assume prompts of this length where the data are not here. null: data.max_prompt_tokens, or 512.
+        mean_tokens: Assume completions of this length for FLOPs and hours. Memory is always that of full length. null:
+            sampling.max_new_tokens, or for fastkl sft 512 where the data are not here.
+    """
+
+    processes: int | None = None
+    accelerate: str | None = None
+    device: DeviceName = "h200"
+    memory: float | None = None
+    flops_share: float = 0.4
+    bandwidth_share: float = 0.6
+    prompt_tokens: int | None = None
+    mean_tokens: int | None = None
+
+    def check(self) -> None:
+        """Refuses what cannot be."""
+        at_least(1, self, "", "processes", "prompt_tokens", "mean_tokens")
+        positive(self, "", "flops_share", "bandwidth_share")
+        for name in ("flops_share", "bandwidth_share"):
+            value = getattr(self, name)
+            require(value <= 1, f"{name} is {value}; a share is at most 1")
+        require(self.memory is None or self.memory > 0, f"memory is {self.memory}; give GiB above 0, or null")
+
+
+@dataclass(frozen=True)
+class DistillPlan(Assumptions, DistillConfig):
+    """What a distillation takes: memory by phase, FLOPs, hours."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check()
+
+
+@dataclass(frozen=True)
+class SftPlan(Assumptions, SftConfig):
+    """What supervised fine-tuning takes: memory by phase, FLOPs, hours."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check()

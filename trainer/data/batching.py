@@ -129,9 +129,14 @@ class Batch:
 
 def batches(samples: Sequence[Sample], max_tokens: int, layout: Layout, device: torch.device) -> Iterator[Batch]:
     """Batches of at most `max_tokens` positions (padding counted); a longer sample gets one of its own."""
-    group = {"packed": _first_fit, "padded": _by_length, "single": _alone}[layout]
-    for members in group(samples, max_tokens):
+    for members in grouped(samples, max_tokens, layout):
         yield collate(members, layout, device)
+
+
+def grouped(samples: Sequence[Sample], max_tokens: int, layout: Layout) -> list[list[Sample]]:
+    """Which samples share a batch."""
+    group = {"packed": _first_fit, "padded": _by_length, "single": _alone}[layout]
+    return group(samples, max_tokens)
 
 
 def in_order(samples: Sequence[Sample], max_tokens: int, layout: Layout, device: torch.device) -> list[Batch]:

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastkl import cli
-from fastkl.trainer.commands import memory
-from fastkl.trainer.commands.memory import Shape
+from fastkl.trainer.commands.plan import sizes
+from fastkl.trainer.commands.plan.sizes import Shape
 from fastkl.trainer.config.models import LoraConfig, ModelConfig, StudentConfig
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.models.loading import load_student, outline_of_student
 from fastkl.trainer.models.modes import updating
 from fastkl.trainer.models.pretrained import outline
 from fastkl.trainer.models.sizes.flops import cost_of, without_adapter
+from fastkl.trainer.rollouts.samplers.in_progress import InProgress
 from fastkl.trainer.teachers.second_weights import SecondWeights
 
 CPU = torch.device("cpu")
@@ -117,7 +118,7 @@ def test_second_weights_are_of_the_size_that_is_told(folder: Path, dtype: str) -
         found = {
             id(part): part.numel() * part.element_size() for weight in held for part in (weight.held, weight.shown)
         }
-        assert memory.second_weights(student, averaged=averaged, sharded=False) == sum(found.values())
+        assert sizes.second_weights(student, averaged=averaged, sharded=False) == sum(found.values())
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -235,10 +236,10 @@ def test_memory_is_that_of_the_real_model(kind: str, settings: dict[str, Any], t
     causal_lm(kind, ATTENTION.get(kind, "sdpa")).save_pretrained(tmp_path)
     config, shape = StudentConfig(path=str(tmp_path), **settings), Shape(3, 11, 20)
     without, real = outline_of_student(config), load_student(config, torch.device("cpu"))
-    assert memory.weights(without) == memory.weights(real)
-    assert memory.gradients(without) == memory.gradients(real)
+    assert sizes.weights(without) == sizes.weights(real)
+    assert sizes.gradients(without) == sizes.gradients(real)
     for autocast in (False, True) if config.dtype == "float32" else (False,):
-        found = memory.activations(without, shape, "padded", torch.bfloat16 if autocast else None, "off")
+        found = sizes.activations(without, shape, "padded", torch.bfloat16 if autocast else None, "off")
         if found is None:
             assert kind == "mixtral"  # experts are chosen by value
         else:
@@ -250,14 +251,14 @@ def test_a_cache_is_as_large_as_the_keys_and_values_in_it() -> None:
         model = causal_lm(kind, ATTENTION.get(kind, "sdpa"))
         cache = model(torch.zeros(2, 7, dtype=torch.long), use_cache=True).past_key_values
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        assert memory.cache(model, 2, 7, 4) == held, kind
+        assert sizes.cache(model, InProgress(2, 14, paged=False, batch_tokens=14), 7, 4) == held, kind
 
 
 def test_a_quantised_teacher_is_smaller(tmp_path: Path) -> None:
     model = outline(ModelConfig(path=str(save_model(tmp_path, width=64))))
-    sizes = [memory.weights(model, quantization) for quantization in (None, "8bit", "4bit")]
+    found = [sizes.weights(model, quantization) for quantization in (None, "8bit", "4bit")]
     head = len(tokenizer()) * 64 * 4
-    assert sizes[0] > sizes[1] > sizes[2] > head
+    assert found[0] > found[1] > found[2] > head
 
 
 PEAK = """

@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import logging
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,13 +14,11 @@ from fastkl.trainer.data.samples import Completion
 from fastkl.trainer.errors import ConfigError, RunError
 from fastkl.trainer.models.sizes.layers import layer_kinds
 from fastkl.trainer.rollouts.samplers.common import check_distribution, check_requests, undisturbed, unwrapped
+from fastkl.trainer.rollouts.samplers.in_progress import PAGE_SIZE, evened, pages, usual_requests
 
 _CONFIG_FIELDS = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
 _PAGE_FIELD = "page_size" if "page_size" in _CONFIG_FIELDS else "block_size"  # renamed in 5.18 or later
 _PAGED_PREFIX = "auto_switch_to_flash" not in _CONFIG_FIELDS  # 5.17 names its attention "paged|sdpa"
-_PAGE_SIZE = 32
-_REQUESTS = 64
-_KEYS_PER_STEP = 4096
 
 
 class ContinuousBatchingSampler:
@@ -139,12 +136,11 @@ class ContinuousBatchingSampler:
 
     def _batching_config(self, num_prompts: int, longest: int, seed: int) -> ContinuousBatchingConfig:
         """Fixes every size that would otherwise depend on the free memory."""
-        requests = self._max_requests or self._usual_requests(longest)
-        rounds = math.ceil(num_prompts / requests)
-        requests = math.ceil(num_prompts / rounds)  # no last round of a few: its steps take almost as long as full ones
+        usual = usual_requests(longest, self._base.device.type == "cpu")
+        requests = evened(num_prompts, self._max_requests or usual)
         settings: dict[str, Any] = {
-            _PAGE_FIELD: _PAGE_SIZE,
-            "num_blocks": 2 * requests * (math.ceil(longest / _PAGE_SIZE) + 1),
+            _PAGE_FIELD: PAGE_SIZE,
+            "num_blocks": pages(requests, longest),
             "max_batch_tokens": max(requests, self._max_batch_tokens),
             "max_requests_per_batch": requests,
             "max_blocks_per_request": 0,
@@ -157,12 +153,6 @@ class ContinuousBatchingSampler:
             "seed": seed,
         }
         return ContinuousBatchingConfig(**{key: settings[key] for key in settings if key in _CONFIG_FIELDS})
-
-    def _usual_requests(self, longest: int) -> int:
-        """On a CPU every token of a step scores the keys of all requests in it: few at a time, where they are long."""
-        if self._base.device.type != "cpu":
-            return _REQUESTS
-        return min(_REQUESTS, max(8, _KEYS_PER_STEP // longest))
 
     def _completion(self, index: int, output: Any, max_new_tokens: int) -> Completion:
         """Checks and converts the output for the prompt at `index`."""

@@ -14,8 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from fastkl.trainer.data.batching import PAD_ID
 from fastkl.trainer.data.samples import Completion
 from fastkl.trainer.rollouts.samplers.common import check_distribution, check_requests, undisturbed, unwrapped
-
-_REQUESTS = 64
+from fastkl.trainer.rollouts.samplers.in_progress import USUAL
 
 
 class GenerateSampler:
@@ -44,7 +43,7 @@ class GenerateSampler:
         self._model = model
         self._base = unwrapped(model)
         self._eos = sorted(set(eos_token_ids))
-        self._max_requests = max_requests or _REQUESTS
+        self._max_requests = max_requests or USUAL
         self._one_length = one_length
 
     def refresh(self) -> None:

@@ -15,6 +15,7 @@ from fastkl.trainer.rollouts.samplers.continuous_batching import (
     obstacle_to_continuous_batching,
 )
 from fastkl.trainer.rollouts.samplers.generate import GenerateSampler
+from fastkl.trainer.rollouts.samplers.in_progress import wants_pages
 from fastkl.trainer.rollouts.samplers.sampler import Sampler
 from fastkl.trainer.rollouts.samplers.self_check import fault
 
@@ -34,7 +35,7 @@ def local_sampler(
         ConfigError: If the engine that is asked for, by its name or by that setting, cannot sample from the model.
     """
     ends, probe = list(eos_token_ids), Probe(model, "model")
-    asked = settings.engine == "continuous_batching" or settings.max_batch_tokens != DEFAULT.max_batch_tokens
+    asked = wants_pages(settings)
     if asked or (settings.engine == "auto" and not generate_is_quicker(model)):
         sampler, obstacle = _continuous_batching(probe, ends, settings)
         if sampler is not None:

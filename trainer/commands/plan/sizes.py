@@ -5,6 +5,9 @@ A model is an outline: the real module on the meta device, where tensors have sh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +20,7 @@ from fastkl.kernels.chunking import LEAST_ROWS, LONG_PRODUCT_ROWS, WORKSPACE_BYT
 from fastkl.trainer.data.batching import Layout
 from fastkl.trainer.models.modes import Dropout, updating
 from fastkl.trainer.models.sizes.layers import attends, layer_kinds, layer_settings
+from fastkl.trainer.rollouts.samplers.in_progress import InProgress
 
 QUANTIZED = {"8bit": 1.0, "4bit": 0.5}  # bytes of a weight of the blocks
 
@@ -59,6 +63,7 @@ def second_weights(student: nn.Module, averaged: bool, sharded: bool) -> float:
     return size
 
 
+@lru_cache(maxsize=64)
 def activations(
     model: PreTrainedModel, shape: Shape, layout: Layout, autocast: torch.dtype | None, dropout: Dropout
 ) -> float | None:
@@ -66,13 +71,44 @@ def activations(
 
     Of autocast, the copies of the weights count too: they are kept for as long.
     """
+    blocks = _kept(model, shape, layout, autocast, dropout)
+    return None if blocks is None else blocks + shape.counted * model.get_output_embeddings().weight.shape[1] * 4.0
+
+
+@lru_cache(maxsize=64)
+def activations_of_layer(
+    model: PreTrainedModel, shape: Shape, layout: Layout, autocast: torch.dtype | None, dropout: Dropout
+) -> float | None:
+    """What one of the blocks keeps where gradient checkpointing has it computed again; of all, an average."""
+    with _without_checkpointing(model):
+        blocks = _kept(model, shape, layout, autocast, dropout)
+    layers: int = model.config.get_text_config().num_hidden_layers
+    return None if blocks is None else blocks / layers
+
+
+@contextmanager
+def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+    switched = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in switched:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def _kept(
+    model: PreTrainedModel, shape: Shape, layout: Layout, autocast: torch.dtype | None, dropout: Dropout
+) -> float | None:
+    """What autograd keeps of a forward pass up to the head."""
     kept: dict[int, int] = {}
     alive: list[Tensor] = []  # a storage's address is its name only as long as it lives
     with FakeTensorMode():
         state = {name: _like(tensor) for name, tensor in _tensors(model)}
         inputs = _inputs(shape)
         own = {tensor.untyped_storage()._cdata for tensor in state.values()}
-        if layout == "packed":  # such rows need no mask
+        if layout == "packed" or shape.rows == 1:  # nothing to mask but what comes later
             own.add(inputs["attention_mask"].untyped_storage()._cdata)
 
         def keep(tensor: Tensor) -> Tensor:
@@ -92,17 +128,24 @@ def activations(
                 _to_the_head(model, state, inputs)
         except Exception:  # a forward that looks at values, or a kernel that this machine has not
             return None
-    return sum(kept.values()) + shape.counted * model.get_output_embeddings().weight.shape[1] * 4.0
+    return float(sum(kept.values()))
+
+
+def head_products(model: PreTrainedModel, autocast: torch.dtype | None) -> float:
+    """The gradient of the head, which its loss hands to autograd as a whole, and its weights as autocast rounds them."""
+    weight = model.get_output_embeddings().weight
+    gradient = weight.numel() * weight.element_size() if weight.requires_grad else 0
+    return float(gradient + (0 if autocast is None else weight.numel() * autocast.itemsize))
 
 
 def head_workspace(
-    model: PreTrainedModel, counted: int, device: torch.device, heads: int, products: torch.dtype | None = None
+    model: PreTrainedModel, counted: int, on_cpu: bool, heads: int, products: torch.dtype | None = None
 ) -> float:
     """The logits of a chunk, in float32, and the 16-bit gradients of several where a GPU updates the head.
 
     `products`: the dtype that the head of a student is multiplied in.
     """
-    kind, weight = "cpu" if device.type == "cpu" else "accelerator", model.get_output_embeddings().weight
+    kind, weight = "cpu" if on_cpu else "accelerator", model.get_output_embeddings().weight
     chunk = max(WORKSPACE_BYTES[kind], LEAST_ROWS[kind] * weight.shape[0] * 4 * heads)
     size = float(min(chunk, counted * weight.shape[0] * 4 * heads))
     if weight.requires_grad and kind == "accelerator" and products in (torch.bfloat16, torch.float16):
@@ -110,23 +153,84 @@ def head_workspace(
     return size
 
 
-def cache(model: PreTrainedModel, sequences: int, width: int, itemsize: int) -> float:
-    """Keys and values of so many sequences of so many tokens; a layer with a window keeps no more than that."""
+def cache(model: PreTrainedModel, busy: InProgress, width: int, itemsize: int) -> float:
+    """Keys and values of completions in progress, each of so many tokens.
+
+    `generate` keeps no more of a layer with a window than that. Pages have room for all tokens in every layer.
+    """
+    if busy.paged:
+        return _every_layer(model) * busy.tokens * itemsize
+    return keys(model, width) * busy.completions * itemsize
+
+
+def keys(model: PreTrainedModel, width: float) -> float:
+    """Numbers in the keys and values of a text of so many tokens."""
     config: Any = model.config.get_text_config()
-    sizes = zip(
-        layer_kinds(config),
-        layer_settings(config, "num_key_value_heads"),
-        layer_settings(config, "head_dim"),
-        layer_settings(config, "sliding_window"),
-        strict=True,
-    )
+    windows = layer_settings(config, "sliding_window")
     total = 0.0
-    for kind, heads, size, window in sizes:
-        heads = heads or config.num_attention_heads
-        size = size or config.hidden_size // config.num_attention_heads
-        length = min(width, window) if "sliding" in kind and window else width
-        total += 2.0 * heads * size * length if attends(kind) else 0.0
-    return total * sequences * itemsize
+    for kind, heads, size, window in zip(layer_kinds(config), *_heads(config), windows, strict=True):
+        tokens = min(width, window) if "sliding" in kind and window else width
+        total += 2.0 * heads * size * tokens if attends(kind) else 0.0
+    return total
+
+
+def _every_layer(model: PreTrainedModel) -> float:
+    """Numbers in the keys and values of one token, where no window counts."""
+    config: Any = model.config.get_text_config()
+    return sum(
+        2.0 * heads * size
+        for kind, heads, size in zip(layer_kinds(config), *_heads(config), strict=True)
+        if attends(kind)
+    )
+
+
+def paged_attention(model: PreTrainedModel, busy: InProgress, width: int, itemsize: int) -> Iterator[tuple[str, float]]:
+    """What continuous batching needs beside its pages, by name: a layer's keys as it reads them, and a mask.
+
+    Flash attention needs no mask, and reads keys as they are; others repeat them for all heads.
+    """
+    if not busy.paged:
+        return
+    config: Any = model.config.get_text_config()
+    flash = "flash" in str(model.config._attn_implementation)
+    queries = layer_settings(config, "num_attention_heads")
+    heads = zip(queries, *_heads(config), strict=True)
+    a_token = max(((2 * own if flash else 2 * all_ + own) * size for all_, own, size in heads), default=0)
+    yield "keys and values of a layer, as it reads them", float(a_token * busy.completions * width * itemsize)
+    if not flash:
+        masks = len({"sliding" in kind for kind in layer_kinds(config) if attends(kind)})
+        yield "the attention's mask", masks * itemsize * float(busy.batch_tokens) * (busy.tokens + busy.batch_tokens)
+
+
+def _heads(config: Any) -> tuple[list[int], list[int]]:
+    """Of each layer: heads of keys, and the width of one."""
+    heads = [own or config.num_attention_heads for own in layer_settings(config, "num_key_value_heads")]
+    widths = [own or config.hidden_size // config.num_attention_heads for own in layer_settings(config, "head_dim")]
+    return heads, widths
+
+
+class Unit(NamedTuple):
+    """What FSDP gathers at once, in bytes."""
+
+    weights: float
+    trained: float  # of them, what has a gradient
+
+
+def units(model: PreTrainedModel) -> tuple[Unit, Unit]:
+    """The largest layer, and what is in none: embeddings, the last norm, the head."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = {*(base._no_split_modules or [])}
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+    found = [_unit(list(layer.parameters())) for layer in layers]
+    return max(found, default=Unit(0.0, 0.0)), _unit(rest)
+
+
+def _unit(parameters: list[nn.Parameter]) -> Unit:
+    own = _distinct(parameters)
+    sizes = [(float(each.numel() * each.element_size()), each.requires_grad) for each in own]
+    return Unit(sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained))
 
 
 class _AtTheHead(Exception):
