@@ -13,9 +13,10 @@ import argparse
 import re
 from pathlib import Path
 
-from bench.tables import estimators, integrations, losses, objectives, personalisation
+from bench.tables import estimators, integrations, losses, objectives, personalisation, plans
 
-TABLES = integrations.TABLES | losses.TABLES | estimators.TABLES | objectives.TABLES | personalisation.TABLES
+MODULES = (integrations, losses, estimators, objectives, personalisation, plans)
+TABLES = {name: table for module in MODULES for name, table in module.TABLES.items()}
 ROOT = Path(__file__).parents[2]
 START = "<!-- table "
 MARKED = re.compile(rf"({START}(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -101,7 +101,7 @@ def _shards(run: Run, room: float) -> tuple[str, Run] | None:
         count *= 2
         if count > len(run.samples):
             return None
-        changed = run._replace(processes=run.processes._replace(count=count, sharded=True))
+        changed = run._replace(processes=dataclasses.replace(run.processes, count=count, sharded=True))
         if Memory(changed).peak <= room:
             return (
                 f"FSDP 2 on {count} processes (--accelerate recipes/accelerate/fsdp2.yaml --processes {count})",

@@ -57,7 +57,7 @@ def _models(config: DistillPlan | SftPlan) -> tuple[Any, list[Scorer]]:
     student = read("student", lambda: outline_of_student(config.student))
     scorers = None
     if isinstance(config, DistillPlan):
-        scorers = read("teacher or reference", lambda: list(scorers_of(config, student)))  # type: ignore[arg-type]
+        scorers = read("teacher or reference", lambda: list(scorers_of(config, student)))
     if missing:
         raise ConfigError(
             f"{'; '.join(missing)}. A plan needs no weights: put the model's config.json into a folder, and give that: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from transformers import PreTrainedModel
@@ -32,7 +33,8 @@ class Scorer(NamedTuple):
         return [sample.for_teacher() for sample in own] if self.role == "teacher" else own
 
 
-class Processes(NamedTuple):
+@dataclass(frozen=True)
+class Processes:
     """What a run is started on."""
 
     count: int
