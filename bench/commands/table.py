@@ -13,10 +13,9 @@ import argparse
 import re
 from pathlib import Path
 
-from bench.tables import estimators, integrations, losses, objectives, personalisation, plans
+from bench.tables import estimators, integrations, losses, objectives, personalisation
 
-MODULES = (integrations, losses, estimators, objectives, personalisation, plans)
-TABLES = {name: table for module in MODULES for name, table in module.TABLES.items()}
+TABLES = integrations.TABLES | losses.TABLES | estimators.TABLES | objectives.TABLES | personalisation.TABLES
 ROOT = Path(__file__).parents[2]
 START = "<!-- table "
 MARKED = re.compile(rf"({START}(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
