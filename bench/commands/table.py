@@ -13,9 +13,10 @@ import argparse
 import re
 from pathlib import Path
 
-from bench.tables import estimators, integrations, losses, objectives, personalisation
+from bench.tables import ahead, estimators, integrations, losses, objectives, personalisation
 
-TABLES = integrations.TABLES | losses.TABLES | estimators.TABLES | objectives.TABLES | personalisation.TABLES
+TABLES = ahead.TABLES | integrations.TABLES | losses.TABLES | estimators.TABLES | objectives.TABLES
+TABLES |= personalisation.TABLES
 ROOT = Path(__file__).parents[2]
 START = "<!-- table "
 MARKED = re.compile(rf"({START}(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

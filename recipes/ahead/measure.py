@@ -1,7 +1,7 @@
 """What `sampling.steps_ahead` costs and brings, on a CPU, with server.py in the place of vLLM.
 
     python recipes/ahead/measure.py overlap       # seconds of a step, where sampling and training take set times
-    python recipes/ahead/measure.py learning      # teacher_kl and accuracy at 0, 1 and 4 steps ahead, three seeds
+    python recipes/ahead/measure.py learning      # teacher_kl and accuracy at 0, 1 and 4 steps ahead, two rates and seeds
 
 The models are the demo's (`make demo`). Runs are kept in runs/ahead: what is complete is not run again. The results are
 written beside this file.
@@ -10,6 +10,7 @@ written beside this file.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from fastkl.trainer.servers.transport import Answer
 
 HERE, RUNS = Path(__file__).parent, Path("runs/ahead")
 STUDENT = Path("runs/demo/student/student")
-AHEAD, SEEDS = (0, 1, 4), (1, 2, 3)
+AHEAD, SEEDS, RATES = (0, 1, 4), (1, 2), (1e-3, 2.5e-4)
 LAST = 10  # steps whose mean is where a run ends
 TIMES = ((8.0, 4.0), (4.0, 8.0))  # seconds of sampling, of training
 STEPS, SKIPPED = 7, 2  # of a run that is timed; the first of them fill the queue
@@ -77,25 +78,26 @@ def overlap() -> Iterator[dict[str, Any]]:
 
 
 def learning() -> Iterator[dict[str, Any]]:
-    """A row for each seed and each number of steps ahead."""
-    for seed in SEEDS:
-        for ahead in AHEAD:
-            folder = RUNS / f"learning-{ahead}-{seed}"
-            if not (folder / "report.html").exists():
-                with in_process():
-                    train(words(folder, "http://in.process/v1", ahead, seed))
-            rows = read_jsonl(folder / "metrics.jsonl")
-            kls = [row["teacher_kl"] for row in rows if "teacher_kl" in row]
-            accuracies = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
-            yield {
-                "steps_ahead": ahead,
-                "seed": seed,
-                "before": accuracies[0],
-                "accuracy": accuracies[-1],
-                "teacher_kl": fmean(kls[-LAST:]),
-                "halfway": fmean(kls[len(kls) // 2 - LAST // 2 : len(kls) // 2 + LAST // 2]),
-                "mismatch": fmean(row["sampler_mismatch/mean_abs"] for row in rows[-LAST:]),
-            }
+    """A row for each learning rate, seed and number of steps ahead."""
+    for rate, seed, ahead in itertools.product(RATES, SEEDS, AHEAD):
+        folder = RUNS / f"learning-{rate:g}-{ahead}-{seed}"
+        if not (folder / "report.html").exists():
+            with in_process():
+                train(words(folder, "http://in.process/v1", ahead, seed, **{"optim.lr": rate}))
+        yield {"rate": rate, "steps_ahead": ahead, "seed": seed, **ending(read_jsonl(folder / "metrics.jsonl"))}
+
+
+def ending(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Where a run begins and ends, and how far its samples are from the student that learns from them."""
+    kls = [row["teacher_kl"] for row in rows if "teacher_kl" in row]
+    accuracies = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
+    return {
+        "before": accuracies[0],
+        "accuracy": accuracies[-1],
+        "teacher_kl": fmean(kls[-LAST:]),
+        "mismatch": fmean(row["sampler_mismatch/mean_abs"] for row in rows[1:]),
+        "ratio_max": max(row["policy/ratio_max"] for row in rows[1:]),
+    }
 
 
 def train(line: list[str], listener: Listener = SILENT) -> None:

@@ -40,6 +40,7 @@ class Sample:
     sampler_logprobs: list[float] = field(default_factory=list)
     teacher_logprobs: list[float] = field(default_factory=list)
     old_logprobs: list[float] = field(default_factory=list)  # what the ratio is taken against; empty: current policy
+    student_logprobs: list[float] = field(default_factory=list)  # before the update, where older weights sampled
     student_entropies: list[float] = field(default_factory=list)  # of its distribution before the update, nats
     reference_logprobs: list[float] = field(default_factory=list)
     kl_baseline: list[float] = field(default_factory=list)  # what is taken off the KL; `loss.baseline: kl`

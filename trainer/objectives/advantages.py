@@ -49,7 +49,10 @@ class _Scores:
 
     def __init__(self, samples: list[Sample]) -> None:
         zeros = [[0.0] * len(sample.ids) for sample in samples]
-        own = [s.old_logprobs or s.sampler_logprobs or zero for s, zero in zip(samples, zeros, strict=True)]
+        own = [
+            s.student_logprobs or s.old_logprobs or s.sampler_logprobs or zero
+            for s, zero in zip(samples, zeros, strict=True)
+        ]
         self.lengths = [len(sample.ids) for sample in samples]
         self.ids = torch.repeat_interleave(torch.tensor(self.lengths, dtype=torch.long))
         self.mask = _end_to_end([sample.loss_mask for sample in samples]).bool()

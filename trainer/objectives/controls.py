@@ -27,7 +27,14 @@ from fastkl.trainer.objectives.weights.shares import largest
 from fastkl.trainer.runs import processes
 
 # Of a sample: what its advantages are made of.
-SCORES = ("sampler_logprobs", "old_logprobs", "teacher_logprobs", "reference_logprobs", "kl_baseline")
+SCORES = (
+    "student_logprobs",
+    "sampler_logprobs",
+    "old_logprobs",
+    "teacher_logprobs",
+    "reference_logprobs",
+    "kl_baseline",
+)
 T = TypeVar("T")
 
 
@@ -57,7 +64,10 @@ def _shuffled(samples: list[Sample]) -> list[Sample]:
 
 
 def _penalised(samples: list[Sample], penalty: float, share: float) -> list[Sample]:
-    ours = [_counted(sample, sample.old_logprobs or sample.sampler_logprobs) for sample in samples]
+    ours = [
+        _counted(sample, sample.student_logprobs or sample.old_logprobs or sample.sampler_logprobs)
+        for sample in samples
+    ]
     return [
         dataclasses.replace(sample, teacher_logprobs=_placed(sample, own - penalty * chosen))
         for sample, own, chosen in zip(samples, ours, lowest(ours, share), strict=True)

@@ -54,6 +54,9 @@ class PolicyGradient(Objective):
             self._score(self._teachers, samples, student, clock)
         with clock("old_logprobs"):
             self._set_old_logprobs(samples, student)
+            if self._sampling.steps_ahead and self._teachers is not None:
+                # With those of the sampler it would be the gradient of KL(p ‖ q) − KL(p ‖ p_old): away from older weights.
+                student.score(samples, "student_logprobs", self._sampling.temperature)
         if self._loss.old_logprobs != "recompute":
             measure_entropies(student, samples, self._loss, self._sampling.temperature, clock)
         judged = with_scores(samples, self._loss)
@@ -89,7 +92,8 @@ class PolicyGradient(Objective):
     def preparing_flops(self, cost: Cost, samples: list[Sample]) -> float:
         recomputed = self._loss.old_logprobs == "recompute"
         first = scoring_flops(cost, samples) if recomputed else measuring_flops(self._loss, cost, samples)
-        return first + (scoring_flops(cost, samples) if self._loss.baseline == "kl" else 0.0)
+        more = (self._loss.baseline == "kl") + (self._sampling.steps_ahead > 0 and self._teachers is not None)
+        return first + more * scoring_flops(cost, samples)
 
     def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: float, seed: int) -> LossOutput:
         old = batch.per_token("old_logprobs") if batch.samples[0].old_logprobs else None

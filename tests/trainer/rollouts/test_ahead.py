@@ -23,11 +23,14 @@ from stub_vllm import StubVllm
 from tiny_data import read_jsonl
 
 from fastkl import cli
+from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.sampling import SamplingConfig, SamplingServerConfig
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.data.samples import Completion, Sample
 from fastkl.trainer.errors import ServerError
+from fastkl.trainer.objectives.advantages import set_advantages
+from fastkl.trainer.objectives.controls import with_scores
 from fastkl.trainer.rollouts.ahead import AheadRollouts
 from fastkl.trainer.rollouts.samplers.served import Ended
 from fastkl.trainer.rollouts.single_turn import SingleTurn
@@ -220,6 +223,31 @@ def test_without_what_a_checkpoint_holds_all_is_asked_for_again(how: str) -> Non
     again.load_state_dict(state)
     assert [by(take(again, other, step)) for step in (1, 2, 3, 4)] == [1, 1, 1, 2]
     again.close()
+
+
+@pytest.mark.parametrize("control", [None, "shuffled"])
+def test_the_kl_is_that_of_the_student_whatever_sampled(control: Any) -> None:
+    """The gradient over what older weights sample, with ratios, is that of the student's own reverse KL."""
+    logits = [torch.randn(5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in range(3)]
+    older, student, teacher = (each.log_softmax(0) for each in logits)
+    samples = [Sample([0, token], [False, True], 0, completion_length=1) for token in range(5)]
+    for token, sample in enumerate(samples):
+        sample.sampler_logprobs = sample.old_logprobs = [0.0, older[token].item()]
+        sample.student_logprobs = [0.0, student[token].item()]
+        sample.teacher_logprobs = [0.0, teacher[token].item()]
+    loss = LossConfig(control=control)
+    judged = with_scores(samples, loss)
+    set_advantages(judged, loss)
+    advantages = torch.tensor([sample.advantages[1] for sample in judged], dtype=torch.float64)
+    if control == "shuffled":
+        assert sorted(advantages.tolist()) == pytest.approx(sorted((teacher - student).tolist()), abs=1e-6)
+        return
+    parameter = logits[1].clone().requires_grad_()
+    own = parameter.log_softmax(0)
+    surrogate = (older.exp() * (own - older).exp() * advantages).sum()
+    reverse_kl = (own.exp() * (own - teacher)).sum()
+    (found,), (wanted,) = (torch.autograd.grad(each, parameter) for each in (surrogate, -reverse_kl))
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
 
 
 def settings(folder: Path, run: Path, stub: StubVllm, count: int, **more: object) -> Settings:

@@ -94,7 +94,8 @@ def settings(run: Path, folder: Path, stubs: tuple[StubVllm, StubServer], **more
 @pytest.mark.parametrize(
     "more",
     [
-        {"sampling__drop_truncated": True, "sampling__min_completion_tokens": 2},
+        {},
+        pytest.param({"sampling__drop_truncated": True, "sampling__tokens_per_step": 3}, marks=pytest.mark.slow),
         pytest.param({"teacher__context__system": "Add"}, marks=pytest.mark.slow),
         pytest.param({"loss__objective": "top_k", "loss__top_k": 2}, marks=pytest.mark.slow),
         pytest.param({"environment__name": "calculator"}, marks=pytest.mark.slow),
