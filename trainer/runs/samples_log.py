@@ -15,7 +15,7 @@ from fastkl.trainer.data.samples import Sample
 
 NAME = "samples.jsonl"
 # Of the update alone, and lists that would be most of the file; whether a cache spared the teacher changes no sample.
-LEFT_OUT = ("student_top_k", "teacher_top_k", "tail_gaps", "teacher_cached")
+LEFT_OUT = ("student_logprobs", "student_top_k", "teacher_top_k", "tail_gaps", "teacher_cached")
 LINE = re.compile(rb'\{"step": (\d+),')  # how a line begins
 
 Line = tuple[int, int]  # where it begins in its file, and its length
