@@ -63,44 +63,34 @@ def arguments() -> argparse.Namespace:
 
 
 def untrained(part: Part, name: str) -> Row:
-    """What the model does as it was; what it knows is asked without the context."""
+    """Lets the model as it was answer; what it knows is asked without the context."""
     model, prompted = Model(BASE), name == "prompted"
-    does = share_that_does(part, model, part.folder / name, prompted=prompted)
-    return {"arm": name, "does": does, **({} if prompted else model.kept())}
+    answer(part, model, part.folder / name, prompted=prompted)
+    return {"arm": name, **({} if prompted else model.kept())}
 
 
 def trained(part: Part, arm: str, seed: int) -> Row:
-    """What the model does after a run of an arm, what it still knows, and what the run cost."""
+    """Lets the model answer after a run of an arm: what it still knows, and what the run cost."""
     run, flops = train(part, arm, seed)
-    model, kl = (
-        Model(run / "student"),
-        [row["teacher_kl"] for row in read_jsonl(run / "metrics.jsonl") if "teacher_kl" in row],
-    )
-    return {
-        "arm": arm,
-        "seed": seed,
-        "does": share_that_does(part, model, run),
-        **model.kept(),
-        "flops": flops,
-        "teacher_kl": kl[:1] + kl[-1:],
-    }
+    kl = [row["teacher_kl"] for row in read_jsonl(run / "metrics.jsonl") if "teacher_kl" in row]
+    model = Model(run / "student")
+    answer(part, model, run)
+    return {"arm": arm, "seed": seed, **model.kept(), "flops": flops, "teacher_kl": kl[:1] + kl[-1:]}
 
 
-def share_that_does(part: Part, model: Model, folder: Path, *, prompted: bool = False) -> float:
-    """The share of the graded prompts to which it answers as the context wants; answers are kept in the folder."""
+def answer(part: Part, model: Model, folder: Path, *, prompted: bool = False) -> None:
+    """Writes its answers to the graded prompts."""
     texts = model.answers([part.chat(row, prompted=prompted) for row in part.graded], part.max_new_tokens)
-    rows = [
-        {**row, "completion": text, "does": part.does(text, row)} for row, text in zip(part.graded, texts, strict=True)
-    ]
-    write_rows(folder / "answers.jsonl", rows)
-    return fmean(row["does"] for row in rows)
+    write_rows(folder / "answers.jsonl", [{**row, "completion": t} for row, t in zip(part.graded, texts, strict=True)])
 
 
 def results(part: Part) -> Iterator[Row]:
-    """All that are there, arm by arm."""
+    """All that are there, arm by arm, with the share of the answers that do what the context wants."""
     for name in (*UNTRAINED, *(f"{arm}-[0-9]*" for arm in ARMS)):
         for path in sorted(part.folder.glob(f"{name}/result.json")):
-            yield json.loads(path.read_text(encoding="utf-8"))
+            answers = read_jsonl(path.with_name("answers.jsonl"))
+            does = fmean(part.does(row["completion"], row) for row in answers)
+            yield json.loads(path.read_text(encoding="utf-8")) | {"does": does, "answers": len(answers)}
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
     python recipes/self_distillation/probe.py
 
-Answers are greedy, or sampled at temperature 1. The result is runs/self_distillation/probe.json.
+Answers to rules are greedy, and sampled at temperature 1; those to tasks are greedy. The result is
+runs/self_distillation/probe.json.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -17,14 +19,13 @@ sys.path.append(str(Path(__file__).parents[1]))
 import torch
 from evaluate import Model
 from measure import BASE, make_model
-from parts import RUNS, Chat, Row, chat_of
+from parts import RUNS, Row, chat_of
 from rules import GRADED_ABOUT, RULES, obeys, questions
 from series import write_report
 from tasks import TASKS, is_right
 
 SHOWN = (0, 4, 8)  # examples
 TRIED = slice(8, 24)  # words
-LENGTHS = {"rule": 32, "task": 8}  # of answers, in tokens
 
 
 def main() -> None:
@@ -36,12 +37,13 @@ def main() -> None:
 
 def rules(model: Model) -> Iterator[Row]:
     """How often each rule is obeyed, with it as the system prompt and without."""
-    asked = [row["prompt"] for row in questions(GRADED_ABOUT)][::5]  # every topic, in turns of wordings
-    plain = answers(model, [chat_of([("user", question)]) for question in asked], "rule")
-    for name, (system, _) in RULES.items():
-        given = answers(model, [chat_of([("system", system), ("user", question)]) for question in asked], "rule")
-        for how in given:
-            without, with_rule = (fmean(obeys(text, name) for text in found[how]) for found in (plain, given))
+    asked = [row["prompt"] for row in questions(GRADED_ABOUT)][::9]  # in turns of wordings
+    for how in ("greedy", "sampled"):
+        answers = partial(model.answers, max_new_tokens=32, sampled=how == "sampled")
+        plain = answers([chat_of([("user", question)]) for question in asked])
+        for name, (system, _) in RULES.items():
+            given = answers([chat_of([("system", system), ("user", question)]) for question in asked])
+            without, with_rule = (fmean(obeys(text, name) for text in texts) for texts in (plain, given))
             yield {"rule": name, "answers": how, "without": without, "with": with_rule, "count": len(asked)}
 
 
@@ -51,15 +53,9 @@ def tasks(model: Model) -> Iterator[Row]:
         turns = [turn for pair in pairs.items() for turn in zip(("user", "assistant"), pair, strict=True)]
         tried = list(pairs.items())[TRIED]
         for shown in SHOWN:
-            chats = [chat_of([*turns[: 2 * shown], ("user", word)]) for word, _ in tried]
-            for how, texts in answers(model, chats, "task").items():
-                right = [is_right(text, answer.lower()) for text, (_, answer) in zip(texts, tried, strict=True)]
-                yield {"task": name, "answers": how, "examples": shown, "right": fmean(right), "count": len(tried)}
-
-
-def answers(model: Model, chats: Sequence[Chat], kind: str) -> dict[str, list[str]]:
-    """Both ways of answering."""
-    return {how: model.answers(chats, LENGTHS[kind], sampled=how == "sampled") for how in ("greedy", "sampled")}
+            texts = model.answers([chat_of([*turns[: 2 * shown], ("user", word)]) for word, _ in tried], 8)
+            right = [is_right(text, answer.lower()) for text, (_, answer) in zip(texts, tried, strict=True)]
+            yield {"task": name, "examples": shown, "right": fmean(right), "count": len(tried)}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ COMMON = (
     "ser está están como más pero si ya muy también hay ha han había sobre entre hasta desde cuando donde porque "
     "este esta estos estas ese esa esto eso todo toda todos todas cada otro otra otros otras uno dos tres puede "
     "pueden tiene tienen hace hacen debe deben mi tu nos le les te o u e ni cual cuales quien qué cómo sea ante "
-    "tras según durante mucho mucha muchos muchas gran"
+    "tras según durante mucho mucha muchos muchas gran él ella yo no sí me va da"
 )  # fmt: skip
 ENGLISH = (
     "the of and to is in that it for with as are on this by be an from can i you was were which they their its "
@@ -20,7 +20,7 @@ COMMON_SHARE = (0.25, 0.75)  # of all words: a sentence has words of both kinds
 SHAPED_SHARE = 0.8  # of the words that are not common
 DIFFERENT_SHARE = 0.6
 ENGLISH_SHARE = 0.1
-LETTERS = re.compile("[a-záéíóúüñ]{2,}")
+LETTERS = re.compile("[a-záéíóúüñ]{3,}")
 VOWEL = re.compile("[aeiouáéíóú]")
 FOREIGN = re.compile(
     r"[kw]|([bdfghjmpqstvxyz])\1|[^aeiouáéíóúü]{4}|[^aeiouáéíóúnrsldzjy]$"

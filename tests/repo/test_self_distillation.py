@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from recipe_cases import Load, assert_verified
-from tiny_data import read_jsonl
+from tiny_data import read_jsonl, write_jsonl
 from tiny_models import save_model, tokenizer
 
 from fastkl.trainer.commands.command_line import parse
@@ -41,6 +41,7 @@ SPANISH = (
 )
 NOT_SPANISH = (
     "Elí,á é. en de en",  # what a student without a teacher writes
+    "Elí,\n\néo.\n\nen de\n\nen.\n\n.\n.",
     "Elí,á é. en de en la de los el de que",
     "él é í. de la, el en. el, en. de é",
     "La la la la la la la la la",
@@ -135,10 +136,13 @@ def test_nothing_is_written_without_a_budget(small: SimpleNamespace) -> None:
         small.arms.train(small.rule, "sft", 3)
 
 
-def test_results_are_in_the_order_of_the_arms(small: SimpleNamespace) -> None:
+def test_results_are_in_the_order_of_the_arms_and_graded_anew(small: SimpleNamespace) -> None:
     for arm, seed in (("sft", 1), ("distill", 1), ("sft_long", 0), ("distill", 0), ("plain", None)):
         folder = small.rule.folder / (arm if seed is None else f"{arm}-{seed}")
         folder.mkdir(parents=True)
-        (folder / "result.json").write_text(json.dumps({"arm": arm, "seed": seed}))
-    found = [(row["arm"], row["seed"]) for row in small.measure.results(small.rule)]
+        (folder / "result.json").write_text(json.dumps({"arm": arm, "seed": seed, "flops": 1.0}))
+        write_jsonl(folder / "answers.jsonl", [{"completion": text} for text in (SPANISH[0], *NOT_SPANISH[:3])])
+    rows = list(small.measure.results(small.rule))
+    found = [(row["arm"], row["seed"]) for row in rows]
     assert found == [("plain", None), ("distill", 0), ("distill", 1), ("sft", 1), ("sft_long", 0)]
+    assert all((row["does"], row["answers"], row["flops"]) == (0.25, 4, 1.0) for row in rows)
