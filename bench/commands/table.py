@@ -13,10 +13,10 @@ import argparse
 import re
 from pathlib import Path
 
-from bench.tables import ahead, estimators, integrations, losses, objectives, personalisation
+from bench.tables import ahead, estimators, integrations, losses, objectives, personalisation, self_distillation
 
-TABLES = ahead.TABLES | integrations.TABLES | losses.TABLES | estimators.TABLES | objectives.TABLES
-TABLES |= personalisation.TABLES
+SOURCES = (ahead, integrations, losses, estimators, objectives, personalisation, self_distillation)
+TABLES = {name: table for source in SOURCES for name, table in source.TABLES.items()}
 ROOT = Path(__file__).parents[2]
 START = "<!-- table "
 MARKED = re.compile(rf"({START}(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

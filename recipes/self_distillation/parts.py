@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rules import GRADED_ABOUT, LEARNED_ABOUT, obeys, questions
+from rules import GRADED_ABOUT, LEARNED_ABOUT, questions
+from spanish import is_spanish
 from tasks import is_right, parts_of_kind
 
 from fastkl.trainer.commands.command_line import parse
@@ -59,7 +60,7 @@ def parts() -> dict[str, Part]:
         list(questions(LEARNED_ABOUT)),
         list(questions(GRADED_ABOUT)),
         [],
-        lambda text, _: obeys(text, "spanish"),
+        lambda text, row: is_spanish(text, row["prompt"]),
         24,
     )
     # A row's own completion is the right answer: nobody who learns may see it.

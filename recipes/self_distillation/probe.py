@@ -2,21 +2,18 @@
 
     python recipes/self_distillation/probe.py
 
-Answers to rules are greedy, and sampled at temperature 1; those to tasks are greedy. The result is
-runs/self_distillation/probe.json.
+Answers are greedy. The result is runs/self_distillation/probe.json.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-import torch
 from evaluate import Model
 from measure import BASE, make_model
 from parts import RUNS, Row, chat_of
@@ -24,13 +21,12 @@ from rules import GRADED_ABOUT, RULES, obeys, questions
 from series import write_report
 from tasks import TASKS, is_right
 
-SHOWN = (0, 4, 8)  # examples
+SHOWN = (0, 8)  # examples
 TRIED = slice(8, 24)  # words
 
 
 def main() -> None:
     make_model()
-    torch.manual_seed(0)
     model = Model(BASE)
     write_report(RUNS / "probe.json", [*rules(model), *tasks(model)])
 
@@ -38,13 +34,11 @@ def main() -> None:
 def rules(model: Model) -> Iterator[Row]:
     """How often each rule is obeyed, with it as the system prompt and without."""
     asked = [row["prompt"] for row in questions(GRADED_ABOUT)][::9]  # in turns of wordings
-    for how in ("greedy", "sampled"):
-        answers = partial(model.answers, max_new_tokens=32, sampled=how == "sampled")
-        plain = answers([chat_of([("user", question)]) for question in asked])
-        for name, (system, _) in RULES.items():
-            given = answers([chat_of([("system", system), ("user", question)]) for question in asked])
-            without, with_rule = (fmean(obeys(text, name) for text in texts) for texts in (plain, given))
-            yield {"rule": name, "answers": how, "without": without, "with": with_rule, "count": len(asked)}
+    plain = model.answers([chat_of([("user", question)]) for question in asked], 32)
+    for name, (system, _) in RULES.items():
+        given = model.answers([chat_of([("system", system), ("user", question)]) for question in asked], 32)
+        without, with_rule = (fmean(obeys(text, name) for text in texts) for texts in (plain, given))
+        yield {"rule": name, "without": without, "with": with_rule, "answers": len(asked)}
 
 
 def tasks(model: Model) -> Iterator[Row]:
@@ -55,7 +49,7 @@ def tasks(model: Model) -> Iterator[Row]:
         for shown in SHOWN:
             texts = model.answers([chat_of([*turns[: 2 * shown], ("user", word)]) for word, _ in tried], 8)
             right = [is_right(text, answer.lower()) for text, (_, answer) in zip(texts, tried, strict=True)]
-            yield {"task": name, "examples": shown, "right": fmean(right), "count": len(tried)}
+            yield {"task": name, "examples": shown, "right": fmean(right), "answers": len(tried)}
 
 
 if __name__ == "__main__":

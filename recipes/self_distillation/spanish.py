@@ -16,10 +16,11 @@ ENGLISH = (
     "have has or at not what but your about more we our these those who when how been also used use one many"
 )  # fmt: skip
 LEAST_WORDS = 4
-COMMON_SHARE = (0.25, 0.75)  # of all words: a sentence has words of both kinds
+COMMON_SHARE = (0.25, 0.8)  # of all words: a sentence has words of both kinds
 SHAPED_SHARE = 0.8  # of the words that are not common
 DIFFERENT_SHARE = 0.6
 ENGLISH_SHARE = 0.1
+WORD = re.compile(r"[^\W\d_]+")
 LETTERS = re.compile("[a-záéíóúüñ]{3,}")
 VOWEL = re.compile("[aeiouáéíóú]")
 FOREIGN = re.compile(
@@ -27,13 +28,15 @@ FOREIGN = re.compile(
 )  # no Spanish word has these
 
 
-def is_spanish(text: str) -> bool:
+def is_spanish(text: str, question: str = "") -> bool:
     """Common Spanish words, others in the shape of Spanish words, hardly an English one, and nothing over and over.
 
-    A text may be cut anywhere, so a last word without a full stop after it counts only where it is needed.
+    Words of the question do not count: what is asked about keeps its name. A text may be cut anywhere, so a last word with
+    nothing after it counts only where it is needed.
     """
-    words = re.findall(r"[^\W\d_]+", text.lower())
-    if len(words) > LEAST_WORDS and text.rstrip()[-1] not in ".!?":
+    asked = WORD.findall(question.lower())
+    words = [word for word in WORD.findall(text.lower()) if word not in asked]
+    if len(words) > LEAST_WORDS and text[-1].isalpha():
         words.pop()
     count = len(words)
     if count < LEAST_WORDS or any(word == words[index + 1] for index, word in enumerate(words[:-1])):

@@ -38,6 +38,7 @@ SPANISH = (
     "¿Por qué nos importa la música? Porque alegra el corazón de todos",
     "En el siglo XIX, las vías del tren unieron pueblos y ciudades de toda Europa",
     "La sal es blanca.",
+    "El sol es uno de los motores de la creación,",  # cut after a comma
 )
 NOT_SPANISH = (
     "Elí,á é. en de en",  # what a student without a teacher writes
@@ -63,6 +64,14 @@ NOT_SPANISH = (
 def test_spanish(recipe: Load, text: str) -> None:
     (rules,) = recipe("self_distillation", "rules")
     assert rules.obeys(text, "spanish")
+
+
+def test_what_is_asked_about_keeps_its_name(recipe: Load) -> None:
+    (spanish,) = recipe("self_distillation", "spanish")
+    for text in ("El salt es un mineral,", "El lighthouses es uno de los mejores faros."):
+        assert not spanish.is_spanish(text)
+        assert spanish.is_spanish(text, "Tell me about salt and lighthouses.")
+    assert not spanish.is_spanish("Tell me about salt and lighthouses.", "Tell me about salt.")
 
 
 @pytest.mark.parametrize("text", NOT_SPANISH)
@@ -141,8 +150,25 @@ def test_results_are_in_the_order_of_the_arms_and_graded_anew(small: SimpleNames
         folder = small.rule.folder / (arm if seed is None else f"{arm}-{seed}")
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps({"arm": arm, "seed": seed, "flops": 1.0}))
-        write_jsonl(folder / "answers.jsonl", [{"completion": text} for text in (SPANISH[0], *NOT_SPANISH[:3])])
+        write_jsonl(
+            folder / "answers.jsonl", [{"prompt": "", "completion": text} for text in (SPANISH[0], *NOT_SPANISH[:3])]
+        )
     rows = list(small.measure.results(small.rule))
     found = [(row["arm"], row["seed"]) for row in rows]
     assert found == [("plain", None), ("distill", 0), ("distill", 1), ("sft", 1), ("sft_long", 0)]
     assert all((row["does"], row["answers"], row["flops"]) == (0.25, 4, 1.0) for row in rows)
+
+
+def test_contexts_are_probed_with_and_without_them(recipe: Load) -> None:
+    (probe,) = recipe("self_distillation", "probe")
+    model = SimpleNamespace(answers=lambda chats, count: ["1. I" if len(chat) > 1 else "I" for chat in chats])
+    rules = {row["rule"]: (row["without"], row["with"]) for row in probe.rules(model)}
+    assert rules["numbered"] == (0, 1)
+    assert rules["one_word"] == (1, 0)
+    last = SimpleNamespace(
+        answers=lambda chats, count: [chat[-2]["content"] if len(chat) > 1 else "" for chat in chats]
+    )
+    tasks = {(row["task"], row["examples"]): row["right"] for row in probe.tasks(last)}
+    assert len(tasks) == len(probe.TASKS) * len(probe.SHOWN)
+    assert tasks["kind", 8] == 0.25  # always the last example's answer, one of four
+    assert set(tasks.values()) <= {0, 0.25, 1 / 16}
