@@ -14,6 +14,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from launches import together
 from property_settings import PROPERTY
 from run_cases import check_same_weights, distilled, interrupt, log, refusal, refusals
 from run_settings import Settings, arguments, config, distillation
@@ -409,3 +410,17 @@ def test_a_folder_that_cannot_be_written_is_refused_early(
     (tmp_path / "file").write_text("")
     run = distillation(tmp_path / "run", folder, teacher__cache=tmp_path / "file")
     refusal(capsys, "distill", run, "teacher.cache", "cannot be written", "name another folder, or unset it")
+
+
+@pytest.mark.slow
+def test_processes_of_a_run_share_it(tmp_path: Path, folder: Path) -> None:
+    options: Settings = {"teacher__path": "", "teacher__self": "base", "student__lora__rank": 2, "optim__steps": 2}
+    options |= {"reward__grader": "regex:[0-4]$", "reward__baseline": "none", "teacher__cache": tmp_path / "cache"}
+    for name in ("first", "second"):
+        line = arguments("distill", distillation(tmp_path / name, folder, **options))
+        codes, said = together(line, tmp_path / "said")
+        assert codes == [0, 0], "\n".join(said)
+    first, second = (log(tmp_path / name) for name in ("first", "second"))
+    assert [row[HITS] + row[MISSES] for row in first] == [6, 6]
+    assert [(row[HITS], row[MISSES], row["flops/teacher"]) for row in second] == [(6, 0, 0)] * 2
+    assert [row["teacher_kl"] for row in second] == [row["teacher_kl"] for row in first]
