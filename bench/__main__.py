@@ -18,6 +18,7 @@ COMMANDS = (
     "kernels",
     "count",
     "gpu",
+    "host",
 )
 
 

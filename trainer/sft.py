@@ -39,7 +39,7 @@ class Examples(Source):
         self._data_sets, self._per_step, self._seed = data_sets, per_step, seed
         self._examples = [sample for data_set in data_sets for sample in data_set.given]
         for example in self._examples:
-            example.advantages = [float(counted) for counted in example.loss_mask]
+            example.advantages = example.loss_mask
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
         samples = self.of_step(step)

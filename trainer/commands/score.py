@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from fastkl.trainer.commands.output import Fields, Output
 from fastkl.trainer.config.context import ContextConfig
 from fastkl.trainer.config.offline import ScoreConfig
+from fastkl.trainer.data.arrays import total
 from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, given_samples
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.data.sources import load_prompts
@@ -87,16 +89,16 @@ def _with_context(
 
 def _after(prompt: EncodedPrompt, sample: Sample) -> Sample:
     """The sample's completion after another prompt."""
-    return dataclasses.replace(sample, teacher_prompt=prompt.ids).for_teacher()
+    return dataclasses.replace(sample, teacher_prompt=np.array(prompt.tokens, np.int32)).for_teacher()
 
 
 def _row(sample: Sample, prompt: EncodedPrompt) -> dict[str, Any]:
     return {
         "source": prompt.row.source,
-        "ids": sample.ids,
-        "loss_mask": sample.loss_mask,
-        "logprobs": sample.teacher_logprobs,
-        "sum": sum(sample.teacher_logprobs),
+        "ids": sample.ids.tolist(),
+        "loss_mask": sample.loss_mask.tolist(),
+        "logprobs": sample.teacher_logprobs.tolist(),
+        "sum": total(sample.teacher_logprobs),
     }
 
 
@@ -114,7 +116,7 @@ def _scorer(
 ) -> Cacheable:
     if config.model.server.url:
         checks.check_given(prompts, samples, {})
-        longest = max((sample.ids for sample in samples), key=len)
+        longest = max((sample.ids for sample in samples), key=len).tolist()
         temperature, remedy = config.temperature, checks.SHORTER_ROW
         return connect(config.model, tokenizer, temperature=temperature, longest=longest, remedy=remedy)
     device: torch.device = PartialState().device

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeAlias, get_type_hints
 
+import numpy as np
 from torch import Tensor
 
 from fastkl.loss import TopK
+from fastkl.trainer.data.arrays import Array, after_zeros, total
 
 UNKNOWN = -50.0  # a teacher's log-prob for what it cannot say: low enough to push it away, and finite
 
@@ -24,30 +27,45 @@ class Completion(NamedTuple):
     """True when the completion ran out of tokens before an end-of-sequence token."""
 
 
-@dataclass
+Integers: TypeAlias = Annotated[Array, np.int32]
+Numbers: TypeAlias = Annotated[Array, np.float32]
+Wide: TypeAlias = Annotated[Array, np.float64]
+SomeIntegers: TypeAlias = Annotated[Array | None, np.int32]
+NO_NUMBERS: Array = np.empty(0, np.float32)
+
+
+def _nothing() -> Array:
+    return NO_NUMBERS
+
+
+@dataclass(eq=False)
 class Sample:
     """A prompt and its completion, token-exact: ids are never decoded and encoded again.
 
-    `loss_mask`, and every list of numbers, is aligned with `ids`; entries where the mask is False (the prompt) mean nothing
-    and are 0. A list is empty where nothing is known. What a teacher writes has a name that begins with `teacher_`.
+    `loss_mask`, and every array of numbers, is aligned with `ids`; entries where the mask is False (the prompt) mean
+    nothing and are 0. An array is empty where nothing is known. What a teacher writes has a name that begins with
+    `teacher_`.
+
+    The annotation of an array's field names its dtype: a sequence that is written there becomes such an array. Samples may
+    share arrays: write a new one, never into one.
     """
 
-    ids: list[int]
-    loss_mask: list[bool]
+    ids: Integers
+    loss_mask: Annotated[Array, np.bool_]
     prompt_index: int  # which row of the data it comes from; of several data sets, all of them end to end
     dataset: str = ""  # which data set of a mixture
     truncated: bool = False  # the completion was cut at the length limit
-    sampler_logprobs: list[float] = field(default_factory=list)
-    teacher_logprobs: list[float] = field(default_factory=list)
-    old_logprobs: list[float] = field(default_factory=list)  # what the ratio is taken against; empty: current policy
-    student_logprobs: list[float] = field(default_factory=list)  # before the update, where older weights sampled
-    student_entropies: list[float] = field(default_factory=list)  # of its distribution before the update, nats
-    reference_logprobs: list[float] = field(default_factory=list)
-    kl_baseline: list[float] = field(default_factory=list)  # what is taken off the KL; `loss.baseline: kl`
-    advantages: list[float] = field(default_factory=list)
-    tail_gaps: list[float] = field(default_factory=list)  # log p − log q − ρ outside `teacher_top_k`; NaN on it
-    student_ranks: list[int] = field(default_factory=list)  # 1: its likeliest token; 0: no token of the tokenizer
-    teacher_ranks: list[int] = field(default_factory=list)
+    sampler_logprobs: Numbers = field(default_factory=_nothing)
+    teacher_logprobs: Numbers = field(default_factory=_nothing)
+    old_logprobs: Numbers = field(default_factory=_nothing)  # what the ratio is taken against; empty: current policy
+    student_logprobs: Numbers = field(default_factory=_nothing)  # before the update, where older weights sampled
+    student_entropies: Numbers = field(default_factory=_nothing)  # of its distribution before the update, nats
+    reference_logprobs: Numbers = field(default_factory=_nothing)
+    kl_baseline: Numbers = field(default_factory=_nothing)  # what is taken off the KL; `loss.baseline: kl`
+    advantages: Numbers = field(default_factory=_nothing)
+    tail_gaps: Numbers = field(default_factory=_nothing)  # log p − log q − ρ outside `teacher_top_k`; NaN on it
+    student_ranks: Integers = field(default_factory=_nothing)  # 1: its likeliest token; 0: no token of the tokenizer
+    teacher_ranks: Integers = field(default_factory=_nothing)
     reward: float | None = None  # None: not graded
     feedback: str | None = None  # what an environment said of it to the teacher alone
     reward_advantage: float = 0.0  # of each counted token, beside the KL's
@@ -55,26 +73,32 @@ class Sample:
     unfinished: bool = False  # goes on in the next step
     staleness: int = 0  # steps that the student has taken since it wrote the sample
     completion_length: int = 0  # tokens after the prompt, of earlier steps and of the environment too
-    weights: list[float] = field(default_factory=list)  # how much each token counts in the loss; empty: all count 1
-    student_top_k: Tensor | None = None  # ids that the teacher shall score too, [n, k] on the CPU
-    teacher_top_k: TopK | None = None  # of the counted tokens, [n, k] on the CPU; an id of −1 pads
-    teacher_prompt: list[int] | None = None  # what the teacher reads before the completion; None: the student's prompt
+    weights: Wide = field(default_factory=_nothing)  # how much each token counts in the loss; empty: all count 1
+    student_top_k: Tensor | None = None  # ids that the teacher shall score too, [n, k] int32 on the CPU
+    teacher_top_k: TopK | None = None  # of the counted tokens, [n, k] on the CPU, ids int32; an id of −1 pads
+    teacher_prompt: SomeIntegers = None  # what the teacher reads before the completion; None: the student's prompt
     teacher_cached: bool | None = None  # its scores were there already; None: it has no cache
-    plain_logprobs: list[float] = field(default_factory=list)  # the teacher's, had it read what the student read
+    plain_logprobs: Numbers = field(default_factory=_nothing)  # the teacher's, had it read what the student read
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        dtype = ARRAYS.get(name)
+        if dtype is not None and value is not None:
+            value = np.asarray(value, dtype) if len(value) else EMPTY[dtype]
+        object.__setattr__(self, name, value)
 
     @property
     def loss_tokens(self) -> int:
-        return sum(self.loss_mask)
+        return int(np.count_nonzero(self.loss_mask))
 
     @property
     def weight(self) -> float:
         """What all tokens together count in the loss."""
-        return sum(self.weights) if self.weights else self.loss_tokens
+        return total(self.weights) if len(self.weights) else self.loss_tokens
 
     @property
     def weighed_tokens(self) -> int:
         """The tokens that count in the loss for more than 0."""
-        return sum(weight != 0 for weight in self.weights) if self.weights else self.loss_tokens
+        return int(np.count_nonzero(self.weights)) if len(self.weights) else self.loss_tokens
 
     @property
     def prompt_length(self) -> int:
@@ -83,42 +107,63 @@ class Sample:
     def for_teacher(self) -> Sample:
         """The sample as its teacher reads it: after its own prompt, the same completion with the same tokens that count.
 
-        The sample itself where the teacher has no prompt of its own. All other lists that are aligned with `ids` are empty.
+        The sample itself where the teacher has no prompt of its own. All other arrays are empty.
         """
         if self.teacher_prompt is None:
             return self
-        lists = [each.name for each in dataclasses.fields(self) if isinstance(getattr(self, each.name), list)]
-        changed: dict[str, Any] = {name: [] for name in lists}
-        changed["ids"] = self.teacher_prompt + self.ids[self.prompt_length :]
-        changed["loss_mask"] = [False] * len(self.teacher_prompt) + self.loss_mask[self.prompt_length :]
+        own, start = self.teacher_prompt, self.prompt_length
+        changed: dict[str, Any] = dict.fromkeys(ARRAYS, ())
+        changed["ids"] = np.concatenate([own, self.ids[start:]])
+        changed["loss_mask"] = after_zeros(len(own), self.loss_mask[start:])
         return dataclasses.replace(self, **(changed | {"teacher_prompt": None}))
 
     def take_scores(self, read: Sample) -> None:
         """What the teacher wrote into the sample that it read, beside the tokens of this one."""
         for each in dataclasses.fields(self):
             value = getattr(read, each.name)
-            if not each.name.startswith("teacher_") or value is None or value == []:  # that it did not write
+            if not each.name.startswith("teacher_") or value is None:
                 continue
-            if isinstance(value, list):  # 0 for every token of a prompt
-                value = value[:1] * self.prompt_length + value[read.prompt_length :]
-            setattr(self, each.name, value)
+            if each.name not in ARRAYS:
+                setattr(self, each.name, value)
+            elif len(value):  # 0 for every token of a prompt
+                setattr(self, each.name, after_zeros(self.prompt_length, value[read.prompt_length :]))
+
+
+ARRAYS: dict[str, np.dtype[Any]] = {
+    name: np.dtype(hint.__metadata__[0])
+    for name, hint in get_type_hints(Sample, include_extras=True).items()
+    if hasattr(hint, "__metadata__")
+}
+"""The fields that hold arrays, with their dtypes."""
+
+EMPTY = {dtype: np.empty(0, dtype) for dtype in ARRAYS.values()}  # one for all samples of which nothing is known
+
+
+OURS = ("student_logprobs", "old_logprobs", "sampler_logprobs")
+"""Whose log-probs the KL is taken of: the first of them that is known."""
+
+
+def known_array(sample: Sample, *fields: str) -> Array:
+    """The first of these arrays that the sample has; an empty one if it has none."""
+    return next((array for field in fields if len(array := getattr(sample, field))), NO_NUMBERS)
 
 
 def make_sample(
-    prompt: list[int],
-    completion: list[int],
+    prompt: Sequence[int] | Array,
+    completion: Sequence[int] | Array,
     prompt_index: int,
-    logprobs: list[float] | None = None,
+    logprobs: Sequence[float] | Array | None = None,
     truncated: bool = False,
     dataset: str = "",
 ) -> Sample:
     """A sample of one turn: the prompt is context, every token of the completion counts."""
+    ids, length = [np.asarray(part, np.int32) for part in (prompt, completion)], len(completion)
     return Sample(
-        ids=[*prompt, *completion],
-        loss_mask=[False] * len(prompt) + [True] * len(completion),
+        ids=np.concatenate(ids),
+        loss_mask=after_zeros(len(prompt), np.ones(length, np.bool_)),
         prompt_index=prompt_index,
         dataset=dataset,
         truncated=truncated,
-        completion_length=len(completion),
-        sampler_logprobs=[] if logprobs is None else [0.0] * len(prompt) + logprobs,
+        completion_length=length,
+        sampler_logprobs=NO_NUMBERS if logprobs is None else after_zeros(len(prompt), np.asarray(logprobs, np.float32)),
     )

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastkl.trainer.config.data import COLUMNS, DataConfig
-from fastkl.trainer.data.arrow import check_no_split, hub_rows, is_saved, parquet_rows, saved_rows
-from fastkl.trainer.data.json_files import json_rows
+from fastkl.trainer.data.formats.arrow import check_no_split, hub_rows, is_saved, parquet_rows, saved_rows
+from fastkl.trainer.data.formats.json_files import json_rows
 from fastkl.trainer.data.rows import Prompt, parse_row
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.notes import note

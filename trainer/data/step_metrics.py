@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastkl.trainer.data.arrays import total
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.notes import note
 
@@ -23,13 +24,13 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         metrics["entropy"] = -_per_token(own, "sampler_logprobs")
         metrics["completions/mean_length"] = sum(sample.loss_tokens for sample in own) / len(own)
         metrics["completions/truncated_fraction"] = sum(sample.truncated for sample in own) / len(own)
-        if own[0].reference_logprobs:
+        if len(own[0].reference_logprobs):
             metrics["reference_kl"] = _gap_per_token(own, "reference_logprobs")
-        if own[0].kl_baseline:
+        if len(own[0].kl_baseline):
             metrics["advantages/kl_baseline"] = _per_token(own, "kl_baseline")
-    if given and given[0].old_logprobs:
+    if given and len(given[0].old_logprobs):
         metrics["given/nll"] = -_per_token(given, "old_logprobs")
-        if given[0].teacher_logprobs:
+        if len(given[0].teacher_logprobs):
             metrics["given/forward_kl"] = _per_token(given, "teacher_logprobs") - _per_token(given, "old_logprobs")
     return metrics
 
@@ -39,7 +40,7 @@ def teacher_kl(samples: Sequence[Sample]) -> dict[str, float]:
 
     Only of samples that the student wrote.
     """
-    scored = [sample for sample in samples if sample.teacher_logprobs and not sample.given]
+    scored = [sample for sample in samples if len(sample.teacher_logprobs) and not sample.given]
     data_sets = sorted({sample.dataset for sample in scored if sample.dataset})
     parts = {"teacher_kl": scored} if scored else {}
     parts |= {f"teacher_kl/{name}": [sample for sample in scored if sample.dataset == name] for name in data_sets}
@@ -57,7 +58,7 @@ def staleness(samples: Sequence[Sample]) -> dict[str, float]:
 
 def context_gap(samples: Sequence[Sample]) -> dict[str, float]:
     """The mean of ℓ_teacher after its own prompt, less ℓ_teacher after the student's, where both are known."""
-    both = [sample for sample in samples if sample.teacher_logprobs and sample.plain_logprobs]
+    both = [sample for sample in samples if len(sample.teacher_logprobs) and len(sample.plain_logprobs)]
     if not both:
         return {}
     return {"context/gap": _per_token(both, "teacher_logprobs") - _per_token(both, "plain_logprobs")}
@@ -111,12 +112,12 @@ def _ending(key: str) -> str:
 
 
 def _per_token(samples: Sequence[Sample], field: str) -> float:
-    """The mean of a list over the tokens that count; it is 0 elsewhere."""
-    return sum(sum(getattr(sample, field)) for sample in samples) / _tokens(samples)
+    """The mean of an array over the tokens that count; it is 0 elsewhere."""
+    return sum(total(getattr(sample, field)) for sample in samples) / _tokens(samples)
 
 
 def _gap_per_token(samples: Sequence[Sample], field: str) -> float:
-    return sum(sum(sample.sampler_logprobs) - sum(getattr(sample, field)) for sample in samples) / _tokens(samples)
+    return sum(total(sample.sampler_logprobs) - total(getattr(sample, field)) for sample in samples) / _tokens(samples)
 
 
 def _tokens(samples: Sequence[Sample]) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkl.trainer.config.data import EvalConfig
+from fastkl.trainer.data.arrays import Array
 from fastkl.trainer.data.chat import ChatTemplate, Refusal, end_of_turn
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
@@ -186,8 +188,8 @@ def check_eval_room(prompts: list[EncodedPrompt], config: EvalConfig, name: str,
         check_room(prompts, config.max_new_tokens, {name: model}, SHORTER.format("eval", "eval.data"))
 
 
-def _check_ids(rows: Iterable[tuple[str, Sequence[int]]], models: dict[str, PreTrainedModel]) -> None:
-    highest, source = max((max(ids), source) for source, ids in rows)
+def _check_ids(rows: Iterable[tuple[str, Sequence[int] | Array]], models: dict[str, PreTrainedModel]) -> None:
+    highest, source = max((int(np.max(ids)), source) for source, ids in rows)
     for name, model in models.items():
         if highest >= (known := _head_rows(model)):
             raise ConfigError(

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,8 @@ from fastkl.loss import (
 )
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.reward import RewardConfig
-from fastkl.trainer.data.samples import UNKNOWN, Sample
+from fastkl.trainer.data.arrays import end_to_end, pieces
+from fastkl.trainer.data.samples import OURS, UNKNOWN, Sample, known_array
 from fastkl.trainer.objectives.numbers import numbers_are_checked
 from fastkl.trainer.runs import processes
 
@@ -37,10 +39,9 @@ def set_advantages(samples: list[Sample], loss: LossConfig, given_coef: float = 
     if loss.baseline == "mean":
         advantages = _centred(advantages, scores)
     advantages, metrics = _clipped(advantages, scores.sampled, loss.advantage_clip)
-    rows = (advantages + rewards).split(scores.lengths)
-    for sample, row, counted in zip(samples, rows, scores.mask.split(scores.lengths), strict=True):
-        values = torch.full_like(row, given_coef) if sample.given else row
-        sample.advantages = values.where(counted, 0.0).tolist()
+    values = (advantages + rewards).where(scores.sampled, given_coef).where(scores.mask, 0.0)
+    for sample, own in zip(samples, pieces(values.numpy(), scores.lengths), strict=True):
+        sample.advantages = own
     return metrics
 
 
@@ -48,20 +49,15 @@ class _Scores:
     """What advantages are made of, of all tokens [n] of some samples end to end."""
 
     def __init__(self, samples: list[Sample]) -> None:
-        zeros = [[0.0] * len(sample.ids) for sample in samples]
-        own = [
-            s.student_logprobs or s.old_logprobs or s.sampler_logprobs or zero
-            for s, zero in zip(samples, zeros, strict=True)
-        ]
         self.lengths = [len(sample.ids) for sample in samples]
         self.ids = torch.repeat_interleave(torch.tensor(self.lengths, dtype=torch.long))
-        self.mask = _end_to_end([sample.loss_mask for sample in samples]).bool()
+        self.mask = torch.from_numpy(end_to_end([sample.loss_mask for sample in samples], np.bool_))
         self.sampled = self.mask & ~torch.tensor([sample.given for sample in samples], dtype=torch.bool)[self.ids]
         self.rewards = torch.tensor([sample.reward_advantage for sample in samples])[self.ids]
-        self.ours = _end_to_end(own)
-        self.teacher = _end_to_end([s.teacher_logprobs or ours for s, ours in zip(samples, own, strict=True)])
-        self.reference = _end_to_end([s.reference_logprobs or zero for s, zero in zip(samples, zeros, strict=True)])
-        self.baseline = _end_to_end([s.kl_baseline or zero for s, zero in zip(samples, zeros, strict=True)])
+        self.ours = _first_known(samples, *OURS)
+        self.teacher = _first_known(samples, "teacher_logprobs", *OURS)
+        self.reference = _first_known(samples, "reference_logprobs")
+        self.baseline = _first_known(samples, "kl_baseline")
 
 
 @numbers_are_checked()
@@ -101,8 +97,11 @@ def _clipped(advantages: Tensor, sampled: Tensor, limit: float | None) -> tuple[
     return advantages.clamp(-limit, limit), {"advantages/clip_fraction": share}
 
 
-def _end_to_end(lists: Sequence[Sequence[float]]) -> Tensor:
-    return torch.tensor(list(itertools.chain(*lists)))
+def _first_known(samples: Sequence[Sample], *fields: str) -> Tensor:
+    """[n] float32 of the samples' tokens, of each sample the first of these arrays that it has; 0 without any."""
+    arrays = [known_array(sample, *fields) for sample in samples]
+    known = [array if len(array) else np.zeros(len(s.ids)) for array, s in zip(arrays, samples, strict=True)]
+    return torch.from_numpy(end_to_end(known, np.float32))
 
 
 def set_reward_advantages(samples: list[Sample], config: RewardConfig) -> dict[str, float]:
@@ -117,7 +116,7 @@ def set_reward_advantages(samples: list[Sample], config: RewardConfig) -> dict[s
         advantages = over_group_std(advantages, rewards, groups)
     for sample, advantage in zip(graded, (config.coef * advantages).tolist(), strict=True):
         sample.reward_advantage = advantage
-    spread = [rewards[groups == group].max() > rewards[groups == group].min() for group in range(int(groups.max()) + 1)]
+    spread = [rewards[places].max() > rewards[places].min() for places in _members(groups)]
     return {
         "reward/mean": rewards.mean().item(),
         "reward/std": rewards.std(correction=0).item(),
@@ -149,8 +148,13 @@ def over_group_std(advantages: Tensor, rewards: Tensor, groups: Tensor) -> Tenso
 def _by_group(rewards: Tensor, groups: Tensor, function: Callable[[Tensor], Tensor], otherwise: float = 0.0) -> Tensor:
     """A function of each group's rewards; a constant where all of them are equal."""
     result = torch.full_like(rewards, otherwise)
-    for group in groups.unique():
-        own = groups == group
-        if rewards[own].max() > rewards[own].min():
-            result[own] = function(rewards[own])
+    for places in _members(groups):
+        own = rewards[places]
+        if own.max() > own.min():
+            result[places] = function(own)
     return result
+
+
+def _members(groups: Tensor) -> list[Tensor]:
+    """The places of each group's members, in their order."""
+    return list(groups.argsort(stable=True).split(groups.unique(return_counts=True)[1].tolist()))

@@ -17,12 +17,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastkl.loss import TopK
 from fastkl.trainer.config.loss import LossConfig
-from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.data.arrays import Array
+from fastkl.trainer.data.samples import OURS, Sample, known_array
 from fastkl.trainer.objectives.weights.shares import largest
 from fastkl.trainer.runs import processes
 
@@ -64,10 +66,7 @@ def _shuffled(samples: list[Sample]) -> list[Sample]:
 
 
 def _penalised(samples: list[Sample], penalty: float, share: float) -> list[Sample]:
-    ours = [
-        _counted(sample, sample.student_logprobs or sample.old_logprobs or sample.sampler_logprobs)
-        for sample in samples
-    ]
+    ours = [_counted(sample, known_array(sample, *OURS)) for sample in samples]
     return [
         dataclasses.replace(sample, teacher_logprobs=_placed(sample, own - penalty * chosen))
         for sample, own, chosen in zip(samples, ours, lowest(ours, share), strict=True)
@@ -120,19 +119,19 @@ def _with(sample: Sample, scores: dict[str, Tensor]) -> Sample:
     """A copy with these scores of its counted tokens, of those lists that it has."""
     changed = copy.copy(sample)
     for name, values in scores.items():
-        if getattr(sample, name):
+        if len(getattr(sample, name)):
             setattr(changed, name, _placed(sample, values))
     return changed
 
 
-def _counted(sample: Sample, values: Sequence[float]) -> Tensor:
-    """[n] float64 of the counted tokens; 0 where there are none."""
-    mask = torch.tensor(sample.loss_mask, dtype=torch.bool)
-    return torch.tensor(values or [0.0] * len(mask), dtype=torch.float64)[mask]
+def _counted(sample: Sample, values: Array) -> Tensor:
+    """[n] float64 of the counted tokens; 0 where nothing is known."""
+    known = values[sample.loss_mask] if len(values) else np.zeros(sample.loss_tokens)
+    return torch.from_numpy(known.astype(np.float64))
 
 
-def _placed(sample: Sample, values: Tensor) -> list[float]:
+def _placed(sample: Sample, values: Tensor) -> Array:
     """Values [n] of the counted tokens, among zeros."""
-    mask = torch.tensor(sample.loss_mask, dtype=torch.bool)
-    row: list[float] = torch.zeros(len(mask), dtype=torch.float64).masked_scatter(mask, values).tolist()
+    row = np.zeros(len(sample.loss_mask))
+    row[sample.loss_mask] = values.numpy()
     return row

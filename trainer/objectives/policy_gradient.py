@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from fastkl.loss import LossOutput, policy_gradient_loss, top_k_kl_loss
@@ -85,7 +86,7 @@ class PolicyGradient(Objective):
             student.score(scored, "old_logprobs", self._sampling.temperature)
         for sample in samples:
             if sample.given:
-                sample.sampler_logprobs = sample.old_logprobs or [0.0] * len(sample.ids)
+                sample.sampler_logprobs = sample.old_logprobs if len(sample.old_logprobs) else np.zeros(len(sample.ids))
             elif method == "sampler":
                 sample.old_logprobs = sample.sampler_logprobs
 
@@ -96,7 +97,7 @@ class PolicyGradient(Objective):
         return first + more * scoring_flops(cost, samples)
 
     def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: float, seed: int) -> LossOutput:
-        old = batch.per_token("old_logprobs") if batch.samples[0].old_logprobs else None
+        old = batch.per_token("old_logprobs") if len(batch.samples[0].old_logprobs) else None
         likeliest, vocabulary = None, None
         weights, normalizer = batch.parts(normalizer)
         if self._teachers is not None and self._loss.forward_kl_above is not None:

@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastkl.kernels.surrogate import log_ratio
 from fastkl.loss import LossOutput, TailPerToken, TopK
 from fastkl.trainer.config.loss import LossConfig
+from fastkl.trainer.data.arrays import end_to_end
 from fastkl.trainer.data.batching import Batch
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.objectives.top_k import TopKDivergence
@@ -68,7 +70,7 @@ class SampledTailDivergence(TopKDivergence):
         metrics = super().prepare(samples, student, clock)
         for sample in samples:
             if sample.given:
-                sample.sampler_logprobs = [0.0] * len(sample.ids)  # no sampler wrote them
+                sample.sampler_logprobs = np.zeros(len(sample.ids))  # no sampler wrote them
         return metrics
 
     def _tail(self, batch: Batch, lists: TopK, cut: int | None) -> dict[str, Any]:
@@ -102,17 +104,13 @@ class SampledTailDivergence(TopKDivergence):
         return ~batch.given if cut is None else ~batch.given & (batch.tokens < cut)
 
     def updated(self, samples: list[Sample]) -> dict[str, float]:
-        drawn = [sample for sample in samples if not sample.given and sample.tail_gaps]
-        gaps = [
-            gap
-            for sample in drawn
-            for gap, counts in zip(sample.tail_gaps, sample.weights or sample.loss_mask, strict=True)
-            if counts
-        ]
-        outside = [gap for gap in gaps if not math.isnan(gap)]
+        drawn = [sample for sample in samples if not sample.given and len(sample.tail_gaps)]
+        counts = [sample.weights != 0 if len(sample.weights) else sample.loss_mask for sample in drawn]
+        gaps = end_to_end([s.tail_gaps[own] for s, own in zip(drawn, counts, strict=True)], np.float64)
+        outside = gaps[~np.isnan(gaps)]
         metrics = {"policy/tail_baseline": self._gaps.value}
-        metrics |= {"policy/tail_share": len(outside) / len(gaps)} if gaps else {}
-        metrics |= {"policy/tail_gap": math.fsum(outside) / len(outside)} if outside else {}
+        metrics |= {"policy/tail_share": len(outside) / len(gaps)} if len(gaps) else {}
+        metrics |= {"policy/tail_gap": math.fsum(outside) / len(outside)} if len(outside) else {}
         self._gaps.add(outside)
         return metrics
 

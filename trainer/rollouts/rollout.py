@@ -7,7 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from fastkl.trainer.config.sampling import SamplingConfig
+from fastkl.trainer.data.arrays import after_zeros
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.rollouts.lengths import length_limit
@@ -60,7 +63,7 @@ class Rollouts:
     def carry_over(self, samples: Sequence[Sample]) -> None:
         """Ends a step: its unfinished samples go on in the next one."""
         self._unfinished = [
-            {"prompt_index": sample.prompt_index, "completion": sample.ids[-sample.completion_length :]}
+            {"prompt_index": sample.prompt_index, "completion": sample.ids[sample.prompt_length :].tolist()}
             for sample in samples
             if sample.unfinished
         ]
@@ -125,11 +128,11 @@ class Rollouts:
         """`before` was sampled by older weights: it is context, like the prompt."""
         length, context = len(before) + len(trajectory.token_ids), prompt.ids + before
         sample = Sample(
-            ids=context + trajectory.token_ids,
-            loss_mask=[False] * len(context) + trajectory.counted,
+            ids=np.array(context + trajectory.token_ids, np.int32),
+            loss_mask=after_zeros(len(context), np.array(trajectory.counted, np.bool_)),
             prompt_index=prompt.index,
             dataset=prompt.dataset,
-            sampler_logprobs=[0.0] * len(context) + trajectory.logprobs,
+            sampler_logprobs=after_zeros(len(context), np.array(trajectory.logprobs, np.float32)),
             completion_length=length,
             feedback=trajectory.feedback,
         )

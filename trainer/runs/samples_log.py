@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.data.samples import Sample
@@ -35,10 +36,15 @@ def sample_records(
         yield {
             "step": step,
             "text": tokenizer.decode(sample.ids),
-            "tokens": [tokenizer.decode([token]) for token in sample.ids],
+            "tokens": [tokenizer.decode([token]) for token in sample.ids.tolist()],
             **({} if read is None else {"teacher_text": tokenizer.decode(read)}),
-            **{name: value for name, value in vars(sample).items() if name not in left_out},
+            **{name: _plain(value) for name, value in vars(sample).items() if name not in left_out},
         }
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def find_records(file: Path) -> dict[int, list[Line]]:

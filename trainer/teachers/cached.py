@@ -93,8 +93,8 @@ class CachedTeacher:
         if self._name is None:
             self._name = self._identity()
         listed = sample.student_top_k
-        ids = np.asarray(sample.ids, np.int64)
-        parts = [ids.tobytes(), np.asarray(sample.loss_mask, np.bool_).tobytes()]
+        ids = sample.ids.astype(np.int64)
+        parts = [ids.tobytes(), sample.loss_mask.tobytes()]
         parts += [] if listed is None else [listed.numpy().astype(np.int64).tobytes()]
         head = [FORMAT, self._name, what, *self._asked, len(ids), None if listed is None else [*listed.shape]]
         digest = hashlib.sha256(json.dumps(head).encode())

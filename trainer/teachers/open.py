@@ -78,7 +78,7 @@ def connect_servers(
             sequences += [
                 ([PAD_ID] * other.context.max_tokens + new, other) for other in own if other.context.max_tokens
             ]
-            sequences += [(max((s.ids for s in other.given), key=len), other) for other in own if other.given]
+            sequences += [(max((s.ids for s in other.given), key=len).tolist(), other) for other in own if other.given]
             longest, where = max(sequences, key=lambda pair: len(pair[0]))
             served[data_set.teacher] = connect(
                 data_set.teacher,

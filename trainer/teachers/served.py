@@ -6,13 +6,14 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.loss import TopK
 from fastkl.trainer.config.teacher import TeacherConfig, TeacherServerConfig
 from fastkl.trainer.data.batching import PAD_ID
-from fastkl.trainer.data.samples import UNKNOWN, Sample
+from fastkl.trainer.data.samples import NO_NUMBERS, UNKNOWN, Sample
 from fastkl.trainer.models.tokenizers import vocabulary
 from fastkl.trainer.notes import note
 from fastkl.trainer.runs import processes
@@ -66,20 +67,16 @@ class ServedTeacher:
         self._check(samples, answers)
         self._check_lists(samples, answers, listed)
         for sample, scored in zip(samples, answers, strict=True):
-            sample.teacher_logprobs = [
-                0.0 if not counted else logprob if token < self._vocabulary else UNKNOWN
-                for token, counted, logprob in zip(sample.ids, sample.loss_mask, scored.logprobs, strict=True)
-            ]
-            ranks = [
-                (rank or 0) if counted and token < self._vocabulary else 0
-                for token, counted, rank in zip(sample.ids, sample.loss_mask, scored.ranks, strict=True)
-            ]
-            sample.teacher_ranks = ranks if any(ranks) else []
+            known = sample.ids < self._vocabulary
+            sample.teacher_logprobs = np.where(sample.loss_mask, np.where(known, scored.logprobs, UNKNOWN), 0.0)
+            ranks = np.where(sample.loss_mask & known, [rank or 0 for rank in scored.ranks], 0)
+            sample.teacher_ranks = ranks if ranks.any() else NO_NUMBERS
             if self._top_k is not None:
                 sample.teacher_top_k = self._likeliest(list(itertools.compress(scored.top, sample.loss_mask)))
         for sample, found in zip(samples, listed, strict=False):
             own = [] if self._top_k is None or sample.teacher_top_k is None else [sample.teacher_top_k]
-            sample.teacher_top_k = joined([*own, found])
+            lists = joined([*own, found])
+            sample.teacher_top_k = TopK(lists.ids.int(), lists.logprobs)
 
     def ask_early(self, sample: Sample) -> None:
         """Asks about a sample that `score` will get; by any thread."""
@@ -117,13 +114,13 @@ class ServedTeacher:
     def _likeliest(self, places: list[dict[int, float]]) -> TopK:
         """The lists of some places as tensors. Ids beyond the tokenizer, and what a list is short of, are padding."""
         assert self._top_k is not None
-        ids = torch.full((len(places), self._top_k), -1)
+        ids = torch.full((len(places), self._top_k), -1, dtype=torch.int32)
         logprobs = torch.zeros(len(places), self._top_k)
         for row, place in enumerate(places):
             known = {token: value for token, value in place.items() if token < self._vocabulary}
             if not known:
                 raise BadAnswer(f"{self._server.url} lists no token that the student knows, in one place")
-            ids[row, : len(known)] = torch.tensor(list(known))
+            ids[row, : len(known)] = torch.tensor(list(known), dtype=torch.int32)
             logprobs[row, : len(known)] = torch.tensor(list(known.values()))
         return TopK(ids, logprobs)
 
@@ -165,10 +162,8 @@ class ServedTeacher:
         """Compares what both answers say of the tokens that are on the student's lists."""
         apart: list[float] = []
         for sample, answer, found in zip(samples, answers, listed, strict=False):
-            tokens, ordinary = (
-                torch.tensor([*itertools.compress(values, sample.loss_mask)])[:, None]
-                for values in (sample.ids, answer.logprobs)
-            )
+            tokens = torch.from_numpy(sample.ids[sample.loss_mask])[:, None]
+            ordinary = torch.tensor([*itertools.compress(answer.logprobs, sample.loss_mask)])[:, None]
             distance = (found.logprobs - ordinary).abs()
             apart += distance[(found.ids == tokens) & distance.isfinite()].tolist()
         if len(apart) >= MANY and sum(apart) / len(apart) > TOLERANCE:
@@ -178,7 +173,8 @@ class ServedTeacher:
             )
 
     def _readable(self, sample: Sample) -> list[int]:
-        return [token if token < self._vocabulary else PAD_ID for token in sample.ids]
+        ids: list[int] = np.where(sample.ids < self._vocabulary, sample.ids, PAD_ID).tolist()
+        return ids
 
     def _check_texts(self, ids: list[int], answer: Scores) -> None:
         differing = self._texts.differing_words(ids, answer.texts) if self._names_tokens else []
@@ -192,7 +188,7 @@ class ServedTeacher:
         counted = [
             (token, logprob)
             for sample, answer in zip(samples, answers, strict=True)
-            for token, counts, logprob in zip(sample.ids, sample.loss_mask, answer.logprobs, strict=True)
+            for token, counts, logprob in zip(sample.ids.tolist(), sample.loss_mask, answer.logprobs, strict=True)
             if counts and token < self._vocabulary
         ]
         tokens, logprobs = [token for token, _ in counted], [logprob for _, logprob in counted]

@@ -192,7 +192,7 @@ def plain_logprobs(model: Any, sample: Sample) -> Tensor:
     """[T] of a sample alone, in a plain forward pass; 0 where nothing comes before."""
     training = model.training
     model.eval()
-    ids = torch.tensor([sample.ids])
+    ids = torch.tensor(sample.ids).long()[None]
     with torch.no_grad():
         rows = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
     model.train(training)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from property_settings import PROPERTY
 from tiny_models import causal_lm
 from torch import Tensor
 
 from fastkl.head import fuse
 from fastkl.loss import policy_gradient_loss
-from fastkl.trainer.data.batching import Batch, Layout, batches, collate
+from fastkl.trainer.data.batching import Batch, Layout, batches, collate, first_fit
 from fastkl.trainer.data.samples import UNKNOWN, Sample, make_sample
 from fastkl.trainer.errors import RunError
 from fastkl.trainer.teachers.local import LocalTeacher
@@ -50,7 +51,7 @@ def multi_turn(sample: Sample) -> Sample:
 
 def alone(model: torch.nn.Module, sample: Sample, temperature: float = 1.0) -> Tensor:
     """Log-probs of a sample's counted tokens from all the logits of a forward pass of its own."""
-    ids = torch.tensor([sample.ids])
+    ids = torch.tensor(sample.ids).long()[None]
     scores = torch.log_softmax(model(ids).logits[0, :-1] / temperature, -1)
     scores = scores.gather(1, ids[0, 1:, None])[:, 0]
     return scores[torch.tensor(sample.loss_mask[1:])]
@@ -58,7 +59,7 @@ def alone(model: torch.nn.Module, sample: Sample, temperature: float = 1.0) -> T
 
 def scored(samples: list[Sample], layout: Layout, max_tokens: int, kind: str = "llama") -> list[list[float]]:
     LocalTeacher(FUSED[kind], layout, max_tokens, 0.8, CPU).score(samples)
-    return [sample.teacher_logprobs for sample in samples]
+    return [sample.teacher_logprobs.tolist() for sample in samples]
 
 
 @pytest.mark.parametrize("kind", FUSED)
@@ -172,7 +173,7 @@ def test_a_list_that_is_not_aligned_is_an_error() -> None:
     (sample,) = make_samples([(3, 4)])
     sample.advantages = sample.advantages[:-1]
     (batch,) = batches([sample], 100, "packed", CPU)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="advantages of a sample has 6 entries for 7 tokens"):
         batch.per_token("advantages")
 
 
@@ -200,7 +201,7 @@ def test_a_teachers_hidden_states_are_in_the_order_of_the_samples(layout: Layout
     found = LocalTeacher(FUSED["qwen3"], layout, 8, 1.0, CPU).head(samples, CPU)
     logits = torch.nn.functional.linear(found.hidden, found.weight)
     rows = logits.log_softmax(-1).gather(
-        1, torch.tensor([i for s in samples for i in s.ids[-s.loss_tokens :]])[:, None]
+        1, torch.tensor([i for s in samples for i in s.ids[-s.loss_tokens :].tolist()])[:, None]
     )
     torch.testing.assert_close(rows[:, 0], torch.cat([alone(FUSED["qwen3"], s) for s in samples]))
 
@@ -225,3 +226,14 @@ def test_a_mismatch_is_that_of_sampled_tokens_alone() -> None:
         batch = collate(list(order), "padded", torch.device("cpu"))
         found = batch.sampler_mismatch(torch.full((5,), -0.5))
         assert found.tolist() == [0.5, 1.5]
+
+
+@PROPERTY
+@given(st.lists(st.integers(1, 14), max_size=40), st.integers(1, 12))
+def test_the_first_place_with_room(sizes: list[int], capacity: int) -> None:
+    room: list[int] = []
+    for size, place in zip(sizes, first_fit(sizes, capacity), strict=True):
+        wanted = next((index for index, left in enumerate(room) if size <= left), len(room))
+        assert place == wanted
+        room += [capacity] * (place == len(room))
+        room[place] -= size

@@ -78,7 +78,7 @@ def sample(ours: list[float], theirs: list[float], **fields: Any) -> Sample:
 def advantages(samples: list[Sample], **config: Any) -> list[list[float]]:
     judged = with_scores(samples, LossConfig(**config))
     set_advantages(judged, LossConfig(**config))
-    return [one.advantages[1:] for one in judged]
+    return [one.advantages[1:].tolist() for one in judged]
 
 
 def test_shuffled_advantages_are_those_of_another_sample() -> None:
@@ -90,7 +90,7 @@ def test_shuffled_advantages_are_those_of_another_sample() -> None:
     ]
     assert advantages(samples) == [[9.5, 8.0], [1.0], [2.0, -0.25]]
     assert advantages(samples, control="shuffled") == [[12.0, 9.75], [1.0], [-0.5, -2.0]]
-    assert [one.teacher_logprobs[1:] for one in samples] == [[-1.5, -4.0], [-1.0], [-1.0, -1.25]]
+    assert [one.teacher_logprobs[1:].tolist() for one in samples] == [[-1.5, -4.0], [-1.0], [-1.0, -1.25]]
 
 
 def test_without_a_teacher_the_unlikeliest_tokens_are_penalised() -> None:

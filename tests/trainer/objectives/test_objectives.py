@@ -50,7 +50,7 @@ def test_numbers_that_no_update_can_be_made_of_end_the_run(field: str, logprob: 
     own = {"sampler_logprobs": [math.nan, -1.0], "teacher_logprobs": [math.nan, -2.0]}
     sample = Sample([1, 2], [False, True], 0, **own)
     set_advantages([sample], LossConfig())
-    assert sample.advantages == [0.0, -1.0]
+    assert sample.advantages.tolist() == [0.0, -1.0]
     with pytest.raises(RunError, match=f"no update can be made of this step's samples: {field} {said}"):
         set_advantages([Sample([1, 2], [False, True], 0, **own | {field: [0.0, logprob]})], LossConfig())
 

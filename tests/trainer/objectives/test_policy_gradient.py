@@ -286,7 +286,7 @@ def advantages_of_shares(rank: int, count: int) -> list[tuple[list[list[float]],
         samples[-1].given = len(samples) > 1
         mine = samples[len(samples) * rank // count : len(samples) * (rank + 1) // count]
         metrics = set_advantages(mine, loss, given_coef=0.5)
-        found.append(([sample.advantages for sample in mine], metrics))
+        found.append(([sample.advantages.tolist() for sample in mine], metrics))
     return found
 
 
@@ -333,7 +333,7 @@ def test_a_teacher_that_forbids_a_token_gives_no_baseline(
     head = LocalTeacher.head
 
     def forbidding(self: LocalTeacher, *args: Any) -> TeacherHead:
-        given, sampled = head(self, *args), {token for sample in args[0] for token in sample.ids}
+        given, sampled = head(self, *args), {token for sample in args[0] for token in sample.ids.tolist()}
         bias = torch.zeros(len(given.weight))
         bias[min({*range(WORDS)} - sampled)] = -torch.inf
         return given._replace(options={**given.options, "bias": bias})
@@ -357,8 +357,8 @@ def test_what_is_outside_the_bounds_is_left_out(ratio: Any) -> None:
     random = torch.Generator().manual_seed(0)
     values, tokens = [], 0
     for sample in samples:
-        logits = model(torch.tensor([sample.ids])).logits[0, :-1].log_softmax(-1)
-        own = logits.gather(1, torch.tensor(sample.ids[1:])[:, None])[:, 0]
+        logits = model(torch.tensor(sample.ids)[None]).logits[0, :-1].log_softmax(-1)
+        own = logits.gather(1, torch.tensor(sample.ids[1:]).long()[:, None])[:, 0]
         shifts = 0.6 * torch.rand(len(own), generator=random) - 0.25 + 0.4 * (sample is samples[1])
         sample.old_logprobs = [0.0, *(own.detach() - shifts).tolist()]
         sample.advantages = [0.0, *torch.randn(len(own), generator=random).tolist()]

@@ -86,7 +86,7 @@ def test_what_is_asked(stub: StubServer) -> None:
     lists = [next(rows) if counted else [] for counted in given.loss_mask]
     assert body == {
         "model": "stub",
-        "token_ids": given.ids,
+        "token_ids": given.ids.tolist(),
         "stream": False,
         "sampling_params": {
             "max_tokens": 1,

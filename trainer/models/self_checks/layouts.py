@@ -59,7 +59,7 @@ def _faults(model: PreTrainedModel, layout: Layout, probe: Probe) -> list[str]:
     except Exception as error:
         return [f"{kind} fails on {layout} rows ({failure(error)})"]
     worst = max(
-        distance(torch.tensor(sample.teacher_logprobs[1:]), logits[:-1], sample.ids[1:])
+        distance(torch.tensor(sample.teacher_logprobs[1:]), logits[:-1], sample.ids[1:].tolist())
         for sample, logits in zip(samples, probe.logits, strict=True)
     )
     if worst <= probe.limit:

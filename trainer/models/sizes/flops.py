@@ -6,6 +6,7 @@ A multiplication with its addition is two. Counted is what the method needs: no 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +106,9 @@ def _training(cost: Cost, length: int, counted: int) -> float:
 
 
 def _blocks(cost: Cost, length: int) -> float:
-    return cost.blocks * length + cost.pair * sum(_pairs(length, window) for window in cost.windows)
+    return cost.blocks * length + cost.pair * sum(
+        layers * _pairs(length, window) for window, layers in Counter(cost.windows).items()
+    )
 
 
 def _pairs(length: int, window: int | None) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastkl.loss import TopK
+from fastkl.trainer.data.arrays import Array
 from fastkl.trainer.data.samples import Sample
 
 
@@ -37,15 +38,14 @@ class KnownTokens:
 
 
 def known_tokens(sample: Sample) -> KnownTokens:
-    mask = torch.tensor(sample.loss_mask, dtype=torch.bool)
-    first = len(sample.ids) - sample.completion_length
+    mask = sample.loss_mask
 
-    def counted(values: Sequence[float]) -> Tensor | None:
-        return torch.tensor(values, dtype=torch.float64)[mask] if values else None
+    def counted(values: Array) -> Tensor | None:
+        return torch.from_numpy(values[mask].astype(np.float64)) if len(values) else None
 
     return KnownTokens(
-        tokens=torch.tensor(sample.ids)[mask],
-        positions=(torch.arange(len(sample.ids)) - first)[mask],
+        tokens=torch.from_numpy(sample.ids[mask].astype(np.int64)),
+        positions=torch.from_numpy(np.flatnonzero(mask) - sample.prompt_length),
         sampler_logprobs=counted(sample.old_logprobs if sample.given else sample.sampler_logprobs),
         teacher_logprobs=counted(sample.teacher_logprobs),
         student_entropies=counted(sample.student_entropies),

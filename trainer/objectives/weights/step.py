@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,8 +41,9 @@ class TokenWeights:
             return {}
         weights = processes.on_main(lambda: self._of([known_tokens(sample) for sample in samples]))
         for sample, own in zip(samples, weights, strict=True):
-            remaining = iter(own.tolist())
-            sample.weights = [next(remaining) if counted else 0.0 for counted in sample.loss_mask]
+            row = np.zeros(len(sample.ids))
+            row[sample.loss_mask] = own.numpy()
+            sample.weights = row
         together = torch.cat(weights)
         count = max(1, len(together))
         return {

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkl.trainer.config.context import ContextConfig
@@ -129,7 +130,7 @@ class TeacherPrompts:
         """Writes `teacher_prompt` of samples as far as it depends on their rows alone."""
         for sample in samples:
             fixed = self._fixed.get(sample.prompt_index)
-            sample.teacher_prompt = None if fixed is None else fixed.ids
+            sample.teacher_prompt = None if fixed is None else np.array(fixed.tokens, np.int32)
 
     def depends_on_samples(self, data_set: str) -> bool:
         """Whether a function writes the prompts of this data set's teacher when the samples of a step are graded."""
@@ -155,7 +156,7 @@ class TeacherPrompts:
         too_long = 0
         for sample, (ids, _) in zip(written, found, strict=True):
             fits = ids is None or self._fits(sample, ids)
-            sample.teacher_prompt = ids if fits else None
+            sample.teacher_prompt = np.array(ids, np.int32) if ids is not None and fits else None
             too_long += not fits
         metrics = {
             "context/plain_fraction": sum(ids is None for ids, _ in found) / len(found),

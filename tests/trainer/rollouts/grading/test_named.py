@@ -184,7 +184,7 @@ def test_the_teacher_weighs_the_reward() -> None:
         factor = (ratios * (1 if reward > 0 else -1)).exp().clamp(0.7, 1.3)
         wanted = reward * (0.5 + 0.5 * factor) + coef * ratios
         assert sample.advantages == pytest.approx([0.0, 0.0, *wanted.tolist()])
-        assert given.advantages == [0.0, 0.0, 0.25, 0.25, 0.25]
+        assert given.advantages.tolist() == [0.0, 0.0, 0.25, 0.25, 0.25]
 
 
 def test_without_a_teacher_the_reward_is_all() -> None:
@@ -192,11 +192,11 @@ def test_without_a_teacher_the_reward_is_all() -> None:
     sample.teacher_logprobs = []
     set_reward_advantages([sample], RewardConfig(grader="boxed", baseline="none"))
     set_advantages([sample], LossConfig(kl_coef=0.0))
-    assert sample.advantages == [0.0, 0.0, 3.0, 3.0, 3.0]
+    assert sample.advantages.tolist() == [0.0, 0.0, 3.0, 3.0, 3.0]
 
 
 def test_a_given_completion_is_weighted_likelihood() -> None:
     sample = graded(0, None)
     sample.given = True
     set_advantages([sample], LossConfig(kl_coef=5.0, discount=0.5), given_coef=0.25)
-    assert sample.advantages == [0.0, 0.0, 0.25, 0.25, 0.25]
+    assert sample.advantages.tolist() == [0.0, 0.0, 0.25, 0.25, 0.25]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fastkl.head import fuse
 from fastkl.trainer.config.teacher import TeacherConfig, TeacherServerConfig
-from fastkl.trainer.data.batching import Layout, in_order, positions
+from fastkl.trainer.data.batching import Layout, in_order
 from fastkl.trainer.data.samples import Sample, make_sample
 from fastkl.trainer.models.sizes.flops import cost_of, scoring_flops
 from fastkl.trainer.teachers.local import LocalTeacher
@@ -44,11 +45,11 @@ def routed(
     return RoutedTeacher({"": LocalTeacher(fuse(MODEL), layout, max_tokens, temperature, CPU, **options)})
 
 
-def plain(sample: Sample, prompt: list[int]) -> Tensor:
+def plain(sample: Sample, prompt: Sequence[int]) -> Tensor:
     """Log-probs [n, V] of the places of the tokens that count, in float64."""
-    completion = sample.ids[sample.prompt_length :]
+    completion = sample.ids[sample.prompt_length :].tolist()
     with torch.no_grad():
-        logits = MODEL(torch.tensor([prompt + completion])).logits[0].double() / 0.7
+        logits = MODEL(torch.tensor([[*prompt, *completion]])).logits[0].double() / 0.7
     counted = [len(prompt) + at for at, bit in enumerate(sample.loss_mask[sample.prompt_length :]) if bit]
     return logits.log_softmax(-1)[torch.tensor(counted) - 1]
 
@@ -57,7 +58,7 @@ def counted(sample: Sample, field: str) -> list[Any]:
     values = getattr(sample, field)
     assert len(values) == len(sample.ids)
     assert not any(value for value, bit in zip(values, sample.loss_mask, strict=True) if not bit)
-    return [value for value, bit in zip(values, sample.loss_mask, strict=True) if bit]
+    return [value for value, bit in zip(values.tolist(), sample.loss_mask, strict=True) if bit]
 
 
 @pytest.mark.parametrize("max_tokens", [16384, 12])
@@ -72,7 +73,7 @@ def test_everything_that_a_teacher_says(layout: Layout, max_tokens: int) -> None
     for sample, distributions in zip(given, whole, strict=True):
         own = sample.ids[: sample.prompt_length]
         wanted = plain(sample, own if sample.teacher_prompt is None else sample.teacher_prompt)
-        tokens = torch.tensor([t for t, bit in zip(sample.ids, sample.loss_mask, strict=True) if bit])[:, None]
+        tokens = torch.tensor([t for t, bit in zip(sample.ids.tolist(), sample.loss_mask, strict=True) if bit])[:, None]
         found = wanted.gather(1, tokens)[:, 0].tolist()
         assert counted(sample, "teacher_logprobs") == pytest.approx(found, abs=1e-5)
         assert counted(sample, "teacher_ranks") == (1 + (wanted > wanted.gather(1, tokens)).sum(1)).tolist()
@@ -80,7 +81,7 @@ def test_everything_that_a_teacher_says(layout: Layout, max_tokens: int) -> None
         assert sample.teacher_top_k is not None
         assert sample.teacher_top_k.ids.tolist() == wanted.topk(3).indices.tolist()
         if sample.teacher_prompt is None:
-            assert sample.plain_logprobs == []
+            assert len(sample.plain_logprobs) == 0
         else:
             without = plain(sample, own).gather(1, tokens)[:, 0].tolist()
             assert counted(sample, "plain_logprobs") == pytest.approx(without, abs=1e-5)
@@ -92,7 +93,9 @@ def test_lists_of_the_student_are_scored_where_the_teacher_reads() -> None:
         sample.student_top_k = torch.arange(4).repeat(sample.loss_tokens, 1)
     routed("padded").score(given)
     for sample in given:
-        wanted = plain(sample, sample.teacher_prompt or sample.ids[: sample.prompt_length])[:, :4]
+        wanted = plain(
+            sample, sample.ids[: sample.prompt_length] if sample.teacher_prompt is None else sample.teacher_prompt
+        )[:, :4]
         assert sample.teacher_top_k is not None
         torch.testing.assert_close(sample.teacher_top_k.logprobs.double(), wanted, atol=1e-5, rtol=0)
 
@@ -130,22 +133,26 @@ def test_the_tokens_that_count_are_the_same(data: st.DataObject) -> None:
     sample.loss_mask[len(prompt) :] = mask
     sample.teacher_prompt = own
     read = sample.for_teacher()
-    assert read.ids == own + completion
-    assert [t for t, bit in zip(read.ids, read.loss_mask, strict=True) if bit] == [
+    assert read.ids.tolist() == own + completion
+    assert [t for t, bit in zip(read.ids.tolist(), read.loss_mask, strict=True) if bit] == [
         t for t, bit in zip(sample.ids, sample.loss_mask, strict=True) if bit
     ]
-    assert read.sampler_logprobs == []
+    assert len(read.sampler_logprobs) == 0
     read.teacher_logprobs = [float(token) * bit for token, bit in zip(read.ids, read.loss_mask, strict=True)]
     sample.take_scores(read)
-    assert sample.teacher_logprobs == [float(t) * bit for t, bit in zip(sample.ids, sample.loss_mask, strict=True)]
-    assert sample.teacher_prompt == own
-    assert sample.sampler_logprobs[len(prompt) :] == [-1.0] * len(completion)
+    assert sample.teacher_logprobs.tolist() == [
+        float(t) * bit for t, bit in zip(sample.ids, sample.loss_mask, strict=True)
+    ]
+    assert sample.teacher_prompt.tolist() == own
+    assert sample.sampler_logprobs[len(prompt) :].tolist() == [-1.0] * len(completion)
 
 
 @PROPERTY
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.sampled_from(["packed", "padded", "single"]))
 def test_batches_in_order(lengths: list[int], layout: Layout) -> None:
     given = [make_sample([1], [2] * length, index) for index, length in enumerate(lengths)]
-    found = [batch.samples for batch in in_order(given, 16, layout, CPU)]
-    assert [sample for group in found for sample in group] == given
-    assert all(len(group) == 1 or (layout != "single" and positions(group, layout) <= 16) for group in found)
+    found = in_order(given, 16, layout, CPU)
+    assert [sample for batch in found for sample in batch.samples] == given
+    for batch in found:
+        fits = layout != "single" and batch.inputs["input_ids"].numel() <= 16
+        assert fits or len(batch.samples) == 1
