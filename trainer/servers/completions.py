@@ -192,4 +192,4 @@ def _check_first(value: object) -> None:
 
 def _rank(value: object) -> int | None:
     """None for what is no rank: nothing is learned from it, so it ends no run."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31 else None

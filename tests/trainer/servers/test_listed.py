@@ -71,7 +71,7 @@ def test_the_log_probs_are_those_of_the_model(stub: StubServer, top_k: int | Non
         assert torch.equal(a.teacher_top_k.ids, b.teacher_top_k.ids)
         torch.testing.assert_close(a.teacher_top_k.logprobs, b.teacher_top_k.logprobs, atol=1e-4, rtol=1e-4)
         if top_k is None:
-            assert torch.equal(a.teacher_top_k.ids, before.student_top_k)
+            assert torch.equal(a.teacher_top_k.ids.long(), before.student_top_k)
 
 
 def test_what_is_asked(stub: StubServer) -> None:
@@ -168,7 +168,7 @@ def test_lists_that_go_wrong_in_a_run(stub: StubServer) -> None:
     teacher, given = connected(stub), samples()
     for sample in given:
         assert sample.student_top_k is not None
-        counted = [token for token, counts in zip(sample.ids, sample.loss_mask, strict=True) if counts]
+        counted = [token for token, counts in zip(sample.ids.tolist(), sample.loss_mask, strict=True) if counts]
         sample.student_top_k[:, 2] = torch.tensor(counted, dtype=torch.int64)
         others = torch.tensor([[(token + 1 + i) % len(WORDS) for i in range(K)] for token in counted])
         sample.student_top_k = torch.where(torch.arange(K) == 2, sample.student_top_k, others.reshape(-1, K))

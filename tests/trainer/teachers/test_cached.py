@@ -68,7 +68,7 @@ def listing(samples: list[Sample], ids: int = 3) -> list[Sample]:
 
 def written(sample: Sample) -> list[Any]:
     lists = None if sample.teacher_top_k is None else [each.tolist() for each in sample.teacher_top_k]
-    return [sample.teacher_logprobs, sample.teacher_ranks, lists]
+    return [sample.teacher_logprobs.tolist(), sample.teacher_ranks.tolist(), lists]
 
 
 def local(cache: Path | None, seed: int = 1, lists: Lists = NONE, temperature: float = 0.7, **more: Any) -> Any:
@@ -126,8 +126,8 @@ def test_ranks_and_plain_scores_are_kept_too(tmp_path: Path, monkeypatch: pytest
         teacher.rank(some, 30)
         teacher.score_plain(some)
         monkeypatch.setattr(LocalTeacher, "_scatter", None)  # it could not be asked again
-    assert [s.teacher_ranks for s in found[0]] == [s.teacher_ranks for s in found[1]]
-    assert [s.plain_logprobs for s in found[0]] == [s.plain_logprobs for s in found[1]]
+    assert [s.teacher_ranks.tolist() for s in found[0]] == [s.teacher_ranks.tolist() for s in found[1]]
+    assert [s.plain_logprobs.tolist() for s in found[0]] == [s.plain_logprobs.tolist() for s in found[1]]
     assert all(any(s.teacher_ranks) and any(s.plain_logprobs) for s in found[1])
 
 
@@ -230,7 +230,7 @@ def test_a_server_is_asked_once(tmp_path: Path, folder: Path, stub: StubServer, 
         teacher.score(again)
         assert other.bodies == []
     assert list(map(written, again)) == list(map(written, first))
-    assert [sample.teacher_ranks for sample in again] == [sample.teacher_ranks for sample in first]
+    assert [sample.teacher_ranks.tolist() for sample in again] == [sample.teacher_ranks.tolist() for sample in first]
 
 
 def nudge(stub: StubServer) -> None:
