@@ -13,7 +13,7 @@ import argparse
 import re
 from pathlib import Path
 
-from bench.tables import ahead, estimators, integrations, losses, objectives, personalisation, self_distillation
+from bench.tables import ahead, estimators, integrations, losses, objectives, personalisation, plans, self_distillation
 
 SOURCES = (integrations, losses, ahead, estimators, objectives, personalisation, self_distillation)
 TABLES = {name: table for source in SOURCES for name, table in source.TABLES.items()}

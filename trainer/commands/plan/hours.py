@@ -51,6 +51,8 @@ def _dtype(run: Run, scorer: Scorer | None, name: str) -> torch.dtype:
     if scorer is not None:
         return scorer.model.dtype
     if name == SAMPLING and isinstance(config, DistillConfig):
+        if config.sampling.server.url:
+            return torch.bfloat16  # what a server makes of weights in float32 too
         return own if config.sampling.dtype is None else getattr(torch, config.sampling.dtype)
     return AUTOCAST[config.mixed_precision] or own
 
