@@ -25,7 +25,7 @@ ready() { # NAME PID PORT: waits until the server answers, or has ended
 ready teacher "$teacher" "$TEACHER_PORT"
 ready sampling "$sampling" "$SAMPLING_PORT"
 
-CUDA_VISIBLE_DEVICES=4,5,6,7 accelerate launch --config_file recipes/cluster/one_node.accelerate.yaml \
+CUDA_VISIBLE_DEVICES=4,5,6,7 accelerate launch --config_file recipes/accelerate/one_node.yaml \
   --num_processes "$PROCESSES" -m fastkl.cli distill recipes/reasoning/gpu/qwen3-8b-full.yaml \
   --teacher.server.url "http://127.0.0.1:$TEACHER_PORT/v1" --sampling.server.url "http://127.0.0.1:$SAMPLING_PORT/v1" \
   --sampling.server.weights "${WEIGHTS:-/dev/shm/fastkl}" "$@"

@@ -47,7 +47,7 @@ def settings() -> Any:
 
 
 def accelerate(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((RECIPE / name).read_text(encoding="utf-8"))
+    found: dict[str, Any] = yaml.safe_load((REPOSITORY / "recipes" / "accelerate" / name).read_text(encoding="utf-8"))
     return found
 
 
@@ -74,7 +74,7 @@ def test_servers_are_those_that_the_run_asks(name: str) -> None:
 
 
 def test_every_gpu_of_the_node_has_one_part() -> None:
-    text, file = script("one_node.sh"), accelerate("one_node.accelerate.yaml")
+    text, file = script("one_node.sh"), accelerate("one_node.yaml")
     parts = {line: devices.split(",") for devices, line in re.findall(r"^CUDA_VISIBLE_DEVICES=(\S+) (.*)$", text, re.M)}
     used = [int(device) for devices in parts.values() for device in devices]
     assert sorted(used) == list(range(GPUS))
@@ -86,7 +86,7 @@ def test_every_gpu_of_the_node_has_one_part() -> None:
 
 
 def test_every_gpu_of_the_nodes_has_one_part() -> None:
-    text, file = script("nodes.sbatch"), accelerate("nodes.accelerate.yaml")
+    text, file = script("nodes.sbatch"), accelerate("nodes.yaml")
     for line in serving("nodes.sbatch").values():
         assert int(option(line, "tensor-parallel-size")) * int(option(line, "data-parallel-size", "1")) == GPUS
     trainer = next(line for line in text.splitlines() if "accelerate launch" in line)
@@ -101,7 +101,7 @@ def test_every_gpu_of_the_nodes_has_one_part() -> None:
 @pytest.mark.parametrize("name", ["one_node", "nodes"])
 def test_files_of_accelerate_are_those_of_fsdp_2(name: str) -> None:
     general = yaml.safe_load((REPOSITORY / "recipes/accelerate/fsdp2.yaml").read_text(encoding="utf-8"))
-    own = accelerate(f"{name}.accelerate.yaml")
+    own = accelerate(f"{name}.yaml")
     assert own["distributed_type"] == "FSDP"
     assert own["fsdp_config"] == general["fsdp_config"]
     for key in ("num_machines", "num_processes"):
@@ -128,7 +128,7 @@ def test_the_page_quotes_the_scripts() -> None:
 
 
 def test_the_page_has_the_runs_numbers() -> None:
-    page, one = PAGE.read_text(encoding="utf-8"), accelerate("one_node.accelerate.yaml")
+    page, one = PAGE.read_text(encoding="utf-8"), accelerate("one_node.yaml")
     for name in SCRIPTS:
         for value in ("CONTEXT", "TEACHER_PORT", "SAMPLING_PORT"):
             assert defaults(name)[value] in page

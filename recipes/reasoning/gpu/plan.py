@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parent
 REPORT = FOLDER / "plans.json"
 GIB = 2**30
 SHORT = {UPDATE: "update"}
-ONE_NODE, NODES = (f"recipes/cluster/{name}.accelerate.yaml" for name in ("one_node", "nodes"))
+ONE_NODE, NODES = (f"recipes/accelerate/{name}.yaml" for name in ("one_node", "nodes"))
 # A config, the folders of its student's and its teacher's sizes, and more words of `fastkl plan`.
 PLANS: list[tuple[str, str, str, list[str]]] = [
     ("qwen3-0.6b", "0.6b", "4b", ["--device", "h100"]),
