@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench.tables import ahead, estimators, integrations, losses, objectives, personalisation, plans, self_distillation
 
-SOURCES = (integrations, losses, ahead, estimators, objectives, personalisation, self_distillation)
+SOURCES = (integrations, losses, ahead, estimators, objectives, personalisation, plans, self_distillation)
 TABLES = {name: table for source in SOURCES for name, table in source.TABLES.items()}
 ROOT = Path(__file__).parents[2]
 START = "<!-- table "
