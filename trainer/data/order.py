@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
+from torch import Tensor
 
 
 def batch_indices(rows: int, per_step: int, step: int, seed: int) -> list[int]:
@@ -16,10 +19,11 @@ def batch_indices(rows: int, per_step: int, step: int, seed: int) -> list[int]:
 def rows_at(rows: int, places: range, seed: int) -> list[int]:
     """What stands in these places of an endless sequence of permutations of the rows."""
     permutations = {epoch: _permutation(rows, epoch, seed) for epoch in {place // rows for place in places}}
-    return [permutations[place // rows][place % rows] for place in places]
+    return [int(permutations[place // rows][place % rows]) for place in places]
 
 
-def _permutation(rows: int, epoch: int, seed: int) -> list[int]:
+@lru_cache(maxsize=16)
+def _permutation(rows: int, epoch: int, seed: int) -> Tensor:
+    """[rows] int32: made once an epoch, not once a step."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order: list[int] = torch.randperm(rows, generator=generator).tolist()
-    return order
+    return torch.randperm(rows, generator=generator).to(torch.int32)
