@@ -55,7 +55,7 @@ def learning() -> str:
 
 
 SHOWN = (("teacher_kl", 1, 3), ("accuracy", 100, 1), ("mismatch", 1, 3), ("ratio_max", 1, 1))
-TABLES = {"ahead-overlap": overlap}
+TABLES = {"ahead-overlap": overlap, "ahead-learning": learning}
 
 
 def _read(name: str) -> Report:
