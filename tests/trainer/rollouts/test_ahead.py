@@ -246,7 +246,7 @@ def test_the_kl_is_that_of_the_student_whatever_sampled(control: Any) -> None:
     own = parameter.log_softmax(0)
     surrogate = (older.exp() * (own - older).exp() * advantages).sum()
     reverse_kl = (own.exp() * (own - teacher)).sum()
-    (found,), (wanted,) = (torch.autograd.grad(each, parameter) for each in (surrogate, -reverse_kl))
+    (found,), (wanted,) = (torch.autograd.grad(each, parameter, retain_graph=True) for each in (surrogate, -reverse_kl))
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
 
 
