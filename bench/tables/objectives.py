@@ -25,7 +25,7 @@ Run = dict[str, Any]
 
 
 def trained() -> str:
-    """Accuracy and teacher_kl at the end of training, with the standard errors of three seeds."""
+    """Accuracy and teacher_kl at the end of training, with the standard errors of the seeds."""
     report = _read("tiny")
     shown = [run for run in report["runs"] if run["seed"]]
     sizes = sorted({run["tokens"] for run in shown})
@@ -39,7 +39,11 @@ def trained() -> str:
             )
         rows.append([label, *cells])
     header = ["", *(f"{what} at {size:,}" for size in sizes for what in ("rate", "accuracy, %", "teacher_kl"))]
-    return table(header, rows, "± standard errors of three seeds, 1 to 3", [report])
+    counts = []
+    for size in sizes:
+        seeds = {run["seed"] for run in shown if run["tokens"] == size}
+        counts.append(f"{len(seeds)} at {size:,}")
+    return table(header, rows, f"± standard errors. Seeds: {', '.join(counts)} tokens", [report])
 
 
 def learning_rates() -> str:
@@ -60,7 +64,19 @@ def learning_rates() -> str:
     return markdown(header, rows)
 
 
-TABLES = {"objectives-trained": trained, "objectives-rates": learning_rates}
+def healing() -> str:
+    """teacher_kl of SmolLM2's last steps at each learning rate that was tried, of one seed."""
+    report = _read("smollm2")
+    rates = sorted({run["rate"] for run in report["runs"]})
+    found = {(run["objective"], run["rate"]): run["teacher_kl"] for run in report["runs"] if not run["seed"]}
+    rows = [
+        [label, *(f"{found[name, rate]:.2f}" if (name, rate) in found else "–" for rate in rates)]
+        for name, label in OBJECTIVES.items()
+    ]
+    return table(["teacher_kl at", *(f"{rate:g}" for rate in rates)], rows, "One seed", [report])
+
+
+TABLES = {"objectives-trained": trained, "objectives-rates": learning_rates, "objectives-healing": healing}
 
 
 def _read(scale: str) -> Report:
