@@ -6,7 +6,7 @@ from setuptools import setup
 # top-level package (`kernels` is also a Hugging Face distribution). The symlinks in fastkl/ say the same to every tool
 # that reads the source tree.
 ROOMS = {str(file.parent) for room in ("kernels", "trainer") for file in Path(room).rglob("*.py")}
-ROOMS |= {file.parent.name for file in Path("fastkl").glob("*/*.py")}
+ROOMS |= {str(file.parent.relative_to("fastkl")) for file in Path("fastkl").rglob("*/*.py")}  # no symlink is followed
 setup(
     packages=["fastkl", *(f"fastkl.{room.replace('/', '.')}" for room in sorted(ROOMS))],
     package_dir={"fastkl": "fastkl", "fastkl.kernels": "kernels", "fastkl.trainer": "trainer"},

@@ -150,7 +150,7 @@ def test_home_folder_in_a_path(empty_folder: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_all_configs_are_covered_here() -> None:
-    assert {*MINIMAL, "init", "report"} == COMMANDS.keys()
+    assert {*MINIMAL, "init", "plan", "report"} == COMMANDS.keys()
     assert isinstance(config("sft", MINIMAL["sft"]), SftConfig)
     with pytest.raises(ConfigError):
         config("sft", MINIMAL["sft"] | {"optim.steps": 0})
@@ -161,7 +161,7 @@ def test_commands_run_a_function_of_their_config(command: Command) -> None:
     module, name = command.function.split(":")
     function = getattr(importlib.import_module(f"fastkl.trainer.{module}"), name)
     first = next(iter(inspect.signature(function, eval_str=True).parameters.values()))
-    assert first.annotation is command.config
+    assert first.annotation == (command.config if command.other is None else command.config | command.other)
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)

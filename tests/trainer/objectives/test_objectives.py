@@ -26,10 +26,10 @@ from fastkl.trainer.objectives.registry import OBJECTIVES
 
 
 class Notes(PolicyGradient):
-    """Leaves a field of its own in the samples."""
+    """Leaves numbers in a field of the samples that nothing else writes here."""
 
     def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: float, seed: int) -> LossOutput:
-        batch.scatter(100 + batch.tokens, "notes")
+        batch.scatter(100 + batch.tokens, "kl_baseline")
         return super().__call__(model, batch, normalizer, seed)
 
 
@@ -75,4 +75,4 @@ def test_what_is_scattered_in_the_update_reaches_all_processes(folder: Path, tmp
         told = [
             100 + token if counted else 0 for token, counted in zip(sample["ids"], sample["loss_mask"], strict=True)
         ]
-        assert sample["notes"] == told
+        assert sample["kl_baseline"] == told
