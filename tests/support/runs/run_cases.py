@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fastkl import cli
+from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.distill import OnPolicy, distill
 from fastkl.trainer.sft import Examples, sft
 
@@ -69,6 +71,11 @@ def run(path: Path, folder: Path, **overrides: object) -> Run:
 
 def weights(folder: Path) -> dict[str, Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+
+
+def fields(sample: Sample) -> dict[str, Any]:
+    """The sample's fields by name, its arrays as lists."""
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(sample).items()}
 
 
 def counted(sample: dict[str, Any], field: str) -> list[Any]:

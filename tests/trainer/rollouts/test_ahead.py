@@ -12,11 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from launches import together
-from run_cases import check_equal, check_refused, check_same, distilled, log
+from run_cases import check_equal, check_refused, check_same, distilled, fields, log
 from run_settings import Settings, arguments, distillation, evaluated
 from server_cases import served
 from stub_server import serving
@@ -160,10 +159,6 @@ def test_close_ends_the_thread() -> None:
     assert sampler.held == []
 
 
-def plain(sample: Sample) -> dict[str, Any]:
-    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(sample).items()}
-
-
 def kept(rollouts: Any) -> dict[str, Any]:
     """The state as a checkpoint gives it back."""
     file = io.BytesIO()
@@ -189,7 +184,7 @@ def test_a_checkpoint_holds_all_that_was_asked_for(options: dict[str, Any]) -> N
     other.version = sampler.version
     again.load_state_dict(state)
     found += [take(again, other, step) for step in range(3, 6)]
-    assert [list(map(plain, samples)) for samples in found] == [list(map(plain, samples)) for samples in wanted]
+    assert [list(map(fields, samples)) for samples in found] == [list(map(fields, samples)) for samples in wanted]
     again.settle(lambda: False)
     again.close()
     assert other.held == []
