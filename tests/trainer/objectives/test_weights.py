@@ -107,6 +107,7 @@ def test_the_highest_of_many_scores_are_cut_for_tip() -> None:
     assert sum(weighed([many], "tip:0.5")[0][50:]) == 50
 
 
+@example([[0.0, 5.960464477539063e-08]], 0.5)
 @example([[0.0, 0.9269577259946935, -14.189959745646815, -1.060076137072958, 1.0, 0.0]], 1.0)
 @given(st.lists(st.lists(st.floats(-30, 1), min_size=1, max_size=6), min_size=1, max_size=5), st.floats(0.01, 1))
 def test_what_holds_for_all_gaps(gaps: list[list[float]], share: float) -> None:
@@ -116,7 +117,7 @@ def test_what_holds_for_all_gaps(gaps: list[list[float]], share: float) -> None:
     assert sum(map(sum, chosen)) == math.ceil(share * count)
     left, taken = ([abs(g) for own, w in zip(gaps, chosen, strict=True) for g, c in zip(own, w, strict=True) if c == kind]
                    for kind in (0, 1))  # fmt: skip
-    assert not left or max(left) <= min(taken) + 1e-9
+    assert not left or max(left) <= min(taken) + 1e-5  # the gap of two float32 log-probs
     drifted = weighed(samples, "drift:2")
     for own in drifted:
         assert own[0] == 3
