@@ -307,7 +307,7 @@ def test_a_signal_ends_a_run_without_waiting_for_coming_steps(
     """Wherever it comes; what goes on is the run that nobody stopped."""
     distilled(settings(folder, tmp_path / "whole", stub, 2))
     stub.restart()
-    stub.pause = 0.05
+    stub.pause = 0.3  # the run is longer than any of these
     again = settings(folder, tmp_path / "run", stub, 2, checkpoint__every=0)
     timer = threading.Timer(seconds, signal.raise_signal, [signal.SIGINT])
     starts = time.monotonic()
