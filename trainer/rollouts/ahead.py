@@ -112,13 +112,8 @@ class AheadRollouts(Rollouts):
         """
         with self._changed:
             kept = [asked for asked in self._queue if asked.trajectories is not None or not self._of_now(asked)]
-            held = {
-                a.weights.version: self._sampler.hold(a.weights) for a in kept if a.trajectories is None and a.weights
-            }
             rows = [_row(asked) for asked in kept]
-        weights = {version: each.state() for version, each in held.items()}
-        for each in held.values():
-            self._sampler.release(each)
+            weights = {asked.weights.version: asked.weights.state() for asked in kept if asked.weights is not None}
         return {**super().state_dict(), "settings": self._settings, "asked": rows, "weights": weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

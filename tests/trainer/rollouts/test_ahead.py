@@ -211,6 +211,17 @@ def test_what_is_not_there_is_written_again_by_the_weights_of_then() -> None:
     assert other.held == []
 
 
+def test_weights_that_several_steps_wait_for_are_let_go_after_a_checkpoint() -> None:
+    first, sampler = ahead(3)
+    sampler.gate = threading.Semaphore(1)
+    take(first, sampler, 0)
+    state = kept(first)
+    first.close()
+    assert [(row["step"], row["weights"]) for row in state["asked"]] == [(1, 0), (2, 0), (3, 0)]
+    assert list(state["weights"]) == [0]
+    assert sampler.held == []
+
+
 @pytest.mark.parametrize("how", ["other-settings", "off-before"])
 def test_without_what_a_checkpoint_holds_all_is_asked_for_again(how: str) -> None:
     first, sampler = ahead(2)
