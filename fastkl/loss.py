@@ -87,11 +87,11 @@ synchronisation on an accelerator: the processes compare what they were given, a
 Backward passes are collectives too.
 
 A DTensor with Shard(0) on one dimension of its mesh needs no group: that dimension's is taken, if the processes have the
-same tokens. Bias and teacher may be split alike or whole. It is gathered, as before, under torch.compile, for a sparse
-backward, a Triton backend, skip_zero_rows=False or a function as teacher_logits.
+same tokens. A bias is split like the weight, or all is gathered; a teacher may be split or whole. All is gathered, too,
+under torch.compile, for a sparse backward, a Triton backend, a function as teacher_logits or skip_zero_rows=False.
 
-With group= those are refused, but for skip_zero_rows. Row functions are those in PyTorch, on a GPU too.
-linear_top_k, linear_list_logprobs and linear_ranks take no group, and gather a DTensor.
+With group= skip_zero_rows=False works; the others of these are refused. Row functions are those in PyTorch, on a GPU too.
+linear_top_k, linear_list_logprobs and linear_ranks take no group: they need the whole head. They gather a DTensor.
 
 Divergences
 -----------
