@@ -28,6 +28,11 @@ class Layout(NamedTuple):
     mesh: Any
     placements: tuple[Any, ...]
 
+    @property
+    def apart(self) -> list[int]:
+        """The dimensions of the mesh along which processes have different rows."""
+        return [i for i, placement in enumerate(self.placements) if not placement.is_replicate()]
+
 
 class Piece(NamedTuple):
     """The rows of a head that this process has, before any is left out."""
@@ -38,7 +43,7 @@ class Piece(NamedTuple):
 
     def rows_below(self, vocab_size: int | None) -> int:
         """How many of this process's ids are below `vocab_size`."""
-        return self.rows if vocab_size is None else min(max(vocab_size - self.share.first, 0), self.rows)
+        return _rows_below(vocab_size, self.share.first, self.rows)
 
     def own(self, tensor: Tensor, vocab_size: int | None) -> Tensor:
         """This process's rows of a head's weight or bias. The gradient of a DTensor keeps its layout."""
@@ -53,6 +58,11 @@ class Piece(NamedTuple):
         """This process's columns of logits [..., V]."""
         first = 0 if self.layout is None else self.share.first
         return logits[..., first : first + self.rows_below(vocab_size)]
+
+
+def _rows_below(vocab_size: int | None, first: int, rows: int) -> int:
+    """How many of the ids first … first + rows − 1 are below `vocab_size`."""
+    return rows if vocab_size is None else min(max(vocab_size - first, 0), rows)
 
 
 class TeacherIds(Protocol):
@@ -88,7 +98,7 @@ def find_piece(
         layout = _shared_layout(weight, bias) if _can_be_shared(teacher, options) else None
         if layout is None:
             return None
-        dim = _shared_dimension(layout)
+        (dim,) = layout.apart
         group, place, rows = layout.mesh.get_group(dim), layout.mesh.get_local_rank(dim), _local_rows(weight)
     theirs = rows if teacher is None or layout is not None else _rows_of(teacher)
     own = given(head, tokens, mask, options)
@@ -176,14 +186,10 @@ def _shared_layout(weight: Tensor, bias: Tensor | None) -> Layout | None:
     from torch.distributed.tensor import Shard
 
     layout = _layout(weight)
-    apart = [i for i, placement in enumerate(layout.placements) if not placement.is_replicate()]
+    apart = layout.apart
     if len(apart) != 1 or layout.mesh.size(apart[0]) == 1 or type(layout.placements[apart[0]]) is not Shard:
         return None
     return layout if layout.placements[apart[0]].dim == 0 else None
-
-
-def _shared_dimension(layout: Layout) -> int:
-    return next(i for i, placement in enumerate(layout.placements) if not placement.is_replicate())
 
 
 def _local(tensor: Any) -> Tensor:
@@ -212,7 +218,7 @@ def _check_rows(rows: list[tuple[int, int]], vocab_size: int | None) -> None:
     if sum(ours) == 0:
         raise ValueError("weight has no rows on any process of the group: an empty vocabulary")
     for own, theirs in rows:
-        kept = own if vocab_size is None else min(max(vocab_size - first[0], 0), own)
+        kept = _rows_below(vocab_size, first[0], own)
         alike = theirs == own if vocab_size is None else kept == 0 or (first[0] == first[1] and theirs >= kept)
         if not alike:
             raise ValueError(
