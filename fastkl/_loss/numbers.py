@@ -56,7 +56,7 @@ def check_teacher_gave_numbers(inputs: Inputs, values: Tensor, share: Share | No
     }
     found = torch.tensor([t is not None and bool((t.isnan() | (t == torch.inf)).any()) for t in given.values()])
     if share is not None:
-        found = gathered(share, found.to(torch.uint8)).any(0)
+        found = gathered(share.group, found.to(torch.uint8)).any(0)
     for name, bad in zip(given, found.tolist(), strict=True):
         if bad:
             raise BadNumbers(

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastkl.kernels.gemm import compute_dtype
@@ -23,7 +22,7 @@ def given(
     head: tuple[Tensor, Tensor, Tensor | None], tokens: Tensor | None, mask: Tensor | None, options: Mapping[str, Any]
 ) -> dict[str, float]:
     """What must be alike on all processes, by the names that an error has for it: hidden, weight, bias; tokens [...]."""
-    hidden, grads = head[0].detach(), torch.is_grad_enabled()
+    hidden, grads, known = head[0].detach(), torch.is_grad_enabled(), options.get("vocab_size")
     flat = hidden.reshape(-1, hidden.shape[-1])
     rows, wanted = flat.shape[0], [grads and t is not None and t.requires_grad for t in head]
     found: dict[str, float] = {
@@ -34,26 +33,17 @@ def given(
         "gradients to make": sum(2**i for i, one in enumerate(wanted) if one),
         "values of chunk_size": options["chunk_size"] or 0,
         "values of skip_zero_rows": bool(options["skip_zero_rows"]),
-        "values of vocab_size": known if isinstance(known := options.get("vocab_size"), int) else 0,
+        "values of vocab_size": known if isinstance(known, int) else 0,
     }
     active, sums = hidden.new_ones(rows, dtype=torch.bool), dict[str, Tensor]()
-    for name, numbers, nothing in (("tokens", tokens, options["ignore_index"]), ("masks", mask, 0.0)):
-        if numbers is not None:
-            own = numbers.detach().reshape(-1).to(torch.float64)
+    for name, one_each, nothing in (("tokens", tokens, options["ignore_index"]), ("masks", mask, 0.0)):
+        if one_each is not None:
+            own = one_each.detach().reshape(-1).to(torch.float64)
             sums[name] = (own * torch.arange(1, rows + 1, device=own.device)).sum()
             active = active & (own != nothing)
-    some = _sample(flat, active)
-    sums |= dict(zip(_PROJECTIONS, _projections(some), strict=True))
-    known = torch.stack([one.to(torch.float64) for one in sums.values()]).tolist()
-    return found | dict(zip(sums, known, strict=True))
-
-
-def gathered(numbers: list[float], device: torch.device, group: Any) -> Tensor:
-    """Those of all processes, [processes, k] float64 on the CPU; a synchronisation on an accelerator."""
-    own = torch.tensor(numbers, dtype=torch.float64, device=device)
-    found = own.new_empty(dist.get_world_size(group), len(numbers))
-    dist.all_gather(list(found.unbind(0)), own, group)
-    return found.cpu()
+    sums |= dict(zip(_PROJECTIONS, _projections(_sample(flat, active)), strict=True))
+    numbers = torch.stack([one.to(torch.float64) for one in sums.values()]).tolist()
+    return found | dict(zip(sums, numbers, strict=True))
 
 
 def differing(own: Mapping[str, float], found: Tensor) -> str:
@@ -81,7 +71,6 @@ def _projections(rows: Tensor) -> list[Tensor]:
     i, j = (torch.arange(1, size + 1, device=rows.device, dtype=rows.dtype) for size in rows.shape)
     directions = torch.arange(1, DIRECTIONS + 1, device=rows.device, dtype=rows.dtype)
     sums = (rows * torch.cos(i)[:, None]).sum(0) @ torch.cos(j[:, None] * directions)
-    size = (
-        torch.linalg.vector_norm(rows).clamp(min=torch.finfo(rows.dtype).tiny) / 2
-    )  # cos² cos² is a quarter on average
+    # cos² cos² is a quarter on average.
+    size = torch.linalg.vector_norm(rows).clamp(min=torch.finfo(rows.dtype).tiny) / 2
     return [*(sums / size).unbind(0), size.log()]

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastkl._loss.heads.agreement import differing, gathered, given
+from fastkl._loss.heads.agreement import differing, given
 from fastkl._loss.heads.operands import is_sharded, whole
 from fastkl.kernels.options import Sparse
-from fastkl.kernels.rows.parallel.share import Share
+from fastkl.kernels.rows.parallel.share import Share, gathered
 
 
 class Layout(NamedTuple):
@@ -102,7 +102,8 @@ def find_piece(
         group, place, rows = layout.mesh.get_group(dim), layout.mesh.get_local_rank(dim), _local_rows(weight)
     theirs = rows if teacher is None or layout is not None else _rows_of(teacher)
     own = given(head, tokens, mask, options)
-    found = gathered([place, rows, theirs, *own.values()], hidden.device, group)
+    numbers = torch.tensor([place, rows, theirs, *own.values()], dtype=torch.float64, device=hidden.device)
+    found = gathered(group.group_name, numbers).cpu()  # a synchronisation on an accelerator
     if different := differing(own, found[:, 3:]):
         if layout is not None:
             return None

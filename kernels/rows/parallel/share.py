@@ -21,9 +21,9 @@ class Share(NamedTuple):
         return self._replace(vocabulary=vocabulary, most=min(self.most, vocabulary))
 
 
-def gathered(share: Share, numbers: Tensor) -> Tensor:
-    """The tensors of one shape that all processes have, [processes, ...], in the order of their ranks."""
-    group = _group(share.group)
+def gathered(group_name: str, numbers: Tensor) -> Tensor:
+    """The tensors of one shape that all processes of a group have, [processes, ...], in the order of their ranks."""
+    group = _group(group_name)
     found = numbers.new_empty(dist.get_world_size(group), *numbers.shape)
     dist.all_gather(list(found.unbind(0)), numbers.contiguous(), group)
     return found

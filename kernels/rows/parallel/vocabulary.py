@@ -142,14 +142,14 @@ class Pieces:
     def softmax(self, z: Tensor, y: Tensor) -> Softmax:
         target, m = self._scores(z, y), peak_of(z)
         z.sub_(_finite(m)[:, None]).exp_()
-        parts = gathered(self.share, torch.stack([m, z.sum(-1), target]))
+        parts = gathered(self.share.group, torch.stack([m, z.sum(-1), target]))
         peak, total = _merged(parts)
         z.mul_((torch.exp(m - peak) / total)[:, None])
         return Softmax(peak, -total.log(), _named(parts[:, 2]))
 
     def log_softmax(self, z: Tensor, y: Tensor) -> Softmax:
         target, m = self._scores(z, y), peak_of(z)
-        parts = gathered(self.share, torch.stack([m, _centred_sum(z, m), target]))
+        parts = gathered(self.share.group, torch.stack([m, _centred_sum(z, m), target]))
         peak, total = _merged(parts)
         _normalise(z, m, peak, total)
         return Softmax(peak, -total.log(), _named(parts[:, 2]))
@@ -157,7 +157,7 @@ class Pieces:
     def log_softmaxes(self, *chunks: Tensor) -> None:
         peaks = [peak_of(z) for z in chunks]
         own = [torch.stack([m, _centred_sum(z, m)]) for z, m in zip(chunks, peaks, strict=True)]
-        parts = gathered(self.share, torch.stack(own))
+        parts = gathered(self.share.group, torch.stack(own))
         for i, (z, m) in enumerate(zip(chunks, peaks, strict=True)):
             _normalise(z, m, *_merged(parts[:, i]))
 
@@ -180,16 +180,16 @@ class Pieces:
             x.scatter_add_(1, places, -values.where(here, 0.0))
 
     def total(self, sums: Tensor) -> Tensor:
-        return gathered(self.share, sums).sum(0)
+        return gathered(self.share.group, sums).sum(0)
 
     def first_largest(self, *chunks: Tensor) -> list[Tensor]:
         own = [torch.stack([peak_of(x), self._id_of_peak(x)]) for x in chunks]
-        peaks, ids = gathered(self.share, torch.stack(own)).unbind(2)
+        peaks, ids = gathered(self.share.group, torch.stack(own)).unbind(2)
         first = ids.where(peaks == peaks.amax(0), torch.inf).amin(0)
         return [*first.unbind(0)]
 
     def tail(self, sums: Tensor, power: float) -> Tensor:
-        parts = gathered(self.share, sums)
+        parts = gathered(self.share.group, sums)
         peak = parts[:, 0].amax(0)
         step = (parts[:, 0] - peak).where(parts[:, 1] != 0, 0.0)  # no entries, no peak
         merged = torch.empty_like(sums)

@@ -202,9 +202,8 @@ def test_a_dtensor_needs_no_group(key: str) -> None:
         assert [name for name, _ in others] == ["all_gather"] * (len(others) - 1) + ["all_reduce"]
         assert others[-1][1] <= case.problem().hidden.numel()
         assert all(1 <= size <= FEW for _, size in others[:-1])
-        assert len(others) - 1 <= (
-            3 if "per_token" in case.options else 4 if case.options else 2
-        )  # 4: twice, in backward
+        at_most = 3 if "per_token" in case.options else 4 if case.options else 2  # 4: twice, in backward
+        assert len(others) - 1 <= at_most
 
 
 @pytest.mark.parametrize("key", APART)
