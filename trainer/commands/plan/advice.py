@@ -41,15 +41,13 @@ def advice(run: Run, room: float) -> Iterator[Advice]:
             yield Advice(words, peak)
 
 
-def _smaller_batches(run: Run, room: float) -> tuple[str, Run] | None:
+def _smaller_batches(run: Run, room: float) -> tuple[str, Run]:
     """Down to what the longest sample needs; the same results, in more passes."""
     tokens, longest = run.config.batch.max_tokens, max(len(sample.ids) for sample in run.samples)
     while Memory(run).peak > room and tokens > longest:
         tokens = max(tokens // 2, longest)
         run = _with(run, batch=dataclasses.replace(run.config.batch, max_tokens=tokens))
-    return (
-        (f"batch.max_tokens {tokens}, which changes no result", run) if run.config.batch.max_tokens == tokens else None
-    )
+    return f"batch.max_tokens {tokens}, which changes no result", run
 
 
 def _checkpointing(run: Run, room: float) -> tuple[str, Run] | None:

@@ -67,10 +67,6 @@ class Run(NamedTuple):
     samples: list[Sample]  # a distillation's are of full length
     typical: list[Sample]  # as long as they are expected to be
 
-    @property
-    def is_distillation(self) -> bool:
-        return isinstance(self.config, DistillConfig)
-
 
 def scorers_of(config: DistillConfig, student: PreTrainedModel) -> Iterator[Scorer]:
     """The teachers and the reference, with outlines of those that are not the student, but for those behind a server."""
