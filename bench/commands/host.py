@@ -1,10 +1,10 @@
 """What a step costs on the host beside the models: bytes and microseconds of CPU time per token, by part.
 
     python -m bench host                              steps of 10⁵, 10⁶ and 10⁷ tokens
-    python -m bench host --tokens 100000 --repeat 5 --json host.json
+    python -m bench host --tokens 100000 --repeats 5 --json host.json
 
 There is no model: a step's samples are made of random ids and log-probs, as a sampler would hand them over. One thread, and
-the clock of the process's own CPU time, which other programs on the machine do not change much; the least of the repeats.
+the clock of the process's own CPU time, which other programs on the machine do not change much; the least of the rounds.
 
 Columns of the table, keys of the JSON rows:
 
@@ -16,8 +16,8 @@ Columns of the table, keys of the JSON rows:
     advantages       `set_advantages` of the policy gradient
     batch            two times batches, for scores and for the update, and what the loss takes of them
     log              metrics of all tokens, FLOPs, records of the logged samples
+    exchange         `pickle` and back, of all samples: how processes gather them, without the network
     step             scatter, advantages, batch and log together
-    exchange         to give all samples away to another process and to take as many, without the network
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.lib import arguments as checked
 from bench.lib.report import circumstances
 from fastkl._check.json_file import write_json
 from fastkl.trainer.config.loss import LossConfig
@@ -63,16 +65,16 @@ class Texts:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="the steps' tokens")
-    parser.add_argument("--repeat", type=int, default=3, help="how often each step is made")
-    parser.add_argument("--json", help="write the rows into this file")
+    parser.add_argument("--tokens", type=checked.positive, nargs="+", default=list(TOKENS), help="the steps' tokens")
+    parser.add_argument("--repeats", type=checked.positive, default=3, help="take the least of this many rounds")
+    checked.add_json(parser)
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rows = [measure(tokens, arguments.repeat) for tokens in arguments.tokens]
+        rows = [measure(tokens, arguments.repeats) for tokens in arguments.tokens]
     finally:
         torch.set_num_threads(threads)
     columns = list(rows[0])
@@ -81,30 +83,21 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         print(
             "  ".join(f"{row[name]:>10,}" if isinstance(row[name], int) else f"{row[name]:>10.3f}" for name in columns)
         )
-    if arguments.json:
-        write_json(arguments.json, {"command": "host", **circumstances("cpu"), "clock": "CPU time", "rows": rows})
+    write_json(arguments.json, {"command": "host", **circumstances("cpu"), "clock": "CPU time", "rows": rows})
 
 
-def measure(tokens: int, repeat: int) -> dict[str, Any]:
-    """A row of the table: the least of so many repeats."""
+def measure(tokens: int, repeats: int) -> dict[str, Any]:
+    """A row of the table: the least of so many rounds."""
     drawn = list(_drawn(tokens))
     count = sum(len(prompt) + len(completion) for prompt, completion, _ in drawn)
     best: dict[str, float] = {}
     held = 0
-    for _ in range(repeat):
+    for _ in range(repeats):
         seconds, held = _step(drawn)
         best = {name: min(best.get(name, seconds[name]), seconds[name]) for name in PARTS}
     micros = {name: best[name] / count * 1e6 for name in PARTS}
-    own = {name: micros[name] for name in PARTS if name != "exchange"}
     together = sum(micros[name] for name in STEP)
-    return {
-        "tokens": count,
-        "samples": len(drawn),
-        "bytes": held / count,
-        **own,
-        "step": together,
-        "exchange": micros["exchange"],
-    }
+    return {"tokens": count, "samples": len(drawn), "bytes": held / count, **micros, "step": together}
 
 
 def held_bytes(samples: Sequence[Sample]) -> int:
@@ -155,7 +148,7 @@ def _step(drawn: list[Drawn]) -> tuple[dict[str, float], int]:
     held = held_bytes(samples)
     del taken, logprobs
     with clock("exchange"):
-        _exchanged(samples)
+        pickle.loads(pickle.dumps(samples))
     return seconds, held
 
 
@@ -175,12 +168,6 @@ def _logged(samples: list[Sample], taken: list[Batch], logprobs: list[torch.Tens
     texts: Any = Texts()
     for record in sample_records(samples[:LOGGED], texts, 1):
         json.dumps(record)
-
-
-def _exchanged(samples: list[Sample]) -> None:
-    import pickle
-
-    pickle.loads(pickle.dumps(samples))
 
 
 def _drawn(tokens: int) -> Iterator[Drawn]:
