@@ -19,9 +19,12 @@ UNSHOWN = ("tokens", "masks", "hidden states")  # sums, which say nothing to a r
 
 
 def given(
-    head: tuple[Tensor, Tensor, Tensor | None], tokens: Tensor | None, mask: Tensor | None, options: Mapping[str, Any]
+    head: tuple[Tensor, Tensor, Tensor | None], tokens: Tensor | None, mask: Tensor, options: Mapping[str, Any]
 ) -> dict[str, float]:
-    """What must be alike on all processes, by the names that an error has for it: hidden, weight, bias; tokens [...]."""
+    """What must be alike on all processes, by the names that an error has for it: hidden, weight, bias; tokens [...].
+
+    As many numbers whatever was given.
+    """
     hidden, grads, known = head[0].detach(), torch.is_grad_enabled(), options.get("vocab_size")
     flat = hidden.reshape(-1, hidden.shape[-1])
     rows, wanted = flat.shape[0], [grads and t is not None and t.requires_grad for t in head]
@@ -37,10 +40,10 @@ def given(
     }
     active, sums = hidden.new_ones(rows, dtype=torch.bool), dict[str, Tensor]()
     for name, one_each, nothing in (("tokens", tokens, options["ignore_index"]), ("masks", mask, 0.0)):
-        if one_each is not None:
-            own = one_each.detach().reshape(-1).to(torch.float64)
-            sums[name] = (own * torch.arange(1, rows + 1, device=own.device)).sum()
-            active = active & (own != nothing)
+        own = flat.new_full((rows,), torch.nan) if one_each is None else one_each.detach().reshape(-1)
+        own = own.to(torch.float64)
+        sums[name] = (own * torch.arange(1, rows + 1, device=own.device)).sum()
+        active = active & (own != nothing)
     sums |= dict(zip(_PROJECTIONS, _projections(_sample(flat, active)), strict=True))
     numbers = torch.stack([one.to(torch.float64) for one in sums.values()]).tolist()
     return found | dict(zip(sums, numbers, strict=True))

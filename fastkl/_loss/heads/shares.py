@@ -81,7 +81,7 @@ class TeacherIds(Protocol):
 def find_piece(
     head: tuple[Tensor, Tensor, Tensor | None],  # hidden, weight, bias
     tokens: Tensor | None,
-    mask: Tensor | None,
+    mask: Tensor,
     teacher: TeacherIds | None,
     options: Mapping[str, Any],
 ) -> Piece | None:

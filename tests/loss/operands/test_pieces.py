@@ -85,6 +85,7 @@ REFUSED: dict[str, tuple[Case, str]] = {
     "sparse": (Case("policy_gradient", {"backward": Sparse(seed=1)}, TWO), 'backward is Sparse / backward="exact"'),
     "triton": (Case("policy_gradient", {"backend": "triton"}, TWO), 'backend is "triton" / backend="auto"'),
     "tokens": (Case("policy_gradient", {}, TWO, change=pieces.other_tokens), "different tokens; all of them take"),
+    "tokens-on-one": (Case("jsd", {}, TWO, change=pieces.tokens_on_the_first), "different tokens; all of them take"),
     "hidden": (Case("policy_gradient", {}, TWO, change=pieces.other_hidden), "different hidden states"),
     "rows": (Case("policy_gradient", {}, TWO, change=pieces.fewer_rows), "different numbers of tokens (6, 5)"),
     "teacher": (

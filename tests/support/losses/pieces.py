@@ -203,6 +203,10 @@ def other_tokens(p: Problem) -> Problem:
     return p._replace(tokens=p.tokens.clamp(min=0).roll(dist.get_rank()))
 
 
+def tokens_on_the_first(p: Problem) -> Problem:
+    return p if dist.get_rank() == 0 else p._replace(tokens=None)  # type: ignore[arg-type]
+
+
 def other_hidden(p: Problem) -> Problem:
     return p._replace(hidden=p.hidden * (1 + dist.get_rank()))
 
