@@ -83,8 +83,9 @@ the group. The gradients of weight and bias are those of its own rows. The accur
 
 A chunk of rows costs one exchange of a few numbers a row; divergences, entropies, label smoothing and top-k cost two. The
 gradient of hidden is one sum of [N, D] float32 over the group. A call begins with an exchange of a few numbers, a
-synchronisation on an accelerator: the processes compare what they were given, and all raise ValueError where it differs.
-Backward passes are collectives too.
+synchronisation on an accelerator: the processes compare tokens, mask, hidden, chunk_size, skip_zero_rows and vocab_size.
+All raise ValueError where these differ. The values of other arguments must be the same too, and are not compared. Backward
+passes are collectives too.
 
 A DTensor with Shard(0) on one dimension of its mesh needs no group: that dimension's is taken, if the processes have the
 same tokens. A bias is split like the weight, or all is gathered; a teacher may be split or whole. All is gathered, too,
