@@ -34,6 +34,7 @@ from fastkl.trainer.servers.concurrency import gather
 from fastkl.trainer.servers.connection import Connection, Refused
 from fastkl.trainer.servers.constant import meaningless
 from fastkl.trainer.servers.generation import GenerationServer
+from fastkl.trainer.servers.recheck import distance
 from fastkl.trainer.servers.transfer import TransferLoader
 from fastkl.trainer.servers.weights import AdapterLoader, Loader, ModelLoader
 from fastkl.trainer.student import Student
@@ -276,7 +277,7 @@ class ServedSampler:
     def _check_loaded(self, weights: Weights) -> None:
         """The server gives a text the log-probs that the student gives it."""
         theirs, ours = self._ask(), weights.logprobs
-        error, moved = _distance(theirs, ours), _distance(ours, self._ours)
+        error, moved = distance(theirs, ours), distance(ours, self._ours) if self._ours else 0.0
         stale = theirs == self._theirs and moved > MOVED
         if stale or error > self._limit:
             found = f"as it gave before, where the student's have moved by {moved:.4f}" if stale else f"{error:.4f} off"
@@ -312,7 +313,3 @@ def _mapped(path: Path) -> Tensor:
 def _request_seed(seed: int, index: int) -> int:
     """A seed of its own for every request: 63 bits, the same for the same two numbers."""
     return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:8], "big") >> 1
-
-
-def _distance(a: list[float], b: list[float]) -> float:
-    return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a) if b else 0.0

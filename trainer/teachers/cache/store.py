@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.notes import note
+from fastkl.trainer.servers.recheck import distance
 
 NAME = "scores.sqlite"
 PATIENCE = 60.0  # seconds that one process waits for another
@@ -160,4 +161,4 @@ def _pieces(keys: list[bytes]) -> Iterator[list[bytes]]:
 
 
 def _apart(a: Sequence[float], b: Sequence[float]) -> float:
-    return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / len(a) if len(a) == len(b) else float("inf")
+    return distance(a, b) if len(a) == len(b) else float("inf")
