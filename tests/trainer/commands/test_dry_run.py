@@ -271,7 +271,11 @@ sys.exit(status)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [{}, {"student.lora.rank": 16}, {"student.gradient_checkpointing": "true"}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"student.lora.rank": 16}, {"student.gradient_checkpointing": "true"}, {"mixed_precision": "bf16"}],
+    ids=str,
+)
 def test_the_peak_is_near_what_is_measured(more: dict[str, object], tmp_path: Path) -> None:
     size = {"max_position_embeddings": 256, "num_attention_heads": 8, "vocabulary": 16000}
     save_model(tmp_path / "student", layers=8, width=512, **size)
