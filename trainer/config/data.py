@@ -28,7 +28,8 @@ class DataConfig:
         chat_template: Wrap a text `prompt` as a user's turn in the tokenizer's chat template.
         template_kwargs: Pass these variables to the chat template, for example {enable_thinking: false}.
         max_prompt_tokens: Leave out longer prompts. null: keep all.
-        limit: Use only the first rows, this many. null: use all.
+        offset: Skip the first rows, this many.
+        limit: Use only the first rows after these, this many. null: use all.
     """
 
     path: str | None = None
@@ -39,9 +40,11 @@ class DataConfig:
     chat_template: bool = True
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     max_prompt_tokens: int | None = None
+    offset: int = 0
     limit: int | None = None
 
     def __post_init__(self) -> None:
+        at_least(0, self, "data.", "offset")
         at_least(1, self, "data.", "max_prompt_tokens", "limit")
         require(
             self.name is None or self.dataset is not None,

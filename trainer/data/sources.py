@@ -42,13 +42,15 @@ def load_prompts(config: DataConfig, more: Collection[str] = ()) -> list[Prompt]
     Columns in `more` are kept beside the usual ones. Those that nothing reads are named once, on stderr.
     """
     prompts, unused = [], dict[str, None]()
-    for source, row in itertools.islice(_rows(config), config.limit):
+    last = None if config.limit is None else config.offset + config.limit
+    for source, row in itertools.islice(_rows(config), config.offset, last):
         if isinstance(row, dict):
             row = _renamed(source, row, config.columns)
             unused |= dict.fromkeys(name for name in row if name not in (*COLUMNS, *more))
         prompts.append(parse_row(source, row, more))
     if not prompts:
-        raise ConfigError(f"{config.path or config.dataset} holds no rows")
+        after = f" after the first {config.offset}, which data.offset skips" if config.offset else ""
+        raise ConfigError(f"{config.path or config.dataset} holds no rows{after}")
     if unused:
         note(f"{config.path or config.dataset}: nothing reads the columns {', '.join(map(repr, unused))}")
     return prompts

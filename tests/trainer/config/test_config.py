@@ -43,6 +43,7 @@ REFUSED: dict[str, list[tuple[dict[str, object], list[str]]]] = {
         ({"data.dataset": "x"}, ["data.path is 'd.jsonl'", "data.dataset is 'x'", "exactly one"]),
         ({"data.path": "null"}, ["data.path is None", "data.dataset is None", "exactly one"]),
         ({"data.limit": 0}, ["data.limit is 0", "at least 1", "null"]),
+        ({"data.offset": -1}, ["data.offset is -1", "at least 0"]),
         ({"data.max_prompt_tokens": 0}, ["data.max_prompt_tokens is 0", "at least 1", "null"]),
         ({"log_samples": -1}, ["log_samples is -1", "at least 0"]),
         ({"student.lora.rank": -4}, ["lora.rank is -4", "at least 0"]),

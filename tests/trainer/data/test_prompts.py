@@ -123,6 +123,18 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
         load(path, limit=3)
 
 
+def test_offset_and_limit_cut_a_slice_and_slices_are_the_whole(tmp_path: Path) -> None:
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name}{number}"} for number in range(4)])
+    rows = load_prompts(DataConfig(path=str(tmp_path)))  # a folder: rows are counted over its files
+    for offset in range(8):
+        for limit in range(1, 10):
+            data = DataConfig(path=str(tmp_path), offset=offset, limit=limit)
+            assert load_prompts(data) == rows[offset : offset + limit]
+    with pytest.raises(ConfigError, match=r"holds no rows after the first 8, which data\.offset skips"):
+        load_prompts(DataConfig(path=str(tmp_path), offset=8))
+
+
 def encode(rows: list[Prompt], words: PreTrainedTokenizerFast, chat_template: bool) -> list[list[int]]:
     return [p.ids for p in encode_prompts(rows, words, DataConfig(path="p", chat_template=chat_template))]
 

@@ -60,7 +60,8 @@ def test_files_of_json(name: str, content: bytes, sources: str, tmp_path: Path) 
     prompts = load(path)
     assert [p.prompt for p in prompts] == ["a", "b"]
     assert [p.source for p in prompts] == [f"{path}{place}" for place in sources.split()]
-    assert len(load(path, limit=1)) == 1
+    assert load(path, limit=1) == prompts[:1]
+    assert load(path, offset=1) == prompts[1:]
 
 
 def test_one_object_over_many_lines(tmp_path: Path) -> None:

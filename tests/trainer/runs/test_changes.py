@@ -24,7 +24,16 @@ from fastkl.trainer.runs.folder import RunFolder, check_run_folder
 from fastkl.trainer.runs.settings import flat
 from fastkl.trainer.student import Student
 
-NEVER = {"student.path", "teacher.path", "data.path", "seed", "mixture", "environment.name", "student.lora.rank"}
+NEVER = {
+    "student.path",
+    "teacher.path",
+    "data.path",
+    "data.offset",
+    "seed",
+    "mixture",
+    "environment.name",
+    "student.lora.rank",
+}
 AT_ONCE = {"log_samples", "trackers", "eval.every", "checkpoint.every", "checkpoint.keep", "batch.max_tokens"}
 
 
@@ -112,7 +121,7 @@ def test_a_changed_rate_is_used_from_the_next_step_on(folder: Path, run: Path) -
 
 @pytest.mark.parametrize("name", sorted(NEVER - {"mixture", "environment.name"}))
 def test_some_settings_never_change(folder: Path, run: Path, name: str) -> None:
-    other = {"seed": 3, "student.lora.rank": 2}.get(name, folder / "elsewhere")
+    other = {"seed": 3, "student.lora.rank": 2, "data.offset": 1}.get(name, folder / "elsewhere")
     changed = settings(folder, run) | {name: other, "optim.lr": 0.5, "resume": "change"}
     with pytest.raises(ConfigError, match=rf"Within a run {name} cannot change"):
         check_run_folder(config("distill", changed))
