@@ -4,7 +4,7 @@
 
 It prints versions, the device and the backend that the losses will use. Then it compares each kernel and each loss with
 `fastkl.reference` in float64, in every dtype of the device, and measures how long the losses take. It needs torch, and on a
-GPU triton. docs/understand/speed.md says what the tables mean.
+GPU triton. docs/speed/speed.md says what the tables mean.
 
 Exit status: 0 if all errors are within their bounds, 1 if not, 2 for wrong arguments. FILE gets the same as JSON. It is
 replaced after each line of the table, so that it is whole at any time.

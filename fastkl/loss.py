@@ -28,7 +28,7 @@ values.
                     computed. Either way masked rows may hold anything, NaN included: nothing of them reaches a result.
     backend         "triton", "torch", or "auto": Triton on CUDA and HIP devices, PyTorch elsewhere and for float64.
                     "epilogue": Triton, and a policy gradient with old_logprobs of a 16-bit head without logits in memory.
-                    No GPU has measured it yet. docs/understand/speed.md has more.
+                    No GPU has measured it yet. docs/speed/speed.md has more.
     backward        "exact", or Sparse(seed=…). See below.
     weight_grad     [V, D] float32 (float64 for float64 weights). The backward pass adds the weight's gradient to it and
                     leaves weight.grad alone. Use it to sum over micro-batches in full precision, for example with
@@ -65,7 +65,7 @@ backward=Sparse(seed=…) makes the gradients of hidden and weight from a random
 rows (128 on a CPU, 1024 elsewhere). They are unbiased for every loss. On the peaked rows of a trained model they cost
 little more than the forward pass. Values are exact. The bias's gradient is exact where the loss is reduced. Where it is
 not (linear_logprobs, reduction="none") and weight or bias is trainable, it is made from the subset too.
-docs/understand/sparse-backward.md has the estimator, measurements, and when not to use it.
+docs/losses/sparse-backward.md has the estimator, measurements, and when not to use it.
 
 `Sparse` has the options: seed, error or threshold. The subset depends on chunk_size, but not among multiples of a block's
 rows. By default a chunk has at least one block. A block that would use half of the ids or more is computed exactly, as flat

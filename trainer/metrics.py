@@ -1,8 +1,9 @@
 """Every metric that a run writes: its unit, what it means, and what is healthy where that is known.
 
-The progress bar, the report's figures and docs/metrics.md are made from this table. Make the page again after a change:
+The progress bar, the report's figures and docs/metrics/metrics.md are made from this table. Make the page again after a
+change:
 
-    python -m fastkl.trainer.metrics > docs/metrics.md
+    python -m fastkl.trainer.metrics > docs/metrics/metrics.md
 """
 
 from __future__ import annotations
@@ -240,7 +241,7 @@ first step.
 - "Healthy" is empty where it differs from run to run. Many of these numbers are estimates from the samples of one step:
   look at the curve, not at one point.
 
-`python -m fastkl.trainer.metrics > docs/metrics.md` makes this page from `trainer/metrics.py`."""
+`python -m fastkl.trainer.metrics > docs/metrics/metrics.md` makes this page from `trainer/metrics.py`."""
 
 
 def find(name: str) -> Metric | None:
@@ -260,7 +261,7 @@ def figures(names: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def page() -> Iterator[str]:
-    """The lines of docs/metrics.md."""
+    """The lines of docs/metrics/metrics.md."""
     yield HEAD
     for group in GROUPS:
         yield from (

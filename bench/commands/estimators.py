@@ -5,7 +5,7 @@
 
 The student samples a completion of each prompt. Both models then say their log-probs of the whole vocabulary at all its
 tokens. The rest is in closed form: nothing but the completions is random. `bench/estimators/study.py` says what the keys of
-the report mean. `python -m bench plot` draws reports as estimators.png, and docs/objectives.md shows them.
+the report mean. `python -m bench plot` draws reports as estimators.png, and docs/objectives/objectives.md shows them.
 
 The models are on the CPU. What both say of all tokens is held in memory: 24 V bytes for each position.
 """

@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=checked.names("backward", tuple(BACKWARDS)),
         default=["exact"],
         metavar="A,B",
-        help="measure fastkl with these: exact, sparse, or both side by side (docs/understand/sparse-backward.md)",
+        help="measure fastkl with these: exact, sparse, or both side by side (docs/losses/sparse-backward.md)",
     )
     parser.add_argument("--head", choices=HEADS, default="frozen", help="give the weight a gradient or none")
     parser.add_argument("--device", type=checked.device, default="cpu", metavar="{cpu,cuda}", help="run there")

@@ -4,7 +4,7 @@
 
 Columns of the table, keys of the JSON rows:
 
-    error, threshold        the one that is given (docs/understand/sparse-backward.md)
+    error, threshold        the one that is given (docs/losses/sparse-backward.md)
     block                   rows of a block, which share their columns
     kept                    fraction of the columns
     claimed                 the relative error that the loss expects (`metrics["grad_error"]`)

@@ -45,7 +45,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DATA = ("peaked", "unshared", "flat", *MODELS)
 ENTROPY = 0.57  # nats: what Qwen2.5-Coder-1.5B-Instruct's own samples have at temperature 1
 TAIL_SHARE = 0.45  # the tail's entropy as a share of log V: about 4.9 nats at V = 49152
-# More columns are kept than with Qwen's rows, fewer than with SmolLM2's (docs/understand/sparse-backward.md).
+# More columns are kept than with Qwen's rows, fewer than with SmolLM2's (docs/losses/sparse-backward.md).
 SHARED = 0.95
 MARGIN_STD = 3.0  # nats; from rows that are certain to rows that are flat
 TOP_K = 64  # tokens that op top_k knows of the teacher

@@ -1,4 +1,4 @@
-"""fastkl with the sparse backward (docs/understand/sparse-backward.md): unbiased gradients, another sample in each call."""
+"""fastkl with the sparse backward (docs/losses/sparse-backward.md): unbiased gradients, another sample in each call."""
 
 from __future__ import annotations
 

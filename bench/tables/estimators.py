@@ -1,4 +1,4 @@
-"""The tables of docs/objectives.md, from the reports of `python -m bench estimators`."""
+"""The tables of docs/objectives/objectives.md, from the reports of `python -m bench estimators`."""
 
 from __future__ import annotations
 

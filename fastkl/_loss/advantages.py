@@ -34,8 +34,8 @@ def reverse_kl_advantages(
 
     `power` α in [0, 1000] bounds it: d = mask · (pᵅ − qᵅ) / α of the token's probabilities p (sampler) and q (teacher), the
     reward of PowerOPD (Zhao et al., 2026) negated and divided by α. |d| ≤ mask / α, also where q is 0. α → 0 gives the d
-    above, which is α = 0. Its mean gradient is that of `density_power_loss` with the same power: docs/losses.md has the
-    proof.
+    above, which is α = 0. Its mean gradient is that of `density_power_loss` with the same power: docs/losses/losses.md
+    has the proof.
 
     `baseline` is a control variate (0 by default): what does not depend on the token itself leaves the policy gradient's
     mean as it is. With the expectation of d_i, at power 0 the exact KL(sampler ‖ teacher) at the position

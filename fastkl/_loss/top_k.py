@@ -42,7 +42,7 @@ def top_k_kl_loss(
                       "renormalise": the teacher has nothing outside the list. Within it the divergence of both sides
                       renormalised, and −log of the student's mass within it on top, which makes leaving the list cost.
                       Biased: for two flat students its gradient was off by 42 and 91 % of the length of the reverse KL's
-                      at 20 tokens, by 181 and 213 % at one (docs/objectives.md).
+                      at 20 tokens, by 181 and 213 % at one (docs/objectives/objectives.md).
                       "drop": the terms of the listed tokens alone, as they are. Biased, and no divergence: it may be
                       negative, and in the reverse direction the student pays nothing for what is not listed. Its gradient
                       was off by 73 and 112 % there at 20 tokens, by 120 and 110 % at one.

@@ -16,7 +16,7 @@ u sums to 0 over v, unless there is a soft-cap or a loss of the lse. û does not
 of the two sums has expectation 0, and taking it off û W lowers the error. c is the mean of rows of W.
 
 What the driver sees is a `ColumnSampler`. There are two: a plain one (`pytorch.py`) and one for accelerators (`triton.py`).
-docs/understand/sparse-backward.md has the proof, measurements, and when not to use this.
+docs/losses/sparse-backward.md has the proof, measurements, and when not to use this.
 """
 
 from __future__ import annotations

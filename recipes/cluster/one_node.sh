@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One node of 8 GPUs: the teacher on 0 and 1, the server that samples on 2 and 3, the trainer on 4 to 7.
-#   recipes/cluster/one_node.sh [--setting value ...]      settings of the run; docs/scale/cluster.md
+#   recipes/cluster/one_node.sh [--setting value ...]      settings of the run; docs/cluster/cluster.md
 set -eu
 STUDENT=${STUDENT:-runs/deepmath/8b} TEACHER=${TEACHER:-Qwen/Qwen3-32B} LOGS=${LOGS:-runs/deepmath/logs}
 CONTEXT=${CONTEXT:-17664} PROCESSES=${PROCESSES:-4} TEACHER_PORT=${TEACHER_PORT:-8000} SAMPLING_PORT=${SAMPLING_PORT:-8001}

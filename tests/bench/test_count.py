@@ -284,7 +284,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_committed_count_is_that_of_the_code(tmp_path: Path) -> None:
-    """docs/understand/speed.md is made from it."""
+    """docs/speed/speed.md is made from it."""
     file = tmp_path / "counted.json"
     main(["count", "--bias", "--json", str(file)])
     command = "python -m bench count --bias --json bench/results/counted.json, then python -m bench table --write"

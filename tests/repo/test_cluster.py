@@ -18,7 +18,7 @@ from fastkl.trainer.commands.command_line import parse
 
 RECIPE = REPOSITORY / "recipes" / "cluster"
 CONFIG = "recipes/reasoning/gpu/qwen3-8b-full.yaml"
-PAGE = REPOSITORY / "docs" / "scale" / "cluster.md"
+PAGE = REPOSITORY / "docs" / "cluster" / "cluster.md"
 SCRIPTS = ("one_node.sh", "nodes.sbatch")
 GPUS = 8
 

@@ -1,4 +1,4 @@
-"""The table of metrics says neither less nor more than what runs write, and docs/metrics.md is made from it."""
+"""The table of metrics says neither less nor more than what runs write, and docs/metrics/metrics.md is made from it."""
 
 from __future__ import annotations
 
@@ -121,5 +121,5 @@ def test_figures_are_in_the_order_of_the_table_and_unknown_names_last() -> None:
 
 
 def test_the_document_is_made_from_the_table() -> None:
-    text = (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
-    assert text == "\n".join(page()) + "\n", "run: python -m fastkl.trainer.metrics > docs/metrics.md"
+    text = (REPOSITORY / "docs" / "metrics" / "metrics.md").read_text(encoding="utf-8")
+    assert text == "\n".join(page()) + "\n", "run: python -m fastkl.trainer.metrics > docs/metrics/metrics.md"

@@ -44,8 +44,7 @@ Any setting of CONFIG.yaml can be given as --name value too; `fastkl COMMAND --h
 
 DRY_RUN = "--dry-run"
 DRY_RUN_HELP = (
-    "Check everything and estimate a step's FLOPs and memory (docs/understand/accounting.md). "
-    "Nothing is loaded or written."
+    "Check everything and estimate a step's FLOPs and memory (docs/speed/accounting.md). Nothing is loaded or written."
 )
 
 

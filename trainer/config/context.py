@@ -19,7 +19,7 @@ class ExamplesConfig:
     """Solved examples that stand before the teacher's chat.
 
     Args:
-        path: Read them from this file or folder: rows with a `completion` each (docs/data.md).
+        path: Read them from this file or folder: rows with a `completion` each (docs/data/data.md).
         count: Take the first rows, this many. null: all.
     """
 

@@ -13,7 +13,7 @@ COLUMNS = ("prompt", "messages", "completion", "answer", "metadata", "tools")  #
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Prompts: a file, a folder or a data set of the `datasets` package (docs/data.md).
+    """Prompts: a file, a folder or a data set of the `datasets` package (docs/data/data.md).
 
     Each row has `prompt` (text) or `messages` (a chat), and optionally `answer`, `completion`, `tools` and `metadata` (an
     object).

@@ -10,7 +10,7 @@ from fastkl.trainer.errors import require
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
-    """What answers the student between its turns. Its tokens are context and carry no loss (docs/rollouts.md).
+    """What answers the student between its turns. Its tokens are context and carry no loss (docs/data/rollouts.md).
 
     Args:
         name: Use this environment: calculator, or class:MODULE.NAME (your own `Environment`). null: one turn only.

@@ -69,7 +69,7 @@ class LossConfig:
         ratio_bounds: Leave out of the loss what has a ratio outside [low, high]: tokens, or whole completions with ratio:
             sequence. 0 and .inf leave a side open. null: nothing is left out.
         backward: Compute all of the gradient (exact), or estimate it from a random subset of the vocabulary, without bias
-            (sparse; docs/understand/sparse-backward.md).
+            (sparse; docs/losses/sparse-backward.md).
         sparse_error: Allow the sparse gradient this relative error. null: the loss's default, 0.002.
         jsd_beta: Set β of jsd. 0 is the forward KL, 1 the reverse KL.
         skew_alpha: Mix this share of the one distribution into the other, for skewed_reverse_kl and skewed_forward_kl.
@@ -78,24 +78,26 @@ class LossConfig:
         top_k: Compare this many of the likeliest tokens. A vLLM server has a limit, 20 by default.
         top_k_of: Choose whose likeliest tokens top_k compares: those of the teacher, of the student, or of both, each with
             top_k. The student lists them in one more forward pass before the update. A server must then score given ids
-            (docs/servers.md).
+            (docs/teachers/servers.md).
         top_k_direction: Choose the reverse or the forward KL of top_k.
         top_k_tail: Treat all other tokens as one outcome (bucket), or leave them out with a renormalisation (renormalise)
             or without (drop). Those two are far from the reverse KL: for two flat students their gradients were off by
-            42 to 112 % of its gradient's length at 20 tokens, by 110 to 213 % at one (docs/objectives.md).
+            42 to 112 % of its gradient's length at 20 tokens, by 110 to 213 % at one (docs/objectives/objectives.md).
             sampled: as bucket, and the sampled token stands for what the bucket does not see. On average that is the
             reverse KL over the whole vocabulary.
         tail_weight: Weigh the sampled token of top_k_tail by this. Below 1 there is less noise, and a part of the bucket's
             bias. 0: the bucket alone.
         forward_kl_above: Add the forward KL where the teacher's entropy is above this many nats (EOPD;
-            docs/token-weights.md). null: add none.
+            docs/objectives/token-weights.md). null: add none.
         forward_kl_coef: Weigh the added forward KL by this.
         forward_kl_top_k: Ask the teacher for this many of its likeliest tokens for it, under policy_gradient.
         weights: Weigh each token by the product of these rules: skip_first:N, top_gap:SHARE, tip:SHARE, drift:GAMMA,
-            function:MODULE.NAME (docs/token-weights.md). The loss is the weighted mean. Empty: every token counts 1.
+            function:MODULE.NAME (docs/objectives/token-weights.md). The loss is the weighted mean. Empty: every token
+            counts 1.
         trust_weights: Allow the Python function that `weights` names to be imported and run.
-        control: Run a control, which shows whether the teacher mattered (docs/token-weights.md). shuffled: judge each token
-            by the teacher's score of another sample. no_teacher: put a fixed penalty in the teacher's place.
+        control: Run a control, which shows whether the teacher mattered (docs/objectives/token-weights.md). shuffled:
+            judge each token by the teacher's score of another sample. no_teacher: put a fixed penalty in the teacher's
+            place.
         control_penalty: Set the reverse KL of no_teacher, in nats, at the unlikeliest tokens. It is 0 at all others.
         control_share: Penalise this share of a step's tokens, those with the lowest log-probs.
     """

@@ -59,7 +59,7 @@ class BatchConfig:
         max_tokens: Limit a forward pass to this many tokens, padding included. Larger minibatches are accumulated.
         layout: Lay sequences end to end in one row (packed), or in rows of similar length (padded). auto: packed with flash
             attention, which computes it without waste, else padded; padded too where a check at the start finds that
-            packed sequences of the model run into one another (docs/rollouts.md).
+            packed sequences of the model run into one another (docs/data/rollouts.md).
     """
 
     max_tokens: int = 16384

@@ -11,7 +11,7 @@ from fastkl.trainer.errors import require
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """A score of each whole sample, added to the advantages of its tokens (docs/rollouts.md).
+    """A score of each whole sample, added to the advantages of its tokens (docs/data/rollouts.md).
 
     Args:
         grader: Score completions with this: last_number, boxed, math_verify, regex:PATTERN, reasoning_gym[:DATASET],

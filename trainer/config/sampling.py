@@ -20,8 +20,8 @@ class SamplingServerConfig(ServerConfig):
         weights: Hand over the weights through this folder. This process writes it, and the server reads it under the same
             path. null: a folder in /dev/shm, which is memory, where the server is on this machine and there is room; else
             `weights` in the run folder.
-        transfer: Send all weights from GPU to GPU by vLLM's own weight transfer, over NCCL or CUDA IPC (docs/servers.md).
-            null: the server reads them from the folder.
+        transfer: Send all weights from GPU to GPU by vLLM's own weight transfer, over NCCL or CUDA IPC
+            (docs/teachers/servers.md). null: the server reads them from the folder.
     """
 
     concurrency: int = 64
@@ -53,17 +53,17 @@ class SamplingConfig:
         top_k: Leave this at 0, for the same reason.
         engine: Sample with Transformers' continuous_batching, where a new completion takes the place of an ended one, or
             with its generate, which samples whole batches and knows more kinds of models. auto: generate on a CPU
-            (docs/understand/speed.md), and where a check at the start finds wrong log-probs of the other
-            (docs/rollouts.md).
+            (docs/speed/speed.md), and where a check at the start finds wrong log-probs of the other
+            (docs/data/rollouts.md).
         max_batch_tokens: Limit a forward pass of continuous batching to this many tokens. If set, auto takes continuous
             batching on a CPU too.
         max_requests: Keep at most this many completions in progress. null: 64; on a CPU, continuous batching picks a
-            smaller number (docs/understand/speed.md).
+            smaller number (docs/speed/speed.md).
         dtype: Sample from a copy of the student in this dtype, in evaluation too. The samples have its log-probs. null:
             sample from the student itself.
         server: Sample on this server. Without one, this process samples.
         steps_ahead: Ask the server for the samples of so many coming steps while the student learns. They are written by
-            weights that are so many steps old (docs/rollouts.md). 0: each step samples first.
+            weights that are so many steps old (docs/data/rollouts.md). 0: each step samples first.
         max_staleness: Refuse samples that are written by weights more steps old than this. null: as old as steps_ahead
             makes them.
     """
@@ -150,7 +150,7 @@ class SamplingConfig:
         require(
             not self.steps_ahead or bool(self.server.url),
             f"{ahead}, but this process samples, which cannot learn at the same time. Start a server that samples and give "
-            f"its address (sampling.server.url, docs/servers.md), or set sampling.steps_ahead to 0",
+            f"its address (sampling.server.url, docs/teachers/servers.md), or set sampling.steps_ahead to 0",
         )
         require(
             not self.steps_ahead or self.on_policy_fraction > 0,

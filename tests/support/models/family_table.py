@@ -1,8 +1,8 @@
 """What works for each causal-LM family of Transformers, as tests/trainer/models/test_families.py finds it.
 
-docs/models.md is made from this table. Make the page again after a change:
+docs/models/models.md is made from this table. Make the page again after a change:
 
-    python tests/support/models/family_table.py > docs/models.md
+    python tests/support/models/family_table.py > docs/models/models.md
 """
 
 from __future__ import annotations
@@ -137,13 +137,14 @@ are trained and saved.
 | a folder or Hub id that Transformers loads | give it as `student.path` or `teacher.path` |
 | a model with code of its own | set `trust_remote_code` |
 | a head that is not one linear layer, or logits changed in other ways than by a scale or a soft-cap | it is refused |
-| a GGUF file | convert it to a folder first, as [recipes/smollm2](../recipes/smollm2/make.py) does |
-| a quantised folder | it can be a teacher: see [teachers.md](teachers.md#where-a-teacher-is) |
+| a GGUF file | convert it to a folder first, as [recipes/smollm2](../../recipes/smollm2/make.py) does |
+| a quantised folder | it can be a teacher: see [teachers.md](../teachers/teachers.md#where-a-teacher-is) |
 
 ## What is checked at the start
 
 What goes wrong differs between families. So it is not a family's name that decides, but the model's answers to a few short
-texts: see [rollouts.md](rollouts.md#one-distribution). A model that is in no table below is checked in the same way.
+texts: see [rollouts.md](../data/rollouts.md#one-distribution). A model that is in no table below is checked in the same
+way.
 
 Phi-3 with 128k of context and others with `rope_type: longrope` rotate a whole batch by other frequencies as soon as one
 of its texts is longer than `original_max_position_embeddings`. A distillation is refused where some prompt is shorter than
@@ -186,7 +187,7 @@ COLUMNS = {"gpu": "sampled on a GPU by", "cpu": "on a CPU by", "batches": "rows"
 
 
 def page() -> Iterator[str]:
-    """The lines of docs/models.md."""
+    """The lines of docs/models/models.md."""
     yield HEAD.replace("TRANSFORMERS", VERSION)
     count = sum(len(group.names) for group in GROUPS)
     yield from ("", f"{count} families, by what they can do:", "")

@@ -1,4 +1,4 @@
-"""docs/data.md: its examples are rows, and it names every column, suffix and setting."""
+"""docs/data/data.md: its examples are rows, and it names every column, suffix and setting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastkl.trainer.config.data import COLUMNS, DataConfig
 from fastkl.trainer.data.prompts import encode_prompts
 from fastkl.trainer.data.sources import load_prompts
 
-PAGE = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
+PAGE = (REPOSITORY / "docs" / "data" / "data.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^```json\n(.*?)\n```", PAGE, flags=re.MULTILINE | re.DOTALL)
 # Takes whatever the page shows.
 TEMPLATE = (

@@ -1,7 +1,7 @@
 """Every causal-LM family of Transformers that can be built small, through what a run does with its student.
 
-The table is tests/support/models/family_table.py. Where this test fails with another result, the table and docs/models.md
-are to be changed, or the trainer is to be mended.
+The table is tests/support/models/family_table.py. Where this test fails with another result, the table and
+docs/models/models.md are to be changed, or the trainer is to be mended.
 """
 
 from __future__ import annotations
@@ -46,5 +46,5 @@ def test_every_family_has_one_place() -> None:
 
 
 def test_the_document_is_made_from_the_table() -> None:
-    text = (REPOSITORY / "docs" / "models.md").read_text(encoding="utf-8")
-    assert text == "\n".join(page()) + "\n", "run: python tests/support/models/family_table.py > docs/models.md"
+    text = (REPOSITORY / "docs" / "models" / "models.md").read_text(encoding="utf-8")
+    assert text == "\n".join(page()) + "\n", "run: python tests/support/models/family_table.py > docs/models/models.md"

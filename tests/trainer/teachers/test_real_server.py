@@ -1,4 +1,4 @@
-"""A real server, started by hand, against the same model here. docs/servers.md has the commands; for example
+"""A real server, started by hand, against the same model here. docs/teachers/servers.md has the commands; for example
 
 export FASTKL_SERVER_URL=http://127.0.0.1:8000/v1 FASTKL_SERVER_MODEL=smol FASTKL_SERVER_FOLDER=runs/smollm2/teacher
 python -m pytest -m slow tests/trainer/teachers/test_real_server.py

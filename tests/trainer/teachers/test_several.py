@@ -203,7 +203,7 @@ def test_the_name_of_a_data_set_is_that_of_a_metric(tmp_path: Path, models: Path
 
 
 def test_the_mixture_in_the_documentation_runs(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (REPOSITORY / "docs" / "teachers.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "docs" / "teachers" / "teachers.md").read_text(encoding="utf-8")
     block = text.split("## Several teachers")[1].split("```yaml\n")[1].split("```")[0]
     names = {"runs/two": "run", "math.jsonl": "sums.jsonl", "chat.jsonl": "chats.jsonl"}
     names |= {"models/student": "student", "models/mathematician": "adder", "models/chatter": "chatter"}

@@ -78,7 +78,7 @@ def _sampling_server(run: Run, room: float) -> tuple[str, Run] | None:
     sampling = dataclasses.replace(
         run.config.sampling, engine="auto", max_batch_tokens=512, max_requests=None, dtype=None, server=SAMPLING_SERVER
     )
-    return "sampling.server: another device samples (docs/servers.md)", _with(run, sampling=sampling)
+    return "sampling.server: another device samples (docs/teachers/servers.md)", _with(run, sampling=sampling)
 
 
 def _teacher_server(run: Run, room: float) -> tuple[str, Run] | None:
@@ -87,7 +87,7 @@ def _teacher_server(run: Run, room: float) -> tuple[str, Run] | None:
     if not own or not is_sampled(run.config):
         return None
     return (
-        "teacher.server in place of teacher.path: another device scores (docs/servers.md)",
+        "teacher.server in place of teacher.path: another device scores (docs/teachers/servers.md)",
         run._replace(scorers=[scorer for scorer in run.scorers if scorer not in own]),
     )
 

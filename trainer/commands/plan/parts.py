@@ -1,4 +1,4 @@
-"""The memory of a process by phase (docs/understand/accounting.md). A GPU's is the device's, a CPU's the process's own."""
+"""The memory of a process by phase (docs/speed/accounting.md). A GPU's is the device's, a CPU's the process's own."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ class Memory:
     def _kept_by_the_library(self, activations: float) -> Iterator[Part]:
         """On a CPU: what the C library keeps of an earlier pass, where nothing that lasts has taken its place since.
 
-        A share that was measured, of passes of different widths: docs/understand/accounting.md.
+        A share that was measured, of passes of different widths: docs/speed/accounting.md.
         """
         kept = KEPT_SHARE * activations - 3 * sizes.gradients(self._run.student) / self._shards
         if self._run.processes.on_cpu and kept > 0:

@@ -1,4 +1,4 @@
-"""What a run will hold in memory, of models that are not loaded (docs/understand/accounting.md). All sizes are bytes.
+"""What a run will hold in memory, of models that are not loaded (docs/speed/accounting.md). All sizes are bytes.
 
 A model is an outline: the real module on the meta device, where tensors have shapes and dtypes and no memory.
 """

@@ -1,4 +1,4 @@
-"""What one step takes, as a table: shapes, FLOPs, and the memory of a process (docs/understand/accounting.md)."""
+"""What one step takes, as a table: shapes, FLOPs, and the memory of a process (docs/speed/accounting.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The FLOPs of a step, phase by phase (docs/understand/accounting.md)."""
+"""The FLOPs of a step, phase by phase (docs/speed/accounting.md)."""
 
 from __future__ import annotations
 

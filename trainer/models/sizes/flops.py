@@ -1,4 +1,4 @@
-"""FLOPs of sampling, scoring and training: a model's matrices times the samples' lengths (docs/understand/accounting.md).
+"""FLOPs of sampling, scoring and training: a model's matrices times the samples' lengths (docs/speed/accounting.md).
 
 A multiplication with its addition is two. Counted is what the method needs: no padding, no masked half of the attention.
 """

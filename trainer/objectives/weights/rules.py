@@ -1,4 +1,6 @@
-"""The rules that fastkl has: weights [n] float64 of each sample's counted tokens. docs/token-weights.md has the evidence.
+"""The rules that fastkl has: weights [n] float64 of each sample's counted tokens.
+
+docs/objectives/token-weights.md has the evidence.
 
 A token whose gap d = ℓ_sampler − ℓ_teacher is not known has the weight 1 in a rule about gaps: a given completion's, in
 objectives that need no log-probs of it.

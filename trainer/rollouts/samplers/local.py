@@ -51,7 +51,7 @@ def local_sampler(
 def generate_is_quicker(model: PreTrainedModel) -> bool:
     """On a CPU paged attention scores every query against the keys of all requests, and masks.
 
-    `generate` was up to twice as fast there (docs/understand/speed.md).
+    `generate` was up to twice as fast there (docs/speed/speed.md).
     """
     return model.device.type == "cpu"
 

@@ -285,7 +285,7 @@ class ServedSampler:
                 f"the sampling server at {self._server.connection.url} has other weights than the student after it "
                 f"loaded them: its log-probs of a text are {found} (nats, on average; {self._limit:.4f} is let pass). Does "
                 f"it serve {self._student.config.student.path}, does nobody else change its weights, and can it load all "
-                f"of them (docs/servers.md)? The same command goes on where the run stopped"
+                f"of them (docs/teachers/servers.md)? The same command goes on where the run stopped"
             )
         self._theirs, self._ours = theirs, ours
         self._limit = min(self._limit, GROWTH * error + MARGIN)

@@ -4,7 +4,7 @@ embeddings and of one with a head of its own, and of a LoRA adapter. Minutes eac
 python recipes/smollm2/make.py   # the models, once
 FASTKL_VLLM=vv/bin/python python -m pytest -m slow -s tests/trainer/rollouts/samplers/test_real_vllm.py
 
-FASTKL_VLLM is the Python of an environment with vLLM (docs/servers.md); SmolLM2 in float32 on a CPU needs 4 GB.
+FASTKL_VLLM is the Python of an environment with vLLM (docs/teachers/servers.md); SmolLM2 in float32 on a CPU needs 4 GB.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def student(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
 
 @pytest.fixture
 def url(tmp_path_factory: pytest.TempPathFactory, student: Path) -> Iterator[str]:
-    """A server of the student, as docs/servers.md starts one; a test leaves its own weights in it."""
+    """A server of the student, as docs/teachers/servers.md starts one; a test leaves its own weights in it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -250,7 +250,7 @@ def test_a_template_that_yaml_takes_for_a_group(tmp_path: Path) -> None:
 
 
 def test_the_function_in_the_documentation(tmp_path: Path) -> None:
-    (code,) = [code for code in blocks(REPOSITORY / "docs/teachers.md") if "def hint" in code]
+    (code,) = [code for code in blocks(REPOSITORY / "docs/teachers/teachers.md") if "def hint" in code]
     names: dict[str, Any] = {}
     exec(compile(code, "teachers.md", "exec"), names)
     row = parse_row("d.jsonl:1", ROW)
