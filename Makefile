@@ -4,13 +4,19 @@ BIN := .venv/bin
 # The trainer never looks anything up on the Hub here: the demo and the tests make what they need.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test test-slow lint bench gpu clean
+.PHONY: setup demo test test-slow lint docs bench gpu clean
 
 setup: .venv/installed
 
-.venv/installed: pyproject.toml setup.py constraints.txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+
+.venv/installed: pyproject.toml setup.py .ci/constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+.venv/docs: .venv/installed
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 demo: setup
@@ -27,6 +33,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The site, in build/site. `make docs DOCS=serve` shows it at http://127.0.0.1:8000 and follows changes.
+DOCS ?= build
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(DOCS) --config-file docs/site/mkdocs.yml
 
 bench: setup
 	$(BIN)/python -m bench loss --op policy_gradient --shape 1536,576,49152 --head trainable

@@ -52,7 +52,7 @@ fetch() {
   for minor in {5..39}; do platforms+=(--platform "manylinux_2_${minor}_x86_64"); done
   "${PYTHON:-python3}" -m pip download --quiet --disable-pip-version-check --dest "$folder" --no-deps \
     --only-binary :all: --python-version 3.12 --implementation cp "${platforms[@]}" \
-    --constraint "$(dirname "$0")/../constraints.txt" "$@"
+    --constraint "$(dirname "$0")/../.ci/constraints.txt" "$@"
 }
 
 # build FOLDER PACKAGE...: wheels of packages that have none; reasoning_gym imports them
