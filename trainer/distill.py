@@ -25,7 +25,6 @@ from fastkl.trainer.data.remarks import remark_on_data_sets, remark_on_length
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.data.step_metrics import rollout_metrics, staleness
 from fastkl.trainer.loop import Source, fit
-from fastkl.trainer.models import checks
 from fastkl.trainer.models.ends import end_of_sequence
 from fastkl.trainer.models.loading import context_length
 from fastkl.trainer.models.pretrained import load_tokenizer
@@ -39,7 +38,7 @@ from fastkl.trainer.objectives.registry import asked_lists, make_objective, teac
 from fastkl.trainer.objectives.weights.step import TokenWeights
 from fastkl.trainer.rollouts.ahead import AheadRollouts
 from fastkl.trainer.rollouts.environments import Environment, make_environment
-from fastkl.trainer.rollouts.evaluation import load_eval_prompts
+from fastkl.trainer.rollouts.evaluation import Evaluation, check_eval_room, eval_rows, load_evaluations
 from fastkl.trainer.rollouts.judge import make_judge
 from fastkl.trainer.rollouts.lengths import filter_by_length
 from fastkl.trainer.rollouts.multi_turn import MultiTurn, stop_ids
@@ -157,7 +156,7 @@ class Prepared(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     environment: Environment | None
     data_sets: list[DataSet]
-    eval_prompts: list[EncodedPrompt]
+    evaluations: list[Evaluation]
     judge: Judge | None
     weights: TokenWeights
     teacher_prompts: TeacherPrompts
@@ -190,29 +189,31 @@ def prepare(config: DistillConfig) -> Prepared:
     lists = asked_lists(config.loss)
     judge = make_judge(config.reward, tokenizer, environment, prompts)
     weights = TokenWeights(config.loss)
-    eval_prompts = load_eval_prompts(config.eval, tokenizer)
+    evaluations = load_evaluations(config.eval, tokenizer)
     check_teachers(config, tokenizer, data_sets, teacher_prompts.data_sets, lists)
     served = connect_servers(config, tokenizer, teacher_prompts.data_sets, lists)
-    sampling_server = connect_sampling(config, tokenizer, prompts, eval_prompts) if config.sampling.server.url else None
+    rooms = [(one.ask.prompts, one.ask.max_new_tokens, one.setting) for one in evaluations]
+    sampling_server = connect_sampling(config, tokenizer, prompts, rooms) if config.sampling.server.url else None
     return Prepared(
-        tokenizer, environment, data_sets, eval_prompts, judge, weights, teacher_prompts, served, sampling_server
+        tokenizer, environment, data_sets, evaluations, judge, weights, teacher_prompts, served, sampling_server
     )
 
 
 def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder, listener: Listener) -> None:
     found = prepare(config)
-    tokenizer, environment, data_sets, eval_prompts, judge, weights, teacher_prompts, served, sampling_server = found
+    tokenizer, environment, data_sets, evaluations, judge, weights, teacher_prompts, served, sampling_server = found
     prompts, lists = found.prompts, asked_lists(config.loss)
     student = Student(config, accelerator)
     if withholds_routers(student.model):
         note("the student's config has output_router_logits: the routers' auxiliary loss is left out of a distillation")
     teachers = open_teachers(config, tokenizer, data_sets, teacher_prompts, student, served, lists)
-    checks.check_eval_room(eval_prompts, config.eval, "student", student.model)
+    check_eval_room(evaluations, "student", student.model)
     objective = make_objective(config.loss, config.sampling, teachers)
     ends = end_of_sequence(student.model, tokenizer)
     with student.gathered():
         sampler = _sampler(config, student, [*ends, *stop_ids(environment, tokenizer)], sampling_server)
-    responder = _responder(config, student, tokenizer, sampler, environment, [*prompts, *eval_prompts])
+    held_out = [prompt for one in evaluations for prompt in one.ask.prompts]
+    responder = _responder(config, student, tokenizer, sampler, environment, [*prompts, *held_out])
     rollouts: Rollouts
     parts = _rollout_parts(config, responder, data_sets, judge)
     if isinstance(sampler, ServedSampler) and config.sampling.steps_ahead:
@@ -224,12 +225,12 @@ def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder,
     ids = vocabulary(tokenizer)
     source = OnPolicy(config, student, objective, teachers, push, rollouts, weights, teacher_prompts, ids)
     student.also_checkpoint("objective", objective)
-    student.also_checkpoint("identity", _identity(student, teachers, data_sets, teacher_prompts, eval_prompts))
+    student.also_checkpoint("identity", _identity(student, teachers, data_sets, teacher_prompts, evaluations))
     for name, teacher in ({} if teachers is None else teachers.by_data_set).items():
         if isinstance(teacher, ServedTeacher):
             student.also_checkpoint(f"teacher's server {name}", teacher)
     with closing(rollouts), nullcontext() if teachers is None else closing(teachers):
-        fit(student, objective, source, responder, tokenizer, eval_prompts, folder, listener)
+        fit(student, objective, source, responder, tokenizer, evaluations, folder, listener)
     if (control := remark(config.loss.control)) is not None:
         note(f"this run was {control}")
 
@@ -239,7 +240,7 @@ def _identity(
     teachers: RoutedTeacher[Any] | None,
     data_sets: list[DataSet],
     teacher_prompts: TeacherPrompts,
-    eval_prompts: list[EncodedPrompt],
+    evaluations: list[Evaluation],
 ) -> Identity:
     """The rows of each data set and what teachers read, the student's weights, and those of teachers loaded here."""
     prints = {
@@ -247,7 +248,7 @@ def _identity(
         for data_set, read in zip(data_sets, teacher_prompts.data_sets, strict=True)
         if read is not data_set
     }
-    prints |= rows_of(data_sets, eval_prompts) | {"the student's weights": student.fingerprint}
+    prints |= rows_of(data_sets, eval_rows(evaluations)) | {"the student's weights": student.fingerprint}
     own = {data_set.name for data_set in data_sets if data_set.teacher.self is not None}
     for name, teacher in ({} if teachers is None else teachers.by_data_set).items():
         if isinstance(teacher, LocalTeacher) and name not in own:

@@ -9,14 +9,13 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.config.optim import OptimConfig
-from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.data.step_metrics import context_gap, teacher_kl
 from fastkl.trainer.errors import RunError, ServerError
 from fastkl.trainer.models.precision import too_small_an_update
 from fastkl.trainer.models.saving import save_student
 from fastkl.trainer.objectives.base import Objective
-from fastkl.trainer.rollouts.evaluation import evaluate
+from fastkl.trainer.rollouts.evaluation import Evaluation, evaluate
 from fastkl.trainer.rollouts.single_turn import Responder
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.files import read_jsonl
@@ -52,7 +51,7 @@ def fit(
     source: Source,
     responder: Responder | None,
     tokenizer: PreTrainedTokenizerBase,
-    eval_prompts: list[EncodedPrompt],
+    evaluations: list[Evaluation],
     folder: RunFolder,
     listener: Listener,
 ) -> None:
@@ -65,10 +64,10 @@ def fit(
     start_trackers(student.accelerator, config, folder.path, steps_done)
     start = steps_done or 0
 
-    def grade(metrics: dict[str, float]) -> None:
-        if responder is not None and eval_prompts:
+    def grade(metrics: dict[str, float], step: int) -> None:
+        if responder is not None and evaluations:
             with student.gathered():
-                metrics |= evaluate(responder, tokenizer, eval_prompts, config.eval, config.seed)[0]
+                metrics |= evaluate(evaluations, responder, tokenizer, student.cost, config.seed, step)
 
     listener.on_start(start, config.optim.steps)
     with ProgressBar(config.optim.steps, start) as progress, StopSignals() as stop:
@@ -78,9 +77,10 @@ def fit(
             progress.note(line)
         if checkpoint is None:
             metrics: dict[str, float] = {}
-            if eval_prompts:
-                progress.note(f"answering {len(eval_prompts)} prompts of eval.data before the first step")
-            grade(metrics)
+            if evaluations:
+                answers = sum(len(one.ask.each) for one in evaluations)
+                progress.note(f"writing {answers} answers to held-out prompts (eval) before the first step")
+            grade(metrics, 0)
             if metrics:
                 _log(student, folder, 0, metrics)
                 progress.step(0, metrics)
@@ -98,7 +98,7 @@ def fit(
             tokens = sum(len(sample.ids) for sample in samples)
             metrics |= {**clock.seconds, "tokens_per_second": tokens / sum(clock.seconds.values())}
             if done == config.optim.steps or (config.eval.every and done % config.eval.every == 0):
-                grade(metrics)
+                grade(metrics, done)
             _log(student, folder, done, metrics)
             folder.log(NAME, sample_records(samples[: config.log_samples], tokenizer, done))
             progress.step(done, metrics)

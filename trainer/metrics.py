@@ -16,7 +16,7 @@ from fastkl.kernels.divergence.formula import DIVERGENCES
 
 METRIC_STEMS = (*DIVERGENCES, "top_k_kl")  # of what a loss says of itself: <stem>_mean, <stem>_max
 # Words in a name that stand for others: each such entry is a family.
-PLACEHOLDERS = {"DATA_SET": r"[\w-]+", "DIVERGENCE": "|".join(METRIC_STEMS)}
+PLACEHOLDERS = {"DATA_SET": r"[\w-]+", "DIVERGENCE": "|".join(METRIC_STEMS), "at_K": r"at_\d+"}
 PROGRESS = ("loss", "teacher_kl", "tokens_per_second", "eval/accuracy")  # the columns of the progress bar
 
 
@@ -33,8 +33,11 @@ class Metric(NamedTuple):
 
     @property
     def pattern(self) -> str:
-        """A regular expression for its names."""
+        """A regular expression for its names; those of an evaluation may name a set and a temperature."""
         pattern = re.escape(self.name)
+        if self.name.startswith("eval/"):
+            stem, error = pattern.removeprefix("eval/").removesuffix(ERROR), ERROR * pattern.endswith(ERROR)
+            pattern = rf"eval/([\w-]+/)?{stem}(_t[\d.e+-]+)?{error}"
         for word, names in PLACEHOLDERS.items():
             pattern = pattern.replace(word, f"({names})")
         return pattern
@@ -48,8 +51,10 @@ class Group(NamedTuple):
     metrics: tuple[Metric, ...]
 
 
+ERROR = "_se"  # what follows a name, for the standard error of that metric
 NATS, SECONDS = "nats per token", "seconds per step"
 OWN, DISTILL, EVALUATION = "completions of the student", "distillation", "`eval.data`, in the steps that evaluate"
+SEVERAL = "`eval.samples_per_prompt` above 1"
 REWARD, SPARSE = "`reward.grader`", "`loss.backward: sparse`"
 POLICY = "`loss.objective: policy_gradient`, and sft"
 RATIO = "`policy_gradient`, `loss.top_k_tail: sampled`, and sft"
@@ -73,6 +78,11 @@ GROUPS = (
                "falls towards 0"),
         Metric("eval/accuracy", "mean score", EVALUATION,
                "Mean of the grader's scores of the answers to held-out prompts.", "rises", "accuracy", ".1%"),
+        Metric("eval/accuracy_se", "mean score", EVALUATION,
+               "Standard error of `eval/accuracy`, by problem: the answers to one prompt count together. The report draws it."),
+        Metric("eval/pass_at_K", "mean score", SEVERAL,
+               "Mean of the best score of K answers to a prompt: pass@K. K is 2, 4, 8 … and `eval.samples_per_prompt`."),
+        Metric("eval/pass_at_K_se", "mean score", SEVERAL, "Standard error of `eval/pass_at_K`."),
         Metric("entropy", NATS, OWN,
                "Mean of −ℓ_sampler over the student's own tokens. It estimates the student's entropy."),
         Metric("loss", "", "",
@@ -128,6 +138,8 @@ GROUPS = (
         Metric("eval/truncated_fraction", "fraction", EVALUATION, "Answers that reached the length limit."),
     )),
     Group("FLOPs", "rest", (
+        Metric("eval/flops", "FLOPs", EVALUATION,
+               "Writing all answers of the evaluation. They are no part of what the run costs: `flops/*`."),
         Metric("flops/reference", "FLOPs", EXTRAPOLATED, "The reference's forward passes."),
         Metric("flops/sampling", "FLOPs", DISTILL, "The student's completions: prefill and decode."),
         Metric("flops/student", "FLOPs", "",
@@ -251,6 +263,7 @@ def find(name: str) -> Metric | None:
 
 def figures(names: Iterable[str]) -> list[dict[str, Any]]:
     """The report's figures in their order: a name, its unit, and the part of the page. Unknown names come last."""
+    names = [name for name in names if not name.endswith(ERROR)]  # they are drawn on the others
     order, parts = list(METRICS), {metric: group.part for group in GROUPS for metric in group.metrics}
     found = [(name, find(name)) for name in sorted(names)]
     found.sort(key=lambda pair: len(order) if pair[1] is None else order.index(pair[1].name))
@@ -276,6 +289,12 @@ def page() -> Iterator[str]:
             yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
     yield ""
     yield f"DATA_SET is a name in `mixture`. DIVERGENCE is one of {', '.join(METRIC_STEMS)}."
+    yield ""
+    yield (
+        "`eval/accuracy` is that of `eval.data` at the first `eval.temperature`. That of an entry of `eval.more` is "
+        "`eval/NAME/accuracy`,"
+    )
+    yield "that at another temperature `eval/accuracy_t1`. All `eval/*` but `eval/flops` are named so."
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from fastkl.trainer.models.pretrained import load_tokenizer
 from fastkl.trainer.models.withheld import withholds_routers
 from fastkl.trainer.notes import note
 from fastkl.trainer.objectives.policy_gradient import PolicyGradient
-from fastkl.trainer.rollouts.evaluation import load_eval_prompts
+from fastkl.trainer.rollouts.evaluation import check_eval_room, eval_rows, load_evaluations
 from fastkl.trainer.rollouts.samplers.local import local_sampler
 from fastkl.trainer.rollouts.single_turn import SingleTurn
 from fastkl.trainer.runs.folder import RunFolder
@@ -73,7 +73,7 @@ def _sft(config: SftConfig, accelerator: Accelerator, folder: RunFolder, listene
     note(f"{len(examples)} examples read and encoded")
     remark_on_data_sets(data_sets, config.examples_per_step, "examples_per_step")
     remark_on_length(max(len(example.ids) for example in examples), config.batch.max_tokens)
-    eval_prompts = load_eval_prompts(config.eval, tokenizer)
+    evaluations = load_evaluations(config.eval, tokenizer)
 
     student = Student(config, accelerator)
     if withholds_routers(student.model):
@@ -84,13 +84,13 @@ def _sft(config: SftConfig, accelerator: Accelerator, folder: RunFolder, listene
     checks.check_vocabulary(tokenizer, {"student": student.model})
     for data_set in data_sets:
         checks.check_given(data_set.prompts, data_set.given, {"student": student.model})
-    checks.check_eval_room(eval_prompts, config.eval, "student", student.model)
+    check_eval_room(evaluations, "student", student.model)
     ends = end_of_sequence(student.model, tokenizer)
     with student.gathered():
-        sampler = local_sampler(student.model, eos_token_ids=ends) if eval_prompts else None
+        sampler = local_sampler(student.model, eos_token_ids=ends) if evaluations else None
     source = Examples(data_sets, config.examples_per_step, config.seed)
     responder = None if sampler is None else SingleTurn(sampler, context_length(student.model))
     objective = PolicyGradient(LossConfig(method="reinforce", old_logprobs="current"), SamplingConfig())
-    prints = rows_of(data_sets, eval_prompts) | {"the student's weights": student.fingerprint}
+    prints = rows_of(data_sets, eval_rows(evaluations)) | {"the student's weights": student.fingerprint}
     student.also_checkpoint("identity", Identity(prints))
-    fit(student, objective, source, responder, tokenizer, eval_prompts, folder, listener)
+    fit(student, objective, source, responder, tokenizer, evaluations, folder, listener)

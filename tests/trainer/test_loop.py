@@ -34,7 +34,8 @@ def test_evaluation_before_during_and_after(tmp_path: Path, padded: Path) -> Non
     done = run(tmp_path / "run", padded, optim__steps=5, **evaluated(padded, eval__every=2))
     assert [row["step"] for row in done.metrics] == [0, 1, 2, 3, 4, 5]
     assert [row["step"] for row in done.metrics if "eval/accuracy" in row] == [0, 2, 4, 5]
-    assert done.metrics[0].keys() == {"step", "eval/accuracy", "eval/mean_length", "eval/truncated_fraction"}
+    names = ("accuracy", "accuracy_se", "mean_length", "truncated_fraction", "flops")
+    assert done.metrics[0].keys() == {"step", *(f"eval/{name}" for name in names)}
 
 
 def test_saved_students_load_without_fastkl(tmp_path: Path, padded: Path) -> None:

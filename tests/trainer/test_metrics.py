@@ -26,7 +26,12 @@ RUNS: dict[str, dict[str, Any]] = {
         **SIBLING,
         "teacher__context__sibling__succeeded": "plain",
     },
-    "given": {"sampling__on_policy_fraction": 0.5, "student__dtype": "bfloat16"},
+    "given": {
+        "sampling__on_policy_fraction": 0.5,
+        "student__dtype": "bfloat16",
+        "eval__temperature": [0, 1],
+        "eval__samples_per_prompt": 2,
+    },
     "mixture": {
         "mixture": {"sums": {}, "other": {"weight": 2}},
         "loss__backward": "sparse",
@@ -95,8 +100,13 @@ def test_families() -> None:
     assert [find(name) for name in ("teacher_kl/a-b_1", "policy/skewed_reverse_kl_max", "policy/top_k_kl_mean")] == [
         METRICS[name] for name in ("teacher_kl/DATA_SET", "policy/DIVERGENCE_max", "policy/DIVERGENCE_mean")
     ]
+    assert [find(f"eval/{name}") for name in ("sums/accuracy_t0.7_se", "pass_at_16_t1e-05", "a-b/mean_length")] == [
+        METRICS[f"eval/{name}"] for name in ("accuracy_se", "pass_at_K", "mean_length")
+    ]
     assert find("policy/ratio_mean") is METRICS["policy/ratio_mean"]
-    assert [find(name) for name in ("teacher_kl/", "policy/l2_mean", "policy", "teacher_kl/a/b")] == [None] * 4
+    assert [find(name) for name in ("teacher_kl/", "policy/l2_mean", "policy", "teacher_kl/a/b", "eval/x", "eval/a/b/accuracy")] == [
+        None
+    ] * 6
     assert all(any(word in entry.name for entry in METRICS.values()) for word in PLACEHOLDERS)
 
 

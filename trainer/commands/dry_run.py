@@ -16,7 +16,7 @@ from fastkl.trainer.models import checks
 from fastkl.trainer.models.loading import outline_of_student
 from fastkl.trainer.models.pretrained import load_tokenizer
 from fastkl.trainer.notes import printable
-from fastkl.trainer.rollouts.evaluation import load_eval_prompts
+from fastkl.trainer.rollouts.evaluation import check_eval_room, load_evaluations
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.start import start_run
@@ -50,7 +50,7 @@ def dry_distill(config: DistillConfig) -> None:
         same = {"student": student, **references}
         check_fit(config, data_set, same, checks.SHORTER.format("sampling", data_set.setting))
         check_fit(config, own, teachers, remedy(config, own))
-    checks.check_eval_room(found.eval_prompts, config.eval, "student", student)
+    check_eval_room(found.evaluations, "student", student)
     prompts = step_prompts(found.data_sets, config.sampling.prompts_per_step, 0, config.seed)
     samples = [
         make_sample(prompt.ids, [0] * new, prompt.index, dataset=prompt.dataset)
@@ -72,13 +72,13 @@ def dry_sft(config: SftConfig) -> None:
     with RunFolder(config):
         tokenizer = load_tokenizer(config.student)
         data_sets = read_data_sets(config.data_sets(), tokenizer, with_given=True)
-        eval_prompts = load_eval_prompts(config.eval, tokenizer)
+        evaluations = load_evaluations(config.eval, tokenizer)
     student = outline_of_student(config.student)
     checks.check_vocabulary(tokenizer, {"student": student})
     for data_set in data_sets:
         lengths = [example.loss_tokens for example in data_set.given]
         checks.check_room(data_set.prompts, lengths, {"student": student}, checks.SHORTER_ROW)
-    checks.check_eval_room(eval_prompts, config.eval, "student", student)
+    check_eval_room(evaluations, "student", student)
     step = Examples(data_sets, config.examples_per_step, config.seed).of_step(0)
     prompts = [prompt for data_set in data_sets for prompt in data_set.prompts]
     lengths = [len(prompt.tokens) for prompt in prompts]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fastkl.trainer.config.data import DataConfig, check_source
+from fastkl.trainer.config.data import DataConfig, check_name, check_source
 from fastkl.trainer.config.rules import positive, unchanged
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.errors import require
@@ -44,10 +43,7 @@ def check_data_sets(mixture: Mapping[str, DataSetConfig], data: DataConfig) -> N
     names = ", ".join(mixture)
     unchanged(data, "data.", f"mixture has the data sets {names}; leave data out, or make it one of them")
     for name, entry in mixture.items():
-        require(
-            re.fullmatch(r"[\w-]+", name) is not None,
-            f"mixture has a data set {name!r}, and its name becomes that of a metric; use only letters, digits, _ and -",
-        )
+        check_name("mixture", name)
         check_source(f"mixture.{name}.data", entry.data)
         positive(entry, f"mixture.{name}.", "weight")
 

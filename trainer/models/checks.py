@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastkl.trainer.config.data import EvalConfig
 from fastkl.trainer.data.arrays import Array
 from fastkl.trainer.data.chat import ChatTemplate, Refusal, end_of_turn
 from fastkl.trainer.data.prompts import EncodedPrompt
@@ -180,12 +179,6 @@ def check_given(prompts: list[EncodedPrompt], samples: list[Sample], models: dic
     """The data's own completions, one for each prompt, fit every model's context, and it knows their tokens."""
     check_room(prompts, [sample.loss_tokens for sample in samples], models, SHORTER_ROW)
     _check_ids(((prompt.row.source, sample.ids) for prompt, sample in zip(prompts, samples, strict=True)), models)
-
-
-def check_eval_room(prompts: list[EncodedPrompt], config: EvalConfig, name: str, model: PreTrainedModel) -> None:
-    """The evaluation's prompts, if there are any, and full answers to them fit the context of the model called `name`."""
-    if prompts:
-        check_room(prompts, config.max_new_tokens, {name: model}, SHORTER.format("eval", "eval.data"))
 
 
 def _check_ids(rows: Iterable[tuple[str, Sequence[int] | Array]], models: dict[str, PreTrainedModel]) -> None:

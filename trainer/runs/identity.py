@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,10 +38,10 @@ class Identity:
             )
 
 
-def rows_of(data_sets: Iterable[DataSet], eval_prompts: Sequence[EncodedPrompt]) -> dict[str, str]:
-    """Fingerprints of the rows that a run learns from, and of those it is evaluated on."""
-    prints = {f"the rows of {data_set.setting}": rows_fingerprint(data_set.prompts) for data_set in data_sets}
-    return prints | {"the rows of eval.data": rows_fingerprint(eval_prompts)}
+def rows_of(data_sets: Iterable[DataSet], held_out: Mapping[str, Sequence[EncodedPrompt]]) -> dict[str, str]:
+    """Fingerprints of the rows that a run learns from, and of those it is evaluated on, by their settings."""
+    rows = {data_set.setting: data_set.prompts for data_set in data_sets} | {**held_out}
+    return {f"the rows of {setting}": rows_fingerprint(prompts) for setting, prompts in rows.items()}
 
 
 def rows_fingerprint(prompts: Iterable[EncodedPrompt]) -> str:

@@ -12,7 +12,7 @@ from run_settings import arguments, distillation, evaluated
 from tiny_data import read_jsonl, sums, write_jsonl
 
 from fastkl import cli
-from fastkl.trainer.commands import evaluate, score
+from fastkl.trainer.commands import answering, score
 from fastkl.trainer.commands.output import Output
 from fastkl.trainer.errors import ConfigError
 
@@ -28,7 +28,7 @@ def line(command: str, folder: Path, output: Path, **more: object) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def pieces_of_five(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(evaluate.AT_ONCE, "cpu", 5)
+    monkeypatch.setitem(answering.AT_ONCE, "cpu", 5)
     monkeypatch.setattr(score, "AT_ONCE", 5)
 
 
@@ -97,7 +97,7 @@ def test_what_is_there_is_not_computed_again(
     def computed(*args: object, **options: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(evaluate, "evaluate", computed)
+    monkeypatch.setattr(answering, "answers_to", computed)
     monkeypatch.setattr("fastkl.trainer.teachers.local.LocalTeacher.score", computed)
     assert cli.main(line(command, folder, output)) == 0
     assert capsys.readouterr().out == printed

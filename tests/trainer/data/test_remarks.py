@@ -14,7 +14,7 @@ from fastkl.trainer.data.mixture import read_data_sets
 from fastkl.trainer.data.prompts import encode_prompts
 from fastkl.trainer.data.remarks import remark_on_data_sets, remark_on_length, remark_on_rows
 from fastkl.trainer.data.step_metrics import remark_on_mismatch
-from fastkl.trainer.rollouts.evaluation import load_eval_prompts
+from fastkl.trainer.rollouts.evaluation import load_evaluations
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_answers_that_no_completion_can_match(
     grader: str, answers: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "1", "answer": answer} for answer in answers])
-    load_eval_prompts(EvalConfig(DataConfig(str(data)), grader=grader), tokenizer())
+    load_evaluations(EvalConfig(DataConfig(str(data)), grader=grader), tokenizer())
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == bool(said)

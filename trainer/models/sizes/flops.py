@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,12 @@ def _reader_of_text(model: Any) -> nn.Module:
 
 def sampling_flops(cost: Cost, samples: Sequence[Sample]) -> float:
     """Each completion prefills its own prompt; the last token is never read."""
-    return sum(_blocks(cost, len(s.ids) - 1) + cost.head * s.loss_tokens for s in samples)
+    return writing_flops(cost, ((s.prompt_length, len(s.ids) - s.prompt_length, s.loss_tokens) for s in samples))
+
+
+def writing_flops(cost: Cost, lengths: Iterable[tuple[int, int, int]]) -> float:
+    """As `sampling_flops`, of texts by their tokens: of the prompt, after it, and of those the ones that were sampled."""
+    return sum(_blocks(cost, prompt + after - 1) + cost.head * sampled for prompt, after, sampled in lengths)
 
 
 def scoring_flops(cost: Cost, samples: Sequence[Sample]) -> float:

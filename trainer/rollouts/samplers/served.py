@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,13 +76,17 @@ def connect_sampling(
     config: DistillConfig,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[EncodedPrompt],
-    eval_prompts: list[EncodedPrompt],
+    held_out: Sequence[tuple[Sequence[EncodedPrompt], int, str]],
 ) -> SamplingServer:
-    """A server that has shown what `check_sampling` asks of it, and that it can take weights."""
+    """A server that has shown what `check_sampling` asks of it, and that it can take weights.
+
+    `held_out`: prompts of evaluations, the length of an answer, and the settings that say so.
+    """
     probe = tokenizer(SAMPLE_TEXT, add_special_tokens=False)["input_ids"][:PROBE_TOKENS]
     server = SamplingServer(config, probe)
+    rooms: list[tuple[Sequence[EncodedPrompt], int, str, str]]
     rooms = [(prompts, config.sampling.max_new_tokens, "sampling", "data")]
-    rooms += [(eval_prompts, config.eval.max_new_tokens, "eval", "eval.data")] if eval_prompts else []
+    rooms += [(some, new, setting, f"{setting}.data") for some, new, setting in held_out]
     length, part, data = max(
         (max(len(prompt.tokens) for prompt in some) + new, part, data) for some, new, part, data in rooms
     )

@@ -84,6 +84,15 @@ function pointsOf(name) {
   });
 }
 
+/** The standard errors of a metric in each run, by x; of one that has none, an empty map. */
+function errorsOf(name) {
+  return RUNS.map((run) => {
+    const [series, x] = [run.series[`${name}_se`], run.x[view.axis]];
+    const pairs = series && x ? series.at.map((row, index) => [x[row], series.values[index]]) : [];
+    return new Map(pairs.filter(([, error]) => typeof error === "number"));
+  });
+}
+
 /** A metric's figure; `same` are others whose lines it shows as well. */
 function figure(name, same, unit) {
   const readout = el("ul", { class: "readout" });
@@ -119,12 +128,13 @@ function draw(shown) {
   const lines = pointsOf(shown.name);
   const finite = lines.flatMap((points) => points ?? []).filter(([, y]) => typeof y === "number");
   shown.lines = lines;
-  shown.scale = scales(finite, width, height);
+  shown.errors = errorsOf(shown.name);
+  shown.scale = scales([...finite, ...barEnds(lines, shown.errors)], width, height);
   shown.cursor = svg("g", { class: "cursor-marks" });
   shown.chart.setAttribute("viewBox", `0 0 ${width} ${height}`);
   shown.chart.setAttribute("aria-label", summary(shown.name, lines));
   const changes = RUNS.flatMap((_, run) => changeMarks(run, shown.scale, height));
-  shown.chart.replaceChildren(...axes(shown.scale, width, height), ...changes, ...lines.flatMap((points, run) => curve(points, run, shown.scale)), shown.cursor);
+  shown.chart.replaceChildren(...axes(shown.scale, width, height), ...changes, ...lines.flatMap((points, run) => [...errorBars(points, run, shown), ...curve(points, run, shown.scale)]), shown.cursor);
 }
 
 function scales(finite, width, height) {
@@ -194,6 +204,20 @@ function curve(points, run, scale) {
   return [svg("path", { d: path.join(""), ...stroke(run) }), ...marks];
 }
 
+/** The upper ends of all error bars. */
+function barEnds(lines, errors) {
+  return lines.flatMap((points, run) => (points ?? []).flatMap(([x, y]) => (errors[run].has(x) ? [[x, y + errors[run].get(x)]] : [])));
+}
+
+/** A bar from one standard error below a point to one above it. */
+function errorBars(points, run, { errors, scale }) {
+  const bars = (points ?? []).filter(([x, y]) => typeof y === "number" && errors[run].get(x)).map(([x, y]) => {
+    const error = errors[run].get(x);
+    return `M${scale.x(x).toFixed(1)} ${scale.y(y - error).toFixed(1)}V${scale.y(y + error).toFixed(1)}`;
+  });
+  return bars.length ? [svg("path", { class: "error", d: bars.join(""), stroke: colour(run) })] : [];
+}
+
 function summary(name, lines) {
   const parts = lines.map((points, run) => {
     if (!points) return `${RUNS[run].name}: not recorded`;
@@ -216,15 +240,15 @@ function point(shown) {
   }
   const absent = RUNS.filter((_, run) => !found[run]).map((run) => run.name);
   shown.readout.replaceChildren(
-    ...found.flatMap((pair, run) => (pair ? [reading(run, pair)] : [])),
+    ...found.flatMap((pair, run) => (pair ? [reading(run, pair, shown.errors[run].get(pair[0]))] : [])),
     ...(absent.length ? [el("li", { class: "name" }, `not recorded: ${absent.join(", ")}`)] : []),
   );
 }
 
-function reading(run, found) {
+function reading(run, found, error) {
   const name = RUNS.length > 1 ? [swatch(run), el("span", { class: "name" }, RUNS[run].name)] : [];
   const elsewhere = found[0] === view.at ? "" : ` (at ${shortX(found[0])})`;
-  return el("li", {}, ...name, format(found[1]) + elsewhere);
+  return el("li", {}, ...name, format(found[1]) + (error ? ` ± ${format(error)}` : "") + elsewhere);
 }
 
 function follow(shown, event) {
