@@ -79,7 +79,7 @@ GROUPS = (
         Metric("eval/accuracy", "mean score", EVALUATION,
                "Mean of the grader's scores of the answers to held-out prompts.", "rises", "accuracy", ".1%"),
         Metric("eval/accuracy_se", "mean score", EVALUATION,
-               "Standard error of `eval/accuracy`, by problem: the answers to one prompt count together. The report draws it."),
+               "Standard error of `eval/accuracy`, by problem: the answers to one prompt count together."),
         Metric("eval/pass_at_K", "mean score", SEVERAL,
                "Mean of the best score of K answers to a prompt: pass@K. K is 2, 4, 8 … and `eval.samples_per_prompt`."),
         Metric("eval/pass_at_K_se", "mean score", SEVERAL, "Standard error of `eval/pass_at_K`."),

@@ -104,9 +104,10 @@ def test_families() -> None:
         METRICS[f"eval/{name}"] for name in ("accuracy_se", "pass_at_K", "mean_length")
     ]
     assert find("policy/ratio_mean") is METRICS["policy/ratio_mean"]
-    assert [find(name) for name in ("teacher_kl/", "policy/l2_mean", "policy", "teacher_kl/a/b", "eval/x", "eval/a/b/accuracy")] == [
-        None
-    ] * 6
+    assert [
+        find(name)
+        for name in ("teacher_kl/", "policy/l2_mean", "policy", "teacher_kl/a/b", "eval/x", "eval/a/b/accuracy")
+    ] == [None] * 6
     assert all(any(word in entry.name for entry in METRICS.values()) for word in PLACEHOLDERS)
 
 

@@ -28,7 +28,9 @@ FREE = re.compile(
     r"(url|sequences_per_request|recheck_every|weights|transfer|concurrency|timeout|retries|api_key_env)"
 )
 # With another one of these it is another run.
-FIXED = re.compile(r"seed|(student|teacher|reference|data|mixture|environment|eval\.data|eval\.more\.[\w-]+\.data)(\..*)?")
+FIXED = re.compile(
+    r"seed|(student|teacher|reference|data|mixture|environment|eval\.data|eval\.more\.[\w-]+\.data)(\..*)?"
+)
 KINDS: dict[type, str] = {DistillConfig: "a distill run", SftConfig: "an sft run"}
 GONE = "no setting of this version"
 

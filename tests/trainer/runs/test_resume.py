@@ -34,7 +34,9 @@ OPTIONS: Settings = {
 
 
 def settings(dropout: Path, run: Path, **overrides: object) -> Settings:
-    return distillation(run, dropout, **{**OPTIONS, **evaluated(dropout, eval__every=2), **overrides})
+    return distillation(
+        run, dropout, **{**OPTIONS, **evaluated(dropout, eval__every=2, eval__temperature=[0, 1]), **overrides}
+    )
 
 
 @pytest.fixture(scope="module")
