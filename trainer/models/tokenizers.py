@@ -16,7 +16,7 @@ SAMPLE_TEXT = (
 _REPLACEMENT = "\ufffd"
 # Byte-level tokenizers write a byte that is no printable character as one of those from 256 on, in order: "Ġ" is a space.
 _PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
+BYTE_LEVEL = {chr(byte): byte for byte in _PRINTABLE} | {
     chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
 }
 
@@ -85,8 +85,8 @@ def _same(a: str, b: str) -> bool:
 def _readings(spelling: str) -> set[bytes]:
     """The texts that a spelling may stand for."""
     found = {spelling.encode(), spelling.replace("▁", " ").encode()}
-    if all(character in _BYTES for character in spelling):
-        found.add(bytes(_BYTES[character] for character in spelling))
+    if all(character in BYTE_LEVEL for character in spelling):
+        found.add(bytes(BYTE_LEVEL[character] for character in spelling))
     if byte := re.fullmatch("<0x([0-9A-F]{2})>", spelling):
         found.add(bytes.fromhex(byte[1]))
     return found

@@ -1,0 +1,108 @@
+"""Two tokenizations of one text, cut into segments: the smallest stretches at whose two ends both have a boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastkl.trainer.data.arrays import Array
+
+NOWHERE = -1  # the segment of a token that is in none
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Which segment each token is in. Segments have numbers from 0 on, in the order of the text, with tokens of both."""
+
+    student_of: Array  # int32 [n_student]; −1: no text of both
+    teacher_of: Array  # int32 [n_teacher]
+    lengths: Array  # int32 [count], bytes
+
+    @property
+    def count(self) -> int:
+        return len(self.lengths)
+
+    def without(self, dropped: Array) -> Segments:
+        """Without the segments where `dropped`, bool [count], says so: their tokens are in none. The others move up."""
+        if not dropped.any():
+            return self
+        new = np.where(dropped, NOWHERE, np.cumsum(~dropped) - 1).astype(np.int32)
+        places = np.append(new, np.int32(NOWHERE))  # the last: of the tokens that were in none
+        return Segments(places[self.student_of], places[self.teacher_of], self.lengths[~dropped])
+
+
+class Block(NamedTuple):
+    """A stretch with the same bytes in both texts."""
+
+    student: int  # where it begins, bytes
+    teacher: int
+    length: int
+
+
+def align(student_lengths: npt.ArrayLike, teacher_lengths: npt.ArrayLike) -> Segments:
+    """The segments of one text of two token sequences, from the tokens' lengths in bytes, [n_student] and [n_teacher].
+
+    They tile the text, and with it both sequences. A token that writes nothing is in the segment that follows it, or in
+    the last. Raises ValueError where the sums differ. Takes time in proportion to the tokens.
+    """
+    ours, theirs = (int(np.sum(lengths)) for lengths in (student_lengths, teacher_lengths))
+    if ours != theirs:
+        raise ValueError(f"the student's tokens have {ours} bytes, the teacher's {theirs}; give those of one text")
+    return align_blocks(student_lengths, teacher_lengths, [Block(0, 0, ours)])
+
+
+def align_blocks(student_lengths: npt.ArrayLike, teacher_lengths: npt.ArrayLike, blocks: Sequence[Block]) -> Segments:
+    """As `align`, of two texts that are equal in some stretches alone: tokens that reach out of one are in no segment.
+
+    The stretches are in order, the first begins where both texts do, the last ends where both do; each may be empty.
+    """
+    ours, theirs = _bounds(student_lengths), _bounds(teacher_lengths)
+    found = [_common(ours, theirs, block) for block in blocks]
+    pairs = np.concatenate(found)  # [count + 1, 2]: where segments begin and end, in both texts
+    owner = np.repeat(np.arange(len(found)), [len(own) for own in found])
+    sizes = np.diff(pairs[:, 0]).astype(np.int32)
+    student_of, teacher_of = (
+        _places(bounds[:-1], ends) for bounds, ends in zip((ours, theirs), pairs[1:].T, strict=True)
+    )
+    return Segments(student_of, teacher_of, sizes).without(np.diff(owner) != 0)
+
+
+def segment_sums(values: Array, segment_of: Array, count: int) -> Array:
+    """The sum over each segment's tokens, float64 [count], of values [n]; those in no segment are left out."""
+    inside = segment_of != NOWHERE
+    return np.bincount(segment_of[inside], weights=values[inside], minlength=count)
+
+
+def over_tokens(values: Array, segment_of: Array) -> Array:
+    """Each token's segment's value [n], of values [count]; 0 where it is in none."""
+    return np.append(values, 0)[segment_of].astype(values.dtype)
+
+
+def _bounds(lengths: npt.ArrayLike) -> Array:
+    """Where tokens begin, and where the last ends, int64 [n + 1]."""
+    return np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
+
+
+def _common(ours: Array, theirs: Array, block: Block) -> Array:
+    """The boundaries of both in a stretch, its ends included, [n, 2]."""
+    shift = block.teacher - block.student
+    near, others = _between(ours, block.student, block.length), _between(theirs, block.teacher, block.length) - shift
+    if not len(others):
+        return np.empty((0, 2), np.int64)
+    near = near[np.diff(near, prepend=near[:1] - 1) != 0]  # tokens that write nothing end where others do
+    common = near[others[np.searchsorted(others, near).clip(max=len(others) - 1)] == near]
+    return np.stack([common, common + shift], axis=1)
+
+
+def _between(bounds: Array, start: int, length: int) -> Array:
+    return bounds[np.searchsorted(bounds, start) : np.searchsorted(bounds, start + length, side="right")]
+
+
+def _places(starts: Array, ends: Array) -> Array:
+    """Which of the stretches that end there each token is in, int32 [n]; one that begins after the last is in the last."""
+    places = np.searchsorted(ends, starts, side="right")
+    return np.minimum(places, len(ends) - 1).astype(np.int32)  # −1 where there are none
