@@ -13,9 +13,19 @@ import argparse
 import re
 from pathlib import Path
 
-from bench.tables import ahead, estimators, integrations, losses, objectives, personalisation, plans, self_distillation
+from bench.tables import (
+    ahead,
+    estimators,
+    feedback,
+    integrations,
+    losses,
+    objectives,
+    personalisation,
+    plans,
+    self_distillation,
+)
 
-SOURCES = (integrations, losses, ahead, estimators, objectives, personalisation, plans, self_distillation)
+SOURCES = (integrations, losses, ahead, estimators, feedback, objectives, personalisation, plans, self_distillation)
 TABLES = {name: table for source in SOURCES for name, table in source.TABLES.items()}
 ROOT = Path(__file__).parents[2]
 START = "<!-- table "

@@ -129,28 +129,13 @@ def test_held_out_problems_are_other_ones(recipe: Load) -> None:
         assert row["completion"].split()[-1] == row["answer"]
 
 
-def test_arms_and_table_of_the_feedback_recipe(recipe: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arms_of_the_feedback_recipe(recipe: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE"):
         monkeypatch.setenv(name, "1")  # as the script sets them: they are restored
     (compare,) = recipe("feedback", "compare")
     configs = [parse(compare.words(*arm, seed))[1] for arm in compare.ARMS for seed in (0, 1)]
     assert len({config.run for config in configs}) == len(configs)
     assert [config.loss.control for config in configs[::2]] == [control for _, control in compare.ARMS]
-    seeds = {
-        f"sdpo - {seed}": {"accuracy": [0.2, after], "flops": 2e9, "masked": 0.5}
-        for seed, after in enumerate((0.3, 0.5))
-    }
-    assert compare.table(seeds).split() == [
-        "sdpo",
-        "-",
-        "40.0%",
-        "(30.0%,",
-        "50.0%)",
-        "2.0e+09",
-        "FLOPs",
-        "masked",
-        "0.50",
-    ]
 
 
 @pytest.mark.parametrize("name", ["sdpo", "sdpo_sampled", "rlsd"])
