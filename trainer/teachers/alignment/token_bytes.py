@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -16,6 +18,7 @@ from fastkl.trainer.teachers.alignment.spelling import Unknown, spelling
 _PROBED = 256  # tokens that are read, written as a text and encoded again
 _AGREEING = 0.9  # of them; a normaliser may change the others
 SPACE = b" "
+_STARTS = ("\n", ".", "1")  # before a text that is to have no space, cut off again
 
 
 class TokenBytes:
@@ -26,6 +29,10 @@ class TokenBytes:
     converters name [PAD…].
 
     `name` is what messages call the tokenizer. Raises ConfigError where the bytes cannot be known.
+
+    Attributes:
+        added: Ids that were added to the vocabulary, as far as they are tokens.
+        special: Those of them that no text is to have.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str = "teacher") -> None:
@@ -33,12 +40,16 @@ class TokenBytes:
         try:
             self._bytes = _table(tokenizer)
             self._lengths = np.array([len(entry) for entry in self._bytes], np.int32)
+            added = {token: each for token, each in tokenizer.added_tokens_decoder.items() if self[token]}
+            self.added = frozenset(added)
+            self.special = frozenset(token for token, each in added.items() if each.special)
             self._check()
         except Unknown as error:
             raise ConfigError(
                 f"the bytes of the {name}'s tokens cannot be known: {type(tokenizer).__name__}, {error}. Take a {name} "
                 f"whose tokenizer is a byte-level BPE or a SentencePiece one, with a tokenizer.json"
             ) from error
+        self._spaces_first, self._spaces_after_special = self._habits()
 
     def __getitem__(self, token: int) -> bytes:
         return self._bytes[token] if 0 <= token < len(self._bytes) else b""
@@ -52,13 +63,68 @@ class TokenBytes:
     def join(self, ids: Iterable[int]) -> bytes:
         return b"".join(map(self.__getitem__, ids))
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of texts alone: without special tokens around them, and no special token is read out of a text."""
+    def written(self, ids: Sequence[int], before: int | None) -> tuple[bytes, Array]:
+        """What ids after another write, and the length of each, without the spaces that no text has (see `encode`)."""
+        entries, lengths = [self[token] for token in ids], self.lengths(ids)
+        for place, last in enumerate([before, *ids[:-1]] if self._spaces_first or self._spaces_after_special else []):
+            if self._puts_space(last) and entries[place].startswith(SPACE):
+                entries[place] = entries[place][1:]
+                lengths[place] -= 1
+        return b"".join(entries), lengths
+
+    def encode(self, texts: Sequence[str], before: Sequence[int | None]) -> list[list[int]]:
+        """The ids of texts, each after the id `before` it (None: it is the first). No special token is read out of a text.
+
+        Tokenizers of SentencePiece's kind may put a space before a text, at the very beginning or after each special
+        token. There it is in the ids, elsewhere not.
+        """
+        found = self._encode(texts)
+        if not self._spaces_first:
+            return found
+        bare = [place for place, last in enumerate(before) if not self._puts_space(last)]
+        for start in _STARTS:
+            first = self._encode([start])[0]
+            after = self._encode([start + texts[place] for place in bare])
+            known = [bool(first) and ids[: len(first)] == first for ids in after]
+            for place, ids in itertools.compress(zip(bare, after, strict=True), known):
+                found[place] = ids[len(first) :]
+            bare = [place for place, done in zip(bare, known, strict=True) if not done]
+        return found
+
+    def _puts_space(self, before: int | None) -> bool:
+        return self._spaces_first if before is None else self._spaces_after_special and before in self.special
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts alone, without any special token."""
         if not texts:
             return []
-        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        encoded: list[list[int]] = self.tokenizer(list(texts), padding=False, truncation=False, **options)["input_ids"]
+        found = self._ids(list(texts), split_special_tokens=True)
+        for place, ids in enumerate(found):
+            if self.special.intersection(ids) - {self.tokenizer.unk_token_id}:  # it knows no such option
+                found[place] = [token for part in self._in_parts(texts[place]) for token in self._ids([part])[0]]
+        return found
+
+    def _ids(self, texts: list[str], **options: bool) -> list[list[int]]:
+        options |= {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
+        encoded: list[list[int]] = self.tokenizer(texts, **options)["input_ids"]
         return encoded
+
+    def _in_parts(self, text: str) -> list[str]:
+        """Cut after the first character of each special token."""
+        special = "|".join(re.escape(self[token].decode()) for token in sorted(self.special, reverse=True))
+        cuts = [found.start() + 1 for found in re.finditer(f"(?={special})", text)]
+        return [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)]) if end > start]
+
+    def _habits(self) -> tuple[bool, bool]:
+        """Whether it puts a space before a text that stands first, and before one after a special token."""
+        word = next((text for text in self._texts() if text.isalnum()), "")
+        spaced = SPACE + word.encode()
+        first = bool(word) and self.join(self._encode([word])[0]) == spaced
+        special = min(self.special - {self.tokenizer.unk_token_id}, default=None)
+        if special is None or not first:
+            return first, False
+        ids = self._ids([self[special].decode() + word])[0]
+        return first, ids[:1] == [special] and self.join(ids[1:]) == spaced
 
     def _check(self) -> None:
         """The tokens of a text write that text, where it is made of the tokenizer's own: two of them, and a space."""
@@ -66,7 +132,7 @@ class TokenBytes:
         if not own:
             raise Unknown("none of its tokens is a text")
         texts = [*own, *(f"{a.strip()} {b.strip()}" for a, b in zip(own, reversed(own), strict=True))]
-        pairs = zip(texts, self.encode(texts), strict=True)
+        pairs = zip(texts, self._encode(texts), strict=True)
         written = [(text, self.join(ids)) for text, ids in pairs if self.tokenizer.unk_token_id not in ids]
         failed = [pair for pair in written if not _agree(*pair)]
         if len(failed) > (1 - _AGREEING) * len(texts):
@@ -75,8 +141,7 @@ class TokenBytes:
 
     def _texts(self) -> list[str]:
         """What some tokens write, from all over the vocabulary, where that is text."""
-        added = self.tokenizer.added_tokens_decoder
-        ids = [token for token, entry in enumerate(self._bytes) if entry.strip() and token not in added]
+        ids = [token for token, entry in enumerate(self._bytes) if entry.strip() and token not in self.added]
         entries = (self._bytes[token] for token in ids[:: len(ids) // _PROBED + 1])
         return [text for entry in entries if "\ufffd" not in (text := entry.decode(errors="replace"))]
 

@@ -8,35 +8,13 @@ import numpy as np
 import pytest
 from real_tokenizers import real_tokenizer
 from tiny_models import CHARACTERS, tokenizer
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tiny_tokenizers import META, byte_level, sentencepiece
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models.tokenizers import SAMPLE_TEXT
 from fastkl.trainer.teachers.alignment.token_bytes import TokenBytes
-
-META = "▁"
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-
-
-def byte_level(**special: str) -> PreTrainedTokenizerFast:
-    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ðŁ", "Ġa"]
-    core = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, [("ð", "Ł"), ("Ġ", "a")]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
-
-
-def sentencepiece(scheme: str = "first", **special: str) -> PreTrainedTokenizerFast:
-    """With byte fallback, as Llama 2 and Mistral have it."""
-    pieces = ["<unk>", *BYTES, META, *"abcx", f"{META}a", "ab"]
-    merges = [(META, "a"), ("a", "b")]
-    model = models.BPE({piece: n for n, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True)
-    core = Tokenizer(model)
-    core.pre_tokenizer = pre_tokenizers.Metaspace(META, scheme, split=False)
-    steps = [decoders.Replace(META, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    core.decoder = decoders.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=core, **{"unk_token": "<unk>", **special})
 
 
 def ids_of(words: PreTrainedTokenizerFast, *entries: str) -> list[int]:
@@ -53,13 +31,13 @@ def test_byte_level() -> None:
 def test_sentencepiece_with_byte_fallback() -> None:
     words = sentencepiece()
     known = TokenBytes(words)
-    assert known.join(ids_of(words, "▁a", "<0xF0>", "<0x0A>", "ab", META)) == b" a\xf0\nab "
+    assert known.join(ids_of(words, f"{META}a", "<0xF0>", "<0x0A>", "ab", META)) == b" a\xf0\nab "
     assert known.lengths(ids_of(words, META, "<0x20>")).tolist() == [1, 1]
 
 
 def test_one_character_a_token() -> None:
     known = TokenBytes(tokenizer())
-    assert known.join(known.encode(["1+1 =2."])[0]) == b"1+1 =2."
+    assert known.join(known.encode(["1+1 =2."], [None])[0]) == b"1+1 =2."
 
 
 @pytest.mark.parametrize("words", [byte_level(), sentencepiece(), tokenizer()], ids=["bytes", "pieces", "words"])
@@ -90,7 +68,7 @@ def test_rows_without_a_token_write_nothing() -> None:
 
 def test_no_special_token_is_read_out_of_a_text() -> None:
     words = byte_level(eos_token="<|end|>")
-    ids = TokenBytes(words).encode(["a<|end|>"])[0]
+    ids = TokenBytes(words).encode(["a<|end|>"], [None])[0]
     assert words.eos_token_id not in ids
     assert len(ids) == 8
 
@@ -134,6 +112,34 @@ class InPython:
         return {"input_ids": [[self._written[letter] for letter in text] for text in texts]}
 
 
+def test_a_space_before_a_text_is_none_of_its_own() -> None:
+    """SentencePiece puts it there: after a special token, or at the very beginning alone."""
+    for scheme, spaced in (("always", True), ("first", False)):
+        words = sentencepiece(scheme, eos_token="</s>")
+        known, end = TokenBytes(words), words.eos_token_id
+        (space, first, after), a, b = known.encode(["ab"] * 3, [None, 5, end]), *ids_of(words, "a", "ab")
+        assert space == ids_of(words, f"{META}a") + ids_of(words, "b")
+        assert first == [b]
+        assert after == (space if spaced else [b])
+        for ids, before in ((space, None), (first, 5), (after, end)):
+            text, lengths = known.written(ids, before)
+            assert text == b"ab"
+            assert lengths.sum() == 2
+        assert known.written([end, *ids_of(words, f"{META}a"), a], None)[0] == b"</s>" + b" "[spaced:] + b"aa"
+        assert known.written(ids_of(words, META, "a"), None)[1].tolist() == [0, 1]
+
+
+def test_a_special_token_that_a_tokenizer_reads_all_the_same() -> None:
+    class Deaf(PreTrainedTokenizerFast):
+        def __call__(self, *texts: Any, **options: Any) -> Any:
+            return super().__call__(*texts, **(options | {"split_special_tokens": False}))
+
+    words = Deaf(tokenizer_object=byte_level().backend_tokenizer, eos_token="<|end|>", pad_token="<|")
+    text = "a<|end|><|<|end|>"
+    ids = TokenBytes(words).encode([text], [None])[0]
+    assert ids == byte_level().encode(text)
+
+
 def test_tokenizers_in_python() -> None:
     written = {"a": 0, " ": 1}
     ranks = {b"a": 0, b" ": 1, b"\xf0\x9f": 2}
@@ -153,12 +159,12 @@ def test_real_tokenizers(name: str) -> None:
     words = real_tokenizer(name)
     known = TokenBytes(words)
     text = SAMPLE_TEXT.replace("e\u0301", "é")  # which Qwen would write for it
-    written = known.join(known.encode([text])[0]).decode()
+    written = known.join(known.encode([text], [None])[0]).decode()
     assert written.removeprefix(" " if name in ("mistral", "yi") else "") == text
     assert known.lengths(range(len(words))).max() > 10
     end = words.eos_token
     assert known[words.eos_token_id] == end.encode()
-    assert words.eos_token_id not in known.encode([f"a{end}b"])[0]
+    assert words.eos_token_id not in known.encode([f"a{end}b"], [None])[0]
 
 
 def test_the_characters_of_the_tiny_tokenizer() -> None:
