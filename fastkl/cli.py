@@ -51,7 +51,7 @@ def _run(command: Callable[[Any], object], config: Any) -> int:
         with _ended_at_once(signal.SIGTERM, TERMINATED):
             command(config)
     except (ConfigError, RunError) as error:
-        return _say(f"fastkl: {error}", 2, aloud=_failed_first())
+        return _say(f"fastkl: {error}", getattr(error, "exit_status", 2), aloud=_failed_first())
     except KeyboardInterrupt as stopped:  # a run's own says where it goes on, and which signal it was
         text = f"fastkl: {stopped}" if str(stopped) else INTERRUPTED
         return _say(text, getattr(stopped, "exit_status", 130), aloud=_failed_first())

@@ -10,6 +10,8 @@ class ConfigError(ValueError):
 class RunError(RuntimeError):
     """What is wrong is in the run's surroundings or in its numbers; mended, it goes on from its last checkpoint."""
 
+    exit_status = 2
+
 
 class ServerError(RunError):
     """A server cannot do its part now."""

@@ -20,6 +20,7 @@ from fastkl.trainer.rollouts.single_turn import Responder
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.files import read_jsonl
 from fastkl.trainer.runs.folder import RunFolder
+from fastkl.trainer.runs.guards.guards import Guards
 from fastkl.trainer.runs.listener import Clock, Listener
 from fastkl.trainer.runs.progress import ProgressBar
 from fastkl.trainer.runs.report.page import NAME as REPORT
@@ -63,6 +64,7 @@ def fit(
     said = folder.begin()
     start_trackers(student.accelerator, config, folder.path, steps_done)
     start = steps_done or 0
+    guards = Guards(student, tokenizer, folder)
 
     def grade(metrics: dict[str, float], step: int) -> None:
         if responder is not None and evaluations:
@@ -82,14 +84,17 @@ def fit(
                 progress.note(f"writing {answers} answers to held-out prompts (eval) before the first step")
             grade(metrics, 0)
             if metrics:
+                guards.look(0, metrics, [])
                 _log(student, folder, 0, metrics)
+                if guards.best_step == 0:
+                    folder.save_checkpoint(student.save, 0, best=0)
                 progress.step(0, metrics)
                 listener.on_step(0, metrics, [])
         else:
             progress.note(f"resumed {config.run} after step {start}")
         for step in range(start, config.optim.steps):
             clock, done = Clock(listener, stop.check), step + 1
-            with _checkpoint_at_the_end(student, folder, step):
+            with _checkpoint_at_the_end(student, folder, step, guards.best_step):
                 stop.check()
                 samples, metrics = source.samples(step, clock)
             with stop.postponed(), clock("train"), objective.updating():
@@ -99,16 +104,23 @@ def fit(
             metrics |= {**clock.seconds, "tokens_per_second": tokens / sum(clock.seconds.values())}
             if done == config.optim.steps or (config.eval.every and done % config.eval.every == 0):
                 grade(metrics, done)
+            guards.look(done, metrics, samples)
             _log(student, folder, done, metrics)
             folder.log(NAME, sample_records(samples[: config.log_samples], tokenizer, done))
             progress.step(done, metrics)
+            guards.tell(done, progress)
             if step == max(start, config.optim.warmup_steps - 1):  # the first at the full rate
                 _remark(progress, too_small_an_update(metrics, config.optim.lr))
             listener.on_step(done, metrics, samples)
-            if done == config.optim.steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
+            best, ends = guards.best_step, guards.stop and done < config.optim.steps
+            due = config.checkpoint.every and done % config.checkpoint.every == 0
+            if due or ends or done in (config.optim.steps, best):
                 source.settle(stop.told)
-                folder.save_checkpoint(student.save, done)
+                folder.save_checkpoint(student.save, done, best)
+            if ends:
+                guards.end(done)
         _remark(progress, processes.on_main(lambda: _skipped(folder, config.optim)))
+        _remark(progress, guards.take_best())
         with student.gathered():
             folder.save_student(lambda aside: save_student(student.model, tokenizer, aside))
         progress.note(f"student saved in {folder.student}")
@@ -119,15 +131,15 @@ def fit(
 
 
 @contextmanager
-def _checkpoint_at_the_end(student: Student, folder: RunFolder, steps_done: int) -> Iterator[None]:
+def _checkpoint_at_the_end(student: Student, folder: RunFolder, steps_done: int, best: int | None) -> Iterator[None]:
     """Saves the student as it is after so many steps, where the run is ended in here."""
     try:
         yield
     except ServerError:
-        folder.save_checkpoint(student.save, steps_done)
+        folder.save_checkpoint(student.save, steps_done, best)
         raise
     except Stopped as stopped:
-        folder.save_checkpoint(student.save, steps_done)
+        folder.save_checkpoint(student.save, steps_done, best)
         stopped.checkpoint = steps_done
         processes.failed_first()  # one of them says so; afterwards they cannot agree any more
         student.accelerator.end_training()

@@ -16,7 +16,7 @@ from fastkl.kernels.divergence.formula import DIVERGENCES
 
 METRIC_STEMS = (*DIVERGENCES, "top_k_kl")  # of what a loss says of itself: <stem>_mean, <stem>_max
 # Words in a name that stand for others: each such entry is a family.
-PLACEHOLDERS = {"DATA_SET": r"[\w-]+", "DIVERGENCE": "|".join(METRIC_STEMS), "at_K": r"at_\d+"}
+PLACEHOLDERS = {"DATA_SET": r"[\w-]+", "RULE": r"\w+", "DIVERGENCE": "|".join(METRIC_STEMS), "at_K": r"at_\d+"}
 PROGRESS = ("loss", "teacher_kl", "tokens_per_second", "eval/accuracy")  # the columns of the progress bar
 
 
@@ -95,6 +95,9 @@ GROUPS = (
         Metric("teacher_kl/DATA_SET", NATS, "`mixture`", "`teacher_kl` of one data set.", "falls towards 0"),
     )),
     Group("Sampler against trainer", "mismatch", (
+        Metric("sampler_mismatch/kl", NATS, MISMATCH,
+               "Mean of r − 1 − log r, log r = ℓ − ℓ_sampler. It estimates the KL of the trainer from the sampler.",
+               "about 2e-4 for dense models in 16 bits, 1e-3 to 2e-3 for mixtures of experts"),
         Metric("sampler_mismatch/mean_abs", "nats", MISMATCH,
                "Mean of |ℓ − ℓ_sampler|. Sampler and trainer compute the same number in two ways.",
                "about 1e-5 where both compute in float32"),
@@ -131,6 +134,9 @@ GROUPS = (
     Group("Completions", "rest", (
         Metric("completions/dropped_fraction", "fraction", "a length filter of `sampling`",
                "Completions that the filters leave out of the loss.", "below 1: at 1 a step changes nothing"),
+        Metric("completions/looping_fraction", "fraction", OWN,
+               "Completions that reached the length limit while they repeated themselves: at least three times, over at "
+               "least 16 tokens.", "about 0"),
         Metric("completions/mean_length", "tokens", f"{OWN}, and sft", "Mean length of those that the loss sees."),
         Metric("completions/truncated_fraction", "fraction", OWN,
                "Completions that reached the length limit before an end of sequence."),
@@ -177,6 +183,17 @@ GROUPS = (
                "Mean of ℓ_teacher − ℓ. It estimates the forward KL if the teacher wrote the completions.",
                "falls towards 0"),
         Metric("given/nll", NATS, GIVEN, "Mean of −ℓ.", "falls"),
+    )),
+    Group("Guards", "rest", (
+        Metric("advantages/top_share", "fraction", "`policy_gradient`, at least 200 tokens",
+               "What the 1 % of the student's own tokens with the largest advantages have of the sum of |advantage|.",
+               "well below 0.9"),
+        Metric("guards/RULE", "1", "a step in which the [guard](guards.md) found something", "Written as 1.", "never"),
+        Metric("teacher_logprobs/mean", NATS, "a teacher",
+               "Mean of ℓ_teacher over the student's own tokens; of several data sets, of the one whose ℓ_teacher vary "
+               "least."),
+        Metric("teacher_logprobs/std", "nats", "a teacher", "Their standard deviation.",
+               "above 0: at 0 the teacher teaches nothing"),
     )),
     Group("The KL's part", "rest", (
         Metric("advantages/clip_fraction", "fraction", "`loss.advantage_clip`",
@@ -288,7 +305,9 @@ def page() -> Iterator[str]:
             cells = (f"`{metric.name}`", metric.unit, metric.when, metric.meaning, metric.healthy or "")
             yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
     yield ""
-    yield f"DATA_SET is a name in `mixture`. DIVERGENCE is one of {', '.join(METRIC_STEMS)}."
+    yield (
+        f"DATA_SET is a name in `mixture`. RULE is the name of a guard. DIVERGENCE is one of {', '.join(METRIC_STEMS)}."
+    )
     yield ""
     yield (
         "`eval/accuracy` is that of `eval.data` at the first `eval.temperature`. That of an entry of `eval.more` is "

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from fastkl.trainer.config.training import RunConfig
 from fastkl.trainer.data.batching import Batch, batches
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.data.step_metrics import add_policy_metrics, merge_metrics, mismatch_metrics, remark_on_mismatch
+from fastkl.trainer.data.step_metrics import add_policy_metrics, merge_metrics, mismatch_metrics
 from fastkl.trainer.errors import RunError
 from fastkl.trainer.models.loading import fuse, load_student
 from fastkl.trainer.models.modes import updating
@@ -111,6 +111,11 @@ class Student:
     def restore(self, folder: Path) -> None:
         checkpoint.load(folder, self.plain, self.optimizer, self._others)
         apply_settings(self.config.optim, self.optimizer, self.scheduler)
+        self.version += 1
+
+    def take_weights(self, folder: Path) -> None:
+        """Those of a checkpoint, to be saved; the optimizer's state stays."""
+        checkpoint.load_weights(folder, self.plain)
         self.version += 1
 
     def follow(self, follower: Follower) -> None:
@@ -227,10 +232,7 @@ class Student:
             follower.updated(step + 1)
         _exchange(samples, scattered)
         metrics |= objective.updated(samples)
-        mismatches = mismatch_metrics([part for _, own, _ in parts for part in own])
-        if step == 0 and self.config.student.dropout == "off":
-            remark_on_mismatch(mismatches)
-        return {**metrics, **mismatches}
+        return {**metrics, **mismatch_metrics([part for _, own, _ in parts for part in own])}
 
     def _in_step(self, groups: list[list[Sample]]) -> Iterator[tuple[Batch, bool]]:
         """Batches of this process's samples, as many as on every other: one that has fewer adds some that do not count.

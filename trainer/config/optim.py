@@ -76,10 +76,12 @@ class CheckpointConfig:
     Args:
         every: Write a checkpoint every N steps, and always after the last one. 0: only then.
         keep: Keep this many of the newest.
+        best: Keep the one with the best eval/accuracy too (keep), and save its student at the end (student). null: neither.
     """
 
     every: int = 50
     keep: int = 1
+    best: Literal["keep", "student"] | None = None
 
     def __post_init__(self) -> None:
         at_least(0, self, "checkpoint.", "every")

@@ -10,11 +10,12 @@ from fastkl.trainer.config.context import ContextConfig
 from fastkl.trainer.config.cross_checks import check_rollouts, check_without_teacher
 from fastkl.trainer.config.data import DataConfig, EvalConfig
 from fastkl.trainer.config.environment import EnvironmentConfig
+from fastkl.trainer.config.guards import GuardsConfig
 from fastkl.trainer.config.loss import LossConfig
+from fastkl.trainer.config.losses.reward import RewardConfig
 from fastkl.trainer.config.mixture import DataSetConfig, TaughtConfig, check_common_teacher, check_data_sets
 from fastkl.trainer.config.models import StudentConfig
 from fastkl.trainer.config.optim import BatchConfig, CheckpointConfig, OptimConfig
-from fastkl.trainer.config.reward import RewardConfig
 from fastkl.trainer.config.rules import at_least
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.config.teacher import (
@@ -41,6 +42,7 @@ class RunConfig:
         batch: Lay out a forward pass like this.
         eval: Evaluate on held-out prompts.
         checkpoint: Write checkpoints.
+        guards: Watch the run.
         mixed_precision: Run the forward pass under autocast (accelerate's option).
         trackers: Log to these trackers of accelerate, besides metrics.jsonl. For example [tensorboard, wandb].
         log_samples: Write this many samples of each step to samples.jsonl. Distillation adds the ranks of their tokens.
@@ -56,6 +58,7 @@ class RunConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     trackers: list[str] = field(default_factory=list)
     log_samples: int = 4
@@ -65,6 +68,11 @@ class RunConfig:
         require(bool(self.run.strip()), "run is empty; name the run folder, for example runs/first")
         require(bool(self.student.path.strip()), "student.path is empty; give a model folder or a Hub id")
         at_least(0, self, "", "log_samples")
+        require(
+            self.checkpoint.best is None or self.eval.data.path is not None or self.eval.data.dataset is not None,
+            f"checkpoint.best is {self.checkpoint.best}, but nothing is evaluated; set eval.data.path, or unset "
+            f"checkpoint.best",
+        )
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from fastkl.trainer.data.arrays import total
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.notes import note
 
-LARGE_MISMATCH = 0.05  # nats
 EXTREMES: dict[str, Callable[[float, float], float]] = {"min": min, "max": max}  # by the end of a metric's name
 
 
@@ -68,11 +66,12 @@ def context_gap(samples: Sequence[Sample]) -> dict[str, float]:
 
 def mismatch_metrics(differences: Sequence[Tensor]) -> dict[str, float]:
     """How far the trainer's log-probs are from the sampler's, before the update: from ℓ − ℓ_sampler of the tokens."""
-    difference = torch.cat([*differences, torch.empty(0)])
+    difference = torch.cat([*differences, torch.empty(0)]).double()
     if not len(difference):
         return {}
     ratio, sizes = difference.exp(), difference.abs()
     return {
+        "sampler_mismatch/kl": (difference.expm1() - difference).mean().item(),
         "sampler_mismatch/mean_abs": sizes.mean().item(),
         "sampler_mismatch/p95_abs": _quantile(sizes, 0.95),
         "sampler_mismatch/outside_0.9_1.1": ((ratio < 0.9) | (ratio > 1.1)).float().mean().item(),
@@ -85,16 +84,6 @@ def _quantile(values: Tensor, share: float) -> float:
     nearest = [math.floor(place), math.ceil(place)]
     below, above = np.partition(values.numpy(), nearest)[nearest].tolist()
     return float(below + (above - below) * (place % 1))
-
-
-def remark_on_mismatch(metrics: dict[str, float]) -> None:
-    """One line where the first step samples another distribution than it trains."""
-    if (mean := metrics.get("sampler_mismatch/mean_abs", 0.0)) > LARGE_MISMATCH:
-        note(
-            f"sampler_mismatch/mean_abs is {mean:.2f} nats in the first step: the update sees another distribution than "
-            f"was sampled from. A server or sampling in fewer bits can cause it; otherwise set student.dtype to float32, "
-            f"or try sampling.engine: generate"
-        )
 
 
 def add_policy_metrics(totals: dict[str, float], metrics: dict[str, Tensor], token_share: float) -> None:

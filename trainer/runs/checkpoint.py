@@ -51,6 +51,18 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, other
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, others: dict[str, Any]) -> None:
     """Every process reads the files and takes its shards. Random states are restored where there are as many as then."""
+    load_weights(folder, model)
+    optimizer.load_state_dict(_split(optimizer, torch.load(folder / OPTIMIZER, map_location="cpu")))
+    states = torch.load(folder / STATE, map_location="cpu")
+    for name, other in others.items():
+        if name in states:  # an older version knew fewer
+            other.load_state_dict(states[name])
+    if len(states["random"]) == processes.count():
+        _set_random_state(states["random"][processes.rank()])
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """The trained weights alone."""
     weights, parameters = load_file(folder / WEIGHTS), trained(model)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     wanted = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -63,13 +75,6 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, other
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(like(parameter, weights[name]))
-    optimizer.load_state_dict(_split(optimizer, torch.load(folder / OPTIMIZER, map_location="cpu")))
-    states = torch.load(folder / STATE, map_location="cpu")
-    for name, other in others.items():
-        if name in states:  # an older version knew fewer
-            other.load_state_dict(states[name])
-    if len(states["random"]) == processes.count():
-        _set_random_state(states["random"][processes.rank()])
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The run folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, student/, report.html.
+"""The run folder: config.yaml, metrics.jsonl, samples.jsonl, guards.jsonl, checkpoints/, student/, report.html.
 
 Whatever happens to the process, the folder stays usable: checkpoints appear by renaming, a log's rows beyond the newest
 checkpoint are dropped when a run resumes, and one run at a time may write. Of several processes the first does so; every
@@ -31,7 +31,7 @@ from fastkl.trainer.runs.settings import flat
 
 INCOMPLETE = ".incomplete"
 DAMAGED = ".damaged"  # what follows the name of a checkpoint that cannot be read
-LOGS = ("metrics.jsonl", "samples.jsonl")
+LOGS = ("metrics.jsonl", "samples.jsonl", "guards.jsonl")
 _STEP = re.compile(r"step-(\d+)")
 _LEFTOVERS = {".lock", ".config.yaml.new"}  # of a run that never began
 
@@ -132,7 +132,7 @@ class RunFolder:
             )
 
     def log(self, file: str, rows: Iterable[dict[str, Any]]) -> None:
-        """Appends rows to metrics.jsonl or samples.jsonl."""
+        """Appends rows to one of LOGS."""
 
         def append() -> None:
             with self.room_for(file), open(self.path / file, "a", encoding="utf-8") as out:
@@ -161,9 +161,21 @@ class RunFolder:
             )
         return None, []
 
-    def save_checkpoint(self, write: Callable[[Path], None], steps_done: int) -> None:
-        """Has a checkpoint written aside, renames it into place, then drops the oldest ones."""
-        target, aside = self._checkpoints / f"step-{steps_done:06d}", self._checkpoints / INCOMPLETE
+    def checkpoint_of(self, steps_done: int) -> Path | None:
+        """The checkpoint after so many steps, if it is there and whole."""
+        path = self._checkpoint_path(steps_done)
+        try:
+            check_seal(path, FILES)
+        except Damaged:
+            return None
+        return path
+
+    def _checkpoint_path(self, steps_done: int) -> Path:
+        return self._checkpoints / f"step-{steps_done:06d}"
+
+    def save_checkpoint(self, write: Callable[[Path], None], steps_done: int, best: int | None = None) -> None:
+        """Has a checkpoint written aside, renames it into place, then drops the oldest ones, but for that after `best`."""
+        target, aside = self._checkpoint_path(steps_done), self._checkpoints / INCOMPLETE
 
         def prepare() -> bool:
             shutil.rmtree(aside, ignore_errors=True)
@@ -178,7 +190,8 @@ class RunFolder:
             sync(self._checkpoints)
             self._had_checkpoint.touch()
             for old in _checkpoints_in(self._checkpoints)[: -self._config.checkpoint.keep]:
-                shutil.rmtree(old.path)
+                if old.steps_done != best:
+                    shutil.rmtree(old.path)
 
         with self.room_for(target.name):
             if processes.on_main(prepare):
@@ -208,6 +221,8 @@ class RunFolder:
         """Drops what the logs hold beyond a checkpoint, and a line that a crash cut short."""
 
         def drop(name: str) -> None:
+            if not (self.path / name).exists():
+                return
             rows = [row for row in _rows(self.path / name) if row["step"] <= steps_done]
             with self.room_for(name):
                 write_text(self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

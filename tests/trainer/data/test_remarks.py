@@ -13,7 +13,6 @@ from fastkl.trainer.config.data import DataConfig, EvalConfig
 from fastkl.trainer.data.mixture import read_data_sets
 from fastkl.trainer.data.prompts import encode_prompts
 from fastkl.trainer.data.remarks import remark_on_data_sets, remark_on_length, remark_on_rows
-from fastkl.trainer.data.step_metrics import remark_on_mismatch
 from fastkl.trainer.rollouts.evaluation import load_evaluations
 
 
@@ -75,11 +74,3 @@ def test_many_prompts_are_counted(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr("fastkl.trainer.data.prompts.AT_ONCE", 4)
     assert encode_prompts(rows, tokenizer(), DataConfig(chat_template=False)) == whole
     assert "encoded 10/10" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("mean", "said"), [(0.38, True), (0.01, False), (None, False)])
-def test_a_first_step_that_trains_what_was_not_sampled(
-    mean: float | None, said: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    remark_on_mismatch({} if mean is None else {"sampler_mismatch/mean_abs": mean})
-    assert ("mean_abs is 0.38 nats in the first step" in capsys.readouterr().err) == said

@@ -42,6 +42,11 @@ class Cost:
     recomputed: bool  # gradient checkpointing: the blocks run forward twice
 
 
+def has_experts(model: PreTrainedModel) -> bool:
+    """Whether it is a mixture of experts."""
+    return max(_numbers(model.config.get_text_config(), EXPERTS), default=0) > 1
+
+
 def cost_of(model: PreTrainedModel) -> Cost:
     """Read off the parameters and the config of a causal LM, or of a PEFT model around one."""
     config: Any = model.config.get_text_config()

@@ -66,6 +66,7 @@ MAIN_SETTINGS = (
 )
 CHANGES = 100  # at most that many are shown, the last ones
 CHANGE_CHARACTERS = 200  # of a setting's value in a change
+GUARD_CHARACTERS = 1000
 
 BESIDE = "time/rollouts"  # no phase of a step, but beside those of earlier ones
 FLOPS = ("flops/sampling", "flops/teacher", "flops/student")  # of a step, as time/* are; those of every distillation
@@ -89,6 +90,7 @@ def run_data(path: Path, name: str, sample_bytes: int) -> Json:
         "settings": {name: _text(value) for name, value in flat(settings)},
         "main": main_settings(dict(flat(settings))),
         "changes": _changes(path, axes),
+        "guards": _guards(path),
         "x": {axis: [values[row] for row in kept] for axis, values in axes.items() if values is not None},
         "series": curves,
         "seconds": _seconds(rows),
@@ -120,9 +122,15 @@ def _changes(path: Path, axes: Mapping[str, Sequence[float] | None]) -> list[Jso
     return found
 
 
-def _cut(value: Any) -> str:
+def _guards(path: Path) -> list[str]:
+    """What guards found, each from which step on; of the rules that there are, each stands there once."""
+    rows = [row for row in read_jsonl(path / "guards.jsonl") if {"step", "rule", "text"} <= row.keys()]
+    return [_cut(f"step {row['step']}: {row['rule']}: {row['text']}", GUARD_CHARACTERS) for row in rows[:CHANGES]]
+
+
+def _cut(value: Any, characters: int = CHANGE_CHARACTERS) -> str:
     text = _text(value)
-    return text if len(text) <= CHANGE_CHARACTERS else f"{text[:CHANGE_CHARACTERS]}…"
+    return text if len(text) <= characters else f"{text[:characters]}…"
 
 
 def differences(runs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,7 +1,7 @@
 // What the runs are: a line each, their settings, their seconds.
 
 function showTables() {
-  byId("runs").append(runTable(), ...controlNotes());
+  byId("runs").append(runTable(), ...controlNotes(), ...guardNotes());
   const several = RUNS.length > 1;
   const keys = several ? DATA.differences : RUNS[0].main;
   const what = several ? "Settings that differ between the runs" : "The settings that matter most";
@@ -35,6 +35,13 @@ function runTable() {
 function controlNotes() {
   const controls = RUNS.map((run, number) => [label(number), run.control]).filter(([, control]) => control);
   return controls.map(([name, control]) => el("p", { class: "note" }, el("strong", {}, `${name} is ${control}.`)));
+}
+
+/** What the guards of the runs found. */
+function guardNotes() {
+  return RUNS.flatMap((run, number) =>
+    run.guards.map((text) => el("p", { class: "note" }, el("strong", {}, `${label(number)}, a guard at ${text}.`))),
+  );
 }
 
 /** A metric's first and last value. */

@@ -1,0 +1,115 @@
+"""Each rule finds its pathology in the metrics of a run, and nothing in those of a healthy one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from guard_cases import STEPS, rows
+
+from fastkl.trainer.config.guards import GuardsConfig
+from fastkl.trainer.runs.guards.rules import RULES, Facts
+from fastkl.trainer.runs.guards.watch import Watch
+
+FACTS = Facts(vocabulary=100)
+FELL = [None, 0.7, None, 0.61, None, 0.6, None, 0.6, None, 0.6, None, 0.6]
+
+
+def found(changes: dict[str, Any], facts: Facts = FACTS, **settings: Any) -> dict[str, int]:
+    """The rules that find something, each with the first step in which it does."""
+    watch, said = Watch(GuardsConfig(**settings), facts, []), {}
+    for row in rows(**changes):
+        step = int(row.pop("step"))
+        said |= {finding.rule: step for finding in watch.look(step, row).findings if finding.is_new}
+    return said
+
+
+PATHOLOGIES: dict[str, tuple[dict[str, Any], str, int]] = {
+    "one-log-prob": ({"teacher_logprobs__std": 1e-5}, "teacher_constant", 1),
+    "certain-of-all": ({"teacher_logprobs__std": 0.0, "teacher_logprobs__mean": 0.0}, "teacher_constant", 1),
+    "uniform": ({"teacher_logprobs__std": 0.1, "teacher_logprobs__mean": -4.6}, "teacher_constant", 1),
+    "breaks-later": ({"teacher_logprobs__std": [2.0, 0.0]}, "teacher_constant", 7),
+    "memorised": ({"teacher_kl": 0.017, "entropy": 0.016}, "nothing_to_learn", 1),
+    "one-model": ({"teacher_kl": 0.0}, "nothing_to_learn", 1),
+    "collapse": ({"entropy": [0.5, 0.01], "teacher_kl": [0.6, 0.7]}, "entropy_collapse", 9),
+    "collapse-of-rewards": (
+        {"entropy": [0.5, 0.01], "teacher_kl": None, "reward__mean": [0.3, 0.2]},
+        "entropy_collapse",
+        9,
+    ),
+    "cut": (
+        {"completions__truncated_fraction": [0, 0.3, 0.9], "completions__mean_length": [13, 14, 17]},
+        "length_growth",
+        9,
+    ),
+    "loops": ({"completions__looping_fraction": [0.0, 0.5]}, "repetition", 8),
+    "loops-from-the-start": ({"completions__looping_fraction": 0.5}, "repetition", 1),
+    "sampler": ({"sampler_mismatch__kl": 0.01}, "mismatch", 1),
+    "outliers": ({"advantages__top_share": 0.95}, "few_tokens", 1),
+    "overfitted": ({"eval__accuracy": FELL, "eval__accuracy_se": 0.024}, "accuracy_falling", 8),
+}
+
+
+@pytest.mark.parametrize(("changes", "rule", "step"), PATHOLOGIES.values(), ids=PATHOLOGIES)
+def test_a_pathology_is_found_once(changes: dict[str, Any], rule: str, step: int) -> None:
+    assert found(changes) == {rule: step}
+    assert found(changes, **{rule: "off"}) == {}
+
+
+HEALTHY: dict[str, dict[str, Any]] = {
+    "as-it-is": {},
+    "converges": {
+        "teacher_kl": [0.6, 0.2, 0.01],
+        "entropy": [0.5, 0.2, 0.01],
+        "advantages__top_share": [0.2, 0.5, 0.95],
+    },
+    "rewards-are-earned": {"entropy": [0.5, 0.01], "teacher_kl": None, "reward__mean": [0.2, 0.9]},
+    "the-policy-that-rewards-begin-with": {"teacher_kl": 0.0, "reward__mean": 0.3},
+    "an-extrapolation-from-the-same": {"teacher_kl": 0.0, "reference_kl": 0.3},
+    "sure-and-yet-far": {"teacher_kl": 0.45, "entropy": 0.015},
+    "near-and-yet-undecided": {"teacher_kl": 0.015, "entropy": 0.3},
+    "both-certain": {"teacher_logprobs__std": 0.0, "teacher_logprobs__mean": 0.0, "entropy": 0.0, "teacher_kl": 0.03},
+    "longer": {"completions__mean_length": [13, 16], "completions__truncated_fraction": [0, 0.2]},
+    "always-cut": {"completions__truncated_fraction": [0.8, 1.0], "completions__mean_length": [13, 16]},
+    "loops-that-it-unlearns": {"completions__looping_fraction": [0.15, 0.1]},
+    "older-samples": {"sampler_mismatch__kl": 0.3, "staleness__max": 2},
+    "swings": {"eval__accuracy": [0.7, 0.66, 0.68, 0.65, 0.68, 0.67], "eval__accuracy_se": 0.024},
+    "a-bad-evaluation": {"eval__accuracy": [None, 0.7, None, 0.5, None, 0.7, None, 0.5, None, 0.7, None, 0.6]},
+    "sft": dict.fromkeys(("teacher_kl", "entropy")),
+}
+
+
+@pytest.mark.parametrize("changes", HEALTHY.values(), ids=HEALTHY)
+def test_a_healthy_run_raises_none(changes: dict[str, Any]) -> None:
+    assert found(changes) == {}
+
+
+def test_a_mixture_of_experts_may_differ_more_and_dropout_as_it_likes() -> None:
+    change = {"sampler_mismatch__kl": 0.01}
+    assert found(change, FACTS._replace(has_experts=True)) == {}
+    assert found(change, FACTS._replace(has_dropout=True)) == {}
+    assert found(change, FACTS._replace(has_experts=True), max_mismatch=0.001) == {"mismatch": 1}
+
+
+def test_scores_without_an_error_have_no_margin() -> None:
+    values = [None, 12.0, None, 11.0, None, 10.5, None, 10.9, None, None, None, None]
+    assert found({"eval__accuracy": values}) == {"accuracy_falling": 8}
+
+
+def test_a_watch_that_is_begun_again_says_nothing_twice() -> None:
+    history = rows(completions__looping_fraction=[0.0, 0.5])
+    whole, parts = Watch(GuardsConfig(), FACTS, []), []
+    for row in history:
+        parts.append((whole.look(row["step"], {k: v for k, v in row.items() if k != "step"}), row))
+    logged = [row | looked.metrics for looked, row in parts]
+    for cut in range(1, STEPS):
+        again = Watch(GuardsConfig(), FACTS, logged[:cut])
+        for row, (looked, _) in zip(history[cut:], parts[cut:], strict=True):
+            assert again.look(row["step"], {k: v for k, v in row.items() if k != "step"}) == looked
+
+
+def test_every_rule_has_a_setting_and_every_setting_a_rule() -> None:
+    actions = {field.name for field in dataclasses.fields(GuardsConfig) if field.type == "Action"}
+    assert actions == {rule.name for rule in RULES}
+    assert all(rule.action(GuardsConfig()) == "warn" for rule in RULES)

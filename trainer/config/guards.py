@@ -1,0 +1,58 @@
+"""What a run is watched for while it goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastkl.trainer.config.rules import at_least, fraction, positive
+
+Action = Literal["off", "warn", "stop"]
+
+
+@dataclass(frozen=True)
+class GuardsConfig:
+    """What a run is watched for. off: not at all. warn: say so, once. stop: end the run, with a checkpoint.
+
+    Args:
+        teacher_constant: Watch for a teacher that finds all tokens equally likely.
+        nothing_to_learn: Watch for a student that is sure of its tokens, and whose teacher agrees, in the first step.
+        entropy_collapse: Watch for a student that loses its variety and gains nothing.
+        length_growth: Watch for completions that grow until they are cut.
+        repetition: Watch for completions that are cut while they repeat themselves.
+        mismatch: Watch for a sampler that has other probabilities than the trainer.
+        few_tokens: Watch for advantages that stand in 1 % of the tokens.
+        accuracy_falling: Watch for an accuracy on eval.data that stays below its best.
+        min_teacher_std: Call log-probs constant if their standard deviation is below this, in nats.
+        min_teacher_kl: Call a first teacher_kl about 0 below this, in nats per token. So too the entropy.
+        min_entropy_share: Call the entropy collapsed below this share of that of the first steps.
+        max_truncated: Allow this share of cut completions, if there were fewer than half of that.
+        max_looping: Allow this share of completions that are cut while they repeat themselves.
+        max_mismatch: Allow this KL between sampler and trainer, in nats per token. null: 0.002, or 0.02 for a mixture of
+            experts.
+        max_top_share: Allow the 1 % of tokens with the largest advantages this share of the sum.
+        evaluations: Wait for this many evaluations in a row below the best, each by more than chance.
+    """
+
+    teacher_constant: Action = "warn"
+    nothing_to_learn: Action = "warn"
+    entropy_collapse: Action = "warn"
+    length_growth: Action = "warn"
+    repetition: Action = "warn"
+    mismatch: Action = "warn"
+    few_tokens: Action = "warn"
+    accuracy_falling: Action = "warn"
+    min_teacher_std: float = 1e-3
+    min_teacher_kl: float = 0.02
+    min_entropy_share: float = 0.1
+    max_truncated: float = 0.5
+    max_looping: float = 0.2
+    max_mismatch: float | None = None
+    max_top_share: float = 0.9
+    evaluations: int = 3
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "guards.", "min_teacher_std", "min_teacher_kl")
+        fraction(self, "guards.", "min_entropy_share", "max_truncated", "max_looping", "max_top_share")
+        positive(self, "guards.", "max_mismatch")
+        at_least(1, self, "guards.", "evaluations")

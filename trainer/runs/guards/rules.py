@@ -1,0 +1,233 @@
+"""The rules: what each looks at, why, and where its threshold comes from. docs/guards.md tells them to users.
+
+A rule is a function of what is known of a run so far. It returns what it found, with numbers, or None.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from fastkl.trainer.config.guards import Action, GuardsConfig
+from fastkl.trainer.runs.guards.evaluations import ACCURACY, Evaluated, best_of
+
+WINDOW = 3  # steps whose mean is taken
+UNIFORM = 0.05  # of ln V: how near to −ln V the log-probs of a uniform distribution are
+EQUAL = 1e-4  # nats: below it two models are one
+CONVERGED = 0.05  # nats: below it a few tokens may well hold what is left
+CHANCE = 2.0  # standard errors of a difference
+DENSE, EXPERTS = 0.002, 0.02  # nats
+
+Row = Mapping[str, float]
+
+
+class Facts(NamedTuple):
+    """What rules know of a run beside its metrics."""
+
+    vocabulary: int
+    has_experts: bool = False  # a mixture of experts
+    has_dropout: bool = False  # in the update: it sees other log-probs than the sampler then
+
+
+class Seen(NamedTuple):
+    """A run up to now, with at least one step."""
+
+    steps: Sequence[Row]  # of metrics.jsonl, the steps from the first on
+    evaluations: Sequence[Evaluated]
+    facts: Facts
+    limits: GuardsConfig
+
+    def first(self, name: str) -> float | None:
+        """The mean of a metric over the first steps that have it."""
+        return _mean(_some(self.steps, name, WINDOW))
+
+    def now(self, name: str) -> float | None:
+        """The mean of a metric over the last steps that have it."""
+        return _mean(_some(reversed(self.steps), name, WINDOW))
+
+    def has_begun(self, name: str) -> bool:
+        """Whether the first steps of a metric are over, and others have come."""
+        return len(_some(self.steps, name, 2 * WINDOW)) == 2 * WINDOW
+
+
+class Rule(NamedTuple):
+    """A rule by its name, which is its setting in `guards`."""
+
+    name: str
+    find: Callable[[Seen], str | None]
+    advice: str  # what it means, and what to do
+
+    def action(self, config: GuardsConfig) -> Action:
+        action: Action = getattr(config, self.name)
+        return action
+
+
+def teacher_constant(seen: Seen) -> str | None:
+    """A teacher that finds all tokens equally likely teaches nothing: a broken head or server (Relax issue 287).
+
+    Constant: no distribution of a language model is, unless student and teacher are both sure of everything. Uniform:
+    every log-prob is about −ln V.
+    """
+    row = seen.steps[-1]
+    std, mean = row.get("teacher_logprobs/std"), row.get("teacher_logprobs/mean")
+    if std is None or mean is None:
+        return None
+    is_constant = std < seen.limits.min_teacher_std and row.get("entropy", 1.0) >= seen.limits.min_teacher_kl
+    flat = math.log(seen.facts.vocabulary)
+    is_uniform = std < UNIFORM * flat and abs(mean + flat) < UNIFORM * flat
+    if not is_constant and not is_uniform:
+        return None
+    what = "uniform" if is_uniform else "constant"
+    return f"the teacher's log-probs are {what}: mean {mean:.4g}, standard deviation {std:.2g} nats"
+
+
+def nothing_to_learn(seen: Seen) -> str | None:
+    """Memorised prompts: the student is sure, and the teacher agrees. And: the student is the teacher.
+
+    Measured (docs/guards.md): memorised prompts began with teacher_kl 0.003 to 0.017 and entropy 0.001 to 0.016, and
+    nothing was learned. The surest students that learned began with 0.45 and 0.05. Rewards teach without a teacher.
+    """
+    row, limit = seen.steps[0], seen.limits.min_teacher_kl
+    kl, entropy = row.get("teacher_kl"), row.get("entropy")
+    if len(seen.steps) > 1 or kl is None or entropy is None or "reward/mean" in row or "reference_kl" in row:
+        return None
+    if abs(kl) < EQUAL:
+        return f"teacher_kl of the first step is {kl:.2g} nats per token: the student is the teacher already"
+    if kl < limit and entropy < limit:
+        return (
+            f"teacher_kl and entropy of the first step are {kl:.2g} and {entropy:.2g} nats per token: on these prompts the "
+            f"student is sure, and the teacher agrees"
+        )
+    return None
+
+
+def entropy_collapse(seen: Seen) -> str | None:
+    """Variety is what sampling learns from. Losing it is healthy only where the KL falls, or the reward rises, for it."""
+    first, now = seen.first("entropy"), seen.now("entropy")
+    if first is None or now is None or not seen.has_begun("entropy") or now >= seen.limits.min_entropy_share * first:
+        return None
+    for name, gain in (("teacher_kl", -1), ("reward/mean", 1)):
+        before, after = seen.first(name), seen.now(name)
+        if before is not None and after is not None and gain * (after - before) > 0:
+            return None
+    return f"entropy fell from {first:.3g} to {now:.3g} nats per token, and nothing was gained by it"
+
+
+def length_growth(seen: Seen) -> str | None:
+    """Completions that grow until they are cut: the known way in which on-policy distillation ends (arXiv 2604.08527)."""
+    cut, length = "completions/truncated_fraction", "completions/mean_length"
+    before, after, short, long = seen.first(cut), seen.now(cut), seen.first(length), seen.now(length)
+    if before is None or after is None or short is None or long is None or not seen.has_begun(cut):
+        return None
+    if after < seen.limits.max_truncated or before > after / 2 or long <= short:
+        return None
+    return f"completions grew from {short:.4g} to {long:.4g} tokens; {before:.0%} of them were cut, and now {after:.0%} are"
+
+
+def repetition(seen: Seen) -> str | None:
+    """A loop that only the limit ends: its tokens are cheap for both models, and hide everything else."""
+    first, now = seen.first("completions/looping_fraction"), seen.now("completions/looping_fraction")
+    if first is None or now is None or now <= seen.limits.max_looping or now < first:
+        return None
+    return f"{now:.0%} of the completions are cut while they repeat themselves"
+
+
+def mismatch(seen: Seen) -> str | None:
+    """Sampler and trainer are one model. At health their KL is 2e-4 for dense models and 1e-3 to 2e-3 for mixtures of
+    experts; 0.09 is a bug (tinker-cookbook, rl_numerics_check). Ten times the healthy value is above it for sure.
+
+    Samples of older weights and dropout differ for another reason.
+    """
+    if seen.facts.has_dropout:
+        return None
+    fresh = [row for row in seen.steps[-WINDOW:] if not row.get("staleness/max")]
+    now, limit = _mean(_some(fresh, "sampler_mismatch/kl", WINDOW)), mismatch_limit(seen.facts, seen.limits)
+    if now is None or now <= limit:
+        return None
+    return f"the KL between sampler and trainer is {now:.2g} nats per token; above {limit:g} is not healthy"
+
+
+def mismatch_limit(facts: Facts, limits: GuardsConfig) -> float:
+    if limits.max_mismatch is not None:
+        return limits.max_mismatch
+    return EXPERTS if facts.has_experts else DENSE
+
+
+def few_tokens(seen: Seen) -> str | None:
+    """Where 1 % of the tokens have nearly all of the gradient, the rest learns nothing: heavy tails, or a template's
+    first tokens. Not once the student is near the teacher: then little is left anywhere."""
+    share, kl = seen.now("advantages/top_share"), seen.now("teacher_kl")
+    if share is None or kl is None or share <= seen.limits.max_top_share or kl < CONVERGED:
+        return None
+    return f"1 % of the tokens have {share:.0%} of the advantages, while teacher_kl is {kl:.3g} nats per token"
+
+
+def accuracy_falling(seen: Seen) -> str | None:
+    """Several evaluations in a row below the best, each by more than two standard errors of the difference."""
+    count = seen.limits.evaluations
+    earlier, last = seen.evaluations[:-count], seen.evaluations[-count:]
+    best = best_of(earlier)
+    if best is None or ACCURACY not in seen.steps[-1]:
+        return None
+    if any(best.accuracy - each.accuracy <= CHANCE * math.hypot(best.error, each.error) for each in last):
+        return None
+    return (
+        f"eval/accuracy was {best.accuracy:.1%} after step {best.step}, and the last {count} evaluations are below by more "
+        f"than chance: {', '.join(f'{each.accuracy:.1%}' for each in last)}"
+    )
+
+
+def _some(rows: Iterable[Row], name: str, count: int) -> list[float]:
+    """The first so many values of a metric."""
+    return [*itertools.islice((row[name] for row in rows if name in row), count)]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+RULES = (
+    Rule(
+        "teacher_constant",
+        teacher_constant,
+        "Nothing can be learned from it. Look at the teacher's files or its server",
+    ),
+    Rule(
+        "nothing_to_learn",
+        nothing_to_learn,
+        "Take other prompts, or a student from before it had memorised these",
+    ),
+    Rule(
+        "entropy_collapse",
+        entropy_collapse,
+        "Lower optim.lr, or go back to an earlier checkpoint",
+    ),
+    Rule(
+        "length_growth",
+        length_growth,
+        "Lower optim.lr, or raise sampling.max_new_tokens if the teacher writes that long",
+    ),
+    Rule(
+        "repetition",
+        repetition,
+        "Lower optim.lr, or lower sampling.max_new_tokens; look at the completions in the report",
+    ),
+    Rule(
+        "mismatch",
+        mismatch,
+        "The update sees another distribution than was sampled from. A server or sampling in fewer bits can cause it; "
+        "otherwise set student.dtype to float32, or try sampling.engine: generate",
+    ),
+    Rule(
+        "few_tokens",
+        few_tokens,
+        "Look at them in the report. Do both models end and begin a turn in the same way? loss.advantage_clip bounds them",
+    ),
+    Rule(
+        "accuracy_falling",
+        accuracy_falling,
+        "Stop here, or lower optim.lr. checkpoint.best keeps the best student",
+    ),
+)
