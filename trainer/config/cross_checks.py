@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fastkl.trainer.config.context import SIBLING, ContextConfig, SiblingConfig
-from fastkl.trainer.config.environment import EnvironmentConfig
 from fastkl.trainer.config.loss import KL_PART, LossConfig
-from fastkl.trainer.config.losses.reward import RewardConfig
 from fastkl.trainer.config.losses.weights import weight_rule
+from fastkl.trainer.config.reward import EnvironmentConfig, RewardConfig
 from fastkl.trainer.config.rules import unchanged
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.errors import require

@@ -9,13 +9,12 @@ from typing import Any, Literal
 from fastkl.trainer.config.context import ContextConfig
 from fastkl.trainer.config.cross_checks import check_rollouts, check_without_teacher
 from fastkl.trainer.config.data import DataConfig, EvalConfig
-from fastkl.trainer.config.environment import EnvironmentConfig
 from fastkl.trainer.config.guards import GuardsConfig
 from fastkl.trainer.config.loss import LossConfig
-from fastkl.trainer.config.losses.reward import RewardConfig
 from fastkl.trainer.config.mixture import DataSetConfig, TaughtConfig, check_common_teacher, check_data_sets
 from fastkl.trainer.config.models import StudentConfig
 from fastkl.trainer.config.optim import BatchConfig, CheckpointConfig, OptimConfig
+from fastkl.trainer.config.reward import EnvironmentConfig, RewardConfig
 from fastkl.trainer.config.rules import at_least
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.config.teacher import (

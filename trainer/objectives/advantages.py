@@ -17,7 +17,7 @@ from fastkl.loss import (
     reverse_kl_advantages,
 )
 from fastkl.trainer.config.loss import LossConfig
-from fastkl.trainer.config.losses.reward import RewardConfig
+from fastkl.trainer.config.reward import RewardConfig
 from fastkl.trainer.data.arrays import end_to_end, pieces
 from fastkl.trainer.data.samples import OURS, UNKNOWN, Sample, known_array
 from fastkl.trainer.objectives.numbers import numbers_are_checked

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from fastkl.trainer.config.environment import EnvironmentConfig
+from fastkl.trainer.config.reward import EnvironmentConfig
 from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.rollouts.calculator import calculate

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.trainer.config.losses.reward import RewardConfig
+from fastkl.trainer.config.reward import RewardConfig
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.rollouts.environments import Environment

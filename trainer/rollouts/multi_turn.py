@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.trainer.config.environment import EnvironmentConfig
+from fastkl.trainer.config.reward import EnvironmentConfig
 from fastkl.trainer.data.chat import ChatTemplate
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Completion

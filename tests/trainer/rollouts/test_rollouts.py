@@ -14,7 +14,7 @@ from property_settings import PROPERTY
 from run_cases import fields
 from tiny_models import tokenizer
 
-from fastkl.trainer.config.environment import EnvironmentConfig
+from fastkl.trainer.config.reward import EnvironmentConfig
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.data.chat import ChatTemplate, end_of_turn
 from fastkl.trainer.data.prompts import EncodedPrompt

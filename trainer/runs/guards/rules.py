@@ -1,4 +1,4 @@
-"""The rules: what each looks at, why, and where its threshold comes from. docs/guards.md tells them to users.
+"""The rules: what each looks at, why, and where its threshold comes from. docs/metrics/guards.md tells them to users.
 
 A rule is a function of what is known of a run so far. It returns what it found, with numbers, or None.
 """
@@ -65,7 +65,7 @@ class Rule(NamedTuple):
 
 
 def teacher_constant(seen: Seen) -> str | None:
-    """A teacher that finds all tokens equally likely teaches nothing: a broken head or server (Relax issue 287).
+    """A teacher that finds all tokens equally likely teaches nothing: a broken head or server (redai-studio/Relax pull request 287).
 
     Constant: no distribution of a language model is, unless student and teacher are both sure of everything. Uniform:
     every log-prob is about −ln V.
@@ -86,7 +86,7 @@ def teacher_constant(seen: Seen) -> str | None:
 def nothing_to_learn(seen: Seen) -> str | None:
     """Memorised prompts: the student is sure, and the teacher agrees. And: the student is the teacher.
 
-    Measured (docs/guards.md): memorised prompts began with teacher_kl 0.003 to 0.017 and entropy 0.001 to 0.016, and
+    Measured (docs/metrics/guards.md): memorised prompts began with teacher_kl 0.003 to 0.017 and entropy 0.001 to 0.016, and
     nothing was learned. The surest students that learned began with 0.45 and 0.05. Rewards teach without a teacher.
     """
     row, limit = seen.steps[0], seen.limits.min_teacher_kl

@@ -16,7 +16,7 @@ from tiny_models import tokenizer
 
 from fastkl.trainer.config.data import DataConfig
 from fastkl.trainer.config.loss import LossConfig
-from fastkl.trainer.config.losses.reward import RewardConfig
+from fastkl.trainer.config.reward import RewardConfig
 from fastkl.trainer.data.prompts import encode_prompts
 from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.data.samples import Sample, make_sample
