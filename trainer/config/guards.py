@@ -24,7 +24,8 @@ class GuardsConfig:
         few_tokens: Watch for advantages that stand in 1 % of the tokens.
         accuracy_falling: Watch for an accuracy on eval.data that stays below its best.
         min_teacher_std: Call log-probs constant if their standard deviation is below this, in nats.
-        min_teacher_kl: Call a first teacher_kl about 0 below this, in nats per token. So too the entropy.
+        min_teacher_kl: Call a first teacher_kl about 0 below this, in nats per token.
+        min_entropy: Call a student sure of its tokens below this, in nats per token.
         min_entropy_share: Call the entropy collapsed below this share of that of the first steps.
         max_truncated: Allow this share of cut completions, if there were fewer than half of that.
         max_looping: Allow this share of completions that are cut while they repeat themselves.
@@ -43,7 +44,8 @@ class GuardsConfig:
     few_tokens: Action = "warn"
     accuracy_falling: Action = "warn"
     min_teacher_std: float = 1e-3
-    min_teacher_kl: float = 0.02
+    min_teacher_kl: float = 0.1
+    min_entropy: float = 0.04
     min_entropy_share: float = 0.1
     max_truncated: float = 0.5
     max_looping: float = 0.2
@@ -52,7 +54,7 @@ class GuardsConfig:
     evaluations: int = 3
 
     def __post_init__(self) -> None:
-        at_least(0, self, "guards.", "min_teacher_std", "min_teacher_kl")
+        at_least(0, self, "guards.", "min_teacher_std", "min_teacher_kl", "min_entropy")
         fraction(self, "guards.", "min_entropy_share", "max_truncated", "max_looping", "max_top_share")
         positive(self, "guards.", "max_mismatch")
         at_least(1, self, "guards.", "evaluations")
