@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from property_settings import PROPERTY
 
 from fastkl.trainer.data.samples import make_sample
 from fastkl.trainer.runs.guards.measures import LOOP, measures, repeats, top_share
@@ -22,6 +23,7 @@ def sample(ids: list[int], teacher: list[float] | None = None, **fields: Any) ->
     return made
 
 
+@PROPERTY
 @given(
     st.lists(st.integers(0, 9), max_size=20), st.lists(st.integers(0, 9), min_size=1, max_size=20), st.integers(3, 9)
 )
@@ -30,6 +32,7 @@ def test_a_cycle_repeats_wherever_it_begins(before: list[int], cycle: list[int],
     assert repeats(np.array(ids)) or len(cycle) * times < LOOP
 
 
+@PROPERTY
 @given(st.permutations(range(60)), st.integers(0, 1))
 def test_text_without_a_cycle_does_not(ids: list[int], again: int) -> None:
     assert not repeats(np.array(ids + again * ids))  # twice is not three times
