@@ -22,9 +22,9 @@ def _lines(lines: list[str]) -> Iterator[str]:
         item = ITEM.fullmatch(line)
         if item and (inside is None or indent <= inside):
             inside = indent
-            yield from ("", f"`{item[2]}`", f":   {item[4]}")
+            yield from ("", f"`{item[2]}`", f":   {_plain(item[4])}")
         elif inside is not None and indent > inside and line.strip():
-            yield f"    {line.strip()}"
+            yield f"    {_plain(line.strip())}"
         else:
             if inside is not None and line.strip():
                 inside = None
@@ -33,3 +33,8 @@ def _lines(lines: list[str]) -> Iterator[str]:
                 yield ""  # a formula right after a sentence
             yield line
         before = line
+
+
+def _plain(text: str) -> str:
+    """Text that begins with "> 0" or "1." is no quotation and no list."""
+    return re.sub(r"^(\d+)\.|^(?=[>#+-])", lambda found: f"{found[1]}\\." if found[1] else "\\", text)
