@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-MISSING_EXTRA = "fastkl's trainer needs packages that are not installed ({0}): pip install 'fastkl[trainer]'"
+from fastkl._extras import install_command
+
+MISSING_EXTRA = "fastkl's trainer needs packages that are not installed ({0}): {1}"
 
 INTERRUPTED = "fastkl: interrupted; a training run goes on from its last checkpoint, if it has one, by the same command"
 TERMINATED = "fastkl: ended by SIGTERM; the same command goes on from what is written, if anything is"
@@ -31,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             except ConfigError as error:
                 return _say(f"fastkl: {error}", 2, aloud=_first_of_launch())
     except ModuleNotFoundError as error:
-        return _say(MISSING_EXTRA.format(error.name), 2, aloud=_first_of_launch())
+        return _say(MISSING_EXTRA.format(error.name, install_command("trainer")), 2, aloud=_first_of_launch())
     return _run(command, config)
 
 

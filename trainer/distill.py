@@ -53,6 +53,7 @@ from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.identity import Identity, rows_fingerprint, rows_of, weights_fingerprint
 from fastkl.trainer.runs.listener import SILENT, Clock, Listener
+from fastkl.trainer.runs.report.hub import check_repository
 from fastkl.trainer.runs.start import start_run
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.cached import spared_metrics
@@ -144,6 +145,7 @@ def distill(config: DistillConfig, *, listener: Listener = SILENT) -> RunFolder:
         ConfigError: If the run cannot work; before anything expensive.
     """
     accelerator = start_run(config, config.sampling.samples_per_step, "sampling.prompts_per_step")
+    processes.on_main(lambda: check_repository(config))
     first = accelerator.is_main_process
     with RunFolder(config) as folder, memory_emptied(Path(config.run)) if first else nullcontext():
         _distill(config, accelerator, folder, listener)

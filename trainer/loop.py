@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,8 @@ from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.guards.guards import Guards
 from fastkl.trainer.runs.listener import Clock, Listener
 from fastkl.trainer.runs.progress import ProgressBar
+from fastkl.trainer.runs.report.card import write_cards
+from fastkl.trainer.runs.report.hub import upload
 from fastkl.trainer.runs.report.page import NAME as REPORT
 from fastkl.trainer.runs.report.page import report_of
 from fastkl.trainer.runs.samples_log import NAME, sample_records
@@ -122,8 +125,9 @@ def fit(
         _remark(progress, processes.on_main(lambda: _skipped(folder, config.optim)))
         _remark(progress, guards.take_best())
         with student.gathered():
-            folder.save_student(lambda aside: save_student(student.model, tokenizer, aside))
+            written = _save_student(student, tokenizer, folder)
         progress.note(f"student saved in {folder.student}")
+        _remark(progress, processes.on_main(lambda: upload(config, folder.student, written)))
         if start < config.optim.steps or processes.on_main(lambda: not (folder.path / REPORT).exists()):
             progress.note(processes.on_main(lambda: report_of(folder.path)))
     listener.on_end(folder)
@@ -144,6 +148,19 @@ def _checkpoint_at_the_end(student: Student, folder: RunFolder, steps_done: int,
         processes.failed_first()  # one of them says so; afterwards they cannot agree any more
         student.accelerator.end_training()
         raise
+
+
+def _save_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> list[str]:
+    """Saves the model with its card; returns the names of the files, on the process that writes them."""
+    written: list[str] = []
+
+    def write(aside: Path) -> None:
+        save_student(student.model, tokenizer, aside)
+        write_cards(aside, student.config, student.identity, read_jsonl(folder.path / "metrics.jsonl"))
+        written.extend(str(file.relative_to(aside)) for file in aside.rglob("*") if file.is_file())
+
+    folder.save_student(write)
+    return written
 
 
 def _remark(progress: ProgressBar, text: str | None) -> None:

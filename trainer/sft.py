@@ -25,9 +25,11 @@ from fastkl.trainer.objectives.policy_gradient import PolicyGradient
 from fastkl.trainer.rollouts.evaluation import check_eval_room, eval_rows, load_evaluations
 from fastkl.trainer.rollouts.samplers.local import local_sampler
 from fastkl.trainer.rollouts.single_turn import SingleTurn
+from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.identity import Identity, rows_of
 from fastkl.trainer.runs.listener import SILENT, Clock, Listener
+from fastkl.trainer.runs.report.hub import check_repository
 from fastkl.trainer.runs.start import start_run
 from fastkl.trainer.student import Student
 
@@ -61,6 +63,7 @@ def sft(config: SftConfig, *, listener: Listener = SILENT) -> RunFolder:
         ConfigError: If the run cannot work; before anything expensive.
     """
     accelerator = start_run(config, config.examples_per_step, "examples_per_step")
+    processes.on_main(lambda: check_repository(config))
     with RunFolder(config) as folder:
         _sft(config, accelerator, folder, listener)
     return folder

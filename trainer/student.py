@@ -127,6 +127,11 @@ class Student:
         self._also_checkpointed[name] = state
 
     @property
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of the run's rows and first weights, by what they are of."""
+        return dict(self._also_checkpointed["identity"].state_dict())
+
+    @property
     def _others(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
         return {"scheduler": self.scheduler, **self._also_checkpointed} | ({} if scaler is None else {"scaler": scaler})

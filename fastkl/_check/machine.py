@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastkl._extras import install_command
 from fastkl.kernels.problem import Backend
 
 TRAINER = ("transformers", "accelerate", "peft")
@@ -82,7 +83,7 @@ def missing(backend: Backend) -> list[str]:
         lines.append(problem)
     absent = [package for package in TRAINER if _version(package) is None]
     if absent:
-        lines.append(f"the trainer needs {', '.join(absent)}: pip install 'fastkl[trainer]' (the losses do not)")
+        lines.append(f"the trainer needs {', '.join(absent)}: {install_command('trainer')} (the losses do not)")
     return lines
 
 

@@ -15,6 +15,7 @@ import torch
 from fastkl import check
 from fastkl._check import machine, problem, times
 from fastkl._check.errors import Check, Measured, of_entries, of_rows, of_tensor, of_values
+from fastkl._extras import install_command
 from fastkl.kernels import driver
 from fastkl.kernels.divergence import pytorch as divergence
 from fastkl.kernels.divergence.formula import DIVERGENCES
@@ -190,7 +191,7 @@ def test_wrong_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_version", lambda package: None)
     assert machine.missing("torch") == [
-        "the trainer needs transformers, accelerate, peft: pip install 'fastkl[trainer]' (the losses do not)"
+        f"the trainer needs transformers, accelerate, peft: {install_command('trainer')} (the losses do not)"
     ]
     monkeypatch.setattr(machine, "_version", lambda package: "1")
     monkeypatch.setattr(machine.shutil, "which", lambda name: None)

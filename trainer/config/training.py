@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,6 +46,8 @@ class RunConfig:
         mixed_precision: Run the forward pass under autocast (accelerate's option).
         trackers: Log to these trackers of accelerate, besides metrics.jsonl. For example [tensorboard, wandb].
         log_samples: Write this many samples of each step to samples.jsonl. Distillation adds the ranks of their tokens.
+        push_to_hub: Upload the student to this repository of the Hub at the end, USER/NAME. null: upload nothing.
+        push_private: Make that repository a private one, where it is not there yet.
         resume: Refuse settings that change what the run computes (same), or go on with them from the last checkpoint
             (change). Student, teacher, reference, data, environment and seed never change.
     """
@@ -61,6 +64,8 @@ class RunConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     trackers: list[str] = field(default_factory=list)
     log_samples: int = 4
+    push_to_hub: str | None = None
+    push_private: bool = True
     resume: Literal["same", "change"] = "same"
 
     def __post_init__(self) -> None:
@@ -71,6 +76,10 @@ class RunConfig:
             self.checkpoint.best is None or self.eval.data.path is not None or self.eval.data.dataset is not None,
             f"checkpoint.best is {self.checkpoint.best}, but nothing is evaluated; set eval.data.path, or unset "
             f"checkpoint.best",
+        )
+        require(
+            self.push_to_hub is None or re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub) is not None,
+            f"push_to_hub is {self.push_to_hub!r}; name a repository of the Hub, USER/NAME",
         )
 
 

@@ -22,7 +22,8 @@ NAME = "changes.jsonl"
 OWN = ("run", "resume")  # of a command, not of a run: a run may be moved
 # What a run computes does not depend on these.
 FREE = re.compile(
-    r"log_samples|trackers|eval\.every|checkpoint\..*|guards\..*|batch\.max_tokens|student\.gradient_checkpointing"
+    r"log_samples|trackers|push_to_hub|push_private|eval\.every|checkpoint\..*|guards\..*"
+    r"|batch\.max_tokens|student\.gradient_checkpointing"
     r"|(mixture\.[\w-]+\.)?teacher\.cache(_gigabytes)?"
     r"|((mixture\.[\w-]+\.)?teacher|sampling)\.server\."
     r"(url|sequences_per_request|recheck_every|weights|transfer|concurrency|timeout|retries|api_key_env)"
