@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-import fastkl
+from fastkl import __version__
 from fastkl.trainer.config.data import DataConfig
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.config.training import DistillConfig, RunConfig, SftConfig
@@ -54,7 +54,7 @@ def student_card(config: RunConfig, fingerprints: Mapping[str, str], rows: list[
         _table(("", ""), _facts(config, fingerprints)),
         "## Figures\n\n" + _table(("", "first", "last"), _figures(rows)),
         f"## Load it\n\n```python\n{_loading(config)}\n```",
-        f"Trained with fastkl {fastkl.__version__}, torch {version('torch')}, transformers {version('transformers')}.",
+        f"Trained with fastkl {__version__}, torch {version('torch')}, transformers {version('transformers')}.",
     ]
     return "\n\n".join(parts) + "\n"
 
