@@ -96,6 +96,9 @@ class OnPolicy(Source):
             samples = filter_by_length(unmasked, self._config.sampling)
             metrics["flops/sampling"] = sampling_flops(self._student.cost, [s for s in written if not s.given])
         mine = processes.my_share(samples)
+        if self._teacher_prompts.own:
+            with clock("align"):
+                metrics |= self._teacher_prompts.encode_together(mine)
         metrics |= self._objective.prepare(mine, self._student, clock)
         if self._teachers is not None and step + 1 == self._config.optim.steps:
             processes.raise_together(self._teachers.recheck)  # no later step would find a server that has changed
@@ -193,7 +196,7 @@ def prepare(config: DistillConfig) -> Prepared:
     weights = TokenWeights(config.loss)
     evaluations = load_evaluations(config.eval, tokenizer)
     check_teachers(config, tokenizer, data_sets, teacher_prompts.data_sets, lists)
-    served = connect_servers(config, tokenizer, teacher_prompts.data_sets, lists)
+    served = connect_servers(config, tokenizer, teacher_prompts, lists)
     rooms = [(one.ask.prompts, one.ask.max_new_tokens, one.setting) for one in evaluations]
     sampling_server = connect_sampling(config, tokenizer, prompts, rooms) if config.sampling.server.url else None
     return Prepared(
@@ -212,6 +215,7 @@ def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder,
     check_eval_room(evaluations, "student", student.model)
     objective = make_objective(config.loss, config.sampling, teachers)
     ends = end_of_sequence(student.model, tokenizer)
+    teacher_prompts.end_with(ends)
     with student.gathered():
         sampler = _sampler(config, student, [*ends, *stop_ids(environment, tokenizer)], sampling_server)
     held_out = [prompt for one in evaluations for prompt in one.ask.prompts]
@@ -232,7 +236,8 @@ def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder,
         if isinstance(teacher, ServedTeacher):
             student.also_checkpoint(f"teacher's server {name}", teacher)
     with closing(rollouts), nullcontext() if teachers is None else closing(teachers):
-        fit(student, objective, source, responder, tokenizer, evaluations, folder, listener)
+        own = {name: each.reader.tokenizer for name, each in teacher_prompts.own.items()}
+        fit(student, objective, source, responder, tokenizer, evaluations, folder, listener, own)
     if (control := remark(config.loss.control)) is not None:
         note(f"this run was {control}")
 
@@ -283,6 +288,7 @@ def _early(
         known = processes.count() == 1 and not prompts.depends_on_samples(sample.dataset)
         if teachers is not None and known and filter_by_length([sample], config.sampling):
             prompts.give_fixed([sample])
+            prompts.encode([sample])
             teachers.ask_early(sample)
 
     return tell

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -58,8 +59,12 @@ def fit(
     evaluations: list[Evaluation],
     folder: RunFolder,
     listener: Listener,
+    own_tokenizers: Mapping[str, PreTrainedTokenizerBase] = MappingProxyType({}),
 ) -> None:
-    """Runs the steps that are left: samples, update, log, evaluate, checkpoint; at the end, the student and a report."""
+    """Runs the steps that are left: samples, update, log, evaluate, checkpoint; at the end, the student and a report.
+
+    `own_tokenizers` are those of teachers that have one, by data set.
+    """
     config, checkpoint = student.config, folder.checkpoint
     if checkpoint is not None:
         student.restore(checkpoint.path)
@@ -109,7 +114,7 @@ def fit(
                 grade(metrics, done)
             guards.look(done, metrics, samples)
             _log(student, folder, done, metrics)
-            folder.log(NAME, sample_records(samples[: config.log_samples], tokenizer, done))
+            folder.log(NAME, sample_records(samples[: config.log_samples], tokenizer, done, own_tokenizers))
             progress.step(done, metrics)
             guards.tell(done, progress)
             if step == max(start, config.optim.warmup_steps - 1):  # the first at the full rate

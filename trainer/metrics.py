@@ -67,6 +67,7 @@ WEIGHED = "`loss.weights`"
 OF_SAMPLES = "`teacher.context.function` of samples"
 SIBLING = "`teacher.context.function: sibling`, graded samples"
 EXTRAPOLATED = "`loss.extrapolate`"
+OWN_TOKENIZER = "`teacher.tokenizer: own`"
 AHEAD = "`sampling.steps_ahead`"
 GIVEN = "`sampling.on_policy_fraction` below 1, `policy_gradient`"
 
@@ -111,6 +112,7 @@ GROUPS = (
         Metric("staleness/mean", "steps", AHEAD, "The same, as a mean over the student's own tokens."),
     )),
     Group("Time", "time", (
+        Metric("time/align", SECONDS, OWN_TOKENIZER, "Completions in the teacher's tokens."),
         Metric("time/old_logprobs", SECONDS, "`policy_gradient`, or `tip` in `loss.weights`",
                "A forward pass for the log-probs that the ratio is taken against, or for entropies, where one is needed."),
         Metric("time/push_weights", SECONDS, "`sampling.server`", "Handing the student's weights to the sampling server."),
@@ -177,6 +179,16 @@ GROUPS = (
                "above 0: at 0 nobody succeeds, or everybody"),
         Metric("context/too_long_fraction", "fraction", OF_SAMPLES,
                "Samples of which the function's prompt was too long for the teacher: it read the student's.", "0"),
+    )),
+    Group("The teacher's own tokenizer", "learning", (
+        Metric("alignment/aligned_fraction", "fraction", OWN_TOKENIZER,
+               "Tokens that count and are in a segment. The teacher judges no others.", "near 1"),
+        Metric("alignment/segment_bytes", "bytes", OWN_TOKENIZER, "Mean length of the segments."),
+        Metric("alignment/segment_bytes_max", "bytes", OWN_TOKENIZER, "Length of the longest segment.",
+               "below `loss.max_segment`, unless it is one token of both"),
+        Metric("alignment/segment_tokens", "tokens", OWN_TOKENIZER, "The student's tokens in a segment, on average.",
+               "near 1: the teacher then judges single tokens"),
+        Metric("alignment/teacher_segment_tokens", "tokens", OWN_TOKENIZER, "The teacher's, in the same segments."),
     )),
     Group("Given completions", "rest", (
         Metric("given/forward_kl", NATS, f"{GIVEN}, a teacher",

@@ -11,8 +11,10 @@ from fastkl.trainer.commands.plan.table import lines
 from fastkl.trainer.config.training import DistillConfig, SftConfig
 from fastkl.trainer.data.mixture import read_data_sets, step_prompts
 from fastkl.trainer.data.samples import make_sample
+from fastkl.trainer.data.text import encode
 from fastkl.trainer.distill import Prepared, prepare
 from fastkl.trainer.models import checks
+from fastkl.trainer.models.ends import tokenizer_ends
 from fastkl.trainer.models.loading import outline_of_student
 from fastkl.trainer.models.pretrained import load_tokenizer
 from fastkl.trainer.notes import printable
@@ -22,6 +24,8 @@ from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.start import start_run
 from fastkl.trainer.sft import Examples
 from fastkl.trainer.teachers.open import check_fit, remedy
+
+ALIGNED, WIDTH = 10, 300  # so many texts, and characters of each, are shown as they are aligned
 
 
 def dry_distill(config: DistillConfig) -> None:
@@ -36,8 +40,7 @@ def dry_distill(config: DistillConfig) -> None:
     student = outline_of_student(config.student)
     scorers = list(scorers_of(config, student))
     loaded = [scorer for scorer in scorers if scorer.config.path]
-    models = {"student": student} | {scorer.name: scorer.model for scorer in loaded}
-    checks.check_vocabulary(found.tokenizer, models)
+    checks.check_vocabulary(found.tokenizer, {"student": student})
     new = config.sampling.max_new_tokens
     sampled = [prompt for data_set in found.data_sets if not data_set.given for prompt in data_set.prompts]
     checks.check_one_rope(sampled, new, {"student": student})
@@ -47,6 +50,8 @@ def dry_distill(config: DistillConfig) -> None:
             {scorer.name: scorer.model for scorer in scoring if scorer.role == role}
             for role in ("teacher", "reference")
         )
+        checks.check_vocabulary(found.tokenizer, references)
+        checks.check_vocabulary(found.teacher_prompts.reader(data_set.name).tokenizer, teachers)
         same = {"student": student, **references}
         check_fit(config, data_set, same, checks.SHORTER.format("sampling", data_set.setting))
         check_fit(config, own, teachers, remedy(config, own))
@@ -59,7 +64,8 @@ def dry_distill(config: DistillConfig) -> None:
     ]
     found.teacher_prompts.give_fixed(samples)
     lengths = [len(prompt.tokens) for prompt in found.prompts]
-    _print(Run(config, _started(accelerator), student, scorers, lengths, samples, samples), _contexts(found))
+    more = [*_contexts(found), *_alignments(found)]
+    _print(Run(config, _started(accelerator), student, scorers, lengths, samples, samples), more)
 
 
 def dry_sft(config: SftConfig) -> None:
@@ -94,11 +100,34 @@ def _contexts(found: Prepared) -> Iterator[str]:
                 f"{'the teacher':12}of {own.setting} reads {len(teacher.tokens):,} tokens where the student reads "
                 f"{len(student.tokens):,}; {student.row.source}:"
             )
-            yield printable(found.tokenizer.decode(teacher.ids))
+            yield printable(found.teacher_prompts.reader(data_set.name).tokenizer.decode(teacher.ids))
         elif data_set.context.function is not None:
             yield (
                 f"{'the teacher':12}of {own.setting} reads what {data_set.context.function} writes in each step, which is "
                 f"not counted here"
+            )
+
+
+def _alignments(found: Prepared) -> Iterator[str]:
+    """What teachers with their own tokenizers make of some texts of the data: the answers, where rows have some."""
+    for data_set in found.data_sets:
+        own = found.teacher_prompts.own.get(data_set.name)
+        if own is None:
+            continue
+        prompts = data_set.prompts[:ALIGNED]
+        texts = [str(p.row.completion or p.row.answer or p.row.turns[-1]["content"]) for p in prompts]
+        end = tokenizer_ends(found.tokenizer)[-1:]
+        samples = [
+            make_sample(prompt.ids, ids + end, prompt.index, dataset=prompt.dataset)
+            for prompt, ids in zip(prompts, encode(found.tokenizer, texts), strict=True)
+        ]
+        found.teacher_prompts.give_fixed(samples)
+        yield f"{'alignment':12}of {len(samples)} texts of {data_set.setting}: {found.teacher_prompts.encode(samples)}"
+        for prompt, sample in zip(prompts, samples, strict=True):
+            yield printable(prompt.row.source)
+            yield from (
+                f"  {who:8}{printable(text[:WIDTH])}"
+                for who, text in zip(("student", "teacher"), own.lines(sample), strict=True)
             )
 
 

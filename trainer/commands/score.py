@@ -28,6 +28,7 @@ from fastkl.trainer.models.self_checks.layouts import batch_layout
 from fastkl.trainer.models.self_checks.probe import Probe
 from fastkl.trainer.notes import Count, note
 from fastkl.trainer.runs.identity import rows_fingerprint, weights_fingerprint
+from fastkl.trainer.teachers.alignment.reader import Reader
 from fastkl.trainer.teachers.cached import Cacheable, cached, spared_metrics
 from fastkl.trainer.teachers.context.functions import context_function
 from fastkl.trainer.teachers.context.prompts import fixed_prompts
@@ -84,7 +85,7 @@ def _with_context(
             f"{SETTING}.function is {context.function!r}, which reads samples, but there are no samples here; name a "
             f"function that takes (row)"
         )
-    return fixed_prompts(prompts, context, function, tokenizer, SETTING)
+    return fixed_prompts(prompts, context, function, Reader(tokenizer), SETTING)
 
 
 def _after(prompt: EncodedPrompt, sample: Sample) -> Sample:

@@ -7,7 +7,7 @@ import re
 import string
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from fastkl.trainer.config.data import COLUMNS
 from fastkl.trainer.config.rules import at_least, unchanged
@@ -81,6 +81,8 @@ class ContextConfig:
         function: Let this function write the prompt. sibling: of a failed sample, with one that succeeded. Or one of yours:
             MODULE.NAME(row), or MODULE.NAME(row, samples) with all samples of the row, once they are graded.
         sibling: Say what the function sibling does.
+        template_kwargs: Pass these variables to the teacher's chat template, beside those of data.template_kwargs, for
+            example {enable_thinking: false}. Only a teacher with its own tokenizer has a template of its own.
         max_tokens: Let a function of samples write no prompt longer than this: the teacher reads the student's instead.
             A server needs it. null: as long as the teacher can read.
         trust_context: Allow the Python function that `function` names to be imported and run.
@@ -92,6 +94,7 @@ class ContextConfig:
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
     function: str | None = None
     sibling: SiblingConfig = field(default_factory=SiblingConfig)
+    template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
     max_tokens: int | None = None
     trust_context: bool = False
 

@@ -21,7 +21,7 @@ KL_PART = ("discount", "baseline", "advantage_power", "advantage_clip", "extrapo
 ADVANTAGE = ("kl_coef", "redistribute", "redistribute_clip", *KL_PART)
 # The objectives that an option belongs to. The others refuse another value than its default.
 OPTION_OF: dict[str, tuple[ObjectiveName, ...]] = {
-    **dict.fromkeys((*SURROGATE, *ADVANTAGE, "ratio", "old_logprobs"), ("policy_gradient",)),
+    **dict.fromkeys((*SURROGATE, *ADVANTAGE, "ratio", "old_logprobs", "max_segment"), ("policy_gradient",)),
     "truncate_ratio": ("policy_gradient", "top_k"),
     "jsd_beta": ("jsd",),
     "skew_alpha": ("skewed_reverse_kl", "skewed_forward_kl"),
@@ -59,6 +59,8 @@ class LossConfig:
             teacher's probability over the student's, or by the inverse where the advantage is negative. 0: every token of
             a sample has the same.
         redistribute_clip: Clip that ratio to 1 ± this.
+        max_segment: Of a teacher with its own tokenizer, leave out the score of a stretch of more bytes than this, within
+            which no tokens of student and teacher end at the same place.
         old_logprobs: Take the importance ratio against the log-probs of the sampler (sampler), or against those of a
             forward pass before the update (recompute). current: the ratio is 1.
         clip_low: Clip the ratio of ppo and cispo at 1 − clip_low.
@@ -112,6 +114,7 @@ class LossConfig:
     extrapolate: float = 1.0
     redistribute: float = 0.0
     redistribute_clip: float = 0.2
+    max_segment: int = 64
     old_logprobs: Literal["sampler", "recompute", "current"] = "sampler"
     clip_low: float = Surrogate.clip_low
     clip_high: float = Surrogate.clip_high
@@ -156,6 +159,7 @@ class LossConfig:
         with named({"error": "loss.sparse_error"}):
             self.backward_pass(seed=0)
         at_least(0, self, "loss.", "kl_coef")
+        at_least(1, self, "loss.", "max_segment")
         with named({"beta": "loss.jsd_beta", "alpha": "loss.skew_alpha", "power": "loss.divergence_power"}):
             check_beta(self.jsd_beta)
             check_alpha(self.skew_alpha)

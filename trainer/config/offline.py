@@ -67,6 +67,11 @@ class ScoreConfig:
         )
         check_teacher("model", self.model)
         require(
+            not self.model.own_tokenizer,
+            f"model.tokenizer is {self.model.tokenizer}, but there is no student here: completions are encoded by the "
+            f"model's tokenizer anyway; unset it, or name the folder alone",
+        )
+        require(
             bool(self.model.path or self.model.tokenizer),
             f"model.tokenizer is {self.model.tokenizer!r} and model.server.url is {self.model.server.url!r}, but the "
             f"completions are encoded here; give the tokenizer's folder or Hub id",

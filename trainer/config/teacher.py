@@ -13,6 +13,8 @@ from fastkl.trainer.config.rules import at_least, positive, unchanged
 from fastkl.trainer.config.server import ServerConfig
 from fastkl.trainer.errors import require
 
+OWN = "own"  # what `tokenizer` begins with where it is not the student's
+
 
 @dataclass(frozen=True)
 class TeacherServerConfig(ServerConfig):
@@ -41,7 +43,9 @@ class TeacherConfig(ModelConfig):
 
     Args:
         server: Ask this server instead of loading `path`. The server decides about dtype and attention.
-        tokenizer: Load the served model's tokenizer from this folder or Hub id. null: ask the server.
+        tokenizer: Load the served model's tokenizer from this folder or Hub id. null: ask the server. own: let a teacher
+            from `path` read texts by a tokenizer that is not the student's (docs/tokenizers.md). own:FOLDER: the same of
+            a served one.
         self: Let the student teach itself instead of loading `path`: with the weights under its LoRA adapter (base), those
             that it has (live), an exponential average of them (ema), or those of some steps ago (synced).
         ema_rate: Move the average of ema this part of the way to the student after every optimizer step.
@@ -70,6 +74,16 @@ class TeacherConfig(ModelConfig):
     def follows_student(self) -> bool:
         """Whether it has weights of its own, made of the student's."""
         return self.self in ("ema", "synced")
+
+    @property
+    def own_tokenizer(self) -> bool:
+        """Whether it reads texts by a tokenizer that is not the student's."""
+        return self.tokenizer == OWN or (self.tokenizer or "").startswith(f"{OWN}:")
+
+    @property
+    def tokenizer_path(self) -> str:
+        """The folder or Hub id of its tokenizer; "" where only a server knows."""
+        return self.path or (self.tokenizer or "").removeprefix(f"{OWN}:")
 
     @property
     def scorer(self) -> TeacherConfig:
@@ -109,6 +123,11 @@ def check_teacher(name: str, config: TeacherConfig) -> None:
         unchanged(config, f"{name}.", f"{name}.cache is null; name its folder, or unset this", ["cache_gigabytes"])
     require(config.cache is None or bool(config.cache.strip()), f"{name}.cache is empty; name a folder, or unset it")
     positive(config, f"{name}.", "cache_gigabytes")
+    if not config.own_tokenizer:
+        reason = (
+            f"{name}.tokenizer is {config.tokenizer or 'null'}: the student's template writes its prompts; unset it"
+        )
+        unchanged(config.context, f"{name}.context.", reason, ["template_kwargs"])
     for setting, kind in RATES.items():
         reason = f"{name}.self is {config.self or 'null'}: it belongs to {kind}; unset it or set {name}.self to {kind}"
         unchanged(config, f"{name}.", reason, [setting] if config.self != kind else [])
@@ -127,8 +146,16 @@ def check_teacher(name: str, config: TeacherConfig) -> None:
     if url:
         decided = ("dtype", "attn_implementation", "liger", "device", "quantization")
         unchanged(config, f"{name}.", f"{name}.server.url is {url!r}: the server decides about that; unset it", decided)
-    else:
-        unchanged(config, f"{name}.", f"{name}.path is {config.path!r}, which has its own; unset it", ["tokenizer"])
+        require(
+            not config.own_tokenizer or config.tokenizer_path not in ("", OWN),
+            f"{name}.tokenizer is {config.tokenizer!r}, but {name}.server.url is {url!r}, and texts are encoded here; name "
+            f"the folder or Hub id of the served model's tokenizer: {OWN}:FOLDER",
+        )
+    elif config.tokenizer != OWN:
+        reason = (
+            f"{name}.path is {config.path!r}, which has one; unset it, or set it to {OWN} if it is not the student's"
+        )
+        unchanged(config, f"{name}.", reason, ["tokenizer"])
 
 
 def _check_self(name: str, config: TeacherConfig) -> None:

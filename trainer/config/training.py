@@ -12,6 +12,7 @@ from fastkl.trainer.config.cross_checks import check_rollouts, check_without_tea
 from fastkl.trainer.config.data import DataConfig, EvalConfig
 from fastkl.trainer.config.guards import GuardsConfig
 from fastkl.trainer.config.loss import LossConfig
+from fastkl.trainer.config.losses.segments import check_own_tokenizers
 from fastkl.trainer.config.mixture import DataSetConfig, TaughtConfig, check_common_teacher, check_data_sets
 from fastkl.trainer.config.models import StudentConfig
 from fastkl.trainer.config.optim import BatchConfig, CheckpointConfig, OptimConfig
@@ -121,6 +122,7 @@ class DistillConfig(RunConfig):
         else:
             check_without_teacher(self.loss)
         check_reference(self.reference, self.loss, self.student)
+        check_own_tokenizers(self.teachers() if self.has_teacher else {}, self.loss, self.environment)
         require(
             self.environment.role is None or all(entry.data.chat_template for entry in self.data_sets().values()),
             f"environment.role is {self.environment.role!r}, but data.chat_template is false: a text has no turns. Set "

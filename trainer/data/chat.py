@@ -177,18 +177,16 @@ class ChatTemplate:
             if part := left_out(turn, text) or left_out_call(turn, text):
                 raise Refusal(f"the chat template leaves out the {part} of turn {number} ({turn['role']})")
 
-    def check_variables(self) -> None:
-        """All that `data.template_kwargs` gives is read by the template, and not set by the trainer."""
+    def check_variables(self, setting: str = "data.template_kwargs") -> None:
+        """All that the setting gives is read by the template, and not set by the trainer."""
         own = set(inspect.signature(self.tokenizer.apply_chat_template).parameters) | {"messages"}
         read = self._reads(None) | self._reads([{}])
         for name in self.variables:
             if name in own - {"documents"}:
-                raise ConfigError(f"data.template_kwargs has {name!r}, which the trainer sets itself; leave it out")
+                raise ConfigError(f"{setting} has {name!r}, which the trainer sets itself; leave it out")
             if name not in read:
                 known = ", ".join(sorted(read - own)) or "none"
-                raise ConfigError(
-                    f"data.template_kwargs has {name!r}, which the chat template does not read; it reads {known}"
-                )
+                raise ConfigError(f"{setting} has {name!r}, which the chat template does not read; it reads {known}")
 
     def _reads(self, tools: list[dict[str, Any]] | None) -> set[str]:
         try:

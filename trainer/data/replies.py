@@ -21,10 +21,10 @@ def reply_text(chat: ChatTemplate, row: Prompt, prompt: str) -> str:
         ConfigError: Naming the row, where the template would write something else than the completion.
     """
     turn = row.reply_turn
-    opened = _OPENED.search(prompt)
+    opened = opened_tag(prompt)
     content = without_end(chat, row.source, turn["content"])[0]
     if opened is not None:
-        content = re.sub(rf"^\s*<{opened[1]}>\s*", "", content)  # it stands in the prompt
+        content = re.sub(rf"^\s*<{opened}>\s*", "", content)  # it stands in the prompt
     turn = turn | {"content": content}
     try:
         written = _written(chat, row, prompt, turn)
@@ -32,13 +32,19 @@ def reply_text(chat: ChatTemplate, row: Prompt, prompt: str) -> str:
         raise ConfigError(f"{row.source}: {error}") from error
     if (part := left_out(turn, written) or _left_out_call(chat, row, prompt, turn)) is None:
         return _up_to_end(chat, written)
-    if opened is not None and f"</{opened[1]}>" in content:  # the completion goes on from the open tag
+    if opened is not None and f"</{opened}>" in content:  # the completion goes on from the open tag
         return content + chat.after_answer[0]
     raise ConfigError(
         f"{row.source}: after the prompt, which ends in {prompt[-20:]!r}, the chat template does not write the "
         f"completion's {part} as it stands; give it another form, set data.template_kwargs, or render the chat into a text "
         f"`prompt` and set data.chat_template to false"
     )
+
+
+def opened_tag(prompt: str) -> str | None:
+    """The name of a tag that the end of a prompt leaves open; None where it leaves none."""
+    opened = _OPENED.search(prompt)
+    return None if opened is None else opened[1]
 
 
 def text_reply(chat: ChatTemplate, row: Prompt) -> str:

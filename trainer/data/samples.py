@@ -77,6 +77,13 @@ class Sample:
     student_top_k: Tensor | None = None  # ids that the teacher shall score too, [n, k] int32 on the CPU
     teacher_top_k: TopK | None = None  # of the counted tokens, [n, k] on the CPU, ids int32; an id of −1 pads
     teacher_prompt: SomeIntegers = None  # what the teacher reads before the completion; None: the student's prompt
+    # Of a teacher with its own tokenizer: the completion in its tokens; None: it reads the student's.
+    teacher_completion: SomeIntegers = None
+    # Which stretch that both begin and end alike a token is of, counted from 1; 0: of none. Empty: each token is its own.
+    segments: Integers = field(default_factory=_nothing)
+    teacher_segments: Integers = field(default_factory=_nothing)  # the same of `teacher_completion`, entry by entry
+    teacher_completion_logprobs: Numbers = field(default_factory=_nothing)
+    teacher_completion_ranks: Integers = field(default_factory=_nothing)
     teacher_cached: bool | None = None  # its scores were there already; None: it has no cache
     plain_logprobs: Numbers = field(default_factory=_nothing)  # the teacher's, had it read what the student read
 
@@ -104,21 +111,37 @@ class Sample:
     def prompt_length(self) -> int:
         return len(self.ids) - self.completion_length
 
+    @property
+    def scored(self) -> Array:
+        """[T] bool: the counted tokens about which a teacher can say something."""
+        return self.loss_mask & (self.segments > 0) if len(self.segments) else self.loss_mask
+
     def for_teacher(self) -> Sample:
         """The sample as its teacher reads it: after its own prompt, the same completion with the same tokens that count.
 
+        Of a teacher with its own tokenizer, the completion in its tokens; those that count are of segments that count.
         The sample itself where the teacher has no prompt of its own. All other arrays are empty.
         """
         if self.teacher_prompt is None:
             return self
-        own, start = self.teacher_prompt, self.prompt_length
-        changed: dict[str, Any] = dict.fromkeys(ARRAYS, ())
-        changed["ids"] = np.concatenate([own, self.ids[start:]])
-        changed["loss_mask"] = after_zeros(len(own), self.loss_mask[start:])
-        return dataclasses.replace(self, **(changed | {"teacher_prompt": None}))
+        own, completion, counted = self.teacher_prompt, self.ids[self.prompt_length :], self.loss_mask
+        counted = counted[self.prompt_length :]
+        if self.teacher_completion is not None:
+            completion, counted = self.teacher_completion, np.isin(self.teacher_segments, self.segments[self.scored])
+        changed: dict[str, Any] = dict.fromkeys(ARRAYS, ()) | dict.fromkeys(("teacher_prompt", "teacher_completion"))
+        changed["ids"] = np.concatenate([own, completion])
+        changed["loss_mask"] = after_zeros(len(own), counted)
+        return dataclasses.replace(self, **changed, completion_length=len(completion))
 
     def take_scores(self, read: Sample) -> None:
-        """What the teacher wrote into the sample that it read, beside the tokens of this one."""
+        """What the teacher wrote into the sample that it read, beside the tokens of this one.
+
+        Of a teacher with its own tokenizer, a token gets an equal part of what its segment got, and a rank where the
+        segment is one token of both.
+        """
+        if self.teacher_completion is not None:
+            self._take_segments(read)
+            return
         for each in dataclasses.fields(self):
             value = getattr(read, each.name)
             if not each.name.startswith("teacher_") or value is None:
@@ -127,6 +150,20 @@ class Sample:
                 setattr(self, each.name, value)
             elif len(value):  # 0 for every token of a prompt
                 setattr(self, each.name, after_zeros(self.prompt_length, value[read.prompt_length :]))
+
+    def _take_segments(self, read: Sample) -> None:
+        start, own, theirs = read.prompt_length, self.segments, self.teacher_segments
+        size = 1 + max(own.max(initial=0), theirs.max(initial=0))
+        counts, their_counts = np.bincount(own, minlength=size), np.bincount(theirs, minlength=size)
+        if len(read.teacher_logprobs):
+            self.teacher_completion_logprobs = read.teacher_logprobs[start:]
+            sums = np.bincount(theirs, self.teacher_completion_logprobs.astype(np.float64), size)
+            self.teacher_logprobs = np.where(self.scored, (sums / np.maximum(counts, 1))[own], 0.0)
+        if len(read.teacher_ranks):
+            self.teacher_completion_ranks = read.teacher_ranks[start:]
+            ranks = np.bincount(theirs, self.teacher_completion_ranks, size)
+            self.teacher_ranks = np.where(self.scored & ((counts == 1) & (their_counts == 1))[own], ranks[own], 0)
+        self.teacher_cached = read.teacher_cached
 
 
 ARRAYS: dict[str, np.dtype[Any]] = {

@@ -31,20 +31,21 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     if given and len(given[0].old_logprobs):
         metrics["given/nll"] = -_per_token(given, "old_logprobs")
         if len(given[0].teacher_logprobs):
-            metrics["given/forward_kl"] = _per_token(given, "teacher_logprobs") - _per_token(given, "old_logprobs")
+            theirs, ours = (_per_token(given, field, scored=True) for field in ("teacher_logprobs", "old_logprobs"))
+            metrics["given/forward_kl"] = theirs - ours
     return metrics
 
 
 def teacher_kl(samples: Sequence[Sample]) -> dict[str, float]:
     """The one-sample estimate of the reverse KL, mean of ℓ_sampler − ℓ_teacher per token: of all and of each data set.
 
-    Only of samples that the student wrote.
+    Only of samples that the student wrote. Of a teacher with its own tokenizer, only of tokens in segments.
     """
     scored = [sample for sample in samples if len(sample.teacher_logprobs) and not sample.given]
     data_sets = sorted({sample.dataset for sample in scored if sample.dataset})
     parts = {"teacher_kl": scored} if scored else {}
     parts |= {f"teacher_kl/{name}": [sample for sample in scored if sample.dataset == name] for name in data_sets}
-    return {key: _gap_per_token(part, "teacher_logprobs") for key, part in parts.items()}
+    return {key: _gap_per_token(part, "teacher_logprobs", scored=True) for key, part in parts.items()}
 
 
 def staleness(samples: Sequence[Sample]) -> dict[str, float]:
@@ -110,14 +111,21 @@ def _ending(key: str) -> str:
     return key.rsplit("_", 1)[-1]
 
 
-def _per_token(samples: Sequence[Sample], field: str) -> float:
-    """The mean of an array over the tokens that count; it is 0 elsewhere."""
-    return sum(total(getattr(sample, field)) for sample in samples) / _tokens(samples)
+def _per_token(samples: Sequence[Sample], field: str, scored: bool = False) -> float:
+    """The mean of an array over the tokens that count; it is 0 elsewhere. `scored`: over those that a teacher can judge."""
+    return sum(_total(sample, field, scored) for sample in samples) / _tokens(samples, scored)
 
 
-def _gap_per_token(samples: Sequence[Sample], field: str) -> float:
-    return sum(total(sample.sampler_logprobs) - total(getattr(sample, field)) for sample in samples) / _tokens(samples)
+def _gap_per_token(samples: Sequence[Sample], field: str, scored: bool = False) -> float:
+    gaps = (_total(sample, "sampler_logprobs", scored) - _total(sample, field, scored) for sample in samples)
+    return sum(gaps) / _tokens(samples, scored)
 
 
-def _tokens(samples: Sequence[Sample]) -> int:
-    return max(1, sum(sample.loss_tokens for sample in samples))
+def _total(sample: Sample, field: str, scored: bool) -> float:
+    values = getattr(sample, field)
+    return total(values[sample.scored] if scored and len(sample.segments) else values)
+
+
+def _tokens(samples: Sequence[Sample], scored: bool = False) -> int:
+    counts = (np.count_nonzero(sample.scored) if scored else sample.loss_tokens for sample in samples)
+    return max(1, int(sum(counts)))

@@ -25,6 +25,7 @@ from fastkl.trainer.models.tokenizers import (
 )
 
 SAME_FAMILY = "Use a {0} of the student's family"
+OWN_TOKENIZER = ", or set {0}.tokenizer to own (docs/tokenizers.md)"
 SPECIALS = ("bos_token_id", "eos_token_id", "unk_token_id")
 # Remedies where a context is too short.
 SHORTER = "Lower {0}.max_new_tokens, or leave long prompts out with {1}.max_prompt_tokens"
@@ -37,7 +38,7 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 
     The teacher may have more tokens than the student. `name` is what messages call it.
     """
-    family = SAME_FAMILY.format(name)
+    family = (SAME_FAMILY + OWN_TOKENIZER * (name == "teacher")).format(name)
     found = compare_vocabularies(student, teacher)
     if found.differing:
         named = [
@@ -52,8 +53,7 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         named = [f"{token} {spelling!r}" for token, spelling in found.lacking]
         raise ConfigError(
             f"student and {name} tokenize differently: the {name} lacks ids of the student, {first_three(named, ', ')}. "
-            f"It could not score these tokens. {family}, or one that has them; if the student never writes them, "
-            f"take them out of its tokenizer"
+            f"It could not score these tokens. {family}. If the student never writes them, take them out of its tokenizer"
         )
     text = SAMPLE_TEXT + (student.eos_token or "")
     ours, theirs = student(text)["input_ids"], teacher(text)["input_ids"]
@@ -114,6 +114,7 @@ def check_chat(
             raise ConfigError(
                 f"the chat templates of student and {name} differ: {ours[:80]!r}… and {theirs[:80]!r}…; the {name} "
                 f"would judge a format it does not know. Copy the {name}'s chat_template into the student's tokenizer"
+                f"{OWN_TOKENIZER.format(name) * (name == 'teacher')}"
             )
 
 

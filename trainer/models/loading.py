@@ -23,7 +23,7 @@ from fastkl.trainer.notes import note
 
 def load_teacher_tokenizer(config: TeacherConfig) -> PreTrainedTokenizerBase | None:
     """That of the model, or the one named beside a server; None where only the server knows."""
-    path = config.path or config.tokenizer
+    path = config.tokenizer_path
     return load_tokenizer(dataclasses.replace(config, path=path)) if path else None
 
 

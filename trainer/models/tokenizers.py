@@ -46,6 +46,12 @@ def compare_vocabularies(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokeni
     )
 
 
+def are_one(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> bool:
+    """Whether every id of the first is the same token of the second, and both split a text alike."""
+    splits = [tokenizer(SAMPLE_TEXT, add_special_tokens=False)["input_ids"] for tokenizer in (ours, theirs)]
+    return compare_vocabularies(ours, theirs) == Differences([], []) and splits[0] == splits[1]
+
+
 def text_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Ids and their spellings, without the rows that a converter names to fill a head up: [PAD151936] of GGUF files."""
     vocabulary = tokenizer.get_vocab().items()

@@ -21,6 +21,7 @@ from fastkl.trainer.config.reward import RewardConfig
 from fastkl.trainer.data.arrays import end_to_end, pieces
 from fastkl.trainer.data.samples import OURS, UNKNOWN, Sample, known_array
 from fastkl.trainer.objectives.numbers import numbers_are_checked
+from fastkl.trainer.objectives.segments import Segments
 from fastkl.trainer.runs import processes
 
 Estimator = Callable[[Tensor, Tensor], Tensor]  # rewards [n], group numbers [n] -> advantages [n]
@@ -30,7 +31,8 @@ def set_advantages(samples: list[Sample], loss: LossConfig, given_coef: float = 
     """Writes A = A_env + A_KL of every counted token: the samples' `reward_advantage`, and what the teacher's scores give.
 
     All samples of this process stand end to end in one row; no sum crosses a sample's end. Without a teacher's log-probs
-    A_KL is 0. A token of a given completion has the advantage `given_coef` instead of both: −log p, weighted. The share
+    A_KL is 0. Of a teacher with its own tokenizer, A_KL is that of the token's segment (`Sample.segments`), and 0 outside
+    all of them. A token of a given completion has the advantage `given_coef` instead of both: −log p, weighted. The share
     `redistribute` of A_env is weighed by the teacher (`redistributed_advantages`). All processes call it. Returns metrics
     of the whole step.
     """
@@ -38,7 +40,7 @@ def set_advantages(samples: list[Sample], loss: LossConfig, given_coef: float = 
     advantages, rewards = processes.raise_together(lambda: _parts(scores, loss))
     if loss.baseline == "mean":
         advantages = _centred(advantages, scores)
-    advantages, metrics = _clipped(advantages, scores.sampled, loss.advantage_clip)
+    advantages, metrics = _clipped(advantages, scores.judged, loss.advantage_clip)
     values = (advantages + rewards).where(scores.sampled, given_coef).where(scores.mask, 0.0)
     for sample, own in zip(samples, pieces(values.numpy(), scores.lengths), strict=True):
         sample.advantages = own
@@ -53,6 +55,8 @@ class _Scores:
         self.ids = torch.repeat_interleave(torch.tensor(self.lengths, dtype=torch.long))
         self.mask = torch.from_numpy(end_to_end([sample.loss_mask for sample in samples], np.bool_))
         self.sampled = self.mask & ~torch.tensor([sample.given for sample in samples], dtype=torch.bool)[self.ids]
+        self.segments = Segments(samples)
+        self.judged = self.sampled & self.segments.known  # by the teacher
         self.rewards = torch.tensor([sample.reward_advantage for sample in samples])[self.ids]
         self.ours = _first_known(samples, *OURS)
         self.teacher = _first_known(samples, "teacher_logprobs", *OURS)
@@ -63,25 +67,30 @@ class _Scores:
 @numbers_are_checked()
 def _parts(scores: _Scores, loss: LossConfig) -> tuple[Tensor, Tensor]:
     """The KL's part, before the mean as a baseline and the clip, and the reward's, [n] each."""
-    ours, theirs, mask = scores.ours, scores.teacher, scores.mask
-    options: dict[str, Any] = {"coef": loss.kl_coef, "discount": loss.discount, "sequence_ids": scores.ids}
+    segments = scores.segments
+    ours, theirs = segments.sums(scores.ours), segments.sums(scores.teacher)
+    mask, ids = (segments.of_first(each) for each in (scores.mask & segments.known, scores.ids))
+    options: dict[str, Any] = {"coef": loss.kl_coef, "discount": loss.discount, "sequence_ids": ids}
     options["baseline"] = scores.baseline if loss.baseline == "kl" else None
     if loss.extrapolate == 1:
         advantages = reverse_kl_advantages(ours, theirs, mask, power=loss.advantage_power, **options)
     else:
         # Of an id that the reference lacks, nothing is to go away from.
-        reference = torch.where(scores.reference == UNKNOWN, theirs, scores.reference)
+        unknown = segments.sums((scores.reference == UNKNOWN).float()) > 0
+        reference = torch.where(unknown, theirs, segments.sums(scores.reference))
         advantages = extrapolated_advantages(ours, theirs, reference, mask, extrapolate=loss.extrapolate, **options)
     rewards = scores.rewards
     if loss.redistribute > 0:
         share, clip = loss.redistribute, loss.redistribute_clip
-        rewards = redistributed_advantages(rewards, ours, theirs, mask, share=share, clip=clip)
-    return advantages, rewards
+        own = segments.of_first(rewards)
+        weighed = segments.to_tokens(redistributed_advantages(own, ours, theirs, mask, share=share, clip=clip))
+        rewards = weighed.where(segments.known, rewards)
+    return segments.to_tokens(advantages), rewards
 
 
 def _centred(advantages: Tensor, scores: _Scores) -> Tensor:
     """Less the mean over the other samples of the step, on all processes; those that nobody sampled are no part of it."""
-    values, which, counts = zip(*processes.gather([(advantages, scores.sampled, scores.lengths)]), strict=True)
+    values, which, counts = zip(*processes.gather([(advantages, scores.judged, scores.lengths)]), strict=True)
     numbers = torch.repeat_interleave(torch.tensor([*itertools.chain(*counts)], dtype=torch.long))
     centred = centred_advantages(torch.cat(values), torch.cat(which), sequence_ids=numbers)
     return centred.split([len(share) for share in values])[processes.rank()]

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastkl.loss import TopK
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.data.arrays import Array
-from fastkl.trainer.data.samples import OURS, Sample, known_array
+from fastkl.trainer.data.samples import NO_NUMBERS, OURS, Sample, known_array
 from fastkl.trainer.objectives.weights.shares import largest
 from fastkl.trainer.runs import processes
 
@@ -68,7 +68,7 @@ def _shuffled(samples: list[Sample]) -> list[Sample]:
 def _penalised(samples: list[Sample], penalty: float, share: float) -> list[Sample]:
     ours = [_counted(sample, known_array(sample, *OURS)) for sample in samples]
     return [
-        dataclasses.replace(sample, teacher_logprobs=_placed(sample, own - penalty * chosen))
+        dataclasses.replace(sample, teacher_logprobs=_placed(sample, own - penalty * chosen), segments=NO_NUMBERS)
         for sample, own, chosen in zip(samples, ours, lowest(ours, share), strict=True)
     ]
 

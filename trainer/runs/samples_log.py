@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,27 +18,45 @@ from fastkl.trainer.data.samples import Sample
 NAME = "samples.jsonl"
 # Of the update alone, and lists that would be most of the file; whether a cache spared the teacher changes no sample.
 LEFT_OUT = ("student_logprobs", "student_top_k", "teacher_top_k", "tail_gaps", "teacher_cached")
+# Of a teacher with its own tokenizer.
+OWN = (
+    "teacher_completion",
+    "segments",
+    "teacher_segments",
+    "teacher_completion_logprobs",
+    "teacher_completion_ranks",
+)
 LINE = re.compile(rb'\{"step": (\d+),')  # how a line begins
 
 Line = tuple[int, int]  # where it begins in its file, and its length
 
 
 def sample_records(
-    samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, step: int
+    samples: Sequence[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    step: int,
+    own: Mapping[str, PreTrainedTokenizerBase] = MappingProxyType({}),
 ) -> Iterator[dict[str, object]]:
     """What the log holds of a step's samples: the step (first: see LINE), texts, and all fields but `LEFT_OUT`, and
     the staleness of what is stale.
 
-    Of a teacher's own prompt, its text too.
+    Of a teacher's own prompt, its text too; and of its own tokenizer (`own`, by data set), what it makes of the completion.
     """
     for sample in samples:
-        read = sample.teacher_prompt
+        read, completion = sample.teacher_prompt, sample.teacher_completion
+        theirs = own.get(sample.dataset, tokenizer)
         left_out = LEFT_OUT if sample.staleness else (*LEFT_OUT, "staleness")
+        left_out = left_out if completion is not None else (*left_out, *OWN)
         yield {
             "step": step,
             "text": tokenizer.decode(sample.ids),
             "tokens": [tokenizer.decode([token]) for token in sample.ids.tolist()],
-            **({} if read is None else {"teacher_text": tokenizer.decode(read)}),
+            **({} if read is None else {"teacher_text": theirs.decode(read)}),
+            **(
+                {}
+                if completion is None
+                else {"teacher_tokens": [theirs.decode([token]) for token in completion.tolist()]}
+            ),
             **{name: _plain(value) for name, value in vars(sample).items() if name not in left_out},
         }
 

@@ -31,7 +31,11 @@ TOLERANCE = 0.1  # nats: above what 16-bit arithmetic and batching do, below wha
 REJECTS_OPTION = (400, 422, 501)  # how servers refuse an option
 USE_VLLM = "Serve the teacher with vLLM, or load it here with a path"
 NAME_TOKENIZER = "give teacher.tokenizer, the folder or Hub id of the served model's tokenizer"
-SAME_FAMILY = "it could not score the student's tokens. Serve a teacher of the student's family"
+SAME_FAMILY = (
+    "it could not score the student's tokens. Serve a teacher of the student's family, or set teacher.tokenizer to "
+    "own:FOLDER (docs/tokenizers.md)"
+)
+SAME_VOCABULARY = "Use a teacher with the student's vocabulary"
 
 
 def check_server(
@@ -45,6 +49,7 @@ def check_server(
     remedy: str,
     top_k: int | None = None,
     top_k_setting: str = "loss.top_k",
+    own: str | None = None,
 ) -> Reference:
     """What to ask it again later, and how; a ConfigError says what is wrong with it, a ServerError that it is not there.
 
@@ -56,8 +61,10 @@ def check_server(
         remedy: What to do if it is too long.
         top_k: How many of the likeliest tokens will be asked for.
         top_k_setting: The setting that says so.
+        own: What names the tokenizer, where it is not the student's.
     """
-    compared = _check_tokenization(server, tokenizer)
+    another = None if own is None else f"teacher.tokenizer is {own}; name the tokenizer of the served model"
+    compared = _check_tokenization(server, tokenizer, another or SAME_FAMILY)
     ids = _encoded(tokenizer, SAMPLE_TEXT)[:PROBE_TOKENS]
     probes = [[*ids, last] for last in list(dict.fromkeys(ids))[:PROBES]]
     api, scores = _choose_api(server, config, probes, top_k, top_k_setting)
@@ -70,7 +77,7 @@ def check_server(
     check_limits(
         lambda sequence: limits.extend(server.score([sequence], api, temperature, top_k)),
         f"the teacher's server at {server.url} cannot score",
-        ([*probes[0], vocabulary(tokenizer) - 1], "Use a teacher with the student's vocabulary"),
+        ([*probes[0], vocabulary(tokenizer) - 1], another or SAME_VOCABULARY),
         (longest, f"{remedy}, or serve the teacher with a longer context"),
     )
     length = len(probes[0])
@@ -99,7 +106,7 @@ def _unfit(server: CompletionsServer, reason: str) -> ConfigError:
     return ConfigError(f"the teacher's server at {server.url} {reason}")
 
 
-def _check_tokenization(server: CompletionsServer, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _check_tokenization(server: CompletionsServer, tokenizer: PreTrainedTokenizerBase, remedy: str) -> bool:
     """Compares how both tokenize a text, and the added tokens; False where the server does not tell."""
     text = SAMPLE_TEXT + (tokenizer.eos_token or "")
     ours, theirs = _encoded(tokenizer, text), server.tokenize(text)
@@ -109,15 +116,15 @@ def _check_tokenization(server: CompletionsServer, tokenizer: PreTrainedTokenize
         raise _unfit(
             server,
             f"tokenizes differently (the same text gives {len(ours)} tokens here and {len(theirs)} there, "
-            f"{where_they_part(ours, theirs)}): {SAME_FAMILY}",
+            f"{where_they_part(ours, theirs)}): {remedy}",
         )
     added = list(map(str, tokenizer.convert_ids_to_tokens(added_tokens(tokenizer))))
     for start in range(0, len(added), ADDED_AT_ONCE):
-        _check_added(server, tokenizer, added[start : start + ADDED_AT_ONCE])
+        _check_added(server, tokenizer, added[start : start + ADDED_AT_ONCE], remedy)
     return True
 
 
-def _check_added(server: CompletionsServer, tokenizer: PreTrainedTokenizerBase, added: list[str]) -> None:
+def _check_added(server: CompletionsServer, tokenizer: PreTrainedTokenizerBase, added: list[str], remedy: str) -> None:
     """Compares tokens that no ordinary text has: all of them in one text, and one by one where that differs."""
     if _encoded(tokenizer, "".join(added)) == server.tokenize("".join(added)):
         return
@@ -126,7 +133,7 @@ def _check_added(server: CompletionsServer, tokenizer: PreTrainedTokenizerBase, 
         f"{text!r} is {ours} here and {quote(str(theirs))} there" for text, ours, theirs in answers if ours != theirs
     ]
     if named:
-        raise _unfit(server, f"tokenizes differently: {first_three(named, '; ')}: {SAME_FAMILY}")
+        raise _unfit(server, f"tokenizes differently: {first_three(named, '; ')}: {remedy}")
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

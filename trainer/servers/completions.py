@@ -71,10 +71,19 @@ class CompletionsServer:
 
     def description(self) -> list[object]:
         """What the server calls the model, and what it says that this is made of (vLLM: the folder of the model)."""
+        own = self._listed()
+        return [self._model, own.get("root"), own.get("parent")]
+
+    def context(self) -> int | None:
+        """The most tokens of a sequence, with the one that is generated, where the server tells (vLLM does)."""
+        length = self._listed().get("max_model_len")
+        return length if type(length) is int else None
+
+    def _listed(self) -> dict[str, Any]:
+        """The model's entry in the server's list."""
         listed = (self._connection.told(f"{self.url}/models") or {}).get("data")
         entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
-        own = next((entry for entry in entries if entry.get("id") == self._model), {})
-        return [self._model, own.get("root"), own.get("parent")]
+        return next((entry for entry in entries if entry.get("id") == self._model), {})
 
     def tokenize(self, text: str) -> list[int] | None:
         """The ids that the server's own tokenizer gives a text, where it offers that (vLLM does)."""

@@ -58,23 +58,23 @@ def _check_scorer(
     config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, prompts: list[EncodedPrompt], name: str
 ) -> None:
     teacher_device(config, torch.device("cpu"), name)
-    theirs = load_teacher_tokenizer(config)
+    theirs = None if config.own_tokenizer else load_teacher_tokenizer(config)
     if theirs is not None:
         checks.check_tokenizers(tokenizer, theirs, name)
         checks.check_chat(tokenizer, theirs, prompts, name)
 
 
 def connect_servers(
-    config: DistillConfig, tokenizer: PreTrainedTokenizerBase, read: Sequence[DataSet], lists: Lists
+    config: DistillConfig, tokenizer: PreTrainedTokenizerBase, prompts: TeacherPrompts, lists: Lists
 ) -> dict[TeacherConfig, ServedTeacher]:
-    """The teachers behind HTTP; a server has been checked by asking it. The data sets are as the teachers read them."""
-    served = {}
+    """The teachers behind HTTP; a server has been checked by asking it."""
+    served, read = dict[TeacherConfig, ServedTeacher](), prompts.data_sets
     for data_set in read:
         if data_set.teacher.server.url and data_set.teacher not in served:
             own = [other for other in read if other.teacher == data_set.teacher]
             new = [PAD_ID] * config.sampling.max_new_tokens
-            prompts = (max(other.prompts, key=lambda prompt: len(prompt.tokens)) for other in own)
-            sequences = [(prompt.ids + new, other) for prompt, other in zip(prompts, own, strict=True)]
+            texts = (max(other.prompts, key=lambda prompt: len(prompt.tokens)) for other in own)
+            sequences = [(text.ids + new, other) for text, other in zip(texts, own, strict=True)]
             sequences += [
                 ([PAD_ID] * other.context.max_tokens + new, other) for other in own if other.context.max_tokens
             ]
@@ -82,7 +82,7 @@ def connect_servers(
             longest, where = max(sequences, key=lambda pair: len(pair[0]))
             served[data_set.teacher] = connect(
                 data_set.teacher,
-                tokenizer,
+                prompts.reader(data_set.name).tokenizer,
                 temperature=config.sampling.temperature,
                 longest=longest,
                 remedy=remedy(config, where),
@@ -118,17 +118,23 @@ def open_teachers(
         teacher = teachers.get(data_set.teacher)
         local = teacher.model if isinstance(teacher, LocalTeacher) else None
         models = {} if local is None else {whose(data_set): local}
-        checks.check_vocabulary(tokenizer, {"student": student.model} | models)
-        checks.check_end_of_sequence(student.model, local, tokenizer)
+        reader = prompts.reader(data_set.name)
+        checks.check_vocabulary(tokenizer, {"student": student.model})
+        checks.check_vocabulary(reader.tokenizer, models)
+        checks.check_end_of_sequence(student.model, None if reader.own else local, tokenizer)
         check_fit(config, data_set, {"student": student.model}, checks.SHORTER.format("sampling", data_set.setting))
         check_fit(config, own, models, remedy(config, own))
         if local is not None:
             prompts.limit(own, local)
+        elif isinstance(teacher, ServedTeacher):
+            prompts.limit_served(own, teacher.longest)
     if not teachers:
         return None
     by_data_set = {data_set.name: teachers[data_set.teacher] for data_set in data_sets}
     reference = _reference(config, tokenizer, data_sets, student, itself)
-    return RoutedTeacher(by_data_set, itself.ready, reference, _caches(config, data_sets, teachers, lists))
+    caches = _caches(config, data_sets, teachers, lists)
+    vocabularies = {name: vocabulary(own.reader.tokenizer) for name, own in prompts.own.items()}
+    return RoutedTeacher(by_data_set, itself.ready, reference, caches, vocabularies)
 
 
 def _caches(
@@ -205,7 +211,7 @@ def _open(
     layout = batch_layout(config.batch, model, Probe(model, role))
     models: list[Any] = [student.model, model]
     ours, theirs = (each.get_output_embeddings().weight.shape[0] for each in models)
-    cut = None if ours == theirs else min(ours, theirs, vocabulary(tokenizer))
+    cut = None if ours == theirs or teacher.own_tokenizer else min(ours, theirs, vocabulary(tokenizer))
     tokens, temperature = config.batch.max_tokens, config.sampling.temperature
     options: dict[str, Any] = {"top_k": lists.teacher, "vocab_size": cut, "shared_only": lists.with_token, "role": role}
     return LocalTeacher(model, layout, tokens, temperature, device, **options)

@@ -42,6 +42,7 @@ class ServedTeacher:
         config: How many samples at once, and how often the server is checked.
         reference: What it answered at the start.
         tokenizer: The one whose ids are sent: the teacher knows no others.
+        longest: The most tokens that it is known to score.
         lists: Where to ask about the ids that the student lists.
     """
 
@@ -51,8 +52,10 @@ class ServedTeacher:
         config: TeacherServerConfig,
         reference: Reference,
         tokenizer: PreTrainedTokenizerBase,
+        longest: int,
         lists: ListServer | None = None,
     ) -> None:
+        self.longest = longest
         self._server, self._config, self._reference, self._lists = server, config, reference, lists
         self._vocabulary, self._top_k = vocabulary(tokenizer), reference.top_k
         self.vocab_size: int | None = self._vocabulary
@@ -220,9 +223,11 @@ def connect(
         remedy=remedy,
         top_k=top_k,
         top_k_setting=top_k_setting,
+        own=config.tokenizer if config.own_tokenizer else None,
     )
+    most = max(len(longest), (server.context() or 0) - 1)  # a token is generated too
     if listed is None:
-        return ServedTeacher(server, config.server, reference, tokenizer)
+        return ServedTeacher(server, config.server, reference, tokenizer, most)
     lists = ListServer(config.server.model, connection)
     check_listed(server, lists, reference, listed, vocabulary(tokenizer), longest, remedy)
-    return ServedTeacher(server, config.server, reference, tokenizer, lists)
+    return ServedTeacher(server, config.server, reference, tokenizer, most, lists)

@@ -23,6 +23,7 @@ class RoutedTeacher(Generic[T]):
         ready: A context in which they can be used; entered and left by all processes together.
         reference: Scores all samples too, into a list of its own.
         caches: What is asked in the place of a teacher, by the name of a data set.
+        vocabularies: How many ids a teacher's own tokenizer has, by the name of a data set.
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class RoutedTeacher(Generic[T]):
         ready: Callable[[], AbstractContextManager[None]] = nullcontext,
         reference: LocalTeacher | None = None,
         caches: Mapping[str, CachedTeacher] = MappingProxyType({}),
+        vocabularies: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.by_data_set, self.ready, self.reference = teachers, ready, reference
-        self._caches = caches
+        self._caches, self._vocabularies = caches, vocabularies
 
     def score(self, samples: Sequence[Sample]) -> None:
         for group in self.groups(samples):
@@ -49,13 +51,15 @@ class RoutedTeacher(Generic[T]):
             teacher.ask_early(sample.for_teacher())
 
     def rank(self, samples: Sequence[Sample], vocab_size: int) -> None:
+        """See `Teacher.rank`; among the ids of its own tokenizer, where a teacher has one."""
         for group in self.groups(samples):
             with _as_read(group) as read:
-                self._asked(group).rank(read, vocab_size)
+                self._asked(group).rank(read, self._vocabularies.get(group[0].dataset, vocab_size))
 
     def score_plain(self, samples: Sequence[Sample]) -> None:
-        """As `Teacher.score_plain`, of the samples whose teacher has a prompt of its own."""
-        for group in self.groups([sample for sample in samples if sample.teacher_prompt is not None]):
+        """As `Teacher.score_plain`, of the samples whose teacher has a prompt of its own, and the student's tokenizer."""
+        told = [s for s in samples if s.teacher_prompt is not None and s.teacher_completion is None]
+        for group in self.groups(told):
             self._asked(group).score_plain(group)
 
     def close(self) -> None:

@@ -23,11 +23,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def tokenizer(characters: str = CHARACTERS, **special: str) -> PreTrainedTokenizerFast:
-    """One token per character, an end token and three roles."""
-    words = ["<eos>", "<unk>", "<u>", "<s>", "<a>", *characters]
+def tokenizer(characters: str = CHARACTERS, pairs_of: str = "", **special: str) -> PreTrainedTokenizerFast:
+    """One token per character, an end token and three roles; two of `pairs_of` that stand together are one token."""
+    pairs = [a + b for a in pairs_of for b in pairs_of]
+    words = ["<eos>", "<unk>", "<u>", "<s>", "<a>", *characters, *pairs]
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"<eos>|<u>|<s>|<a>|."), "isolated")
+    pair = f"[{pairs_of}]{{2}}|" if pairs_of else ""
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(rf"<eos>|<u>|<s>|<a>|{pair}."), "isolated")
     core.decoder = decoders.Fuse()
     names = {"eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<eos>", **special}
     fast = PreTrainedTokenizerFast(tokenizer_object=core, **names)

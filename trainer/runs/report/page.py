@@ -24,7 +24,7 @@ from fastkl.trainer.runs.report.data import differences, run_data, run_names
 
 NAME = "report.html"
 PAGE = Path(__file__).parent / "html"
-SCRIPTS = ("elements.js", "tables.js", "curves.js", "completions.js")
+SCRIPTS = ("elements.js", "tables.js", "curves.js", "segments.js", "completions.js")
 MARK = '<meta name="generator" content="fastkl report">'  # in page.html: what makes a file ours to replace
 SAMPLE_BYTES = 3_000_000  # of a page, all runs together
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkl.trainer.runs.report.curves import Json, plain
+from fastkl.trainer.runs.report.segments import segments_of
 from fastkl.trainer.runs.samples_log import NAME, find_records, read_records
 
 STEPS = 40  # whose samples are shown
@@ -66,6 +67,7 @@ def _sample(record: Json, number: int, student: Path) -> Json:
         "read_tokens": len(record.get("teacher_prompt") or []),
         "student_ranks": list(compress(record.get("student_ranks") or [], mask)),
         "teacher_ranks": list(compress(record.get("teacher_ranks") or [], mask)),
+        "own": segments_of(record) if record.get("teacher_tokens") is not None else None,
     }
 
 

@@ -6,20 +6,21 @@ import dataclasses
 from array import array
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
-
 from fastkl.trainer.data.prompts import EncodedPrompt
+from fastkl.trainer.data.replies import opened_tag
 from fastkl.trainer.data.rows import check_encodable
 from fastkl.trainer.data.text import encode
 from fastkl.trainer.data.turns import Turn, left_out
 from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.teachers.alignment.reader import Reader
 from fastkl.trainer.teachers.context.turns import Content
 
 SHOWN = 60  # characters of a prompt's end
+THOUGHTS = ("think", "thinking", "thought", "thoughts", "reasoning", "scratchpad")  # tags; others may begin any answer
 
 
 def encode_contents(
-    prompts: Sequence[EncodedPrompt], contents: Sequence[Content], tokenizer: PreTrainedTokenizerBase, setting: str
+    prompts: Sequence[EncodedPrompt], contents: Sequence[Content], reader: Reader, setting: str
 ) -> list[EncodedPrompt]:
     """The teacher's prompts, each with the index of the student's. `setting` is the one that they come from.
 
@@ -33,15 +34,16 @@ def encode_contents(
     ]
     for row in rows:
         check_encodable(row.source, {"prompt": row.prompt}, ["prompt"])
-    texts = [
-        str(row.prompt) if prompt.chat is None else prompt.chat.prompt(row)
-        for prompt, row in zip(prompts, rows, strict=True)
-    ]
-    ids = encode(tokenizer, texts, [prompt.chat is None for prompt in prompts])
+    chats = [reader.chat(prompt) for prompt in prompts]
+    texts = [str(row.prompt) if chat is None else chat.prompt(row) for row, chat in zip(rows, chats, strict=True)]
+    ids = encode(reader.tokenizer, texts, [chat is None for chat in chats])
     found = []
-    for prompt, row, text, tokens in zip(prompts, rows, texts, ids, strict=True):
-        _check_end(prompt, text, tokens, tokenizer, setting)
-        found.append(dataclasses.replace(prompt, row=row, tokens=array("i", tokens)))
+    for prompt, row, chat, text, tokens in zip(prompts, rows, chats, texts, ids, strict=True):
+        if reader.own:
+            _check_end_of_text(prompt, text, setting)
+        else:
+            _check_end(prompt, text, tokens, setting)
+        found.append(dataclasses.replace(prompt, row=row, tokens=array("i", tokens), chat=chat))
     return found
 
 
@@ -60,24 +62,39 @@ def check_examples(examples: Sequence[Turn], prompt: EncodedPrompt, setting: str
             )
 
 
-def _check_end(
-    prompt: EncodedPrompt, text: str, tokens: list[int], tokenizer: PreTrainedTokenizerBase, setting: str
-) -> None:
+def _check_end(prompt: EncodedPrompt, text: str, tokens: list[int], setting: str) -> None:
     """Of a chat, what begins the answer; of a text, the last token."""
+    ours = _written(prompt)
     if prompt.chat is None:
-        ours, theirs = str(prompt.row.prompt), text
         same = prompt.ids[-1:] == tokens[-1:]
-        remedy = f"Let {setting} end as the prompts do, for example with {{prompt}}"
     else:
-        ours, theirs = prompt.chat.prompt(prompt.row), text
         opening = len(prompt.chat.opening) or 1
-        same = ours[-opening:] == theirs[-opening:]
+        same = ours[-opening:] == text[-opening:]
+    _require_same(same, prompt, text, setting)
+
+
+def _check_end_of_text(prompt: EncodedPrompt, text: str, setting: str) -> None:
+    """As `_check_end`, by another tokenizer: of a chat, the thought that is left open; of a text, the last character."""
+    ours = _written(prompt)
+    opened = [tag in THOUGHTS and tag for tag in map(opened_tag, (ours, text))]
+    same = ours[-1:] == text[-1:] if prompt.chat is None else opened[0] == opened[1]
+    _require_same(same, prompt, text, setting)
+
+
+def _written(prompt: EncodedPrompt) -> str:
+    return str(prompt.row.prompt) if prompt.chat is None else prompt.chat.prompt(prompt.row)
+
+
+def _require_same(same: bool, prompt: EncodedPrompt, text: str, setting: str) -> None:
+    if same:
+        return
+    remedy = f"Let {setting} end as the prompts do, for example with {{prompt}}"
+    if prompt.chat is not None:
         remedy = (
             f"Take out of {setting} what makes the chat template begin the answer otherwise, or write it into the "
             f"student's prompts too"
         )
-    if not same:
-        raise ConfigError(
-            f"{prompt.row.source}: the student's prompt ends in {ours[-SHOWN:]!r} and the teacher's, by {setting}, in "
-            f"{theirs[-SHOWN:]!r}: the teacher would expect another beginning of the answer. {remedy}"
-        )
+    raise ConfigError(
+        f"{prompt.row.source}: the student's prompt ends in {_written(prompt)[-SHOWN:]!r} and the teacher's, by {setting}, "
+        f"in {text[-SHOWN:]!r}: the teacher would expect another beginning of the answer. {remedy}"
+    )

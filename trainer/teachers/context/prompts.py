@@ -20,6 +20,8 @@ from fastkl.trainer.errors import ConfigError, RunError
 from fastkl.trainer.models.loading import context_length
 from fastkl.trainer.models.sizes.layers import rope_switch
 from fastkl.trainer.runs import processes
+from fastkl.trainer.teachers.alignment.own import Counts, OwnTokenizer, sum_counts
+from fastkl.trainer.teachers.alignment.reader import Reader
 from fastkl.trainer.teachers.context.attempts import Attempt, Told
 from fastkl.trainer.teachers.context.encoding import check_examples, encode_contents
 from fastkl.trainer.teachers.context.functions import Written, context_function
@@ -31,7 +33,7 @@ def fixed_prompts(
     prompts: Sequence[EncodedPrompt],
     context: ContextConfig,
     function: Written | None,
-    tokenizer: PreTrainedTokenizerBase,
+    reader: Reader,
     setting: str,
 ) -> list[EncodedPrompt]:
     """The teacher's prompts, as far as they depend on rows alone.
@@ -40,6 +42,7 @@ def fixed_prompts(
         prompts: The student's.
         context: Whose name is `setting`.
         function: The one that it names; it reads rows.
+        reader: Who reads what comes of it.
 
     Raises:
         ConfigError: Naming the row that cannot have such a prompt.
@@ -47,10 +50,10 @@ def fixed_prompts(
     if function is not None:
         # By one process for all: it may be a matter of chance what it writes.
         contents = processes.on_main(lambda: [function.of_row(prompt) for prompt in prompts])
-        return encode_contents(prompts, contents, tokenizer, setting)
+        return encode_contents(prompts, contents, reader, setting)
     examples = read_examples(context.examples, f"{setting}.examples")
     contents = [teacher_content(prompt, context, examples, setting) for prompt in prompts]
-    found = encode_contents(prompts, contents, tokenizer, setting)
+    found = encode_contents(prompts, contents, reader, setting)
     check_examples(examples, found[0], f"{setting}.examples")
     return found
 
@@ -65,6 +68,8 @@ class _Encoded(NamedTuple):
 class TeacherPrompts:
     """The prompts that `teacher.context` makes. Without one, a teacher reads what the student read.
 
+    One with its own tokenizer reads both, and completions, in its own tokens.
+
     Args:
         data_sets: Those of the run.
 
@@ -75,6 +80,7 @@ class TeacherPrompts:
     def __init__(self, config: DistillConfig, data_sets: Sequence[DataSet], tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._prompts = {prompt.index: prompt for data_set in data_sets for prompt in data_set.prompts}
+        self.own: dict[str, OwnTokenizer] = {}  # of teachers that have one, by data set
         self._fixed: dict[int, EncodedPrompt] = {}  # by the student's index
         self._functions: dict[str, Written | Siblings] = {}  # of samples, by data set
         self._most: dict[str, float] = {}  # the most tokens that such a function may write
@@ -82,28 +88,38 @@ class TeacherPrompts:
         self.data_sets: list[DataSet] = []  # as the teachers read them
         for data_set in data_sets:
             setting = config.teacher_setting(data_set.name)
-            fixed = self._fix(data_set, f"{setting}.context") if config.has_teacher else []
+            if config.has_teacher and data_set.teacher.own_tokenizer:
+                self.own[data_set.name] = OwnTokenizer(data_set, tokenizer, config.loss.max_segment, setting)
+            fixed = self._fix(data_set, setting) if config.has_teacher else []
             self._fixed |= {prompt.index: prompt for prompt in fixed}
             self.data_sets.append(
                 dataclasses.replace(data_set, prompts=fixed, given=self._given(data_set)) if fixed else data_set
             )
 
-    def _fix(self, data_set: DataSet, setting: str) -> list[EncodedPrompt]:
-        """The prompts that are known before the first step; none where the teacher reads the student's."""
-        context = data_set.context
-        if context == ContextConfig():
+    def _fix(self, data_set: DataSet, teacher: str) -> list[EncodedPrompt]:
+        """The prompts that are known before the first step; none where the teacher reads the student's ids."""
+        context, setting = data_set.context, f"{teacher}.context"
+        if context != ContextConfig():
+            function = context_function(context, setting)
+            if isinstance(function, Siblings) or (function is not None and function.of_samples):
+                self._add(data_set, function, setting)
+            else:
+                return fixed_prompts(data_set.prompts, context, function, self.reader(data_set.name), setting)
+        if data_set.name not in self.own:
             return []
-        function = context_function(context, setting)
-        if isinstance(function, Siblings) or (function is not None and function.of_samples):
-            self._add(data_set, function, setting)
-            return []
-        return fixed_prompts(data_set.prompts, context, function, self._tokenizer, setting)
+        same = [prompt.row.prompt for prompt in data_set.prompts]
+        return encode_contents(data_set.prompts, same, self.reader(data_set.name), f"{teacher}.tokenizer")
+
+    def reader(self, data_set: str) -> Reader:
+        """Who reads the prompts of a data set."""
+        return self.own[data_set].reader if data_set in self.own else Reader(self._tokenizer)
 
     def _add(self, data_set: DataSet, function: Written | Siblings, setting: str) -> None:
         """A function whose prompts nobody knows yet."""
         if isinstance(function, Siblings):  # its template is known
             first = data_set.prompts[:1]
-            encode_contents(first, [function.example(prompt) for prompt in first], self._tokenizer, function.setting)
+            reader = self.reader(data_set.name)
+            encode_contents(first, [function.example(prompt) for prompt in first], reader, function.setting)
         most = data_set.context.max_tokens
         if data_set.teacher.server.url and most is None:
             raise ConfigError(
@@ -117,6 +133,7 @@ class TeacherPrompts:
         """Its own completions as the teacher reads them."""
         given = [dataclasses.replace(sample) for sample in data_set.given]
         self.give_fixed(given)
+        self.encode(given)
         return [sample.for_teacher() for sample in given]
 
     def limit(self, data_set: DataSet, model: PreTrainedModel) -> None:
@@ -126,11 +143,36 @@ class TeacherPrompts:
         limits = [limit, switch if switch is not None and shortest <= switch else None]
         self._limits[data_set.name] = min((each for each in limits if each is not None), default=math.inf)
 
+    def limit_served(self, data_set: DataSet, longest: int) -> None:
+        """The teacher of a data set is a server that scores so many tokens."""
+        if data_set.name in self.own:
+            self._limits[data_set.name] = longest
+
     def give_fixed(self, samples: Iterable[Sample]) -> None:
         """Writes `teacher_prompt` of samples as far as it depends on their rows alone."""
         for sample in samples:
             fixed = self._fixed.get(sample.prompt_index)
             sample.teacher_prompt = None if fixed is None else np.array(fixed.tokens, np.int32)
+
+    def encode(self, samples: Iterable[Sample]) -> Counts:
+        """Writes what teachers with their own tokenizers read of the completions, after `teacher_prompt`; by any thread."""
+        counts = []
+        for sample in samples:
+            if sample.dataset in self.own:
+                chat = self._prompts[sample.prompt_index].chat
+                limit = self._limits.get(sample.dataset, math.inf)
+                counts.append(self.own[sample.dataset].encode(sample, chat, limit))
+        return sum_counts(counts)
+
+    def encode_together(self, samples: Iterable[Sample]) -> dict[str, float]:
+        """`encode` of this process's samples of a step; metrics of all samples. All processes call it."""
+        counts = processes.raise_together(lambda: self.encode(samples))
+        return sum_counts(processes.gather([counts])).metrics()
+
+    def end_with(self, tokens: Sequence[int]) -> None:
+        """These tokens end the student's completions."""
+        for own in self.own.values():
+            own.also_end(tokens)
 
     def depends_on_samples(self, data_set: str) -> bool:
         """Whether a function writes the prompts of this data set's teacher when the samples of a step are graded."""
@@ -156,7 +198,8 @@ class TeacherPrompts:
         too_long = 0
         for sample, (ids, _) in zip(written, found, strict=True):
             fits = ids is None or self._fits(sample, ids)
-            sample.teacher_prompt = np.array(ids, np.int32) if ids is not None and fits else None
+            if ids is not None and fits:
+                sample.teacher_prompt = np.array(ids, np.int32)
             too_long += not fits
         metrics = {
             "context/plain_fraction": sum(ids is None for ids, _ in found) / len(found),
@@ -182,7 +225,7 @@ class TeacherPrompts:
         function = self._functions[prompt.dataset]
         all_told = function.of_attempts(prompt, [self._attempt(sample) for sample in samples])
         new = [told.content for told in all_told if told.content is not None]
-        encoded = iter(encode_contents([prompt] * len(new), new, self._tokenizer, function.setting))
+        encoded = iter(encode_contents([prompt] * len(new), new, self.reader(prompt.dataset), function.setting))
         return [
             _Encoded(None if told.content is None else next(encoded).ids, told._replace(content=None))
             for told in all_told

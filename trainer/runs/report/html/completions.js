@@ -66,8 +66,9 @@ function chooseStep() {
   if (worst.length) choose(worst[0].index);
 }
 
-/** Reverse KL of each counted token, or null where a log-prob is missing or not finite. */
+/** Reverse KL of each counted token, or null where a log-prob is missing or not finite; of a segment, a token's share. */
 function kls(sample) {
+  if (sample.own) return sample.own.of.map((number) => share(sample.own.segments[number]));
   return sample.sampler.map((ours, index) => {
     const theirs = sample.teacher[index];
     return typeof ours === "number" && typeof theirs === "number" ? ours - theirs : null;
@@ -116,7 +117,8 @@ function elements(sample) {
     if (sample.mask[place] !== "1") return node;
     const index = shown.tokens.length;
     const logprobs = { ours: sample.sampler[index], theirs: sample.teacher[index], kl: values[index], plain: sample.plain[index] };
-    return scored(node, { text, id: sample.ids[place], ...logprobs, ranks: ranks(sample, index) });
+    const own = segmentAt(sample, index);
+    return scored(node, { text, id: sample.ids[place], ...logprobs, ...own, ranks: ranks(sample, index) });
   });
 }
 
@@ -185,6 +187,7 @@ function showToken(index) {
   if (facts.ours !== undefined) pairs.push(["student's log-prob", logprob(facts.ours)]);
   if (facts.theirs !== undefined) pairs.push(["teacher's log-prob", logprob(facts.theirs)]);
   if (facts.kl != null) pairs.push(["reverse KL", `${fixed(facts.kl, 3)} nats`]);
+  pairs.push(...segmentInWords(facts));
   if (facts.ranks) pairs.push(["rank (1: the likeliest)", facts.ranks]);
   const items = pairs.map(([term, text]) => el("div", {}, el("dt", {}, term), el("dd", {}, el("bdi", {}, text))));
   byId("token").replaceChildren(el("dl", {}, ...items), ...teachersPrompt(shown.sample, facts));

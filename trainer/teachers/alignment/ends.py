@@ -1,0 +1,78 @@
+"""What stands for the end of the student's turn in the teacher's tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from fastkl.trainer.data.chat import ChatTemplate
+from fastkl.trainer.errors import ConfigError
+
+
+class TurnEnd(NamedTuple):
+    """How a tokenizer ends what it answers: in a chat as the template does, else by its end of sequence."""
+
+    closing: str  # text before the token
+    token: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate | None) -> TurnEnd | None:
+        """None where neither the template nor the tokenizer has an end."""
+        end = "" if chat is None else chat.end_token
+        if chat is not None and end:
+            found: int = tokenizer.convert_tokens_to_ids(end)
+            return cls(chat.after_answer[0].removesuffix(end), found)
+        return None if tokenizer.eos_token_id is None else cls("", tokenizer.eos_token_id)
+
+
+class EndPairs:
+    """Pairs the ends of completions.
+
+    The end of the student's turn goes with the end of the teacher's. Another end goes with the teacher's token of the same
+    name, if it has one, and else with the end of its turn too.
+
+    Args:
+        ours: The student's tokenizer.
+        theirs: The teacher's.
+        chat: What wrote the student's prompt; None: it is a text.
+        template: What writes the teacher's chats.
+        name: What messages call the teacher's tokenizer.
+
+    Raises:
+        ConfigError: Where the teacher's tokenizer has no end.
+    """
+
+    def __init__(
+        self,
+        ours: PreTrainedTokenizerBase,
+        theirs: PreTrainedTokenizerBase,
+        chat: ChatTemplate | None,
+        template: ChatTemplate | None,
+        name: str,
+    ) -> None:
+        self._ours, self._end = ours, TurnEnd.of(ours, chat)
+        their_end = TurnEnd.of(theirs, None if chat is None else template)
+        if their_end is None:
+            raise ConfigError(
+                f"{name} declares no end of sequence, and nothing would stand for the end of the student's turn; set its "
+                f"eos_token"
+            )
+        closing: list[int] = (
+            theirs(their_end.closing, add_special_tokens=False)["input_ids"] if their_end.closing else []
+        )
+        self._theirs = [*closing, their_end.token]
+        self._named = {str(added): token for token, added in theirs.added_tokens_decoder.items()}
+
+    @property
+    def closing(self) -> bytes:
+        """What the student writes before the token that ends its turn, and which is no part of the answer."""
+        return b"" if self._end is None else self._end.closing.encode()
+
+    def of(self, token: int) -> list[int]:
+        """The teacher's tokens for one that ends the student's completion."""
+        if self._end is None or token != self._end.token:
+            named = self._named.get(str(self._ours.convert_ids_to_tokens(token)))
+            if named is not None:
+                return [named]
+        return self._theirs

@@ -1,0 +1,201 @@
+"""Samples as a teacher with its own tokenizer reads them."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from fastkl.trainer.data.arrays import Array, after_zeros
+from fastkl.trainer.data.chat import ChatTemplate
+from fastkl.trainer.data.mixture import DataSet
+from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.errors import require
+from fastkl.trainer.models.loading import load_teacher_tokenizer
+from fastkl.trainer.models.tokenizers import are_one
+from fastkl.trainer.teachers.alignment.completion import align_completion
+from fastkl.trainer.teachers.alignment.ends import EndPairs
+from fastkl.trainer.teachers.alignment.reader import Reader
+from fastkl.trainer.teachers.alignment.segments import Segments
+from fastkl.trainer.teachers.alignment.shown import line
+from fastkl.trainer.teachers.alignment.token_bytes import TokenBytes
+
+
+class Counts(NamedTuple):
+    """What was aligned of samples, by the tokens that count."""
+
+    tokens: int = 0
+    aligned: int = 0  # of those, in a segment
+    segments: int = 0
+    bytes: int = 0  # in segments
+    longest: int = 0  # bytes of a segment
+    teacher_tokens: int = 0  # in segments
+
+    def __str__(self) -> str:
+        segments = max(1, self.segments)
+        return (
+            f"{self.aligned} of {self.tokens} tokens are in {self.segments} segments of {self.bytes / segments:.1f} bytes, "
+            f"the longest of {self.longest}; the teacher has {self.teacher_tokens} tokens in them"
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing where no sample was aligned."""
+        if not self.tokens:
+            return {}
+        segments = max(1, self.segments)
+        return {
+            "alignment/aligned_fraction": self.aligned / self.tokens,
+            "alignment/segment_bytes": self.bytes / segments,
+            "alignment/segment_bytes_max": self.longest,
+            "alignment/segment_tokens": self.aligned / segments,
+            "alignment/teacher_segment_tokens": self.teacher_tokens / segments,
+        }
+
+
+def sum_counts(parts: Sequence[Counts]) -> Counts:
+    """Of all of them together."""
+    if not parts:
+        return Counts()
+    added = Counts(*map(sum, zip(*parts, strict=True)))
+    return added._replace(longest=max(part.longest for part in parts))
+
+
+class OwnTokenizer:
+    """Encodes what the student wrote for the teacher of a data set.
+
+    Args:
+        data_set: As the student reads it.
+        student: Its tokenizer.
+        max_segment: Longer segments, in bytes, are none, unless they are one token of both.
+        setting: What messages call the teacher's settings.
+
+    Raises:
+        ConfigError: For a tokenizer whose tokens are no known bytes, that has no end, or no template where there are chats.
+    """
+
+    def __init__(self, data_set: DataSet, student: PreTrainedTokenizerBase, max_segment: int, setting: str) -> None:
+        theirs = load_teacher_tokenizer(data_set.teacher)
+        assert theirs is not None  # `check_teacher` demands one
+        chats = {prompt.chat for prompt in data_set.prompts}
+        template = _template(theirs, chats, data_set, setting)
+        self.reader = Reader(theirs, own=True, template=template)
+        self.same = are_one(student, theirs)
+        # No tokenizer may be in two threads at a time: these are used by one at a time.
+        self._lock = threading.Lock()
+        ours, copied = copy.deepcopy(student), copy.deepcopy(theirs)
+        self._ours, self._theirs = TokenBytes(ours, "student"), TokenBytes(copied, "teacher")
+        self._ends = {chat: EndPairs(ours, copied, chat, template, "the teacher's tokenizer") for chat in chats}
+        self._end_ids = {ours.convert_tokens_to_ids(end) for chat in chats for end in (chat or ChatTemplate(ours)).ends}
+        self._max_segment = max_segment
+
+    def also_end(self, tokens: Iterable[int]) -> None:
+        """These tokens end the student's completions too."""
+        self._end_ids |= {*tokens}
+
+    def encode(self, sample: Sample, chat: ChatTemplate | None, limit: float) -> Counts:
+        """Writes the completion as the teacher reads it after `teacher_prompt`, and the segments of both.
+
+        Of more than `limit` tokens with the prompt, the rest is left out.
+        """
+        assert sample.teacher_prompt is not None
+        own = sample.ids[sample.prompt_length :]
+        with self._lock:
+            theirs, found = self._aligned(own, self._ends[chat])
+        room = max(0, int(min(limit - len(sample.teacher_prompt), len(theirs))))
+        counted = sample.loss_mask[sample.prompt_length :]
+        found = found.without(self._dropped(found, counted, room))
+        sample.teacher_completion = theirs[:room]
+        sample.teacher_segments = 1 + found.teacher_of[:room]
+        sample.segments = after_zeros(sample.prompt_length, 1 + found.student_of)
+        return _counts(found, counted)
+
+    def lines(self, sample: Sample) -> tuple[str, str]:
+        """What the student wrote and what the teacher reads of it, with marks between tokens and segments."""
+        start, theirs = sample.prompt_length, sample.teacher_completion
+        assert theirs is not None  # `encode` has written it
+        return (
+            line(sample.ids[start:].tolist(), sample.segments[start:], self._ours),
+            line(theirs.tolist(), sample.teacher_segments, self._theirs),
+        )
+
+    def _aligned(self, ids: Array, ends: EndPairs) -> tuple[Array, Segments]:
+        """The teacher's tokens of a completion's, and the segments of both."""
+        ended = len(ids) > 0 and int(ids[-1]) in self._end_ids
+        if not ended:
+            return self._text(ids)
+        end = ends.of(int(ids[-1]))
+        kept = len(ids) - 1 - self._closing(ids[:-1], ends.closing)
+        theirs, found = self._text(ids[:kept])
+        student_of, teacher_of = (
+            np.concatenate([places, np.full(more, found.count, np.int32)])
+            for places, more in ((found.student_of, len(ids) - kept), (found.teacher_of, len(end)))
+        )
+        lengths = np.append(found.lengths, np.int32(0))  # an end is no text
+        return np.concatenate([theirs, np.array(end, np.int32)]), Segments(student_of, teacher_of, lengths)
+
+    def _text(self, ids: Array) -> tuple[Array, Segments]:
+        if not self.same:
+            return align_completion(ids, self._ours, self._theirs)
+        places = np.arange(len(ids), dtype=np.int32)
+        return ids, Segments(places, places, self._ours.lengths(ids))
+
+    def _closing(self, ids: Array, closing: bytes) -> int:
+        """How many of the last tokens write the `closing` of a turn; 0 where they do not, or more than that."""
+        written, count = b"", 0
+        while len(written) < len(closing) and count < len(ids):
+            count += 1
+            written = self._ours[int(ids[-count])] + written
+        return count if written == closing else 0
+
+    def _dropped(self, found: Segments, counted: Array, room: int) -> Array:
+        """Which segments are none: too long, partly the student's, or beyond the teacher's room."""
+        ours, theirs = _sizes(found.student_of, found), _sizes(found.teacher_of, found)
+        own = _sizes(found.student_of[counted], found)
+        pairs = (ours == 1) & (theirs == 1)
+        dropped = ((found.lengths > self._max_segment) & ~pairs) | ((own > 0) & (own < ours))
+        return dropped | (_sizes(found.teacher_of[room:], found) > 0)
+
+
+def _sizes(places: Array, found: Segments) -> Array:
+    """How many tokens of some places there are in each segment."""
+    return np.bincount(places[places >= 0], minlength=len(found.lengths))
+
+
+def _counts(found: Segments, counted: Array) -> Counts:
+    sizes = _sizes(found.student_of[counted], found)
+    judged = sizes > 0
+    lengths = found.lengths[judged]
+    return Counts(
+        tokens=int(np.count_nonzero(counted)),
+        aligned=int(sizes.sum()),
+        segments=len(lengths),
+        bytes=int(lengths.sum()),
+        longest=int(lengths.max(initial=0)),
+        teacher_tokens=int(_sizes(found.teacher_of, found)[judged].sum()),
+    )
+
+
+def _template(
+    theirs: PreTrainedTokenizerBase, chats: set[ChatTemplate | None], data_set: DataSet, setting: str
+) -> ChatTemplate | None:
+    """The teacher's own, where prompts are chats."""
+    student = next((chat for chat in chats if chat is not None), None)
+    if student is None:
+        require(
+            not data_set.context.template_kwargs,
+            f"{setting}.context.template_kwargs is {data_set.context.template_kwargs}, but {data_set.setting} holds no "
+            f"chats; unset it",
+        )
+        return None
+    require(
+        theirs.chat_template is not None,
+        f"the teacher's tokenizer ({data_set.teacher.tokenizer_path}) has no chat template, and {data_set.setting} holds "
+        f"chats; give it one, or render the chats into text prompts and set data.chat_template to false",
+    )
+    own = data_set.context.template_kwargs
+    ChatTemplate(theirs, own).check_variables(f"{setting}.context.template_kwargs")
+    return ChatTemplate(theirs, {**student.variables, **own})
