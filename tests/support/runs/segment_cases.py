@@ -1,0 +1,92 @@
+"""Pairs of models with different tokenizers, and segments as one would find them by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tiny_data import sums, write_jsonl
+from tiny_models import CHARACTERS, save_model, tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+PAIRED = "0123456789abcdefgh"
+OWN: dict[str, object] = {"teacher__tokenizer": "own"}
+OF_OWN = (
+    "teacher_prompt",
+    "teacher_text",
+    "teacher_tokens",
+    "teacher_completion",
+    "segments",
+    "teacher_segments",
+    "teacher_completion_logprobs",
+    "teacher_completion_ranks",
+)
+
+
+def words(kind: str) -> PreTrainedTokenizerFast:
+    """characters: a token each. pairs: of digits and some letters, two that stand together are one token.
+
+    Both can write all that is written in either, <unk> too.
+    """
+    return tokenizer(f"{CHARACTERS}<>", pairs_of=PAIRED if kind == "pairs" else "")
+
+
+def strangers(folder: Path, student: str, teacher: str) -> Path:
+    """A student, a teacher and a dozen sums; their tokenizers by kind."""
+    save_model(folder / "student", words(student))
+    save_model(folder / "teacher", words(teacher), seed=1, width=24, max_position_embeddings=96)
+    write_jsonl(folder / "sums.jsonl", sums())
+    return folder
+
+
+class Segment(NamedTuple):
+    ours: list[int]  # places among the tokens of the completion
+    theirs: list[int]
+
+
+def segments(ours: list[str], theirs: list[str]) -> list[Segment]:
+    """Of two tokenizations of one text: token by token, the side that is behind goes on until both are at one place."""
+    found, i, j = [], 0, 0
+    while i < len(ours):
+        part = Segment([], [])
+        behind = 0  # how much more of the text the student has written
+        while not part.ours or behind:
+            if behind > 0 or (part.ours and not part.theirs):
+                behind -= len(theirs[j].encode())
+                part.theirs.append(j)
+                j += 1
+            else:
+                behind += len(ours[i].encode())
+                part.ours.append(i)
+                i += 1
+        found.append(part)
+    assert j == len(theirs)
+    return found
+
+
+def completion(sample: dict[str, Any], field: str) -> list[Any]:
+    """What a logged sample has of a field after its prompt."""
+    return sample[field][len(sample["ids"]) - sample["completion_length"] :]
+
+
+def gaps(sample: dict[str, Any]) -> list[float]:
+    """d of each token of a logged sample's completion: its segment's, from the log-probs that are logged."""
+    ours, theirs = completion(sample, "sampler_logprobs"), sample["teacher_completion_logprobs"]
+    found = [0.0] * len(ours)
+    for part in segments(completion(sample, "tokens"), sample["teacher_tokens"]):
+        d = sum(ours[i] for i in part.ours) - sum(theirs[j] for j in part.theirs)
+        for i in part.ours:
+            found[i] = d
+    return found
+
+
+def teacher_logprobs(folder: Path, sample: dict[str, Any]) -> list[float]:
+    """Of the completion in the teacher's tokens, by a plain forward pass in float64."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    ids = torch.tensor([sample["teacher_prompt"] + sample["teacher_completion"]])
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(ids).logits[0, :-1], -1)
+    start = len(sample["teacher_prompt"]) - 1
+    return logprobs[range(start, ids.shape[1] - 1), ids[0, start + 1 :]].tolist()
+
