@@ -89,4 +89,3 @@ def teacher_logprobs(folder: Path, sample: dict[str, Any]) -> list[float]:
         logprobs = torch.log_softmax(model(ids).logits[0, :-1], -1)
     start = len(sample["teacher_prompt"]) - 1
     return logprobs[range(start, ids.shape[1] - 1), ids[0, start + 1 :]].tolist()
-

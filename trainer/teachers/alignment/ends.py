@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.data.chat import ChatTemplate
 from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.teachers.alignment.segments import Segments
 
 
 class TurnEnd(NamedTuple):
@@ -24,6 +26,24 @@ class TurnEnd(NamedTuple):
             found: int = tokenizer.convert_tokens_to_ids(end)
             return cls(chat.after_answer[0].removesuffix(end), found)
         return None if tokenizer.eos_token_id is None else cls("", tokenizer.eos_token_id)
+
+
+class End(NamedTuple):
+    """Of one completion."""
+
+    ours: int  # how many of its last tokens it is; 0: it has no end
+    theirs: list[int]  # the teacher's tokens
+
+
+def with_end(text: Segments, end: End) -> Segments:
+    """The segments of a text and of its end, which is one more: it is no text, and has no bytes."""
+    if not end.ours:
+        return text
+    student_of, teacher_of = (
+        np.append(places, np.full(size, text.count, np.int32))
+        for places, size in ((text.student_of, end.ours), (text.teacher_of, len(end.theirs)))
+    )
+    return Segments(student_of, teacher_of, np.append(text.lengths, np.int32(0)))
 
 
 class EndPairs:

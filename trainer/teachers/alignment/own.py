@@ -17,8 +17,8 @@ from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import require
 from fastkl.trainer.models.loading import load_teacher_tokenizer
 from fastkl.trainer.models.tokenizers import are_one
-from fastkl.trainer.teachers.alignment.completion import align_completion
-from fastkl.trainer.teachers.alignment.ends import EndPairs
+from fastkl.trainer.teachers.alignment.completion import Aligned, Translator
+from fastkl.trainer.teachers.alignment.ends import End, EndPairs, with_end
 from fastkl.trainer.teachers.alignment.reader import Reader
 from fastkl.trainer.teachers.alignment.segments import Segments
 from fastkl.trainer.teachers.alignment.shown import line
@@ -88,6 +88,7 @@ class OwnTokenizer:
         self._lock = threading.Lock()
         ours, copied = copy.deepcopy(student), copy.deepcopy(theirs)
         self._ours, self._theirs = TokenBytes(ours, "student"), TokenBytes(copied, "teacher")
+        self._translator = Translator(self._ours, self._theirs)
         self._ends = {chat: EndPairs(ours, copied, chat, template, "the teacher's tokenizer") for chat in chats}
         self._end_ids = {ours.convert_tokens_to_ids(end) for chat in chats for end in (chat or ChatTemplate(ours)).ends}
         self._max_segment = max_segment
@@ -96,22 +97,18 @@ class OwnTokenizer:
         """These tokens end the student's completions too."""
         self._end_ids |= {*tokens}
 
-    def encode(self, sample: Sample, chat: ChatTemplate | None, limit: float) -> Counts:
-        """Writes the completion as the teacher reads it after `teacher_prompt`, and the segments of both.
+    def encode(self, samples: Sequence[Sample], chats: Sequence[ChatTemplate | None], limit: float) -> Counts:
+        """Writes completions as the teacher reads them after `teacher_prompt`, and the segments of both.
 
-        Of more than `limit` tokens with the prompt, the rest is left out.
+        `chats` wrote the student's prompts. Of more than `limit` tokens with the prompt, the rest is left out.
         """
-        assert sample.teacher_prompt is not None
-        own = sample.ids[sample.prompt_length :]
+        ends = [self._end(sample, self._ends[chat]) for sample, chat in zip(samples, chats, strict=True)]
+        texts = [s.ids[s.prompt_length : len(s.ids) - end.ours] for s, end in zip(samples, ends, strict=True)]
+        ours = [int(sample.ids[sample.prompt_length - 1]) for sample in samples]
+        theirs = [int(sample.teacher_prompt[-1]) for sample in samples if sample.teacher_prompt is not None]
         with self._lock:
-            theirs, found = self._aligned(own, self._ends[chat])
-        room = max(0, int(min(limit - len(sample.teacher_prompt), len(theirs))))
-        counted = sample.loss_mask[sample.prompt_length :]
-        found = found.without(self._dropped(found, counted, room))
-        sample.teacher_completion = theirs[:room]
-        sample.teacher_segments = 1 + found.teacher_of[:room]
-        sample.segments = after_zeros(sample.prompt_length, 1 + found.student_of)
-        return _counts(found, counted)
+            found = self._texts(texts, ours, theirs)
+        return sum_counts([self._write(*each, limit) for each in zip(samples, found, ends, strict=True)])
 
     def lines(self, sample: Sample) -> tuple[str, str]:
         """What the student wrote and what the teacher reads of it, with marks between tokens and segments."""
@@ -122,26 +119,21 @@ class OwnTokenizer:
             line(theirs.tolist(), sample.teacher_segments, self._theirs),
         )
 
-    def _aligned(self, ids: Array, ends: EndPairs) -> tuple[Array, Segments]:
-        """The teacher's tokens of a completion's, and the segments of both."""
-        ended = len(ids) > 0 and int(ids[-1]) in self._end_ids
-        if not ended:
-            return self._text(ids)
-        end = ends.of(int(ids[-1]))
-        kept = len(ids) - 1 - self._closing(ids[:-1], ends.closing)
-        theirs, found = self._text(ids[:kept])
-        student_of, teacher_of = (
-            np.concatenate([places, np.full(more, found.count, np.int32)])
-            for places, more in ((found.student_of, len(ids) - kept), (found.teacher_of, len(end)))
-        )
-        lengths = np.append(found.lengths, np.int32(0))  # an end is no text
-        return np.concatenate([theirs, np.array(end, np.int32)]), Segments(student_of, teacher_of, lengths)
-
-    def _text(self, ids: Array) -> tuple[Array, Segments]:
+    def _texts(self, texts: Sequence[Array], ours: Sequence[int], theirs: Sequence[int]) -> list[Aligned]:
+        """`ours` and `theirs` are the last tokens of the prompts."""
         if not self.same:
-            return align_completion(ids, self._ours, self._theirs)
-        places = np.arange(len(ids), dtype=np.int32)
-        return ids, Segments(places, places, self._ours.lengths(ids))
+            return self._translator.aligned([ids.tolist() for ids in texts], ours, theirs)
+        places = [np.arange(len(ids), dtype=np.int32) for ids in texts]
+        return [
+            Aligned(ids, Segments(own, own, self._ours.lengths(ids))) for ids, own in zip(texts, places, strict=True)
+        ]
+
+    def _end(self, sample: Sample, ends: EndPairs) -> End:
+        """What ends the completion, and what stands for it."""
+        ids = sample.ids[sample.prompt_length :]
+        if not len(ids) or int(ids[-1]) not in self._end_ids:
+            return End(0, [])
+        return End(1 + self._closing(ids[:-1], ends.closing), ends.of(int(ids[-1])))
 
     def _closing(self, ids: Array, closing: bytes) -> int:
         """How many of the last tokens write the `closing` of a turn; 0 where they do not, or more than that."""
@@ -151,18 +143,32 @@ class OwnTokenizer:
             written = self._ours[int(ids[-count])] + written
         return count if written == closing else 0
 
+    def _write(self, sample: Sample, text: Aligned, end: End, limit: float) -> Counts:
+        assert sample.teacher_prompt is not None
+        found, theirs = with_end(text.segments, end), np.append(text.teacher_ids, np.array(end.theirs, np.int32))
+        room = max(0, int(min(limit - len(sample.teacher_prompt), len(theirs))))
+        counted = sample.loss_mask[sample.prompt_length :]
+        found = found.without(self._dropped(found, counted, room))
+        sample.teacher_completion = theirs[:room]
+        sample.teacher_segments = 1 + found.teacher_of[:room]
+        sample.segments = after_zeros(sample.prompt_length, 1 + found.student_of)
+        return _counts(found, counted)
+
     def _dropped(self, found: Segments, counted: Array, room: int) -> Array:
-        """Which segments are none: too long, partly the student's, or beyond the teacher's room."""
+        """Which segments are none: too long, partly the student's, in pieces, or beyond the teacher's room."""
         ours, theirs = _sizes(found.student_of, found), _sizes(found.teacher_of, found)
         own = _sizes(found.student_of[counted], found)
         pairs = (ours == 1) & (theirs == 1)
         dropped = ((found.lengths > self._max_segment) & ~pairs) | ((own > 0) & (own < ours))
+        for places in (found.student_of, found.teacher_of):
+            begins = np.append(True, places[1:] != places[:-1])[: len(places)]
+            dropped |= _sizes(places[begins], found) > 1
         return dropped | (_sizes(found.teacher_of[room:], found) > 0)
 
 
 def _sizes(places: Array, found: Segments) -> Array:
     """How many tokens of some places there are in each segment."""
-    return np.bincount(places[places >= 0], minlength=len(found.lengths))
+    return np.bincount(places[places >= 0], minlength=found.count)
 
 
 def _counts(found: Segments, counted: Array) -> Counts:

@@ -154,17 +154,16 @@ class TeacherPrompts:
             fixed = self._fixed.get(sample.prompt_index)
             sample.teacher_prompt = None if fixed is None else np.array(fixed.tokens, np.int32)
 
-    def encode(self, samples: Iterable[Sample]) -> Counts:
+    def encode(self, samples: Sequence[Sample]) -> Counts:
         """Writes what teachers with their own tokenizers read of the completions, after `teacher_prompt`; by any thread."""
         counts = []
-        for sample in samples:
-            if sample.dataset in self.own:
-                chat = self._prompts[sample.prompt_index].chat
-                limit = self._limits.get(sample.dataset, math.inf)
-                counts.append(self.own[sample.dataset].encode(sample, chat, limit))
+        for name, own in self.own.items():
+            found = [sample for sample in samples if sample.dataset == name]
+            chats = [self._prompts[sample.prompt_index].chat for sample in found]
+            counts.append(own.encode(found, chats, self._limits.get(name, math.inf)))
         return sum_counts(counts)
 
-    def encode_together(self, samples: Iterable[Sample]) -> dict[str, float]:
+    def encode_together(self, samples: Sequence[Sample]) -> dict[str, float]:
         """`encode` of this process's samples of a step; metrics of all samples. All processes call it."""
         counts = processes.raise_together(lambda: self.encode(samples))
         return sum_counts(processes.gather([counts])).metrics()

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 from launches import give_samples, together
-from run_cases import Run, check_equal, check_same, check_same_weights, distilled, interrupt, log, run
+from run_cases import check_equal, check_same, check_same_weights, distilled, interrupt, log, run
 from run_settings import arguments, distillation
 from segment_cases import OF_OWN, OWN, completion, gaps, segments, strangers, teacher_logprobs, words
 from server_cases import served
 from stub_server import serving
 from stub_vllm import StubVllm
-from tiny_data import read_jsonl, sums, write_jsonl
+from tiny_data import read_jsonl
 from tiny_models import save_model
 
 from fastkl.trainer.runs.report.samples import page_samples
