@@ -25,6 +25,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "loss__old_logprobs": "recompute",
         **SIBLING,
         "teacher__context__sibling__succeeded": "plain",
+        "teacher__tokenizer": "own",
     },
     "given": {
         "sampling__on_policy_fraction": 0.5,

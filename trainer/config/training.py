@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastkl.trainer.config.context import ContextConfig
-from fastkl.trainer.config.cross_checks import check_rollouts, check_without_teacher
+from fastkl.trainer.config.cross_checks import check_own_tokenizers, check_rollouts, check_without_teacher
 from fastkl.trainer.config.data import DataConfig, EvalConfig
 from fastkl.trainer.config.guards import GuardsConfig
 from fastkl.trainer.config.loss import LossConfig
-from fastkl.trainer.config.losses.segments import check_own_tokenizers
 from fastkl.trainer.config.mixture import DataSetConfig, TaughtConfig, check_common_teacher, check_data_sets
 from fastkl.trainer.config.models import StudentConfig
 from fastkl.trainer.config.optim import BatchConfig, CheckpointConfig, OptimConfig
