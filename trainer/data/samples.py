@@ -116,6 +116,18 @@ class Sample:
         """[T] bool: the counted tokens about which a teacher can say something."""
         return self.loss_mask & (self.segments > 0) if len(self.segments) else self.loss_mask
 
+    @property
+    def teacher_scored(self) -> Array:
+        """bool: the same of `teacher_completion`, entry by entry."""
+        return np.isin(self.teacher_segments, self.segments[self.scored])
+
+    @property
+    def teacher_scores(self) -> Array:
+        """The log-probs that the teacher gave, of its own tokens where it has some; empty where it was not asked."""
+        if self.teacher_completion is not None and len(self.teacher_completion_logprobs):
+            return self.teacher_completion_logprobs[self.teacher_scored]
+        return self.teacher_logprobs[self.loss_mask] if len(self.teacher_logprobs) else NO_NUMBERS
+
     def for_teacher(self) -> Sample:
         """The sample as its teacher reads it: after its own prompt, the same completion with the same tokens that count.
 
@@ -127,7 +139,7 @@ class Sample:
         own, completion, counted = self.teacher_prompt, self.ids[self.prompt_length :], self.loss_mask
         counted = counted[self.prompt_length :]
         if self.teacher_completion is not None:
-            completion, counted = self.teacher_completion, np.isin(self.teacher_segments, self.segments[self.scored])
+            completion, counted = self.teacher_completion, self.teacher_scored
         changed: dict[str, Any] = dict.fromkeys(ARRAYS, ()) | dict.fromkeys(("teacher_prompt", "teacher_completion"))
         changed["ids"] = np.concatenate([own, completion])
         changed["loss_mask"] = after_zeros(len(own), counted)

@@ -32,7 +32,8 @@ def teacher_spread(samples: Sequence[Sample]) -> dict[str, float]:
     """Mean and standard deviation of the teacher's log-probs; of several data sets, of the one whose vary least."""
     spreads = []
     for name in sorted({sample.dataset for sample in samples}):
-        values = counted([sample for sample in samples if sample.dataset == name], "teacher_logprobs")
+        scores = [sample.teacher_scores for sample in samples if sample.dataset == name]
+        values = np.concatenate(scores).astype(np.float64)
         if len(values) > 1:
             spreads.append((float(values.std()), float(values.mean())))
     if not spreads:
@@ -53,11 +54,11 @@ def counted_weights(samples: Sequence[Sample]) -> Array | float:
 
 
 def gaps(sample: Sample) -> Array:
-    """d = ℓ_student − ℓ_teacher of the tokens that count; empty where one of them is not known."""
+    """d = ℓ_student − ℓ_teacher of the tokens that a teacher judges; empty where one of them is not known."""
     ours, theirs = known_array(sample, *OURS), sample.teacher_logprobs
     if not len(ours) or not len(theirs):
         return np.empty(0)
-    return (ours - theirs)[sample.loss_mask].astype(np.float64)
+    return (ours - theirs)[sample.scored].astype(np.float64)
 
 
 def top_share(values: Array) -> float:
