@@ -1,4 +1,4 @@
-"""The command `fastkl`: init, distill, sft, eval, score, report."""
+"""The command `fastkl`: init, distill, sft, eval, sample, score, report."""
 
 from __future__ import annotations
 

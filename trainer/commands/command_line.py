@@ -26,6 +26,7 @@ from fastkl.trainer.config.offline import (
     EvaluateConfig,
     InitConfig,
     ReportConfig,
+    SampleConfig,
     ScoreConfig,
     SftPlan,
 )
@@ -115,6 +116,12 @@ COMMANDS = {
         EvaluateConfig,
         "commands.evaluate:evaluate_model",
         "let a model answer prompts, and grade it",
+        usage="CONFIG.yaml | RUN [--key value ...]",
+    ),
+    "sample": Command(
+        SampleConfig,
+        "commands.sample:sample_completions",
+        "let a model complete prompts, into a file that sft reads",
         usage="CONFIG.yaml | RUN [--key value ...]",
     ),
     "score": Command(

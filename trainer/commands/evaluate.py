@@ -8,10 +8,17 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fastkl.trainer.commands.answering import answer_row, open_model, rows_flops, sources, write_answers
+from fastkl.trainer.commands.answering import (
+    answer_row,
+    model_settings,
+    open_writer,
+    rows_flops,
+    sources,
+    write_answers,
+    writer_tokenizer,
+)
 from fastkl.trainer.commands.output import Fields, Output
 from fastkl.trainer.config.offline import EvaluateConfig
-from fastkl.trainer.models.pretrained import load_tokenizer
 from fastkl.trainer.rollouts.answers import Answer
 from fastkl.trainer.rollouts.evaluation import FLOPS, Evaluation, load_evaluations
 from fastkl.trainer.runs import processes
@@ -23,11 +30,13 @@ FIELDS: Fields = {"score": (int, float), "tokens": int, "truncated": bool}  # of
 def evaluate_model(config: EvaluateConfig) -> dict[str, float]:
     """Prints `eval/*` as one JSON line; writes the graded answers as they come, if asked to, and goes on with a file."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "output"}
+    settings["model"] = model_settings(config.model)
     with Output(config.output, settings, FIELDS) as output:
-        tokenizer = load_tokenizer(config.model)
+        tokenizer = writer_tokenizer(config.model)
         evaluations = load_evaluations(config.eval, tokenizer)
         asks = [one.ask for one in evaluations]
-        model = open_model(config.model, tokenizer, asks, [one.remedy for one in evaluations])
+        remedies = [one.remedy for one in evaluations]
+        model = open_writer(config.model, config.sampling, tokenizer, asks, remedies)
         prompts = [prompt for ask in asks for prompt in ask.each]
         output.begin(sources(asks), rows=rows_fingerprint(prompts), weights=model.weights)
 
@@ -44,7 +53,8 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, float]:
     metrics = dict[str, float]()
     for one, answers in _parts(evaluations, output.rows):
         metrics |= one.summary(answers)
-    metrics[FLOPS] = rows_flops(model.cost, prompts, output.rows)
+    if (flops := rows_flops(model.cost, prompts, output.rows)) is not None:
+        metrics[FLOPS] = flops
     if processes.rank() == 0:
         print(json.dumps(metrics), flush=True)
     return metrics

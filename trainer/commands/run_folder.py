@@ -22,7 +22,7 @@ Found = tuple[str, yaml.Node, Place]
 
 
 def settings_of_run(command: str, folder: Path) -> list[Found]:
-    """What `fastkl eval RUN` and `fastkl score RUN` take from a run.
+    """What `fastkl eval RUN`, `fastkl sample RUN` and `fastkl score RUN` take from a run.
 
     Raises:
         ConfigError: If the folder is no run, if its student is not there yet, or if the command takes no folder.
@@ -30,7 +30,7 @@ def settings_of_run(command: str, folder: Path) -> list[Found]:
     file = folder / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{folder} is a folder without a config.yaml, so no run; name a CONFIG.yaml")
-    if command not in ("eval", "score"):
+    if command not in ("eval", "sample", "score"):
         raise ConfigError(
             f"{folder} is a run's folder; to go on with that run: fastkl {command} {file} --run {folder}; for another "
             f"one, give its CONFIG.yaml"
@@ -72,9 +72,11 @@ def _model(student: tuple[yaml.Node, Place], path: Path) -> list[Found]:
 
 
 def _rows(command: str, given: dict[str, tuple[yaml.Node, Place]]) -> list[Found]:
-    """The evaluation of the run; what is scored is its rows, or those of the training where there is none."""
+    """The evaluation of the run; what is sampled is its data; what is scored is the rows of the evaluation, if any."""
     if command == "eval":
         return [("eval", *given["eval"])]
+    if command == "sample":
+        return [("data", *given["data"])]
     (data,) = (value for key, value in given["eval"][0].value if key.value == "data")
     held_out = any(key.value in ("path", "dataset") and value.tag == TEXT for key, value in data.value)
     return [("data", data, given["eval"][1])] if held_out else [("data", *given["data"])]

@@ -9,7 +9,8 @@ from typing import Any
 from fastkl.trainer.config.rules import at_least
 from fastkl.trainer.errors import require
 
-COLUMNS = ("prompt", "messages", "completion", "answer", "metadata", "tools")  # what a row may have
+COLUMNS = ("prompt", "messages", "completion", "truncated", "answer", "metadata", "tools")  # what a row may have
+BESIDE = ("source", "set", "temperature", "sample", "score", "tokens")  # what `fastkl eval` and `sample` write as well
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastkl.trainer.config.rules import at_least, unchanged
+from fastkl.trainer.config.server import ServerConfig
+from fastkl.trainer.errors import require
 
 
 @dataclass(frozen=True)
@@ -61,3 +63,40 @@ class StudentConfig(ModelConfig):
     gradient_checkpointing: bool = False
     dropout: Literal["off", "keep"] = "off"
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass(frozen=True)
+class WritingServerConfig(ServerConfig):
+    """A vLLM server that writes completions.
+
+    Args:
+        concurrency: Keep this many completions in flight.
+    """
+
+    concurrency: int = 64
+
+
+@dataclass(frozen=True)
+class WriterConfig(ModelConfig):
+    """A model that writes: loaded here (`path`), or served elsewhere (`server`).
+
+    Args:
+        server: Ask this server instead of loading `path`. The server decides about dtype and attention.
+        tokenizer: Load the served model's tokenizer from this folder or Hub id.
+    """
+
+    server: WritingServerConfig = field(default_factory=WritingServerConfig)
+    tokenizer: str | None = None
+
+    def check(self) -> None:
+        """Exactly one of folder and server, and a tokenizer with a server."""
+        path, url = self.path, self.server.url
+        require(
+            bool(path.strip()) or bool(url), "model.path is empty; give a model folder or a Hub id, or model.server.url"
+        )
+        require(not (path and url), f"model.path is {path!r} and model.server.url is {url!r}; give one of them")
+        require(
+            bool(url) == (self.tokenizer is not None),
+            f"model.tokenizer is {self.tokenizer!r} and model.server.url is {url!r}: a served model needs its tokenizer "
+            f"here, a folder or a Hub id, and a model that is loaded here has its own",
+        )

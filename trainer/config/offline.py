@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
 from fastkl.trainer.config.data import DataConfig, EvalConfig, check_source
-from fastkl.trainer.config.models import ModelConfig
+from fastkl.trainer.config.models import WriterConfig
 from fastkl.trainer.config.optim import BatchConfig
-from fastkl.trainer.config.rules import at_least, positive
+from fastkl.trainer.config.rules import at_least, positive, unchanged
+from fastkl.trainer.config.sampling import CompletionsConfig, EngineConfig
 from fastkl.trainer.config.teacher import TeacherConfig, check_teacher
 from fastkl.trainer.config.training import DistillConfig, SftConfig
 from fastkl.trainer.errors import require
@@ -23,23 +25,88 @@ class EvaluateConfig:
     Args:
         model: Let this model answer.
         eval: Choose the prompts, which have answers, and the grader.
+        sampling: Choose how a model that is loaded here writes.
         output: Write the graded answers to this JSONL file as they come. The same command goes on with a file that it
             began. null: print only the summary.
         seed: Seed the sampling, if eval.temperature is above 0.
     """
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: WriterConfig = field(default_factory=WriterConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    sampling: EngineConfig = field(default_factory=EngineConfig)
     output: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(bool(self.model.path.strip()), "model.path is empty; give a model folder or a Hub id")
+        self.model.check()
         require(
             self.output is None or bool(self.output.strip()),
             "output is empty; name a JSONL file, or unset it",
         )
         check_source("eval.data", self.eval.data)
+
+
+@dataclass(frozen=True)
+class KeepConfig:
+    """Which completions are kept, in a file of their own: rejection sampling.
+
+    Args:
+        path: Write the kept rows to this JSONL file when all completions are there. null: there is no such file.
+        min_score: Keep those that the grader gives at least this score. null: whatever their score.
+        per_prompt: Keep at most so many of a prompt, the first ones. null: all.
+        distinct: Keep one of those that say the same to a prompt.
+        truncated: Keep those too that reached the length limit.
+    """
+
+    path: str | None = None
+    min_score: float | None = None
+    per_prompt: int | None = None
+    distinct: bool = False
+    truncated: bool = False
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "keep.", "per_prompt")
+        if self.path is None:
+            unchanged(self, "keep.", "keep.path is null; name the file to write")
+        require(self.path is None or bool(self.path.strip()), "keep.path is empty; name a JSONL file, or unset it")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """A model's completions of prompts, in a file that `fastkl sft` reads as it is.
+
+    Args:
+        output: Write all completions to this JSONL file as they come. The same command goes on with a file that it began.
+        model: Let this model write.
+        data: Read the prompts from here. Their other columns are kept.
+        sampling: Choose how many completions of a prompt it writes, and how.
+        grader: Score completions with this function. Valid names are those of reward.grader, except environment. null:
+            grade none.
+        trust_grader: Allow the Python function that `grader` names to be imported and run.
+        keep: Write some of the completions to a second file.
+        seed: Seed the sampling.
+    """
+
+    output: str
+    model: WriterConfig = field(default_factory=WriterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: CompletionsConfig = field(default_factory=CompletionsConfig)
+    grader: str | None = None
+    trust_grader: bool = False
+    keep: KeepConfig = field(default_factory=KeepConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.model.check()
+        require(bool(self.output.strip()), "output is empty; name the JSONL file to write")
+        check_source("data", self.data)
+        if self.grader is None:
+            unchanged(self, "", "grader is null; name a grader", ["trust_grader"])
+            unchanged(self.keep, "keep.", "grader is null: nothing has a score; name a grader", ["min_score"])
+        require(
+            self.keep.path is None or os.path.realpath(self.keep.path) != os.path.realpath(self.output),
+            f"keep.path is {self.keep.path!r}, and so is output; give the kept rows a file of their own",
+        )
 
 
 @dataclass(frozen=True)

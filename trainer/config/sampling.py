@@ -30,7 +30,58 @@ class SamplingServerConfig(ServerConfig):
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class EngineConfig:
+    """How a model that is loaded here samples.
+
+    Args:
+        engine: Sample with Transformers' continuous_batching, where a new completion takes the place of an ended one, or
+            with its generate, which samples whole batches and knows more kinds of models. auto: generate on a CPU
+            (docs/speed/speed.md), and where a check at the start finds wrong log-probs of the other
+            (docs/data/rollouts.md).
+        max_batch_tokens: Limit a forward pass of continuous batching to this many tokens. If set, auto takes continuous
+            batching on a CPU too.
+        max_requests: Keep at most this many completions in progress. null: 64; on a CPU, continuous batching picks a
+            smaller number (docs/speed/speed.md).
+    """
+
+    engine: Literal["auto", "continuous_batching", "generate"] = "auto"
+    max_batch_tokens: int = 512
+    max_requests: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "sampling.", "max_batch_tokens", "max_requests")
+        if self.engine == "generate":
+            reason = "sampling.engine is generate, which takes whole prompts; unset it, or set sampling.max_requests"
+            unchanged(self, "sampling.", reason, ["max_batch_tokens"])
+
+
+@dataclass(frozen=True)
+class CompletionsConfig(EngineConfig):
+    """What `fastkl sample` writes after a prompt.
+
+    Args:
+        samples_per_prompt: Complete each prompt this many times.
+        max_new_tokens: Limit the length of a completion.
+        temperature: Sample at this temperature. 0: greedy.
+    """
+
+    samples_per_prompt: int = 1
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, self, "sampling.", "samples_per_prompt", "max_new_tokens")
+        at_least(0, self, "sampling.", "temperature")
+        require(
+            self.temperature > 0 or self.samples_per_prompt == 1,
+            f"sampling.samples_per_prompt is {self.samples_per_prompt} and sampling.temperature is 0: greedy completions "
+            f"are all alike; raise the temperature, or unset sampling.samples_per_prompt",
+        )
+
+
+@dataclass(frozen=True)
+class SamplingConfig(EngineConfig):
     """Rollouts of the student.
 
     Args:
@@ -51,14 +102,6 @@ class SamplingConfig:
         temperature: Sample at this temperature. It is also that of the loss, for student and teacher.
         top_p: Leave this at 1. The loss would not know the distribution that is sampled from.
         top_k: Leave this at 0, for the same reason.
-        engine: Sample with Transformers' continuous_batching, where a new completion takes the place of an ended one, or
-            with its generate, which samples whole batches and knows more kinds of models. auto: generate on a CPU
-            (docs/speed/speed.md), and where a check at the start finds wrong log-probs of the other
-            (docs/data/rollouts.md).
-        max_batch_tokens: Limit a forward pass of continuous batching to this many tokens. If set, auto takes continuous
-            batching on a CPU too.
-        max_requests: Keep at most this many completions in progress. null: 64; on a CPU, continuous batching picks a
-            smaller number (docs/speed/speed.md).
         dtype: Sample from a copy of the student in this dtype, in evaluation too. The samples have its log-probs. null:
             sample from the student itself.
         server: Sample on this server. Without one, this process samples.
@@ -82,9 +125,6 @@ class SamplingConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    engine: Literal["auto", "continuous_batching", "generate"] = "auto"
-    max_batch_tokens: int = 512
-    max_requests: int | None = None
     dtype: Literal["bfloat16", "float16"] | None = None
     server: SamplingServerConfig = field(default_factory=SamplingServerConfig)
     steps_ahead: int = 0
@@ -100,8 +140,9 @@ class SamplingConfig:
         return self.drop_truncated or self.min_completion_tokens > 0 or self.max_completion_tokens is not None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, self, "sampling.", "prompts_per_step", "samples_per_prompt", "max_new_tokens")
-        at_least(1, self, "sampling.", "max_batch_tokens", "max_requests", "initial_new_tokens", "tokens_per_step")
+        at_least(1, self, "sampling.", "initial_new_tokens", "tokens_per_step")
         positive(self, "sampling.", "temperature", "given_coef")
         fraction(self, "sampling.", "on_policy_fraction")
         if self.on_policy_fraction == 1:
@@ -113,9 +154,6 @@ class SamplingConfig:
             f"log-probs are no longer the student's, and the importance ratio would be wrong. Leave top_p = 1 and "
             f"top_k = 0; lower sampling.temperature for less random samples",
         )
-        if self.engine == "generate":
-            reason = "sampling.engine is generate, which takes whole prompts; unset it, or set sampling.max_requests"
-            unchanged(self, "sampling.", reason, ["max_batch_tokens"])
         if self.server.url:
             reason = f"sampling.server.url is {self.server.url!r}: the server decides about that"
             flags = "--max-num-batched-tokens, --max-num-seqs, --dtype"

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.config.data import DataConfig
 from fastkl.trainer.data.chat import ChatTemplate, chat_template
-from fastkl.trainer.data.replies import reply_text, text_reply
+from fastkl.trainer.data.replies import reply_text, text_reply, without_end
 from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.data.samples import Sample, make_sample
 from fastkl.trainer.data.text import continuation_ids, encode
@@ -78,7 +78,7 @@ def _pieces(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
 
 
 def encode_completions(prompts: Sequence[EncodedPrompt], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of the given completions, each with its end.
+    """Token ids of the given completions, each with its end, unless its row says that it is truncated.
 
     In a chat they are what the template writes for the assistant's turn, up to its end; after a text, and where a template
     ends turns without a special token, the tokenizer's end of sequence follows. A completion that has its end already gets
@@ -93,13 +93,17 @@ def encode_completions(prompts: Sequence[EncodedPrompt], tokenizer: PreTrainedTo
         text_reply(plain, p.row) if p.chat is None else reply_text(p.chat, p.row, before)
         for p, before in zip(prompts, befores, strict=True)
     ]
+    afters = [
+        without_end(p.chat or plain, p.row.source, after)[0] if p.row.truncated else after
+        for p, after in zip(prompts, afters, strict=True)
+    ]
     texts = [before + after for before, after in zip(befores, afters, strict=True)]
     wholes = encode(tokenizer, texts, [p.chat is None for p in prompts])
     completions = continuation_ids(tokenizer, [p.ids for p in prompts], wholes, afters)
     ends = tokenizer.convert_tokens_to_ids(list(plain.ends))
     for prompt, completion in zip(prompts, completions, strict=True):
         ended = bool(completion) and completion[-1] in ends
-        if not ended and tokenizer.eos_token_id is not None:
+        if not ended and not prompt.row.truncated and tokenizer.eos_token_id is not None:
             completion.append(tokenizer.eos_token_id)
         if not completion:
             raise ConfigError(f"{prompt.row.source}: `completion` has no tokens; take the row out")

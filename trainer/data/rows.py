@@ -23,6 +23,7 @@ class Prompt:
     prompt: str | list[Turn]  # text, or the messages of a chat, up to the one that is to be answered
     answer: str | None = None
     completion: str | None = None
+    truncated: bool = False  # the completion reached a length limit: it has no end
     metadata: dict[str, Any] = field(default_factory=dict)  # what else a verifier of the answer needs
     tools: list[dict[str, Any]] | None = None  # JSON schemas of functions, for the chat template
     reply: Turn | None = None  # the completion as an assistant's turn, where it is more than its text
@@ -61,6 +62,7 @@ def parse_row(source: str, row: Any, more: Collection[str] = ()) -> Prompt:
         prompt,
         answer=None if answer is None else str(answer),
         completion=None if reply is None else reply["content"],
+        truncated=row.get("truncated") is True,
         metadata=metadata,
         tools=_tools(source, row.get("tools")),
         reply=reply if reply is not None and len(reply) > 2 else None,

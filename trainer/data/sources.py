@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastkl.trainer.config.data import COLUMNS, DataConfig
+from fastkl.trainer.config.data import BESIDE, COLUMNS, DataConfig
 from fastkl.trainer.data.formats.arrow import check_no_split, hub_rows, is_saved, parquet_rows, saved_rows
 from fastkl.trainer.data.formats.json_files import json_rows
 from fastkl.trainer.data.rows import Prompt, parse_row
@@ -36,22 +36,22 @@ OTHER_FILES = {
 }
 
 
-def load_prompts(config: DataConfig, more: Collection[str] = ()) -> list[Prompt]:
+def load_prompts(config: DataConfig, more: Collection[str] = (), *, all_columns: bool = False) -> list[Prompt]:
     """The rows of a file, a folder or a data set, each checked; an error names the row.
 
-    Columns in `more` are kept beside the usual ones. Those that nothing reads are named once, on stderr.
+    Columns in `more`, or all, are kept beside the usual ones. Those that nothing reads are named once, on stderr.
     """
     prompts, unused = [], dict[str, None]()
     last = None if config.limit is None else config.offset + config.limit
     for source, row in itertools.islice(_rows(config), config.offset, last):
         if isinstance(row, dict):
             row = _renamed(source, row, config.columns)
-            unused |= dict.fromkeys(name for name in row if name not in (*COLUMNS, *more))
-        prompts.append(parse_row(source, row, more))
+            unused |= dict.fromkeys(name for name in row if name not in (*COLUMNS, *BESIDE, *more))
+        prompts.append(parse_row(source, row, list(row) if all_columns and isinstance(row, dict) else more))
     if not prompts:
         after = f" after the first {config.offset}, which data.offset skips" if config.offset else ""
         raise ConfigError(f"{config.path or config.dataset} holds no rows{after}")
-    if unused:
+    if unused and not all_columns:
         note(f"{config.path or config.dataset}: nothing reads the columns {', '.join(map(repr, unused))}")
     return prompts
 

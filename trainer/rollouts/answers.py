@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.models.sizes.flops import Cost, writing_flops
 from fastkl.trainer.rollouts.grading.named import NamedGrader
-from fastkl.trainer.rollouts.single_turn import Responder
+from fastkl.trainer.rollouts.single_turn import Responder, Trajectory
 from fastkl.trainer.runs import processes
 
 
@@ -40,7 +40,8 @@ class Answer:
     """What was written after a prompt."""
 
     prompt: EncodedPrompt
-    text: str  # of the last message
+    text: str  # of the last message, for a grader: without special tokens
+    completion: str  # the same for who learns it: as it was written, up to its end
     score: float | None  # None: nobody graded it
     tokens: int  # all that follows the prompt
     sampled: int  # of those, what the model wrote: an environment's are not
@@ -65,8 +66,16 @@ def answers_to(
         text = tokenizer.decode(trajectory.answer_ids, skip_special_tokens=True)
         score = None if ask.grader is None else ask.grader(text, prompt.row)
         tokens, sampled = len(trajectory.token_ids), sum(trajectory.counted)
-        found.append(Answer(prompt, text, score, tokens, sampled, trajectory.truncated))
+        written = _as_written(trajectory, tokenizer)
+        found.append(Answer(prompt, text, written, score, tokens, sampled, trajectory.truncated))
     return found
+
+
+def _as_written(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of the last message. A limit may have cut a character in two: half of it is left out."""
+    ids = trajectory.answer_ids if trajectory.truncated else trajectory.answer_ids[:-1]
+    text: str = tokenizer.decode(ids, skip_special_tokens=False)
+    return text.rstrip("\ufffd") if trajectory.truncated else text
 
 
 def answers_flops(cost: Cost, answers: Iterable[Answer]) -> float:

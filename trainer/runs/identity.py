@@ -52,6 +52,7 @@ def rows_fingerprint(prompts: Iterable[EncodedPrompt]) -> str:
         digest.update(repr(prompt.ids).encode())
         digest.update(json.dumps([row.answer, row.completion, row.metadata], default=str).encode())
         digest.update(json.dumps(row.reply, default=str).encode() if row.reply else b"")
+        digest.update(b"truncated" * row.truncated)
     return digest.hexdigest()
 
 

@@ -48,7 +48,7 @@ class GenerationServer:
 
     def __init__(self, connection: Connection, vocab_size: int) -> None:
         self._connection, self._vocab_size = connection, vocab_size
-        self.url = connection.url
+        self.url, self.whose = connection.url, connection.whose
 
     def complete(
         self,

@@ -16,6 +16,7 @@ MINIMAL: dict[str, dict[str, object]] = {
     "distill": {"run": "runs/a", "student.path": "s", "teacher.path": "t", "data.path": "d.jsonl"},
     "sft": {"run": "runs/a", "student.path": "s", "data.path": "d.jsonl"},
     "eval": {"model.path": "m", "eval.data.path": "d.jsonl"},
+    "sample": {"output": "o.jsonl", "model.path": "m", "data.path": "d.jsonl"},
     "score": {"output": "o.jsonl", "model.path": "m", "data.path": "d.jsonl"},
 }
 URL = "http://127.0.0.1:9/v1"

@@ -16,13 +16,17 @@ from fastkl.trainer.commands import answering, score
 from fastkl.trainer.commands.output import Output
 from fastkl.trainer.errors import ConfigError
 
-COMMANDS = ("eval", "score")
-SOURCE = {"eval": "eval.data.path", "score": "data.path"}
+COMMANDS = ("eval", "sample", "score")
+SOURCE = {"eval": "eval.data.path", "sample": "data.path", "score": "data.path"}
+TEMPERATURE = {"eval": "eval.temperature", "sample": "sampling.temperature", "score": "temperature"}
 
 
 def line(command: str, folder: Path, output: Path, **more: object) -> list[str]:
     settings = {"model.path": folder / "student", SOURCE[command]: folder / "sums.jsonl", "output": output}
-    settings |= {"eval.max_new_tokens": 6, "eval.temperature": 1} if command == "eval" else {}
+    settings |= {
+        "eval": {"eval.max_new_tokens": 6, "eval.temperature": 1},
+        "sample": {"sampling.max_new_tokens": 6},
+    }.get(command, {})
     return arguments(command, settings | {name.replace("__", "."): value for name, value in more.items()})
 
 
@@ -116,7 +120,7 @@ def test_a_file_made_from_something_else_is_refused(
     assert cli.main(line(command, folder, output, **given)) == 0
     before = output.read_bytes()
     if change == "setting":
-        given |= {"eval.temperature": 2} if command == "eval" else {"temperature": 2}
+        given |= {TEMPERATURE[command]: 2}
     elif change == "rows":
         write_jsonl(data, sums(4))
     else:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from fastkl.trainer.config.sampling import SamplingConfig
+from fastkl.trainer.config.sampling import EngineConfig
 
 USUAL = 64  # completions, where `sampling.max_requests` is null
 KEYS_PER_STEP = 4096  # of continuous batching on a CPU
 PAGE_SIZE = 32  # tokens of a page of its cache
 
-_DEFAULT = SamplingConfig()
+_DEFAULT = EngineConfig()
 
 
 class InProgress(NamedTuple):
@@ -23,7 +23,7 @@ class InProgress(NamedTuple):
     batch_tokens: int  # the most in a forward pass of continuous batching
 
 
-def in_progress(settings: SamplingConfig, prompts: int, longest: int, on_cpu: bool) -> InProgress:
+def in_progress(settings: EngineConfig, prompts: int, longest: int, on_cpu: bool) -> InProgress:
     """For so many prompts, the longest with its completion of so many tokens, where both ways work."""
     if not wants_pages(settings) and (settings.engine == "generate" or on_cpu):
         completions = evened(prompts, settings.max_requests or USUAL)
@@ -33,7 +33,7 @@ def in_progress(settings: SamplingConfig, prompts: int, longest: int, on_cpu: bo
     return InProgress(completions, room, paged=True, batch_tokens=max(completions, settings.max_batch_tokens))
 
 
-def wants_pages(settings: SamplingConfig) -> bool:
+def wants_pages(settings: EngineConfig) -> bool:
     """Whether continuous batching is asked for, by its name or by a setting that is its own."""
     return settings.engine == "continuous_batching" or settings.max_batch_tokens != _DEFAULT.max_batch_tokens
 

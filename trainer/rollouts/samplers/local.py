@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedModel
 
-from fastkl.trainer.config.sampling import SamplingConfig
+from fastkl.trainer.config.sampling import EngineConfig
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models.self_checks.probe import Probe
 from fastkl.trainer.notes import note
@@ -19,12 +19,10 @@ from fastkl.trainer.rollouts.samplers.in_progress import wants_pages
 from fastkl.trainer.rollouts.samplers.sampler import Sampler
 from fastkl.trainer.rollouts.samplers.self_check import fault
 
-DEFAULT = SamplingConfig()
+DEFAULT = EngineConfig()
 
 
-def local_sampler(
-    model: PreTrainedModel, *, eos_token_ids: Iterable[int], settings: SamplingConfig = DEFAULT
-) -> Sampler:
+def local_sampler(model: PreTrainedModel, *, eos_token_ids: Iterable[int], settings: EngineConfig = DEFAULT) -> Sampler:
     """What `settings.engine` says; `auto` is `generate` on a CPU, or where continuous batching is wrong for the model.
 
     It is continuous batching where `settings.max_batch_tokens` is set, which means nothing to the other. Whether a way is
@@ -57,7 +55,7 @@ def generate_is_quicker(model: PreTrainedModel) -> bool:
 
 
 def _continuous_batching(
-    probe: Probe, ends: list[int], settings: SamplingConfig
+    probe: Probe, ends: list[int], settings: EngineConfig
 ) -> tuple[ContinuousBatchingSampler | None, str | None]:
     """The sampler, or why there is none."""
     obstacle = obstacle_to_continuous_batching(probe.model)
@@ -73,7 +71,7 @@ def _continuous_batching(
     return (sampler, None) if wrong is None else (None, wrong)
 
 
-def _generate(probe: Probe, ends: list[int], settings: SamplingConfig) -> GenerateSampler:
+def _generate(probe: Probe, ends: list[int], settings: EngineConfig) -> GenerateSampler:
     """In whole batches, or in the largest that are right: some models read the padding before a shorter prompt."""
     most = settings.max_requests
     ways = [("batches of prompts of one length", most, True), ("batches of one prompt", 1, False)]

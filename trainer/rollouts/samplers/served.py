@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import threading
 import uuid
@@ -26,13 +25,13 @@ from fastkl.trainer.models.saving import save_weights
 from fastkl.trainer.models.scoring import check_finite
 from fastkl.trainer.models.tokenizers import SAMPLE_TEXT
 from fastkl.trainer.rollouts.samplers.common import undisturbed
+from fastkl.trainer.rollouts.samplers.remote import check_meaning, request_seed
 from fastkl.trainer.rollouts.samplers.weights_folder import COPIES, weights_folder, weights_size
 from fastkl.trainer.runs import processes
 from fastkl.trainer.servers.check_sampling import check_sampling
 from fastkl.trainer.servers.completions import CompletionsServer
 from fastkl.trainer.servers.concurrency import gather
 from fastkl.trainer.servers.connection import Connection, Refused
-from fastkl.trainer.servers.constant import meaningless
 from fastkl.trainer.servers.generation import GenerationServer
 from fastkl.trainer.servers.recheck import distance
 from fastkl.trainer.servers.transfer import TransferLoader
@@ -221,7 +220,7 @@ class ServedSampler:
                 prompts[index],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
-                seed=_request_seed(seed, index),
+                seed=request_seed(seed, index),
                 eos_token_ids=self._eos,
                 cache_salt=self._loaded.folder.name,
             )
@@ -235,7 +234,7 @@ class ServedSampler:
             try:
                 completions = gather(complete, range(len(prompts)), self._server.config.concurrency)
                 if self._server.connection.failures == failures or self._ask() == self._theirs:
-                    self._check_meaning(completions)
+                    check_meaning(self._server.generation, completions)
                     return completions
             except Refused:
                 if self._server.connection.failures == failures:
@@ -267,16 +266,6 @@ class ServedSampler:
         reread = self._server.loader.rereads and weights is self._ordered
         if weights is not None and weights not in self._held and not reread:
             shutil.rmtree(weights.folder, ignore_errors=True)
-
-    def _check_meaning(self, completions: list[Completion]) -> None:
-        tokens = [token for completion in completions for token in completion.token_ids]
-        logprobs = [logprob for completion in completions for logprob in completion.logprobs]
-        if meaningless(tokens, logprobs):
-            raise ServerError(
-                f"the sampling server at {self._server.connection.url} gives all {len(tokens)} tokens that it sampled "
-                f"the same log-prob, {logprobs[0]:.2f}: they are not those of a model. Serve the student with vLLM, and "
-                f"give the same command: the run goes on where it stopped"
-            )
 
     def _check_loaded(self, weights: Weights) -> None:
         """The server gives a text the log-probs that the student gives it."""
@@ -312,8 +301,3 @@ def _mapped(path: Path) -> Tensor:
     """The bytes of a file, uint8; they stay when it is removed."""
     size = path.stat().st_size
     return torch.from_file(str(path), size=size, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
-
-
-def _request_seed(seed: int, index: int) -> int:
-    """A seed of its own for every request: 63 bits, the same for the same two numbers."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:8], "big") >> 1
