@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkl.trainer.commands.output import Output
@@ -23,13 +22,13 @@ from fastkl.trainer.models.pretrained import load_model, load_tokenizer, outline
 from fastkl.trainer.models.sizes.flops import Cost, cost_of, writing_flops
 from fastkl.trainer.models.tokenizers import SAMPLE_TEXT
 from fastkl.trainer.notes import Count, note
-from fastkl.trainer.rollouts.answers import Answer, Ask, answers_to
+from fastkl.trainer.rollouts.answers import Answer, Ask, answers_to, completion_of
 from fastkl.trainer.rollouts.samplers.local import local_sampler
 from fastkl.trainer.rollouts.samplers.remote import RemoteSampler
 from fastkl.trainer.rollouts.single_turn import Responder, SingleTurn
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.identity import weights_fingerprint
-from fastkl.trainer.servers.check_sampling import check_sampling
+from fastkl.trainer.servers.check_sampling import PROBE_TOKENS, check_sampling
 from fastkl.trainer.servers.connection import Connection
 from fastkl.trainer.servers.generation import GenerationServer
 
@@ -58,7 +57,7 @@ def open_writer(
     remedies: Sequence[str],
 ) -> Answering:
     """Loads the model, or asks its server, and checks that it has room; `remedies` says what to do where it has not."""
-    device = PartialState().device
+    device = processes.join().device
     note(f"{sum(len(ask.each) for ask in asks)} answers to write by {config.path or config.server.model}")
     if config.server.url:
         return _served(config, tokenizer, asks, remedies)
@@ -86,7 +85,7 @@ def _served(
         lambda: check_sampling(
             server,
             config.server.model,
-            tokenizer(SAMPLE_TEXT, add_special_tokens=False)["input_ids"],
+            tokenizer(SAMPLE_TEXT, add_special_tokens=False)["input_ids"][:PROBE_TOKENS],
             temperature=1.0,  # of another one only an importance ratio would have to know the log-probs
             highest=known - 1,
             longest=[PAD_ID] * longest,
@@ -164,7 +163,7 @@ def _seed(seed: int, end: int, size: int) -> int:
     return seed + 1_000_003 * ((end - 1) // size)
 
 
-def answer_row(answer: Answer) -> dict[str, Any]:
+def answer_row(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The row of the data with the answer as its completion, as `fastkl sft` reads it; of an older answer nothing stays."""
     row = answer.prompt.row
     own = {"answer": row.answer, "metadata": row.metadata or None, "tools": row.tools, "score": answer.score}
@@ -172,7 +171,7 @@ def answer_row(answer: Answer) -> dict[str, Any]:
         **{name: value for name, value in row.more.items() if name not in BESIDE},
         "source": row.source,
         "prompt": row.prompt,
-        "completion": answer.completion,
+        "completion": completion_of(answer, tokenizer),
         **{name: value for name, value in own.items() if value is not None},
         "tokens": answer.tokens,
         "truncated": answer.truncated,

@@ -29,6 +29,7 @@ FIELDS: Fields = {"score": (int, float), "tokens": int, "truncated": bool}  # of
 
 def evaluate_model(config: EvaluateConfig) -> dict[str, float]:
     """Prints `eval/*` as one JSON line; writes the graded answers as they come, if asked to, and goes on with a file."""
+    processes.join()
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "output"}
     settings["model"] = model_settings(config.model)
     with Output(config.output, settings, FIELDS) as output:
@@ -43,7 +44,7 @@ def evaluate_model(config: EvaluateConfig) -> dict[str, float]:
         def row(number: int, place: int, answer: Answer) -> dict[str, Any]:
             one = evaluations[number]
             of = {"set": one.name, "temperature": one.ask.temperature, "sample": place % one.ask.samples}
-            return answer_row(answer) | of
+            return answer_row(answer, tokenizer) | of
 
         def told() -> str:
             one, answers = list(_parts(evaluations, output.rows))[-1]

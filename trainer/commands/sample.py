@@ -39,6 +39,7 @@ def sample_completions(config: SampleConfig) -> dict[str, Any]:
 
     The same command goes on with the files that it began.
     """
+    processes.join()
     settings = {**dataclasses.asdict(config), "model": model_settings(config.model)}
     del settings["output"], settings["keep"]
     fields = FIELDS if config.grader is None else GRADED
@@ -59,7 +60,7 @@ def sample_completions(config: SampleConfig) -> dict[str, Any]:
         output.begin(sources([ask]), **content)
 
         def row(_: int, place: int, answer: Answer) -> dict[str, Any]:
-            return {**answer_row(answer), "sample": place % ask.samples}
+            return {**answer_row(answer, tokenizer), "sample": place % ask.samples}
 
         def told() -> str:
             return "" if grader is None else f"mean score {mean([row['score'] for row in output.rows]):.3f}"

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.config.data import DataConfig
 from fastkl.trainer.data.chat import ChatTemplate, chat_template
-from fastkl.trainer.data.replies import reply_text, text_reply, without_end
+from fastkl.trainer.data.replies import reply_text, text_reply
 from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.data.samples import Sample, make_sample
 from fastkl.trainer.data.text import continuation_ids, encode
@@ -78,7 +78,7 @@ def _pieces(prompts: list[Prompt]) -> Iterator[list[Prompt]]:
 
 
 def encode_completions(prompts: Sequence[EncodedPrompt], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of the given completions, each with its end, unless its row says that it is truncated.
+    """Token ids of the given completions, each with its end; what is truncated stands as it is, without one.
 
     In a chat they are what the template writes for the assistant's turn, up to its end; after a text, and where a template
     ends turns without a special token, the tokenizer's end of sequence follows. A completion that has its end already gets
@@ -89,14 +89,7 @@ def encode_completions(prompts: Sequence[EncodedPrompt], tokenizer: PreTrainedTo
             raise ConfigError(f"{prompt.row.source}: no `completion`; each row needs one here")
     befores = [str(p.row.prompt) if p.chat is None else p.chat.prompt(p.row) for p in prompts]
     plain = ChatTemplate(tokenizer)
-    afters = [
-        text_reply(plain, p.row) if p.chat is None else reply_text(p.chat, p.row, before)
-        for p, before in zip(prompts, befores, strict=True)
-    ]
-    afters = [
-        without_end(p.chat or plain, p.row.source, after)[0] if p.row.truncated else after
-        for p, after in zip(prompts, afters, strict=True)
-    ]
+    afters = [_after(prompt, before, plain) for prompt, before in zip(prompts, befores, strict=True)]
     texts = [before + after for before, after in zip(befores, afters, strict=True)]
     wholes = encode(tokenizer, texts, [p.chat is None for p in prompts])
     completions = continuation_ids(tokenizer, [p.ids for p in prompts], wholes, afters)
@@ -108,6 +101,13 @@ def encode_completions(prompts: Sequence[EncodedPrompt], tokenizer: PreTrainedTo
         if not completion:
             raise ConfigError(f"{prompt.row.source}: `completion` has no tokens; take the row out")
     return completions
+
+
+def _after(prompt: EncodedPrompt, before: str, plain: ChatTemplate) -> str:
+    """The text of the completion after that of the prompt."""
+    if prompt.row.truncated:
+        return prompt.row.completion or ""
+    return text_reply(plain, prompt.row) if prompt.chat is None else reply_text(prompt.chat, prompt.row, before)
 
 
 def given_samples(prompts: list[EncodedPrompt], tokenizer: PreTrainedTokenizerBase) -> list[Sample]:

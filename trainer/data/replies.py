@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
-from fastkl.trainer.data.chat import ASKED, ChatTemplate, Refusal
+from fastkl.trainer.data.chat import ANSWER, ASKED, ChatTemplate, Refusal
 from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.data.turns import Turn, left_out, left_out_call, with_marked_calls
 from fastkl.trainer.errors import ConfigError
@@ -45,6 +46,30 @@ def opened_tag(prompt: str) -> str | None:
     """The name of a tag that the end of a prompt leaves open; None where it leaves none."""
     opened = _OPENED.search(prompt)
     return None if opened is None else opened[1]
+
+
+def content_of(chat: ChatTemplate, row: Prompt, prompt: str, written: str) -> str:
+    """The completion for which the template writes this text after the `prompt`, ends aside; the text if there is none.
+
+    A template may write more around a completion, such as tags, and a model has learned to write that too.
+    """
+    around = _reply(chat, row, prompt, ANSWER) or ANSWER
+    before, _, after = around.partition(ANSWER)
+    after = next((after.removesuffix(end) for end in chat.ends if after.endswith(end)), after)
+    inner = written.removeprefix(before).removesuffix(after)
+    for content in (written, inner):
+        reply = _reply(chat, row, prompt, content)
+        if reply is not None and reply.startswith(written) and reply[len(written) :].strip() in ("", *chat.ends):
+            return content
+    return written
+
+
+def _reply(chat: ChatTemplate, row: Prompt, prompt: str, content: str) -> str | None:
+    """`reply_text` of another completion; None where the template would not write it."""
+    try:
+        return reply_text(chat, dataclasses.replace(row, completion=content, reply=None, truncated=False), prompt)
+    except ConfigError:
+        return None
 
 
 def text_reply(chat: ChatTemplate, row: Prompt) -> str:

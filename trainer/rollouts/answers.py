@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.data.prompts import EncodedPrompt
+from fastkl.trainer.data.replies import content_of
 from fastkl.trainer.models.sizes.flops import Cost, writing_flops
 from fastkl.trainer.rollouts.grading.named import NamedGrader
-from fastkl.trainer.rollouts.single_turn import Responder, Trajectory
+from fastkl.trainer.rollouts.single_turn import Responder
 from fastkl.trainer.runs import processes
 
 
@@ -41,7 +42,7 @@ class Answer:
 
     prompt: EncodedPrompt
     text: str  # of the last message, for a grader: without special tokens
-    completion: str  # the same for who learns it: as it was written, up to its end
+    ids: list[int]  # of the last message
     score: float | None  # None: nobody graded it
     tokens: int  # all that follows the prompt
     sampled: int  # of those, what the model wrote: an environment's are not
@@ -66,16 +67,17 @@ def answers_to(
         text = tokenizer.decode(trajectory.answer_ids, skip_special_tokens=True)
         score = None if ask.grader is None else ask.grader(text, prompt.row)
         tokens, sampled = len(trajectory.token_ids), sum(trajectory.counted)
-        written = _as_written(trajectory, tokenizer)
-        found.append(Answer(prompt, text, written, score, tokens, sampled, trajectory.truncated))
+        found.append(Answer(prompt, text, trajectory.answer_ids, score, tokens, sampled, trajectory.truncated))
     return found
 
 
-def _as_written(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of the last message. A limit may have cut a character in two: half of it is left out."""
-    ids = trajectory.answer_ids if trajectory.truncated else trajectory.answer_ids[:-1]
+def completion_of(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a row of data holds of it, up to its end. A limit may have cut a character in two: half of it is left out."""
+    ids, prompt = answer.ids if answer.truncated else answer.ids[:-1], answer.prompt
     text: str = tokenizer.decode(ids, skip_special_tokens=False)
-    return text.rstrip("\ufffd") if trajectory.truncated else text
+    if answer.truncated:
+        return text.rstrip("\ufffd")
+    return text if prompt.chat is None else content_of(prompt.chat, prompt.row, prompt.chat.prompt(prompt.row), text)
 
 
 def answers_flops(cost: Cost, answers: Iterable[Answer]) -> float:

@@ -34,9 +34,7 @@ _failed_first: bool | None = None
 def start(config: RunConfig) -> Accelerator:
     """Joins the processes, if there are several; refuses what this trainer cannot be run with."""
     disable_fsdp_ram_efficient_loading()  # it would leave a teacher without weights on every process but the first
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    state = PartialState(cpu=several and not torch.cuda.is_available(), timeout=PATIENCE) if several else None
-    on_cpu = state is not None and state.distributed_type == DistributedType.MULTI_CPU
+    on_cpu = join().distributed_type == DistributedType.MULTI_CPU
     if on_cpu:  # accelerate shards on accelerators alone; what it does there runs on CPUs as well
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     accelerator = Accelerator(
@@ -57,6 +55,12 @@ def start(config: RunConfig) -> Accelerator:
     if len(set(settings)) > 1:
         raise ConfigError(f"the {count()} processes were started with different configs; give all of them the same one")
     return accelerator
+
+
+def join() -> PartialState:
+    """Joins the processes, if there are several; says which device is this one's."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return PartialState(cpu=several and not torch.cuda.is_available(), timeout=PATIENCE) if several else PartialState()
 
 
 def leave() -> None:

@@ -7,7 +7,7 @@ from fastkl.trainer.servers.answers import BadAnswer
 from fastkl.trainer.servers.check import check_limits
 from fastkl.trainer.servers.generation import GenerationServer
 
-SEED, PROBE_NEW_TOKENS = 7, 8
+SEED, PROBE_TOKENS, PROBE_NEW_TOKENS = 7, 24, 8
 SALT = "fastkl-check"
 
 

@@ -28,7 +28,7 @@ from fastkl.trainer.rollouts.samplers.common import undisturbed
 from fastkl.trainer.rollouts.samplers.remote import check_meaning, request_seed
 from fastkl.trainer.rollouts.samplers.weights_folder import COPIES, weights_folder, weights_size
 from fastkl.trainer.runs import processes
-from fastkl.trainer.servers.check_sampling import check_sampling
+from fastkl.trainer.servers.check_sampling import PROBE_TOKENS, check_sampling
 from fastkl.trainer.servers.completions import CompletionsServer
 from fastkl.trainer.servers.concurrency import gather
 from fastkl.trainer.servers.connection import Connection, Refused
@@ -38,7 +38,6 @@ from fastkl.trainer.servers.transfer import TransferLoader
 from fastkl.trainer.servers.weights import AdapterLoader, Loader, ModelLoader
 from fastkl.trainer.student import Student
 
-PROBE_TOKENS = 24
 TOLERANCE = 0.1  # nats, mean over the probe: above what 16-bit arithmetic does, below what another model does
 GROWTH, MARGIN = 3.0, 0.003  # later, so many times the smallest difference and some nats: a layer left out shows
 MOVED = 1e-3  # nats: an update that changes the student's log-probs by so much changes those of a server, in any dtype
