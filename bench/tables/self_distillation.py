@@ -1,4 +1,4 @@
-"""The tables of recipes/self_distillation: what a model obeys, learns to do without its context, and forgets."""
+"""The tables of recipes/self_distillation: what a context does, what a model learns to do without it, and forgets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,35 @@ def learned(part: str, does: str) -> str:
     return table(header, rows, conditions, [report], "torch", "transformers")
 
 
+def rules() -> str:
+    """Of each rule, the share of answers that obey it: none where no answer does."""
+    report = _read("probe")
+    runs = [run for run in report["runs"] if "rule" in run]
+    rows = [
+        [run["rule"], f"{run['without']:.0%}", f"{run['with']:.0%}"] for run in runs if run["with"] or run["without"]
+    ]
+    none = ", ".join(run["rule"] for run in runs if not run["with"] and not run["without"])
+    conditions = f"{runs[0]['answers']} answers each. Obeyed by no answer: {none}"
+    return table(["rule", "without it", "in the system prompt"], rows, conditions, [report], "torch", "transformers")
+
+
+def tasks() -> str:
+    """Of each task, the share of right answers by the number of examples."""
+    report = _read("probe")
+    right: dict[str, dict[int, float]] = {}
+    for run in report["runs"]:
+        if "task" in run:
+            right.setdefault(run["task"], {})[run["examples"]] = run["right"]
+    shown = sorted(next(iter(right.values())))
+    rows = [[task, *(f"{by_count[count]:.0%}" for count in shown)] for task, by_count in right.items()]
+    answers = max(run["answers"] for run in report["runs"])
+    header = ["task", *(f"{count} examples" for count in shown)]
+    return table(header, rows, f"{answers} words each", [report], "torch", "transformers")
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "self-distillation-rules": rules,
+    "self-distillation-tasks": tasks,
     "self-distillation-rule": partial(learned, "rule", "obeys"),
     "self-distillation-examples": partial(learned, "examples", "right"),
 }
