@@ -44,8 +44,8 @@ class TeacherConfig(ModelConfig):
     Args:
         server: Ask this server instead of loading `path`. The server decides about dtype and attention.
         tokenizer: Load the served model's tokenizer from this folder or Hub id. null: ask the server. own: let a teacher
-            from `path` read texts by a tokenizer that is not the student's (docs/tokenizers.md). own:FOLDER: the same of
-            a served one.
+            from `path` read texts by a tokenizer that is not the student's (docs/teachers/tokenizers.md). own:FOLDER: the
+            same of a served one.
         self: Let the student teach itself instead of loading `path`: with the weights under its LoRA adapter (base), those
             that it has (live), an exponential average of them (ema), or those of some steps ago (synced).
         ema_rate: Move the average of ema this part of the way to the student after every optimizer step.

@@ -25,7 +25,7 @@ from fastkl.trainer.models.tokenizers import (
 )
 
 SAME_FAMILY = "Use a {0} of the student's family"
-OWN_TOKENIZER = ", or set {0}.tokenizer to own (docs/tokenizers.md)"
+OWN_TOKENIZER = ", or set {0}.tokenizer to own (docs/teachers/tokenizers.md)"
 SPECIALS = ("bos_token_id", "eos_token_id", "unk_token_id")
 # Remedies where a context is too short.
 SHORTER = "Lower {0}.max_new_tokens, or leave long prompts out with {1}.max_prompt_tokens"

@@ -33,7 +33,7 @@ USE_VLLM = "Serve the teacher with vLLM, or load it here with a path"
 NAME_TOKENIZER = "give teacher.tokenizer, the folder or Hub id of the served model's tokenizer"
 SAME_FAMILY = (
     "it could not score the student's tokens. Serve a teacher of the student's family, or set teacher.tokenizer to "
-    "own:FOLDER (docs/tokenizers.md)"
+    "own:FOLDER (docs/teachers/tokenizers.md)"
 )
 SAME_VOCABULARY = "Use a teacher with the student's vocabulary"
 

@@ -8,6 +8,7 @@ import pytest
 from run_cases import check_refused, refusal, refusals
 from run_settings import MINIMAL, SERVED, URL
 
+OWN: dict[str, object] = {"teacher.tokenizer": "own"}
 BASE: dict[str, object] = {"teacher.self": "base", "teacher.path": ""}
 # settings, what the message must hold: the setting with its value, and the way out
 REFUSED: list[tuple[dict[str, object], list[str]]] = [
@@ -57,6 +58,29 @@ REFUSED: list[tuple[dict[str, object], list[str]]] = [
     ),
     (BASE | {"teacher.self": "live"}, ["teacher.self is live", "its KL is 0", "reward.grader"]),
     (BASE | {"teacher.self": "live", "loss.objective": "reverse_kl"}, ["teacher.self is live", "its KL is 0"]),
+    (BASE | OWN, ["teacher.self is base", "teacher.tokenizer is 'own'", "unset one"]),
+    ({"teacher.tokenizer": "own:t"}, ["teacher.tokenizer is 'own:t'", "teacher.path is 't'", "set it to own"]),
+    (SERVED | OWN, ["teacher.tokenizer is 'own'", URL, "own:FOLDER"]),
+    (SERVED | {"teacher.tokenizer": "own:"}, ["teacher.tokenizer is 'own:'", URL, "own:FOLDER"]),
+    ({"loss.max_segment": 9}, ["loss.max_segment is 9", "no teacher.tokenizer is own", "unset it"]),
+    (OWN | {"loss.max_segment": 0}, ["loss.max_segment is 0", "at least 1"]),
+    (OWN | {"loss.objective": "top_k"}, ["loss.objective is top_k", "teacher.tokenizer is own", "policy_gradient"]),
+    (OWN | {"loss.objective": "jsd"}, ["loss.objective is jsd", "teacher.tokenizer is own", "policy_gradient"]),
+    (OWN | {"loss.baseline": "kl"}, ["loss.baseline is kl", "teacher.tokenizer is own", "to mean"]),
+    (OWN | {"loss.forward_kl_above": 1}, ["loss.forward_kl_above is 1", "teacher.tokenizer is own", "unset it"]),
+    (OWN | {"loss.control": "shuffled"}, ["loss.control is shuffled", "teacher.tokenizer is own", "no_teacher"]),
+    (
+        OWN | {"loss.weights": ["skip_first:1", "tip:0.5"]},
+        ["loss.weights has tip:0.5", "teacher.tokenizer is own", "unset one"],
+    ),
+    (
+        OWN | {"environment.name": "calculator", "environment.role": "user"},
+        ["environment.role is 'user'", "teacher.tokenizer is own", "to null"],
+    ),
+    (
+        {"teacher.context.template_kwargs": "{a: 1}"},
+        ["teacher.context.template_kwargs is {'a': 1}", "teacher.tokenizer is null", "unset it"],
+    ),
     (
         BASE | {"teacher.self": "live", "reward.grader": "boxed", "reward.baseline": "none", "loss.redistribute": 0.5},
         ["teacher.self is live", "loss.redistribute (0.5)", "unset one"],

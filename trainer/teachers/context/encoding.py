@@ -62,39 +62,41 @@ def check_examples(examples: Sequence[Turn], prompt: EncodedPrompt, setting: str
             )
 
 
+_AS_PROMPTS = "Let {0} end as the prompts do, for example with {{prompt}}"
+_WITHOUT = "Take out of {0} what makes the chat template begin the answer otherwise, or write it into the student's prompts too"
+_ALIKE = (
+    "Let both templates begin it alike: set data.template_kwargs, or template_kwargs of the teacher's context, for example "
+    "to {{enable_thinking: false}}"
+)
+
+
 def _check_end(prompt: EncodedPrompt, text: str, tokens: list[int], setting: str) -> None:
     """Of a chat, what begins the answer; of a text, the last token."""
-    ours = _written(prompt)
     if prompt.chat is None:
-        same = prompt.ids[-1:] == tokens[-1:]
+        _require(prompt.ids[-1:] == tokens[-1:], prompt, text, setting, _AS_PROMPTS)
     else:
         opening = len(prompt.chat.opening) or 1
-        same = ours[-opening:] == text[-opening:]
-    _require_same(same, prompt, text, setting)
+        _require(_written(prompt)[-opening:] == text[-opening:], prompt, text, setting, _WITHOUT)
 
 
 def _check_end_of_text(prompt: EncodedPrompt, text: str, setting: str) -> None:
     """As `_check_end`, by another tokenizer: of a chat, the thought that is left open; of a text, the last character."""
     ours = _written(prompt)
-    opened = [tag in THOUGHTS and tag for tag in map(opened_tag, (ours, text))]
-    same = ours[-1:] == text[-1:] if prompt.chat is None else opened[0] == opened[1]
-    _require_same(same, prompt, text, setting)
+    if prompt.chat is None:
+        _require(ours[-1:] == text[-1:], prompt, text, setting, _AS_PROMPTS)
+    else:
+        opened = [tag if tag in THOUGHTS else None for tag in map(opened_tag, (ours, text))]
+        _require(opened[0] == opened[1], prompt, text, setting, _ALIKE)
 
 
 def _written(prompt: EncodedPrompt) -> str:
     return str(prompt.row.prompt) if prompt.chat is None else prompt.chat.prompt(prompt.row)
 
 
-def _require_same(same: bool, prompt: EncodedPrompt, text: str, setting: str) -> None:
-    if same:
-        return
-    remedy = f"Let {setting} end as the prompts do, for example with {{prompt}}"
-    if prompt.chat is not None:
-        remedy = (
-            f"Take out of {setting} what makes the chat template begin the answer otherwise, or write it into the "
-            f"student's prompts too"
+def _require(same: bool, prompt: EncodedPrompt, text: str, setting: str, remedy: str) -> None:
+    if not same:
+        raise ConfigError(
+            f"{prompt.row.source}: the student's prompt ends in {_written(prompt)[-SHOWN:]!r} and the teacher's, by "
+            f"{setting}, in {text[-SHOWN:]!r}: the teacher would expect another beginning of the answer. "
+            f"{remedy.format(setting)}"
         )
-    raise ConfigError(
-        f"{prompt.row.source}: the student's prompt ends in {_written(prompt)[-SHOWN:]!r} and the teacher's, by {setting}, "
-        f"in {text[-SHOWN:]!r}: the teacher would expect another beginning of the answer. {remedy}"
-    )
