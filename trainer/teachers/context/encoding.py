@@ -63,7 +63,9 @@ def check_examples(examples: Sequence[Turn], prompt: EncodedPrompt, setting: str
 
 
 _AS_PROMPTS = "Let {0} end as the prompts do, for example with {{prompt}}"
-_WITHOUT = "Take out of {0} what makes the chat template begin the answer otherwise, or write it into the student's prompts too"
+_WITHOUT = (
+    "Take out of {0} what makes the template begin the answer otherwise, or write it into the student's prompts too"
+)
 _ALIKE = (
     "Let both templates begin it alike: set data.template_kwargs, or template_kwargs of the teacher's context, for example "
     "to {{enable_thinking: false}}"
