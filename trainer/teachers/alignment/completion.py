@@ -10,7 +10,7 @@ import numpy as np
 
 from fastkl.trainer.data.arrays import Array
 from fastkl.trainer.teachers.alignment.equal_stretches import equal_stretches
-from fastkl.trainer.teachers.alignment.segments import NOWHERE, Segments, align_blocks
+from fastkl.trainer.teachers.alignment.segments import NOWHERE, Segments, align
 from fastkl.trainer.teachers.alignment.token_bytes import TokenBytes
 
 
@@ -83,7 +83,7 @@ class Translator:
     ) -> Aligned:
         written, lengths = self._student.written(ours, after_student)
         others, their_lengths = self._teacher.written(theirs, after_teacher)
-        segments = align_blocks(lengths, their_lengths, equal_stretches(written, others))
+        segments = align(lengths, their_lengths, equal_stretches(written, others))
         known = self._student.lengths(ours) > 0
         if not known.all():
             segments = replace(segments, student_of=np.where(known, segments.student_of, NOWHERE).astype(np.int32))

@@ -43,22 +43,13 @@ class Block(NamedTuple):
     length: int
 
 
-def align(student_lengths: npt.ArrayLike, teacher_lengths: npt.ArrayLike) -> Segments:
-    """The segments of one text of two token sequences, from the tokens' lengths in bytes, [n_student] and [n_teacher].
+def align(student_lengths: npt.ArrayLike, teacher_lengths: npt.ArrayLike, blocks: Sequence[Block]) -> Segments:
+    """The segments of two token sequences, from the tokens' lengths in bytes, [n_student] and [n_teacher].
 
-    They tile the text, and with it both sequences. A token that writes nothing is in the segment that follows it, or in
-    the last. Raises ValueError where the sums differ. Takes time in proportion to the tokens.
-    """
-    ours, theirs = (int(np.sum(lengths)) for lengths in (student_lengths, teacher_lengths))
-    if ours != theirs:
-        raise ValueError(f"the student's tokens have {ours} bytes, the teacher's {theirs}; give those of one text")
-    return align_blocks(student_lengths, teacher_lengths, [Block(0, 0, ours)])
-
-
-def align_blocks(student_lengths: npt.ArrayLike, teacher_lengths: npt.ArrayLike, blocks: Sequence[Block]) -> Segments:
-    """As `align`, of two texts that are equal in some stretches alone: tokens that reach out of one are in no segment.
-
-    The stretches are in order, the first begins where both texts do, the last ends where both do; each may be empty.
+    `blocks` are the stretches in which their texts are equal, in order: the first begins where both texts do, the last ends
+    where both do, and each may be empty. Of one text, one block is all of it, and the segments tile both sequences. A token
+    that reaches out of a block is in no segment. One that writes nothing is in the segment that follows it, or in the last.
+    Takes time in proportion to the tokens.
     """
     ours, theirs = _bounds(student_lengths), _bounds(teacher_lengths)
     found = [_common(ours, theirs, block) for block in blocks]
@@ -69,17 +60,6 @@ def align_blocks(student_lengths: npt.ArrayLike, teacher_lengths: npt.ArrayLike,
         _places(bounds[:-1], ends) for bounds, ends in zip((ours, theirs), pairs[1:].T, strict=True)
     )
     return Segments(student_of, teacher_of, sizes).without(np.diff(owner) != 0)
-
-
-def segment_sums(values: Array, segment_of: Array, count: int) -> Array:
-    """The sum over each segment's tokens, float64 [count], of values [n]; those in no segment are left out."""
-    inside = segment_of != NOWHERE
-    return np.bincount(segment_of[inside], weights=values[inside], minlength=count)
-
-
-def over_tokens(values: Array, segment_of: Array) -> Array:
-    """Each token's segment's value [n], of values [count]; 0 where it is in none."""
-    return np.append(values, 0)[segment_of].astype(values.dtype)
 
 
 def _bounds(lengths: npt.ArrayLike) -> Array:

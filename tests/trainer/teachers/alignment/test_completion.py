@@ -19,7 +19,7 @@ from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from fastkl.trainer.teachers.alignment.completion import Aligned, Translator
-from fastkl.trainer.teachers.alignment.segments import NOWHERE, segment_sums
+from fastkl.trainer.teachers.alignment.segments import NOWHERE
 from fastkl.trainer.teachers.alignment.token_bytes import TokenBytes
 
 BEFORE = 3  # the id before a completion, no special one
@@ -83,7 +83,8 @@ def check(student: TokenBytes, teacher: TokenBytes, ids: list[int]) -> float:
         assert sorted(set(inside.tolist())) == list(range(found.segments.count))
         assert (np.diff(inside) >= 0).all()
         written, lengths = known.written(tokens, BEFORE)
-        assert segment_sums(lengths, places, found.segments.count).tolist() == found.segments.lengths.tolist()
+        own = np.bincount(inside, lengths[places != NOWHERE], found.segments.count)
+        assert own.tolist() == found.segments.lengths.tolist()
         texts.append([written[slice(*_ends(lengths, places, number))] for number in range(found.segments.count)])
     assert texts[0] == texts[1]
     return float((found.segments.student_of != NOWHERE).mean()) if ids else 1.0
@@ -96,7 +97,7 @@ def _ends(lengths: np.ndarray, places: np.ndarray, number: int) -> tuple[int, in
     return int(bounds[own[0]]), int(bounds[own[-1] + 1])
 
 
-@hypothesis.settings(PROPERTY, max_examples=300)
+@hypothesis.settings(PROPERTY, max_examples=150)
 @given(st.sampled_from(TINY), st.sampled_from(TINY), st.data())
 def test_any_text_and_any_ids(student: str, teacher: str, data: st.DataObject) -> None:
     ours, theirs = tiny(student), tiny(teacher)
