@@ -17,6 +17,7 @@ from stub_vllm import StubVllm
 from tiny_data import read_jsonl
 from tiny_models import save_model
 
+from fastkl import cli
 from fastkl.trainer.runs.report.samples import page_samples
 
 PAIRS = [("characters", "pairs"), ("pairs", "characters")]
@@ -238,6 +239,23 @@ def test_rollouts_ahead_ask_about_the_teachers_tokens(pair: Path, tmp_path: Path
         for sample in runs[-1].samples:
             assert asked.count(tuple(sample["teacher_prompt"] + sample["teacher_completion"])) >= 1
     assert [s["advantages"] for s in runs[0].samples] == [s["advantages"] for s in runs[1].samples]
+
+
+def test_a_dry_run_shows_ten_texts(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The answers of the rows, aligned; and what the teacher reads of the first prompt."""
+    options = {**OWN, "teacher__context__system": "in words"}
+    assert cli.main([*arguments("distill", distillation(tmp_path / "run", pair, **options)), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "<s>in words<u>1+1=<a>" in said
+    found = said[said.index("alignment ") :].splitlines()
+    assert found[0].endswith(
+        "of 10 texts of data: 29 of 29 tokens are in 21 segments of 0.9 bytes, the longest of 2; the teacher has 21 tokens "
+        "in them"
+    )
+    assert len(found) == 1 + 3 * 10
+    assert found[-3].endswith("sums.jsonl:10")
+    assert found[-2:] == ["  student 1·1│0│<eos>", "  teacher 11│0│<eos>"]
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_page_shows_the_tokens_of_both(pair: Path, tmp_path: Path) -> None:

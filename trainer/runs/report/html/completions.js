@@ -77,8 +77,8 @@ function kls(sample) {
 
 function meanKl(sample) {
   if (!isScored(sample)) return undefined;
-  const values = kls(sample);
-  return values.reduce((sum, value) => sum + (value ?? 0), 0) / values.length;
+  const values = sample.own ? kls(sample).filter((value) => value !== null) : kls(sample);
+  return values.reduce((sum, value) => sum + (value ?? 0), 0) / Math.max(1, values.length);
 }
 
 function showSample() {
