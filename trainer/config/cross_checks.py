@@ -162,9 +162,7 @@ def _check_sibling(
     )
 
 
-def check_own_tokenizers(
-    teachers: Mapping[str, TeacherConfig], loss: LossConfig, environment: EnvironmentConfig
-) -> None:
+def check_own_tokenizers(teachers: Mapping[str, TeacherConfig], loss: LossConfig) -> None:
     """A teacher with its own tokenizer says nothing of one token of the student: nothing asks it to.
 
     `teachers` are all of the run, by the names of their settings.
@@ -197,9 +195,4 @@ def check_own_tokenizers(
         not seen,
         f"loss.weights has {' and '.join(seen)}, which compares single tokens with the teacher, but {setting}: it knows "
         f"segments alone; unset one of them",
-    )
-    require(
-        environment.role is None,
-        f"environment.role is {environment.role!r}, but {setting}: replies in turns of their own are in the student's "
-        f"format; set environment.role to null, or {same}",
     )

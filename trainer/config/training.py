@@ -121,7 +121,7 @@ class DistillConfig(RunConfig):
         else:
             check_without_teacher(self.loss)
         check_reference(self.reference, self.loss, self.student)
-        check_own_tokenizers(self.teachers() if self.has_teacher else {}, self.loss, self.environment)
+        check_own_tokenizers(self.teachers() if self.has_teacher else {}, self.loss)
         require(
             self.environment.role is None or all(entry.data.chat_template for entry in self.data_sets().values()),
             f"environment.role is {self.environment.role!r}, but data.chat_template is false: a text has no turns. Set "

@@ -74,10 +74,6 @@ REFUSED: list[tuple[dict[str, object], list[str]]] = [
         ["loss.weights has tip:0.5", "teacher.tokenizer is own", "unset one"],
     ),
     (
-        OWN | {"environment.name": "calculator", "environment.role": "user"},
-        ["environment.role is 'user'", "teacher.tokenizer is own", "to null"],
-    ),
-    (
         {"teacher.context.template_kwargs": "{a: 1}"},
         ["teacher.context.template_kwargs is {'a': 1}", "teacher.tokenizer is null", "unset it"],
     ),

@@ -23,6 +23,7 @@ from fastkl.trainer.teachers.alignment.reader import Reader
 from fastkl.trainer.teachers.alignment.segments import Segments
 from fastkl.trainer.teachers.alignment.shown import line
 from fastkl.trainer.teachers.alignment.token_bytes import TokenBytes
+from fastkl.trainer.teachers.alignment.turns import Replies, Turn, joined, runs, unaligned
 
 
 class Counts(NamedTuple):
@@ -71,13 +72,16 @@ class OwnTokenizer:
         data_set: As the student reads it.
         student: Its tokenizer.
         max_segment: Longer segments, in bytes, are none, unless they are one token of both.
+        role: That of an environment's replies, where they are turns of their own.
         setting: What messages call the teacher's settings.
 
     Raises:
         ConfigError: For a tokenizer whose tokens are no known bytes, that has no end, or no template where there are chats.
     """
 
-    def __init__(self, data_set: DataSet, student: PreTrainedTokenizerBase, max_segment: int, setting: str) -> None:
+    def __init__(
+        self, data_set: DataSet, student: PreTrainedTokenizerBase, max_segment: int, role: str | None, setting: str
+    ) -> None:
         theirs = load_teacher_tokenizer(data_set.teacher)
         assert theirs is not None  # `check_teacher` demands one
         chats = {prompt.chat for prompt in data_set.prompts}
@@ -90,6 +94,10 @@ class OwnTokenizer:
         self._ours, self._theirs = TokenBytes(ours, "student"), TokenBytes(copied, "teacher")
         self._translator = Translator(self._ours, self._theirs)
         self._ends = {chat: EndPairs(ours, copied, chat, template, "the teacher's tokenizer") for chat in chats}
+        self._replies: dict[ChatTemplate | None, Replies] = {}
+        for chat in chats:
+            if chat is not None and template is not None and role is not None:
+                self._replies[chat] = Replies(ours, copied, chat, template, role)
         self._end_ids = {ours.convert_tokens_to_ids(end) for chat in chats for end in (chat or ChatTemplate(ours)).ends}
         self._max_segment = max_segment
 
@@ -102,13 +110,11 @@ class OwnTokenizer:
 
         `chats` wrote the student's prompts. Of more than `limit` tokens with the prompt, the rest is left out.
         """
-        ends = [self._end(sample, self._ends[chat]) for sample, chat in zip(samples, chats, strict=True)]
-        texts = [s.ids[s.prompt_length : len(s.ids) - end.ours] for s, end in zip(samples, ends, strict=True)]
-        ours = [int(sample.ids[sample.prompt_length - 1]) for sample in samples]
-        theirs = [int(sample.teacher_prompt[-1]) for sample in samples if sample.teacher_prompt is not None]
         with self._lock:
-            found = self._texts(texts, ours, theirs)
-        return sum_counts([self._write(*each, limit) for each in zip(samples, found, ends, strict=True)])
+            turns = [self._turns(sample, chat) for sample, chat in zip(samples, chats, strict=True)]
+            texts = iter(self._texts([turn for own in turns for turn in own]))
+        pairs = zip(samples, turns, strict=True)
+        return sum_counts([self._write(sample, [(turn, next(texts)) for turn in own], limit) for sample, own in pairs])
 
     def lines(self, sample: Sample) -> tuple[str, str]:
         """What the student wrote and what the teacher reads of it, with marks between tokens and segments."""
@@ -119,18 +125,38 @@ class OwnTokenizer:
             line(theirs.tolist(), sample.teacher_segments, self._theirs),
         )
 
-    def _texts(self, texts: Sequence[Array], ours: Sequence[int], theirs: Sequence[int]) -> list[Aligned]:
-        """`ours` and `theirs` are the last tokens of the prompts."""
+    def _turns(self, sample: Sample, chat: ChatTemplate | None) -> list[Turn]:
+        """The student's turns, with the replies before them; one turn where replies are no turns of their own."""
+        assert sample.teacher_prompt is not None
+        start, replies, ends = sample.prompt_length, self._replies.get(chat), self._ends[chat]
+        ids, counted = sample.ids[start:], sample.loss_mask[start:]
+        one = replies is None or (self.same and replies.alike)
+        before = int(sample.ids[start - 1]), int(sample.teacher_prompt[-1])
+        turns, reply, ended, end = list[Turn](), (0, list[int]()), "", End(0, [])
+        for part, own in [(ids, True)] if one else runs(ids, counted):
+            if own:
+                end = self._end(part, ends)
+                ended = self._ours[int(part[-1])].decode() if end.ours else ""
+                turns.append(Turn(reply, part[: len(part) - end.ours], end, before))
+                reply = 0, []
+            elif replies is not None:
+                written = self._ours.join(part.tolist()).decode(errors="replace")
+                reply = len(part), replies.ids(written, ended, end.theirs)
+                before = int(part[-1]), reply[1][-1]
+        return turns if turns and not reply[0] else [*turns, Turn(reply, ids[:0], End(0, []), before)]
+
+    def _texts(self, turns: Sequence[Turn]) -> list[Aligned]:
         if not self.same:
-            return self._translator.aligned([ids.tolist() for ids in texts], ours, theirs)
-        places = [np.arange(len(ids), dtype=np.int32) for ids in texts]
+            ours, theirs = zip(*(turn.before for turn in turns), strict=True) if turns else ((), ())
+            return self._translator.aligned([turn.text.tolist() for turn in turns], ours, theirs)
+        places = [np.arange(len(turn.text), dtype=np.int32) for turn in turns]
         return [
-            Aligned(ids, Segments(own, own, self._ours.lengths(ids))) for ids, own in zip(texts, places, strict=True)
+            Aligned(turn.text, Segments(own, own, self._ours.lengths(turn.text)))
+            for turn, own in zip(turns, places, strict=True)
         ]
 
-    def _end(self, sample: Sample, ends: EndPairs) -> End:
-        """What ends the completion, and what stands for it."""
-        ids = sample.ids[sample.prompt_length :]
+    def _end(self, ids: Array, ends: EndPairs) -> End:
+        """What ends a turn, and what stands for it."""
         if not len(ids) or int(ids[-1]) not in self._end_ids:
             return End(0, [])
         return End(1 + self._closing(ids[:-1], ends.closing), ends.of(int(ids[-1])))
@@ -143,9 +169,13 @@ class OwnTokenizer:
             written = self._ours[int(ids[-count])] + written
         return count if written == closing else 0
 
-    def _write(self, sample: Sample, text: Aligned, end: End, limit: float) -> Counts:
+    def _write(self, sample: Sample, turns: Sequence[tuple[Turn, Aligned]], limit: float) -> Counts:
         assert sample.teacher_prompt is not None
-        found, theirs = with_end(text.segments, end), np.append(text.teacher_ids, np.array(end.theirs, np.int32))
+        parts, read = list[Segments](), list[Array]()
+        for turn, text in turns:
+            parts += [unaligned(turn.reply[0], len(turn.reply[1])), with_end(text.segments, turn.end)]
+            read += [np.array(turn.reply[1], np.int32), text.teacher_ids, np.array(turn.end.theirs, np.int32)]
+        found, theirs = joined(parts), np.concatenate(read)
         room = max(0, int(min(limit - len(sample.teacher_prompt), len(theirs))))
         counted = sample.loss_mask[sample.prompt_length :]
         found = found.without(self._dropped(found, counted, room))

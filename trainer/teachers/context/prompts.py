@@ -89,7 +89,8 @@ class TeacherPrompts:
         for data_set in data_sets:
             setting = config.teacher_setting(data_set.name)
             if config.has_teacher and data_set.teacher.own_tokenizer:
-                self.own[data_set.name] = OwnTokenizer(data_set, tokenizer, config.loss.max_segment, setting)
+                most, role = config.loss.max_segment, config.environment.role
+                self.own[data_set.name] = OwnTokenizer(data_set, tokenizer, most, role, setting)
             fixed = self._fix(data_set, setting) if config.has_teacher else []
             self._fixed |= {prompt.index: prompt for prompt in fixed}
             self.data_sets.append(

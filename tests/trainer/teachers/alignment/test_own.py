@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from fastkl.trainer.data.mixture import read_data_sets
 from fastkl.trainer.data.samples import Sample, make_sample
 from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.rollouts.turn_markers import turn_markers
 from fastkl.trainer.teachers.alignment.own import Counts
 from fastkl.trainer.teachers.context.prompts import TeacherPrompts
 
@@ -223,6 +224,52 @@ REFUSED = {
 def test_refused_tokenizers(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=REFUSED[name]):
         Pair(tmp_path, words("characters"), refused_tokenizer(name))
+
+
+def conversation(pair: Pair, turns: list[tuple[str, bool]], reply: str) -> list[tuple[list[int], bool]]:
+    """The student's turns (text, whether it ends it itself) with a reply between each two, as rollouts write them."""
+    markers = turn_markers(pair.student, "user")
+    end = pair.student.convert_tokens_to_ids(ENDS["llama"])
+    parts = list[tuple[list[int], bool]]()
+    for number, (text, ended) in enumerate(turns):
+        own = [*pair.student(text, add_special_tokens=False)["input_ids"], *([end] if ended else [])]
+        parts.append((own, True))
+        if number + 1 < len(turns):
+            parts.append((markers.ids(reply, pair.student, own[-1], {end}), False))
+    return parts
+
+
+@pytest.mark.parametrize("other", ["gemma", "smollm", "phi"])
+def test_replies_are_turns_of_the_teachers_template(tmp_path: Path, other: str) -> None:
+    """What the teacher reads is what its template writes of the whole conversation."""
+    student, teacher = family_tokenizer("llama"), family_tokenizer(other)
+    environment = {"environment__name": "class:nods.Nods", "environment__trust": "true", "environment__role": "user"}
+    pair = Pair(tmp_path, student, teacher, **environment)
+    parts = conversation(pair, [("né", True), ("stop", False), ("2", True)], "ok é")
+    sample = make_sample(pair.prompt.ids, [token for ids, _ in parts for token in ids], 0)
+    sample.loss_mask = np.array([False] * sample.prompt_length + [own for ids, own in parts for _ in ids])
+    pair.read.give_fixed([sample])
+    counts = pair.read.encode([sample])
+    assert sample.teacher_prompt is not None
+    read = pair.teacher.decode([*sample.teacher_prompt.tolist(), *theirs(sample)])
+    said = ["né", "ok é", "stop", "ok é", "2"]
+    messages = [{"role": "user", "content": "1+1="}]
+    messages += [{"role": ("assistant", "user")[i % 2], "content": text} for i, text in enumerate(said)]
+    whole = pair.teacher.apply_chat_template(messages, tokenize=False)
+    whole = whole[: whole.rindex(ENDS[other]) + len(ENDS[other])]
+    assert read == whole
+    judged = [number > 0 for number in own_segments(sample)]
+    assert judged == [own for ids, own in parts for _ in ids]
+    assert counts.aligned == counts.tokens == sample.loss_tokens
+    scored = sample.for_teacher()
+    kept = pair.teacher.decode(scored.ids[scored.loss_mask].tolist())
+    assert kept == f"né{ENDS[other]}stop2{ENDS[other]}"
+
+
+def test_a_role_that_the_teachers_template_does_not_know(tmp_path: Path) -> None:
+    environment = {"environment__name": "class:nods.Nods", "environment__trust": "true", "environment__role": "tool"}
+    with pytest.raises(ConfigError, match=r"of the teacher: environment\.role is 'tool', but the tokenizer's chat"):
+        Pair(tmp_path, family_tokenizer("llama"), family_tokenizer("gemma"), **environment)
 
 
 def test_a_thought_that_both_begin(tmp_path: Path) -> None:

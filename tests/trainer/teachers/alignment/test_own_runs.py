@@ -197,6 +197,7 @@ WAYS: dict[str, dict[str, object]] = {
     "given": {"sampling__on_policy_fraction": 0.5},
     "in-portions": {"sampling__tokens_per_step": 3},
     "replies": {"environment__name": "class:nods.Nods", "environment__trust": "true"},
+    "turns": {"environment__name": "class:nods.Nods", "environment__trust": "true", "environment__role": "user"},
 }
 
 
