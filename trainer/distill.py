@@ -6,7 +6,7 @@ Thinking Machines, "On-Policy Distillation" (2025); Tinker cookbook, recipe `dis
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from fastkl.trainer.config.losses.control import remark
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.config.training import DistillConfig
-from fastkl.trainer.data.mixture import DataSet, read_data_sets, step_prompts
+from fastkl.trainer.data.chat import ChatTemplate
+from fastkl.trainer.data.formats.packed import EndToEnd
+from fastkl.trainer.data.mixture import DataSet, all_prompts, prompt_lengths, read_data_sets, step_prompts
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.remarks import remark_on_data_sets, remark_on_length
 from fastkl.trainer.data.samples import Sample
@@ -168,10 +170,6 @@ class Prepared(NamedTuple):
     served: dict[TeacherConfig, ServedTeacher]
     sampling_server: SamplingServer | None
 
-    @property
-    def prompts(self) -> list[EncodedPrompt]:
-        return [prompt for data_set in self.data_sets for prompt in data_set.prompts]
-
 
 def prepare(config: DistillConfig) -> Prepared:
     """Reads the data, and checks tokenizers, graders and servers.
@@ -183,12 +181,12 @@ def prepare(config: DistillConfig) -> Prepared:
     environment = make_environment(config.environment)
     with_given = config.sampling.on_policy_fraction < 1
     data_sets = read_data_sets(config.data_sets(), tokenizer, with_given=with_given)
-    prompts = [prompt for data_set in data_sets for prompt in data_set.prompts]
+    prompts = all_prompts(data_sets)
     teacher_prompts = TeacherPrompts(config, data_sets, tokenizer)
     note(f"{len(prompts)} prompts read and encoded")
     remark_on_data_sets(data_sets, config.sampling.prompts_per_step, "sampling.prompts_per_step")
-    longest = max(len(p.tokens) for data_set in [*data_sets, *teacher_prompts.data_sets] for p in data_set.prompts)
-    remark_on_length(longest + config.sampling.max_new_tokens, config.batch.max_tokens)
+    longest, read = (int(prompt_lengths(sets).max()) for sets in (data_sets, teacher_prompts.data_sets))
+    remark_on_length(max(longest, read) + config.sampling.max_new_tokens, config.batch.max_tokens)
     if (control := remark(config.loss.control)) is not None:
         note(f"this run is {control}")
     lists = asked_lists(config.loss)
@@ -197,8 +195,8 @@ def prepare(config: DistillConfig) -> Prepared:
     evaluations = load_evaluations(config.eval, tokenizer)
     check_teachers(config, tokenizer, data_sets, teacher_prompts.data_sets, lists)
     served = connect_servers(config, tokenizer, teacher_prompts, lists)
-    rooms = [(one.ask.prompts, one.ask.max_new_tokens, one.setting) for one in evaluations]
-    sampling_server = connect_sampling(config, tokenizer, prompts, rooms) if config.sampling.server.url else None
+    rooms = [(int(one.ask.prompts.ids.lengths.max()) + one.ask.max_new_tokens, one.setting) for one in evaluations]
+    sampling_server = connect_sampling(config, tokenizer, longest, rooms) if config.sampling.server.url else None
     return Prepared(
         tokenizer, environment, data_sets, evaluations, judge, weights, teacher_prompts, served, sampling_server
     )
@@ -207,7 +205,7 @@ def prepare(config: DistillConfig) -> Prepared:
 def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder, listener: Listener) -> None:
     found = prepare(config)
     tokenizer, environment, data_sets, evaluations, judge, weights, teacher_prompts, served, sampling_server = found
-    prompts, lists = found.prompts, asked_lists(config.loss)
+    lists = asked_lists(config.loss)
     student = Student(config, accelerator)
     if withholds_routers(student.model):
         note("the student's config has output_router_logits: the routers' auxiliary loss is left out of a distillation")
@@ -218,8 +216,9 @@ def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder,
     teacher_prompts.end_with(ends)
     with student.gathered():
         sampler = _sampler(config, student, [*ends, *stop_ids(environment, tokenizer)], sampling_server)
-    held_out = [prompt for one in evaluations for prompt in one.ask.prompts]
-    responder = _responder(config, student, tokenizer, sampler, environment, [*prompts, *held_out])
+    read = [*(data_set.prompts for data_set in data_sets), *(one.ask.prompts for one in evaluations)]
+    chats = dict.fromkeys(chat for prompts in read for chat in prompts.chats)
+    responder = _responder(config, student, tokenizer, sampler, environment, chats)
     rollouts: Rollouts
     parts = _rollout_parts(config, responder, data_sets, judge)
     if isinstance(sampler, ServedSampler) and config.sampling.steps_ahead:
@@ -274,9 +273,8 @@ def _rollout_parts(
     def prompts_of(step: int) -> list[EncodedPrompt]:
         return step_prompts(data_sets, config.sampling.prompts_per_step, step, config.seed)
 
-    prompts = [prompt for data_set in data_sets for prompt in data_set.prompts]
-    given = [sample for data_set in data_sets for sample in data_set.given]
-    return config.sampling, responder, prompts_of, config.seed, prompts, given, judge
+    given = EndToEnd([data_set.given for data_set in data_sets if data_set.given is not None])
+    return config.sampling, responder, prompts_of, config.seed, all_prompts(data_sets), given, judge
 
 
 def _early(
@@ -300,12 +298,11 @@ def _responder(
     tokenizer: PreTrainedTokenizerBase,
     sampler: Sampler,
     environment: Environment | None,
-    prompts: list[EncodedPrompt],
+    chats: Iterable[ChatTemplate | None],
 ) -> Responder:
     ends, context = end_of_sequence(student.model, tokenizer), context_length(student.model)
     if environment is None:
         return SingleTurn(sampler, context)
-    chats = dict.fromkeys(prompt.chat for prompt in prompts)
     if config.sampling.steps_ahead:  # in a thread of their own; nobody says that a tokenizer may be in two at a time
         tokenizer = copy.deepcopy(tokenizer)
     return MultiTurn(sampler, tokenizer, environment, config.environment, ends, context, chats)

@@ -5,12 +5,16 @@ Cross-entropy is the policy gradient of tokens that all have the advantage 1: âˆ
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from accelerate import Accelerator
 
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.sampling import SamplingConfig
 from fastkl.trainer.config.training import SftConfig
+from fastkl.trainer.data.formats.packed import EndToEnd
 from fastkl.trainer.data.mixture import DataSet, read_data_sets, step_prompts
+from fastkl.trainer.data.prompts import Given
 from fastkl.trainer.data.remarks import remark_on_data_sets, remark_on_length
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import ConfigError
@@ -39,9 +43,7 @@ class Examples(Source):
 
     def __init__(self, data_sets: list[DataSet], per_step: int, seed: int) -> None:
         self._data_sets, self._per_step, self._seed = data_sets, per_step, seed
-        self._examples = [sample for data_set in data_sets for sample in data_set.given]
-        for example in self._examples:
-            example.advantages = example.loss_mask
+        self._examples = EndToEnd(completions_of(data_sets))
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
         samples = self.of_step(step)
@@ -49,7 +51,15 @@ class Examples(Source):
 
     def of_step(self, step: int) -> list[Sample]:
         chosen = step_prompts(self._data_sets, self._per_step, step, self._seed)
-        return [self._examples[prompt.index] for prompt in chosen]
+        samples = [self._examples[prompt.index] for prompt in chosen]
+        for sample in samples:
+            sample.advantages = sample.loss_mask
+        return samples
+
+
+def completions_of(data_sets: Iterable[DataSet]) -> list[Given]:
+    """Those of each data set of a supervised stage."""
+    return [data_set.given for data_set in data_sets if data_set.given is not None]
 
 
 def sft(config: SftConfig, *, listener: Listener = SILENT) -> RunFolder:
@@ -72,10 +82,10 @@ def sft(config: SftConfig, *, listener: Listener = SILENT) -> RunFolder:
 def _sft(config: SftConfig, accelerator: Accelerator, folder: RunFolder, listener: Listener) -> None:
     tokenizer = load_tokenizer(config.student)
     data_sets = read_data_sets(config.data_sets(), tokenizer, with_given=True)
-    examples = [example for data_set in data_sets for example in data_set.given]
-    note(f"{len(examples)} examples read and encoded")
+    examples = completions_of(data_sets)
+    note(f"{sum(map(len, examples))} examples read and encoded")
     remark_on_data_sets(data_sets, config.examples_per_step, "examples_per_step")
-    remark_on_length(max(len(example.ids) for example in examples), config.batch.max_tokens)
+    remark_on_length(max(int(given.lengths.max()) for given in examples), config.batch.max_tokens)
     evaluations = load_evaluations(config.eval, tokenizer)
 
     student = Student(config, accelerator)
@@ -85,8 +95,8 @@ def _sft(config: SftConfig, accelerator: Accelerator, folder: RunFolder, listene
             f"loss; sft does not add it. Set it to false in that config.json to train without"
         )
     checks.check_vocabulary(tokenizer, {"student": student.model})
-    for data_set in data_sets:
-        checks.check_given(data_set.prompts, data_set.given, {"student": student.model})
+    for given in examples:
+        checks.check_given(given, {"student": student.model})
     check_eval_room(evaluations, "student", student.model)
     ends = end_of_sequence(student.model, tokenizer)
     with student.gathered():

@@ -64,7 +64,7 @@ def open_writer(
     model = load_model(config).to(device)
     checks.check_vocabulary(tokenizer, {"model": model})
     for ask, remedy in zip(asks, remedies, strict=True):
-        checks.check_room(list(ask.prompts), ask.max_new_tokens, {"model": model}, remedy)
+        checks.check_room(ask.prompts, ask.max_new_tokens, {"model": model}, remedy)
     sampler = local_sampler(model, eos_token_ids=end_of_sequence(model, tokenizer), settings=sampling)
     size = max(AT_ONCE["cpu" if model.device.type == "cpu" else "accelerator"], sampling.max_requests or 0)
     return Answering(SingleTurn(sampler, context_length(model)), size, cost_of(model), weights_fingerprint(model))
@@ -78,7 +78,7 @@ def _served(
     size = known if outlined is None else max(known, outlined.config.get_text_config().vocab_size)
     server = GenerationServer(Connection(config.server, "the model's server"), size)
     longest, remedy = max(
-        (max(len(prompt.tokens) for prompt in ask.prompts) + ask.max_new_tokens, remedy)
+        (int(ask.prompts.ids.lengths.max()) + ask.max_new_tokens, remedy)
         for ask, remedy in zip(asks, remedies, strict=True)
     )
     processes.on_main(

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from fastkl.trainer.commands.plan.run import Processes, Run, scorers_of
 from fastkl.trainer.commands.plan.table import lines
 from fastkl.trainer.config.training import DistillConfig, SftConfig
-from fastkl.trainer.data.mixture import read_data_sets, step_prompts
+from fastkl.trainer.data.mixture import prompt_lengths, read_data_sets, sampled_lengths, step_prompts
 from fastkl.trainer.data.samples import make_sample
 from fastkl.trainer.data.text import encode
 from fastkl.trainer.distill import Prepared, prepare
@@ -22,7 +22,7 @@ from fastkl.trainer.rollouts.evaluation import check_eval_room, load_evaluations
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.start import start_run
-from fastkl.trainer.sft import Examples
+from fastkl.trainer.sft import Examples, completions_of
 from fastkl.trainer.teachers.open import check_fit, remedy
 
 ALIGNED, WIDTH = 10, 300  # so many texts, and characters of each, are shown as they are aligned
@@ -42,8 +42,7 @@ def dry_distill(config: DistillConfig) -> None:
     loaded = [scorer for scorer in scorers if scorer.config.path]
     checks.check_vocabulary(found.tokenizer, {"student": student})
     new = config.sampling.max_new_tokens
-    sampled = [prompt for data_set in found.data_sets if not data_set.given for prompt in data_set.prompts]
-    checks.check_one_rope(sampled, new, {"student": student})
+    checks.check_one_rope(sampled_lengths(found.data_sets), new, {"student": student})
     for data_set, own in zip(found.data_sets, found.teacher_prompts.data_sets, strict=True):
         scoring = [scorer for scorer in loaded if data_set.name in scorer.data_sets]
         teachers, references = (
@@ -63,7 +62,7 @@ def dry_distill(config: DistillConfig) -> None:
         for _ in range(config.sampling.samples_per_prompt)
     ]
     found.teacher_prompts.give_fixed(samples)
-    lengths = [len(prompt.tokens) for prompt in found.prompts]
+    lengths = prompt_lengths(found.data_sets).tolist()
     more = [*_contexts(found), *_alignments(found)]
     _print(Run(config, _started(accelerator), student, scorers, lengths, samples, samples), more)
 
@@ -81,13 +80,11 @@ def dry_sft(config: SftConfig) -> None:
         evaluations = load_evaluations(config.eval, tokenizer)
     student = outline_of_student(config.student)
     checks.check_vocabulary(tokenizer, {"student": student})
-    for data_set in data_sets:
-        lengths = [example.loss_tokens for example in data_set.given]
-        checks.check_room(data_set.prompts, lengths, {"student": student}, checks.SHORTER_ROW)
+    for given in completions_of(data_sets):
+        checks.check_given(given, {"student": student})
     check_eval_room(evaluations, "student", student)
     step = Examples(data_sets, config.examples_per_step, config.seed).of_step(0)
-    prompts = [prompt for data_set in data_sets for prompt in data_set.prompts]
-    lengths = [len(prompt.tokens) for prompt in prompts]
+    lengths = prompt_lengths(data_sets).tolist()
     _print(Run(config, _started(accelerator), student, [], lengths, step, step))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +13,7 @@ from fastkl.trainer.commands.output import Fields, Output
 from fastkl.trainer.config.context import ContextConfig
 from fastkl.trainer.config.offline import ScoreConfig
 from fastkl.trainer.data.arrays import total
-from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, given_samples
+from fastkl.trainer.data.prompts import EncodedPrompt, Given, Prompts, encode_prompts, given_samples
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.data.sources import load_prompts
 from fastkl.trainer.errors import ConfigError
@@ -52,15 +51,15 @@ def score_completions(config: ScoreConfig) -> None:
         tokenizer = load_teacher_tokenizer(config.model)
         assert tokenizer is not None  # ScoreConfig demands one
         prompts = encode_prompts(load_prompts(config.data, config.model.context.columns), tokenizer, config.data)
-        samples = given_samples(prompts, tokenizer)
+        given = given_samples(prompts, tokenizer)
         if config.model.context != ContextConfig():
             prompts = _with_context(config.model.context, prompts, tokenizer)
-            samples = [_after(prompt, sample) for prompt, sample in zip(prompts, samples, strict=True)]
-        note(f"{len(samples)} completions read and encoded")
-        scorer = _scorer(config, tokenizer, prompts, samples)
+            given = Given(prompts, given.completions)
+        note(f"{len(given)} completions read and encoded")
+        scorer = _scorer(config, tokenizer, given)
         cache = cached(config.model, scorer, Lists(), config.temperature)
         weights = weights_fingerprint(scorer.model) if isinstance(scorer, LocalTeacher) else "a server's"
-        sources = [prompts[sample.prompt_index].row.source for sample in samples]
+        sources, samples = [prompt.row.source for prompt in prompts], [*given]
         output.begin(sources, rows=rows_fingerprint(prompts), weights=weights)
         with Count("scored", len(samples), len(output.rows)) as count, output.interruptible():
             while len(output.rows) < len(samples):
@@ -76,9 +75,7 @@ def score_completions(config: ScoreConfig) -> None:
     print(f"{len(samples)} rows written to {output.path}")
 
 
-def _with_context(
-    context: ContextConfig, prompts: list[EncodedPrompt], tokenizer: PreTrainedTokenizerBase
-) -> list[EncodedPrompt]:
+def _with_context(context: ContextConfig, prompts: Prompts, tokenizer: PreTrainedTokenizerBase) -> Prompts:
     function = context_function(context, SETTING)
     if isinstance(function, Siblings) or (function is not None and function.of_samples):
         raise ConfigError(
@@ -86,11 +83,6 @@ def _with_context(
             f"function that takes (row)"
         )
     return fixed_prompts(prompts, context, function, Reader(tokenizer), SETTING)
-
-
-def _after(prompt: EncodedPrompt, sample: Sample) -> Sample:
-    """The sample's completion after another prompt."""
-    return dataclasses.replace(sample, teacher_prompt=np.array(prompt.tokens, np.int32)).for_teacher()
 
 
 def _row(sample: Sample, prompt: EncodedPrompt) -> dict[str, Any]:
@@ -112,17 +104,15 @@ def _settings(config: ScoreConfig) -> dict[str, Any]:
     return settings
 
 
-def _scorer(
-    config: ScoreConfig, tokenizer: PreTrainedTokenizerBase, prompts: list[EncodedPrompt], samples: list[Sample]
-) -> Cacheable:
+def _scorer(config: ScoreConfig, tokenizer: PreTrainedTokenizerBase, given: Given) -> Cacheable:
     if config.model.server.url:
-        checks.check_given(prompts, samples, {})
-        longest = max((sample.ids for sample in samples), key=len).tolist()
+        checks.check_given(given, {})
+        longest = given.longest()
         temperature, remedy = config.temperature, checks.SHORTER_ROW
         return connect(config.model, tokenizer, temperature=temperature, longest=longest, remedy=remedy)
     device: torch.device = PartialState().device
     model = load_teacher(config.model, device)
     checks.check_vocabulary(tokenizer, {"model": model})
-    checks.check_given(prompts, samples, {"model": model})
+    checks.check_given(given, {"model": model})
     layout = batch_layout(config.batch, fuse(model, "model"), Probe(model, "model"))
     return LocalTeacher(model, layout, config.batch.max_tokens, config.temperature, device)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.config.context import ContextConfig
 from fastkl.trainer.config.mixture import DataSetConfig, TaughtConfig
 from fastkl.trainer.config.teacher import TeacherConfig
+from fastkl.trainer.data.arrays import Array, end_to_end
+from fastkl.trainer.data.formats.packed import EndToEnd
 from fastkl.trainer.data.order import rows_at
-from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, given_samples
-from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.data.prompts import EncodedPrompt, Given, Prompts, encode_prompts, given_samples
 from fastkl.trainer.data.sources import load_prompts
 
 
@@ -25,8 +27,8 @@ class DataSet:
 
     name: str
     config: DataSetConfig  # of a distillation, `TaughtConfig`
-    prompts: list[EncodedPrompt]
-    given: list[Sample] = field(default_factory=list)  # its own completions, where a step has some of them
+    prompts: Prompts
+    given: Given | None = None  # its own completions, where a step has some of them
 
     @property
     def teacher(self) -> TeacherConfig:
@@ -60,10 +62,25 @@ def read_data_sets(
         teacher = entry.teacher if isinstance(entry, TaughtConfig) else None
         columns = () if teacher is None else teacher.context.columns
         prompts = encode_prompts(load_prompts(entry.data, columns), tokenizer, entry.data, dataset=name, first=first)
-        given = given_samples(prompts, tokenizer) if with_given else []
+        given = given_samples(prompts, tokenizer) if with_given else None
         data_sets.append(DataSet(name, entry, prompts, given))
         first += len(prompts)
     return data_sets
+
+
+def all_prompts(data_sets: Sequence[DataSet]) -> EndToEnd[EncodedPrompt]:
+    """By their index."""
+    return EndToEnd([data_set.prompts for data_set in data_sets])
+
+
+def prompt_lengths(data_sets: Iterable[DataSet]) -> Array:
+    """[n] int64 of all prompts."""
+    return end_to_end([data_set.prompts.ids.lengths for data_set in data_sets], np.int64)
+
+
+def sampled_lengths(data_sets: Iterable[DataSet]) -> Array:
+    """Those of prompts that the student alone completes."""
+    return prompt_lengths(data_set for data_set in data_sets if data_set.given is None)
 
 
 def step_prompts(data_sets: Sequence[DataSet], per_step: int, step: int, seed: int) -> list[EncodedPrompt]:

@@ -148,8 +148,12 @@ def _from_json(source: str, value: Any) -> Any:
 def check_encodable(source: str, row: Mapping[str, Any], names: Iterable[str]) -> None:
     """JSON can spell half of a surrogate pair, which is no text and which no tokenizer takes and no file holds."""
     for name in names:
+        value = row.get(name)
+        if value is None:
+            continue
         try:
-            json.dumps(row.get(name), ensure_ascii=False, default=str).encode("utf-8")
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ConfigError(f"{source}: `{name}` holds half of a surrogate pair ({error.reason})") from error
 

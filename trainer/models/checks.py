@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastkl.trainer.data.arrays import Array
+from fastkl.trainer.data.arrays import Array, Ragged
 from fastkl.trainer.data.chat import ChatTemplate, Refusal, end_of_turn
-from fastkl.trainer.data.prompts import EncodedPrompt
-from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.data.prompts import EncodedPrompt, Given, Prompts
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.models.ends import declared_ends, end_of_sequence, tokenizer_ends
 from fastkl.trainer.models.loading import context_length
@@ -96,15 +94,15 @@ def check_top_k(k: int, tokenizer: PreTrainedTokenizerBase, setting: str) -> Non
 def check_chat(
     student: PreTrainedTokenizerBase,
     teacher: PreTrainedTokenizerBase,
-    prompts: list[EncodedPrompt],
+    prompts: Sequence[EncodedPrompt],
     name: str = "teacher",
 ) -> None:
     """The teacher was trained on the same chat format, where prompts are chats or text is made one."""
-    chats = [(prompt.row, prompt.chat) for prompt in prompts if prompt.chat is not None]
-    if teacher.chat_template is None or student.chat_template == teacher.chat_template or not chats:
+    if teacher.chat_template is None or student.chat_template == teacher.chat_template:
         return
-    template = ChatTemplate(teacher, chats[0][1].variables)
-    for row, chat in chats:
+    template = None
+    for row, chat in ((prompt.row, prompt.chat) for prompt in prompts if prompt.chat is not None):
+        template = template or ChatTemplate(teacher, chat.variables)
         ours = chat.prompt(row)
         try:
             theirs = template.render(row.turns, row.tools, to_answer=True)
@@ -135,60 +133,61 @@ def check_end_of_sequence(
         raise ConfigError(f"the student ends with ids {ours} and the {name} with {theirs}; give them a common one")
 
 
-def check_room(
-    prompts: list[EncodedPrompt], max_new_tokens: int | list[int], models: dict[str, PreTrainedModel], remedy: str
-) -> None:
+def check_room(prompts: Prompts, max_new_tokens: int | Array, models: dict[str, PreTrainedModel], remedy: str) -> None:
     """Every prompt and its completion (a full one, or one of the given length) fit every model's context."""
-    empty = min(prompts, key=lambda prompt: len(prompt.tokens))
-    if not empty.tokens:
-        raise ConfigError(f"{empty.row.source} is an empty prompt; a completion needs at least one token before it")
-    _check_ids(((prompt.row.source, prompt.tokens) for prompt in prompts), models)
+    lengths = prompts.ids.lengths
+    if not lengths.all():
+        empty = prompts[int(lengths.argmin())].row.source
+        raise ConfigError(f"{empty} is an empty prompt; a completion needs at least one token before it")
+    _check_ids(prompts, prompts.ids, models)
     check_length(prompts, max_new_tokens, {name: context_length(model) for name, model in models.items()}, remedy)
 
 
-def check_length(
-    prompts: list[EncodedPrompt], max_new_tokens: int | list[int], limits: dict[str, int | None], remedy: str
-) -> None:
+def check_length(prompts: Prompts, max_new_tokens: int | Array, limits: dict[str, int | None], remedy: str) -> None:
     """As `check_room`, of models by the lengths of their contexts; None: there is no limit."""
-    lengths = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    longest, new = max(zip(prompts, lengths, strict=True), key=lambda pair: len(pair[0].tokens) + pair[1])
+    wholes = prompts.ids.lengths + max_new_tokens
+    longest = prompts[int(wholes.argmax())]
+    length, whole = len(longest.tokens), int(wholes.max())
     for name, limit in limits.items():
-        if limit is not None and len(longest.tokens) + new > limit:
+        if limit is not None and whole > limit:
             raise ConfigError(
-                f"{longest.row.source} has {len(longest.tokens)} tokens; with {new} new ones it exceeds the "
-                f"{name}'s context of {limit}. {remedy}"
+                f"{longest.row.source} has {length} tokens; with {whole - length} new ones it exceeds the {name}'s context "
+                f"of {limit}. {remedy}"
             )
 
 
-def check_one_rope(prompts: list[EncodedPrompt], max_new_tokens: int, models: dict[str, PreTrainedModel]) -> None:
-    """No model computes otherwise while a text grows, nor for the batch it is in: all texts are on one side of a switch."""
-    by_length = sorted(prompts, key=lambda prompt: len(prompt.tokens))
+def check_one_rope(lengths: Array, max_new_tokens: int, models: dict[str, PreTrainedModel]) -> None:
+    """No model computes otherwise while a text grows, nor for the batch it is in: all texts are on one side of a switch.
+
+    `lengths` are those of the prompts.
+    """
     for name, model in models.items():
         switch = rope_switch(model.config.get_text_config())
-        if switch is None or not by_length or len(by_length[0].tokens) > switch:
+        if switch is None or not len(lengths) or (shortest := lengths.min()) > switch:
             continue
-        if (longest := len(by_length[-1].tokens) + max_new_tokens) > switch:
+        if (longest := lengths.max() + max_new_tokens) > switch:
             raise ConfigError(
                 f"the {name} rotates positions otherwise in a batch longer than {switch} tokens (rope_type longrope), and "
-                f"texts have {len(by_length[0].tokens)} to {longest} tokens: what is sampled and what is scored would be "
+                f"texts have {shortest} to {longest} tokens: what is sampled and what is scored would be "
                 f"two distributions. Keep prompts and sampling.max_new_tokens within {switch} together, with "
                 f"max_prompt_tokens of the data, or take prompts that are all longer"
             )
 
 
-def check_given(prompts: list[EncodedPrompt], samples: list[Sample], models: dict[str, PreTrainedModel]) -> None:
+def check_given(given: Given, models: dict[str, PreTrainedModel]) -> None:
     """The data's own completions, one for each prompt, fit every model's context, and it knows their tokens."""
-    check_room(prompts, [sample.loss_tokens for sample in samples], models, SHORTER_ROW)
-    _check_ids(((prompt.row.source, sample.ids) for prompt, sample in zip(prompts, samples, strict=True)), models)
+    check_room(given.prompts, given.completions.lengths, models, SHORTER_ROW)
+    _check_ids(given.prompts, given.completions, models)
 
 
-def _check_ids(rows: Iterable[tuple[str, Sequence[int] | Array]], models: dict[str, PreTrainedModel]) -> None:
-    highest, source = max((int(np.max(ids)), source) for source, ids in rows)
+def _check_ids(prompts: Prompts, ids: Ragged, models: dict[str, PreTrainedModel]) -> None:
+    """All ids, of which each list belongs to a prompt, are below the rows of every head."""
+    highest, place = ids.highest()
     for name, model in models.items():
         if highest >= (known := _head_rows(model)):
             raise ConfigError(
-                f"{source} has a token with the id {highest}, which the {name} lacks: its head has {known} rows. Take the "
-                f"token out of the row"
+                f"{prompts[place].row.source} has a token with the id {highest}, which the {name} lacks: its head has "
+                f"{known} rows. Take the token out of the row"
             )
 
 

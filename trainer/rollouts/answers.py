@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.trainer.data.prompts import EncodedPrompt
+from fastkl.trainer.data.formats.packed import OnDemand
+from fastkl.trainer.data.prompts import EncodedPrompt, Prompts
 from fastkl.trainer.data.replies import content_of
 from fastkl.trainer.models.sizes.flops import Cost, writing_flops
 from fastkl.trainer.rollouts.grading.named import NamedGrader
@@ -24,16 +25,29 @@ class Ask:
         grader: Scores an answer; None: nothing does.
     """
 
-    prompts: Sequence[EncodedPrompt]
+    prompts: Prompts
     samples: int
     temperature: float
     max_new_tokens: int
     grader: NamedGrader | None
 
     @property
-    def each(self) -> list[EncodedPrompt]:
+    def each(self) -> Repeated:
         """The prompt of each answer: the answers to one prompt follow each other."""
-        return [prompt for prompt in self.prompts for _ in range(self.samples)]
+        return Repeated(self.prompts, self.samples)
+
+
+class Repeated(OnDemand[EncodedPrompt]):
+    """Prompts, each so many times."""
+
+    def __init__(self, prompts: Prompts, times: int) -> None:
+        self._prompts, self._times = prompts, times
+
+    def __len__(self) -> int:
+        return len(self._prompts) * self._times
+
+    def at(self, place: int) -> EncodedPrompt:
+        return self._prompts.at(place // self._times)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def eval_rows(evaluations: Iterable[Evaluation]) -> dict[str, Sequence[EncodedPr
 def check_eval_room(evaluations: Iterable[Evaluation], name: str, model: PreTrainedModel) -> None:
     """All prompts and full answers to them fit the context of the model called `name`."""
     for one in evaluations:
-        checks.check_room(list(one.ask.prompts), one.ask.max_new_tokens, {name: model}, one.remedy)
+        checks.check_room(one.ask.prompts, one.ask.max_new_tokens, {name: model}, one.remedy)
 
 
 def evaluate(

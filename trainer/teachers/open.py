@@ -12,7 +12,7 @@ from fastkl.trainer.config.context import ContextConfig
 from fastkl.trainer.config.teacher import TeacherConfig, as_teacher
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.batching import PAD_ID
-from fastkl.trainer.data.mixture import DataSet
+from fastkl.trainer.data.mixture import DataSet, all_prompts, sampled_lengths
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.loading import fuse, load_teacher, load_teacher_tokenizer, teacher_device
@@ -50,12 +50,11 @@ def check_teachers(
             limits = {whose(data_set): most_positions(model.get_text_config())}
             checks.check_length(data_set.prompts, config.sampling.max_new_tokens, limits, remedy(config, data_set))
     if config.loss.extrapolate != 1:
-        prompts = [prompt for data_set in data_sets for prompt in data_set.prompts]
-        _check_scorer(as_teacher(config.reference), tokenizer, prompts, "reference")
+        _check_scorer(as_teacher(config.reference), tokenizer, all_prompts(data_sets), "reference")
 
 
 def _check_scorer(
-    config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, prompts: list[EncodedPrompt], name: str
+    config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[EncodedPrompt], name: str
 ) -> None:
     teacher_device(config, torch.device("cpu"), name)
     theirs = None if config.own_tokenizer else load_teacher_tokenizer(config)
@@ -73,12 +72,11 @@ def connect_servers(
         if data_set.teacher.server.url and data_set.teacher not in served:
             own = [other for other in read if other.teacher == data_set.teacher]
             new = [PAD_ID] * config.sampling.max_new_tokens
-            texts = (max(other.prompts, key=lambda prompt: len(prompt.tokens)) for other in own)
-            sequences = [(text.ids + new, other) for text, other in zip(texts, own, strict=True)]
+            sequences = [(other.prompts.ids.longest() + new, other) for other in own]
             sequences += [
                 ([PAD_ID] * other.context.max_tokens + new, other) for other in own if other.context.max_tokens
             ]
-            sequences += [(max((s.ids for s in other.given), key=len).tolist(), other) for other in own if other.given]
+            sequences += [(other.given.longest(), other) for other in own if other.given is not None]
             longest, where = max(sequences, key=lambda pair: len(pair[0]))
             served[data_set.teacher] = connect(
                 data_set.teacher,
@@ -110,8 +108,7 @@ def open_teachers(
     teachers: dict[TeacherConfig, Cacheable] = {**served}
     itself = SelfTeachers(student)
     new = config.sampling.max_new_tokens
-    sampled = [prompt for data_set in data_sets if not data_set.given for prompt in data_set.prompts]
-    checks.check_one_rope(sampled, new, {"student": student.model})
+    checks.check_one_rope(sampled_lengths(data_sets), new, {"student": student.model})
     for data_set, own in zip(data_sets, prompts.data_sets, strict=True):
         if config.has_teacher and data_set.teacher not in teachers:
             teachers[data_set.teacher] = _open(config, data_set.teacher, tokenizer, student, itself, lists)
@@ -182,10 +179,10 @@ def check_fit(config: DistillConfig, data_set: DataSet, models: dict[str, PreTra
     """
     new = config.sampling.max_new_tokens
     checks.check_room(data_set.prompts, new, models, shorter)
-    if data_set.given:
-        checks.check_given(data_set.prompts, data_set.given, models)
+    if data_set.given is not None:
+        checks.check_given(data_set.given, models)
     else:
-        checks.check_one_rope(data_set.prompts, new, models)
+        checks.check_one_rope(data_set.prompts.ids.lengths, new, models)
 
 
 def remedy(config: DistillConfig, data_set: DataSet) -> str:

@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from fastkl.trainer.config.data import DataConfig
+from fastkl.trainer.data.formats.packed import Rows
 from fastkl.trainer.data.prompts import encode_completions, encode_prompts
 from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.data.sources import load_prompts
@@ -22,7 +23,7 @@ from fastkl.trainer.errors import ConfigError
 GOOD = b'{"prompt": "1+1="}\n'
 
 
-def load(path: Path, **settings: object) -> list:
+def load(path: Path, **settings: object) -> Rows:
     return load_prompts(DataConfig(path=str(path), **settings))  # type: ignore[arg-type]
 
 
@@ -130,7 +131,7 @@ def test_offset_and_limit_cut_a_slice_and_slices_are_the_whole(tmp_path: Path) -
     for offset in range(8):
         for limit in range(1, 10):
             data = DataConfig(path=str(tmp_path), offset=offset, limit=limit)
-            assert load_prompts(data) == rows[offset : offset + limit]
+            assert [*load_prompts(data)] == rows[offset : offset + limit]
     with pytest.raises(ConfigError, match=r"holds no rows after the first 8, which data\.offset skips"):
         load_prompts(DataConfig(path=str(tmp_path), offset=8))
 

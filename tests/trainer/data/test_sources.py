@@ -37,7 +37,7 @@ CHATS = [
 
 
 def load(path: Path, **settings: Any) -> list[Prompt]:
-    return load_prompts(DataConfig(path=str(path), **settings))
+    return [*load_prompts(DataConfig(path=str(path), **settings))]
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ import yaml
 from fastkl.trainer.commands.plan.run import Processes, Run, Scorer, scorers_of
 from fastkl.trainer.config.mixture import DataSetConfig
 from fastkl.trainer.config.offline import DistillPlan, SftPlan
-from fastkl.trainer.data.mixture import read_data_sets, step_prompts
+from fastkl.trainer.data.mixture import prompt_lengths, read_data_sets, step_prompts
 from fastkl.trainer.data.samples import Sample, make_sample
 from fastkl.trainer.errors import ConfigError, brief
 from fastkl.trainer.models.loading import outline_of_student
 from fastkl.trainer.models.pretrained import load_tokenizer
+from fastkl.trainer.sft import Examples
 
 ROWS = 1000  # of each data set: lengths of so many say enough
 USUAL_TOKENS = 512  # of a prompt or a given completion of which nothing is known
@@ -100,10 +101,9 @@ def _step(config: DistillPlan | SftPlan) -> tuple[list[int], list[Sample], list[
         data_sets = read_data_sets(few, load_tokenizer(config.student), with_given=given)
     except (ConfigError, OSError, ImportError) as error:
         return _unread(config, entries, brief(error))
-    lengths = [len(prompt.tokens) for data_set in data_sets for prompt in data_set.prompts]
+    lengths = prompt_lengths(data_sets).tolist()
     if isinstance(config, SftPlan):
-        examples = [example for data_set in data_sets for example in data_set.given]
-        chosen = [examples[row.index] for row in step_prompts(data_sets, config.examples_per_step, 0, config.seed)]
+        chosen = Examples(data_sets, config.examples_per_step, config.seed).of_step(0)
         return lengths, chosen, chosen, []
     prompts = step_prompts(data_sets, config.sampling.prompts_per_step, 0, config.seed)
     return lengths, *_sampled(config, [(len(prompt.tokens), prompt.dataset) for prompt in prompts]), _mean(config)

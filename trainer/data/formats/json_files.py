@@ -6,6 +6,8 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +21,58 @@ OTHER_KINDS = {
     b"\x28\xb5\x2f\xfd": "compressed by Zstandard; unpack it",
 }
 
+BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark, and white space
+
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Rows and their names: "file:17" of JSON Lines, "file#17" of one JSON value, which only a `.json` may be."""
-    content = _bytes(path)
     if ".json" not in [suffix.lower() for suffix in path.suffixes[-2:]]:
-        return _lines(path, content)
-    if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        return _lines(path)
+    content = _content(path)
+    if content.lstrip(BLANK).startswith(b"["):
         return _array(path, _parsed(str(path), content))
-    return _array(path, [json.loads(content)]) if _is_whole(content) else _lines(path, content)
+    return _array(path, [json.loads(content)]) if _is_whole(content) else _lines(path)
 
 
-def _bytes(path: Path) -> bytes:
-    compressed = path.suffix.lower() == ".gz"
+@contextmanager
+def _opened(path: Path) -> Iterator[BufferedIOBase]:
+    """The file, without its compression; a ConfigError where it cannot be read or is not JSON."""
     try:
-        content = gzip.decompress(path.read_bytes()) if compressed else path.read_bytes()
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            start = file.read(max(map(len, OTHER_KINDS)))
+            for beginning, kind in OTHER_KINDS.items():
+                if start.startswith(beginning):
+                    raise ConfigError(f"{path} is not JSON but {kind}")
+            file.seek(0)
+            yield file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ConfigError(f"{path} is no whole gzip file ({error}); copy it again, or take .gz off its name") from error
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    for beginning, kind in OTHER_KINDS.items():
-        if content.startswith(beginning):
-            raise ConfigError(f"{path} is not JSON but {kind}")
-    return content
 
 
-def _lines(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
-    beginning = content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    if path.suffix.lower() == ".txt" and beginning not in (b"", b"{"):
-        raise ConfigError(f"{path} is a text file without JSON; convert it to JSON Lines, an object on each line")
-    for number, line in enumerate(content.splitlines(), start=1):
+def _content(path: Path) -> bytes:
+    with _opened(path) as file:
+        return file.read()
+
+
+def _split_lines(path: Path) -> Iterator[bytes]:
+    with _opened(path) as file:
+        for line in file:
+            yield from line.splitlines()  # a carriage return alone ends one too
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    is_text = path.suffix.lower() == ".txt"
+    for number, line in enumerate(_split_lines(path), start=1):
         if not line.strip():
             continue
+        if is_text and not line.lstrip(BLANK).startswith(b"{"):
+            raise ConfigError(f"{path} is a text file without JSON; convert it to JSON Lines, an object on each line")
         try:
             row = _parsed(f"{path}:{number}", line)
         except ConfigError as error:
-            if number == 1 and _is_whole(content):
+            if number == 1 and _is_whole(_content(path)):
                 raise ConfigError(f"{path} is one JSON value over many lines; let its name end in .json") from error
             raise
         yield f"{path}:{number}", row

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.batching import PAD_ID
-from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Completion
 from fastkl.trainer.errors import ServerError
 from fastkl.trainer.models import checks
@@ -73,21 +72,19 @@ class SamplingServer:
 def connect_sampling(
     config: DistillConfig,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[EncodedPrompt],
-    held_out: Sequence[tuple[Sequence[EncodedPrompt], int, str]],
+    longest: int,
+    held_out: Sequence[tuple[int, str]],
 ) -> SamplingServer:
     """A server that has shown what `check_sampling` asks of it, and that it can take weights.
 
-    `held_out`: prompts of evaluations, the length of an answer, and the settings that say so.
+    `longest`: the tokens of the longest prompt of the run. `held_out`: those of the longest prompts of evaluations with
+    their answers, and the settings that say so.
     """
     probe = tokenizer(SAMPLE_TEXT, add_special_tokens=False)["input_ids"][:PROBE_TOKENS]
     server = SamplingServer(config, probe)
-    rooms: list[tuple[Sequence[EncodedPrompt], int, str, str]]
-    rooms = [(prompts, config.sampling.max_new_tokens, "sampling", "data")]
-    rooms += [(some, new, setting, f"{setting}.data") for some, new, setting in held_out]
-    length, part, data = max(
-        (max(len(prompt.tokens) for prompt in some) + new, part, data) for some, new, part, data in rooms
-    )
+    rooms = [(longest + config.sampling.max_new_tokens, "sampling", "data")]
+    rooms += [(tokens, setting, f"{setting}.data") for tokens, setting in held_out]
+    length, part, data = max(rooms)
 
     def check() -> None:
         check_sampling(

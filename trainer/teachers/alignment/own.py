@@ -84,7 +84,7 @@ class OwnTokenizer:
     ) -> None:
         theirs = load_teacher_tokenizer(data_set.teacher)
         assert theirs is not None  # `check_teacher` demands one
-        chats = {prompt.chat for prompt in data_set.prompts}
+        chats = {*data_set.prompts.chats}
         template = _template(theirs, chats, data_set, setting)
         self.reader = Reader(theirs, own=True, template=template)
         self.same = are_one(student, theirs)

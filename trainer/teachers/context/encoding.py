@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from array import array
 from collections.abc import Sequence
 
 from fastkl.trainer.data.prompts import EncodedPrompt
@@ -43,7 +42,7 @@ def encode_contents(
             _check_end_of_text(prompt, text, setting)
         else:
             _check_end(prompt, text, tokens, setting)
-        found.append(dataclasses.replace(prompt, row=row, tokens=array("i", tokens), chat=chat))
+        found.append(dataclasses.replace(prompt, row=row, tokens=tokens, chat=chat))
     return found
 
 

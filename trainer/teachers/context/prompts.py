@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkl.trainer.config.context import ContextConfig
 from fastkl.trainer.config.training import DistillConfig
-from fastkl.trainer.data.mixture import DataSet
-from fastkl.trainer.data.prompts import EncodedPrompt
+from fastkl.trainer.data.arrays import Ragged
+from fastkl.trainer.data.formats.packed import Rows
+from fastkl.trainer.data.mixture import DataSet, all_prompts
+from fastkl.trainer.data.prompts import EncodedPrompt, Given, Prompts, in_pieces
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import ConfigError, RunError
 from fastkl.trainer.models.loading import context_length
@@ -26,16 +28,16 @@ from fastkl.trainer.teachers.context.attempts import Attempt, Told
 from fastkl.trainer.teachers.context.encoding import check_examples, encode_contents
 from fastkl.trainer.teachers.context.functions import Written, context_function
 from fastkl.trainer.teachers.context.siblings import MARKS, Siblings
-from fastkl.trainer.teachers.context.turns import read_examples, teacher_content
+from fastkl.trainer.teachers.context.turns import Content, read_examples, teacher_content
 
 
 def fixed_prompts(
-    prompts: Sequence[EncodedPrompt],
+    prompts: Prompts,
     context: ContextConfig,
     function: Written | None,
     reader: Reader,
     setting: str,
-) -> list[EncodedPrompt]:
+) -> Prompts:
     """The teacher's prompts, as far as they depend on rows alone.
 
     Args:
@@ -47,14 +49,33 @@ def fixed_prompts(
     Raises:
         ConfigError: Naming the row that cannot have such a prompt.
     """
-    if function is not None:
+    examples = [] if function is not None else read_examples(context.examples, f"{setting}.examples")
+
+    def contents(piece: Sequence[EncodedPrompt]) -> list[Content]:
+        if function is None:
+            return [teacher_content(prompt, context, examples, setting) for prompt in piece]
         # By one process for all: it may be a matter of chance what it writes.
-        contents = processes.on_main(lambda: [function.of_row(prompt) for prompt in prompts])
-        return encode_contents(prompts, contents, reader, setting)
-    examples = read_examples(context.examples, f"{setting}.examples")
-    contents = [teacher_content(prompt, context, examples, setting) for prompt in prompts]
-    found = encode_contents(prompts, contents, reader, setting)
+        return processes.on_main(lambda: [function.of_row(prompt) for prompt in piece])
+
+    found = _packed(prompts, contents, reader, setting)
     check_examples(examples, found[0], f"{setting}.examples")
+    return found
+
+
+def _same(prompts: Sequence[EncodedPrompt]) -> list[Content]:
+    return [prompt.row.prompt for prompt in prompts]
+
+
+def _packed(
+    prompts: Prompts, contents: Callable[[Sequence[EncodedPrompt]], list[Content]], reader: Reader, setting: str
+) -> Prompts:
+    """What a teacher reads in place of each prompt, a piece of them at a time."""
+    rows = Rows()
+    found = Prompts(rows, first=prompts.first, dataset=prompts.dataset)
+    for piece in in_pieces(prompts, f"{setting} encoded"):
+        for place, prompt in enumerate(encode_contents(piece, contents(piece), reader, setting), start=len(rows)):
+            rows.append(prompt.row)
+            found.add(place, prompt.tokens, prompt.chat)
     return found
 
 
@@ -79,9 +100,9 @@ class TeacherPrompts:
 
     def __init__(self, config: DistillConfig, data_sets: Sequence[DataSet], tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._prompts = {prompt.index: prompt for data_set in data_sets for prompt in data_set.prompts}
+        self._prompts = all_prompts(data_sets)
         self.own: dict[str, OwnTokenizer] = {}  # of teachers that have one, by data set
-        self._fixed: dict[int, EncodedPrompt] = {}  # by the student's index
+        self._fixed: dict[str, Prompts] = {}  # by data set
         self._functions: dict[str, Written | Siblings] = {}  # of samples, by data set
         self._most: dict[str, float] = {}  # the most tokens that such a function may write
         self._limits: dict[str, float] = {}  # the most tokens that the teacher of a data set reads, where that is known
@@ -91,14 +112,15 @@ class TeacherPrompts:
             if config.has_teacher and data_set.teacher.own_tokenizer:
                 most, role = config.loss.max_segment, config.environment.role
                 self.own[data_set.name] = OwnTokenizer(data_set, tokenizer, most, role, setting)
-            fixed = self._fix(data_set, setting) if config.has_teacher else []
-            self._fixed |= {prompt.index: prompt for prompt in fixed}
-            self.data_sets.append(
-                dataclasses.replace(data_set, prompts=fixed, given=self._given(data_set)) if fixed else data_set
-            )
+            fixed = self._fix(data_set, setting) if config.has_teacher else None
+            if fixed is not None:
+                self._fixed[data_set.name] = fixed
+                given = None if data_set.given is None else self._given(data_set.given, fixed)
+                data_set = dataclasses.replace(data_set, prompts=fixed, given=given)
+            self.data_sets.append(data_set)
 
-    def _fix(self, data_set: DataSet, teacher: str) -> list[EncodedPrompt]:
-        """The prompts that are known before the first step; none where the teacher reads the student's ids."""
+    def _fix(self, data_set: DataSet, teacher: str) -> Prompts | None:
+        """The prompts that are known before the first step; None where the teacher reads the student's ids."""
         context, setting = data_set.context, f"{teacher}.context"
         if context != ContextConfig():
             function = context_function(context, setting)
@@ -107,9 +129,8 @@ class TeacherPrompts:
             else:
                 return fixed_prompts(data_set.prompts, context, function, self.reader(data_set.name), setting)
         if data_set.name not in self.own:
-            return []
-        same = [prompt.row.prompt for prompt in data_set.prompts]
-        return encode_contents(data_set.prompts, same, self.reader(data_set.name), f"{teacher}.tokenizer")
+            return None
+        return _packed(data_set.prompts, _same, self.reader(data_set.name), f"{teacher}.tokenizer")
 
     def reader(self, data_set: str) -> Reader:
         """Who reads the prompts of a data set."""
@@ -130,16 +151,22 @@ class TeacherPrompts:
         self._functions[data_set.name] = function
         self._most[data_set.name] = math.inf if most is None else most
 
-    def _given(self, data_set: DataSet) -> list[Sample]:
-        """Its own completions as the teacher reads them."""
-        given = [dataclasses.replace(sample) for sample in data_set.given]
-        self.give_fixed(given)
-        self.encode(given)
-        return [sample.for_teacher() for sample in given]
+    def _given(self, given: Given, fixed: Prompts) -> Given:
+        """The data's own completions as the teacher reads them, after its prompts."""
+        if fixed.dataset not in self.own:
+            return Given(fixed, given.completions)
+        completions = Ragged()
+        for samples in in_pieces(given, "completions encoded"):
+            self.give_fixed(samples)
+            self.encode(samples)
+            for sample in samples:
+                assert sample.teacher_completion is not None  # `encode` has written it
+                completions.append(sample.teacher_completion.tolist())
+        return Given(fixed, completions)
 
     def limit(self, data_set: DataSet, model: PreTrainedModel) -> None:
         """The teacher of a data set is this model: what functions write for it may not be longer than it reads."""
-        shortest = min(len(prompt.tokens) for prompt in data_set.prompts)
+        shortest = data_set.prompts.ids.lengths.min()
         limit, switch = context_length(model), rope_switch(model.config.get_text_config())
         limits = [limit, switch if switch is not None and shortest <= switch else None]
         self._limits[data_set.name] = min((each for each in limits if each is not None), default=math.inf)
@@ -152,8 +179,9 @@ class TeacherPrompts:
     def give_fixed(self, samples: Iterable[Sample]) -> None:
         """Writes `teacher_prompt` of samples as far as it depends on their rows alone."""
         for sample in samples:
-            fixed = self._fixed.get(sample.prompt_index)
-            sample.teacher_prompt = None if fixed is None else np.array(fixed.tokens, np.int32)
+            fixed = self._fixed.get(sample.dataset)
+            ids = None if fixed is None else fixed.ids[sample.prompt_index - fixed.first]
+            sample.teacher_prompt = None if ids is None else np.array(ids)
 
     def encode(self, samples: Sequence[Sample]) -> Counts:
         """Writes what teachers with their own tokenizers read of the completions, after `teacher_prompt`; by any thread."""

@@ -19,8 +19,7 @@ from tiny_models import tokenizer
 
 from fastkl import cli
 from fastkl.trainer.config.training import DistillConfig
-from fastkl.trainer.data.prompts import encode_prompts
-from fastkl.trainer.data.sources import load_prompts
+from fastkl.trainer.data.prompts import Prompts
 from fastkl.trainer.errors import ConfigError, ServerError
 from fastkl.trainer.rollouts.samplers.served import ServedSampler, connect_sampling
 from fastkl.trainer.runs.processes import start
@@ -52,8 +51,7 @@ def made(
     """A config, and its sampler around its student."""
     made_config: DistillConfig = config("distill", settings(folder, run, stub) | extra)
     student = Student(made_config, start(made_config))
-    prompts = encode_prompts(load_prompts(made_config.data), WORDS, made_config.data)
-    server = connect_sampling(made_config, WORDS, prompts, [])
+    server = connect_sampling(made_config, WORDS, max(map(len, PROMPTS)), Prompts(()))
     return made_config, student, ServedSampler(server, student, [0])
 
 
