@@ -2,6 +2,7 @@
 
     python -m bench host                              steps of 10⁵, 10⁶ and 10⁷ tokens
     python -m bench host --tokens 100000 --repeats 5 --json host.json
+    python -m bench host --tokens 100000 --prompts 10000 100000 1000000
 
 There is no model: a step's samples are made of random ids and log-probs, as a sampler would hand them over. One thread, and
 the clock of the process's own CPU time, which other programs on the machine do not change much; the least of the rounds.
@@ -18,6 +19,12 @@ Columns of the table, keys of the JSON rows:
     log              metrics of all tokens, FLOPs, records of the logged samples
     exchange         `pickle` and back, of all samples: how processes gather them, without the network
     step             scatter, advantages, batch and log together
+
+With `--prompts`, so many are read from JSON Lines and encoded too, each number in a process of its own (Linux):
+
+    tokens, characters    of a prompt, and of its row in the file
+    held, peak            bytes of the process beyond those before the first row: rows, answers, metadata, ids and all
+    read, encode, fingerprint    seconds of CPU time
 """
 
 from __future__ import annotations
@@ -36,6 +43,7 @@ import numpy as np
 import torch
 
 from bench.lib import arguments as checked
+from bench.lib.prompt_memory import measure_prompts
 from bench.lib.report import circumstances
 from fastkl._check.json_file import write_json
 from fastkl.trainer.config.loss import LossConfig
@@ -67,6 +75,7 @@ class Texts:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=checked.positive, nargs="+", default=list(TOKENS), help="the steps' tokens")
     parser.add_argument("--repeats", type=checked.positive, default=3, help="take the least of this many rounds")
+    parser.add_argument("--prompts", type=checked.positive, nargs="+", default=[], help="measure so many prompts too")
     checked.add_json(parser)
 
 
@@ -77,13 +86,17 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         rows = [measure(tokens, arguments.repeats) for tokens in arguments.tokens]
     finally:
         torch.set_num_threads(threads)
-    columns = list(rows[0])
-    print("  ".join(f"{name:>10}" for name in columns))
+    prompts = measure_prompts(arguments.prompts) if arguments.prompts else []
+    report = {"command": "host", **circumstances("cpu"), "clock": "CPU time", "rows": rows, "prompts": prompts}
+    for table in filter(None, (rows, prompts)):
+        _print(table)
+    write_json(arguments.json, report)
+
+
+def _print(rows: Sequence[dict[str, Any]]) -> None:
+    print("  ".join(f"{name:>13}" for name in rows[0]))
     for row in rows:
-        print(
-            "  ".join(f"{row[name]:>10,}" if isinstance(row[name], int) else f"{row[name]:>10.3f}" for name in columns)
-        )
-    write_json(arguments.json, {"command": "host", **circumstances("cpu"), "clock": "CPU time", "rows": rows})
+        print("  ".join(f"{value:>13,}" if isinstance(value, int) else f"{value:>13.3f}" for value in row.values()))
 
 
 def measure(tokens: int, repeats: int) -> dict[str, Any]:

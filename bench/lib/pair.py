@@ -23,7 +23,7 @@ class Size(NamedTuple):
 
 def make_pair(folder: Path, size: Size) -> None:
     """Writes teacher/, student/ and prompts.jsonl into the folder."""
-    tokenizer = _tokenizer(size.vocabulary)
+    tokenizer = word_tokenizer(size.vocabulary)
     torch.manual_seed(0)
     model = _llama(size)
     for name in ("teacher", "student"):
@@ -61,7 +61,7 @@ def _llama(size: Size) -> Any:
     return model
 
 
-def _tokenizer(vocabulary: int) -> Any:
+def word_tokenizer(vocabulary: int) -> Any:
     """One token a word: w0, w1, …"""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
