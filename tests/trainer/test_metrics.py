@@ -133,6 +133,10 @@ def test_figures_are_in_the_order_of_the_table_and_unknown_names_last() -> None:
     assert shown[-1]["unit"] == ""
 
 
+def test_a_standard_error_is_drawn_on_its_metric() -> None:
+    assert [figure["name"] for figure in figures(["eval/accuracy", "eval/accuracy_se"])] == ["eval/accuracy"]
+
+
 def test_the_document_is_made_from_the_table() -> None:
     text = (REPOSITORY / "docs" / "metrics" / "metrics.md").read_text(encoding="utf-8")
     assert text == "\n".join(page()) + "\n", "run: python -m fastkl.trainer.metrics > docs/metrics/metrics.md"

@@ -138,29 +138,24 @@ def write_answers(
         first = 0
         for number, ask in enumerate(asks):
             prompts = ask.each
-            for start, end in _pieces(ask, len(prompts), model.at_once, len(output.rows) - first):
+            for piece, start, end in _pieces(ask, len(prompts), model.at_once, len(output.rows) - first):
                 output.keep(first + start)
-                answers = answers_to(
-                    prompts[start:end], ask, model.responder, tokenizer, _seed(seed, end, model.at_once)
-                )
+                own_seed = seed + 1_000_003 * piece
+                answers = answers_to(prompts[start:end], ask, model.responder, tokenizer, own_seed)
                 output.add(row(number, start + place, answer) for place, answer in enumerate(answers))
                 count.at(len(output.rows), told())
             first += len(prompts)
 
 
-def _pieces(ask: Ask, total: int, size: int, done: int) -> Iterator[tuple[int, int]]:
-    """Where the pieces begin and end that are left of an ask, when so many of its answers are there.
+def _pieces(ask: Ask, total: int, size: int, done: int) -> Iterator[tuple[int, int, int]]:
+    """The pieces that are left of an ask when so many of its answers are there: number, beginning, end.
 
     A piece draws from one random stream, and is answered as a whole; but greedy answers that are there stay.
     """
-    for start in range(0, total, size):
+    for piece, start in enumerate(range(0, total, size)):
         end = min(start + size, total)
         if done < end:
-            yield (max(start, done) if ask.temperature == 0 else start), end
-
-
-def _seed(seed: int, end: int, size: int) -> int:
-    return seed + 1_000_003 * ((end - 1) // size)
+            yield piece, (max(start, done) if ask.temperature == 0 else start), end
 
 
 def answer_row(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -29,10 +29,12 @@ class Output:
         name: The file; None: the rows are kept in memory alone.
         settings: What the rows depend on. A file with other ones is refused, and so is a file that is none of this.
         fields: What every row has besides its `source`, with the type.
+        setting: What names the file, for messages.
     """
 
-    def __init__(self, name: str | None, settings: Mapping[str, Any], fields: Fields) -> None:
+    def __init__(self, name: str | None, settings: Mapping[str, Any], fields: Fields, setting: str = "output") -> None:
         self.path = None if name is None else Path(name)
+        self._setting = setting
         self.rows: list[dict[str, Any]] = []
         self._sources: Sequence[str] = ()
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
@@ -92,6 +94,11 @@ class Output:
             raise KeyboardInterrupt(f"interrupted; {where if self.path else 'nothing was written'}") from error
 
     @property
+    def _named(self) -> str:
+        """How messages call the file."""
+        return f"{self._setting} {self.path}"
+
+    @property
     def _note(self) -> Path:
         assert self.path is not None
         return self.path.with_name(f".{self.path.name}.config")
@@ -107,10 +114,10 @@ class Output:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise ConfigError(
-                f"output {self.path}: another process is writing to it; wait for it or choose another name"
+                f"{self._named}: another process is writing to it; wait for it or choose another name"
             ) from error
         except (OSError, NotImplementedError) as error:
-            raise _unusable(self.path, error) from error
+            raise self._unusable(error) from error
         self._lock = lock
 
     def _check(self) -> None:
@@ -124,7 +131,10 @@ class Output:
                 open(self.path, "ab").close()
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise _unusable(self.path, error) from error
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> ConfigError:
+        return ConfigError(f"{self._named} cannot be written ({error}); name a file in a folder of yours")
 
     def _rows_before(self) -> list[dict[str, Any]]:
         assert self.path is not None
@@ -134,7 +144,7 @@ class Output:
         lines = self._whole_lines()
         if len(lines) > self.total:
             raise ConfigError(
-                f"output {self.path} holds {len(lines)} rows, but the data has {self.total}; move the file away or choose "
+                f"{self._named} holds {len(lines)} rows, but the data has {self.total}; move the file away or choose "
                 f"another name"
             )
         rows = [self._row(number, line) for number, line in enumerate(lines, start=1)]
@@ -151,7 +161,7 @@ class Output:
             fault = self._fault(row, self._sources[number - 1])
         if fault:
             raise ConfigError(
-                f"{self.path}:{number} {fault}, so the output is damaged; take out this line and all after it, and the "
+                f"{self.path}:{number} {fault}, so the file is damaged; take out this line and all after it, and the "
                 f"same command goes on, or choose another name"
             )
         found: dict[str, Any] = row
@@ -172,7 +182,7 @@ class Output:
         except (OSError, ValueError):
             note = None
         if not isinstance(note, dict):
-            raise ConfigError(f"output {self.path} exists already; move it away or choose another name")
+            raise ConfigError(f"{self._named} exists already; move it away or choose another name")
         return note
 
     def _compare(self, before: dict[str, Any]) -> None:
@@ -181,7 +191,7 @@ class Output:
         if others:
             changes = "; ".join(f"{name} was {was.get(name)!r} and is {now.get(name)!r}" for name in others)
             raise ConfigError(
-                f"output {self.path} holds rows of another config: {changes}. Choose another name, or the old settings to "
+                f"{self._named} holds rows of another config: {changes}. Choose another name, or the old settings to "
                 f"go on"
             )
 
@@ -209,13 +219,9 @@ class Output:
             yield
         except OSError as error:
             raise RunError(
-                f"output {self.path} could not be written: {error}. The first {len(self.rows)} of {self.total} rows are in "
+                f"{self._named} could not be written: {error}. The first {len(self.rows)} of {self.total} rows are in "
                 f"it; make room, and the same command goes on after them"
             ) from error
-
-
-def _unusable(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(f"output {path} cannot be written ({error}); name a file in a folder of yours")
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

@@ -32,6 +32,7 @@ from fastkl.trainer.runs.identity import rows_fingerprint
 
 FIELDS: Fields = {"completion": str, "sample": int, "tokens": int, "truncated": bool}
 GRADED: Fields = {**FIELDS, "score": (int, float)}
+RECENT = 1000  # completions, whose mean score is shown meanwhile
 
 
 def sample_completions(config: SampleConfig) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def sample_completions(config: SampleConfig) -> dict[str, Any]:
     rule = dataclasses.asdict(config.keep)
     with ExitStack() as files:
         output = files.enter_context(Output(config.output, settings, fields))
-        kept = files.enter_context(Output(rule.pop("path"), {**settings, "keep": rule}, fields))
+        kept = files.enter_context(Output(rule.pop("path"), {**settings, "keep": rule}, fields, "keep.path"))
         tokenizer = writer_tokenizer(config.model)
         prompts = encode_prompts(load_prompts(config.data, all_columns=True), tokenizer, config.data)
         grader = None
@@ -63,7 +64,9 @@ def sample_completions(config: SampleConfig) -> dict[str, Any]:
             return {**answer_row(answer, tokenizer), "sample": place % ask.samples}
 
         def told() -> str:
-            return "" if grader is None else f"mean score {mean([row['score'] for row in output.rows]):.3f}"
+            return (
+                "" if grader is None else f"recent scores {mean([row['score'] for row in output.rows[-RECENT:]]):.3f}"
+            )
 
         write_answers([ask], model, tokenizer, config.seed, output, row, told)
         found = _summary(output.rows, rows_flops(model.cost, ask.each, output.rows))

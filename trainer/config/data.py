@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastkl.trainer.config.rules import at_least
+from fastkl.trainer.config.rules import at_least, unchanged
 from fastkl.trainer.errors import require
 
 COLUMNS = ("prompt", "messages", "completion", "truncated", "answer", "metadata", "tools")  # what a row may have
@@ -74,6 +74,8 @@ class EvalSetConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "eval.more.", "max_new_tokens")
+        if self.grader is None:
+            unchanged(self, "eval.more.", "it names no grader of its own; unset one of them", ["trust_grader"])
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,9 @@ def test_what_is_kept(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixtur
     refusal(capsys, "sample", settings(folder, output) | rule, "keep.min_score was 1", "is 0", "another name")
     (tmp_path / "mine").write_text("a month of work")
     rule = {"keep.path": tmp_path / "mine", "model.path": "./nosuch"}
-    refusal(capsys, "sample", settings(folder, tmp_path / "new") | rule, f"output {tmp_path / 'mine'} exists already")
+    refusal(
+        capsys, "sample", settings(folder, tmp_path / "new") | rule, f"keep.path {tmp_path / 'mine'} exists already"
+    )
 
 
 @pytest.fixture
