@@ -44,7 +44,7 @@ bench: setup
 	$(BIN)/python -m bench loss --op policy_gradient --shape 1536,576,49152 --head frozen
 
 # Needs a GPU and no setup: runs with $(PYTHON) from the checkout. OUT=folder, WHEELS=folder, CACHE=folder, PAIR=folder,
-# DRY_RUN=1: see CONTRIBUTING.md.
+# DRY_RUN=1: see docs/testing.md.
 OUT ?= runs/gpu
 gpu:
 	$(PYTHON) -m bench gpu --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(CACHE),--cache $(CACHE)) $(if $(PAIR),--pair $(PAIR)) $(if $(DRY_RUN),--dry-run)

@@ -1,4 +1,4 @@
-"""`policy_gradient_loss` as Liger's GRPO loss, loss type by loss type: the table of docs/peers.md, run."""
+"""`policy_gradient_loss` as Liger's GRPO loss, loss type by loss type: the tables of docs/losses/names.md, run."""
 
 from __future__ import annotations
 
