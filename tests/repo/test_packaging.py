@@ -85,7 +85,23 @@ def test_metadata(wheel: Path) -> None:
     found = metadata(wheel)
     assert (found["Name"], found["Version"]) == ("fastkl", fastkl.__version__)
     assert requirements(found) == {"torch", "triton", "typing-extensions"}
-    assert {"trainer", "dev"} <= set(found.get_all("Provides-Extra", []))
+    assert {"trainer", "docs", "dev"} <= set(found.get_all("Provides-Extra", []))
+    assert {line.split(", ")[0] for line in found.get_all("Project-URL", [])} >= {"Repository", "Documentation"}
+
+
+@pytest.mark.slow
+def test_what_would_be_uploaded_is_well_formed(source: Path, tmp_path: Path) -> None:
+    for name in ("build", "twine"):
+        pytest.importorskip(name)
+    python("-m", "build", "--no-isolation", "--outdir", tmp_path, source, cwd=tmp_path)
+    python("-m", "twine", "check", "--strict", *sorted(tmp_path.iterdir()), cwd=tmp_path)
+
+
+def test_no_message_installs_fastkl_from_an_index() -> None:
+    """It is on none. What extras need is named (`install_command`)."""
+    files = [file for room in ("fastkl", "kernels", "trainer") for file in (REPOSITORY / room).rglob("*.py")]
+    named = [str(file) for file in files if re.search(r"pip install [^\n]*fastkl", file.read_text(encoding="utf-8"))]
+    assert named == []
 
 
 def test_the_installed_wheel_is_what_is_imported(wheel: Path, tmp_path: Path) -> None:
