@@ -25,12 +25,12 @@ from fastkl.trainer.data.mixture import DataSet, all_prompts, prompt_lengths, re
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.remarks import remark_on_data_sets, remark_on_length
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.data.step_metrics import rollout_metrics, staleness
+from fastkl.trainer.data.step_metrics import as_metrics, mean_staleness, rollout_means
 from fastkl.trainer.loop import Source, fit
 from fastkl.trainer.models.ends import end_of_sequence
 from fastkl.trainer.models.loading import context_length
 from fastkl.trainer.models.pretrained import load_tokenizer
-from fastkl.trainer.models.sizes.flops import sampling_flops
+from fastkl.trainer.models.sizes.flops import sampling_flops, work
 from fastkl.trainer.models.tokenizers import vocabulary
 from fastkl.trainer.models.withheld import withholds_routers
 from fastkl.trainer.notes import note
@@ -56,6 +56,7 @@ from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.identity import Identity, rows_fingerprint, rows_of, weights_fingerprint
 from fastkl.trainer.runs.listener import SILENT, Clock, Listener
 from fastkl.trainer.runs.report.hub import check_repository
+from fastkl.trainer.runs.sharing.shares import share_out
 from fastkl.trainer.runs.start import start_run
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.cached import spared_metrics
@@ -96,47 +97,53 @@ class OnPolicy(Source):
             unmasked, told = self._teacher_prompts.give(written)
             metrics |= told
             samples = filter_by_length(unmasked, self._config.sampling)
-            metrics["flops/sampling"] = sampling_flops(self._student.cost, [s for s in written if not s.given])
-        mine = processes.my_share(samples)
+            flops = sampling_flops(self._student.cost, [s for s in written if not s.given])
+            dropped = len(unmasked) - len(samples)
+            sums = processes.add({"written": len(written), "dropped": dropped, "flops": flops})
+            metrics["flops/sampling"] = sums["flops"]
+            if self._config.sampling.filters:
+                metrics["completions/dropped_fraction"] = sums["dropped"] / sums["written"]
+            samples = share_out(samples, work(self._student.cost, samples), self._config.optim.substeps)
         if self._teacher_prompts.own:
             with clock("align"):
-                metrics |= self._teacher_prompts.encode_together(mine)
-        metrics |= self._objective.prepare(mine, self._student, clock)
+                metrics |= self._teacher_prompts.encode_together(samples)
+        metrics |= self._objective.prepare(samples, self._student, clock)
         if self._teachers is not None and step + 1 == self._config.optim.steps:
             processes.raise_together(self._teachers.recheck)  # no later step would find a server that has changed
-        samples = processes.gather(mine)
         metrics |= self._weights.set(samples)
-        passes = teacher_passes(self._config.loss)
-        flops = {} if self._teachers is None else self._teachers.flops(samples)
-        metrics |= {name: value * passes for name, value in flops.items()}
+        metrics |= self._teacher_flops(samples)
         with clock("ranks"):
-            self._set_ranks(samples[: self._config.log_samples])
+            self._set_ranks([sample for sample in samples if sample.place < self._config.log_samples])
+        means = rollout_means(samples)
         if isinstance(self._rollouts, AheadRollouts):
-            metrics |= staleness(samples) | {"time/rollouts": processes.on_main(self._rollouts.seconds)}
+            means |= mean_staleness(samples)
+            metrics |= {"staleness/max": max(processes.gather([max((s.staleness for s in samples), default=0)]))}
+            metrics |= {"time/rollouts": processes.on_main(self._rollouts.seconds)}
         self._rollouts.carry_over(samples)  # nothing can fail any more: a checkpoint holds the state between two steps
-        if self._config.sampling.filters:
-            metrics["completions/dropped_fraction"] = (len(unmasked) - len(samples)) / len(written)
-        return samples, rollout_metrics(samples) | spared_metrics(samples) | metrics
+        metrics |= processes.add(spared_metrics(samples))
+        return samples, as_metrics(processes.gather([means])) | metrics
 
     def settle(self, stopping: Callable[[], bool]) -> None:
         self._rollouts.settle(stopping)
 
+    def _teacher_flops(self, samples: list[Sample]) -> dict[str, float]:
+        """Of the teachers and the reference, on all processes; nothing of those whose size one of them does not know."""
+        own = {} if self._teachers is None else self._teachers.flops(samples)
+        parts = processes.gather([own])
+        passes = teacher_passes(self._config.loss)
+        return {name: passes * sum(part[name] for part in parts) for name in own if all(name in part for part in parts)}
+
     def _set_ranks(self, samples: list[Sample]) -> None:
-        """Where the tokens stand with the student that sampled them and with the teacher, on every process.
+        """Where the tokens of this process's samples stand with the student that sampled them and with the teacher.
 
         And what a teacher with a prompt of its own would say without it.
         """
-        teachers, mine = self._teachers, processes.my_share(samples)
-        self._student.rank(mine, self._vocab_size)
+        teachers = self._teachers
+        self._student.rank(samples, self._vocab_size)
         if teachers is not None:
             with teachers.ready():
-                processes.raise_together(lambda: teachers.rank(mine, self._vocab_size))
-                processes.raise_together(lambda: teachers.score_plain(mine))
-        found = processes.gather(
-            [(sample.student_ranks, sample.teacher_ranks, sample.plain_logprobs) for sample in mine]
-        )
-        for sample, values in zip(samples, found, strict=True):
-            sample.student_ranks, sample.teacher_ranks, sample.plain_logprobs = values
+                processes.raise_together(lambda: teachers.rank(samples, self._vocab_size))
+                processes.raise_together(lambda: teachers.score_plain(samples))
 
 
 def distill(config: DistillConfig, *, listener: Listener = SILENT) -> RunFolder:

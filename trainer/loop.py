@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.config.optim import OptimConfig
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.data.step_metrics import context_gap, teacher_kl
+from fastkl.trainer.data.step_metrics import as_metrics, context_gap, teacher_kl
 from fastkl.trainer.errors import RunError, ServerError
 from fastkl.trainer.models.precision import too_small_an_update
 from fastkl.trainer.models.saving import save_student
@@ -30,6 +30,7 @@ from fastkl.trainer.runs.report.hub import upload
 from fastkl.trainer.runs.report.page import NAME as REPORT
 from fastkl.trainer.runs.report.page import report_of
 from fastkl.trainer.runs.samples_log import NAME, sample_records
+from fastkl.trainer.runs.sharing.samples import first_samples
 from fastkl.trainer.runs.stop import Stopped, StopSignals
 from fastkl.trainer.runs.trackers import start_trackers
 from fastkl.trainer.student import Student
@@ -39,9 +40,9 @@ class Source(Protocol):
     """Where the samples of a step come from."""
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
-        """All samples of a step, ready for the objective, and metrics, on every process.
+        """This process's samples of a step, ready for the objective, and metrics of the whole step.
 
-        The same for the same step and the same student, always.
+        The same for the same step and the same student, always. All processes call it.
         """
         ...
 
@@ -107,14 +108,15 @@ def fit(
                 samples, metrics = source.samples(step, clock)
             with stop.postponed(), clock("train"), objective.updating():
                 metrics |= student.update(samples, objective, step)
-            metrics |= teacher_kl(samples) | context_gap(samples)
-            tokens = sum(len(sample.ids) for sample in samples)
+            metrics |= as_metrics(processes.gather([teacher_kl(samples) | context_gap(samples)]))
+            tokens = processes.add({"all": sum(len(sample.ids) for sample in samples)})["all"]
             metrics |= {**clock.seconds, "tokens_per_second": tokens / sum(clock.seconds.values())}
             if done == config.optim.steps or (config.eval.every and done % config.eval.every == 0):
                 grade(metrics, done)
             guards.look(done, metrics, samples)
             _log(student, folder, done, metrics)
-            folder.log(NAME, sample_records(samples[: config.log_samples], tokenizer, done, own_tokenizers))
+            logged = first_samples(samples, config.log_samples)
+            folder.log(NAME, sample_records(logged, tokenizer, done, own_tokenizers))
             progress.step(done, metrics)
             guards.tell(done, progress)
             if step == max(start, config.optim.warmup_steps - 1):  # the first at the full rate

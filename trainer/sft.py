@@ -5,6 +5,7 @@ Cross-entropy is the policy gradient of tokens that all have the advantage 1: âˆ
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 
 from accelerate import Accelerator
@@ -23,6 +24,7 @@ from fastkl.trainer.models import checks
 from fastkl.trainer.models.ends import end_of_sequence
 from fastkl.trainer.models.loading import context_length
 from fastkl.trainer.models.pretrained import load_tokenizer
+from fastkl.trainer.models.sizes.flops import Cost, work
 from fastkl.trainer.models.withheld import withholds_routers
 from fastkl.trainer.notes import note
 from fastkl.trainer.objectives.policy_gradient import PolicyGradient
@@ -34,6 +36,7 @@ from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.identity import Identity, rows_of
 from fastkl.trainer.runs.listener import SILENT, Clock, Listener
 from fastkl.trainer.runs.report.hub import check_repository
+from fastkl.trainer.runs.sharing.shares import shares
 from fastkl.trainer.runs.start import start_run
 from fastkl.trainer.student import Student
 
@@ -41,25 +44,31 @@ from fastkl.trainer.student import Student
 class Examples(Source):
     """The given completions, each token with advantage 1."""
 
-    def __init__(self, data_sets: list[DataSet], per_step: int, seed: int) -> None:
-        self._data_sets, self._per_step, self._seed = data_sets, per_step, seed
-        self._examples = EndToEnd(completions_of(data_sets))
+    def __init__(self, data_sets: list[DataSet], config: SftConfig, cost: Cost) -> None:
+        self._data_sets, self._config, self._cost = data_sets, config, cost
 
     def samples(self, step: int, clock: Clock) -> tuple[list[Sample], dict[str, float]]:
-        samples = self.of_step(step)
-        return samples, {"completions/mean_length": sum(sample.loss_tokens for sample in samples) / len(samples)}
-
-    def of_step(self, step: int) -> list[Sample]:
-        chosen = step_prompts(self._data_sets, self._per_step, step, self._seed)
-        samples = [self._examples[prompt.index] for prompt in chosen]
-        for sample in samples:
-            sample.advantages = sample.loss_mask
-        return samples
+        everyones = step_examples(self._data_sets, self._config, step)
+        owners = shares(
+            work(self._cost, everyones), [0] * len(everyones), processes.count(), self._config.optim.substeps
+        )
+        mine = [
+            dataclasses.replace(sample, advantages=sample.loss_mask, place=place)
+            for place, (sample, owner) in enumerate(zip(everyones, owners, strict=True))
+            if owner == processes.rank()
+        ]
+        return mine, {"completions/mean_length": sum(sample.loss_tokens for sample in everyones) / len(everyones)}
 
 
 def completions_of(data_sets: Iterable[DataSet]) -> list[Given]:
     """Those of each data set of a supervised stage."""
     return [data_set.given for data_set in data_sets if data_set.given is not None]
+
+
+def step_examples(data_sets: list[DataSet], config: SftConfig, step: int) -> list[Sample]:
+    """The completions of a step, on all processes."""
+    given = EndToEnd(completions_of(data_sets))
+    return [given[prompt.index] for prompt in step_prompts(data_sets, config.examples_per_step, step, config.seed)]
 
 
 def sft(config: SftConfig, *, listener: Listener = SILENT) -> RunFolder:
@@ -101,7 +110,7 @@ def _sft(config: SftConfig, accelerator: Accelerator, folder: RunFolder, listene
     ends = end_of_sequence(student.model, tokenizer)
     with student.gathered():
         sampler = local_sampler(student.model, eos_token_ids=ends) if evaluations else None
-    source = Examples(data_sets, config.examples_per_step, config.seed)
+    source = Examples(data_sets, config, student.cost)
     responder = None if sampler is None else SingleTurn(sampler, context_length(student.model))
     objective = PolicyGradient(LossConfig(method="reinforce", old_logprobs="current"), SamplingConfig())
     prints = rows_of(data_sets, eval_rows(evaluations)) | {"the student's weights": student.fingerprint}

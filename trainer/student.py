@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from fastkl.trainer.config.training import RunConfig
 from fastkl.trainer.data.batching import Batch, batches
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.data.step_metrics import add_policy_metrics, merge_metrics, mismatch_metrics
+from fastkl.trainer.data.step_metrics import add_policy_metrics, merge_metrics
 from fastkl.trainer.errors import RunError
 from fastkl.trainer.models.loading import fuse, load_student
 from fastkl.trainer.models.modes import updating
@@ -43,6 +43,8 @@ from fastkl.trainer.models.sharding import GatheredCopy, head_gathered_once, nam
 from fastkl.trainer.models.sizes.flops import cost_of, training_flops
 from fastkl.trainer.runs import checkpoint, processes
 from fastkl.trainer.runs.identity import weights_fingerprint
+from fastkl.trainer.runs.sharing.mismatch import mismatch_metrics
+from fastkl.trainer.runs.sharing.samples import lent
 
 if TYPE_CHECKING:
     from fastkl.trainer.objectives.base import Objective
@@ -193,26 +195,24 @@ class Student:
     def update(self, samples: list[Sample], objective: Objective, step: int) -> dict[str, float]:
         """One step: `substeps` optimizer steps, each on the weighted mean over its tokens, accumulated batch by batch.
 
-        Every process is given all samples and takes its part. Gradients are averaged over the processes, hence the factor.
+        Every process is given its own samples (`share_out`). Gradients are averaged over the processes, hence the factor.
         """
         optim, totals, norms = self.config.optim, defaultdict[str, float](float), []
         mismatch: list[Tensor] = []
         coarse = Counts(self.plain.parameters())
-        scattered: dict[int, set[str]] = {}  # by a sample's identity: its fields that the objective wrote
         # A new one for each batch of a run.
         seeds = itertools.count(((self.config.seed * 1_000_003 + step) << 20) + processes.rank(), processes.count())
         with updating(self.plain, self.config.student.dropout):
             for first in range(optim.substeps):
-                minibatch = sorted(samples[first :: optim.substeps], key=lambda sample: len(sample.ids))
-                weight = sum(sample.weight for sample in minibatch) or 1
-                tokens = sum(sample.weighed_tokens for sample in minibatch)
-                own = minibatch[processes.rank() :: processes.count()]
+                own = [sample for sample in samples if sample.place % optim.substeps == first]
+                own.sort(key=lambda sample: len(sample.ids))
+                sums = {"weight": sum(s.weight for s in own), "tokens": sum(s.weighed_tokens for s in own)}
+                weight, tokens = processes.add(sums).values()
                 for batch, counts in self._in_step(objective.groups(own)):
-                    output = objective(self._forward, batch, weight, next(seeds))
+                    output = objective(self._forward, batch, weight or 1, next(seeds))
                     self.accelerator.backward(output.loss * processes.count() * counts)
                     if not counts:
                         continue
-                    scattered |= {id(sample): batch.scattered for sample in batch.samples}
                     totals["loss"] += output.loss.item() / optim.substeps
                     if batch.weighed_tokens:
                         share = batch.weighed_tokens / tokens / optim.substeps
@@ -223,21 +223,21 @@ class Student:
                 self._step(step, norms[-1], coarse)
                 self.version += 1
         finite = [norm for norm in norms if math.isfinite(norm)]
-        parts = processes.gather([(dict(totals), mismatch, (coarse.seen, coarse.unchanged))])
+        parts = processes.gather([(dict(totals), (coarse.seen, coarse.unchanged))])
+        flops = training_flops(self.cost, samples) + objective.preparing_flops(self.cost, samples)
         metrics = {
-            **merge_metrics([totals for totals, _, _ in parts]),
-            **unchanged_fraction([counts for _, _, counts in parts]),
+            **merge_metrics([totals for totals, _ in parts]),
+            **unchanged_fraction([counts for _, counts in parts]),
             "optim/lr": float(self.scheduler.get_last_lr()[0]),
             "optim/grad_norm": sum(finite) / len(finite) if finite else math.nan,
             "optim/skipped": len(norms) - len(finite),
-            "flops/student": training_flops(self.cost, samples) + objective.preparing_flops(self.cost, samples),
+            **processes.add({"flops/student": flops}),
         }
         self.scheduler.step()
         for follower in self._followers:
             follower.updated(step + 1)
-        _exchange(samples, scattered)
         metrics |= objective.updated(samples)
-        return {**metrics, **mismatch_metrics([part for _, own, _ in parts for part in own])}
+        return {**metrics, **mismatch_metrics(mismatch)}
 
     def _in_step(self, groups: list[list[Sample]]) -> Iterator[tuple[Batch, bool]]:
         """Batches of this process's samples, as many as on every other: one that has fewer adds some that do not count.
@@ -246,9 +246,9 @@ class Student:
         """
         layout, device, limit = self.layout, self.device, self.config.batch.max_tokens
         own = [batch for group in groups for batch in batches(group, limit, layout, device)]
-        shortest = [min((s for group in groups for s in group), key=lambda s: len(s.ids))] if own else []
-        counts, fillers = zip(*processes.gather([(len(own), shortest)]), strict=True)
-        filler = min(itertools.chain(*fillers), key=lambda sample: len(sample.ids), default=None)
+        counts = processes.gather([len(own)])
+        shortest = min((s for group in groups for s in group), key=lambda s: len(s.ids), default=None)
+        filler = lent(shortest, [count > 0 for count in counts])
         with head_gathered_once(self.wrapped):
             for index in range(max(counts)):
                 last = index == max(counts) - 1 or self._gathered_copy is not None
@@ -286,14 +286,3 @@ class Student:
         limit = self.config.optim.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), float("inf") if limit is None else limit)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-
-def _exchange(samples: list[Sample], scattered: dict[int, set[str]]) -> None:
-    """Gives all processes what the objective wrote into one process's samples in the update."""
-    written = [
-        (index, {field: getattr(sample, field) for field in sorted(scattered[id(sample)])})
-        for index, sample in enumerate(samples)
-        if id(sample) in scattered
-    ]
-    for index, values in processes.gather(written):
-        vars(samples[index]).update(values)

@@ -17,7 +17,7 @@ Columns of the table, keys of the JSON rows:
     advantages       `set_advantages` of the policy gradient
     batch            two times batches, for scores and for the update, and what the loss takes of them
     log              metrics of all tokens, FLOPs, records of the logged samples
-    exchange         `pickle` and back, of all samples: how processes gather them, without the network
+    exchange         to flat bytes and back, of all samples: as those that change their process, without the network
     step             scatter, advantages, batch and log together
 
 With `--prompts`, so many are read from JSON Lines and encoded too, each number in a process of its own (Linux):
@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,10 +48,13 @@ from fastkl._check.json_file import write_json
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.data.batching import Batch, batches
 from fastkl.trainer.data.samples import Sample, make_sample
-from fastkl.trainer.data.step_metrics import context_gap, mismatch_metrics, rollout_metrics, teacher_kl
+from fastkl.trainer.data.step_metrics import as_metrics, context_gap, rollout_means, teacher_kl
 from fastkl.trainer.models.sizes.flops import Cost, sampling_flops, scoring_flops, training_flops
 from fastkl.trainer.objectives.advantages import set_advantages
 from fastkl.trainer.runs.samples_log import sample_records
+from fastkl.trainer.runs.sharing.mismatch import mismatch_metrics
+from fastkl.trainer.runs.sharing.records import pack, unpack
+from fastkl.trainer.runs.sharing.samples import as_record, as_sample
 
 TOKENS = (10**5, 10**6, 10**7)
 VOCABULARY, PROMPT, SHORTEST, LONGEST = 151_936, 128, 200, 1_600
@@ -161,7 +163,8 @@ def _step(drawn: list[Drawn]) -> tuple[dict[str, float], int]:
     held = held_bytes(samples)
     del taken, logprobs
     with clock("exchange"):
-        pickle.loads(pickle.dumps(samples))
+        records = unpack(*pack([as_record(sample) for sample in samples]))
+        assert len([as_sample(record) for record in records]) == len(samples)
     return seconds, held
 
 
@@ -173,7 +176,7 @@ def _taken(batch: Batch, weight: float) -> Batch:
 
 
 def _logged(samples: list[Sample], taken: list[Batch], logprobs: list[torch.Tensor]) -> None:
-    metrics = rollout_metrics(samples) | teacher_kl(samples) | context_gap(samples)
+    metrics = as_metrics([rollout_means(samples) | teacher_kl(samples) | context_gap(samples)])
     flops: tuple[Callable[[Cost, Sequence[Sample]], float], ...] = (sampling_flops, scoring_flops, training_flops)
     metrics |= {count.__name__: count(COST, samples) for count in flops}
     metrics |= mismatch_metrics([batch.sampler_mismatch(own) for batch, own in zip(taken, logprobs, strict=True)])

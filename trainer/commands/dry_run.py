@@ -22,7 +22,7 @@ from fastkl.trainer.rollouts.evaluation import check_eval_room, load_evaluations
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.start import start_run
-from fastkl.trainer.sft import Examples, completions_of
+from fastkl.trainer.sft import completions_of, step_examples
 from fastkl.trainer.teachers.open import check_fit, remedy
 
 ALIGNED, WIDTH = 10, 300  # so many texts, and characters of each, are shown as they are aligned
@@ -83,7 +83,7 @@ def dry_sft(config: SftConfig) -> None:
     for given in completions_of(data_sets):
         checks.check_given(given, {"student": student})
     check_eval_room(evaluations, "student", student)
-    step = Examples(data_sets, config.examples_per_step, config.seed).of_step(0)
+    step = step_examples(data_sets, config, 0)
     lengths = prompt_lengths(data_sets).tolist()
     _print(Run(config, _started(accelerator), student, [], lengths, step, step))
 

@@ -33,7 +33,6 @@ class Batch:
     inputs: dict[str, Tensor]  # input_ids, position_ids [B, T], and attention_mask [B, T] where padded
     rows: Tensor  # [n] which hidden state, of [B · T], predicts each counted token
     tokens: Tensor  # [n]
-    scattered: set[str] = dataclasses.field(default_factory=set)  # the samples' fields that were written from it
 
     def per_token(self, field: str) -> Tensor:
         """An array of the samples (`advantages`, `sampler_logprobs`, …) as a float32 tensor [n]."""
@@ -107,7 +106,6 @@ class Batch:
         parts = map(self._by_sample, (found.ids.int(), found.logprobs))
         for sample, *part in zip(self.samples, *parts, strict=True):
             sample.teacher_top_k = TopK(*part)
-        self.scattered.add("teacher_top_k")
 
     def scatter_student_top_k(self, ids: Tensor) -> None:
         """Gives each sample its rows of ids [n, k]."""
@@ -124,7 +122,6 @@ class Batch:
         found[mask] = values.detach().cpu().numpy()
         for sample, own in zip(self.samples, pieces(found, [len(s.ids) for s in self.samples]), strict=True):
             setattr(sample, field, own)
-        self.scattered.add(field)
 
 
 def _counted(samples: Sequence[Sample], field: str) -> Array:

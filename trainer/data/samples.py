@@ -86,6 +86,7 @@ class Sample:
     teacher_completion_ranks: Integers = field(default_factory=_nothing)
     teacher_cached: bool | None = None  # its scores were there already; None: it has no cache
     plain_logprobs: Numbers = field(default_factory=_nothing)  # the teacher's, had it read what the student read
+    place: int = 0  # among all samples of the step, on all processes
 
     def __setattr__(self, name: str, value: Any) -> None:
         dtype = ARRAYS.get(name)

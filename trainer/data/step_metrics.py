@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastkl.trainer.data.arrays import total
@@ -15,28 +13,41 @@ from fastkl.trainer.data.samples import Sample
 EXTREMES: dict[str, Callable[[float, float], float]] = {"min": min, "max": max}  # by the end of a metric's name
 
 
-def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+Means = dict[str, tuple[float, int]]
+"""Totals by name, with the counts that they are divided by. Those of several processes add up."""
+
+# Metrics that are one mean less another, which are no metrics themselves.
+DIFFERENCES = {
+    "given/forward_kl": ("given/teacher_logprob", "given/scored_logprob"),
+    "context/gap": ("context/logprob", "context/plain_logprob"),
+}
+
+
+def rollout_means(samples: Sequence[Sample]) -> Means:
     """What the samples say before the update: of the student's own entropy, lengths and KLs, of the given likelihoods."""
-    metrics = {}
+    found: Means = {}
     own = [sample for sample in samples if not sample.given]
     given = [sample for sample in samples if sample.given]
     if own:
-        metrics["entropy"] = -_per_token(own, "sampler_logprobs")
-        metrics["completions/mean_length"] = sum(sample.loss_tokens for sample in own) / len(own)
-        metrics["completions/truncated_fraction"] = sum(sample.truncated for sample in own) / len(own)
+        logprobs, tokens = _sum(own, "sampler_logprobs")
+        found["entropy"] = -logprobs, tokens
+        found["completions/mean_length"] = tokens, len(own)
+        found["completions/truncated_fraction"] = sum(sample.truncated for sample in own), len(own)
         if len(own[0].reference_logprobs):
-            metrics["reference_kl"] = _gap_per_token(own, "reference_logprobs")
+            found["reference_kl"] = _gap(own, "reference_logprobs")
         if len(own[0].kl_baseline):
-            metrics["advantages/kl_baseline"] = _per_token(own, "kl_baseline")
+            found["advantages/kl_baseline"] = _sum(own, "kl_baseline")
     if given and len(given[0].old_logprobs):
-        metrics["given/nll"] = -_per_token(given, "old_logprobs")
+        logprobs, tokens = _sum(given, "old_logprobs")
+        found["given/nll"] = -logprobs, tokens
         if len(given[0].teacher_logprobs):
-            theirs, ours = (_per_token(given, field, scored=True) for field in ("teacher_logprobs", "old_logprobs"))
-            metrics["given/forward_kl"] = theirs - ours
-    return metrics
+            found["given/teacher_logprob"], found["given/scored_logprob"] = (
+                _sum(given, field, scored=True) for field in ("teacher_logprobs", "old_logprobs")
+            )
+    return found
 
 
-def teacher_kl(samples: Sequence[Sample]) -> dict[str, float]:
+def teacher_kl(samples: Sequence[Sample]) -> Means:
     """The one-sample estimate of the reverse KL, mean of ℓ_sampler − ℓ_teacher per token: of all and of each data set.
 
     Only of samples that the student wrote. Of a teacher with its own tokenizer, only of tokens in segments.
@@ -45,46 +56,36 @@ def teacher_kl(samples: Sequence[Sample]) -> dict[str, float]:
     data_sets = sorted({sample.dataset for sample in scored if sample.dataset})
     parts = {"teacher_kl": scored} if scored else {}
     parts |= {f"teacher_kl/{name}": [sample for sample in scored if sample.dataset == name] for name in data_sets}
-    return {key: _gap_per_token(part, "teacher_logprobs", scored=True) for key, part in parts.items()}
+    return {key: _gap(part, "teacher_logprobs", scored=True) for key, part in parts.items()}
 
 
-def staleness(samples: Sequence[Sample]) -> dict[str, float]:
-    """How many steps older the weights that wrote the samples are than those that learn from them."""
+def mean_staleness(samples: Sequence[Sample]) -> Means:
+    """How many steps older the weights that wrote the samples are than those that learn from them, per token."""
     own = [sample for sample in samples if not sample.given]
     if not own:
         return {}
-    steps = sum(sample.staleness * sample.loss_tokens for sample in own)
-    return {"staleness/mean": steps / _tokens(own), "staleness/max": max(sample.staleness for sample in own)}
+    return {"staleness/mean": (sum(sample.staleness * sample.loss_tokens for sample in own), _tokens(own))}
 
 
-def context_gap(samples: Sequence[Sample]) -> dict[str, float]:
+def context_gap(samples: Sequence[Sample]) -> Means:
     """The mean of ℓ_teacher after its own prompt, less ℓ_teacher after the student's, where both are known."""
     both = [sample for sample in samples if len(sample.teacher_logprobs) and len(sample.plain_logprobs)]
     if not both:
         return {}
-    return {"context/gap": _per_token(both, "teacher_logprobs") - _per_token(both, "plain_logprobs")}
+    return {"context/logprob": _sum(both, "teacher_logprobs"), "context/plain_logprob": _sum(both, "plain_logprobs")}
 
 
-def mismatch_metrics(differences: Sequence[Tensor]) -> dict[str, float]:
-    """How far the trainer's log-probs are from the sampler's, before the update: from ℓ − ℓ_sampler of the tokens."""
-    difference = torch.cat([*differences, torch.empty(0)]).double()
-    if not len(difference):
-        return {}
-    ratio, sizes = difference.exp(), difference.abs()
-    return {
-        "sampler_mismatch/kl": (difference.expm1() - difference).mean().item(),
-        "sampler_mismatch/mean_abs": sizes.mean().item(),
-        "sampler_mismatch/p95_abs": _quantile(sizes, 0.95),
-        "sampler_mismatch/outside_0.9_1.1": ((ratio < 0.9) | (ratio > 1.1)).float().mean().item(),
-    }
-
-
-def _quantile(values: Tensor, share: float) -> float:
-    """As `torch.quantile`, which refuses more than 2²⁴ values: between the two nearest, in proportion."""
-    place = share * (len(values) - 1)
-    nearest = [math.floor(place), math.ceil(place)]
-    below, above = np.partition(values.numpy(), nearest)[nearest].tolist()
-    return float(below + (above - below) * (place % 1))
+def as_metrics(parts: Sequence[Means]) -> dict[str, float]:
+    """The metrics that the means of several processes are together."""
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        totals, counts = zip(*(part[name] for part in parts if name in part), strict=True)
+        found[name] = sum(totals) / max(1, sum(counts))
+    for name, (mean, less) in DIFFERENCES.items():
+        if mean in found:
+            found[name] = found.pop(mean) - found[less]
+        found.pop(less, None)
+    return found
 
 
 def add_policy_metrics(totals: dict[str, float], metrics: dict[str, Tensor], token_share: float) -> None:
@@ -111,14 +112,17 @@ def _ending(key: str) -> str:
     return key.rsplit("_", 1)[-1]
 
 
-def _per_token(samples: Sequence[Sample], field: str, scored: bool = False) -> float:
-    """The mean of an array over the tokens that count; it is 0 elsewhere. `scored`: over those that a teacher can judge."""
-    return sum(_total(sample, field, scored) for sample in samples) / _tokens(samples, scored)
+def _sum(samples: Sequence[Sample], field: str, scored: bool = False) -> tuple[float, int]:
+    """Of an array over the tokens that count, and how many those are; it is 0 elsewhere.
+
+    `scored`: over those that a teacher can judge.
+    """
+    return sum(_total(sample, field, scored) for sample in samples), _tokens(samples, scored)
 
 
-def _gap_per_token(samples: Sequence[Sample], field: str, scored: bool = False) -> float:
+def _gap(samples: Sequence[Sample], field: str, scored: bool = False) -> tuple[float, int]:
     gaps = (_total(sample, "sampler_logprobs", scored) - _total(sample, field, scored) for sample in samples)
-    return sum(gaps) / _tokens(samples, scored)
+    return sum(gaps), _tokens(samples, scored)
 
 
 def _total(sample: Sample, field: str, scored: bool) -> float:
@@ -127,5 +131,4 @@ def _total(sample: Sample, field: str, scored: bool) -> float:
 
 
 def _tokens(samples: Sequence[Sample], scored: bool = False) -> int:
-    counts = (np.count_nonzero(sample.scored) if scored else sample.loss_tokens for sample in samples)
-    return max(1, int(sum(counts)))
+    return int(sum(np.count_nonzero(sample.scored) if scored else sample.loss_tokens for sample in samples))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from fastkl.trainer.data.samples import OURS, UNKNOWN, Sample, known_array
 from fastkl.trainer.objectives.numbers import numbers_are_checked
 from fastkl.trainer.objectives.segments import Segments
 from fastkl.trainer.runs import processes
+from fastkl.trainer.runs.sharing.records import gather_arrays
 
 Estimator = Callable[[Tensor, Tensor], Tensor]  # rewards [n], group numbers [n] -> advantages [n]
 
@@ -90,10 +90,16 @@ def _parts(scores: _Scores, loss: LossConfig) -> tuple[Tensor, Tensor]:
 
 def _centred(advantages: Tensor, scores: _Scores) -> Tensor:
     """Less the mean over the other samples of the step, on all processes; those that nobody sampled are no part of it."""
-    values, which, counts = zip(*processes.gather([(advantages, scores.judged, scores.lengths)]), strict=True)
-    numbers = torch.repeat_interleave(torch.tensor([*itertools.chain(*counts)], dtype=torch.long))
-    centred = centred_advantages(torch.cat(values), torch.cat(which), sequence_ids=numbers)
-    return centred.split([len(share) for share in values])[processes.rank()]
+    judged = advantages[scores.judged].double()
+    parts = processes.gather([(judged.sum().item(), len(judged))])
+    total, count = (sum(part[i] for rank, part in enumerate(parts) if rank != processes.rank()) for i in (0, 1))
+    # What the other processes have is one more sequence: of one token, which counts as much as all of theirs.
+    others = torch.tensor([[total], [count], [len(scores.lengths)]], dtype=torch.float64)
+    values, weights = (
+        torch.cat(pair) for pair in zip((advantages.double(), scores.judged.double()), others[:2], strict=True)
+    )
+    numbers = torch.cat([scores.ids, others[2].long()])
+    return centred_advantages(values, weights, sequence_ids=numbers)[:-1].float()
 
 
 def _clipped(advantages: Tensor, sampled: Tensor, limit: float | None) -> tuple[Tensor, dict[str, float]]:
@@ -101,9 +107,8 @@ def _clipped(advantages: Tensor, sampled: Tensor, limit: float | None) -> tuple[
     if limit is None:
         return advantages, {}
     beyond = (advantages.abs() > limit) & sampled
-    counts = processes.gather([(int(beyond.sum()), int(sampled.sum()))])
-    share = sum(clipped for clipped, _ in counts) / max(1, sum(tokens for _, tokens in counts))
-    return advantages.clamp(-limit, limit), {"advantages/clip_fraction": share}
+    clipped, tokens = processes.add({"clipped": int(beyond.sum()), "tokens": int(sampled.sum())}).values()
+    return advantages.clamp(-limit, limit), {"advantages/clip_fraction": clipped / max(1, tokens)}
 
 
 def _first_known(samples: Sequence[Sample], *fields: str) -> Tensor:
@@ -114,17 +119,23 @@ def _first_known(samples: Sequence[Sample], *fields: str) -> Tensor:
 
 
 def set_reward_advantages(samples: list[Sample], config: RewardConfig) -> dict[str, float]:
-    """Writes `reward_advantage` of all graded samples; returns the metrics `reward/*`. Groups are samples of one prompt."""
+    """Writes `reward_advantage` of this process's graded samples; returns the metrics `reward/*` of the whole step.
+
+    Groups are samples of one prompt, whichever processes have them. All processes call it.
+    """
     graded = [sample for sample in samples if sample.reward is not None]
-    if not graded:
+    mine = np.array([(sample.place, sample.prompt_index, sample.reward) for sample in graded], np.float64)
+    everyones = np.concatenate(gather_arrays(mine.reshape(-1, 3)))
+    if not len(everyones):
         return {}
-    rewards = torch.tensor([sample.reward for sample in graded], dtype=torch.float64)
-    _, groups = torch.tensor([sample.prompt_index for sample in graded]).unique(return_inverse=True)
+    places, prompts, rewards = torch.from_numpy(everyones[everyones[:, 0].argsort(kind="stable")]).T
+    _, groups = prompts.unique(return_inverse=True)
     advantages = ESTIMATORS[config.baseline](rewards, groups)
     if config.normalize:
         advantages = over_group_std(advantages, rewards, groups)
-    for sample, advantage in zip(graded, (config.coef * advantages).tolist(), strict=True):
-        sample.reward_advantage = advantage
+    by_place = dict(zip(places.tolist(), (config.coef * advantages).tolist(), strict=True))
+    for sample in graded:
+        sample.reward_advantage = by_place[sample.place]
     spread = [rewards[places].max() > rewards[places].min() for places in _members(groups)]
     return {
         "reward/mean": rewards.mean().item(),

@@ -40,8 +40,6 @@ class Objective(Protocol):
     def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: float, seed: int) -> LossOutput:
         """The sum over the batch's tokens, each times its weight, divided by `normalizer` (`Batch.parts`).
 
-        What it scatters into the batch's samples reaches all processes after the update.
-
         Args:
             model: A fused one (`fastkl.head.fuse`), or what it became: `model(fused=function, **inputs)`.
             normalizer: The weights of the tokens of the optimizer step together, on all processes; without weights, how
@@ -51,7 +49,10 @@ class Objective(Protocol):
         ...
 
     def updated(self, samples: list[Sample]) -> dict[str, float]:
-        """Sees all samples of a step after its update, with what was scattered; on every process. Returns metrics."""
+        """Sees this process's samples of a step after its update, with what was scattered. All processes call it.
+
+        Returns metrics of the whole step, the same on all processes.
+        """
         return {}
 
     def state_dict(self) -> dict[str, Any]:

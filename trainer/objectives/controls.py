@@ -12,21 +12,25 @@ Both leave `teacher_logprobs` as they are: metrics and reports show what the tea
 
 from __future__ import annotations
 
+import bisect
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fastkl.loss import TopK
 from fastkl.trainer.config.loss import LossConfig
-from fastkl.trainer.data.arrays import Array
+from fastkl.trainer.data.arrays import Array, end_to_end
 from fastkl.trainer.data.samples import NO_NUMBERS, OURS, Sample, known_array
-from fastkl.trainer.objectives.weights.shares import largest
 from fastkl.trainer.runs import processes
+from fastkl.trainer.runs.sharing.ranked import ranked
+from fastkl.trainer.runs.sharing.records import Record, move, sum_arrays
 
 # Of a sample: what its advantages are made of.
 SCORES = (
@@ -37,7 +41,6 @@ SCORES = (
     "reference_logprobs",
     "kl_baseline",
 )
-T = TypeVar("T")
 
 
 def with_scores(samples: list[Sample], config: LossConfig) -> list[Sample]:
@@ -57,65 +60,109 @@ def with_scores(samples: list[Sample], config: LossConfig) -> list[Sample]:
 
 
 def _shuffled(samples: list[Sample]) -> list[Sample]:
-    parts = [torch.stack([_counted(sample, getattr(sample, name)) for name in SCORES], -1) for sample in samples]
-    found = turned(parts, [sample.dataset for sample in samples])
+    parts = [np.stack([_counted(sample, getattr(sample, name)) for name in SCORES], -1) for sample in samples]
     return [
-        _with(sample, dict(zip(SCORES, scores.unbind(-1), strict=True)))
-        for sample, scores in zip(samples, found, strict=True)
+        _with(sample, dict(zip(SCORES, scores.T, strict=True)))
+        for sample, scores in zip(samples, turned(samples, parts), strict=True)
     ]
 
 
 def _penalised(samples: list[Sample], penalty: float, share: float) -> list[Sample]:
     ours = [_counted(sample, known_array(sample, *OURS)) for sample in samples]
     return [
-        dataclasses.replace(sample, teacher_logprobs=_placed(sample, own - penalty * chosen), segments=NO_NUMBERS)
-        for sample, own, chosen in zip(samples, ours, lowest(ours, share), strict=True)
+        dataclasses.replace(
+            sample,
+            teacher_logprobs=_placed(sample, own.astype(np.float64) - penalty * chosen),
+            segments=NO_NUMBERS,
+        )
+        for sample, own, chosen in zip(samples, ours, lowest(samples, ours, share), strict=True)
     ]
 
 
 def shuffle_lists(samples: Sequence[Sample]) -> None:
     """Turns the teacher's likeliest tokens of this process's samples, as `shuffled` does. All processes call it."""
-    found = [sample.teacher_top_k for sample in samples if sample.teacher_top_k is not None]
-    names = [sample.dataset for sample in samples if sample.teacher_top_k is not None]
-    lists = [turned(list(parts), names) for parts in (zip(*found, strict=True) if found else ((), ()))]
-    scored = (sample for sample in samples if sample.teacher_top_k is not None)
-    for sample, ids, logprobs in zip(scored, *lists, strict=True):
-        sample.teacher_top_k = TopK(ids, logprobs)
+    scored = [sample for sample in samples if sample.teacher_top_k is not None]
+    lists = [sample.teacher_top_k for sample in scored if sample.teacher_top_k is not None]
+    ids, logprobs = (turned(scored, [own[i].numpy() for own in lists]) for i in (0, 1))
+    for sample, *own in zip(scored, ids, logprobs, strict=True):
+        sample.teacher_top_k = TopK(*map(torch.from_numpy, own))
 
 
-def turned(parts: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
-    """Rows for rows, [n, …] each: of all processes' parts of a name, end to end, those half their number further on."""
+def turned(samples: Sequence[Sample], parts: Sequence[Array]) -> list[Array]:
+    """Rows for rows [n, …] of samples: of all processes' of a data set, end to end, those half their number further on.
 
-    def turn(everyone: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
-        result: dict[int, Tensor] = {}
-        for name in dict.fromkeys(name for name, _ in everyone):
-            members = [index for index, (other, _) in enumerate(everyone) if other == name]
-            rows = torch.cat([everyone[index][1] for index in members])
-            pieces = rows.roll(-(len(rows) // 2), 0).split([len(everyone[index][1]) for index in members])
-            result |= dict(zip(members, pieces, strict=True))
-        return [result[index] for index in range(len(everyone))]
-
-    return _together(list(zip(names, parts, strict=True)), turn)
-
-
-def lowest(parts: Sequence[Tensor], share: float) -> list[Tensor]:
-    """bool, [n] each: the ⌈share · N⌉ lowest of the N values of all processes; of equal ones the first."""
-
-    def choose(everyone: Sequence[Tensor]) -> list[Tensor]:
-        return list(largest(-torch.cat(list(everyone)), share).split([len(part) for part in everyone]))
-
-    return _together(list(parts), choose)
-
-
-def _together(mine: list[T], function: Callable[[list[T]], list[Tensor]]) -> list[Tensor]:
-    """This process's part of what a function makes of all processes' items."""
-    everyone = processes.gather([mine])
-    first = sum(len(own) for own in everyone[: processes.rank()])
-    items = [item for own in everyone for item in own]
-    return function(items)[first : first + len(mine)] if items else []
+    Each row goes to the process of the sample that gets it, and nowhere else.
+    """
+    keys = _keys(samples)
+    mine = [(s.dataset, key, len(part)) for s, key, part in zip(samples, keys, parts, strict=True)]
+    everyones = itertools.groupby(sorted(processes.gather(mine)), key=lambda each: each[0])
+    lines = {name: _Line([each[1:] for each in own]) for name, own in everyones}
+    going = [
+        (Record((of.number, first), [part[rows]]), of.rank)
+        for sample, key, part in zip(samples, keys, parts, strict=True)
+        for of, first, rows in lines[sample.dataset].turned(key)
+    ]
+    coming: dict[int, list[tuple[int, Array]]] = defaultdict(list)
+    for record in move([record for record, _ in going], [rank for _, rank in going]):
+        index, first = record.head
+        coming[index].append((first, record.arrays[0]))
+    ordered = [sorted(coming[index], key=lambda piece: piece[0]) for index in range(len(samples))]
+    return [
+        np.concatenate([piece for _, piece in own]) if own else part for own, part in zip(ordered, parts, strict=True)
+    ]
 
 
-def _with(sample: Sample, scores: dict[str, Tensor]) -> Sample:
+class _Key(NamedTuple):
+    """A sample among those of all processes, in their order."""
+
+    place: int
+    rank: int
+    number: int  # among those of the process
+
+
+def _keys(samples: Sequence[Sample]) -> list[_Key]:
+    return [_Key(sample.place, processes.rank(), index) for index, sample in enumerate(samples)]
+
+
+class _Line:
+    """The rows of a data set's samples, on all processes, end to end. `lengths`: of each sample, in order."""
+
+    def __init__(self, lengths: Sequence[tuple[_Key, int]]) -> None:
+        self._keys = [key for key, _ in lengths]
+        self._starts = [0, *itertools.accumulate(length for _, length in lengths)]
+
+    def turned(self, key: _Key) -> Iterator[tuple[_Key, int, slice]]:
+        """The parts of a sample's rows: who gets one, from which row of its own on, and which rows they are."""
+        at, count = bisect.bisect_left(self._keys, key), self._starts[-1]
+        length, done = self._starts[at + 1] - self._starts[at], 0
+        while done < length:
+            first = (self._starts[at] + done - count // 2) % count
+            to = bisect.bisect_right(self._starts, first) - 1
+            rows = slice(done, min(length, done + self._starts[to + 1] - first))
+            yield self._keys[to], first - self._starts[to], rows
+            done = rows.stop
+
+
+def lowest(samples: Sequence[Sample], parts: Sequence[Array], share: float) -> list[Array]:
+    """bool [n] of values [n] of each sample: the ⌈share · N⌉ lowest of all processes' N; of equal ones the first."""
+    values = end_to_end(parts, np.float32)
+    count = int(sum_arrays(np.array([len(values)]))[0])
+    if not count:
+        return [part < 0 for part in parts]
+    wanted = math.ceil(share * count)
+    (limit,) = ranked(values, [wanted - 1])
+    left = wanted - int(sum_arrays(np.array([np.count_nonzero(values < limit)]))[0])
+    keys = _keys(samples)
+    equal = [(key, int(np.count_nonzero(part == limit))) for key, part in zip(keys, parts, strict=True)]
+    everyones = sorted(processes.gather(equal))
+    so_far = dict(zip((key for key, _ in everyones), itertools.accumulate(n for _, n in everyones), strict=True))
+    return [
+        (part < limit) | ((part == limit) & ((part == limit).cumsum() <= left - so_far[key] + own))
+        for (key, own), part in zip(equal, parts, strict=True)
+    ]
+
+
+def _with(sample: Sample, scores: dict[str, Array]) -> Sample:
     """A copy with these scores of its counted tokens, of those lists that it has."""
     changed = copy.copy(sample)
     for name, values in scores.items():
@@ -124,14 +171,13 @@ def _with(sample: Sample, scores: dict[str, Tensor]) -> Sample:
     return changed
 
 
-def _counted(sample: Sample, values: Array) -> Tensor:
-    """[n] float64 of the counted tokens; 0 where nothing is known."""
-    known = values[sample.loss_mask] if len(values) else np.zeros(sample.loss_tokens)
-    return torch.from_numpy(known.astype(np.float64))
+def _counted(sample: Sample, values: Array) -> Array:
+    """[n] float32 of the counted tokens; 0 where nothing is known."""
+    return values[sample.loss_mask] if len(values) else np.zeros(sample.loss_tokens, np.float32)
 
 
-def _placed(sample: Sample, values: Tensor) -> Array:
+def _placed(sample: Sample, values: Array) -> Array:
     """Values [n] of the counted tokens, among zeros."""
     row = np.zeros(len(sample.loss_mask))
-    row[sample.loss_mask] = values.numpy()
+    row[sample.loss_mask] = values
     return row

@@ -17,6 +17,7 @@ from fastkl.trainer.data.arrays import end_to_end
 from fastkl.trainer.data.batching import Batch
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.objectives.top_k import TopKDivergence
+from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.listener import Clock
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.teacher import Lists
@@ -36,10 +37,11 @@ class RunningMean:
         return self._total / self._weight if self._weight else 0.0
 
     def add(self, numbers: Iterable[float]) -> None:
-        """The numbers of a step, in any order: their sum is rounded once."""
+        """The numbers of a step, all processes' and in any order: each process rounds its sum once."""
         found = [number for number in numbers if math.isfinite(number)]
-        self._total = MEMORY * self._total + math.fsum(found)
-        self._weight = MEMORY * self._weight + len(found)
+        total, count = processes.add({"total": math.fsum(found), "count": len(found)}).values()
+        self._total = MEMORY * self._total + total
+        self._weight = MEMORY * self._weight + count
 
     def state_dict(self) -> dict[str, float]:
         return {"total": self._total, "weight": self._weight}
@@ -109,8 +111,9 @@ class SampledTailDivergence(TopKDivergence):
         gaps = end_to_end([s.tail_gaps[own] for s, own in zip(drawn, counts, strict=True)], np.float64)
         outside = gaps[~np.isnan(gaps)]
         metrics = {"policy/tail_baseline": self._gaps.value}
-        metrics |= {"policy/tail_share": len(outside) / len(gaps)} if len(gaps) else {}
-        metrics |= {"policy/tail_gap": math.fsum(outside) / len(outside)} if len(outside) else {}
+        sums = processes.add({"all": len(gaps), "outside": len(outside), "gap": math.fsum(outside)})
+        metrics |= {"policy/tail_share": sums["outside"] / sums["all"]} if sums["all"] else {}
+        metrics |= {"policy/tail_gap": sums["gap"] / sums["outside"]} if sums["outside"] else {}
         self._gaps.add(outside)
         return metrics
 

@@ -19,7 +19,7 @@ import torch
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.rollouts.lengths import length_limit
-from fastkl.trainer.rollouts.rollout import Rollouts, Start
+from fastkl.trainer.rollouts.rollout import Rollouts, Start, everyones_unfinished, numbered
 from fastkl.trainer.rollouts.samplers.served import ServedSampler, Weights
 from fastkl.trainer.rollouts.single_turn import Responder, Trajectory
 from fastkl.trainer.runs import processes
@@ -75,15 +75,17 @@ class AheadRollouts(Rollouts):
 
     def samples(self, step: int) -> list[Sample]:
         written = processes.raise_together(lambda: self._wait(step) if processes.rank() == 0 else [])
-        return processes.gather(written) + self._given_samples(step)
+        first_given = len(self._starts(step, self._unfinished))
+        return numbered(written, range(len(written))) + self._given_samples(step, first_given)
 
     def seconds(self) -> float:
         """How long the server took for the rollouts of the step at hand, on the first process."""
         return self._queue[0].seconds
 
     def carry_over(self, samples: Sequence[Sample]) -> None:
+        unfinished = everyones_unfinished(samples)
         with self._changed:
-            super().carry_over(samples)
+            self._unfinished = unfinished
             del self._queue[:1]
 
     def settle(self, stopping: Callable[[], bool]) -> None:

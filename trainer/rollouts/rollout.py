@@ -16,6 +16,7 @@ from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.rollouts.lengths import length_limit
 from fastkl.trainer.rollouts.single_turn import Finished, Responder, Trajectory
 from fastkl.trainer.runs import processes
+from fastkl.trainer.runs.sharing.records import Record, gather
 
 ROUNDING = 1e-9  # of a product that should be whole
 
@@ -52,21 +53,18 @@ class Rollouts:
         self._unfinished: list[dict[str, Any]] = []
 
     def samples(self, step: int) -> list[Sample]:
-        """The student's samples of a step, then the given ones.
+        """This process's samples of a step: what it had the student write, and its part of the given ones.
 
-        Several processes share the writing, and all have all samples.
+        Their places are those that all have together: first the student's, in the order of the prompts.
         """
-        mine = self._responder.my_share(self._starts(step, self._unfinished))
+        starts = self._starts(step, self._unfinished)
+        places, mine = self._responder.my_share(range(len(starts))), self._responder.my_share(starts)
         written = processes.raise_together(lambda: self._samples(mine, self._write(mine, step), step))
-        return processes.gather(written) + self._given_samples(step)
+        return numbered(written, places) + self._given_samples(step, len(starts))
 
     def carry_over(self, samples: Sequence[Sample]) -> None:
-        """Ends a step: its unfinished samples go on in the next one."""
-        self._unfinished = [
-            {"prompt_index": sample.prompt_index, "completion": sample.ids[sample.prompt_length :].tolist()}
-            for sample in samples
-            if sample.unfinished
-        ]
+        """Ends a step: the unfinished ones of its samples, on all processes, go on in the next one."""
+        self._unfinished = everyones_unfinished(samples)
 
     def settle(self, stopping: Callable[[], bool]) -> None:
         """Waits until nothing is underway, or until the run is stopping."""
@@ -85,9 +83,11 @@ class Rollouts:
         prompts = self._prompts_of(step)
         return prompts, on_policy_count(len(prompts), self._config.on_policy_fraction, step)
 
-    def _given_samples(self, step: int) -> list[Sample]:
+    def _given_samples(self, step: int, first: int) -> list[Sample]:
+        """This process's part of the given ones, whose places begin with `first`."""
         prompts, own = self._on_policy(step)
-        return [dataclasses.replace(self._given[prompt.index], given=True) for prompt in prompts[own:]]
+        mine = processes.my_share(list(enumerate(prompts[own:], first)))
+        return [dataclasses.replace(self._given[prompt.index], given=True, place=place) for place, prompt in mine]
 
     def _starts(self, step: int, unfinished: Sequence[dict[str, Any]]) -> list[Start]:
         """What the student goes on with in a step: its prompts, and what is unfinished by then."""
@@ -146,6 +146,24 @@ class Rollouts:
             whole = trajectory._replace(answer_ids=before + trajectory.answer_ids)
             sample.reward = self._judge(whole, prompt)
         return sample
+
+
+def numbered(samples: list[Sample], places: Sequence[int]) -> list[Sample]:
+    """The samples, with these places."""
+    for sample, place in zip(samples, places, strict=True):
+        sample.place = place
+    return samples
+
+
+def everyones_unfinished(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """What the samples of all processes leave unfinished, in the order of their places. All processes call it."""
+    own = [
+        Record((sample.place, sample.prompt_index), [sample.ids[sample.prompt_length :]])
+        for sample in samples
+        if sample.unfinished
+    ]
+    everyones = sorted(gather(own), key=lambda record: record.head[0])
+    return [{"prompt_index": record.head[1], "completion": record.arrays[0].tolist()} for record in everyones]
 
 
 def on_policy_count(prompts: int, fraction: float, step: int) -> int:

@@ -30,7 +30,8 @@ class Listener:
     def on_step(self, step: int, metrics: dict[str, float], samples: Sequence[Sample]) -> None:
         """After a step was logged, before its checkpoint. Steps count from 1; step 0 is the evaluation before the first.
 
-        `metrics` is the row of metrics.jsonl; `samples` are all samples of the step.
+        `metrics` is the row of metrics.jsonl. `samples` are those of the step that this process has: all of them, where
+        there is one.
         """
 
     def on_end(self, folder: RunFolder) -> None:

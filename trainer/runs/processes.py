@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -105,6 +105,15 @@ def gather(items: list[T]) -> list[T]:
     everyone: list[Any] = [None] * count()
     dist.all_gather_object(everyone, items)
     return [item for part in everyone for item in part]
+
+
+def add(mine: Mapping[str, float]) -> dict[str, float]:
+    """The sums of the processes' numbers by name."""
+    total: dict[str, float] = {}
+    for part in gather([dict(mine)]):
+        for name, number in part.items():
+            total[name] = total.get(name, 0) + number
+    return total
 
 
 def on_main(function: Callable[[], T]) -> T:

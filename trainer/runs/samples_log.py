@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from fastkl.trainer.data.samples import Sample
 
 NAME = "samples.jsonl"
-# Of the update alone, and lists that would be most of the file; whether a cache spared the teacher changes no sample.
-LEFT_OUT = ("student_logprobs", "student_top_k", "teacher_top_k", "tail_gaps", "teacher_cached")
+# Of the update alone, and lists that would be most of the file.
+UNLOGGED: dict[str, Any] = {"student_logprobs": (), "tail_gaps": (), "student_top_k": None, "teacher_top_k": None}
+LEFT_OUT = (*UNLOGGED, "teacher_cached", "place")  # whether a cache spared the teacher changes no sample
 # Of a teacher with its own tokenizer.
 OWN = (
     "teacher_completion",

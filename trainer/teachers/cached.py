@@ -123,6 +123,6 @@ def cached(
 
 
 def spared_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """How many samples of a step the teachers were spared, and how many not; nothing where there is no cache."""
+    """How many samples the teachers were spared, and how many not; nothing where there is no cache."""
     asked = [sample.teacher_cached for sample in samples if sample.teacher_cached is not None]
     return {"teacher_cache/hits": sum(asked), "teacher_cache/misses": len(asked) - sum(asked)} if asked else {}

@@ -2,71 +2,98 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
+import math
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from launches import in_group
 from run_cases import check_equal, distilled, interrupt, run
 from run_settings import distillation
-from torch import Tensor
 
 from fastkl.loss import TopK
 from fastkl.trainer.config.loss import LossConfig
+from fastkl.trainer.data.arrays import Array, pieces
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.objectives.advantages import set_advantages
 from fastkl.trainer.objectives.controls import lowest, shuffle_lists, turned, with_scores
-from fastkl.trainer.runs import processes
 
 LENGTHS = (3, 1, 2, 4, 2)
 
 
-def parts(lengths: Sequence[int] = LENGTHS) -> list[Tensor]:
-    return list(torch.arange(float(sum(lengths))).split(list(lengths)))
+def parts(lengths: Sequence[int] = LENGTHS) -> list[Array]:
+    return list(pieces(np.arange(sum(lengths), dtype=np.float32), lengths))
 
 
-def numbers(found: Sequence[Tensor]) -> list[list[float]]:
+def numbers(found: Sequence[Array]) -> list[list[float]]:
     return [part.tolist() for part in found]
 
 
+def named(names: str) -> list[Sample]:
+    """Samples of data sets of one letter."""
+    return [Sample([1], [True], 0, dataset=name, place=place) for place, name in enumerate(names)]
+
+
 def test_scores_are_turned_by_half_within_a_data_set() -> None:
-    found = turned(parts(), ["a"] * 5)
+    found = turned(named("aaaaa"), parts())
     assert numbers(found) == [[6, 7, 8], [9], [10, 11], [0, 1, 2, 3], [4, 5]]
-    assert numbers(turned(parts(), ["a", "b", "a", "b", "a"])) == [[4, 5, 10], [7], [11, 0], [8, 9, 3, 6], [1, 2]]
-    assert numbers(turned(parts([3]), [""])) == [[1, 2, 0]]
+    assert numbers(turned(named("ababa"), parts())) == [[4, 5, 10], [7], [11, 0], [8, 9, 3, 6], [1, 2]]
+    assert numbers(turned(named("a"), parts([3]))) == [[1, 2, 0]]
     assert turned([], []) == []
 
 
 def test_nobody_keeps_a_score_unless_one_sample_is_most_of_the_step() -> None:
-    names = ["", "", "", "", ""]
-    own = [torch.full((count,), float(index)) for index, count in enumerate(LENGTHS)]
-    for index, (part, length) in enumerate(zip(turned(own, names), LENGTHS, strict=True)):
+    own = [np.full(count, index) for index, count in enumerate(LENGTHS)]
+    for index, (part, length) in enumerate(zip(turned(named("aaaaa"), own), LENGTHS, strict=True)):
         assert len(part) == length
         assert (part != index).all()
 
 
 def test_the_lowest_of_all() -> None:
-    values = [torch.tensor([-1.0, -5.0]), torch.tensor([-5.0, -0.1, -3.0])]
-    assert numbers(lowest(values, 0.2)) == [[False, True], [False, False, False]]
-    assert numbers(lowest(values, 0.21)) == [[False, True], [True, False, False]]
-    assert numbers(lowest(values, 1.0)) == [[True, True], [True, True, True]]
+    values = [np.array([-1.0, -5.0], np.float32), np.array([-5.0, -0.1, -3.0], np.float32)]
+    assert numbers(lowest(named("ab"), values, 0.2)) == [[False, True], [False, False, False]]
+    assert numbers(lowest(named("ab"), values, 0.21)) == [[False, True], [True, False, False]]
+    assert numbers(lowest(named("ab"), values, 1.0)) == [[True, True], [True, True, True]]
 
 
-def test_processes_do_it_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["a", "b", "a", "b", "a"]
-    alone = numbers(turned(parts(), names)), numbers(lowest([-part for part in parts()], 0.3))
-    shares = slice(0, 2), slice(2, 5)
-    found: tuple[list[list[float]], list[list[float]]] = ([], [])
-    for rank, mine in enumerate(shares):
-        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
-        scored = [(name, part) for name, part in zip(names, parts(), strict=True)]
-        monkeypatch.setattr(processes, "gather", lambda _, scored=scored: [scored[own] for own in shares])
-        found[0].extend(numbers(turned(parts()[mine], names[mine])))
-        monkeypatch.setattr(processes, "gather", lambda _: [[-part for part in parts()[own]] for own in shares])
-        found[1].extend(numbers(lowest([-part for part in parts()[mine]], 0.3)))
-    assert found == alone
+def of_share(rank: int, count: int) -> list[dict[int, tuple[list[float], list[float]]]]:
+    """In several steps by place, what becomes of the values of the samples that are this process's."""
+    steps = []
+    for seed in range(6):
+        random = np.random.default_rng(seed)
+        lengths = random.integers(0, 5, random.integers(1, 9))
+        owners = random.integers(0, 3, len(lengths)) % count
+        samples = named("".join(random.choice(["a", "b"], len(lengths))))
+        values = list(pieces(random.integers(-4, 1, lengths.sum()).astype(np.float32), lengths.tolist()))
+        mine = [place for place, owner in enumerate(owners) if owner == rank]
+        samples, own = [samples[place] for place in mine], [values[place] for place in mine]
+        pairs = zip(numbers(turned(samples, own)), numbers(lowest(samples, own, 0.3)), strict=True)
+        steps.append(dict(zip(mine, pairs, strict=True)))
+    return steps
+
+
+def test_processes_do_it_together() -> None:
+    """In the order of the places, whoever has which."""
+    found = in_group(of_share, count=3)
+    assert [functools.reduce(operator.or_, parts) for parts in zip(*found, strict=True)] == of_share(0, 1)
+
+
+@given(st.lists(st.sampled_from([-2.0, -1.0, -0.0, 0.0]), max_size=12), st.floats(0.01, 1))
+def test_the_lowest_as_sorting_has_them(values: list[float], share: float) -> None:
+    wanted = np.zeros(len(values), bool)
+    wanted[np.argsort(values, kind="stable")[: math.ceil(share * len(values))]] = True
+    lengths = [len(values) // 2, len(values) - len(values) // 2]
+    found = lowest(named("aa"), list(pieces(np.array(values, np.float32), lengths)), share)
+    assert [*itertools.chain(*numbers(found))] == wanted.tolist()
 
 
 def sample(ours: list[float], theirs: list[float], **fields: Any) -> Sample:

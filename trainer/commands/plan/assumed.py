@@ -18,7 +18,7 @@ from fastkl.trainer.data.samples import Sample, make_sample
 from fastkl.trainer.errors import ConfigError, brief
 from fastkl.trainer.models.loading import outline_of_student
 from fastkl.trainer.models.pretrained import load_tokenizer
-from fastkl.trainer.sft import Examples
+from fastkl.trainer.sft import step_examples
 
 ROWS = 1000  # of each data set: lengths of so many say enough
 USUAL_TOKENS = 512  # of a prompt or a given completion of which nothing is known
@@ -103,7 +103,7 @@ def _step(config: DistillPlan | SftPlan) -> tuple[list[int], list[Sample], list[
         return _unread(config, entries, brief(error))
     lengths = prompt_lengths(data_sets).tolist()
     if isinstance(config, SftPlan):
-        chosen = Examples(data_sets, config.examples_per_step, config.seed).of_step(0)
+        chosen = step_examples(data_sets, config, 0)
         return lengths, chosen, chosen, []
     prompts = step_prompts(data_sets, config.sampling.prompts_per_step, 0, config.seed)
     return lengths, *_sampled(config, [(len(prompt.tokens), prompt.dataset) for prompt in prompts]), _mean(config)

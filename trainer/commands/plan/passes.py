@@ -8,6 +8,8 @@ from fastkl.trainer.commands.plan.run import Run
 from fastkl.trainer.commands.plan.sizes import Shape
 from fastkl.trainer.data.batching import Layout, grouped
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.models.sizes.flops import cost_of, work
+from fastkl.trainer.runs.sharing.shares import balanced
 
 
 class Passes:
@@ -21,10 +23,12 @@ class Passes:
 
     @cached_property
     def shapes(self) -> list[Shape]:
-        count, substeps, found = self._run.processes.count, self._run.config.optim.substeps, []
+        substeps, found, cost = self._run.config.optim.substeps, [], cost_of(self._run.student)
         for first in range(substeps):
-            minibatch = sorted(self._samples[first::substeps], key=lambda s: len(s.ids))
-            own = minibatch[count - 1 :: count] or minibatch
+            minibatch = self._samples[first::substeps]
+            owners = balanced(work(cost, minibatch), [0] * len(minibatch), self._run.processes.count)
+            longest = owners[max(range(len(minibatch)), key=lambda place: len(minibatch[place].ids))]
+            own = [sample for sample, owner in zip(minibatch, owners, strict=True) if owner == longest]
             found += [self._shape(group) for group in grouped(own, self._run.config.batch.max_tokens, self.layout)]
         return found
 

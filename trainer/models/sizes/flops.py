@@ -104,7 +104,12 @@ def training_flops(cost: Cost, samples: Sequence[Sample]) -> float:
 
     The head reads the tokens that count in the loss for more than 0.
     """
-    return sum(_training(cost, len(s.ids), s.weighed_tokens) for s in samples)
+    return sum(work(cost, samples))
+
+
+def work(cost: Cost, samples: Sequence[Sample]) -> list[float]:
+    """`training_flops` of each sample: one part grows with its tokens, and attention's with their square."""
+    return [_training(cost, len(s.ids), s.weighed_tokens) for s in samples]
 
 
 def _training(cost: Cost, length: int, counted: int) -> float:

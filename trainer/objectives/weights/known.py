@@ -11,6 +11,7 @@ from torch import Tensor
 from fastkl.loss import TopK
 from fastkl.trainer.data.arrays import Array
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.runs.sharing.records import Record
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,25 @@ def known_tokens(sample: Sample) -> KnownTokens:
         truncated=sample.truncated,
         reward=sample.reward,
     )
+
+
+NARROW = {torch.int64: torch.int32, torch.float64: torch.float32}  # as samples have the same numbers
+
+
+def as_record(known: KnownTokens) -> Record:
+    """On the way to another process, in as few bytes as samples have."""
+    fields = vars(known)
+    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in fields.items() if name not in tensors}
+    return Record((numbers, list(tensors)), [value.to(NARROW[value.dtype]).numpy() for value in tensors.values()])
+
+
+def as_known(record: Record) -> KnownTokens:
+    numbers, names = record.head
+    wide = {narrow: dtype for dtype, narrow in NARROW.items()}
+    tensors = map(torch.from_numpy, record.arrays)
+    fields = numbers | {name: own.to(wide[own.dtype]) for name, own in zip(names, tensors, strict=True)}
+    return KnownTokens(**fields)
 
 
 def list_entropies(likeliest: TopK) -> Tensor:

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.losses.weights import FUNCTION, WeightRule, weight_rule
+from fastkl.trainer.data.arrays import end_to_end
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import RunError, brief
-from fastkl.trainer.objectives.weights.known import KnownTokens, known_tokens
+from fastkl.trainer.objectives.weights.known import KnownTokens, as_known, as_record, known_tokens
 from fastkl.trainer.objectives.weights.rules import Weigh, built_in
 from fastkl.trainer.rollouts.grading.trusted import imported
 from fastkl.trainer.runs import processes
+from fastkl.trainer.runs.sharing.records import Record, by_first
 
 NOTHING = 1e-30  # of the step's largest weight: what is smaller is 0, also as a share of all of them in float32
 
@@ -33,23 +35,34 @@ class TokenWeights:
         self._rules = [(str(rule), _weigh(rule, config.trust_weights)) for rule in rules]
 
     def set(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Writes `weights` of all samples of a step, on every process; returns the metrics `weights/*`.
+        """Writes `weights` of this process's samples of a step; returns the metrics `weights/*` of all samples.
 
-        The first process computes them.
+        The first process computes them, of what is known of the tokens of all processes, which all call it.
         """
-        if not self._rules or not samples:
+        if not self._rules:
             return {}
-        weights = processes.on_main(lambda: self._of([known_tokens(sample) for sample in samples]))
-        for sample, own in zip(samples, weights, strict=True):
+        known = [as_record(known_tokens(sample)) for sample in samples]
+        found = by_first(known, [sample.place for sample in samples], self._answer)
+        for sample, own in zip(samples, found, strict=True):
             row = np.zeros(len(sample.ids))
-            row[sample.loss_mask] = own.numpy()
+            row[sample.loss_mask] = own.arrays[0]
             sample.weights = row
-        together = torch.cat(weights)
-        count = max(1, len(together))
-        return {
-            "weights/mean": together.sum().item() / count,
-            "weights/selected_fraction": int((together != 0).sum()) / count,
-        }
+        together = end_to_end([own.arrays[0] for own in found], np.float64)
+        sums = processes.add(
+            {
+                "samples": len(samples),
+                "tokens": len(together),
+                "weight": float(together.sum()),
+                "selected": int(np.count_nonzero(together)),
+            }
+        )
+        if not sums["samples"]:
+            return {}
+        count = max(1, sums["tokens"])
+        return {"weights/mean": sums["weight"] / count, "weights/selected_fraction": sums["selected"] / count}
+
+    def _answer(self, records: list[Record]) -> list[Record]:
+        return [Record(None, [own.numpy()]) for own in self._of([as_known(record) for record in records])]
 
     def _of(self, samples: list[KnownTokens]) -> list[Tensor]:
         weights = [torch.ones(len(sample.tokens), dtype=torch.float64) for sample in samples]

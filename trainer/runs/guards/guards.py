@@ -12,6 +12,7 @@ from fastkl.trainer.models.tokenizers import vocabulary
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.files import read_jsonl
 from fastkl.trainer.runs.folder import RunFolder
+from fastkl.trainer.runs.guards.measures import measures
 from fastkl.trainer.runs.guards.rules import Facts
 from fastkl.trainer.runs.guards.watch import Finding, GuardStop, Watch
 from fastkl.trainer.runs.progress import ProgressBar
@@ -29,8 +30,9 @@ class Guards:
         self._findings: list[Finding] = []
 
     def look(self, done: int, metrics: dict[str, float], samples: list[Sample]) -> None:
-        """Looks at a step, and adds what it finds to its metrics."""
-        looked = processes.on_main(lambda: self._watch.look(done, metrics, samples))
+        """Looks at a step, of which this process has these samples, and adds what it finds to its metrics."""
+        metrics |= measures(samples)
+        looked = processes.on_main(lambda: self._watch.look(done, metrics))
         self._findings = looked.findings
         metrics |= looked.metrics
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from fastkl.trainer.data.arrays import Array
 from fastkl.trainer.data.samples import OURS, Sample, known_array
+from fastkl.trainer.runs import processes
+from fastkl.trainer.runs.sharing.ranked import ranked
 
 TOP = 0.01  # the share of the tokens that are looked at alone
 FEWEST = 200  # tokens of which 1 % say something
@@ -16,26 +19,38 @@ LONGEST_PERIOD = 64
 
 
 def measures(samples: Sequence[Sample]) -> dict[str, float]:
-    """The metrics that guards look at, of the samples that the student wrote."""
+    """The metrics that guards look at, of all processes' samples that the student wrote. All processes call it."""
     own = [sample for sample in samples if len(sample.sampler_logprobs) and not sample.given]
-    if not own:
+    advantages, loops = counted(own, "advantages"), sum(map(is_cut_loop, own))
+    known, told = len(advantages), int(advantages.any())
+    sums = processes.add({"samples": len(own), "loops": loops, "advantages": known, "not 0": told})
+    if not sums["samples"]:
         return {}
-    found = {"completions/looping_fraction": sum(map(is_cut_loop, own)) / len(own)}
-    found |= teacher_spread(own)
-    advantages = counted(own, "advantages")
-    if len(advantages) >= FEWEST and advantages.any():
+    found = {"completions/looping_fraction": sums["loops"] / sums["samples"], **teacher_spread(own)}
+    if sums["advantages"] >= FEWEST and sums["not 0"]:
         found["advantages/top_share"] = top_share(advantages * counted_weights(own))
     return found
 
 
 def teacher_spread(samples: Sequence[Sample]) -> dict[str, float]:
-    """Mean and standard deviation of the teacher's log-probs; of several data sets, of the one whose vary least."""
-    spreads = []
+    """Mean and standard deviation of the teacher's log-probs; of several data sets, of the one whose vary least.
+
+    Of the samples of all processes, which all call it.
+    """
+    moments = []
     for name in sorted({sample.dataset for sample in samples}):
-        scores = [sample.teacher_scores for sample in samples if sample.dataset == name]
-        values = np.concatenate(scores).astype(np.float64)
-        if len(values) > 1:
-            spreads.append((float(values.std()), float(values.mean())))
+        scores = np.concatenate(
+            [sample.teacher_scores for sample in samples if sample.dataset == name], dtype=np.float64
+        )
+        if len(scores):
+            moments.append((name, len(scores), float(scores.mean()), float(scores.var())))
+    spreads = []
+    for _, own in itertools.groupby(sorted(processes.gather(moments)), key=lambda each: each[0]):
+        counts, means, variances = np.array([numbers for _, *numbers in own]).T
+        mean = np.average(means, weights=counts)
+        if counts.sum() > 1:
+            variance = np.average(variances + (means - mean) ** 2, weights=counts)
+            spreads.append((float(np.sqrt(variance)), float(mean)))
     if not spreads:
         return {}
     std, mean = min(spreads)
@@ -62,10 +77,16 @@ def gaps(sample: Sample) -> Array:
 
 
 def top_share(values: Array) -> float:
-    """Σ|v| over the 1 % of the values that are largest, divided by Σ|v|; 0 where all are 0."""
-    sizes = np.sort(np.abs(values))[::-1]
-    total = sizes.sum()
-    return float(sizes[: int(np.ceil(TOP * len(sizes)))].sum() / total) if total > 0 else 0.0
+    """Σ|v| over the 1 % of all processes' values that are largest, divided by Σ|v|; 0 where all are 0. All call it."""
+    sizes = np.abs(values).astype(np.float32)
+    count, total = processes.add({"count": len(sizes), "sum": float(sizes.sum(dtype=np.float64))}).values()
+    if not total > 0:
+        return 0.0
+    wanted = int(np.ceil(TOP * count))
+    limit = ranked(sizes, [int(count) - wanted])[0]
+    beyond = sizes[sizes > limit]
+    more, top = processes.add({"count": len(beyond), "sum": float(beyond.sum(dtype=np.float64))}).values()
+    return float((top + (wanted - more) * limit) / total)
 
 
 def is_cut_loop(sample: Sample) -> bool:

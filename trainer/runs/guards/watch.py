@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from fastkl.trainer.config.guards import GuardsConfig
-from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import RunError
 from fastkl.trainer.runs.guards.evaluations import Evaluated, best_of, evaluations
-from fastkl.trainer.runs.guards.measures import measures
 from fastkl.trainer.runs.guards.rules import RULES, Facts, Seen
 
 PREFIX = "guards/"
@@ -52,18 +50,16 @@ class Watch:
         self._evaluations = evaluations(rows)
         self._said = {name.removeprefix(PREFIX) for row in rows for name in row if name.startswith(PREFIX)}
 
-    def look(self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample] = ()) -> Looked:
+    def look(self, step: int, metrics: Mapping[str, float]) -> Looked:
         """Looks at a step, or at the evaluation before the first."""
-        added = measures(samples)
-        row = {"step": step, **metrics, **added}
+        row = {"step": step, **metrics}
         self._evaluations += evaluations([row])
         findings = []
         if IS_STEP in row:
             self._steps.append(row)
             findings = list(self._find(Seen(self._steps, self._evaluations, self._facts, self._config)))
         self._said |= {finding.rule for finding in findings}
-        added |= {f"{PREFIX}{finding.rule}": 1.0 for finding in findings}
-        return Looked(added, findings)
+        return Looked({f"{PREFIX}{finding.rule}": 1.0 for finding in findings}, findings)
 
     @property
     def best(self) -> Evaluated | None:

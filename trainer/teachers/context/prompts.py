@@ -6,14 +6,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkl.trainer.config.context import ContextConfig
 from fastkl.trainer.config.training import DistillConfig
-from fastkl.trainer.data.arrays import Ragged
+from fastkl.trainer.data.arrays import Array, Ragged
 from fastkl.trainer.data.formats.packed import Rows
 from fastkl.trainer.data.mixture import DataSet, all_prompts
 from fastkl.trainer.data.prompts import EncodedPrompt, Given, Prompts, in_pieces
@@ -22,6 +21,7 @@ from fastkl.trainer.errors import ConfigError, RunError
 from fastkl.trainer.models.loading import context_length
 from fastkl.trainer.models.sizes.layers import rope_switch
 from fastkl.trainer.runs import processes
+from fastkl.trainer.runs.sharing.records import Record, by_first
 from fastkl.trainer.teachers.alignment.own import Counts, OwnTokenizer, sum_counts
 from fastkl.trainer.teachers.alignment.reader import Reader
 from fastkl.trainer.teachers.context.attempts import Attempt, Told
@@ -77,13 +77,6 @@ def _packed(
             rows.append(prompt.row)
             found.add(place, prompt.tokens, prompt.chat)
     return found
-
-
-class _Encoded(NamedTuple):
-    """What a function told of a sample, as token ids."""
-
-    ids: list[int] | None  # None: the student's prompt
-    told: Told  # without its content
 
 
 class TeacherPrompts:
@@ -207,55 +200,61 @@ class TeacherPrompts:
         return data_set in self._functions
 
     def give(self, samples: list[Sample]) -> tuple[list[Sample], dict[str, float]]:
-        """Writes `teacher_prompt` of all samples of a step, which are graded.
+        """Writes `teacher_prompt` of this process's samples of a step, which are graded.
 
-        Returns those that no function masks, which the loss is to see, and metrics. All processes call it with the same
-        samples.
+        Returns those that no function masks, which the loss is to see, and metrics of the whole step. All processes call
+        it. A function sees all samples of a row: what it is told of them goes to the first process, where it runs.
 
         Raises:
             RunError: Where a function of the user's fails.
         """
         self.give_fixed(samples)
-        written = [sample for sample in samples if sample.dataset in self._functions]
-        if not written:
+        if not self._functions:
             return samples, {}
+        written = [sample for sample in samples if sample.dataset in self._functions]
+        attempts = [Record((sample.prompt_index, self._attempt(sample)), []) for sample in written]
         try:
-            found = processes.on_main(lambda: self._written(written))
+            found = by_first(attempts, [sample.place for sample in written], self._written)
         except ConfigError as error:
             raise RunError(str(error)) from error
+        told = [own.head for own in found]
         too_long = 0
-        for sample, (ids, _) in zip(written, found, strict=True):
+        for sample, own in zip(written, found, strict=True):
+            ids = next(iter(own.arrays), None)
             fits = ids is None or self._fits(sample, ids)
             if ids is not None and fits:
-                sample.teacher_prompt = np.array(ids, np.int32)
+                sample.teacher_prompt = ids
             too_long += not fits
-        metrics = {
-            "context/plain_fraction": sum(ids is None for ids, _ in found) / len(found),
-            "context/too_long_fraction": too_long / len(found),
-        }
-        masked = {id(sample) for sample, (_, told) in zip(written, found, strict=True) if told.masked}
-        return [sample for sample in samples if id(sample) not in masked], metrics | _shares(told for _, told in found)
+        plain = sum(not own.arrays for own in found)
+        masked = {id(sample) for sample, own in zip(written, told, strict=True) if own.masked}
+        metrics = _fractions({"plain": plain, "too_long": too_long}, len(found)) | _marked(told)
+        return [sample for sample in samples if id(sample) not in masked], metrics
 
-    def _fits(self, sample: Sample, ids: list[int]) -> bool:
+    def _fits(self, sample: Sample, ids: Array) -> bool:
         limit = self._limits.get(sample.dataset, math.inf)
         return len(ids) <= self._most[sample.dataset] and len(ids) + sample.completion_length <= limit
 
-    def _written(self, samples: Sequence[Sample]) -> list[_Encoded]:
-        """What functions write for samples that may be of several rows: a call for all samples of a row."""
-        found: dict[int, _Encoded] = {}
-        order = sorted(samples, key=lambda sample: sample.prompt_index)  # stable
-        for index, group in itertools.groupby(order, key=lambda sample: sample.prompt_index):
+    def _written(self, attempts: list[Record]) -> list[Record]:
+        """What functions write for attempts that may be at several rows: a call for all those at a row."""
+        rows, found = [record.head[0] for record in attempts], dict[int, Record]()
+        order = sorted(range(len(rows)), key=lambda place: rows[place])  # stable
+        for row, group in itertools.groupby(order, key=lambda place: rows[place]):
             own = list(group)
-            found |= {id(s): each for s, each in zip(own, self._of_group(self._prompts[index], own), strict=True)}
-        return [found[id(sample)] for sample in samples]
+            told = self._of_group(self._prompts[row], [attempts[place].head[1] for place in own])
+            found |= dict(zip(own, told, strict=True))
+        return [found[place] for place in range(len(rows))]
 
-    def _of_group(self, prompt: EncodedPrompt, samples: list[Sample]) -> list[_Encoded]:
+    def _of_group(self, prompt: EncodedPrompt, attempts: list[Attempt]) -> list[Record]:
+        """What a function told of each: the ids of a prompt, if it wrote one, and all but its content."""
         function = self._functions[prompt.dataset]
-        all_told = function.of_attempts(prompt, [self._attempt(sample) for sample in samples])
+        all_told = function.of_attempts(prompt, attempts)
         new = [told.content for told in all_told if told.content is not None]
         encoded = iter(encode_contents([prompt] * len(new), new, self.reader(prompt.dataset), function.setting))
         return [
-            _Encoded(None if told.content is None else next(encoded).ids, told._replace(content=None))
+            Record(
+                told._replace(content=None),
+                [] if told.content is None else [np.array(next(encoded).ids, np.int32)],
+            )
             for told in all_told
         ]
 
@@ -264,9 +263,13 @@ class TeacherPrompts:
         return Attempt(text, sample.reward, sample.truncated, sample.feedback)
 
 
-def _shares(all_told: Iterable[Told]) -> dict[str, float]:
-    """How many of the samples with marks have each of them; nothing where there are none."""
+def _marked(all_told: Iterable[Told]) -> dict[str, float]:
+    """How many of the samples with marks, on all processes, have each of them; nothing where there are none."""
     marks = [told.marks for told in all_told if told.marks is not None]
-    if not marks:
-        return {}
-    return {f"context/{mark}_fraction": sum(mark in own for own in marks) / len(marks) for mark in MARKS}
+    return _fractions({mark: sum(mark in own for own in marks) for mark in MARKS}, len(marks))
+
+
+def _fractions(counts: dict[str, int], of: int) -> dict[str, float]:
+    """Metrics of the counts of all processes; nothing where there is nothing to count."""
+    sums = processes.add({**counts, "of": of})
+    return {f"context/{name}_fraction": sums[name] / sums["of"] for name in counts} if sums["of"] else {}

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastkl.trainer.data.step_metrics import mismatch_metrics
+from fastkl.trainer.runs.sharing.mismatch import mismatch_metrics
 
 
 @given(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=60), st.integers(0, 60))
