@@ -108,6 +108,12 @@ VARIANTS: dict[str, dict[str, object]] = {
     "shuffled": {"loss__control": "shuffled"},
     "shuffled-lists": {"loss__control": "shuffled", "loss__objective": "top_k"},
     "no-teacher": {"loss__control": "no_teacher", "loss__old_logprobs": "recompute"},
+    "given": {"sampling__on_policy_fraction": 0.5, "sampling__given_coef": 0.3, "loss__weights": ["top_gap:0.4"]},
+    "partial": {"sampling__tokens_per_step": 3},
+    "grouped": GRADED | {"reward__baseline": "group", "reward__normalize": "true"},
+    "filtered": {"sampling__min_completion_tokens": 3, "sampling__drop_truncated": "true"},
+    "tail": {"loss__objective": "top_k", "loss__top_k": 2, "loss__top_k_tail": "sampled"},
+    "tip": {"loss__weights": ["tip:0.5"], "loss__old_logprobs": "recompute"},
 }
 
 QUICK = (("full", "ddp"), ("full", "fsdp"), ("context-samples", "ddp"))
@@ -127,6 +133,16 @@ def test_two_processes_do_what_one_does(tmp_path: Path, deep: Path, variant: str
     two = run(settings(deep, tmp_path / "two", **options), tmp_path / "said", 2, fsdp)
     assert len(log(one)) == 4
     check_same(two, one)
+
+
+@slow
+@pytest.mark.parametrize(
+    "variant", ["full", "siblings", "shuffled", "given", "partial", "grouped", "filtered", "tail", "tip"]
+)
+def test_four_processes_do_what_one_does(tmp_path: Path, deep: Path, variant: str) -> None:
+    """Some have no sample in an optimizer step."""
+    one = run(settings(deep, tmp_path / "one", **VARIANTS[variant]), tmp_path / "said", 1)
+    check_same(run(settings(deep, tmp_path / "four", **VARIANTS[variant]), tmp_path / "said", 4), one)
 
 
 @slow
@@ -312,9 +328,9 @@ def with_gaps() -> None:
 
     def infinite(self: OnPolicy, step: int, *args: Any) -> Any:
         found, metrics = samples(self, step, *args)
-        if step == 2:
-            index = next(i for i, sample in enumerate(found) if sample.loss_tokens and i % 2 == 0)
-            found[index].advantages = [math.inf * counted if counted else 0.0 for counted in found[index].loss_mask]
+        for sample in found if step == 2 else ():
+            if sample.place % 2 == 0:  # the first optimizer step's
+                sample.advantages = [math.inf if counted else 0.0 for counted in sample.loss_mask]
         return found, metrics
 
     GenerateSampler.sample = gaps  # type: ignore[method-assign]
