@@ -29,7 +29,7 @@ from fastkl.trainer.runs.report.card import write_cards
 from fastkl.trainer.runs.report.hub import upload
 from fastkl.trainer.runs.report.page import NAME as REPORT
 from fastkl.trainer.runs.report.page import report_of
-from fastkl.trainer.runs.samples_log import NAME, sample_records
+from fastkl.trainer.runs.report.samples_log import NAME, sample_records
 from fastkl.trainer.runs.sharing.samples import first_samples
 from fastkl.trainer.runs.stop import Stopped, StopSignals
 from fastkl.trainer.runs.trackers import start_trackers

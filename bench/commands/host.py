@@ -51,7 +51,7 @@ from fastkl.trainer.data.samples import Sample, make_sample
 from fastkl.trainer.data.step_metrics import as_metrics, context_gap, rollout_means, teacher_kl
 from fastkl.trainer.models.sizes.flops import Cost, sampling_flops, scoring_flops, training_flops
 from fastkl.trainer.objectives.advantages import set_advantages
-from fastkl.trainer.runs.samples_log import sample_records
+from fastkl.trainer.runs.report.samples_log import sample_records
 from fastkl.trainer.runs.sharing.mismatch import mismatch_metrics
 from fastkl.trainer.runs.sharing.records import pack, unpack
 from fastkl.trainer.runs.sharing.samples import as_record, as_sample

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastkl.trainer.runs.report.curves import Json, plain
+from fastkl.trainer.runs.report.samples_log import NAME, find_records, read_records
 from fastkl.trainer.runs.report.segments import segments_of
-from fastkl.trainer.runs.samples_log import NAME, find_records, read_records
 
 STEPS = 40  # whose samples are shown
 SAMPLES = 8  # of a step

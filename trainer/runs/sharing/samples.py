@@ -11,7 +11,7 @@ import torch
 from fastkl.loss import TopK
 from fastkl.trainer.data.samples import ARRAYS, Sample
 from fastkl.trainer.runs import processes
-from fastkl.trainer.runs.samples_log import UNLOGGED
+from fastkl.trainer.runs.report.samples_log import UNLOGGED
 from fastkl.trainer.runs.sharing.records import Record, move
 
 LISTS = STUDENT, IDS, LOGPROBS = "student_top_k", "teacher_top_k.ids", "teacher_top_k.logprobs"
