@@ -49,7 +49,7 @@ class TokenBytes:
                 f"the bytes of the {name}'s tokens cannot be known: {type(tokenizer).__name__}, {error}. Take a {name} "
                 f"whose tokenizer is a byte-level BPE or a SentencePiece one, with a tokenizer.json"
             ) from error
-        self._spaces_first, self._spaces_after_special = self._habits()
+        self._spaces_first, self._spaces_after_added = self._habits()
 
     def __getitem__(self, token: int) -> bytes:
         return self._bytes[token] if 0 <= token < len(self._bytes) else b""
@@ -66,7 +66,7 @@ class TokenBytes:
     def written(self, ids: Sequence[int], before: int | None) -> tuple[bytes, Array]:
         """What ids after another write, and the length of each, without the spaces that no text has (see `encode`)."""
         entries, lengths = [self[token] for token in ids], self.lengths(ids)
-        for place, last in enumerate([before, *ids[:-1]] if self._spaces_first or self._spaces_after_special else []):
+        for place, last in enumerate([before, *ids[:-1]] if self._spaces_first or self._spaces_after_added else []):
             if self._puts_space(last) and entries[place].startswith(SPACE):
                 entries[place] = entries[place][1:]
                 lengths[place] -= 1
@@ -75,8 +75,8 @@ class TokenBytes:
     def encode(self, texts: Sequence[str], before: Sequence[int | None]) -> list[list[int]]:
         """The ids of texts, each after the id `before` it (None: it is the first). No special token is read out of a text.
 
-        Tokenizers of SentencePiece's kind may put a space before a text, at the very beginning or after each special
-        token. There it is in the ids, elsewhere not.
+        Some tokenizers put a space before a text, at the very beginning or after each added token. There it is in the ids,
+        elsewhere not.
         """
         found = self._encode(texts)
         if not self._spaces_first:
@@ -92,7 +92,7 @@ class TokenBytes:
         return found
 
     def _puts_space(self, before: int | None) -> bool:
-        return self._spaces_first if before is None else self._spaces_after_special and before in self.special
+        return self._spaces_first if before is None else self._spaces_after_added and before in self.added
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of texts alone, without any special token."""
@@ -116,7 +116,7 @@ class TokenBytes:
         return [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)]) if end > start]
 
     def _habits(self) -> tuple[bool, bool]:
-        """Whether it puts a space before a text that stands first, and before one after a special token."""
+        """Whether it puts a space before a text that stands first, and before one after an added token."""
         word = next((text for text in self._texts() if text.isalnum()), "")
         spaced = SPACE + word.encode()
         first = bool(word) and self.join(self._encode([word])[0]) == spaced

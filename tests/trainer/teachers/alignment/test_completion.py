@@ -15,7 +15,7 @@ from property_settings import PROPERTY
 from real_tokenizers import real_tokenizer
 from tiny_models import tokenizer
 from tiny_tokenizers import byte_level, sentencepiece
-from tokenizers import normalizers
+from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from fastkl.trainer.teachers.alignment.completion import Aligned, Translator
@@ -58,12 +58,14 @@ def tiny(name: str) -> TokenBytes:
         "composed": composed,
         "first": sentencepiece,
         "always": lambda: sentencepiece("always", eos_token="</s>"),
+        "legacy": lambda: sentencepiece("legacy", eos_token="</s>"),
+        "spaced": lambda: byte_level(spaced=True, eos_token="</s>"),
         "letters": tokenizer,
     }
     return TokenBytes(made[name]())
 
 
-TINY = ["bytes", "composed", "first", "always", "letters"]
+TINY = ["bytes", "composed", "first", "always", "legacy", "spaced", "letters"]
 
 
 def aligned(student: TokenBytes, teacher: TokenBytes, ids: list[int]) -> Aligned:
@@ -149,6 +151,30 @@ def test_special_tokens_are_theirs_where_they_were_ours() -> None:
     spelled = aligned(student, teacher, student.encode(["</s>"], [BEFORE])[0])
     assert end not in spelled.teacher_ids
     assert spelled.segments.lengths.tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["first", "always", "legacy", "spaced"])
+def test_a_space_that_a_tokenizer_puts_there_is_no_part_of_the_text(name: str) -> None:
+    """Of the first token neither too much nor too little: it is a segment like any, after whatever token."""
+    ids = tiny("bytes").encode(["ab"], [BEFORE])[0]
+    words = tiny(name).tokenizer
+    words.add_tokens(["<think>"])
+    known = TokenBytes(words)
+    for before in (None, BEFORE, known.tokenizer.eos_token_id, words.convert_tokens_to_ids("<think>")):
+        (found,) = Translator(tiny("bytes"), known).aligned([ids], [BEFORE], [before])
+        assert found.segments.lengths.sum() == 2
+        assert NOWHERE not in found.segments.teacher_of
+        back = Translator(known, tiny("bytes")).aligned([found.teacher_ids.tolist()], [before], [BEFORE])[0]
+        assert back.teacher_ids.tolist() == ids
+
+
+def test_white_space_that_an_added_token_swallows_is_in_no_segment() -> None:
+    words = byte_level()
+    words.add_tokens(AddedToken("<think>", lstrip=True, rstrip=True, special=False))
+    ids = tiny("bytes").encode(["ab  <think> ab"], [BEFORE])[0]
+    found = aligned(tiny("bytes"), TokenBytes(words), ids)
+    assert tiny("bytes").join(np.array(ids)[found.segments.student_of == NOWHERE]) == b"   a"
+    assert found.segments.lengths.tolist() == [1, 1, 7, 1]
 
 
 def test_ids_that_are_no_tokens_count_for_nothing() -> None:
