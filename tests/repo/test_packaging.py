@@ -86,6 +86,9 @@ def test_metadata(wheel: Path) -> None:
     assert (found["Name"], found["Version"]) == ("fastkl", fastkl.__version__)
     assert requirements(found) == {"torch", "triton", "typing-extensions"}
     assert {"trainer", "docs", "dev"} <= set(found.get_all("Provides-Extra", []))
+    links = re.findall(r"\]\(([^)\s]+)\)", found.get_payload())
+    assert [link for link in links if not link.startswith("https://")] == []
+    assert len(links) > 10
     assert {line.split(", ")[0] for line in found.get_all("Project-URL", [])} >= {"Repository", "Documentation"}
 
 

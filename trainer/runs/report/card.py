@@ -138,6 +138,8 @@ def _facts(config: RunConfig, fingerprints: Mapping[str, str]) -> Iterator[tuple
         rows = fingerprints.get(f"the rows of {name}", "")
         yield name, f"`{public(source.dataset or source.path or '')}`, SHA-256 of the rows as read: `{rows[:16]}`"
     yield "steps", f"{config.optim.steps}, of {config.optim.substeps} optimizer steps each"
+    if config.checkpoint.best == "student":
+        yield "kept", "the checkpoint with the best accuracy on held-out prompts"
     yield "learning rate", f"{config.optim.lr:g}"
     if config.student.lora.rank:
         yield (

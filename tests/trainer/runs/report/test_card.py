@@ -73,6 +73,7 @@ REWARDS = {"teacher.path": "", "reward.grader": "boxed", "loss.kl_coef": 0, "sam
         (REWARDS, "`s` learned from rewards of its own completions."),
         ({"loss.objective": "jsd"}, "| objective | `jsd` |"),
         ({"loss.control": "shuffled"}, "| control | `shuffled`: no model to be used |"),
+        ({"checkpoint.best": "student", "eval.data.path": "h.jsonl"}, "| kept | the checkpoint with the best accuracy"),
         ({"push_to_hub": "me/mine"}, 'from_pretrained("me/mine"'),
     ],
 )
