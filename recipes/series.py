@@ -1,6 +1,6 @@
-"""Series of runs: each command of `fastkl` in a process of its own, its figures in its folder, and one report of them all.
+"""Series of runs: commands of `fastkl`, each in a process of its own or all in this one, and one report of them all.
 
-A run whose figures are there is not run again. One that was interrupted goes on.
+The figures of a run are in its folder. A run whose figures are there is not run again. One that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from fastkl._check.machine import cpu_model, versions
+from fastkl.trainer.commands.command_line import load, parse
 from fastkl.trainer.runs.files import read_jsonl, write_text
 
 Row = dict[str, Any]
@@ -43,6 +45,20 @@ def fastkl(command: str, config: Path, run: Path, settings: Mapping[str, object]
             sys.exit(f"{' '.join(line)}\nfailed; the end of {said} says why")
 
 
+def here(command: str, config: Path, said: Path, settings: Mapping[str, object]) -> None:
+    """Runs a command in this process, which saves the seconds in which one starts. What it says is in SAID."""
+    name, given = parse(words(command, config, settings))
+    said.parent.mkdir(parents=True, exist_ok=True)
+    with said.open("a", encoding="utf-8") as log, redirect_stderr(log), redirect_stdout(log):
+        load(name)(given)
+
+
+def run_here(command: str, config: Path, run: Path, settings: Mapping[str, object]) -> None:
+    """As `fastkl`, in this process."""
+    if not (run / "student" / "config.json").exists():
+        here(command, config, run.with_name(f"{run.name}.log"), {"run": run, **settings})
+
+
 def once(folder: Path, measure: Callable[[], Row]) -> Row:
     """The figures in FOLDER/result.json, which are measured if they are not there."""
     path = folder / "result.json"
@@ -60,7 +76,7 @@ def total_flops(run: Path) -> float:
     return sum(value for row in rows for name, value in row.items() if name.startswith("flops/"))
 
 
-def write_report(path: Path, runs: Iterable[Row]) -> None:
+def write_report(path: Path, runs: Iterable[Row], indent: int | None = 1) -> None:
     """The figures of all runs, and what they were made on."""
     report = {
         "runs": list(runs),
@@ -68,7 +84,7 @@ def write_report(path: Path, runs: Iterable[Row]) -> None:
         "versions": versions("fastkl", "transformers"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    write_text(path, json.dumps(report, indent=1) + "\n")
+    write_text(path, json.dumps(report, indent=indent) + "\n")
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

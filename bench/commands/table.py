@@ -22,10 +22,22 @@ from bench.tables import (
     objectives,
     personalisation,
     plans,
+    reasoning,
     self_distillation,
 )
 
-SOURCES = (integrations, losses, ahead, estimators, feedback, objectives, personalisation, plans, self_distillation)
+SOURCES = (
+    integrations,
+    losses,
+    ahead,
+    estimators,
+    feedback,
+    objectives,
+    personalisation,
+    plans,
+    reasoning,
+    self_distillation,
+)
 TABLES = {name: table for source in SOURCES for name, table in source.TABLES.items()}
 ROOT = Path(__file__).parents[2]
 START = "<!-- table "

@@ -19,10 +19,10 @@ SLOPPY_COPIES = 4
 
 def write_data(folder: Path) -> None:
     """train.jsonl (right solutions), sloppy.jsonl (careless ones), heldout.jsonl (disjoint problems, answers only)."""
-    problems = _problems()
-    heldout, train = problems[:HELD_OUT], problems[HELD_OUT:]
+    all_problems = problems()
+    heldout, train = all_problems[:HELD_OUT], all_problems[HELD_OUT:]
     rng = random.Random(0)
-    sloppy = [(text, _solution(text, rng), answer) for _ in range(SLOPPY_COPIES) for text, _, answer in train]
+    sloppy = [(text, solution(text, rng), answer) for _ in range(SLOPPY_COPIES) for text, _, answer in train]
     write_rows(folder / "train.jsonl", ({"prompt": text, "completion": work, "answer": a} for text, work, a in train))
     write_rows(folder / "sloppy.jsonl", ({"prompt": text, "completion": work} for text, work, _ in sloppy))
     write_rows(folder / "heldout.jsonl", ({"prompt": text, "answer": answer} for text, _, answer in heldout))
@@ -33,16 +33,16 @@ def write_model(folder: Path, layers: int) -> None:
     write_llama(folder, _tokenizer(), width=96, layers=layers)
 
 
-def _problems() -> list[tuple[str, str, str]]:
+def problems() -> list[tuple[str, str, str]]:
     """Every different (question, worked solution, answer) of the task, in the data set's order."""
     drawn = reasoning_gym.create_dataset(
         "chain_sum", size=20_000, seed=1, min_terms=3, max_terms=3, min_digits=1, max_digits=1
     )
-    problems = {row["question"]: row["answer"] for row in drawn}
-    return [(question, _solution(question, None), answer) for question, answer in problems.items()]
+    answers = {row["question"]: row["answer"] for row in drawn}
+    return [(question, solution(question, None), answer) for question, answer in answers.items()]
 
 
-def _solution(question: str, careless: random.Random | None) -> str:
+def solution(question: str, careless: random.Random | None) -> str:
     """The running totals, one a line: "4 - 1 = 3", "3 - 7 = -4". A careless solver is one too high now and then."""
     expression = question.removeprefix(INSTRUCTION).removesuffix("=").split()
     total, lines = int(expression[0]), []

@@ -25,7 +25,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))
+
 from figure import draw
+from series import fastkl
 
 from fastkl._check.machine import cpu_model, versions
 from fastkl.trainer.runs.files import read_jsonl, write_text
@@ -180,15 +183,17 @@ def best_rate(scale: str, objective: str, tokens: int) -> float:
 
 
 def prepare_tiny() -> None:
-    """The demo's teacher, and the student of recipes/reasoning."""
-    if Path("runs/reasoning/tiny/student/student").exists():
-        return
-    sys.path.insert(0, str(HERE.parent / "reasoning"))
-    from compare import prepare_tiny as prepare_demo
-    from compare import run
+    """The demo's data and teacher, and a student that has seen a few right solutions."""
+    demo = HERE.parent / "demo"
+    sys.path.append(str(demo))
+    from run import prepare
 
-    prepare_demo()
-    run("sft", HERE.parent / "reasoning" / "tiny" / "student.yaml")
+    prepare()
+    for folder, config in (
+        ("runs/demo/teacher", demo / "teacher.yaml"),
+        ("runs/objectives/student", HERE / "student.yaml"),
+    ):
+        fastkl("sft", config, Path(folder), {})
 
 
 def prepare_smollm2() -> None:

@@ -1,0 +1,148 @@
+"""The tables of recipes/reasoning: how far each arm brings a student, at what cost, and who needs how much less."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from bench.lib.markdown import Report, table
+from bench.lib.report import counted
+
+RESULTS = Path(__file__).parents[2] / "recipes" / "reasoning" / "results.json"
+ARMS = {
+    "sft": "more SFT",
+    "sampled": "`policy_gradient`",
+    "whole": "`reverse_kl`",
+    "tail": "`top_k`, `sampled`",
+    "rl": "RL",
+    "shuffled": "… `control: shuffled`",
+    "no_teacher": "… `control: no_teacher`",
+    "batch_16": "… 16 prompts a step",
+    "batch_256": "… 256 prompts a step",
+    "substeps_4": "… 4 substeps",
+}
+ACCURACIES = {"greedy": "greedy", "sampled": "T = 1"}
+SHARE = 0.9  # of the way from the start to the worse of two bests
+LEAST = 0.05  # what has not gained so much has learned nothing
+Run = dict[str, Any]
+
+
+def arms() -> str:
+    """Of each arm the accuracies at the checkpoint that validation chose, and the FLOPs until there."""
+    report = _read()
+    rows = []
+    for setting in _settings(report):
+        own = [run for run in report["runs"] if run["setting"] == setting]
+        for name in ("teacher", "start"):
+            runs = [run for run in own if run["arm"] == name]
+            rows.append([setting, name, "", "", *(_percent([run["test"][key] for run in runs]) for key in ACCURACIES)])
+            rows[-1] += ["", ""]
+        for name, label in ARMS.items():
+            for prompts in sorted({run["prompts"] for run in own if run["arm"] == name}):
+                runs = [run for run in _shown(own, name) if run["prompts"] == prompts]
+                rows.append([setting, label, f"{prompts:,}", *_arm(runs)] if runs else [])
+    header = [
+        "",
+        "arm",
+        "prompts",
+        "rate",
+        *(f"{text}, %" for text in ACCURACIES.values()),
+        "FLOPs",
+        "teacher_kl, entropy",
+    ]
+    seeds = counted(len({run["seed"] for run in report["runs"] if "seed" in run}), "seed")
+    conditions = f"± standard errors of at most {seeds}; 550 problems. teacher_kl and entropy are those of step 1"
+    return table(header, [row for row in rows if row], conditions, [report], "torch", "transformers")
+
+
+def factors() -> str:
+    """How many times fewer FLOPs the one needs than the other, in each setting."""
+    report = _read()
+    pairs = [(one, other) for other in ("sft", "rl") for one in ("sampled", "whole")]
+    rows = []
+    for setting in _settings(report):
+        own = [run for run in report["runs"] if run["setting"] == setting]
+        for key, label in ACCURACIES.items():
+            rows.append([setting, label, *(_factor(own, one, other, key) for one, other in pairs)])
+    header = ["", "accuracy", *(f"{ARMS[one]} against {ARMS[other]}" for one, other in pairs)]
+    conditions = "Geometric means of the seeds, in brackets the least and the most"
+    return table(header, rows, conditions, [report], "torch", "transformers")
+
+
+def flops_to(curve: Sequence[tuple[float, float]], accuracy: float) -> float | None:
+    """The FLOPs at which a curve first has this accuracy, by straight lines between its points; None: never."""
+    if curve[0][1] >= accuracy:
+        return curve[0][0]
+    for (before, low), (after, high) in pairwise(curve):
+        if high >= accuracy:
+            return before + (after - before) * (accuracy - low) / (high - low)
+    return None
+
+
+TABLES = {"reasoning": arms, "reasoning-factors": factors}
+
+
+def _read() -> Report:
+    report: Report = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return report
+
+
+def _settings(report: Report) -> list[str]:
+    return list(dict.fromkeys(run["setting"] for run in report["runs"] if run.get("chosen")))
+
+
+def _shown(runs: Iterable[Run], arm: str) -> list[Run]:
+    return [run for run in runs if run["arm"] == arm and run["chosen"]]
+
+
+def _arm(runs: list[Run]) -> list[str]:
+    first = [
+        fmean(run["first"][name] for run in runs) for name in ("teacher_kl", "entropy") if name in runs[0]["first"]
+    ]
+    return [
+        f"{runs[0]['rate']:g}",
+        *(_percent([run["test"][key][run["best"]] for run in runs]) for key in ACCURACIES),
+        f"{fmean(run['flops'][run['best']] for run in runs):.1e}",
+        ", ".join(f"{value:.3f}" for value in first),
+    ]
+
+
+def _percent(values: Sequence[float]) -> str:
+    error = f" ± {100 * stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+    return f"{100 * fmean(values):.1f}{error}"
+
+
+def _factor(runs: list[Run], one: str, other: str, key: str) -> str:
+    """FLOPs of the other over those of the one, until both have gone most of the way."""
+    found: list[float] = []
+    targets: list[float] = []
+    learned = {one: False, other: False}
+    for seed in sorted({run["seed"] for run in runs if "seed" in run}):
+        (start,) = (run["test"][key] for run in runs if run["arm"] == "start" and run["seed"] == seed)
+        own = {arm: [run for run in _shown(runs, arm) if run["seed"] == seed] for arm in (one, other)}
+        if not all(own.values()):
+            continue
+        best = {arm: max(run["test"][key][run["best"]] for run in given) for arm, given in own.items()}
+        for arm in own:
+            learned[arm] |= best[arm] >= start + LEAST
+        if min(best.values()) < start + LEAST:
+            continue
+        targets.append(start + SHARE * (min(best.values()) - start))
+        needed = {arm: _least_flops(given, start, key, targets[-1]) for arm, given in own.items()}
+        found.append(needed[other] / needed[one])
+    if not found:
+        who = [ARMS[arm] for arm in learned if learned[arm]]
+        return f"only {who[0]} learns" if len(who) == 1 else "neither learns"
+    spread = f" ({min(found):.2g} … {max(found):.2g})" if len(found) > 1 else ""
+    return f"{prod(found) ** (1 / len(found)):.2g}{spread} to {100 * fmean(targets):.0f} %"
+
+
+def _least_flops(runs: Iterable[Run], start: float, key: str, accuracy: float) -> float:
+    """Of the numbers of prompts, the cheapest."""
+    curves = ([(0.0, start), *zip(run["flops"], run["test"][key], strict=True)] for run in runs)
+    return min(flops for curve in curves if (flops := flops_to(curve, accuracy)) is not None)
