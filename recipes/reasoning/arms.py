@@ -21,6 +21,7 @@ class Setting:
     few: int
     some: int
     careless: bool  # the student is the demo's careless one, else untrained
+    long: int  # steps of `sft` on the transcripts of all prompts
     first: Row | None = None  # how it then learns from the few transcripts
 
 
@@ -60,16 +61,18 @@ SETTINGS = {
         300,
         1200,
         careless=False,
+        long=400,
         first={"optim.steps": 250, "optim.lr": 4e-3, "optim.warmup_steps": 20},
     ),
-    "P": Setting("a habit; the teacher writes as the student does", "plain", 100, 400, careless=True),
-    "Z": Setting("a habit; the teacher writes in other ways", "styled", 100, 800, careless=True),
+    "P": Setting("a habit; the teacher writes as the student does", "plain", 100, 400, careless=True, long=400),
+    "Z": Setting("a habit; the teacher writes in other ways", "styled", 100, 800, careless=True, long=800),
     "H": Setting(
         "half-trained on the teacher's transcripts",
         "styled",
         400,
         1600,
         careless=True,
+        long=800,
         first={"optim.steps": 100, "optim.lr": 1e-3},
     ),
 }
@@ -91,17 +94,15 @@ VARIANTS: dict[str, Row] = {
 }
 CONTROLS = ("shuffled", "no_teacher")
 LOWER = {"sft": (1e-4, 3e-4, 1e-3)}  # rates where the prompts are few
-SFT_STEPS = {"few": 100, "some": 300, "all": 800}
+SHORT, MIDDLE = 100, 300  # steps of `sft` on the transcripts of few prompts, and of some
 POINTS = 10  # evaluations of a run of `sft`
 
 
 def amounts(setting: str, arm: str) -> list[int]:
     """How many prompts an arm is given, one run after another."""
     given = SETTINGS[setting]
-    return {
-        "sft": [given.few, given.some, ALL],
-        "tail": [given.few],
-    }.get(arm, [given.few, ALL])
+    own = {"sft": [given.few, given.some, ALL], "tail": [given.few], "rl": [given.few]}
+    return own.get(arm, [given.few, ALL])
 
 
 def rates(setting: str, arm: str, prompts: int) -> tuple[float, float, float]:
@@ -137,8 +138,8 @@ def settings_of(run: Run) -> Row:
         "optim.lr": run.rate,
     }
     if run.arm == "sft":
-        size = {given.few: "few", given.some: "some"}.get(run.prompts, "all")
-        return {**common, "optim.steps": SFT_STEPS[size], "checkpoint.every": SFT_STEPS[size] // POINTS}
+        steps = {given.few: SHORT, given.some: MIDDLE}.get(run.prompts, given.long)
+        return {**common, "optim.steps": steps, "checkpoint.every": steps // POINTS}
     if run.arm == "rl":
         return common
     settings = VARIANTS[run.arm] if run.arm in VARIANTS else ARMS[run.arm].settings

@@ -1,0 +1,82 @@
+"""The reasoning recipe: what its teachers write, which runs it makes, how a run is chosen, and what its table counts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from recipe_cases import RECIPES, Load
+
+from bench.tables import reasoning
+from fastkl.trainer.commands.command_line import parse
+
+
+def test_solutions_in_several_styles_are_right(recipe: Load) -> None:
+    pytest.importorskip("reasoning_gym")
+    (sums,) = recipe("reasoning", "sums")
+    rng = random.Random(0)
+    found = set()
+    for first, second, third in itertools.product((0, 3, 9), repeat=3):
+        for signs in itertools.product("+-", repeat=2):
+            expression = f"{first} {signs[0]} {second} {signs[1]} {third}"
+            lines = sums.styled(f"{sums.INSTRUCTION} {expression} =", rng).split("\n")
+            found |= {len(line.split()) for line in lines}
+            assert len(lines) == 2
+            assert lines[1].endswith(f" = {eval(expression)}")
+            for line in lines:
+                left, right = line.split(" = ")
+                assert eval(left) == eval(right), line
+    assert found == {5, 9}  # a line of two numbers, or one with the rest carried along
+
+
+def test_every_run_is_accepted_and_has_a_folder_of_its_own(recipe: Load) -> None:
+    arms, series = recipe("reasoning", "arms", "series")
+    runs = [
+        arms.Run(setting, arm, prompts, rate, seed)
+        for setting in arms.SETTINGS
+        for arm in arms.ARMS
+        for prompts in arms.amounts(setting, arm)
+        for rate in arms.rates(setting, arm, prompts)
+        for seed in (0, 1)
+    ]
+    runs += [arms.Run("Z", name, 100, 5e-4, 0) for name in arms.VARIANTS]
+    assert len({run.folder for run in runs}) == len(runs)
+    for run in runs:
+        arm = arms.ARMS.get(run.arm, arms.ARMS["sampled"])
+        config = parse(series.words(arm.command, RECIPES / "reasoning" / f"{arm.config}.yaml", arms.settings_of(run)))[
+            1
+        ]
+        assert (config.data.limit, config.optim.lr, config.seed) == (run.prompts, run.rate, run.seed)
+        assert config.optim.steps % config.checkpoint.every == 0
+        assert config.optim.steps // config.checkpoint.every == arms.POINTS <= config.checkpoint.keep
+        if arm.command == "distill":
+            assert config.sampling.samples_per_step == 64 or run.arm.startswith("batch")
+
+
+def test_validation_chooses_rate_and_checkpoint(recipe: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("reasoning_gym")
+    arms, measure = recipe("reasoning", "arms", "measure")
+    monkeypatch.setattr(arms, "RUNS", tmp_path)
+    monkeypatch.setattr(measure, "RUNS", tmp_path)
+    for rate, accuracies in zip(arms.rates("Z", "rl", 100), (0.3, 0.5, 0.4), strict=True):
+        run = arms.Run("Z", "rl", 100, rate, 0)
+        points = [{"step": 1, "greedy": accuracies, "sampled": 0.2}, {"step": 2, "greedy": 0.2, "sampled": 0.2}]
+        folder = run.folder / "validation"
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps({**asdict(run), "curve": points}))
+        metrics = [{"step": step, "flops/student": 2.0, "entropy": 1.0} for step in (1, 2)]
+        (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    assert measure.chosen_rate("Z", "rl", 100) == arms.rates("Z", "rl", 100)[1]
+    for run in measure.results():
+        assert (run["best"], run["flops"], run["chosen"], run["first"]) == (0, [2.0, 4.0], False, {"entropy": 1.0})
+
+
+@pytest.mark.parametrize(("accuracy", "flops"), [(0.1, 0.0), (0.2, 5.0), (0.3, 10.0), (0.5, 30.0), (0.6, None)])
+def test_flops_until_an_accuracy(accuracy: float, flops: float | None) -> None:
+    curve = [(0.0, 0.1), (10.0, 0.3), (20.0, 0.2), (30.0, 0.5)]
+    found = reasoning.flops_to(curve, accuracy)
+    assert found == (None if flops is None else pytest.approx(flops))
