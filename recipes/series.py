@@ -65,7 +65,7 @@ def once(folder: Path, measure: Callable[[], Row]) -> Row:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(measure(), indent=1) + "\n")
-        print(folder, path.read_text(encoding="utf-8"), flush=True)
+        print(path, flush=True)
     found: Row = json.loads(path.read_text(encoding="utf-8"))
     return found
 
