@@ -72,7 +72,7 @@ SETTINGS = {
         400,
         1600,
         careless=True,
-        long=800,
+        long=600,
         first={"optim.steps": 100, "optim.lr": 1e-3},
     ),
 }
