@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from math import prod
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
+from statistics import fmean, geometric_mean, stdev
+from typing import Any, NamedTuple
 
 from bench.lib.markdown import Report, table
 from bench.lib.report import counted
@@ -32,6 +31,25 @@ LEAST = 0.05  # what has not gained so much has learned nothing
 Run = dict[str, Any]
 
 
+class Race(NamedTuple):
+    """Two arms from one student, each with several numbers of prompts."""
+
+    start: float
+    runs: dict[str, list[Run]]
+    key: str
+
+    def best(self, arm: str) -> float:
+        return max(run["test"][self.key][run["best"]] for run in self.runs[arm])
+
+    def target(self) -> float:
+        return self.start + SHARE * (min(map(self.best, self.runs)) - self.start)
+
+    def flops(self, arm: str) -> float:
+        """Of the numbers of prompts, the cheapest."""
+        curves = ([(0.0, self.start), *zip(run["flops"], run["test"][self.key], strict=True)] for run in self.runs[arm])
+        return min(flops for curve in curves if (flops := flops_to(curve, self.target())) is not None)
+
+
 def arms() -> str:
     """Of each arm the accuracies at the checkpoint that validation chose, and the FLOPs until there."""
     report = _read()
@@ -41,20 +59,13 @@ def arms() -> str:
         for name in ("teacher", "start"):
             runs = [run for run in own if run["arm"] == name]
             rows.append([setting, name, "", "", *(_percent([run["test"][key] for run in runs]) for key in ACCURACIES)])
-            rows[-1] += ["", ""]
+            rows[-1] += [""] * 3
         for name, label in ARMS.items():
             for prompts in sorted({run["prompts"] for run in own if run["arm"] == name}):
                 runs = [run for run in _shown(own, name) if run["prompts"] == prompts]
                 rows.append([setting, label, f"{prompts:,}", *_arm(runs)] if runs else [])
-    header = [
-        "",
-        "arm",
-        "prompts",
-        "rate",
-        *(f"{text}, %" for text in ACCURACIES.values()),
-        "FLOPs",
-        "teacher_kl, entropy",
-    ]
+    header = ["", "arm", "prompts", "rate", *(f"{text}, %" for text in ACCURACIES.values())]
+    header += ["FLOPs", "T = 1 at the end, %", "teacher_kl, entropy"]
     seeds = counted(len({run["seed"] for run in report["runs"] if "seed" in run}), "seed")
     conditions = f"± standard errors of at most {seeds}; 550 problems. teacher_kl and entropy are those of step 1"
     return table(header, [row for row in rows if row], conditions, [report], "torch", "transformers")
@@ -74,6 +85,25 @@ def factors() -> str:
     return table(header, rows, conditions, [report], "torch", "transformers")
 
 
+def rates() -> str:
+    """What validation saw of each rate with seed 0: the best checkpoint's accuracy, the mean of greedy and sampled."""
+    report = _read()
+    settings = _settings(report)
+    rows = []
+    for arm in ("sft", "sampled", "whole", "tail", "rl"):
+        cells = []
+        for setting in settings:
+            tried = [
+                run for run in report["runs"] if (run["setting"], run["arm"], run.get("seed")) == (setting, arm, 0)
+            ]
+            few = min((run["prompts"] for run in tried), default=0)
+            tried = sorted((run for run in tried if run["prompts"] == few), key=lambda run: run["rate"])
+            cells.append(" / ".join(f"{run['rate']:g}: {_validated(run):.0f}" for run in tried))
+        rows.append([ARMS[arm], *cells])
+    header = ["rate: accuracy, %", *settings]
+    return table(header, rows, "One seed, few prompts, 250 problems", [report], "torch", "transformers")
+
+
 def flops_to(curve: Sequence[tuple[float, float]], accuracy: float) -> float | None:
     """The FLOPs at which a curve first has this accuracy, by straight lines between its points; None: never."""
     if curve[0][1] >= accuracy:
@@ -84,7 +114,7 @@ def flops_to(curve: Sequence[tuple[float, float]], accuracy: float) -> float | N
     return None
 
 
-TABLES = {"reasoning": arms, "reasoning-factors": factors}
+TABLES = {"reasoning": arms, "reasoning-factors": factors, "reasoning-rates": rates}
 
 
 def _read() -> Report:
@@ -108,8 +138,13 @@ def _arm(runs: list[Run]) -> list[str]:
         f"{runs[0]['rate']:g}",
         *(_percent([run["test"][key][run["best"]] for run in runs]) for key in ACCURACIES),
         f"{fmean(run['flops'][run['best']] for run in runs):.1e}",
+        _percent([run["test"]["sampled"][-1] for run in runs]),
         ", ".join(f"{value:.3f}" for value in first),
     ]
+
+
+def _validated(run: Run) -> float:
+    return 100 * fmean(run["validation"][key][run["best"]] for key in ACCURACIES)
 
 
 def _percent(values: Sequence[float]) -> str:
@@ -118,31 +153,23 @@ def _percent(values: Sequence[float]) -> str:
 
 
 def _factor(runs: list[Run], one: str, other: str, key: str) -> str:
-    """FLOPs of the other over those of the one, until both have gone most of the way."""
-    found: list[float] = []
-    targets: list[float] = []
-    learned = {one: False, other: False}
-    for seed in sorted({run["seed"] for run in runs if "seed" in run}):
-        (start,) = (run["test"][key] for run in runs if run["arm"] == "start" and run["seed"] == seed)
-        own = {arm: [run for run in _shown(runs, arm) if run["seed"] == seed] for arm in (one, other)}
-        if not all(own.values()):
-            continue
-        best = {arm: max(run["test"][key][run["best"]] for run in given) for arm, given in own.items()}
-        for arm in own:
-            learned[arm] |= best[arm] >= start + LEAST
-        if min(best.values()) < start + LEAST:
-            continue
-        targets.append(start + SHARE * (min(best.values()) - start))
-        needed = {arm: _least_flops(given, start, key, targets[-1]) for arm, given in own.items()}
-        found.append(needed[other] / needed[one])
-    if not found:
-        who = [ARMS[arm] for arm in learned if learned[arm]]
-        return f"only {who[0]} learns" if len(who) == 1 else "neither learns"
+    """FLOPs of the other over those of the one, until both have gone most of the way to the worse of their bests."""
+    races = list(_races(runs, one, other, key))
+    if not races:
+        return "–"
+    gains = {arm: fmean(race.best(arm) - race.start for race in races) for arm in (one, other)}
+    learning = [arm for arm in gains if gains[arm] >= LEAST]
+    if len(learning) < len(gains):
+        return f"only {ARMS[learning[0]]} learns" if learning else "neither learns"
+    races = [race for race in races if race.target() > race.start]
+    found = [race.flops(other) / race.flops(one) for race in races]
     spread = f" ({min(found):.2g} … {max(found):.2g})" if len(found) > 1 else ""
-    return f"{prod(found) ** (1 / len(found)):.2g}{spread} to {100 * fmean(targets):.0f} %"
+    return f"{geometric_mean(found):.2g}{spread} to {100 * fmean(race.target() for race in races):.0f} %"
 
 
-def _least_flops(runs: Iterable[Run], start: float, key: str, accuracy: float) -> float:
-    """Of the numbers of prompts, the cheapest."""
-    curves = ([(0.0, start), *zip(run["flops"], run["test"][key], strict=True)] for run in runs)
-    return min(flops for curve in curves if (flops := flops_to(curve, accuracy)) is not None)
+def _races(runs: list[Run], one: str, other: str, key: str) -> Iterator[Race]:
+    """Of each seed with which both have run."""
+    for begin in (run for run in runs if run["arm"] == "start"):
+        own = {arm: [run for run in _shown(runs, arm) if run["seed"] == begin["seed"]] for arm in (one, other)}
+        if all(own.values()):
+            yield Race(begin["test"][key], own, key)

@@ -31,6 +31,7 @@ from arms import (
     CONTROLS,
     HERE,
     MODELS,
+    POINTS,
     RUNS,
     SETTINGS,
     VARIANTS,
@@ -175,8 +176,13 @@ def measured(run: Run, name: str) -> list[Row]:
         run.folder / name,
         lambda: {**asdict(run), "curve": graded_checkpoints(run.folder, start(run.setting, run.seed), rows)},
     )
-    curve: list[Row] = found["curve"]
-    return curve
+    return regular(found["curve"])
+
+
+def regular(curve: list[Row]) -> list[Row]:
+    """Without the checkpoint at which a run was interrupted."""
+    every = curve[-1]["step"] // POINTS
+    return [point for point in curve if point["step"] % every == 0]
 
 
 def chosen_rate(setting: str, arm: str, prompts: int) -> float:
@@ -214,25 +220,23 @@ def result(folder: Path) -> Row:
 
     A run whose rate was not chosen has no curve of the test.
     """
-    parts = {name: read(path) for name in SETS if (path := folder / name / "result.json").exists()}
-    run = Run(*(parts["validation"][name] for name in Run.__dataclass_fields__))
+    found = {name: read(path) for name in SETS if (path := folder / name / "result.json").exists()}
+    run = Run(*(found["validation"][name] for name in Run.__dataclass_fields__))
+    curves = {name: regular(part["curve"]) for name, part in found.items()}
     metrics = read_jsonl(folder / "metrics.jsonl")
     spent = list(accumulate(sum(v for name, v in row.items() if name.startswith("flops/")) for row in metrics))
-    steps = [point["step"] for point in parts["validation"]["curve"]]
+    steps = [point["step"] for point in curves["validation"]]
     writing = read(MODELS / SETTINGS[run.setting].teacher / "result.json")["writing"] if run.arm == "sft" else 0.0
-    merits = [merit(point) for point in parts["validation"]["curve"]]
+    merits = [merit(point) for point in curves["validation"]]
     written = [writing * min(run.prompts, EXAMPLES * step) for step in steps]
     return {
         **asdict(run),
-        "chosen": "test" in parts,
+        "chosen": "test" in curves,
         "best": merits.index(max(merits)),
         "steps": steps,
         "flops": [float(f"{spent[step - 1] + more:.4g}") for step, more in zip(steps, written, strict=True)],
         "first": {name: round(metrics[0][name], 4) for name in ("teacher_kl", "entropy") if name in metrics[0]},
-        **{
-            part: {name: [point[name] for point in found["curve"]] for name in TEMPERATURES}
-            for part, found in parts.items()
-        },
+        **{part: {name: [point[name] for point in curve] for name in TEMPERATURES} for part, curve in curves.items()},
     }
 
 

@@ -64,15 +64,16 @@ def test_validation_chooses_rate_and_checkpoint(recipe: Load, tmp_path: Path, mo
     monkeypatch.setattr(measure, "RUNS", tmp_path)
     for rate, accuracies in zip(arms.rates("Z", "rl", 100), (0.3, 0.5, 0.4), strict=True):
         run = arms.Run("Z", "rl", 100, rate, 0)
-        points = [{"step": 1, "greedy": accuracies, "sampled": 0.2}, {"step": 2, "greedy": 0.2, "sampled": 0.2}]
+        points = [{"step": 10, "greedy": accuracies, "sampled": 0.2}, {"step": 20, "greedy": 0.2, "sampled": 0.2}]
+        points.insert(1, {"step": 13, "greedy": 1.0, "sampled": 1.0})  # where the run was interrupted
         folder = run.folder / "validation"
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps({**asdict(run), "curve": points}))
-        metrics = [{"step": step, "flops/student": 2.0, "entropy": 1.0} for step in (1, 2)]
+        metrics = [{"step": step, "flops/student": 2.0, "entropy": 1.0} for step in range(1, 21)]
         (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     assert measure.chosen_rate("Z", "rl", 100) == arms.rates("Z", "rl", 100)[1]
     for run in measure.results():
-        assert (run["best"], run["flops"], run["chosen"], run["first"]) == (0, [2.0, 4.0], False, {"entropy": 1.0})
+        assert (run["best"], run["flops"], run["chosen"], run["first"]) == (0, [20.0, 40.0], False, {"entropy": 1.0})
 
 
 @pytest.mark.parametrize(("accuracy", "flops"), [(0.1, 0.0), (0.2, 5.0), (0.3, 10.0), (0.5, 30.0), (0.6, None)])

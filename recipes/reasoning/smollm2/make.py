@@ -1,7 +1,7 @@
 """Sums in words for SmolLM2: runs/reasoning/smollm2/prompts.jsonl, validation.jsonl and test.jsonl.
 
-    python recipes/smollm2/make.py            # says what to install; writes teacher and student
-    python recipes/reasoning/smollm2/make.py
+python recipes/smollm2/make.py            # says what to install; writes teacher and student
+python recipes/reasoning/smollm2/make.py
 """
 
 from __future__ import annotations
