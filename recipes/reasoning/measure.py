@@ -6,8 +6,8 @@
 Every arm runs at three learning rates with seed 0. The validation problems choose one of them, and with other seeds the arm
 runs at that rate alone. What is shown is measured on the test problems.
 
-Everything is kept in runs/reasoning: what is complete is not run again, what was interrupted goes on. After every run
-the results are written to runs/reasoning/results.json, and drawn beside it.
+Everything is kept in runs/reasoning: what is complete is not run again, what was interrupted goes on. After every arm
+the results are written to runs/reasoning/results.json. After every setting they are drawn beside it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def main() -> None:
                     report()
             if not seed:
                 controls(setting)
-                report()
+            report()
+            draw(list(results()), RUNS)
 
 
 def arguments() -> argparse.Namespace:
@@ -199,7 +200,6 @@ def merit(point: Row) -> float:
 
 def report() -> None:
     write_report(RUNS / "results.json", results(), indent=None)
-    draw(json.loads((RUNS / "results.json").read_text(encoding="utf-8"))["runs"], RUNS)
 
 
 def results() -> Iterator[Row]:
