@@ -45,12 +45,12 @@ def fastkl(command: str, config: Path, run: Path, settings: Mapping[str, object]
             sys.exit(f"{' '.join(line)}\nfailed; the end of {said} says why")
 
 
-def here(command: str, config: Path, said: Path, settings: Mapping[str, object]) -> None:
-    """Runs a command in this process, which saves the seconds in which one starts. What it says is in SAID."""
+def here(command: str, config: Path, said: Path, settings: Mapping[str, object]) -> Any:
+    """What a command returns, run in this process: one of its own takes seconds to start. What it says is in SAID."""
     name, given = parse(words(command, config, settings))
     said.parent.mkdir(parents=True, exist_ok=True)
     with said.open("a", encoding="utf-8") as log, redirect_stderr(log), redirect_stdout(log):
-        load(name)(given)
+        return load(name)(given)
 
 
 def run_here(command: str, config: Path, run: Path, settings: Mapping[str, object]) -> None:

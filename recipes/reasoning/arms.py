@@ -19,9 +19,10 @@ class Setting:
     title: str
     teacher: str  # plain: one style, the student's own; styled: three
     few: int
-    some: int
+    more: tuple[int, ...]  # numbers of transcripts that more SFT reads besides
     careless: bool  # the student is the demo's careless one, else untrained
     long: int  # steps of `sft` on the transcripts of all prompts
+    wide: bool = False  # two of the on-policy arms read all prompts too
     first: Row | None = None  # how it then learns from the few transcripts
 
 
@@ -59,20 +60,21 @@ SETTINGS = {
         "facts are missing",
         "plain",
         300,
-        1200,
+        (1200, ALL),
         careless=False,
         long=400,
+        wide=True,
         first={"optim.steps": 250, "optim.lr": 4e-3, "optim.warmup_steps": 20},
     ),
-    "P": Setting("a habit; the teacher writes as the student does", "plain", 100, 400, careless=True, long=400),
-    "Z": Setting("a habit; the teacher writes in other ways", "styled", 100, 800, careless=True, long=800),
+    "P": Setting("a habit; the teacher writes as the student does", "plain", 100, (400, ALL), careless=True, long=400),
+    "Z": Setting("a habit; the teacher writes in other ways", "styled", 100, (800, ALL), careless=True, long=800),
     "H": Setting(
         "half-trained on the teacher's transcripts",
         "styled",
         400,
-        1600,
+        (ALL,),
         careless=True,
-        long=600,
+        long=400,
         first={"optim.steps": 100, "optim.lr": 1e-3},
     ),
 }
@@ -101,8 +103,9 @@ POINTS = 10  # evaluations of a run of `sft`
 def amounts(setting: str, arm: str) -> list[int]:
     """How many prompts an arm is given, one run after another."""
     given = SETTINGS[setting]
-    own = {"sft": [given.few, given.some, ALL], "tail": [given.few], "rl": [given.few]}
-    return own.get(arm, [given.few, ALL])
+    if arm == "sft":
+        return [given.few, *given.more]
+    return [given.few, ALL] if given.wide and arm in ("sampled", "whole") else [given.few]
 
 
 def rates(setting: str, arm: str, prompts: int) -> tuple[float, float, float]:
@@ -138,7 +141,7 @@ def settings_of(run: Run) -> Row:
         "optim.lr": run.rate,
     }
     if run.arm == "sft":
-        steps = {given.few: SHORT, given.some: MIDDLE}.get(run.prompts, given.long)
+        steps = {given.few: SHORT, ALL: given.long}.get(run.prompts, MIDDLE)
         return {**common, "optim.steps": steps, "checkpoint.every": steps // POINTS}
     if run.arm == "rl":
         return common

@@ -13,11 +13,10 @@ from series import Row
 
 from fastkl.trainer.config.data import DataConfig
 from fastkl.trainer.config.models import ModelConfig
-from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, given_samples
+from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts
 from fastkl.trainer.data.sources import load_prompts
 from fastkl.trainer.models.ends import end_of_sequence
 from fastkl.trainer.models.pretrained import load_model, load_tokenizer
-from fastkl.trainer.models.sizes.flops import cost_of, sampling_flops
 from fastkl.trainer.rollouts.grading.graders import last_number
 from fastkl.trainer.rollouts.samplers.generate import GenerateSampler
 from fastkl.trainer.runs.checkpoint import WEIGHTS
@@ -49,13 +48,6 @@ def graded_checkpoints(run: Path, start: Path, rows: Path) -> list[Row]:
 def checkpoints(run: Path) -> Iterator[tuple[int, Path]]:
     steps = {int(re.sub(r"\D", "", path.name)): path for path in (run / "checkpoints").glob("step*")}
     return iter(sorted(steps.items()))
-
-
-def writing_flops(teacher: Path, rows: Path) -> float:
-    """What a transcript costs the teacher, on average."""
-    model, tokenizer = _load(teacher)
-    samples = given_samples(_prompts(rows, tokenizer), tokenizer)
-    return sampling_flops(cost_of(model), samples) / len(samples)
 
 
 def _load(path: Path) -> tuple[Any, Any]:

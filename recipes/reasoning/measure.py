@@ -44,7 +44,7 @@ from arms import (
     start,
 )
 from figure import draw
-from grading import TEMPERATURES, graded, graded_checkpoints, writing_flops
+from grading import TEMPERATURES, graded, graded_checkpoints
 from series import Row, here, once, run_here, threads, write_report, write_rows
 from sums import write_data
 
@@ -106,22 +106,25 @@ def prepare(settings: list[str]) -> None:
 
 def written(teacher: str) -> Row:
     """The teacher's transcripts of all problems; how right it is, and what a transcript costs."""
-    student, output = MODELS / teacher / "student", MODELS / f"{teacher}-transcripts.jsonl"
-    settings = {"model.path": student, "output": output, "eval.data.path": MODELS / "plain.jsonl"}
-    here("eval", HERE / "transcripts.yaml", output.with_suffix(".log"), settings)
-    found = read_jsonl(output)
+    student, output = MODELS / teacher / "student", transcripts(teacher)
+    settings = {"model.path": student, "output": output, "data.path": MODELS / "plain.jsonl"}
+    found = here("sample", HERE / "transcripts.yaml", output.with_suffix(".log"), settings)
     return {
         **{name: graded(student, MODELS / f"{name}.jsonl") for name in SETS},
-        "transcripts_right": sum(row["score"] for row in found) / len(found),
-        "writing": writing_flops(student, output),
+        "transcripts_right": found["mean_score"],
+        "writing": found["flops"] / found["completions"],
     }
+
+
+def transcripts(teacher: str) -> Path:
+    return MODELS / f"{teacher}-transcripts.jsonl"
 
 
 def begin(setting: str, seed: int) -> None:
     """The rows of a seed, and the student that its arms go on from."""
     path = rows_of(setting, seed)
     if not path.exists():
-        rows = read_jsonl(MODELS / f"{SETTINGS[setting].teacher}-transcripts.jsonl")
+        rows = read_jsonl(transcripts(SETTINGS[setting].teacher))
         random.Random(seed).shuffle(rows)
         write_rows(path, ({name: row[name] for name in ("prompt", "answer", "completion")} for row in rows))
     if SETTINGS[setting].first:

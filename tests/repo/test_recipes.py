@@ -19,7 +19,7 @@ CONFIGS = [path for path in sorted(RECIPES.rglob("*.yaml")) if path.parent.name 
 def command_of(settings: dict[str, object]) -> str:
     """What tells the commands' configs from each other."""
     if "sampling" in settings:
-        return "distill"
+        return "sample" if "output" in settings else "distill"
     if "run" in settings:
         return "sft"
     return "score" if "data" in settings else "eval"
