@@ -66,8 +66,10 @@ def arms() -> str:
                 rows.append([setting, label, f"{prompts:,}", *_arm(runs)] if runs else [])
     header = ["", "arm", "prompts", "rate", *(f"{text}, %" for text in ACCURACIES.values())]
     header += ["FLOPs", "T = 1 at the end, %", "teacher_kl, entropy"]
-    seeds = counted(len({run["seed"] for run in report["runs"] if "seed" in run}), "seed")
-    conditions = f"± standard errors of at most {seeds}; 550 problems. teacher_kl and entropy are those of step 1"
+    most = counted(len({run["seed"] for run in report["runs"] if "seed" in run}), "seed")
+    conditions = (
+        f"550 problems. ± standard errors of at most {most}; without ± there is one. teacher_kl and entropy of step 1"
+    )
     return table(header, [row for row in rows if row], conditions, [report], "torch", "transformers")
 
 
@@ -163,8 +165,12 @@ def _factor(runs: list[Run], one: str, other: str, key: str) -> str:
         return f"only {ARMS[learning[0]]} learns" if learning else "neither learns"
     races = [race for race in races if race.target() > race.start]
     found = [race.flops(other) / race.flops(one) for race in races]
-    spread = f" ({min(found):.2g} … {max(found):.2g})" if len(found) > 1 else ""
-    return f"{geometric_mean(found):.2g}{spread} to {100 * fmean(race.target() for race in races):.0f} %"
+    spread = f" ({_times(min(found))} … {_times(max(found))})" if len(found) > 1 else ""
+    return f"{_times(geometric_mean(found))}{spread} to {100 * fmean(race.target() for race in races):.0f} %"
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.0f}" if factor >= 10 else f"{factor:.2g}"
 
 
 def _races(runs: list[Run], one: str, other: str, key: str) -> Iterator[Race]:

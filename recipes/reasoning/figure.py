@@ -30,7 +30,7 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
             continue
         figure, axes = pyplot.subplots(2, 2, figsize=(9, 7), sharex="col", sharey="row", layout="constrained")
         for line, (name, label) in zip(axes, ACCURACIES.items(), strict=True):
-            line[0].set_ylabel(label)
+            line[0].set(ylabel=label, ylim=(0, 1.03))
             for axis in line:
                 _levels(axis, own, name)
             _against_flops(line[0], shown, name)
