@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkl.trainer.config.losses.control import remark
 from fastkl.trainer.config.teacher import TeacherConfig
@@ -222,10 +222,10 @@ def _distill(config: DistillConfig, accelerator: Accelerator, folder: RunFolder,
     ends = end_of_sequence(student.model, tokenizer)
     teacher_prompts.end_with(ends)
     with student.gathered():
-        sampler = _sampler(config, student, [*ends, *stop_ids(environment, tokenizer)], sampling_server)
+        sampler = make_sampler(config, student, [*ends, *stop_ids(environment, tokenizer)], sampling_server)
     read = [*(data_set.prompts for data_set in data_sets), *(one.ask.prompts for one in evaluations)]
     chats = dict.fromkeys(chat for prompts in read for chat in prompts.chats)
-    responder = _responder(config, student, tokenizer, sampler, environment, chats)
+    responder = make_responder(config, student.model, tokenizer, sampler, environment, chats)
     rollouts: Rollouts
     parts = _rollout_parts(config, responder, data_sets, judge)
     if isinstance(sampler, ServedSampler) and config.sampling.steps_ahead:
@@ -299,15 +299,16 @@ def _early(
     return tell
 
 
-def _responder(
+def make_responder(
     config: DistillConfig,
-    student: Student,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     sampler: Sampler,
     environment: Environment | None,
     chats: Iterable[ChatTemplate | None],
 ) -> Responder:
-    ends, context = end_of_sequence(student.model, tokenizer), context_length(student.model)
+    """What answers prompts by a sampler of a model: in one turn, or as the environment has it."""
+    ends, context = end_of_sequence(model, tokenizer), context_length(model)
     if environment is None:
         return SingleTurn(sampler, context)
     if config.sampling.steps_ahead:  # in a thread of their own; nobody says that a tokenizer may be in two at a time
@@ -315,7 +316,8 @@ def _responder(
     return MultiTurn(sampler, tokenizer, environment, config.environment, ends, context, chats)
 
 
-def _sampler(config: DistillConfig, student: Student, ends: list[int], server: SamplingServer | None) -> Sampler:
+def make_sampler(config: DistillConfig, student: Student, ends: list[int], server: SamplingServer | None) -> Sampler:
+    """Samples from the student: here, or on its server. `ends` are the ids that end a completion."""
     if server is not None:
         return ServedSampler(server, student, ends)
     make = partial(local_sampler, eos_token_ids=ends, settings=config.sampling)

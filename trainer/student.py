@@ -82,7 +82,7 @@ class Student:
         self.scheduler = learning_rate_schedule(config.optim, optimizer)
         name_layers(self.model)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        # Without accelerate's autocast: what samples has the model's own dtype. Scores and updates enter `_autocast`.
+        # Without accelerate's autocast: what samples has the model's own dtype. Scores and updates enter `autocast`.
         self.plain = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         if self._gathered_copy is not None:
             self.model = self._gathered_copy.model
@@ -166,7 +166,7 @@ class Student:
             groups: Samples apart by what cannot share a batch.
             known: Of a batch's samples: the ids come from below this one; None: from the whole head.
         """
-        with self._autocast(), scoring(self.wrapped):
+        with self.autocast(), scoring(self.wrapped):
             for batch, _ in self._in_step(groups):
                 batch.scatter_student_top_k(batch_likeliest(self.wrapped, batch, k, known(batch.samples)))
 
@@ -181,14 +181,14 @@ class Student:
         scatter_values(self.wrapped, batches, field, lambda batch: values(self._forward, batch))
 
     def _scatter(self, samples: list[Sample], field: str, values: Callable[[Batch], Tensor]) -> None:
-        with self._autocast():
+        with self.autocast():
             scatter_values(self.wrapped, (batch for batch, _ in self._in_step([samples])), field, values)
 
     def _forward(self, **inputs: Any) -> Any:
-        with self._autocast():
+        with self.autocast():
             return self.wrapped(**inputs)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
         """That of `mixed_precision`; FSDP has a policy of its own instead."""
         return contextlib.nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.autocast()
 

@@ -25,6 +25,7 @@ from fastkl.trainer.config.offline import (
     DistillPlan,
     EvaluateConfig,
     InitConfig,
+    ProbeConfig,
     ReportConfig,
     SampleConfig,
     ScoreConfig,
@@ -77,6 +78,7 @@ class Command(NamedTuple):
     dry_run: str = ""  # the function that only checks and estimates, if there is one
     add_arguments: Callable[[argparse.ArgumentParser, type], None] = _add_settings
     other: type | None = None  # what it takes where nothing is set that `config` alone has
+    flags: tuple[str, ...] = ()  # settings that are true where they stand without a value
 
     @property
     def takes_settings(self) -> bool:
@@ -111,6 +113,13 @@ COMMANDS = {
         "tell the memory, FLOPs and hours of a config on devices that need not be here",
         usage="CONFIG.yaml [--processes N] [--device NAME] [--accelerate FILE] [--key value ...]",
         other=SftPlan,
+    ),
+    "probe": Command(
+        ProbeConfig,
+        "commands.probe.command:probe",
+        "tell whether a student can learn from its teacher, before a run",
+        usage="CONFIG.yaml [--prompts N] [--json] [--output FILE] [--key value ...]",
+        flags=("json",),
     ),
     "eval": Command(
         EvaluateConfig,
@@ -244,7 +253,9 @@ def _places(name: str, words: list[str]) -> Iterator[tuple[str, yaml.Node | str,
             raise ConfigError(f"{word!r} is no setting; write --name value, or one CONFIG.yaml before all settings")
         if setting.replace("_", "-") == DRY_RUN.removeprefix("--"):
             raise ConfigError(f"{word} is no setting; {_dry_run(name)}")
-        if not equals:
+        if not equals and setting in COMMANDS[name].flags:
+            value = "true"
+        elif not equals:
             value = next(left, "--")
             if value.startswith("--"):
                 raise ConfigError(f"--{setting} has no value; write --{setting} value")

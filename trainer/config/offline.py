@@ -231,6 +231,33 @@ class DistillPlan(Assumptions, DistillConfig):
 
 
 @dataclass(frozen=True)
+class ProbeConfig(DistillConfig):
+    """What a distillation would find: student and teacher on some prompts, before anything is trained.
+
+    Args:
+        prompts: Sample this many of the prompts.
+        top: Compare this many of the likeliest tokens.
+        json: Print what was found as JSON in place of the table.
+        output: Write what was found to this JSON file. null: only print it.
+    """
+
+    prompts: int = 64
+    top: int = 20
+    json: bool = False
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, self, "", "prompts", "top")
+        require(self.output is None or bool(self.output.strip()), "output is empty; name a JSON file, or unset it")
+        require(
+            self.has_teacher,
+            "the config has no teacher, and fastkl probe compares a student with one; give teacher.path or "
+            "teacher.server.url, or take `fastkl eval` for a student alone",
+        )
+
+
+@dataclass(frozen=True)
 class SftPlan(Assumptions, SftConfig):
     """What supervised fine-tuning takes: memory by phase, FLOPs, hours."""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +77,12 @@ class LocalTeacher:
         self._cost = cost_of(self.model) if cost is None else cost
         # Of the head, on the student's device where that is another: the version of the weights, and they.
         self._copies: dict[Tensor, tuple[int, Tensor]] = {}
+
+    @contextmanager
+    def writing(self) -> Iterator[PreTrainedModel]:
+        """The model, while it is the teacher: for what samples from it."""
+        with self._as_teacher():
+            yield self.model
 
     def score(self, samples: Sequence[Sample]) -> None:
         self._scatter(samples, f"{self.role}_logprobs", self._scores)

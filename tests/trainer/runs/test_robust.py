@@ -82,10 +82,10 @@ def test_a_full_disk(
 ) -> None:
     save, update = RunFolder.save_checkpoint, Student.update
 
-    def full_then_save(self: RunFolder, write: Any, done: int) -> None:
+    def full_then_save(self: RunFolder, write: Any, done: int, best: int | None = None) -> None:
         if done == 4 and where == "checkpoint":
             fill(small_disk, leaving)
-        save(self, write, done)
+        save(self, write, done, best)
 
     def update_then_full(self: Student, samples: Any, objective: Any, step: int) -> Any:
         metrics = update(self, samples, objective, step)

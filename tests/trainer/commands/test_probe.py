@@ -1,0 +1,255 @@
+"""`fastkl probe`: its numbers are those of plain forward passes, its verdicts those of what was put in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from run_cases import WORDS, completion_logprobs, refusal
+from run_settings import MINIMAL, Settings, arguments, config, distillation
+from server_cases import served
+from stub_server import serving
+from stub_vllm import StubVllm
+from tiny_models import save_model
+from transformers import AutoModelForCausalLM
+
+from fastkl import cli
+from fastkl.trainer.commands.probe import compare, written
+from fastkl.trainer.commands.probe.table import lines
+from fastkl.trainer.commands.probe.verdict import judged
+from fastkl.trainer.data.samples import UNKNOWN, Sample, make_sample
+
+K = 5
+REWARD: Settings = {"reward.grader": "last_number", "reward.baseline": "none"}
+
+
+def probed(said: pytest.CaptureFixture[str], settings: Settings) -> Any:
+    """What `fastkl probe --json` says."""
+    assert cli.main([*arguments("probe", settings), "--json"]) == 0
+    return json.loads(said.readouterr().out)
+
+
+@pytest.fixture
+def samples(monkeypatch: pytest.MonkeyPatch) -> list[Sample]:
+    """Those of the next probe."""
+    kept: list[Sample] = []
+
+    def write(found: Any) -> Any:
+        result = original(found)
+        kept.extend(result.samples)
+        return result
+
+    original = written.write
+    monkeypatch.setattr("fastkl.trainer.commands.probe.command.write", write)
+    return kept
+
+
+def settings(run: Path, folder: Path, **overrides: object) -> Settings:
+    return distillation(run, folder, **{"prompts": 8, "top": K, **overrides})
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_numbers_are_those_of_plain_forward_passes(
+    tmp_path: Path, padded: Path, samples: list[Sample], capsys: pytest.CaptureFixture[str], temperature: float
+) -> None:
+    run = settings(tmp_path / "run", padded, sampling__temperature=temperature, batch__max_tokens=40)
+    said = probed(capsys, run)
+    assert not (tmp_path / "run").exists()
+    models = [AutoModelForCausalLM.from_pretrained(padded / name) for name in ("student", "teacher")]
+    ids = min(WORDS, *(model.config.vocab_size for model in models))
+    gaps, entropies, overlaps, masses = [], [], [], []
+    with torch.no_grad():
+        for sample in samples:
+            plain = vars(sample) | {"ids": sample.ids.tolist(), "loss_mask": sample.loss_mask.tolist()}
+            whole = [completion_logprobs(model, plain, temperature) for model in models]
+            tokens = torch.tensor(sample.ids[sample.loss_mask]).long()[:, None]
+            known = tokens < whole[1].shape[1]
+            scored = whole[1].gather(1, tokens.where(known, 0)).where(known, UNKNOWN)
+            gaps += (whole[0].gather(1, tokens) - scored)[:, 0].tolist()
+            entropies += (-(whole[0].exp() * whole[0]).sum(-1)).tolist()
+            ours, theirs = (completion_logprobs(model, plain, temperature, ids=ids) for model in models)
+            likeliest, own = theirs.topk(K).indices, ours.topk(K).indices
+            overlaps += [len({*a} & {*b}) / K for a, b in zip(likeliest.tolist(), own.tolist(), strict=True)]
+            masses += torch.stack([each.gather(1, likeliest).exp().sum(-1) for each in (ours, theirs)], -1).tolist()
+    assert said["teacher_kl"]["mean"] == pytest.approx(np.mean(gaps), abs=1e-4)
+    assert said["teacher_kl"]["p95"] == pytest.approx(np.percentile(gaps, 95), abs=1e-4)
+    assert said["entropy"]["mean"] == pytest.approx(np.mean(entropies), abs=1e-4)
+    assert said["entropy"]["p05"] == pytest.approx(np.percentile(entropies, 5), abs=1e-4)
+    assert said["top_k"]["overlap"] == pytest.approx(np.mean(overlaps), abs=1e-6)
+    assert [said["top_k"][name] for name in ("student_mass", "teacher_mass")] == pytest.approx(
+        np.mean(masses, 0), abs=1e-4
+    )
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "found.json"
+    said = probed(capsys, settings(tmp_path / "run", folder, teacher__path=folder / "student", output=output))
+    assert said["verdict"] == "nothing to learn on these prompts"
+    assert said["accuracy"]["gap"] == {"greedy": 0.0, "sampled": pytest.approx(0.0, abs=1.0)}
+    assert json.loads(output.read_text()) == said
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+
+
+def test_a_teacher_without_a_head_is_broken(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path / "flat", tie_word_embeddings=False)
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "flat")
+    torch.nn.init.zeros_(teacher.get_output_embeddings().weight)
+    teacher.save_pretrained(tmp_path / "flat")
+    assert cli.main(arguments("probe", settings(tmp_path / "run", folder, teacher__path=tmp_path / "flat"))) == 0
+    printed = capsys.readouterr().out
+    assert "the teacher is broken: the teacher's log-probs are uniform" in printed
+    assert printed.rstrip().endswith("verdict: the teacher is broken")
+
+
+@pytest.fixture
+def stub(folder: Path) -> Iterator[StubVllm]:
+    with serving(folder / "teacher", kind=StubVllm) as server:
+        yield server
+
+
+def test_a_served_teacher_scores_and_answers_as_one_that_is_loaded(
+    tmp_path: Path, folder: Path, stub: StubVllm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = probed(capsys, settings(tmp_path / "run", folder))
+    there = probed(capsys, settings(tmp_path / "run", folder, **served("teacher", stub)))
+    assert there["teacher_kl"] == pytest.approx(here["teacher_kl"], abs=1e-3)
+    assert there["accuracy"]["teacher"]["greedy"] == here["accuracy"]["teacher"]["greedy"]
+    assert there["top_k"] == {}
+
+
+def test_a_context_is_what_the_teacher_answers_after(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[list[int]] = []
+    answered = written._answered
+
+    def seen(found: Any, responder: Any, prompts: Any, *args: Any) -> Any:
+        lengths.append([len(prompt.tokens) for prompt in prompts])
+        return answered(found, responder, prompts, *args)
+
+    monkeypatch.setattr(written, "_answered", seen)
+    probed(capsys, settings(tmp_path / "run", folder, teacher__context__system="in words", data__chat_template=True))
+    student, teacher = lengths
+    assert all(theirs >= ours + len("in words") for ours, theirs in zip(student, teacher, strict=True))
+
+
+def test_rows_without_answers_are_not_graded(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bare.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "2+2="}\n')
+    said = probed(capsys, settings(tmp_path / "run", folder, data__path=tmp_path / "bare.jsonl"))
+    assert said["accuracy"] == {"student": {}, "teacher": {}, "gap": {}}
+    assert "nothing is graded" in said["missing"][0]
+
+
+def test_a_template_that_only_one_of_them_knows() -> None:
+    def sample(first: float, rest: float, last: float, truncated: bool = False) -> Sample:
+        made = make_sample([1, 2], range(3, 13), 0, [-1.0] * 10, truncated)
+        made.teacher_logprobs = [0, 0, -1 - first, *[-1 - rest] * 8, -1 - last]
+        return made
+
+    pair = [sample(9.0, 0.125, 0.0), sample(9.0, 0.125, 50.0, truncated=True)]
+    pair[1].teacher_logprobs = [*pair[1].teacher_logprobs[:-1], -1.0]
+    shares = compare._shares(pair, [compare.gaps(each) for each in pair])
+    assert shares["first_token"] == pytest.approx(0.9)
+    assert (shares["last_token"], shares["last_tokens_of_all"]) == (0.0, pytest.approx(1 / 20))
+
+
+GOOD: dict[str, Any] = {
+    "prompts": 64,
+    "samples": 64,
+    "tokens": 900,
+    "vocabulary": 100,
+    "has_experts": False,
+    "accuracy": {
+        "student": {"greedy": {"mean": 0.25, "se": 0.05}},
+        "teacher": {"greedy": {"mean": 0.98, "se": 0.02}},
+        "gap": {"greedy": 0.73},
+    },
+    "teacher_kl": {"mean": 0.5, "p50": 0.0},
+    "entropy": {"mean": 0.13, "p50": 0.0},
+    "top_k": {"k": 20, "overlap": 0.9, "student_mass": 0.99, "teacher_mass": 0.99},
+    "share_of_gap": {
+        "first_token": 0.05,
+        "last_token": 0.05,
+        "top_1_percent": 0.2,
+        "first_tokens_of_all": 0.07,
+        "last_tokens_of_all": 0.07,
+        "first_token_mean": 0.3,
+        "last_token_mean": 0.3,
+    },
+    "metrics": {
+        "teacher_kl": 0.5,
+        "entropy": 0.13,
+        "completions/mean_length": 13.0,
+        "completions/truncated_fraction": 0.0,
+        "completions/looping_fraction": 0.0,
+        "teacher_logprobs/mean": -0.7,
+        "teacher_logprobs/std": 2.0,
+        "sampler_mismatch/kl": 1e-8,
+        "advantages/top_share": 0.2,
+    },
+    "run": {"memory_bytes": 1e9, "memory_is_whole": True, "flops": 1e12, "steps": 10, "served_teachers": 1},
+    "missing": [],
+}
+VERDICTS: dict[str, tuple[dict[str, Any], str]] = {
+    "fine": ({}, "fine"),
+    "memorised": ({"metrics": {"teacher_kl": 0.01, "entropy": 0.01}}, "nothing to learn on these prompts"),
+    "beginning": ({"share_of_gap": {"first_token": 0.6, "first_token_mean": 9.0}}, "formats differ"),
+    "end": ({"share_of_gap": {"last_token": 0.6, "last_token_mean": 9.0}}, "formats differ"),
+    "cut": ({"metrics": {"completions/truncated_fraction": 0.6}}, "truncated"),
+    "loops": ({"metrics": {"completions/looping_fraction": 0.6}}, "completions repeat themselves"),
+    "strangers": ({"teacher_kl": {"mean": 6.0}}, "too far apart"),
+    "other-words": ({"top_k": {"overlap": 0.1}}, "too far apart"),
+    "no-better": ({"accuracy": {"gap": {"greedy": 0.05}}}, "the teacher is no better"),
+    "outliers": ({"metrics": {"advantages/top_share": 0.95}}, "few tokens have it all"),
+    "sampler": ({"metrics": {"sampler_mismatch/kl": 0.1}}, "the sampler is wrong"),
+    "flat": ({"metrics": {"teacher_logprobs/std": 0.0}}, "the teacher is broken"),
+    "short": (
+        {"share_of_gap": {"first_token": 0.6, "first_token_mean": 9.0, "first_tokens_of_all": 0.5}},
+        "fine",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "verdict"), VERDICTS.values(), ids=VERDICTS)
+def test_verdicts(changes: dict[str, Any], verdict: str) -> None:
+    said = {
+        name: {**value, **changes.get(name, {})} if isinstance(value, dict) else value for name, value in GOOD.items()
+    }
+    settings = config("probe", MINIMAL["distill"])
+    found = said | judged(said, settings)
+    assert found["verdict"] == verdict
+    text = "\n".join(lines(found))
+    assert text.endswith(f"verdict: {verdict}")
+    assert f"\n{verdict}: " in text or verdict == "fine"
+
+
+def test_a_reward_teaches_without_a_gap() -> None:
+    said = GOOD | {"metrics": GOOD["metrics"] | {"teacher_kl": 0.0}}
+    paid = config("probe", MINIMAL["distill"] | REWARD)
+    assert judged(said, paid)["verdict"] == "fine"
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"teacher.path": "", "loss.kl_coef": 0, **REWARD}, ["has no teacher"]),
+        ({"prompts": 0}, ["prompts is 0"]),
+        ({"output": "nowhere/found.json"}, ["output is nowhere/found.json, where no file can be written"]),
+    ],
+)
+def test_what_a_probe_refuses(
+    empty_folder: Path, capsys: pytest.CaptureFixture[str], settings: Settings, parts: list[str]
+) -> None:
+    refusal(capsys, "probe", MINIMAL["distill"] | settings, *parts)
+
+
+def test_several_processes_are_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refusal(capsys, "probe", MINIMAL["distill"], "fastkl probe runs in one process")

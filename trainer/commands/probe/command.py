@@ -1,0 +1,42 @@
+"""`fastkl probe`: is there anything to learn from this teacher, on these prompts? Nothing is trained."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fastkl.trainer.commands.probe.compare import figures
+from fastkl.trainer.commands.probe.cost import cost_of_run
+from fastkl.trainer.commands.probe.opened import opened
+from fastkl.trainer.commands.probe.table import lines
+from fastkl.trainer.commands.probe.verdict import judged
+from fastkl.trainer.commands.probe.written import write
+from fastkl.trainer.config.offline import ProbeConfig
+from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.runs.files import write_text
+
+
+def probe(config: ProbeConfig) -> dict[str, Any]:
+    """Prints what student and teacher say on some prompts, and a verdict; returns it as `--json` prints it.
+
+    Raises:
+        ConfigError: Where the run would be refused, and for what a probe cannot do.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("fastkl probe runs in one process; start it without a launcher")
+    output = None if config.output is None else Path(config.output).expanduser()
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise ConfigError(
+            f"output is {config.output}, where no file can be written; name a file in a folder that is there"
+        )
+    with opened(config) as found:
+        texts = write(found)
+        said = figures(found, texts) | {"run": cost_of_run(config, found, texts)}
+    said |= judged(said, config)
+    text = json.dumps(said, ensure_ascii=False, indent=1)
+    if output is not None:
+        write_text(output, text + "\n")
+    print(text if config.json else "\n".join(lines(said)), flush=True)
+    return said

@@ -1,0 +1,137 @@
+"""The verdict: what would keep a run from learning, from the worst down. Guards have the rules that they share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from fastkl.trainer.config.offline import ProbeConfig
+from fastkl.trainer.runs.guards.rules import CHANCE, RULES, Facts, Seen
+
+LARGE, FAIR, LOUD = 0.25, 4.0, 2.0  # of Σ|d|; times what so many tokens would have; nats
+FAR = 4.0  # nats per token: a student at 2.7 still learned (docs/metrics/probe.md)
+FEW_COMMON = 0.2  # of the likeliest tokens
+SURE, AWAY = 0.1, 1.5  # nats: where whole distributions were two to four times cheaper than sampled tokens
+FINE = "fine"
+
+Said = Mapping[str, Any]
+
+
+class Reason(NamedTuple):
+    """Something that the figures show."""
+
+    verdict: str
+    text: str
+    advice: str
+
+
+def judged(said: Said, config: ProbeConfig) -> dict[str, Any]:
+    """`verdict`, the first of the `reasons`, and an `objective` to begin with where nothing is in its way."""
+    guards = _guards(said, config)
+    reasons = [*_found(said, guards)]
+    verdict = reasons[0].verdict if reasons else FINE
+    return {"verdict": verdict, "reasons": [reason._asdict() for reason in reasons], "objective": _objective(said)}
+
+
+def _guards(said: Said, config: ProbeConfig) -> dict[str, tuple[str, str]]:
+    """What each guard would say of a first step like this: the text and its advice."""
+    row = {"loss": 0.0, **said["metrics"]}
+    facts = Facts(said["vocabulary"], said["has_experts"], config.student.dropout != "off")
+    pays = {"reward/mean": 0.0} if config.reward.pays else {}
+    seen = Seen([row | pays], [], facts, config.guards)
+    return {rule.name: (text, rule.advice) for rule in RULES if (text := rule.find(seen)) is not None}
+
+
+def _found(said: Said, guards: Mapping[str, tuple[str, str]]) -> Iterator[Reason]:
+    """From the worst down."""
+    verdicts = {
+        "teacher_constant": "the teacher is broken",
+        "mismatch": "the sampler is wrong",
+        "nothing_to_learn": "nothing to learn on these prompts",
+        "repetition": "completions repeat themselves",
+        "few_tokens": "few tokens have it all",
+    }
+    rules: tuple[str | Callable[[Said], Reason | None], ...] = (
+        "teacher_constant",
+        "mismatch",
+        "nothing_to_learn",
+        first_token,
+        last_token,
+        truncated,
+        "repetition",
+        too_far,
+        no_better,
+        "few_tokens",
+    )
+    for rule in rules:
+        if not isinstance(rule, str):
+            reason = rule(said)
+        else:
+            reason = Reason(verdicts[rule], *guards[rule]) if rule in guards else None
+        if reason is not None:
+            yield reason
+
+
+def first_token(said: Said) -> Reason | None:
+    """A teacher that expects another beginning is surprised by the first token, and follows afterwards."""
+    return _of_place(said, "first", "begins", "Compare how both models' answers begin: chat template, a space, a tag")
+
+
+def last_token(said: Said) -> Reason | None:
+    """A teacher that goes on, or ends a turn with another token, is surprised by the last one."""
+    return _of_place(said, "last", "ends", "Compare how both models' answers end: the token that ends a turn")
+
+
+def _of_place(said: Said, place: str, verb: str, advice: str) -> Reason | None:
+    gap = said["share_of_gap"]
+    share, fair, mean = gap[f"{place}_token"], gap[f"{place}_tokens_of_all"], gap[f"{place}_token_mean"]
+    if share < max(LARGE, min(FAIR * fair, (1 + fair) / 2)) or mean < LOUD:
+        return None
+    return Reason(
+        "formats differ",
+        f"the {place} tokens are {fair:.0%} of all and have {share:.0%} of the gap, {mean:.2g} nats each: the teacher "
+        f"{verb} in another way",
+        advice,
+    )
+
+
+def truncated(said: Said) -> Reason | None:
+    """A completion that is cut is judged without its end, and is mostly graded wrong."""
+    share = said["metrics"]["completions/truncated_fraction"]
+    if share < 0.5:
+        return None
+    text = f"{share:.0%} of the completions are cut at the length limit"
+    return Reason("truncated", text, "Raise sampling.max_new_tokens, or teach the student to end (fastkl sft)")
+
+
+def too_far(said: Said) -> Reason | None:
+    """Where the teacher finds nothing of what the student writes likely, its log-probs say little about what is better."""
+    kl, overlap = said["teacher_kl"]["mean"], said["top_k"].get("overlap")
+    if kl < FAR and (overlap is None or overlap >= FEW_COMMON):
+        return None
+    common = "" if overlap is None else f", and {overlap:.0%} of the likeliest tokens are common to both"
+    advice = "Fine-tune the student on some of the teacher's answers first (fastkl sft), then distil"
+    return Reason("too far apart", f"teacher_kl is {kl:.3g} nats per token{common}", advice)
+
+
+def no_better(said: Said) -> Reason | None:
+    """The gap in accuracy is about what distillation can bring (arXiv 2605.30070)."""
+    gap = said["accuracy"]["gap"]
+    if not gap or any(difference > CHANCE * _error(said, way) for way, difference in gap.items()):
+        return None
+    text = "; ".join(f"{way} {difference:+.1%}" for way, difference in gap.items())
+    advice = "Take a better teacher or harder prompts; or more prompts (--prompts), if this may be chance"
+    return Reason("the teacher is no better", f"its accuracy less the student's: {text}", advice)
+
+
+def _error(said: Said, way: str) -> float:
+    """The standard error of a gap, as if both had answered other prompts."""
+    return math.hypot(*(said["accuracy"][who][way]["se"] or 0.0 for who in ("student", "teacher")))
+
+
+def _objective(said: Said) -> str:
+    """What began well on students like this one (docs/metrics/probe.md)."""
+    if said["entropy"]["mean"] < SURE or said["teacher_kl"]["mean"] > AWAY:
+        return "reverse_kl"
+    return "policy_gradient"
