@@ -1,4 +1,4 @@
-"""The command `fastkl`: init, distill, sft, eval, sample, score, report."""
+"""The command `fastkl`: init, probe, plan, distill, sft, eval, sample, score, report."""
 
 from __future__ import annotations
 
