@@ -255,6 +255,12 @@ class ProbeConfig(DistillConfig):
             "the config has no teacher, and fastkl probe compares a student with one; give teacher.path or "
             "teacher.server.url, or take `fastkl eval` for a student alone",
         )
+        own = [name for name, teacher in self.teachers().items() if teacher.own_tokenizer]
+        require(
+            not own,
+            f"{', '.join(own)} has a tokenizer of its own, and fastkl probe compares token by token; look at a first "
+            f"step's metrics, or give a teacher with the student's tokenizer",
+        )
 
 
 @dataclass(frozen=True)

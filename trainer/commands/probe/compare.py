@@ -15,12 +15,13 @@ from fastkl.trainer.commands.probe.written import GREEDY, SAMPLED, Score, Scores
 from fastkl.trainer.data.arrays import Array
 from fastkl.trainer.data.batching import Batch, batches
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.data.step_metrics import mismatch_metrics, rollout_metrics, teacher_kl
+from fastkl.trainer.data.step_metrics import as_metrics, rollout_means, teacher_kl
 from fastkl.trainer.models.scoring import call_with_rows, readable, scoring
 from fastkl.trainer.models.sizes.flops import has_experts
 from fastkl.trainer.models.tokenizers import vocabulary
 from fastkl.trainer.rollouts.grading.statistics import mean, standard_error
 from fastkl.trainer.runs.guards.measures import gaps, measures, top_share
+from fastkl.trainer.runs.sharing.mismatch import mismatch_metrics
 
 PERCENTILES = (1, 5, 50, 95, 99)
 
@@ -31,7 +32,7 @@ def figures(found: Opened, written: Written) -> dict[str, Any]:
     own, compared = _students(found, samples)
     d = [gaps(sample) for sample in samples]
     every = np.concatenate(d)
-    metrics = rollout_metrics(samples) | teacher_kl(samples) | measures(samples) | own.pop("mismatch")
+    metrics = as_metrics([rollout_means(samples) | teacher_kl(samples)]) | measures(samples) | own.pop("mismatch")
     metrics["advantages/top_share"] = top_share(every)  # where nothing tames them, advantages are −d
     return {
         "prompts": len({sample.prompt_index for sample in samples}),

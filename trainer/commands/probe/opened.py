@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
@@ -11,6 +11,8 @@ from fastkl.trainer.config.mixture import TaughtConfig
 from fastkl.trainer.config.offline import ProbeConfig
 from fastkl.trainer.config.sampling import SamplingServerConfig
 from fastkl.trainer.config.teacher import TeacherConfig
+from fastkl.trainer.data.chat import ChatTemplate
+from fastkl.trainer.data.mixture import all_prompts
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.distill import Prepared, make_responder, make_sampler, prepare
 from fastkl.trainer.models.ends import end_of_sequence
@@ -35,7 +37,8 @@ class Opened(NamedTuple):
     teachers: RoutedTeacher[Any]
     ends: list[int]  # ids that end a completion
     responder: Responder  # of the student
-    prompts: list[EncodedPrompt]  # of all data
+    prompts: Sequence[EncodedPrompt]  # of all data, by their index
+    chats: list[ChatTemplate | None]  # what wrote them
 
 
 @contextmanager
@@ -46,7 +49,7 @@ def opened(config: ProbeConfig) -> Iterator[Opened]:
     settings = for_probe(config)
     accelerator = processes.start(settings)
     prepared = prepare(settings)
-    tokenizer, prompts = prepared.tokenizer, prepared.prompts
+    tokenizer, prompts = prepared.tokenizer, all_prompts(prepared.data_sets)
     # A server gives what it gives in the run; a model here is asked for its likeliest tokens too.
     lists = asked_lists(settings.loss) if prepared.served else Lists(teacher=min(config.top, vocabulary(tokenizer)))
     student = Student(settings, accelerator)
@@ -55,10 +58,11 @@ def opened(config: ProbeConfig) -> Iterator[Opened]:
     )
     assert teachers is not None  # ProbeConfig demands one
     ends = [*end_of_sequence(student.model, tokenizer), *stop_ids(prepared.environment, tokenizer)]
+    chats = list(dict.fromkeys(chat for data_set in prepared.data_sets for chat in data_set.prompts.chats))
     sampler = make_sampler(settings, student, ends, None)
-    responder = make_responder(settings, student.model, tokenizer, sampler, prepared.environment, prompts)
+    responder = make_responder(settings, student.model, tokenizer, sampler, prepared.environment, chats)
     with closing(teachers):
-        yield Opened(settings, prepared, student, teachers, ends, responder, prompts)
+        yield Opened(settings, prepared, student, teachers, ends, responder, prompts, chats)
 
 
 def for_probe(config: ProbeConfig) -> ProbeConfig:

@@ -131,8 +131,8 @@ def _responder(found: Opened, data_set: str) -> Iterator[Responder]:
     if isinstance(teacher, LocalTeacher):
         with found.teachers.ready(), teacher.writing() as model:
             sampler = local_sampler(model, eos_token_ids=found.ends, settings=config.sampling)
-            yield make_responder(config, model, prepared.tokenizer, sampler, prepared.environment, found.prompts)
+            yield make_responder(config, model, prepared.tokenizer, sampler, prepared.environment, found.chats)
         return
     server = config.data_sets()[data_set].teacher.server  # type: ignore[union-attr]
     sampler = ServedWriter(server, prepared.tokenizer, found.ends)
-    yield make_responder(config, found.student.model, prepared.tokenizer, sampler, prepared.environment, found.prompts)
+    yield make_responder(config, found.student.model, prepared.tokenizer, sampler, prepared.environment, found.chats)
