@@ -12,6 +12,7 @@ import yaml
 from recipe_cases import RECIPES, Load
 
 from fastkl.trainer.commands.command_line import COMMANDS, parse
+from fastkl.trainer.teachers.alignment.token_bytes import TokenBytes
 
 CONFIGS = [path for path in sorted(RECIPES.rglob("*.yaml")) if path.parent.name != "accelerate"]  # its launcher's own
 
@@ -107,3 +108,14 @@ def test_the_feedback_recipes_student_was_taught_to_read_what_its_teacher_reads(
     solution = sibling.solution.format(text="1 + 1 = 2")
     read = sibling.template.format(prompt="1 + 1 =", solution=solution, feedback="")
     assert read == make.TOLD.format(prompt="1 + 1 =", text="1 + 1 = 2")
+
+
+def test_every_run_of_the_tokenizers_is_accepted(recipe: Load) -> None:
+    compare, make = recipe("tokenizers", "compare", "make")
+    runs = [parse(compare.words(kind, arm, 0))[1] for kind in compare.KINDS for arm in compare.ARMS]
+    assert len({config.run for config in runs}) == len(runs)
+    known = TokenBytes(make.pairs())
+    for solution in ("4 - 1 = 3\n3 - 7 = -4", "1 + 1 = 2"):
+        (ids,) = known.encode([solution], [None])
+        assert known.join(ids) == solution.encode()
+        assert len(ids) == (len(solution) + 1) // 2
