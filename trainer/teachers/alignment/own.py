@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import threading
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -15,54 +12,14 @@ from fastkl.trainer.data.chat import ChatTemplate
 from fastkl.trainer.data.mixture import DataSet
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import require
-from fastkl.trainer.models.loading import load_teacher_tokenizer
-from fastkl.trainer.models.tokenizers import are_one
-from fastkl.trainer.teachers.alignment.completion import Aligned, Translator
+from fastkl.trainer.teachers.alignment.completion import Aligned
+from fastkl.trainer.teachers.alignment.counts import Counts, counts_of, sizes, sum_counts
 from fastkl.trainer.teachers.alignment.ends import End, EndPairs, with_end
+from fastkl.trainer.teachers.alignment.pair import TokenizerPair
 from fastkl.trainer.teachers.alignment.reader import Reader
 from fastkl.trainer.teachers.alignment.segments import Segments
 from fastkl.trainer.teachers.alignment.shown import line
-from fastkl.trainer.teachers.alignment.token_bytes import TokenBytes
 from fastkl.trainer.teachers.alignment.turns import Replies, Turn, joined, runs, unaligned
-
-
-class Counts(NamedTuple):
-    """What was aligned of samples, by the tokens that count."""
-
-    tokens: int = 0
-    aligned: int = 0  # of those, in a segment
-    segments: int = 0
-    bytes: int = 0  # in segments
-    longest: int = 0  # bytes of a segment
-    teacher_tokens: int = 0  # in segments
-
-    def __str__(self) -> str:
-        segments = max(1, self.segments)
-        return (
-            f"{self.aligned} of {self.tokens} tokens are in {self.segments} segments of {self.bytes / segments:.1f} bytes, "
-            f"the longest of {self.longest}; the teacher has {self.teacher_tokens} tokens in them"
-        )
-
-    def metrics(self) -> dict[str, float]:
-        """Nothing where no sample was aligned."""
-        if not self.tokens:
-            return {}
-        segments = max(1, self.segments)
-        return {
-            "alignment/aligned_fraction": self.aligned / self.tokens,
-            "alignment/segment_bytes": self.bytes / segments,
-            "alignment/segment_bytes_max": self.longest,
-            "alignment/segment_tokens": self.aligned / segments,
-            "alignment/teacher_segment_tokens": self.teacher_tokens / segments,
-        }
-
-
-def sum_counts(parts: Sequence[Counts]) -> Counts:
-    """Of all of them together."""
-    if not parts:
-        return Counts()
-    added = Counts(*map(sum, zip(*parts, strict=True)))
-    return added._replace(longest=max(part.longest for part in parts))
 
 
 class OwnTokenizer:
@@ -70,36 +27,29 @@ class OwnTokenizer:
 
     Args:
         data_set: As the student reads it.
-        student: Its tokenizer.
+        pair: Both tokenizers.
         max_segment: Longer segments, in bytes, are none, unless they are one token of both.
         role: That of an environment's replies, where they are turns of their own.
         setting: What messages call the teacher's settings.
 
     Raises:
-        ConfigError: For a tokenizer whose tokens are no known bytes, that has no end, or no template where there are chats.
+        ConfigError: For a teacher's tokenizer that has no end, or no template where there are chats.
     """
 
     def __init__(
-        self, data_set: DataSet, student: PreTrainedTokenizerBase, max_segment: int, role: str | None, setting: str
+        self, data_set: DataSet, pair: TokenizerPair, max_segment: int, role: str | None, setting: str
     ) -> None:
-        theirs = load_teacher_tokenizer(data_set.teacher)
-        assert theirs is not None  # `check_teacher` demands one
         chats = {*data_set.prompts.chats}
-        template = _template(theirs, chats, data_set, setting)
-        self.reader = Reader(theirs, own=True, template=template)
-        self.same = are_one(student, theirs)
-        # No tokenizer may be in two threads at a time: these are used by one at a time.
-        self._lock = threading.Lock()
-        ours, copied = copy.deepcopy(student), copy.deepcopy(theirs)
-        self._ours, self._theirs = TokenBytes(ours, "student"), TokenBytes(copied, "teacher")
-        self._translator = Translator(self._ours, self._theirs)
-        self._ends = {chat: EndPairs(ours, copied, chat, template, "the teacher's tokenizer") for chat in chats}
+        template = _template(pair.teacher, chats, data_set, setting)
+        self.reader = Reader(pair.teacher, own=True, template=template)
+        self._pair, self._max_segment = pair, max_segment
+        ours, theirs = pair.ours.tokenizer, pair.theirs.tokenizer
+        self._ends = {chat: EndPairs(ours, theirs, chat, template, "the teacher's tokenizer") for chat in chats}
         self._replies: dict[ChatTemplate | None, Replies] = {}
         for chat in chats:
             if chat is not None and template is not None and role is not None:
-                self._replies[chat] = Replies(ours, copied, chat, template, role)
+                self._replies[chat] = Replies(ours, theirs, chat, template, role)
         self._end_ids = {ours.convert_tokens_to_ids(end) for chat in chats for end in (chat or ChatTemplate(ours)).ends}
-        self._max_segment = max_segment
 
     def also_end(self, tokens: Iterable[int]) -> None:
         """These tokens end the student's completions too."""
@@ -110,9 +60,9 @@ class OwnTokenizer:
 
         `chats` wrote the student's prompts. Of more than `limit` tokens with the prompt, the rest is left out.
         """
-        with self._lock:
+        with self._pair.lock:
             turns = [self._turns(sample, chat) for sample, chat in zip(samples, chats, strict=True)]
-            texts = iter(self._texts([turn for own in turns for turn in own]))
+            texts = iter(self._pair.aligned([turn for own in turns for turn in own]))
         pairs = zip(samples, turns, strict=True)
         return sum_counts([self._write(sample, [(turn, next(texts)) for turn in own], limit) for sample, own in pairs])
 
@@ -121,8 +71,8 @@ class OwnTokenizer:
         start, theirs = sample.prompt_length, sample.teacher_completion
         assert theirs is not None  # `encode` has written it
         return (
-            line(sample.ids[start:].tolist(), sample.segments[start:], self._ours),
-            line(theirs.tolist(), sample.teacher_segments, self._theirs),
+            line(sample.ids[start:].tolist(), sample.segments[start:], self._pair.ours),
+            line(theirs.tolist(), sample.teacher_segments, self._pair.theirs),
         )
 
     def _turns(self, sample: Sample, chat: ChatTemplate | None) -> list[Turn]:
@@ -130,30 +80,20 @@ class OwnTokenizer:
         assert sample.teacher_prompt is not None
         start, replies, ends = sample.prompt_length, self._replies.get(chat), self._ends[chat]
         ids, counted = sample.ids[start:], sample.loss_mask[start:]
-        one = replies is None or (self.same and replies.alike)
+        one = replies is None or (self._pair.one and replies.alike)
         before = int(sample.ids[start - 1]), int(sample.teacher_prompt[-1])
         turns, reply, ended, end = list[Turn](), (0, list[int]()), "", End(0, [])
         for part, own in [(ids, True)] if one else runs(ids, counted):
             if own:
                 end = self._end(part, ends)
-                ended = self._ours[int(part[-1])].decode() if end.ours else ""
+                ended = self._pair.ours[int(part[-1])].decode() if end.ours else ""
                 turns.append(Turn(reply, part[: len(part) - end.ours], end, before))
                 reply = 0, []
             elif replies is not None:
-                written = self._ours.join(part.tolist()).decode(errors="replace")
+                written = self._pair.ours.join(part.tolist()).decode(errors="replace")
                 reply = len(part), replies.ids(written, ended, end.theirs)
                 before = int(part[-1]), reply[1][-1]
         return turns if turns and not reply[0] else [*turns, Turn(reply, ids[:0], End(0, []), before)]
-
-    def _texts(self, turns: Sequence[Turn]) -> list[Aligned]:
-        if not self.same:
-            ours, theirs = zip(*(turn.before for turn in turns), strict=True) if turns else ((), ())
-            return self._translator.aligned([turn.text.tolist() for turn in turns], ours, theirs)
-        places = [np.arange(len(turn.text), dtype=np.int32) for turn in turns]
-        return [
-            Aligned(turn.text, Segments(own, own, self._ours.lengths(turn.text)))
-            for turn, own in zip(turns, places, strict=True)
-        ]
 
     def _end(self, ids: Array, ends: EndPairs) -> End:
         """What ends a turn, and what stands for it."""
@@ -166,7 +106,7 @@ class OwnTokenizer:
         written, count = b"", 0
         while len(written) < len(closing) and count < len(ids):
             count += 1
-            written = self._ours[int(ids[-count])] + written
+            written = self._pair.ours[int(ids[-count])] + written
         return count if written == closing else 0
 
     def _write(self, sample: Sample, turns: Sequence[tuple[Turn, Aligned]], limit: float) -> Counts:
@@ -182,37 +122,18 @@ class OwnTokenizer:
         sample.teacher_completion = theirs[:room]
         sample.teacher_segments = 1 + found.teacher_of[:room]
         sample.segments = after_zeros(sample.prompt_length, 1 + found.student_of)
-        return _counts(found, counted)
+        return counts_of(found, counted)
 
     def _dropped(self, found: Segments, counted: Array, room: int) -> Array:
         """Which segments are none: too long, partly the student's, in pieces, or beyond the teacher's room."""
-        ours, theirs = _sizes(found.student_of, found), _sizes(found.teacher_of, found)
-        own = _sizes(found.student_of[counted], found)
+        ours, theirs = sizes(found.student_of, found), sizes(found.teacher_of, found)
+        own = sizes(found.student_of[counted], found)
         pairs = (ours == 1) & (theirs == 1)
         dropped = ((found.lengths > self._max_segment) & ~pairs) | ((own > 0) & (own < ours))
         for places in (found.student_of, found.teacher_of):
             begins = np.append(True, places[1:] != places[:-1])[: len(places)]
-            dropped |= _sizes(places[begins], found) > 1
-        return dropped | (_sizes(found.teacher_of[room:], found) > 0)
-
-
-def _sizes(places: Array, found: Segments) -> Array:
-    """How many tokens of some places there are in each segment."""
-    return np.bincount(places[places >= 0], minlength=found.count)
-
-
-def _counts(found: Segments, counted: Array) -> Counts:
-    sizes = _sizes(found.student_of[counted], found)
-    judged = sizes > 0
-    lengths = found.lengths[judged]
-    return Counts(
-        tokens=int(np.count_nonzero(counted)),
-        aligned=int(sizes.sum()),
-        segments=len(lengths),
-        bytes=int(lengths.sum()),
-        longest=int(lengths.max(initial=0)),
-        teacher_tokens=int(_sizes(found.teacher_of, found)[judged].sum()),
-    )
+            dropped |= sizes(places[begins], found) > 1
+        return dropped | (sizes(found.teacher_of[room:], found) > 0)
 
 
 def _template(

@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkl.trainer.config.context import ContextConfig
+from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.arrays import Array, Ragged
 from fastkl.trainer.data.formats.packed import Rows
@@ -18,11 +19,13 @@ from fastkl.trainer.data.mixture import DataSet, all_prompts
 from fastkl.trainer.data.prompts import EncodedPrompt, Given, Prompts, in_pieces
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import ConfigError, RunError
-from fastkl.trainer.models.loading import context_length
+from fastkl.trainer.models.loading import context_length, load_teacher_tokenizer
 from fastkl.trainer.models.sizes.layers import rope_switch
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.sharing.records import Record, by_first
-from fastkl.trainer.teachers.alignment.own import Counts, OwnTokenizer, sum_counts
+from fastkl.trainer.teachers.alignment.counts import Counts, sum_counts
+from fastkl.trainer.teachers.alignment.own import OwnTokenizer
+from fastkl.trainer.teachers.alignment.pair import TokenizerPair
 from fastkl.trainer.teachers.alignment.reader import Reader
 from fastkl.trainer.teachers.context.attempts import Attempt, Told
 from fastkl.trainer.teachers.context.encoding import check_examples, encode_contents
@@ -95,6 +98,7 @@ class TeacherPrompts:
         self._tokenizer = tokenizer
         self._prompts = all_prompts(data_sets)
         self.own: dict[str, OwnTokenizer] = {}  # of teachers that have one, by data set
+        self._pairs: dict[str, TokenizerPair] = {}  # by the paths of teachers' tokenizers
         self._fixed: dict[str, Prompts] = {}  # by data set
         self._functions: dict[str, Written | Siblings] = {}  # of samples, by data set
         self._most: dict[str, float] = {}  # the most tokens that such a function may write
@@ -103,8 +107,8 @@ class TeacherPrompts:
         for data_set in data_sets:
             setting = config.teacher_setting(data_set.name)
             if config.has_teacher and data_set.teacher.own_tokenizer:
-                most, role = config.loss.max_segment, config.environment.role
-                self.own[data_set.name] = OwnTokenizer(data_set, tokenizer, most, role, setting)
+                pair, most, role = self._pair(data_set.teacher), config.loss.max_segment, config.environment.role
+                self.own[data_set.name] = OwnTokenizer(data_set, pair, most, role, setting)
             fixed = self._fix(data_set, setting) if config.has_teacher else None
             if fixed is not None:
                 self._fixed[data_set.name] = fixed
@@ -124,6 +128,15 @@ class TeacherPrompts:
         if data_set.name not in self.own:
             return None
         return _packed(data_set.prompts, _same, self.reader(data_set.name), f"{teacher}.tokenizer")
+
+    def _pair(self, teacher: TeacherConfig) -> TokenizerPair:
+        """Both tokenizers; one and the same for all data sets of a teacher."""
+        path = teacher.tokenizer_path
+        if path not in self._pairs:
+            theirs = load_teacher_tokenizer(teacher)
+            assert theirs is not None  # `check_teacher` demands one
+            self._pairs[path] = TokenizerPair(self._tokenizer, theirs)
+        return self._pairs[path]
 
     def reader(self, data_set: str) -> Reader:
         """Who reads the prompts of a data set."""

@@ -18,7 +18,7 @@ from fastkl.trainer.data.mixture import read_data_sets
 from fastkl.trainer.data.samples import Sample, make_sample
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.rollouts.turn_markers import turn_markers
-from fastkl.trainer.teachers.alignment.own import Counts
+from fastkl.trainer.teachers.alignment.counts import Counts
 from fastkl.trainer.teachers.context.prompts import TeacherPrompts
 
 TEXT = "1+1 = 2, né — 日本 🙂"

@@ -1,0 +1,44 @@
+"""The tokenizers of a student and a teacher."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from fastkl.trainer.models.tokenizers import are_one
+from fastkl.trainer.teachers.alignment.completion import Aligned, Translator
+from fastkl.trainer.teachers.alignment.segments import Segments
+from fastkl.trainer.teachers.alignment.token_bytes import TokenBytes
+from fastkl.trainer.teachers.alignment.turns import Turn
+
+
+class TokenizerPair:
+    """Both, and the way from one to the other. To be used by one thread at a time: `lock`.
+
+    Raises:
+        ConfigError: For a tokenizer whose tokens are no known bytes.
+    """
+
+    def __init__(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+        self.teacher = teacher
+        # Others than those that read prompts: no tokenizer may be in two threads at a time.
+        ours, theirs = copy.deepcopy(student), copy.deepcopy(teacher)
+        self.lock = threading.Lock()
+        self.ours, self.theirs = TokenBytes(ours, "student"), TokenBytes(theirs, "teacher")
+        self.one = are_one(ours, theirs)
+        self._translator = Translator(self.ours, self.theirs)
+
+    def aligned(self, turns: Sequence[Turn]) -> list[Aligned]:
+        """The texts of turns in the teacher's tokens; of one tokenizer, in those that were written."""
+        if not self.one:
+            ours, theirs = zip(*(turn.before for turn in turns), strict=True) if turns else ((), ())
+            return self._translator.aligned([turn.text.tolist() for turn in turns], ours, theirs)
+        places = [np.arange(len(turn.text), dtype=np.int32) for turn in turns]
+        return [
+            Aligned(turn.text, Segments(own, own, self.ours.lengths(turn.text)))
+            for turn, own in zip(turns, places, strict=True)
+        ]
