@@ -13,6 +13,7 @@ from series import Row
 # Colours of Okabe and Ito, told apart with any colour vision.
 COLOURS = dict(zip(ARMS, ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7"), strict=True))
 LINES = ("-", "--", ":")  # the fewest prompts, all, those between
+FLOPS = (1e10, 2e12)
 ACCURACIES = {"greedy": "accuracy, greedy", "sampled": "accuracy, T = 1"}
 
 
@@ -35,8 +36,11 @@ def draw(rows: Sequence[Row], folder: Path) -> None:
                 _levels(axis, own, name)
             _against_flops(line[0], shown, name)
             _against_prompts(line[1], shown, name)
-        axes[1][0].set(xscale="log", xlabel="FLOPs")
+        axes[1][0].set(xscale="log", xlabel="FLOPs", xlim=FLOPS)
         axes[1][1].set(xscale="log", xlabel="prompts")
+        axes[1][1].set_xticks(amounts := sorted({row["prompts"] for row in shown}), [f"{n:,}" for n in amounts])
+        for axis in axes[1]:
+            axis.xaxis.set_minor_formatter("")
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
         figure.suptitle(f"{setting}: {SETTINGS[setting].title}", fontsize="medium")
