@@ -94,7 +94,7 @@ def together(
     count: int = 2,
     fsdp: bool = False,
     before: Mapping[int, Callable[[], None]] | None = None,
-    timeout: float = 240,
+    timeout: float = 600,
 ) -> tuple[list[int | None], list[str]]:
     """A command in several processes as a launcher starts them: their exit statuses and what each said on stderr."""
     port = str(free_port())
@@ -144,7 +144,7 @@ def alone_in_group() -> Iterator[None]:
 
 
 def in_group(
-    function: Callable[..., Any], *args: Any, count: int = 2, fsdp: bool = False, timeout: float = 240
+    function: Callable[..., Any], *args: Any, count: int = 2, fsdp: bool = False, timeout: float = 600
 ) -> list[Any]:
     """What `function(rank, count, *args)`, importable from here, returns in each process of a group (gloo)."""
     port, running = str(free_port()), []

@@ -175,6 +175,19 @@ def test_a_composite_student(tmp_path: Path, deep: Path, kind: str, fsdp: bool, 
     check_same(run(settings(deep, tmp_path / "two", **options), tmp_path / "said", 2, fsdp), one)
 
 
+@slow
+@pytest.mark.parametrize("fsdp", PEERS.values(), ids=PEERS)
+def test_a_cache_knows_the_base_of_a_sharded_student(tmp_path: Path, deep: Path, fsdp: bool) -> None:
+    """What one process has kept spares two of them the teacher, in every step."""
+    options = BASE | {"loss__objective": "policy_gradient", "teacher__cache": str(tmp_path / "cache")}
+    one = run(settings(deep, tmp_path / "one", **options), tmp_path / "said", 1)
+    two = run(settings(deep, tmp_path / "two", **options), tmp_path / "said", 2, fsdp)
+    for ours, theirs in zip(log(two)[1:], log(one)[1:], strict=True):
+        assert (ours["teacher_cache/hits"], ours["teacher_cache/misses"]) == (7, 0)
+        assert ours["teacher_kl"] == pytest.approx(theirs["teacher_kl"], abs=1e-5)
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
 RESHAPES = {
     "fsdp-2-to-1": ((2, True), (1, False)),
     "ddp-2-to-1": ((2, False), (1, False)),

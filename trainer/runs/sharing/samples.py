@@ -14,7 +14,7 @@ from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.report.samples_log import UNLOGGED
 from fastkl.trainer.runs.sharing.records import Record, move
 
-LISTS = STUDENT, IDS, LOGPROBS = "student_top_k", "teacher_top_k.ids", "teacher_top_k.logprobs"
+LISTS = ("student_top_k", "teacher_top_k.ids", "teacher_top_k.logprobs")  # tensors [n, k]
 OPTIONAL = {each.name for each in dataclasses.fields(Sample) if each.default is None}  # an empty array says something
 PLAIN = [
     each.name for each in dataclasses.fields(Sample) if each.name not in {*ARRAYS, "student_top_k", "teacher_top_k"}
