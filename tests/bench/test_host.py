@@ -11,6 +11,8 @@ from bench_cases import bench_refusal
 
 from bench.__main__ import main
 from bench.commands.host import PARTS, STEP, held_bytes
+from bench.lib.prompt_memory import PARTS as PROMPT_PARTS
+from bench.lib.prompt_memory import WORDS
 from fastkl.trainer.data.samples import make_sample
 
 
@@ -23,6 +25,17 @@ def test_bench_measures_each_part_of_a_step(tmp_path: Path, capsys: pytest.Captu
     assert row["tokens"] >= 2000
     assert min(row[part] for part in PARTS) >= 0
     assert row["step"] == pytest.approx(sum(row[part] for part in STEP))
+
+
+@pytest.mark.slow
+def test_bench_measures_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "host.json"
+    main(["host", "--tokens", "2000", "--repeats", "1", "--prompts", "200", "--json", str(file)])
+    (row,) = json.loads(file.read_text(encoding="utf-8"))["prompts"]
+    assert row["prompts"] == 200
+    assert WORDS[0] <= row["tokens"] <= WORDS[1]
+    assert row["held"] <= row["peak"]
+    assert min(row[part] for part in PROMPT_PARTS) > 0
 
 
 @pytest.mark.parametrize("words", [("--tokens", "0"), ("--repeats", "0"), ("--json", "none/host.json")], ids=str)
