@@ -56,6 +56,7 @@ def test_demo_holds_its_bar_and_learns_from_the_teacher_alone(tmp_path: Path) ->
     assert summary["teacher_accuracy"] >= 0.9
     assert summary["student_accuracy_before"] <= 0.5
     assert summary["student_accuracy_after"] >= summary["teacher_accuracy"] - 0.05
+    assert not [*tmp_path.rglob("guards.jsonl")]
     assert summary["teacher_kl_last"] < summary["teacher_kl_first"] / 2
 
     # The same run with all advantages 0 (a reward that is 1 for all): the rise is the teacher's doing.

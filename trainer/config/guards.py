@@ -27,7 +27,7 @@ class GuardsConfig:
         min_teacher_kl: Call a first teacher_kl about 0 below this, in nats per token.
         min_entropy: Call a student sure of its tokens below this, in nats per token.
         min_entropy_share: Call the entropy collapsed below this share of that of the first steps.
-        max_truncated: Allow this share of cut completions, if there were fewer than half of that.
+        max_truncated: Allow this share of cut completions, if there were at first fewer than a quarter of those.
         max_looping: Allow this share of completions that are cut while they repeat themselves.
         max_mismatch: Allow this KL between sampler and trainer, in nats per token. null: 0.002, or 0.02 for a mixture of
             experts.

@@ -17,6 +17,7 @@ WINDOW = 3  # steps whose mean is taken
 UNIFORM = 0.05  # of ln V: how near to −ln V the log-probs of a uniform distribution are
 EQUAL = 1e-4  # nats: below it two models are one
 CONVERGED = 0.1  # nats: below it a few tokens may well hold what is left; the demo ends with 82 % in 1 % at 0.06
+GREW = 4.0  # times as many completions are cut: a recipe with a short limit went from 42 to 96 %, and learned
 CHANCE = 2.0  # standard errors of a difference
 DENSE, EXPERTS = 0.002, 0.02  # nats
 
@@ -122,7 +123,7 @@ def length_growth(seen: Seen) -> str | None:
     before, after, short, long = seen.first(cut), seen.now(cut), seen.first(length), seen.now(length)
     if before is None or after is None or short is None or long is None or not seen.has_begun(cut):
         return None
-    if after < seen.limits.max_truncated or before > after / 2 or long <= short:
+    if after < seen.limits.max_truncated or before > after / GREW or long <= short:
         return None
     return f"completions grew from {short:.4g} to {long:.4g} tokens; {before:.0%} of them were cut, and now {after:.0%} are"
 

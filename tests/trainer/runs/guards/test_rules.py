@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,6 +74,7 @@ HEALTHY: dict[str, dict[str, Any]] = {
     "near-and-yet-undecided": {"teacher_kl": 0.015, "entropy": 0.3},
     "both-certain": {"teacher_logprobs__std": 0.0, "teacher_logprobs__mean": 0.0, "entropy": 0.0, "teacher_kl": 0.3},
     "longer": {"completions__mean_length": [13, 16], "completions__truncated_fraction": [0, 0.2]},
+    "a-short-limit": {"completions__truncated_fraction": [0.42, 0.96], "completions__mean_length": [23, 31]},
     "always-cut": {"completions__truncated_fraction": [0.8, 1.0], "completions__mean_length": [13, 16]},
     "loops-that-it-unlearns": {"completions__looping_fraction": [0.15, 0.1]},
     "older-samples": {"sampler_mismatch__kl": 0.3, "staleness__max": 2},
@@ -96,6 +99,15 @@ def test_a_mixture_of_experts_may_differ_more_and_dropout_as_it_likes() -> None:
 def test_scores_without_an_error_have_no_margin() -> None:
     values = [None, 12.0, None, 11.0, None, 10.5, None, 10.9, None, None, None, None]
     assert found({"eval__accuracy": values}) == {"accuracy_falling": 8}
+
+
+def test_the_demo_raises_none() -> None:
+    """Its metrics as they were recorded, in the order of its steps."""
+    recorded = json.loads((Path(__file__).parent / "demo.json").read_text())
+    watch = Watch(GuardsConfig(), FACTS, [])
+    for step, values in enumerate(zip(*recorded.values(), strict=True), 1):
+        row = {name: value for name, value in zip(recorded, values, strict=True) if value is not None}
+        assert watch.look(step, row).findings == []
 
 
 def test_a_watch_that_is_begun_again_says_nothing_twice() -> None:
