@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,8 @@ class Rooms(griffe.Extension):
             "lines_collection": loader.lines_collection,
             "modules_collection": loader.modules_collection,
         }
-        for file in sorted(
-            [*root.rglob("*.py"), *(root / "kernels").rglob("*.py")]
-        ):  # the trainer's link is not followed
+        files = [*root.rglob("*.py"), *(root / "kernels").rglob("*.py")]  # the trainer's link is not followed
+        for file in sorted(files):
             *rooms, name = file.relative_to(root).with_suffix("").parts
             parent = pkg
             for room in rooms:
@@ -35,9 +35,8 @@ class Rooms(griffe.Extension):
                     parent.set_member(room, griffe.Module(room, filepath=[file.parent], parent=parent))
                 parent = parent.members[room]
             if name not in parent.members and name != "__init__":
-                parent.set_member(
-                    name, griffe.visit(name, file, file.read_text(encoding="utf-8"), parent=parent, **shared)
-                )
+                code = file.read_text(encoding="utf-8")
+                parent.set_member(name, griffe.visit(name, file, code, parent=parent, **shared))
         loader.expand_wildcards(pkg)
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
@@ -52,8 +51,6 @@ class Rooms(griffe.Extension):
         del func.parameters["options"]
         for name, parameter in inspect.signature(real).parameters.items():
             if name not in func.parameters:
-                kind = griffe.ParameterKind.keyword_only
-                annotation = inspect.formatannotation(parameter.annotation)
-                func.parameters.add(
-                    griffe.Parameter(name, annotation=annotation, kind=kind, default=repr(parameter.default))
-                )
+                annotation = re.sub(r"(\w+\.)+", "", inspect.formatannotation(parameter.annotation))  # of torch.Tensor
+                kind, default = griffe.ParameterKind.keyword_only, repr(parameter.default)
+                func.parameters.add(griffe.Parameter(name, annotation=annotation, kind=kind, default=default))

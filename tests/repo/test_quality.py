@@ -20,6 +20,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import causal_lm
 from transformers import PreTrainedModel
 
+from fastkl.trainer.commands.command_line import parse
+
 README = REPOSITORY / "README.md"
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("recipes/**/*.md")])
 
@@ -119,3 +121,12 @@ def test_the_two_halves_of_the_readmes_first_example_agree(kind: str, padding: s
 def test_the_readmes_quick_start_is_the_recipe() -> None:
     (shown,) = re.findall(r"^```yaml\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     assert shown == (REPOSITORY / "recipes/quickstart/distill.yaml").read_text(encoding="utf-8")
+
+
+def test_the_ten_lines_for_own_models_are_a_config(tmp_path: Path) -> None:
+    page = (REPOSITORY / "docs/start/own-models.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    assert len(shown.splitlines()) == 10
+    (tmp_path / "run.yaml").write_text(shown, encoding="utf-8")
+    command, _ = parse(["distill", str(tmp_path / "run.yaml")])
+    assert command == "distill"
