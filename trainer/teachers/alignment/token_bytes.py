@@ -66,7 +66,7 @@ class TokenBytes:
     def written(self, ids: Sequence[int], before: int | None) -> tuple[bytes, Array]:
         """What ids after another write, and the length of each, without the spaces that no text has (see `encode`)."""
         entries, lengths = [self[token] for token in ids], self.lengths(ids)
-        for place, last in enumerate([before, *ids[:-1]] if self._spaces_first or self._spaces_after_added else []):
+        for place, last in enumerate([before, *ids][: len(ids)] if self._spaces_first else []):
             if self._puts_space(last) and entries[place].startswith(SPACE):
                 entries[place] = entries[place][1:]
                 lengths[place] -= 1

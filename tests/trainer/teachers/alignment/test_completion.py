@@ -166,6 +166,8 @@ def test_a_space_that_a_tokenizer_puts_there_is_no_part_of_the_text(name: str) -
         assert NOWHERE not in found.segments.teacher_of
         back = Translator(known, tiny("bytes")).aligned([found.teacher_ids.tolist()], [before], [BEFORE])[0]
         assert back.teacher_ids.tolist() == ids
+        for side in ((tiny("bytes"), known), (known, tiny("bytes"))):  # one that ends at once writes nothing
+            assert Translator(*side).aligned([[]], [before], [before])[0].segments.count == 0
 
 
 def test_white_space_that_an_added_token_swallows_is_in_no_segment() -> None:

@@ -127,6 +127,7 @@ def test_a_space_before_a_text_is_none_of_its_own() -> None:
             assert lengths.sum() == 2
         assert known.written([end, *ids_of(words, f"{META}a"), a], None)[0] == b"</s>" + b" "[spaced:] + b"aa"
         assert known.written(ids_of(words, META, "a"), None)[1].tolist() == [0, 1]
+        assert [known.written([], before)[0] for before in (None, 5, end)] == [b""] * 3
 
 
 def test_a_special_token_that_a_tokenizer_reads_all_the_same() -> None:
