@@ -57,7 +57,6 @@ class EndPairs:
         theirs: The teacher's.
         chat: What wrote the student's prompt; None: it is a text.
         template: What writes the teacher's chats.
-        name: What messages call the teacher's tokenizer.
 
     Raises:
         ConfigError: Where the teacher's tokenizer has no end.
@@ -69,14 +68,13 @@ class EndPairs:
         theirs: PreTrainedTokenizerBase,
         chat: ChatTemplate | None,
         template: ChatTemplate | None,
-        name: str,
     ) -> None:
         self._ours, self._end = ours, TurnEnd.of(ours, chat)
         their_end = TurnEnd.of(theirs, None if chat is None else template)
         if their_end is None:
             raise ConfigError(
-                f"{name} declares no end of sequence, and nothing would stand for the end of the student's turn; set its "
-                f"eos_token"
+                "the teacher's tokenizer declares no end of sequence, and nothing would stand for the end of the student's "
+                "turn; set its eos_token"
             )
         closing: list[int] = (
             theirs(their_end.closing, add_special_tokens=False)["input_ids"] if their_end.closing else []

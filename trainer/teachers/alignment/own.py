@@ -44,7 +44,7 @@ class OwnTokenizer:
         self.reader = Reader(pair.teacher, own=True, template=template)
         self._pair, self._max_segment = pair, max_segment
         ours, theirs = pair.ours.tokenizer, pair.theirs.tokenizer
-        self._ends = {chat: EndPairs(ours, theirs, chat, template, "the teacher's tokenizer") for chat in chats}
+        self._ends = {chat: EndPairs(ours, theirs, chat, template) for chat in chats}
         self._replies: dict[ChatTemplate | None, Replies] = {}
         for chat in chats:
             if chat is not None and template is not None and role is not None:
