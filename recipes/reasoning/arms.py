@@ -97,7 +97,7 @@ VARIANTS: dict[str, Row] = {
 CONTROLS = ("shuffled", "no_teacher")
 LOWER = {"sft": (1e-4, 3e-4, 1e-3)}  # rates where the prompts are few
 SHORT, MIDDLE = 100, 300  # steps of `sft` on the transcripts of few prompts, and of some
-POINTS = 10  # evaluations of a run of `sft`
+POINTS = 10  # evaluations of a run
 
 
 def amounts(setting: str, arm: str) -> list[int]:

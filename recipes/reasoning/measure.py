@@ -53,7 +53,7 @@ from fastkl.trainer.runs.files import read_jsonl
 SETS = ("validation", "test")
 EXAMPLES = 64  # that a step of sft.yaml reads
 VARIED = "Z"  # the setting of the variants that are no controls
-# sft: examples, steps, learning rate.
+# By `sft`: the untrained model, solutions, steps, learning rate.
 FROM_NOTHING = {
     "plain": ("teacher", "plain", 800, 4e-3),
     "styled": ("teacher", "styled", 1500, 4e-3),
@@ -96,10 +96,11 @@ def prepare(settings: list[str]) -> None:
     write_data(MODELS)
     teachers = {SETTINGS[name].teacher for name in settings}
     for name in sorted(teachers | ({"careless"} if any(SETTINGS[name].careless for name in settings) else set())):
-        model, data, steps, rate = FROM_NOTHING[name]
-        learned = {"student.path": MODELS / model, "data.path": MODELS / f"{data}.jsonl", "checkpoint.every": 100}
-        settings_ = {**learned, "optim.steps": steps, "optim.lr": rate, "checkpoint.keep": 1, "optim.warmup_steps": 50}
-        run_here("sft", HERE / "sft.yaml", MODELS / name, settings_)
+        model, solutions, steps, rate = FROM_NOTHING[name]
+        begins = {"student.path": MODELS / model, "data.path": MODELS / f"{solutions}.jsonl"}
+        learned = {"optim.steps": steps, "optim.lr": rate, "optim.warmup_steps": 50}
+        kept = {"checkpoint.every": 100, "checkpoint.keep": 1}
+        run_here("sft", HERE / "sft.yaml", MODELS / name, {**begins, **learned, **kept})
     for name in sorted(teachers):
         once(MODELS / name, partial(written, name))
 
@@ -151,7 +152,7 @@ def tuned(setting: str, arm: str, prompts: int, seed: int) -> None:
 
 
 def controls(setting: str) -> None:
-    """Variants of the policy gradient on few prompts; of most settings only those that need no teacher."""
+    """Variants of the policy gradient on few prompts; but for one setting the controls alone."""
     few = SETTINGS[setting].few
     rate = chosen_rate(setting, "sampled", few)
     for name in VARIANTS:
