@@ -11,8 +11,8 @@ from typing import Any
 from fastkl.trainer.config.data import BESIDE, COLUMNS, DataConfig
 from fastkl.trainer.data.formats.arrow import check_no_split, hub_rows, is_saved, parquet_rows, saved_rows
 from fastkl.trainer.data.formats.json_files import json_rows
-from fastkl.trainer.data.formats.packed import Rows
-from fastkl.trainer.data.rows import parse_row
+from fastkl.trainer.data.formats.packed import Packed
+from fastkl.trainer.data.rows import Prompt, parse_row
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.notes import note
 
@@ -37,12 +37,12 @@ OTHER_FILES = {
 }
 
 
-def load_prompts(config: DataConfig, more: Collection[str] = (), *, all_columns: bool = False) -> Rows:
+def load_prompts(config: DataConfig, more: Collection[str] = (), *, all_columns: bool = False) -> Packed[Prompt]:
     """The rows of a file, a folder or a data set, each checked; an error names the row.
 
     Columns in `more`, or all, are kept beside the usual ones. Those that nothing reads are named once, on stderr.
     """
-    prompts, unused = Rows(), dict[str, None]()
+    prompts, unused = Packed[Prompt](), dict[str, None]()
     last = None if config.limit is None else config.offset + config.limit
     for source, row in itertools.islice(_rows(config), config.offset, last):
         if isinstance(row, dict):

@@ -12,7 +12,7 @@ from tiny_models import tokenizer
 
 from fastkl.trainer.config.data import DataConfig
 from fastkl.trainer.data.arrays import Ragged
-from fastkl.trainer.data.formats.packed import TOGETHER, EndToEnd, Rows
+from fastkl.trainer.data.formats.packed import TOGETHER, EndToEnd, Packed
 from fastkl.trainer.data.prompts import EncodedPrompt, Prompts, encode_completions, encode_prompts, given_samples
 from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.data.samples import make_sample
@@ -30,7 +30,7 @@ def rows(count: int) -> list[Prompt]:
 @pytest.mark.parametrize("count", COUNTS)
 def test_rows_and_sequences_of_them(count: int) -> None:
     plain = rows(count)
-    packed, halves = Rows(plain), EndToEnd([Rows(plain[: count // 2]), Rows(), plain[count // 2 :]])
+    packed, halves = Packed(plain), EndToEnd([Packed(plain[: count // 2]), Packed(), plain[count // 2 :]])
     for found in (packed, halves):
         assert [*found] == plain
         assert [found[place] for place in reversed(range(count))] == plain[::-1]  # whatever was unpacked before
@@ -57,7 +57,7 @@ def test_prompts_and_given_completions_are_those_of_single_rows() -> None:
     words, count = tokenizer(), TOGETHER + 5
     plain = [Prompt(row.source, row.prompt, completion="2" * (1 + line % 4)) for line, row in enumerate(rows(count))]
     config = DataConfig(chat_template=False, max_prompt_tokens=5)
-    found = encode_prompts(Rows(plain), words, config, dataset="sums", first=7)
+    found = encode_prompts(Packed(plain), words, config, dataset="sums", first=7)
     alone = [encode_prompts([row], words, DataConfig(chat_template=False))[0] for row in plain]
     short = [prompt for prompt in alone if len(prompt.tokens) <= 5]
     assert 0 < len(short) < count
@@ -78,7 +78,7 @@ def test_a_prompt_takes_few_bytes_beyond_its_ids() -> None:
     count, ids = 4096, [*range(64)]
     plain = [Prompt(f"d:{line}", f"{line:0256}", f"{line}", metadata={"level": 1}) for line in range(count)]
     tracemalloc.start()
-    packed = Prompts(Rows(plain))
+    packed = Prompts(Packed(plain))
     for place in range(count):
         packed.add(place, ids, None)
     held, _ = tracemalloc.get_traced_memory()

@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from fastkl.trainer.config.data import DataConfig
-from fastkl.trainer.data.formats.packed import Rows
+from fastkl.trainer.data.formats.packed import Packed
 from fastkl.trainer.data.prompts import encode_completions, encode_prompts
 from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.data.sources import load_prompts
@@ -23,7 +23,7 @@ from fastkl.trainer.errors import ConfigError
 GOOD = b'{"prompt": "1+1="}\n'
 
 
-def load(path: Path, **settings: object) -> Rows:
+def load(path: Path, **settings: object) -> Packed[Prompt]:
     return load_prompts(DataConfig(path=str(path), **settings))  # type: ignore[arg-type]
 
 

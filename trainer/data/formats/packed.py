@@ -10,8 +10,6 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Generic, TypeVar, overload
 
-from fastkl.trainer.data.rows import Prompt
-
 T = TypeVar("T")
 TOGETHER = 32  # rows that are packed as one
 
@@ -47,12 +45,12 @@ class EndToEnd(OnDemand[T]):
         return self._parts[part][place - self._starts[part]]
 
 
-class Rows(OnDemand[Prompt]):
+class Packed(OnDemand[T]):
     """Rows of the data: some together are one pickle, compressed."""
 
-    def __init__(self, rows: Iterable[Prompt] = ()) -> None:
+    def __init__(self, rows: Iterable[T] = ()) -> None:
         self._packed: list[bytes] = []
-        self._last: list[Prompt] = []  # too few to pack yet
+        self._last: list[T] = []  # too few to pack yet
         self._open = (-1, self._last)  # what was unpacked last, and its number: rows are read in order
         for row in rows:
             self.append(row)
@@ -60,13 +58,13 @@ class Rows(OnDemand[Prompt]):
     def __len__(self) -> int:
         return len(self._packed) * TOGETHER + len(self._last)
 
-    def append(self, row: Prompt) -> None:
+    def append(self, row: T) -> None:
         self._last.append(row)
         if len(self._last) == TOGETHER:
             self._packed.append(zlib.compress(pickle.dumps(self._last, pickle.HIGHEST_PROTOCOL), 1))
             self._last = []
 
-    def at(self, place: int) -> Prompt:
+    def at(self, place: int) -> T:
         number, inside = divmod(place, TOGETHER)
         if number == len(self._packed):
             return self._last[inside]

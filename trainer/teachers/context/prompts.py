@@ -14,9 +14,10 @@ from fastkl.trainer.config.context import ContextConfig
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.arrays import Array, Ragged
-from fastkl.trainer.data.formats.packed import Rows
+from fastkl.trainer.data.formats.packed import Packed
 from fastkl.trainer.data.mixture import DataSet, all_prompts
 from fastkl.trainer.data.prompts import EncodedPrompt, Given, Prompts, in_pieces
+from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import ConfigError, RunError
 from fastkl.trainer.models.loading import context_length, load_teacher_tokenizer
@@ -73,7 +74,7 @@ def _packed(
     prompts: Prompts, contents: Callable[[Sequence[EncodedPrompt]], list[Content]], reader: Reader, setting: str
 ) -> Prompts:
     """What a teacher reads in place of each prompt, a piece of them at a time."""
-    rows = Rows()
+    rows = Packed[Prompt]()
     found = Prompts(rows, first=prompts.first, dataset=prompts.dataset)
     for piece in in_pieces(prompts, f"{setting} encoded"):
         for place, prompt in enumerate(encode_contents(piece, contents(piece), reader, setting), start=len(rows)):
