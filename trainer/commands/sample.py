@@ -114,5 +114,6 @@ def _say(config: SampleConfig, found: dict[str, Any]) -> None:
     if config.data.template_kwargs:
         template["data.template_kwargs"] = f"'{json.dumps(config.data.template_kwargs)}'"
     more = "".join(f" --{name} {value}" for name, value in template.items())
-    note(f"to learn them: fastkl sft … --data.path {config.keep.path or config.output}{more}")
+    if found.get("kept", found["completions"]):
+        note(f"to learn them: fastkl sft … --data.path {config.keep.path or config.output}{more}")
     print(json.dumps(found), flush=True)

@@ -139,7 +139,9 @@ def test_what_is_kept(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixtur
         given = {f"keep.{setting}": value for setting, value in rule.items()} | {"keep.path": tmp_path / name}
         assert cli.main(arguments("sample", settings(folder, output) | given)) == 0
         rows = read_jsonl(tmp_path / name)
-        assert json.loads(capsys.readouterr().out)["kept"] == len(rows)
+        told = capsys.readouterr()
+        assert json.loads(told.out)["kept"] == len(rows)
+        assert ("to learn them" in told.err) == bool(rows)
         return rows
 
     everything = kept("everything", truncated="true")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from fastkl.trainer.data.chat import ChatTemplate
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.replies import opened_tag
-from fastkl.trainer.data.rows import check_encodable
+from fastkl.trainer.data.rows import Prompt, check_encodable
 from fastkl.trainer.data.text import encode
 from fastkl.trainer.data.turns import Turn, left_out
 from fastkl.trainer.errors import ConfigError
@@ -34,7 +35,7 @@ def encode_contents(
     for row in rows:
         check_encodable(row.source, {"prompt": row.prompt}, ["prompt"])
     chats = [reader.chat(prompt) for prompt in prompts]
-    texts = [str(row.prompt) if chat is None else chat.prompt(row) for row, chat in zip(rows, chats, strict=True)]
+    texts = [_text(row, chat, reader) for row, chat in zip(rows, chats, strict=True)]
     ids = encode(reader.tokenizer, texts, [chat is None for chat in chats])
     found = []
     for prompt, row, chat, text, tokens in zip(prompts, rows, chats, texts, ids, strict=True):
@@ -44,6 +45,17 @@ def encode_contents(
             _check_end(prompt, text, tokens, setting)
         found.append(dataclasses.replace(prompt, row=row, tokens=tokens, chat=chat))
     return found
+
+
+def _text(row: Prompt, chat: ChatTemplate | None, reader: Reader) -> str:
+    try:
+        return str(row.prompt) if chat is None else chat.prompt(row)
+    except ConfigError as error:
+        if not reader.own:
+            raise
+        raise ConfigError(
+            f"{error}. It is the teacher's template; give this teacher other turns by messages or function of its context"
+        ) from error
 
 
 def check_examples(examples: Sequence[Turn], prompt: EncodedPrompt, setting: str) -> None:

@@ -216,7 +216,7 @@ def refused_tokenizer(name: str) -> PreTrainedTokenizerBase:
 REFUSED = {
     "no-template": r"the teacher's tokenizer \(.*teacher\) has no chat template, and data holds chats",
     "no-end": r"the teacher's tokenizer declares no end of sequence.*set its eos_token",
-    "a-refusal": r"rows\.jsonl:1 with teacher\.tokenizer: the chat template refuses .*not now",
+    "a-refusal": r"rows\.jsonl:1 with teacher\.tokenizer: the chat template refuses .*not now.*the teacher's template",
 }
 
 
