@@ -10,7 +10,7 @@ from fastkl.trainer.config.reward import RewardConfig
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.rollouts.environments import Environment
-from fastkl.trainer.rollouts.grading.named import named_grader
+from fastkl.trainer.rollouts.grading.named import NamedGrader, named_grader
 from fastkl.trainer.rollouts.rollout import Judge
 from fastkl.trainer.rollouts.single_turn import Trajectory
 
@@ -32,6 +32,11 @@ def make_judge(
         return lambda trajectory, prompt: trajectory.reward or 0.0
     grader = named_grader("reward.grader", config.grader, trusted=config.trust_grader)
     grader.check_rows(prompts, "reward.grader")
+    return by_text(grader, tokenizer)
+
+
+def by_text(grader: NamedGrader, tokenizer: PreTrainedTokenizerBase) -> Judge:
+    """Grades the text of the last message."""
 
     def judge(trajectory: Trajectory, prompt: EncodedPrompt) -> float:
         return grader(tokenizer.decode(trajectory.answer_ids, skip_special_tokens=True), prompt.row)

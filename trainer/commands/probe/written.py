@@ -16,9 +16,10 @@ from fastkl.trainer.distill import make_responder
 from fastkl.trainer.errors import ConfigError, ServerError
 from fastkl.trainer.notes import note
 from fastkl.trainer.rollouts.grading.named import named_grader
+from fastkl.trainer.rollouts.judge import by_text
 from fastkl.trainer.rollouts.rollout import Judge, Rollouts
 from fastkl.trainer.rollouts.samplers.local import local_sampler
-from fastkl.trainer.rollouts.single_turn import Responder, Trajectory
+from fastkl.trainer.rollouts.single_turn import Responder
 from fastkl.trainer.teachers.local import LocalTeacher
 
 GREEDY, SAMPLED = "greedy", "sampled"
@@ -73,17 +74,13 @@ def _judge(found: Opened) -> tuple[Judge | None, list[str]]:
     """What grades rewards, or evaluations where all rows have what it reads; or why nothing does."""
     if found.prepared.judge is not None:
         return found.prepared.judge, []
-    settings, tokenizer = found.config.eval, found.prepared.tokenizer
+    settings = found.config.eval
     grader = named_grader("eval.grader", settings.grader, trusted=settings.trust_grader)
     try:
         grader.check_rows(found.prompts, "accuracy")
     except ConfigError as error:
         return None, [f"nothing is graded: {error}"]
-
-    def judge(trajectory: Trajectory, prompt: EncodedPrompt) -> float:
-        return grader(tokenizer.decode(trajectory.answer_ids, skip_special_tokens=True), prompt.row)
-
-    return judge, []
+    return by_text(grader, found.prepared.tokenizer), []
 
 
 def _answered(
