@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,9 @@ def set_advantages(samples: list[Sample], loss: LossConfig, given_coef: float = 
 
     All samples of this process stand end to end in one row; no sum crosses a sample's end. Without a teacher's log-probs
     A_KL is 0. Of a teacher with its own tokenizer, A_KL is that of the token's segment (`Sample.segments`), and 0 outside
-    all of them. A token of a given completion has the advantage `given_coef` instead of both: −log p, weighted. The share
-    `redistribute` of A_env is weighed by the teacher (`redistributed_advantages`). All processes call it. Returns metrics
-    of the whole step.
+    all of them; where tokenizers look ahead, also that of the segment which the token closes. A token of a given
+    completion has the advantage `given_coef` instead of both: −log p, weighted. The share `redistribute` of A_env is
+    weighed by the teacher (`redistributed_advantages`). All processes call it. Returns metrics of the whole step.
     """
     scores = _Scores(samples)
     advantages, rewards = processes.raise_together(lambda: _parts(scores, loss))
@@ -69,23 +70,33 @@ def _parts(scores: _Scores, loss: LossConfig) -> tuple[Tensor, Tensor]:
     """The KL's part, before the mean as a baseline and the clip, and the reward's, [n] each."""
     segments = scores.segments
     ours, theirs = segments.sums(scores.ours), segments.sums(scores.teacher)
-    mask, ids = (segments.of_first(each) for each in (scores.mask & segments.known, scores.ids))
-    options: dict[str, Any] = {"coef": loss.kl_coef, "discount": loss.discount, "sequence_ids": ids}
-    options["baseline"] = scores.baseline if loss.baseline == "kl" else None
-    if loss.extrapolate == 1:
-        advantages = reverse_kl_advantages(ours, theirs, mask, power=loss.advantage_power, **options)
-    else:
-        # Of an id that the reference lacks, nothing is to go away from.
-        unknown = segments.sums((scores.reference == UNKNOWN).float()) > 0
-        reference = torch.where(unknown, theirs, segments.sums(scores.reference))
-        advantages = extrapolated_advantages(ours, theirs, reference, mask, extrapolate=loss.extrapolate, **options)
+    mask = segments.of_first(scores.mask & segments.known)
+    of_kl = partial(_of_kl, scores, loss, ours, theirs, mask)
+    advantages = segments.to_tokens(of_kl(loss.discount))
+    if segments.closing is not None:
+        # Their choice is where a segment ends, and so what it is: they answer for it too, and for no fraction of it.
+        advantages = advantages + segments.to_closing(of_kl(0.0))
     rewards = scores.rewards
     if loss.redistribute > 0:
         share, clip = loss.redistribute, loss.redistribute_clip
         own = segments.of_first(rewards)
         weighed = segments.to_tokens(redistributed_advantages(own, ours, theirs, mask, share=share, clip=clip))
         rewards = weighed.where(segments.known, rewards)
-    return segments.to_tokens(advantages), rewards
+    return advantages, rewards
+
+
+def _of_kl(scores: _Scores, loss: LossConfig, ours: Tensor, theirs: Tensor, mask: Tensor, discount: float) -> Tensor:
+    """The KL's part of each segment, [m], of the segments' log-probs and which of them count, [m] each."""
+    segments = scores.segments
+    options: dict[str, Any] = {"coef": loss.kl_coef, "discount": discount}
+    options["sequence_ids"] = segments.of_first(scores.ids)
+    options["baseline"] = scores.baseline if loss.baseline == "kl" else None
+    if loss.extrapolate == 1:
+        return reverse_kl_advantages(ours, theirs, mask, power=loss.advantage_power, **options)
+    # Of an id that the reference lacks, nothing is to go away from.
+    unknown = segments.sums((scores.reference == UNKNOWN).float()) > 0
+    reference = torch.where(unknown, theirs, segments.sums(scores.reference))
+    return extrapolated_advantages(ours, theirs, reference, mask, extrapolate=loss.extrapolate, **options)
 
 
 def _centred(advantages: Tensor, scores: _Scores) -> Tensor:

@@ -21,6 +21,7 @@ OF_OWN = (
     "teacher_segments",
     "teacher_completion_logprobs",
     "teacher_completion_ranks",
+    "looks_ahead",
 )
 
 
@@ -79,6 +80,14 @@ def gaps(sample: dict[str, Any]) -> list[float]:
         for i in part.ours:
             found[i] = d
     return found
+
+
+def answered(sample: dict[str, Any]) -> list[float]:
+    """The same, and of the first token of a segment, which closes the one before, that one's d too."""
+    own = gaps(sample)
+    parts = segments(completion(sample, "tokens"), sample["teacher_tokens"])
+    firsts = {part.ours[0] for part in parts[1:]}
+    return [d + (own[place - 1] if place in firsts else 0.0) for place, d in enumerate(own)]
 
 
 def teacher_logprobs(folder: Path, sample: dict[str, Any]) -> list[float]:

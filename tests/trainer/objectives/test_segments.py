@@ -69,8 +69,11 @@ def beyond(sample: Sample, part: list[int]) -> float:
     return (p - r) - 1.5 * (q - r)
 
 
-def kl_part(sample: Sample, score: Callable[[Sample, list[int]], float], discount: float = 0.0) -> list[float]:
-    """−Σ_k γᵏ d of the k-th next segment, of each token; one that nobody judges takes its step and has 0 itself."""
+def kl_part(sample: Sample, score: Callable[[Sample, list[int]], float] = d, discount: float = 0.0) -> list[float]:
+    """−Σ_k γᵏ d of the k-th next segment, of each token; one that nobody judges takes its step and has 0 itself.
+
+    Where tokenizers look ahead, the first token of a segment that follows another has −d of that one too.
+    """
     own = parts(sample)
     values = [score(sample, part) if judged(sample, part) else 0.0 for part in own]
     found = [0.0] * len(sample.ids)
@@ -78,24 +81,29 @@ def kl_part(sample: Sample, score: Callable[[Sample, list[int]], float], discoun
         if judged(sample, part):
             for place in part:
                 found[place] = -sum(discount**k * value for k, value in enumerate(values[first:]))
+            if sample.looks_ahead and len(sample.segments) and first:
+                found[part[0]] -= values[first - 1]  # 0 of a token in no segment
     return found
 
 
 CASES: dict[str, tuple[dict[str, Any], Callable[[Sample], list[float]]]] = {
-    "plain": ({}, lambda sample: kl_part(sample, d)),
-    "coef": ({"kl_coef": 2.0}, lambda sample: [2 * each for each in kl_part(sample, d)]),
+    "plain": ({}, kl_part),
+    "coef": ({"kl_coef": 2.0}, lambda sample: [2 * each for each in kl_part(sample)]),
     "discount": ({"discount": 0.5}, lambda sample: kl_part(sample, d, 0.5)),
     "power": ({"advantage_power": 2.0, "discount": 0.9}, lambda sample: kl_part(sample, power, 0.9)),
     "extrapolate": ({"extrapolate": 1.5}, lambda sample: kl_part(sample, beyond)),
-    "clip": ({"advantage_clip": 0.5}, lambda sample: [min(0.5, max(-0.5, each)) for each in kl_part(sample, d)]),
+    "clip": ({"advantage_clip": 0.5}, lambda sample: [min(0.5, max(-0.5, each)) for each in kl_part(sample)]),
 }
 
 
+@pytest.mark.parametrize("looks_ahead", [False, True])
 @pytest.mark.parametrize(("options", "formula"), CASES.values(), ids=CASES)
 def test_the_tokens_of_a_segment_share_its_advantage(
-    options: dict[str, Any], formula: Callable[[Sample], list[float]]
+    options: dict[str, Any], formula: Callable[[Sample], list[float]], looks_ahead: bool
 ) -> None:
     samples = make_samples()
+    for sample in samples:
+        sample.looks_ahead = looks_ahead
     set_advantages(samples, LossConfig(**options))
     for sample in samples:
         wanted = [(each + REWARD) * counts for each, counts in zip(formula(sample), sample.loss_mask, strict=True)]
@@ -105,7 +113,7 @@ def test_the_tokens_of_a_segment_share_its_advantage(
 def test_a_mean_of_others_is_that_of_judged_tokens() -> None:
     samples = make_samples()
     set_advantages(samples, LossConfig(baseline="mean"))
-    own = [kl_part(sample, d) for sample in samples]
+    own = [kl_part(sample) for sample in samples]
     known = [[judged(sample, [place]) for place in range(len(sample.ids))] for sample in samples]
     for number, sample in enumerate(samples):
         others = [

@@ -119,6 +119,7 @@ class OwnTokenizer:
         room = max(0, int(min(limit - len(sample.teacher_prompt), len(theirs))))
         counted = sample.loss_mask[sample.prompt_length :]
         found = found.without(self._dropped(found, counted, room))
+        sample.looks_ahead = self._pair.looks_ahead
         sample.teacher_completion = theirs[:room]
         sample.teacher_segments = 1 + found.teacher_of[:room]
         sample.segments = after_zeros(sample.prompt_length, 1 + found.student_of)

@@ -21,6 +21,10 @@ class TokenizerPair:
 
     Raises:
         ConfigError: For a tokenizer whose tokens are no known bytes.
+
+    Attributes:
+        looks_ahead: Whether what follows a token may decide if the other has a boundary at its end. With the same tokens,
+            under whichever ids, it does not.
     """
 
     def __init__(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -30,6 +34,7 @@ class TokenizerPair:
         self.lock = threading.Lock()
         self.ours, self.theirs = TokenBytes(ours, "student"), TokenBytes(theirs, "teacher")
         self.one = are_one(ours, theirs)
+        self.looks_ahead = not self.one and self.ours.all != self.theirs.all
         self._translator = Translator(self.ours, self.theirs)
 
     def aligned(self, turns: Sequence[Turn]) -> list[Aligned]:

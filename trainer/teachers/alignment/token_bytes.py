@@ -33,12 +33,14 @@ class TokenBytes:
     Attributes:
         added: Ids that were added to the vocabulary, as far as they are tokens.
         special: Those of them that no text is to have.
+        all: What its tokens write.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str = "teacher") -> None:
         self.tokenizer = tokenizer
         try:
             self._bytes = _table(tokenizer)
+            self.all = frozenset(filter(None, self._bytes))
             self._lengths = np.array([len(entry) for entry in self._bytes], np.int32)
             added = {token: each for token, each in tokenizer.added_tokens_decoder.items() if self[token]}
             self.added = frozenset(added)
