@@ -159,6 +159,8 @@ The teacher scores the ids that the student sampled. So before any model is load
 - the teacher may have more tokens;
 - a text must get the same ids, and the special tokens must have the same ids.
 
+A teacher with another tokenizer needs `teacher.tokenizer: own`: see [tokenizers.md](../teachers/tokenizers.md).
+
 Names that fill up a head, as `[PAD151936]` of GGUF files, are no tokens. Nor is a padding token of the student's own. How a
 token is spelled may differ: `Ġthe` and ` the` are one token.
 

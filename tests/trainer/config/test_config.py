@@ -83,6 +83,16 @@ REFUSED: dict[str, list[tuple[dict[str, object], list[str]]]] = {
         ({"checkpoint.keep": 0}, ["checkpoint.keep is 0", "at least 1"]),
         ({"eval.every": -1}, ["eval.every is -1", "at least 0"]),
     ],
+    "probe": [
+        ({"prompts": 0}, ["prompts is 0", "at least 1"]),
+        ({"top": 0}, ["top is 0", "at least 1"]),
+        ({"output": " "}, ["output is empty", "JSON file"]),
+        (
+            {"teacher.path": "", "loss.kl_coef": 0, "reward.grader": "last_number"},
+            ["no teacher", "teacher.path", "fastkl eval"],
+        ),
+        ({"teacher.tokenizer": "own"}, ["teacher has a tokenizer of its own", "token by token"]),
+    ],
     "sample": [
         ({"model.path": ""}, ["model.path is empty", "model.server.url"]),
         ({"model.server.url": URL, "model.server.model": "m"}, ["model.path is 'm'", URL, "give one"]),
@@ -157,6 +167,8 @@ def test_configs_are_frozen() -> None:
         ("sample", {"grader": "vibes"}, ["grader is 'vibes'", "last_number"]),
         ("sample", {"keep.path": "d.jsonl"}, ["keep.path d.jsonl exists already", "another name"]),
         ("sample", {"sampling.max_new_tokens": 100}, ["context of 64", "sampling.max_new_tokens"]),
+        ("probe", {"output": "d.jsonl"}, ["output d.jsonl exists already", "another name"]),
+        ("probe", {"student.path": "./nosuch"}, ["./nosuch", "no config.json"]),
         ("score", {"output": "d.jsonl"}, ["output d.jsonl exists already", "another name"]),
         ("score", {"output": "out/o.jsonl", "model.path": "./nosuch"}, ["./nosuch", "no config.json"]),
     ],

@@ -31,6 +31,8 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
         raise ConfigError(
             f"output is {config.output}, where no file can be written; name a file in a folder that is there"
         )
+    if output is not None and output.exists():
+        raise ConfigError(f"output {config.output} exists already; move it away or choose another name")
     with opened(config) as found:
         texts = write(found)
         said = figures(found, texts) | {"run": cost_of_run(config, found, texts)}
