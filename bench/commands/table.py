@@ -25,6 +25,7 @@ from bench.tables import (
     plans,
     reasoning,
     self_distillation,
+    tokenizers,
 )
 
 SOURCES = (
@@ -39,6 +40,7 @@ SOURCES = (
     plans,
     reasoning,
     self_distillation,
+    tokenizers,
 )
 TABLES = {name: table for source in SOURCES for name, table in source.TABLES.items()}
 ROOT = Path(__file__).parents[2]

@@ -88,7 +88,7 @@ REFUSED: dict[str, list[tuple[dict[str, object], list[str]]]] = {
         ({"top": 0}, ["top is 0", "at least 1"]),
         ({"output": " "}, ["output is empty", "JSON file"]),
         (
-            {"teacher.path": "", "loss.kl_coef": 0, "reward.grader": "last_number"},
+            {"teacher.path": "", "loss.kl_coef": 0, "reward.grader": "last_number", "reward.baseline": "none"},
             ["no teacher", "teacher.path", "fastkl eval"],
         ),
         ({"teacher.tokenizer": "own"}, ["teacher has a tokenizer of its own", "token by token"]),
