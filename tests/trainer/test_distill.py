@@ -49,9 +49,10 @@ def test_the_seed_decides(tmp_path: Path, padded: Path) -> None:
 
 METRICS = {
     *("step", "teacher_kl", "entropy", "loss", "tokens_per_second", "optim/lr", "optim/grad_norm", "optim/skipped"),
-    *("completions/mean_length", "completions/truncated_fraction"),
+    *("completions/mean_length", "completions/truncated_fraction", "completions/looping_fraction"),
+    *("teacher_logprobs/mean", "teacher_logprobs/std"),
     *(f"policy/{name}" for name in ("ratio_mean", "ratio_min", "ratio_max", "clip_fraction", "k1", "k3")),
-    *(f"sampler_mismatch/{name}" for name in ("mean_abs", "p95_abs", "outside_0.9_1.1")),
+    *(f"sampler_mismatch/{name}" for name in ("mean_abs", "p95_abs", "outside_0.9_1.1", "kl")),
     *(f"flops/{name}" for name in ("sampling", "teacher", "student")),
     *(f"time/{name}" for name in ("sample", "teacher", "old_logprobs", "ranks", "train")),
 }

@@ -161,6 +161,8 @@ def graded(index: int, reward: float | None) -> Sample:
 
 def test_rewards_are_added_to_the_kl() -> None:
     samples = [graded(0, 1.0), graded(0, 0.0), graded(1, 2.0), graded(1, 2.0), graded(1, None)]
+    for place, sample in enumerate(samples):
+        sample.place = place
     metrics = set_reward_advantages(samples, RewardConfig(grader="boxed", coef=2.0))
     assert metrics == pytest.approx(
         {"reward/mean": 1.25, "reward/std": 0.6875**0.5, "reward/groups_without_signal": 0.5}
