@@ -120,7 +120,13 @@ def test_a_student_learns_from_them(tmp_path: Path, folder: Path, capsys: pytest
     assert "nothing reads" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("call", [1, 2], ids=["among-the-completions", "before-the-kept"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(1, marks=pytest.mark.slow, id="among-the-completions"),
+        pytest.param(2, id="before-the-kept"),
+    ],
+)
 def test_killed_at_any_time_it_makes_the_same_files(
     tmp_path: Path, folder: Path, whole: dict[str, bytes], call: int
 ) -> None:
