@@ -100,11 +100,10 @@ def _base(path: str) -> str | None:
     """The Hub id of a student, or of what a student that is here was trained from, if its own card says so."""
     if is_hub_id(path):
         return path
-    card = Path(path).expanduser() / "README.md"
-    front = card.read_text(encoding="utf-8").split("---\n") if card.is_file() else []
     try:
+        front = (Path(path).expanduser() / "README.md").read_text(encoding="utf-8").split("---\n")
         base = yaml.safe_load(front[1]).get("base_model") if len(front) > 2 and not front[0] else None
-    except (yaml.YAMLError, AttributeError):
+    except (OSError, ValueError, yaml.YAMLError, AttributeError):  # no such file; no UTF-8, or a date that there is not
         return None
     return base if isinstance(base, str) and is_hub_id(base) else None
 

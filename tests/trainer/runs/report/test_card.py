@@ -55,8 +55,9 @@ def test_what_is_on_the_hub_is_in_the_front_matter() -> None:
 def test_the_base_of_a_student_that_is_here_is_that_of_its_card(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(card("sft", **{"student.path": "owner/base"}), encoding="utf-8")
     assert checked(card("distill", **{"student.path": tmp_path}))["base_model"] == "owner/base"
-    for other in ("", "---\nbase_model: /home/a\n---\n", "---\n- a\n---\n", "---\n: :\n---\n"):
-        (tmp_path / "README.md").write_text(other, encoding="utf-8")
+    no_date, no_text = b"---\nbase_model: a/b\ndate: 2024-13-01\n---\n", b"---\nbase_model: a/b\n---\n\xe9"
+    for other in (b"", b"---\nbase_model: /home/a\n---\n", b"---\n- a\n---\n", b"---\n: :\n---\n", no_date, no_text):
+        (tmp_path / "README.md").write_bytes(other)
         assert "base_model" not in checked(card("distill", **{"student.path": tmp_path}))
 
 
