@@ -91,7 +91,8 @@ def _front_matter(config: RunConfig, library: str) -> str:
     data: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": tags}
     if (base := _base(config.student.path)) is not None:
         data["base_model"] = base
-    names = sorted({source.dataset for _, source in _sources(config) if source.dataset and is_hub_id(source.dataset)})
+    # The Hub shows them as what it was trained on: not what it was evaluated on.
+    names = sorted({source.dataset for _, source in _learned(config) if source.dataset and is_hub_id(source.dataset)})
     data |= {"datasets": names} if names else {}
     return f"---\n{yaml.safe_dump(data, sort_keys=False)}---"
 
@@ -149,12 +150,18 @@ def _facts(config: RunConfig, fingerprints: Mapping[str, str]) -> Iterator[tuple
     yield "seed", str(config.seed)
 
 
-def _sources(config: RunConfig) -> Iterator[tuple[str, DataConfig]]:
+def _learned(config: RunConfig) -> Iterator[tuple[str, DataConfig]]:
+    """What it was trained on, by the names of the settings."""
     if isinstance(config, (DistillConfig, SftConfig)):
         for name, entry in config.data_sets().items():
             yield f"mixture.{name}.data" if name else "data", entry.data
-    if config.eval.data != DataConfig():
-        yield "eval.data", config.eval.data
+
+
+def _sources(config: RunConfig) -> Iterator[tuple[str, DataConfig]]:
+    """Also what it was evaluated on."""
+    yield from _learned(config)
+    for name, one in config.eval.sets().items():
+        yield f"eval.more.{name}.data" if name else "eval.data", one.data
 
 
 def _teachers(config: DistillConfig) -> str:

@@ -45,7 +45,7 @@ def upload(config: RunConfig, folder: Path, files: Iterable[str]) -> str | None:
     repository = config.push_to_hub
     if repository is None:
         return None
-    message = f"Student after {config.optim.steps} steps"
+    message = f"Student of a run of {config.optim.steps} steps"
     try:
         huggingface_hub.HfApi().upload_folder(
             repo_id=repository, folder_path=folder, commit_message=message, allow_patterns=sorted(files)

@@ -13,8 +13,8 @@ from fastkl.trainer.runs.sharing.ranked import quantile
 
 def mismatch_metrics(differences: Sequence[Tensor]) -> dict[str, float]:
     """Metrics `sampler_mismatch/*`, from ℓ − ℓ_sampler of this process's tokens before the update. All call it."""
-    sizes = torch.cat([*differences, torch.empty(0)]).abs()
-    difference = torch.cat([*differences, torch.empty(0)]).double()
+    together = torch.cat([*differences, torch.empty(0)])
+    sizes, difference = together.abs(), together.double()
     ratio = difference.exp()
     sums = processes.add(
         {

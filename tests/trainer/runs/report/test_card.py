@@ -52,6 +52,15 @@ def test_what_is_on_the_hub_is_in_the_front_matter() -> None:
     assert checked(adapter_card(config("distill", settings)))["base_model"] == "owner/base"
 
 
+def test_what_it_was_evaluated_on_is_named_and_not_as_what_it_was_trained_on() -> None:
+    sets = {"eval.data.dataset": "owner/held-out", "eval.more": {"other": {"data": {"path": "/there/other.jsonl"}}}}
+    rows = ROWS | {"the rows of eval.more.other.data": "fedcba9876543210fedc"}
+    text = student_card(config("distill", {"run": "runs/a", **HUB, **sets}), rows, [])
+    assert checked(text)["datasets"] == ["owner/prompts"]
+    assert "| eval.data | `owner/held-out`" in text
+    assert "| eval.more.other.data | `other.jsonl`, SHA-256 of the rows as read: `fedcba9876543210` |" in text
+
+
 def test_the_base_of_a_student_that_is_here_is_that_of_its_card(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(card("sft", **{"student.path": "owner/base"}), encoding="utf-8")
     assert checked(card("distill", **{"student.path": tmp_path}))["base_model"] == "owner/base"
