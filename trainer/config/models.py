@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastkl.trainer.config.rules import at_least, unchanged
+from fastkl.trainer.config.sampling import EngineConfig
 from fastkl.trainer.config.server import ServerConfig
 from fastkl.trainer.errors import require
 
@@ -88,8 +89,8 @@ class WriterConfig(ModelConfig):
     server: WritingServerConfig = field(default_factory=WritingServerConfig)
     tokenizer: str | None = None
 
-    def check(self) -> None:
-        """Exactly one of folder and server, and a tokenizer with a server."""
+    def check(self, sampling: EngineConfig) -> None:
+        """Exactly one of folder and server; with a server a tokenizer, and nothing that the server decides about."""
         path, url = self.path, self.server.url
         require(
             bool(path.strip()) or bool(url), "model.path is empty; give a model folder or a Hub id, or model.server.url"
@@ -100,3 +101,7 @@ class WriterConfig(ModelConfig):
             f"model.tokenizer is {self.tokenizer!r} and model.server.url is {url!r}: a served model needs its tokenizer "
             f"here, a folder or a Hub id, and a model that is loaded here has its own",
         )
+        if url:
+            reason = f"model.server.url is {url!r}: the server decides about that; unset it"
+            unchanged(self, "model.", reason, ("dtype", "attn_implementation", "liger"))
+            sampling.refuse_beside("model.server.url", url)

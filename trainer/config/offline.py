@@ -38,7 +38,7 @@ class EvaluateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.model.check()
+        self.model.check(self.sampling)
         require(
             self.output is None or bool(self.output.strip()),
             "output is empty; name a JSONL file, or unset it",
@@ -97,7 +97,7 @@ class SampleConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.model.check()
+        self.model.check(self.sampling)
         require(bool(self.output.strip()), "output is empty; name the JSONL file to write")
         check_source("data", self.data)
         if self.grader is None:

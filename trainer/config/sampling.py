@@ -54,6 +54,12 @@ class EngineConfig:
             reason = "sampling.engine is generate, which takes whole prompts; unset it, or set sampling.max_requests"
             unchanged(self, "sampling.", reason, ["max_batch_tokens"])
 
+    def refuse_beside(self, setting: str, url: str, *more: str) -> None:
+        """Refuses these settings, and `more` of them, where a server samples: its address is in `setting`."""
+        flags = ", ".join(["--max-num-batched-tokens", "--max-num-seqs", *(f"--{name}" for name in more)])
+        reason = f"{setting} is {url!r}: the server decides about that ({flags}); unset it"
+        unchanged(self, "sampling.", reason, ("engine", "max_batch_tokens", "max_requests", *more))
+
 
 @dataclass(frozen=True)
 class CompletionsConfig(EngineConfig):
@@ -155,10 +161,7 @@ class SamplingConfig(EngineConfig):
             f"top_k = 0; lower sampling.temperature for less random samples",
         )
         if self.server.url:
-            reason = f"sampling.server.url is {self.server.url!r}: the server decides about that"
-            flags = "--max-num-batched-tokens, --max-num-seqs, --dtype"
-            names = ("engine", "max_batch_tokens", "max_requests", "dtype")
-            unchanged(self, "sampling.", f"{reason} ({flags}); unset it", names)
+            self.refuse_beside("sampling.server.url", self.server.url, "dtype")
         self._check_lengths()
         self._check_ahead()
 

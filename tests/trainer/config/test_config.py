@@ -22,6 +22,12 @@ from fastkl.trainer.config.training import DistillConfig, SftConfig
 from fastkl.trainer.errors import ConfigError
 
 SAMPLED: dict[str, object] = {"sampling.server.url": URL, "sampling.server.model": "m"}
+SERVED: dict[str, object] = {
+    "model.path": "",
+    "model.server.url": URL,
+    "model.server.model": "m",
+    "model.tokenizer": "t",
+}
 # settings, what the message must hold: the setting with its value, and the way out
 REFUSED: dict[str, list[tuple[dict[str, object], list[str]]]] = {
     "distill": [
@@ -101,6 +107,8 @@ REFUSED: dict[str, list[tuple[dict[str, object], list[str]]]] = {
             {"model.path": "", "model.server.url": URL, "model.server.model": "m"},
             ["model.tokenizer is None", URL, "folder or a Hub id"],
         ),
+        (SERVED | {"model.dtype": "bfloat16"}, ["model.dtype is 'bfloat16'", URL, "the server decides"]),
+        (SERVED | {"sampling.max_requests": 4}, ["sampling.max_requests is 4", URL, "--max-num-seqs"]),
         ({"output": ""}, ["output is empty", "JSONL"]),
         ({"keep.path": "./o.jsonl"}, ["keep.path is './o.jsonl'", "output"]),
         ({"keep.min_score": 1}, ["keep.min_score is 1.0", "keep.path is null"]),
