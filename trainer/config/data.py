@@ -112,7 +112,7 @@ class EvalConfig:
             check_name("eval.more", name)
             check_source(f"eval.more.{name}.data", one.data)
         require(
-            not self.more or self.data != DataConfig(),
+            not self.more or bool(self.sets()),
             f"eval.more has {', '.join(self.more)}, but eval.data names no prompts; make one of them eval.data",
         )
 

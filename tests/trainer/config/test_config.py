@@ -55,6 +55,10 @@ REFUSED: dict[str, list[tuple[dict[str, object], list[str]]]] = {
         ({"eval.samples_per_prompt": 4}, ["eval.samples_per_prompt is 4", "eval.temperature is 0.0", "greedy"]),
         ({"eval.samples_per_prompt": 0}, ["eval.samples_per_prompt is 0", "at least 1"]),
         ({"eval.more": "{long: {data: {path: x}}}"}, ["eval.more has long", "eval.data names no prompts"]),
+        (
+            {"eval.data.limit": 5, "eval.more": "{long: {data: {path: x}}}"},
+            ["eval.more has long", "eval.data names no prompts"],
+        ),
         ({"eval.more": "{a/b: {data: {path: x}}}"}, ["eval.more has a data set 'a/b'", "letters"]),
         (
             {"eval.data.path": "d", "eval.more": "{long: {data: {path: x}, trust_grader: true}}"},
