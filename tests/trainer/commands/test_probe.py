@@ -230,10 +230,11 @@ def test_verdicts(changes: dict[str, Any], verdict: str) -> None:
     assert f"\n{verdict}: " in text or verdict == "fine"
 
 
-def test_a_reward_teaches_without_a_gap() -> None:
+@pytest.mark.parametrize("lesson", [REWARD, {"sampling.on_policy_fraction": 0.5}], ids=["reward", "given"])
+def test_something_else_teaches_without_a_gap(lesson: dict[str, object]) -> None:
     said = GOOD | {"metrics": GOOD["metrics"] | {"teacher_kl": 0.0}}
-    paid = config("probe", MINIMAL["distill"] | REWARD)
-    assert judged(said, paid)["verdict"] == "fine"
+    assert judged(said, config("probe", MINIMAL["distill"]))["verdict"] == "nothing to learn on these prompts"
+    assert judged(said, config("probe", MINIMAL["distill"] | lesson))["verdict"] == "fine"
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,11 @@ def _guards(said: Said, config: ProbeConfig) -> dict[str, tuple[str, str]]:
     """What each guard would say of a first step like this: the text and its advice."""
     row = {"loss": 0.0, **said["metrics"]}
     facts = Facts(said["vocabulary"], said["has_experts"], config.student.dropout != "off")
-    pays = {"reward/mean": 0.0} if config.reward.pays else {}
-    seen = Seen([row | pays], [], facts, config.guards)
+    if config.reward.pays:
+        row["reward/mean"] = 0.0
+    if config.sampling.on_policy_fraction < 1 and config.loss.objective == "policy_gradient":
+        row["given/nll"] = 0.0
+    seen = Seen([row], [], facts, config.guards)
     return {rule.name: (text, rule.advice) for rule in RULES if (text := rule.find(seen)) is not None}
 
 

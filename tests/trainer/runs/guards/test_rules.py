@@ -69,6 +69,7 @@ HEALTHY: dict[str, dict[str, Any]] = {
     "rewards-are-earned": {"entropy": [0.5, 0.01], "teacher_kl": None, "reward__mean": [0.2, 0.9]},
     "the-policy-that-rewards-begin-with": {"teacher_kl": 0.0, "reward__mean": 0.3},
     "an-extrapolation-from-the-same": {"teacher_kl": 0.0, "reference_kl": 0.3},
+    "the-teacher-itself-beside-given-completions": {"teacher_kl": 0.0, "given__nll": 1.2},
     "sure-and-yet-far": {"teacher_kl": 0.45, "entropy": 0.015},
     "the-surest-that-learned": {"teacher_kl": 0.45, "entropy": 0.05},
     "near-and-yet-undecided": {"teacher_kl": 0.015, "entropy": 0.3},
