@@ -8,18 +8,21 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from fastkl.trainer.commands.probe.opened import Opened
-from fastkl.trainer.commands.probe.served import ServedWriter
 from fastkl.trainer.data.mixture import step_prompts
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.distill import make_responder
 from fastkl.trainer.errors import ConfigError, ServerError
+from fastkl.trainer.models.tokenizers import vocabulary
 from fastkl.trainer.notes import note
 from fastkl.trainer.rollouts.grading.named import named_grader
 from fastkl.trainer.rollouts.judge import by_text
 from fastkl.trainer.rollouts.rollout import Judge, Rollouts
 from fastkl.trainer.rollouts.samplers.local import local_sampler
+from fastkl.trainer.rollouts.samplers.remote import RemoteSampler
 from fastkl.trainer.rollouts.single_turn import Responder
+from fastkl.trainer.servers.connection import Connection
+from fastkl.trainer.servers.generation import GenerationServer
 from fastkl.trainer.teachers.local import LocalTeacher
 
 GREEDY, SAMPLED = "greedy", "sampled"
@@ -131,5 +134,6 @@ def _responder(found: Opened, data_set: str) -> Iterator[Responder]:
             yield make_responder(config, model, prepared.tokenizer, sampler, prepared.environment, found.chats)
         return
     server = config.data_sets()[data_set].teacher.server  # type: ignore[union-attr]
-    sampler = ServedWriter(server, prepared.tokenizer, found.ends)
+    asked = GenerationServer(Connection(server, "the teacher's server"), vocabulary(prepared.tokenizer))
+    sampler = RemoteSampler(asked, server.model, found.ends, server.concurrency, "fastkl probe")
     yield make_responder(config, found.student.model, prepared.tokenizer, sampler, prepared.environment, found.chats)

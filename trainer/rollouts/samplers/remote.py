@@ -71,8 +71,7 @@ def check_meaning(server: GenerationServer, completions: Sequence[Completion]) -
     if meaningless(tokens, logprobs):
         raise ServerError(
             f"{server.whose} at {server.url} gives all {len(tokens)} tokens that it sampled the same log-prob, "
-            f"{logprobs[0]:.2f}: they are not those of a model. Serve the model with vLLM, and give the same command: it "
-            f"goes on where it stopped"
+            f"{logprobs[0]:.2f}: they are not those of a model. Serve the model with vLLM, and give the same command"
         )
 
 
