@@ -12,6 +12,7 @@ import yaml
 
 from fastkl.trainer.commands.schema import REQUIRED, alternatives, entry_of, full_names, group_of, in_words, settings_of
 from fastkl.trainer.commands.values import NULL, Misfit, as_written, fits, read
+from fastkl.trainer.config.teacher import OWN
 from fastkl.trainer.errors import ConfigError
 
 PATHS = (
@@ -115,7 +116,8 @@ class Settings:
         except Misfit:
             raise ConfigError(f"{place.of(name)} is {as_written(node)}; {_wanted(node, kind)}") from None
         if name.rpartition(".")[2] in PATHS and isinstance(value, str):
-            value = expanded(value, place.of(name))
+            before = f"{OWN}:" if value.startswith(f"{OWN}:") else ""  # of teacher.tokenizer: a path follows
+            value = before + expanded(value.removeprefix(before), place.of(name))
         self.given[name] = Given(value, place)
 
     def _build(self, config: type, group: str) -> Any:

@@ -122,6 +122,9 @@ def test_home_and_variables_in_paths(empty_folder: Path, monkeypatch: pytest.Mon
     _, parsed = parse(["distill", "run.yaml", "--eval.data.path", "$SCRATCH/e", "--eval.grader", "regex:^$HOME"])
     assert (parsed.run, parsed.student.path, parsed.data.path) == ("/scratch/a", "/home/me/s", "/scratch/d")
     assert (parsed.eval.data.path, parsed.eval.grader) == ("/scratch/e", "regex:^$HOME")
+    served = ["--teacher.path", "", "--teacher.server.url", "http://a/v1", "--teacher.server.model", "m"]
+    _, parsed = parse(["distill", "run.yaml", *served, "--teacher.tokenizer", "own:~/t"])
+    assert parsed.teacher.tokenizer_path == "/home/me/t"
 
 
 def test_home_and_variables_in_arguments(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
