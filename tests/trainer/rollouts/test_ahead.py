@@ -32,7 +32,7 @@ from fastkl.trainer.errors import ServerError
 from fastkl.trainer.objectives.advantages import set_advantages
 from fastkl.trainer.objectives.controls import with_scores
 from fastkl.trainer.rollouts.ahead import AheadRollouts
-from fastkl.trainer.rollouts.samplers.served import Ended
+from fastkl.trainer.rollouts.samplers.remote import Ended
 from fastkl.trainer.rollouts.single_turn import SingleTurn
 
 SERVER = SamplingServerConfig(url="http://127.0.0.1:9/v1", model="m")

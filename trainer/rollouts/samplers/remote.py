@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterable, Sequence
 
 from fastkl.trainer.data.samples import Completion
@@ -12,19 +13,31 @@ from fastkl.trainer.servers.constant import meaningless
 from fastkl.trainer.servers.generation import GenerationServer
 
 
+class Ended(Exception):
+    """Nobody waits for the completions any more."""
+
+
 class RemoteSampler:
     """Asks a server for completions (see `Sampler`). Of several processes the first alone asks.
 
     Args:
         name: The served model.
         salt: Keys and values in the server's cache are used again under the same salt only.
+        over: Once it is set, nothing more is asked, and `sample` raises Ended. None: it never is.
     """
 
     shared = False
 
     def __init__(
-        self, server: GenerationServer, name: str, eos_token_ids: Iterable[int], concurrency: int, salt: str
+        self,
+        server: GenerationServer,
+        name: str,
+        eos_token_ids: Iterable[int],
+        concurrency: int,
+        salt: str,
+        over: threading.Event | None = None,
     ) -> None:
+        self._over = over
         self._server, self._name, self._eos = server, name, sorted(set(eos_token_ids))
         self._concurrency, self._salt = concurrency, salt
 
@@ -44,8 +57,23 @@ class RemoteSampler:
 
         `arrived` is told each with its place as soon as it is there, by any thread.
         """
+        completions = self.ask(prompts, max_new_tokens, temperature, seed, arrived)
+        check_meaning(self._server, completions)
+        return completions
+
+    def ask(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        arrived: Callable[[int, Completion], None] | None,
+    ) -> list[Completion]:
+        """The same, whatever the server gives."""
 
         def complete(index: int) -> Completion:
+            if self._over is not None and self._over.is_set():
+                raise Ended
             completion = self._server.complete(
                 self._name,
                 prompts[index],
@@ -59,9 +87,7 @@ class RemoteSampler:
                 arrived(index, completion)
             return completion
 
-        completions = gather(complete, range(len(prompts)), self._concurrency)
-        check_meaning(self._server, completions)
-        return completions
+        return gather(complete, range(len(prompts)), self._concurrency)
 
 
 def check_meaning(server: GenerationServer, completions: Sequence[Completion]) -> None:

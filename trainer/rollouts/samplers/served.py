@@ -24,12 +24,11 @@ from fastkl.trainer.models.saving import save_weights
 from fastkl.trainer.models.scoring import check_finite
 from fastkl.trainer.models.tokenizers import SAMPLE_TEXT
 from fastkl.trainer.rollouts.samplers.common import undisturbed
-from fastkl.trainer.rollouts.samplers.remote import check_meaning, request_seed
+from fastkl.trainer.rollouts.samplers.remote import RemoteSampler, check_meaning
 from fastkl.trainer.rollouts.samplers.weights_folder import COPIES, weights_folder, weights_size
 from fastkl.trainer.runs import processes
 from fastkl.trainer.servers.check_sampling import PROBE_TOKENS, check_sampling
 from fastkl.trainer.servers.completions import CompletionsServer
-from fastkl.trainer.servers.concurrency import gather
 from fastkl.trainer.servers.connection import Connection, Refused
 from fastkl.trainer.servers.generation import GenerationServer
 from fastkl.trainer.servers.recheck import distance
@@ -116,10 +115,6 @@ class Weights(NamedTuple):
         return {"files": content, "logprobs": self.logprobs}
 
 
-class Ended(Exception):
-    """Nobody waits for the completions any more."""
-
-
 class ServedSampler:
     """Samples from a server, which gets the student's weights whenever they have changed.
 
@@ -130,7 +125,7 @@ class ServedSampler:
     shared = False
 
     def __init__(self, server: SamplingServer, student: Student, eos_token_ids: Iterable[int]) -> None:
-        self._server, self._student, self._eos = server, student, sorted(set(eos_token_ids))
+        self._server, self._student, self._eos = server, student, set(eos_token_ids)
         self._folders = 0  # that were written,
         self._folder: Path | None = None  # and where
         self._lock = threading.Lock()  # of what folders are there
@@ -206,29 +201,11 @@ class ServedSampler:
 
         `arrived` is told each with its place as soon as it is there, by any thread; again where it had to be made again.
         """
-
-        def complete(index: int) -> Completion:
-            if self._over.is_set():
-                raise Ended
-            assert self._loaded is not None  # by `refresh`
-            completion = self._server.generation.complete(
-                self._model,
-                prompts[index],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=request_seed(seed, index),
-                eos_token_ids=self._eos,
-                cache_salt=self._loaded.folder.name,
-            )
-            if arrived is not None:
-                arrived(index, completion)
-            return completion
-
         for _ in range(ATTEMPTS):
             self.refresh()
             failures = self._server.connection.failures
             try:
-                completions = gather(complete, range(len(prompts)), self._server.config.concurrency)
+                completions = self._sampler().ask(prompts, max_new_tokens, temperature, seed, arrived)
                 if self._server.connection.failures == failures or self._ask() == self._theirs:
                     check_meaning(self._server.generation, completions)
                     return completions
@@ -240,6 +217,12 @@ class ServedSampler:
             f"the sampling server at {self._server.connection.url} lost the student's weights in {ATTEMPTS} attempts to "
             f"sample. See why it starts again, then give the same command: the run goes on where it stopped"
         )
+
+    def _sampler(self) -> RemoteSampler:
+        """Of the weights that the server has."""
+        assert self._loaded is not None  # by `refresh`
+        generation, concurrency = self._server.generation, self._server.config.concurrency
+        return RemoteSampler(generation, self._model, self._eos, concurrency, self._loaded.folder.name, self._over)
 
     def _snapshot(self) -> Weights:
         """The student's weights, in a folder: all of them, or the adapter."""
