@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.lib.machine import describe_machine, describe_versions
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS, RECIPES = Path(__file__).parents[1] / "results", Path(__file__).parents[2] / "recipes"
 
 
 def circumstances(device: str, *packages: str) -> dict[str, Any]:
@@ -23,8 +23,12 @@ def circumstances(device: str, *packages: str) -> dict[str, Any]:
 
 def read_result(name: str) -> dict[str, Any]:
     """The report bench/results/`name`.json."""
-    report: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return report
+    return _read(RESULTS / f"{name}.json")
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The report recipes/`name`.json."""
+    return _read(RECIPES / f"{name}.json")
 
 
 def by_implementation(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -34,3 +38,8 @@ def by_implementation(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def counted(number: int, thing: str) -> str:
     return f"{number} {thing}{'s' * (number != 1)}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return report

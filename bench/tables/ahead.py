@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-from bench.lib.markdown import Report, table
-
-RECIPE = Path(__file__).parents[2] / "recipes" / "ahead"
+from bench.lib.markdown import table
+from bench.lib.report import read_recipe
 
 
 def overlap() -> str:
     """Seconds of a step where sampling and training take set times."""
-    report = _read("overlap")
+    report = read_recipe("ahead/overlap")
     found = {(row["sampling"], row["training"], row["steps_ahead"]): row["seconds"] for row in report["rows"]}
     rows = []
     for sampling, training in dict.fromkeys((row["sampling"], row["training"]) for row in report["rows"]):
@@ -30,7 +27,7 @@ def overlap() -> str:
 
 def learning() -> str:
     """Where runs end that sample so many steps ahead."""
-    report = _read("learning")
+    report = read_recipe("ahead/learning")
     groups: dict[tuple[float, int], list[dict[str, Any]]] = {}
     for row in report["rows"]:
         groups.setdefault((row["rate"], row["steps_ahead"]), []).append(row)
@@ -56,8 +53,3 @@ def learning() -> str:
 
 SHOWN = (("teacher_kl", 1, 3), ("accuracy", 100, 1), ("mismatch", 1, 3), ("ratio_max", 1, 1))
 TABLES = {"ahead-overlap": overlap, "ahead-learning": learning}
-
-
-def _read(name: str) -> Report:
-    report: Report = json.loads((RECIPE / f"{name}.json").read_text(encoding="utf-8"))
-    return report

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.lib.markdown import table
+from bench.lib.markdown import each, table
+from bench.lib.report import read_recipe
 
-REPORT = Path(__file__).parents[2] / "recipes" / "feedback" / "comparison.json"
 SHARES = ("sibling", "masked", "fallback")
 Run = dict[str, Any]
 
 
 def compared() -> str:
     """Of each config and control the means of its seeds, and what each of them solves."""
-    report = json.loads(REPORT.read_text(encoding="utf-8"))
+    report = read_recipe("feedback/comparison")
     arms: dict[str, list[Run]] = {}
     for run in report["runs"]:
         control = f", `loss.control: {run['control']}`" if run["control"] else ""
@@ -32,7 +30,7 @@ def compared() -> str:
 def _cells(runs: list[Run]) -> Iterator[str]:
     after = [run["accuracy"][-1] for run in runs]
     yield f"{fmean(after):.1%}"
-    yield ", ".join(f"{value:.1%}" for value in after)
+    yield each(after, ".1%")
     yield " / ".join(f"{fmean(run[share] for run in runs):.2f}" for share in SHARES if share in runs[0])
     yield f"{fmean(run['flops'] for run in runs):.1e}"
 

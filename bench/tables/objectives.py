@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from math import sqrt
-from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
-from bench.lib.markdown import Report, markdown, table
+from bench.lib.markdown import markdown, table, with_error
+from bench.lib.report import read_recipe
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "objectives"
 OBJECTIVES = {
     "sampled": "`policy_gradient`",
     "sampled_baseline": "… `baseline: mean`",
@@ -26,7 +22,7 @@ Run = dict[str, Any]
 
 def trained() -> str:
     """Accuracy and teacher_kl at the end of training, with the standard errors of the seeds."""
-    report = _read("tiny")
+    report = read_recipe("objectives/tiny")
     shown = [run for run in report["runs"] if run["seed"]]
     sizes = sorted({run["tokens"] for run in shown})
     rows = []
@@ -35,7 +31,9 @@ def trained() -> str:
         for size in sizes:
             runs = [run for run in shown if (run["objective"], run["tokens"]) == (name, size)]
             cells += (
-                [f"{runs[0]['rate']:g}", _percent(runs), _with_error(runs, "teacher_kl", 1, 2)] if runs else [""] * 3
+                [f"{runs[0]['rate']:g}", _percent(runs), with_error([run["teacher_kl"] for run in runs], ".2f")]
+                if runs
+                else [""] * 3
             )
         rows.append([label, *cells])
     header = ["", *(f"{what} at {size:,}" for size in sizes for what in ("rate", "accuracy, %", "teacher_kl"))]
@@ -48,7 +46,7 @@ def trained() -> str:
 
 def learning_rates() -> str:
     """Accuracy at each learning rate that was tried, of one seed."""
-    report = _read("tiny")
+    report = read_recipe("objectives/tiny")
     sizes = sorted({run["tokens"] for run in report["runs"]})
     rates = sorted({run["rate"] for run in report["runs"]})
     rows = []
@@ -66,7 +64,7 @@ def learning_rates() -> str:
 
 def healing() -> str:
     """teacher_kl of SmolLM2's last steps at each learning rate that was tried, of one seed."""
-    report = _read("smollm2")
+    report = read_recipe("objectives/smollm2")
     rates = sorted({run["rate"] for run in report["runs"]})
     found = {(run["objective"], run["rate"]): run["teacher_kl"] for run in report["runs"] if not run["seed"]}
     rows = [
@@ -79,19 +77,7 @@ def healing() -> str:
 TABLES = {"objectives-trained": trained, "objectives-rates": learning_rates, "objectives-healing": healing}
 
 
-def _read(scale: str) -> Report:
-    report: Report = json.loads((RECIPE / f"{scale}.json").read_text(encoding="utf-8"))
-    return report
-
-
 def _percent(runs: Iterable[Run]) -> str:
     """The mean accuracy of the runs in per cent, with its standard error; – for no run."""
-    return _with_error(list(runs), "accuracy", 100, 1)
-
-
-def _with_error(runs: list[Run], name: str, scale: float, digits: int) -> str:
-    values = [scale * run[name] for run in runs]
-    if not values:
-        return "–"
-    error = f" ± {stdev(values) / sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{error}"
+    values = [100 * run["accuracy"] for run in runs]
+    return with_error(values, ".1f") if values else "–"

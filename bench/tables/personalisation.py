@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.lib.markdown import Report, table
-from bench.lib.report import counted
+from bench.lib.markdown import Report, means, table
+from bench.lib.report import counted, read_recipe
 
-RESULTS = Path(__file__).parents[2] / "recipes" / "personalisation" / "results.json"
+REPORT = "personalisation/results"
 Run = dict[str, Any]
 CONTROLS = ("_shuffled", "_no_teacher")
 COLUMNS: dict[str, tuple[Callable[[Run], float | None], str]] = {
@@ -25,7 +23,7 @@ COLUMNS: dict[str, tuple[Callable[[Run], float | None], str]] = {
 
 def phases() -> str:
     """Of each phase the mean of its seeds, and in brackets each of them."""
-    report = _read()
+    report = read_recipe(REPORT)
     rows = [[f"`{phase}`", *(_cell(runs, *column) for column in COLUMNS.values())] for phase, runs in _phases(report)]
     read = next(run["reads"] for run in report["runs"] if "reads" in run)
     rows.insert(1, ["… with the document before the question", f"{read:.0%}", *["–"] * (len(COLUMNS) - 1)])
@@ -34,7 +32,7 @@ def phases() -> str:
 
 def kinds() -> str:
     """Of each kind of instructions the share that is met, after some phases."""
-    report = _read()
+    report = read_recipe(REPORT)
     found = {phase: runs for phase, runs in _phases(report) if not phase.endswith(CONTROLS)}
     rows = [
         [f"`{kind}`", *(f"{fmean(run['follows_by_kind'][kind] for run in runs):.0%}" for runs in found.values())]
@@ -45,11 +43,6 @@ def kinds() -> str:
 
 
 TABLES = {"personalisation": phases, "personalisation-kinds": kinds}
-
-
-def _read() -> Report:
-    report: Report = json.loads(RESULTS.read_text(encoding="utf-8"))
-    return report
 
 
 def _phases(report: Report) -> list[tuple[str, list[Run]]]:
@@ -65,5 +58,4 @@ def _cell(runs: list[Run], value: Callable[[Run], float | None], form: str) -> s
     values = [found for run in runs if (found := value(run)) is not None]
     if not values:
         return ""
-    each = f" ({', '.join(f'{found:{form}}' for found in values)})" if len(values) > 1 and "%" in form else ""
-    return f"{fmean(values):{form}}{each}"
+    return means(values if "%" in form else [fmean(values)], form)

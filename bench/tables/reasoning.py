@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
-from statistics import fmean, geometric_mean, stdev
+from statistics import fmean, geometric_mean
 from typing import Any, NamedTuple
 
-from bench.lib.markdown import Report, table
-from bench.lib.report import counted
+from bench.lib.markdown import Report, table, with_error
+from bench.lib.report import counted, read_recipe
 
-RESULTS = Path(__file__).parents[2] / "recipes" / "reasoning" / "results.json"
+REPORT = "reasoning/results"
 ARMS = {
     "sft": "more SFT",
     "sampled": "`policy_gradient`",
@@ -52,7 +50,7 @@ class Race(NamedTuple):
 
 def arms() -> str:
     """Of each arm the accuracies at the checkpoint that validation chose, and the FLOPs until there."""
-    report = _read()
+    report = read_recipe(REPORT)
     rows = []
     for setting in _settings(report):
         own = [run for run in report["runs"] if run["setting"] == setting]
@@ -75,7 +73,7 @@ def arms() -> str:
 
 def factors() -> str:
     """How many times fewer FLOPs the one needs than the other, in each setting."""
-    report = _read()
+    report = read_recipe(REPORT)
     pairs = [(one, other) for other in ("sft", "rl") for one in ("sampled", "whole")]
     rows = []
     for setting in _settings(report):
@@ -89,7 +87,7 @@ def factors() -> str:
 
 def rates() -> str:
     """What validation saw of each rate with seed 0: the best checkpoint's accuracy, the mean of greedy and sampled."""
-    report = _read()
+    report = read_recipe(REPORT)
     settings = _settings(report)
     rows = []
     for arm in ("sft", "sampled", "whole", "tail", "rl"):
@@ -119,11 +117,6 @@ def flops_to(curve: Sequence[tuple[float, float]], accuracy: float) -> float | N
 TABLES = {"reasoning": arms, "reasoning-factors": factors, "reasoning-rates": rates}
 
 
-def _read() -> Report:
-    report: Report = json.loads(RESULTS.read_text(encoding="utf-8"))
-    return report
-
-
 def _settings(report: Report) -> list[str]:
     return list(dict.fromkeys(run["setting"] for run in report["runs"] if run.get("chosen")))
 
@@ -150,8 +143,7 @@ def _validated(run: Run) -> float:
 
 
 def _percent(values: Sequence[float]) -> str:
-    error = f" ± {100 * stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
-    return f"{100 * fmean(values):.1f}{error}"
+    return with_error([100 * value for value in values], ".1f")
 
 
 def _factor(runs: list[Run], one: str, other: str, key: str) -> str:

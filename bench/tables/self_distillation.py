@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.lib.markdown import Report, table
+from bench.lib.markdown import means, table
+from bench.lib.report import read_recipe
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "self_distillation"
 Run = dict[str, Any]
 COLUMNS = {
     "does": ("{}", ".0%"),
@@ -24,7 +22,7 @@ COLUMNS = {
 
 def learned(part: str, does: str) -> str:
     """Of each arm the means of its seeds, and what each of them does."""
-    report = _read(part)
+    report = read_recipe(f"self_distillation/{part}")
     arms: dict[str, list[Run]] = {}
     for run in report["runs"]:
         arms.setdefault(run["arm"], []).append(run)
@@ -37,7 +35,7 @@ def learned(part: str, does: str) -> str:
 
 def rules() -> str:
     """Of each rule, the share of answers that obey it: none where no answer does."""
-    report = _read("probe")
+    report = read_recipe("self_distillation/probe")
     runs = [run for run in report["runs"] if "rule" in run]
     rows = [
         [run["rule"], f"{run['without']:.0%}", f"{run['with']:.0%}"] for run in runs if run["with"] or run["without"]
@@ -49,7 +47,7 @@ def rules() -> str:
 
 def tasks() -> str:
     """Of each task, the share of right answers by the number of examples."""
-    report = _read("probe")
+    report = read_recipe("self_distillation/probe")
     right: dict[str, dict[int, float]] = {}
     for run in report["runs"]:
         if "task" in run:
@@ -69,15 +67,10 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def _read(name: str) -> Report:
-    report: Report = json.loads((RECIPE / f"{name}.json").read_text(encoding="utf-8"))
-    return report
-
-
 def _cells(runs: list[Run]) -> Iterator[str]:
     for name, (_, form) in COLUMNS.items():
         values = [run[name] for run in runs if name in run]
-        each = f" ({', '.join(f'{value:{form}}' for value in values)})" if name == "does" and len(values) > 1 else ""
-        yield f"{fmean(values):{form}}{each}" if values else "–"
+        shown = values if name == "does" else values and [fmean(values)]
+        yield means(shown, form) if shown else "–"
     steps = [run["teacher_kl"] for run in runs if run.get("teacher_kl")]
     yield ", ".join(f"{fmean(values):.2f}" for values in zip(*steps, strict=True)) or "–"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.lib.markdown import table
+from bench.lib.markdown import each, table
+from bench.lib.report import read_recipe
 
-REPORT = Path(__file__).parents[2] / "recipes" / "tokenizers" / "comparison.json"
 ARMS = {
     "own": "teacher with the other tokenizer",
     "same": "teacher with the same tokenizer",
@@ -21,7 +19,7 @@ Run = dict[str, Any]
 
 def compared() -> str:
     """Of each student and arm the mean of its seeds, and what each of them solves."""
-    report: Run = json.loads(REPORT.read_text(encoding="utf-8"))
+    report = read_recipe("tokenizers/comparison")
     arms: dict[tuple[str, str], list[Run]] = {}
     for run in report["runs"]:
         arms.setdefault((run["student"], run["arm"]), []).append(run)
@@ -35,7 +33,7 @@ def _cells(runs: list[Run]) -> Iterator[str]:
     after = [run["accuracy"][-1] for run in runs]
     yield f"{runs[0]['accuracy'][0]:.1%}"
     yield f"{fmean(after):.1%}"
-    yield ", ".join(f"{value:.1%}" for value in after)
+    yield each(after, ".1%")
     names = ("alignment/segment_tokens", "alignment/teacher_segment_tokens")
     yield " / ".join(f"{fmean(run[name] for run in runs):.2f}" for name in names if name in runs[0])
     yield f"{fmean(run['flops'] for run in runs):.1e}"
