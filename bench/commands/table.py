@@ -11,37 +11,13 @@ from __future__ import annotations
 
 import argparse
 import re
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
-from bench.tables import (
-    ahead,
-    estimators,
-    feedback,
-    host,
-    integrations,
-    losses,
-    objectives,
-    personalisation,
-    plans,
-    reasoning,
-    self_distillation,
-    tokenizers,
-)
+import bench.tables
 
-SOURCES = (
-    integrations,
-    losses,
-    ahead,
-    estimators,
-    feedback,
-    host,
-    objectives,
-    personalisation,
-    plans,
-    reasoning,
-    self_distillation,
-    tokenizers,
-)
+SOURCES = [import_module(f"bench.tables.{found.name}") for found in iter_modules(bench.tables.__path__)]
 TABLES = {name: table for source in SOURCES for name, table in source.TABLES.items()}
 ROOT = Path(__file__).parents[2]
 START = "<!-- table "

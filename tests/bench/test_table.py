@@ -34,7 +34,7 @@ def test_what_stands_between_the_markers_is_replaced(capsys: pytest.CaptureFixtu
     ("text", "message"),
     [
         ("<!-- table losses -->\n| old |\n", "but 0 with a line '<!-- end -->'"),
-        ("<!-- table none -->\n<!-- end -->\n", "unknown table none; known are in-your-code, "),
+        ("<!-- table none -->\n<!-- end -->\n", "unknown table none; known are ahead-overlap, "),
     ],
 )
 def test_bad_markers(text: str, message: str) -> None:
@@ -43,4 +43,4 @@ def test_bad_markers(text: str, message: str) -> None:
 
 
 def test_an_unknown_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "argument NAME: unknown table 'none'; use some of in-your-code, " in bench_refusal(capsys, "table", "none")
+    assert "argument NAME: unknown table 'none'; use some of ahead-overlap, " in bench_refusal(capsys, "table", "none")
