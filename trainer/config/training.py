@@ -110,6 +110,12 @@ class DistillConfig(RunConfig):
         needed = (self.loss.kl_coef > 0 or self.loss.redistribute > 0) and self.loss.control != "no_teacher"
         return needed or any(teacher != TeacherConfig() for teacher in self.teachers().values())
 
+    @property
+    def learns_otherwise(self) -> bool:
+        """Whether rewards, a reference or the likelihood of given completions teach even where teachers agree."""
+        given = self.sampling.on_policy_fraction < 1 and self.loss.objective == "policy_gradient"
+        return self.reward.pays or bool(self.reference.path) or given
+
     def __post_init__(self) -> None:
         super().__post_init__()
         contexts = {f"{name}.context": teacher.context for name, teacher in self.teachers().items()}

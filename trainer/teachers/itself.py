@@ -80,8 +80,7 @@ def _as_teacher(student: Student, without: bool) -> Iterator[None]:
 def remark_on_self(config: DistillConfig) -> None:
     """Says so where every teacher is the student, and nothing else gives a first gradient."""
     teachers = config.teachers().values()
-    others = config.reward.pays or config.sampling.on_policy_fraction < 1 or config.reference.path
-    if config.has_teacher and not others and all(map(_reads_the_same, teachers)):
+    if config.has_teacher and not config.learns_otherwise and all(map(_reads_the_same, teachers)):
         note(
             "every teacher is the student itself and reads the same prompts, so that the KL begins at 0 and stays there: "
             "nothing is learned but rounding errors. Give one a teacher.context, or name a reward.grader"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from fastkl.trainer.config.offline import ProbeConfig
-from fastkl.trainer.runs.guards.rules import CHANCE, RULES, Facts, Seen
+from fastkl.trainer.runs.guards.rules import CHANCE, RULES, Seen, facts_of
 
 LARGE, FAIR, LOUD = 0.25, 4.0, 2.0  # of Σ|d|; times what so many tokens would have; nats
 FAR = 4.0  # nats per token: a student at 2.7 still learned (docs/metrics/probe.md)
@@ -37,11 +37,7 @@ def judged(said: Said, config: ProbeConfig) -> dict[str, Any]:
 def _guards(said: Said, config: ProbeConfig) -> dict[str, tuple[str, str]]:
     """What each guard would say of a first step like this: the text and its advice."""
     row = {"loss": 0.0, **said["metrics"]}
-    facts = Facts(said["vocabulary"], said["has_experts"], config.student.dropout != "off")
-    if config.reward.pays:
-        row["reward/mean"] = 0.0
-    if config.sampling.on_policy_fraction < 1 and config.loss.objective == "policy_gradient":
-        row["given/nll"] = 0.0
+    facts = facts_of(config, said["vocabulary"], said["has_experts"])
     seen = Seen([row], [], facts, config.guards)
     return {rule.name: (text, rule.advice) for rule in RULES if (text := rule.find(seen)) is not None}
 

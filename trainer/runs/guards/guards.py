@@ -13,7 +13,7 @@ from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.files import read_jsonl
 from fastkl.trainer.runs.folder import RunFolder
 from fastkl.trainer.runs.guards.measures import measures
-from fastkl.trainer.runs.guards.rules import Facts
+from fastkl.trainer.runs.guards.rules import facts_of
 from fastkl.trainer.runs.guards.watch import Finding, GuardStop, Watch
 from fastkl.trainer.runs.progress import ProgressBar
 from fastkl.trainer.student import Student
@@ -23,8 +23,7 @@ class Guards:
     """Looks at each step on the first process. All processes call every method at the same point of the run."""
 
     def __init__(self, student: Student, tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> None:
-        has_dropout = student.config.student.dropout != "off"
-        facts = Facts(vocabulary(tokenizer), has_experts(student.model), has_dropout)
+        facts = facts_of(student.config, vocabulary(tokenizer), has_experts(student.model))
         self._student, self._folder, self._settings = student, folder, student.config.checkpoint
         self._watch = Watch(student.config.guards, facts, read_jsonl(folder.path / "metrics.jsonl"))
         self._findings: list[Finding] = []

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from fastkl.trainer.config.guards import Action, GuardsConfig
+from fastkl.trainer.config.training import DistillConfig, RunConfig
 from fastkl.trainer.runs.guards.evaluations import ACCURACY, Evaluated, best_of
 
 WINDOW = 3  # steps whose mean is taken
@@ -20,7 +21,6 @@ CONVERGED = 0.1  # nats: below it a few tokens may well hold what is left; the d
 GREW = 4.0  # times as many completions are cut: a recipe with a short limit went from 42 to 96 %, and learned
 CHANCE = 2.0  # standard errors of a difference
 DENSE, EXPERTS = 0.002, 0.02  # nats
-OTHER_LESSONS = ("reward/mean", "reference_kl", "given/nll")  # metrics of runs that do not learn from a teacher alone
 
 Row = Mapping[str, float]
 
@@ -31,6 +31,12 @@ class Facts(NamedTuple):
     vocabulary: int
     has_experts: bool = False  # a mixture of experts
     has_dropout: bool = False  # in the update: it sees other log-probs than the sampler then
+    learns_otherwise: bool = False  # from something else than its teachers
+
+
+def facts_of(config: RunConfig, vocabulary: int, has_experts: bool) -> Facts:
+    otherwise = isinstance(config, DistillConfig) and config.learns_otherwise
+    return Facts(vocabulary, has_experts, config.student.dropout != "off", otherwise)
 
 
 class Seen(NamedTuple):
@@ -90,12 +96,12 @@ def nothing_to_learn(seen: Seen) -> str | None:
     """Memorised prompts: the student is sure, and the teacher agrees. And: the student is the teacher.
 
     Measured (docs/metrics/guards.md): memorised prompts began with teacher_kl 0.003 to 0.085 and entropy 0.001 to 0.03,
-    and nothing was learned. The surest students that learned began with 0.45 and 0.05. Rewards and given completions
-    teach without a teacher.
+    and nothing was learned. The surest students that learned began with 0.45 and 0.05. Rewards, a reference and given
+    completions teach without a teacher.
     """
     row, limits = seen.steps[0], seen.limits
     kl, entropy = row.get("teacher_kl"), row.get("entropy")
-    if len(seen.steps) > 1 or kl is None or entropy is None or any(name in row for name in OTHER_LESSONS):
+    if len(seen.steps) > 1 or kl is None or entropy is None or seen.facts.learns_otherwise:
         return None
     if abs(kl) < EQUAL:
         return f"teacher_kl of the first step is {kl:.2g} nats per token: the student is the teacher already"

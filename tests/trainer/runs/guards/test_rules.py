@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from guard_cases import STEPS, rows
+from run_settings import MINIMAL, Settings, config
 
 from fastkl.trainer.config.guards import GuardsConfig
-from fastkl.trainer.runs.guards.rules import RULES, Facts
+from fastkl.trainer.runs.guards.rules import RULES, Facts, facts_of
 from fastkl.trainer.runs.guards.watch import Watch
 
 FACTS = Facts(vocabulary=100)
@@ -67,9 +68,6 @@ HEALTHY: dict[str, dict[str, Any]] = {
         "advantages__top_share": [0.2, 0.5, 0.95],
     },
     "rewards-are-earned": {"entropy": [0.5, 0.01], "teacher_kl": None, "reward__mean": [0.2, 0.9]},
-    "the-policy-that-rewards-begin-with": {"teacher_kl": 0.0, "reward__mean": 0.3},
-    "an-extrapolation-from-the-same": {"teacher_kl": 0.0, "reference_kl": 0.3},
-    "the-teacher-itself-beside-given-completions": {"teacher_kl": 0.0, "given__nll": 1.2},
     "sure-and-yet-far": {"teacher_kl": 0.45, "entropy": 0.015},
     "the-surest-that-learned": {"teacher_kl": 0.45, "entropy": 0.05},
     "near-and-yet-undecided": {"teacher_kl": 0.015, "entropy": 0.3},
@@ -95,6 +93,30 @@ def test_a_mixture_of_experts_may_differ_more_and_dropout_as_it_likes() -> None:
     assert found(change, FACTS._replace(has_experts=True)) == {}
     assert found(change, FACTS._replace(has_dropout=True)) == {}
     assert found(change, FACTS._replace(has_experts=True), max_mismatch=0.001) == {"mismatch": 1}
+
+
+GRADED = {"reward.grader": "last_number", "reward.baseline": "none"}
+READ = {"reward.grader": "last_number", "reward.coef": 0}
+READS = {"teacher.context.function": "module.read"}
+LESSONS: dict[str, tuple[Settings, bool]] = {
+    "a-teacher-alone": ({}, False),
+    "rewards": (GRADED, True),
+    "grades-that-a-context-reads": (READ | READS, False),
+    "a-reference": ({"loss.extrapolate": 1.5, "reference.path": "other"}, True),
+    "given-completions": ({"sampling.on_policy_fraction": 0.5}, True),
+    "given-completions-that-the-teacher-judges": (
+        {"sampling.on_policy_fraction": 0.5, "loss.objective": "reverse_kl"},
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize(("lesson", "teaches"), LESSONS.values(), ids=LESSONS)
+def test_something_else_teaches_a_student_that_is_its_teacher(lesson: Settings, teaches: bool) -> None:
+    settings = config("distill", MINIMAL["distill"] | lesson)
+    graded = {"reward__mean": 0.3} if settings.reward.grader else {}
+    said = found({"teacher_kl": 0.0, **graded}, facts_of(settings, vocabulary=100, has_experts=False))
+    assert said == ({} if teaches else {"nothing_to_learn": 1})
 
 
 def test_scores_without_an_error_have_no_margin() -> None:
