@@ -274,9 +274,10 @@ def test_equal_ones_share_their_weights(folder: Path, tmp_path: Path, trace: Tra
         (REWARDED, False),
         ({"teacher__path": ""}, True),
         ({"teacher__path": "", "sampling__on_policy_fraction": 0.5}, False),
+        ({"teacher__path": "", "sampling__on_policy_fraction": 0.5, "loss__objective": "jsd"}, True),
         ({"teacher__path": "", "loss__extrapolate": 1.5, "reference__path": "teacher"}, False),
     ],
-    ids=["rewarded", "alone", "given", "away"],
+    ids=["rewarded", "alone", "given", "given-and-judged", "away"],
 )
 def test_a_run_that_cannot_begin_says_so(
     folder: Path,
