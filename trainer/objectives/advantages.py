@@ -73,7 +73,7 @@ def _parts(scores: _Scores, loss: LossConfig) -> tuple[Tensor, Tensor]:
     mask = segments.of_first(scores.mask & segments.known)
     of_kl = partial(_of_kl, scores, loss, ours, theirs, mask)
     advantages = segments.to_tokens(of_kl(loss.discount))
-    if segments.closing is not None:
+    if segments.closing.any():
         # Their choice is where a segment ends, and so what it is: they answer for it too, and for no fraction of it.
         advantages = advantages + segments.to_closing(of_kl(0.0))
     rewards = scores.rewards

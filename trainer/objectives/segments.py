@@ -20,21 +20,20 @@ class Segments:
     Attributes:
         known: bool [n], which tokens a teacher can say something of, as far as segments tell.
         closing: bool [n], which tokens close the segment before theirs: the first of each, where tokenizers look ahead.
-            None where they do not.
     """
 
     def __init__(self, samples: Sequence[Sample]) -> None:
-        self._numbers, self._firsts, self.closing = None, None, None
+        self._numbers, self._firsts = None, None
         if not any(len(sample.segments) for sample in samples):
             self.known = torch.ones(sum(len(sample.ids) for sample in samples), dtype=torch.bool)
+            self.closing = torch.zeros_like(self.known)
             return
         numbers = [sample.segments if len(sample.segments) else np.arange(len(sample.ids)) + 1 for sample in samples]
         self.known = torch.from_numpy(end_to_end(numbers, np.int64) > 0)
         self._firsts = torch.from_numpy(end_to_end([_firsts(own) for own in numbers], np.bool_))
         self._numbers = self._firsts.cumsum(0) - 1
-        if any(sample.looks_ahead for sample in samples):
-            closing = [_closing(sample, own) for sample, own in zip(samples, numbers, strict=True)]
-            self.closing = torch.from_numpy(end_to_end(closing, np.bool_))
+        closing = [_closing(sample, own) for sample, own in zip(samples, numbers, strict=True)]
+        self.closing = torch.from_numpy(end_to_end(closing, np.bool_))
 
     def sums(self, values: Tensor) -> Tensor:
         """[m] of values [n], added in float64."""
@@ -53,9 +52,8 @@ class Segments:
 
     def to_closing(self, values: Tensor) -> Tensor:
         """[n]: to each token what the segment has that it closes, of values [m]; 0 where it closes none."""
-        if self.closing is None or self._numbers is None:
-            return torch.zeros(len(self.known))
-        return values[(self._numbers - 1).clamp(min=0)].where(self.closing, 0.0)
+        before = values if self._numbers is None else values[(self._numbers - 1).clamp(min=0)]
+        return before.where(self.closing, 0.0)
 
 
 def _firsts(numbers: Array) -> Array:
