@@ -10,19 +10,11 @@ from tiny_data import sums, write_jsonl
 from tiny_models import CHARACTERS, save_model, tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from fastkl.trainer.runs.report import samples_log
+
 PAIRED = "0123456789abcdefgh"
 OWN: dict[str, object] = {"teacher__tokenizer": "own"}
-OF_OWN = (
-    "teacher_prompt",
-    "teacher_text",
-    "teacher_tokens",
-    "teacher_completion",
-    "segments",
-    "teacher_segments",
-    "teacher_completion_logprobs",
-    "teacher_completion_ranks",
-    "looks_ahead",
-)
+OF_OWN = ("teacher_prompt", "teacher_text", "teacher_tokens", *samples_log.OWN)
 
 
 def words(kind: str) -> PreTrainedTokenizerFast:
