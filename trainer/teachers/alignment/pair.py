@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fastkl.trainer.models.tokenizers import are_one
+from fastkl.trainer.models.tokenizers import SAMPLE_TEXT, are_one
 from fastkl.trainer.teachers.alignment.completion import Aligned, Translator
 from fastkl.trainer.teachers.alignment.segments import Segments
 from fastkl.trainer.teachers.alignment.token_bytes import TokenBytes
@@ -24,7 +24,7 @@ class TokenizerPair:
 
     Attributes:
         looks_ahead: Whether what follows a token may decide if the other has a boundary at its end. With the same tokens,
-            under whichever ids, it does not.
+            under whichever ids, and the same splits it does not, as long as the student writes what its tokenizer would.
     """
 
     def __init__(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -34,7 +34,7 @@ class TokenizerPair:
         self.lock = threading.Lock()
         self.ours, self.theirs = TokenBytes(ours, "student"), TokenBytes(theirs, "teacher")
         self.one = are_one(ours, theirs)
-        self.looks_ahead = not self.one and self.ours.all != self.theirs.all
+        self.looks_ahead = not self.one and not self._split_alike()
         self._translator = Translator(self.ours, self.theirs)
 
     def aligned(self, turns: Sequence[Turn]) -> list[Aligned]:
@@ -47,3 +47,8 @@ class TokenizerPair:
             Aligned(turn.text, Segments(own, own, self.ours.lengths(turn.text)))
             for turn, own in zip(turns, places, strict=True)
         ]
+
+    def _split_alike(self) -> bool:
+        """Whether both have the same tokens, and split a text alike that is hard to split."""
+        tokens = [[own[token] for token in own.encode([SAMPLE_TEXT], [None])[0]] for own in (self.ours, self.theirs)]
+        return self.ours.all == self.theirs.all and tokens[0] == tokens[1]
