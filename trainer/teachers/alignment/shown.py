@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from fastkl.trainer.data.arrays import Array
 from fastkl.trainer.teachers.alignment.token_bytes import TokenBytes
 
-SEGMENT, TOKEN, NONE = (
-    "│",
-    "·",
-    "✗",
-)  # what ends a segment, what ends a token inside one, and what marks a token in none
+SEGMENT = "│"  # ends a segment
+TOKEN = "·"  # ends a token inside one
+NONE = "✗"  # marks a token in none
 
 
 def line(ids: Sequence[int], segments: Array, written: TokenBytes) -> str:
