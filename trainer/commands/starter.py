@@ -46,7 +46,7 @@ def _lines(config: InitConfig) -> Iterator[tuple[str, str]]:
     yield _teacher(config.teacher)
     yield f"data: {{{_data(config.data)}, chat_template: {'true' if config.chat else 'false'}}}", _means(config)
     yield f"sampling: {{prompts_per_step: {prompts}, max_new_tokens: {new}}}", "what the student writes in a step"
-    yield "optim: {lr: 1.0e-5, steps: 100, warmup_steps: 5}", "with LoRA about ten times this lr"
+    yield "optim: {lr: 1.0e-5, steps: 100, warmup_steps: 5}", "a higher one with LoRA"
     yield "batch: {max_tokens: 16384}", "of a forward pass; lower it if memory runs out"
     yield "checkpoint: {every: 25}", ""
     yield "", "mixed_precision: bf16                      # on a GPU"
