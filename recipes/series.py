@@ -76,6 +76,11 @@ def total_flops(run: Path) -> float:
     return sum(value for row in rows for name, value in row.items() if name.startswith("flops/"))
 
 
+def accuracies(run: Path) -> list[float]:
+    """On held-out problems: before the first step, and at each evaluation."""
+    return [row["eval/accuracy"] for row in read_jsonl(run / "metrics.jsonl") if "eval/accuracy" in row]
+
+
 def write_report(path: Path, runs: Iterable[Row], indent: int | None = 1) -> None:
     """The figures of all runs, and what they were made on."""
     report = {

@@ -13,7 +13,6 @@ import itertools
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 # Models this small leave nothing for a second thread to do.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -21,13 +20,10 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 import make
 import torch
-from series import total_flops, write_report, write_rows
+from series import Row, accuracies, run_here, total_flops, write_report, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastkl.trainer.commands.command_line import parse
-from fastkl.trainer.distill import distill
 from fastkl.trainer.runs.files import read_jsonl
-from fastkl.trainer.sft import sft
 
 HERE, RUNS = Path(__file__).parent, Path("runs/tokenizers")
 KINDS = ("letters", "pairs")
@@ -48,39 +44,40 @@ def main() -> None:
 
 
 def learn(kind: str, role: str) -> None:
-    run = RUNS / kind / role
-    if not (run / "student").is_dir():
-        sft(parse(["sft", str(HERE / f"{role}.yaml"), f"--run={run}", f"--student.path={make.DATA / kind / role}"])[1])
+    run_here("sft", HERE / f"{role}.yaml", RUNS / kind / role, {"student.path": make.DATA / kind / role})
 
 
-def measured(kind: str, arm: str, seed: int) -> dict[str, Any]:
-    command, *rest = words(kind, arm, seed)
-    config = parse([command, *rest])[1]
-    run = Path(config.run)
-    if not (run / "student").is_dir():
-        if arm == "sft":
-            write_texts(other(kind), seed)
-        (sft if arm == "sft" else distill)(config)
-    rows = read_jsonl(run / "metrics.jsonl")
-    accuracy = [row["eval/accuracy"] for row in rows if "eval/accuracy" in row]
-    alignment = {name: value for name, value in rows[-1].items() if name.startswith(ALIGNMENT)}
-    return {"student": kind, "arm": arm, "seed": seed, "accuracy": accuracy, "flops": total_flops(run), **alignment}
+def measured(kind: str, arm: str, seed: int) -> Row:
+    run, command = folder(kind, arm, seed), command_of(arm)
+    if arm == "sft" and not texts(other(kind), seed).exists():
+        write_texts(other(kind), seed)
+    run_here(command, HERE / f"{command}.yaml", run, settings(kind, arm, seed))
+    last = read_jsonl(run / "metrics.jsonl")[-1]
+    alignment = {name: value for name, value in last.items() if name.startswith(ALIGNMENT)}
+    known = {"student": kind, "arm": arm, "seed": seed}
+    return {**known, "accuracy": accuracies(run), "flops": total_flops(run), **alignment}
 
 
 def other(kind: str) -> str:
     return KINDS[1 - KINDS.index(kind)]
 
 
-def words(kind: str, arm: str, seed: int) -> list[str]:
-    """The command line of an arm."""
-    run, student = RUNS / f"{kind}-{arm}-{seed}", RUNS / kind / "student" / "student"
-    given = [f"--run={run}", f"--student.path={student}", f"--seed={seed}"]
+def folder(kind: str, arm: str, seed: int) -> Path:
+    return RUNS / f"{kind}-{arm}-{seed}"
+
+
+def command_of(arm: str) -> str:
+    """Of `fastkl`, which is its config's name too."""
+    return "sft" if arm == "sft" else "distill"
+
+
+def settings(kind: str, arm: str, seed: int) -> Row:
+    """What differs from the arm's config."""
+    given: Row = {"student.path": RUNS / kind / "student" / "student", "seed": seed}
     if arm == "sft":
-        return ["sft", str(HERE / "sft.yaml"), *given, f"--data.path={texts(other(kind), seed)}"]
-    teacher = [f"--teacher.path={RUNS / (kind if arm == 'same' else other(kind)) / 'teacher' / 'student'}"]
-    if arm == "same":
-        teacher.append("--teacher.tokenizer=null")
-    return ["distill", str(HERE / "distill.yaml"), *given, *teacher]
+        return {**given, "data.path": texts(other(kind), seed)}
+    given["teacher.path"] = RUNS / (kind if arm == "same" else other(kind)) / "teacher" / "student"
+    return {**given, "teacher.tokenizer": "null"} if arm == "same" else given
 
 
 def texts(kind: str, seed: int) -> Path:

@@ -95,9 +95,14 @@ def test_held_out_problems_are_other_ones(recipe: Load) -> None:
 def test_arms_of_the_feedback_recipe(recipe: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE"):
         monkeypatch.setenv(name, "1")  # as the script sets them: they are restored
-    (compare,) = recipe("feedback", "compare")
-    configs = [parse(compare.words(*arm, seed))[1] for arm in compare.ARMS for seed in (0, 1)]
-    assert len({config.run for config in configs}) == len(configs)
+    compare, series = recipe("feedback", "compare", "series")
+    runs = [(*arm, seed) for arm in compare.ARMS for seed in (0, 1)]
+    assert len({compare.folder(*run) for run in runs}) == len(runs)
+    configs = [
+        parse(series.words("distill", compare.HERE / f"{name}.yaml", compare.settings(control, seed)))[1]
+        for name, control, seed in runs
+    ]
+    assert [config.seed for config in configs] == [seed for *_, seed in runs]
     assert [config.loss.control for config in configs[::2]] == [control for _, control in compare.ARMS]
 
 
@@ -111,9 +116,17 @@ def test_the_feedback_recipes_student_was_taught_to_read_what_its_teacher_reads(
 
 
 def test_every_run_of_the_tokenizers_is_accepted(recipe: Load) -> None:
-    compare, make = recipe("tokenizers", "compare", "make")
-    runs = [parse(compare.words(kind, arm, 0))[1] for kind in compare.KINDS for arm in compare.ARMS]
-    assert len({config.run for config in runs}) == len(runs)
+    compare, make, series = recipe("tokenizers", "compare", "make", "series")
+    runs = [(kind, arm, seed) for kind in compare.KINDS for arm in compare.ARMS for seed in (0, 1)]
+    assert len({compare.folder(*run) for run in runs}) == len(runs)
+    for kind, arm, seed in runs:
+        command = compare.command_of(arm)
+        settings = compare.settings(kind, arm, seed)
+        config = parse(series.words(command, compare.HERE / f"{command}.yaml", settings))[1]
+        assert (config.seed, str(config.student.path)) == (seed, f"runs/tokenizers/{kind}/student/student")
+        if command == "distill":
+            assert config.teacher.tokenizer == (None if arm == "same" else "own")
+            assert (kind in Path(config.teacher.path).parts) == (arm == "same")
     known = TokenBytes(make.pairs())
     for solution in ("4 - 1 = 3\n3 - 7 = -4", "1 + 1 = 2"):
         (ids,) = known.encode([solution], [None])
