@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,9 +26,8 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1]))
 
 from figure import draw
-from series import fastkl
+from series import fastkl, write_report
 
-from fastkl._check.machine import cpu_model, versions
 from fastkl.trainer.runs.files import read_jsonl, write_text
 
 HERE, RUNS = Path(__file__).parent, Path("runs/objectives")
@@ -113,19 +110,14 @@ def arguments() -> argparse.Namespace:
 def run_all(scale: str, runs: Iterable[Run], jobs: int) -> None:
     with ThreadPoolExecutor(jobs) as pool:
         for _ in pool.map(lambda run: execute(scale, run), runs):
-            write_report(scale)
+            report(scale)
 
 
-def write_report(scale: str) -> None:
+def report(scale: str) -> None:
     """All runs that are complete, and what they were made on."""
-    report = {
-        "runs": list(results(scale)),
-        "machine": {"cpu": cpu_model(), "threads": 1},
-        "versions": versions("fastkl", "transformers"),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    write_text(RUNS / f"{scale}.json", json.dumps(report) + "\n")
-    draw(report["runs"], RUNS / f"{scale}.png")
+    runs = list(results(scale))
+    write_report(RUNS / f"{scale}.json", runs, indent=None)
+    draw(runs, RUNS / f"{scale}.png")
 
 
 def execute(scale: str, run: Run) -> None:
@@ -133,21 +125,16 @@ def execute(scale: str, run: Run) -> None:
     folder = RUNS / scale / run.folder
     if (folder / "result.json").exists():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "fastkl.cli", *words(scale, run)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with folder.with_name(f"{run.folder}.log").open("a") as log:
-        subprocess.run(command, env=environment, stdout=log, stderr=log, check=True)
+    fastkl("distill", HERE / f"{scale}.yaml", folder, settings_of(scale, run))
     result = asdict(run) | summary(scale, read_jsonl(folder / "metrics.jsonl"))
     write_text(folder / "result.json", json.dumps(result) + "\n")
     print(run.folder, flush=True)
 
 
-def words(scale: str, run: Run) -> list[str]:
-    """The command line of a run."""
+def settings_of(scale: str, run: Run) -> Settings:
+    """What differs from the scale's config."""
     given, loss = SCALES[scale], OBJECTIVES[run.objective]
     settings = {
-        "run": RUNS / scale / run.folder,
         "seed": run.seed,
         "optim.lr": run.rate,
         "sampling.prompts_per_step": given.batches[run.tokens],
@@ -155,8 +142,7 @@ def words(scale: str, run: Run) -> list[str]:
     }
     if loss.get("objective") == "top_k":
         settings["loss.top_k"] = given.top_k
-    options = (text for name, value in settings.items() for text in (f"--{name}", str(value)))
-    return ["distill", str(HERE / f"{scale}.yaml"), *options]
+    return settings
 
 
 def summary(scale: str, metrics: list[Settings]) -> Settings:

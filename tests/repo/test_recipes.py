@@ -43,11 +43,12 @@ def test_every_recipe_has_its_own_run_folders() -> None:
 
 
 def test_every_run_of_the_objectives_is_accepted(recipe: Load) -> None:
-    (measure,) = recipe("objectives", "measure")
+    measure, series = recipe("objectives", "measure", "series")
     for scale, given in measure.SCALES.items():
         runs = [measure.Run(name, size, 2e-4, 1) for name in measure.OBJECTIVES for size in given.batches]
-        configs = [parse(measure.words(scale, run))[1] for run in runs]
-        assert len({config.run for config in configs}) == len(runs)
+        assert len({run.folder for run in runs}) == len(runs)
+        yaml_file = measure.HERE / f"{scale}.yaml"
+        configs = [parse(series.words("distill", yaml_file, measure.settings_of(scale, run)))[1] for run in runs]
         lists = {config.loss.top_k for config in configs if config.loss.objective == "top_k"}
         assert lists == {given.top_k}
 
