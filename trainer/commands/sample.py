@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -110,10 +111,16 @@ def _summary(rows: Sequence[dict[str, Any]], flops: float | None) -> dict[str, A
 def _say(config: SampleConfig, found: dict[str, Any]) -> None:
     if processes.rank() != 0:
         return
-    template = {"data.chat_template": "false"} if not config.data.chat_template else {}
-    if config.data.template_kwargs:
-        template["data.template_kwargs"] = f"'{json.dumps(config.data.template_kwargs)}'"
-    more = "".join(f" --{name} {value}" for name, value in template.items())
     if found.get("kept", found["completions"]):
-        note(f"to learn them: fastkl sft … --data.path {config.keep.path or config.output}{more}")
+        note(f"to learn them: {' '.join(map(shlex.quote, learned(config)))}")
     print(json.dumps(found), flush=True)
+
+
+def learned(config: SampleConfig) -> list[str]:
+    """The command that learns what was written; "…" is the model's part."""
+    settings = {"data.path": config.keep.path or config.output}
+    if not config.data.chat_template:
+        settings["data.chat_template"] = "false"
+    if config.data.template_kwargs:
+        settings["data.template_kwargs"] = json.dumps(config.data.template_kwargs)
+    return ["fastkl", "sft", "…", *(word for name, value in settings.items() for word in (f"--{name}", value))]

@@ -11,7 +11,7 @@ import pytest
 from chat_templates import FAMILIES, family_tokenizer
 from launches import killed, together
 from run_cases import refusal, tuned
-from run_settings import arguments, training
+from run_settings import MINIMAL, arguments, config, training
 from stub_server import serving
 from stub_vllm import StubVllm
 from tiny_data import read_jsonl, sums, write_jsonl
@@ -19,6 +19,8 @@ from tiny_models import tokenizer
 
 from fastkl import cli
 from fastkl.trainer.commands.answering import answer_row
+from fastkl.trainer.commands.command_line import parse
+from fastkl.trainer.commands.sample import learned
 from fastkl.trainer.config.data import DataConfig
 from fastkl.trainer.data.prompts import EncodedPrompt, encode_prompts, given_samples
 from fastkl.trainer.data.rows import Prompt
@@ -215,3 +217,15 @@ def test_a_runs_student_completes_the_runs_prompts(tmp_path: Path, folder: Path)
     given = ["--output", str(tmp_path / "o"), "--sampling.max_new_tokens", "4"]
     assert cli.main(["sample", str(run), *given]) == 0
     assert [row["prompt"] for row in read_jsonl(tmp_path / "o")] == [row["prompt"] for row in sums(2)]
+
+
+def test_what_it_says_to_learn_is_a_command() -> None:
+    """Of the rows as they were asked: the same template, with the same variables."""
+    asked = config("sample", {"output": "my rows.jsonl", "model.path": "m", "data.path": "d.jsonl"})
+    assert learned(asked)[3:] == ["--data.path", "my rows.jsonl"]
+    kwargs = {"name": "it's me"}
+    asked = config("sample", MINIMAL["sample"] | {"keep.path": "k", "data.template_kwargs": json.dumps(kwargs)})
+    found = parse(["sft", *learned(asked)[3:], "--run", "r", "--student.path", "m"])[1]
+    assert (found.data.path, found.data.template_kwargs) == ("k", kwargs)
+    plain = config("sample", MINIMAL["sample"] | {"data.chat_template": "false"})
+    assert not parse(["sft", *learned(plain)[3:], "--run", "r", "--student.path", "m"])[1].data.chat_template
