@@ -9,6 +9,7 @@ change:
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -302,6 +303,13 @@ def figures(names: Iterable[str]) -> list[dict[str, Any]]:
     ]
 
 
+NOTES = (
+    f"DATA_SET is a name in `mixture`. RULE is the name of a guard. DIVERGENCE is one of {', '.join(METRIC_STEMS)}.",
+    "`eval/accuracy` is that of `eval.data` at the first `eval.temperature`. That of an entry of `eval.more` is "
+    "`eval/NAME/accuracy`, that at another temperature `eval/accuracy_t1`. All `eval/*` but `eval/flops` are named so.",
+)
+
+
 def page() -> Iterator[str]:
     """The lines of docs/metrics/metrics.md."""
     yield HEAD
@@ -316,16 +324,8 @@ def page() -> Iterator[str]:
         for metric in group.metrics:
             cells = (f"`{metric.name}`", metric.unit, metric.when, metric.meaning, metric.healthy or "")
             yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
-    yield ""
-    yield (
-        f"DATA_SET is a name in `mixture`. RULE is the name of a guard. DIVERGENCE is one of {', '.join(METRIC_STEMS)}."
-    )
-    yield ""
-    yield (
-        "`eval/accuracy` is that of `eval.data` at the first `eval.temperature`. That of an entry of `eval.more` is "
-        "`eval/NAME/accuracy`,"
-    )
-    yield "that at another temperature `eval/accuracy_t1`. All `eval/*` but `eval/flops` are named so."
+    for paragraph in NOTES:
+        yield from ("", *textwrap.wrap(paragraph, 120, break_long_words=False, break_on_hyphens=False))
 
 
 if __name__ == "__main__":

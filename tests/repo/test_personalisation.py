@@ -100,7 +100,7 @@ def test_answers_that_end_are_told_from_those_that_are_cut(recipe: Load, tmp_pat
     assert row["completion"] == answers[0].text
 
 
-def test_table_of_phases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_table_of_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(phase: str, first: float, **more: object) -> dict[str, object]:
         kinds = {"a:b": first}
         known = {"first": first, "second": 0.0}
@@ -113,8 +113,7 @@ def test_table_of_phases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         "versions": {"torch": "2", "transformers": "5"},
         "date": "2026-11-29",
     }
-    monkeypatch.setattr(personalisation, "RESULTS", tmp_path / "results.json")
-    personalisation.RESULTS.write_text(json.dumps(report))
+    monkeypatch.setattr(personalisation, "read_recipe", lambda name: report)
     table = personalisation.phases()
     assert "| `before` | 0% | 0% | 50% | 10 | |\n" in table
     assert "| … with the document before the question | 50% | – | – | – | – |\n" in table
