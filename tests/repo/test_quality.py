@@ -25,6 +25,8 @@ from fastkl.trainer.commands.command_line import parse
 README = REPOSITORY / "README.md"
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("recipes/**/*.md")])
 
+PROSE = 124  # characters in a line, as `max-line-length` of pyproject.toml
+
 
 @pytest.mark.parametrize(
     "arguments", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=["lint", "format", "types"]
@@ -73,6 +75,14 @@ def test_links_in_documents_lead_somewhere(document: Path) -> None:
     targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
     local = [target for target in targets if target and "://" not in target]
     assert [target for target in local if not (document.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_lines_of_prose_in_documents_are_no_longer_than_those_in_code(document: Path) -> None:
+    """Code and tables cannot be wrapped, and neither can what has no spaces, as a URL."""
+    text = re.sub(r"^ *```.*?^ *```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    prose = [line for line in text.splitlines() if not line.lstrip().startswith("|")]
+    assert [line for line in prose if len(line) > PROSE and max(map(len, line.split())) <= PROSE / 2] == []
 
 
 def some_model(kind: str) -> PreTrainedModel | PeftModel:
