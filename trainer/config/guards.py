@@ -24,7 +24,8 @@ class GuardsConfig:
         few_tokens: Watch for advantages that stand in 1 % of the tokens.
         accuracy_falling: Watch for an accuracy on eval.data that stays below its best.
         min_teacher_std: Call log-probs constant if their standard deviation is below this, in nats.
-        min_teacher_kl: Call a first teacher_kl about 0 below this, in nats per token.
+        min_teacher_kl: Call a first teacher_kl about 0 below this, in nats per token. null: 0.1 under policy_gradient, 0.02
+            under objectives that compare distributions or lists.
         min_entropy: Call a student sure of its tokens below this, in nats per token.
         min_entropy_share: Call the entropy collapsed below this share of that of the first steps.
         max_truncated: Allow this share of cut completions, if there were at first fewer than a quarter of those.
@@ -44,7 +45,7 @@ class GuardsConfig:
     few_tokens: Action = "warn"
     accuracy_falling: Action = "warn"
     min_teacher_std: float = 1e-3
-    min_teacher_kl: float = 0.1
+    min_teacher_kl: float | None = None
     min_entropy: float = 0.04
     min_entropy_share: float = 0.1
     max_truncated: float = 0.5

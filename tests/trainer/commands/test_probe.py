@@ -230,6 +230,22 @@ def test_verdicts(changes: dict[str, Any], verdict: str) -> None:
     assert f"\n{verdict}: " in text or verdict == "fine"
 
 
+@pytest.mark.parametrize(
+    ("objective", "kl", "verdict"),
+    [
+        ("policy_gradient", 0.09, "nothing to learn on these prompts"),
+        ("reverse_kl", 0.09, "little to learn on these prompts"),
+        ("top_k", 0.09, "little to learn on these prompts"),
+        ("reverse_kl", 0.01, "nothing to learn on these prompts"),
+        ("reverse_kl", 0.2, "fine"),
+    ],
+)
+def test_distributions_have_a_little_to_teach_a_sure_student(objective: str, kl: float, verdict: str) -> None:
+    said = GOOD | {"metrics": GOOD["metrics"] | {"teacher_kl": kl, "entropy": 0.03}}
+    found = judged(said, config("probe", MINIMAL["distill"] | {"loss.objective": objective}))
+    assert (found["verdict"], len(found["reasons"])) == (verdict, int(verdict != "fine"))
+
+
 @pytest.mark.parametrize("lesson", [REWARD, {"sampling.on_policy_fraction": 0.5}], ids=["reward", "given"])
 def test_something_else_teaches_without_a_gap(lesson: dict[str, object]) -> None:
     said = GOOD | {"metrics": GOOD["metrics"] | {"teacher_kl": 0.0}}

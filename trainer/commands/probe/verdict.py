@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from fastkl.trainer.config.offline import ProbeConfig
-from fastkl.trainer.runs.guards.rules import CHANCE, RULES, Seen, facts_of
+from fastkl.trainer.runs.guards.rules import CHANCE, RULES, Seen, facts_of, nothing_to_learn
 
 LARGE, FAIR, LOUD = 0.25, 4.0, 2.0  # of Σ|d|; times what so many tokens would have; nats
 FAR = 4.0  # nats per token: a student at 2.7 still learned (docs/metrics/probe.md)
@@ -28,21 +29,17 @@ class Reason(NamedTuple):
 
 def judged(said: Said, config: ProbeConfig) -> dict[str, Any]:
     """`verdict`, the first of the `reasons`, and an `objective` to begin with where nothing is in its way."""
-    guards = _guards(said, config)
-    reasons = [*_found(said, guards)]
+    reasons = [*_found(said, _first_step(said, config))]
     verdict = reasons[0].verdict if reasons else FINE
     return {"verdict": verdict, "reasons": [reason._asdict() for reason in reasons], "objective": _objective(said)}
 
 
-def _guards(said: Said, config: ProbeConfig) -> dict[str, tuple[str, str]]:
-    """What each guard would say of a first step like this: the text and its advice."""
-    row = {"loss": 0.0, **said["metrics"]}
+def _first_step(said: Said, config: ProbeConfig) -> Seen:
     facts = facts_of(config, said["vocabulary"], said["has_experts"])
-    seen = Seen([row], [], facts, config.guards)
-    return {rule.name: (text, rule.advice) for rule in RULES if (text := rule.find(seen)) is not None}
+    return Seen([{"loss": 0.0, **said["metrics"]}], [], facts, config.guards)
 
 
-def _found(said: Said, guards: Mapping[str, tuple[str, str]]) -> Iterator[Reason]:
+def _found(said: Said, seen: Seen) -> Iterator[Reason]:
     """From the worst down."""
     verdicts = {
         "teacher_constant": "the teacher is broken",
@@ -51,10 +48,13 @@ def _found(said: Said, guards: Mapping[str, tuple[str, str]]) -> Iterator[Reason
         "repetition": "completions repeat themselves",
         "few_tokens": "few tokens have it all",
     }
+    # What each guard would say of a first step like this: the text and its advice.
+    guards = {rule.name: (text, rule.advice) for rule in RULES if (text := rule.find(seen)) is not None}
     rules: tuple[str | Callable[[Said], Reason | None], ...] = (
         "teacher_constant",
         "mismatch",
         "nothing_to_learn",
+        partial(little_to_learn, seen=seen),
         first_token,
         last_token,
         truncated,
@@ -70,6 +70,15 @@ def _found(said: Said, guards: Mapping[str, tuple[str, str]]) -> Iterator[Reason
             reason = Reason(verdicts[rule], *guards[rule]) if rule in guards else None
         if reason is not None:
             yield reason
+
+
+def little_to_learn(_: Said, seen: Seen) -> Reason | None:
+    """Where the sampled tokens alone would teach nothing, distributions taught something at one high rate."""
+    text = nothing_to_learn(seen._replace(facts=seen.facts._replace(compares=False)))
+    if text is None or nothing_to_learn(seen) is not None:
+        return None
+    advice = "Other prompts teach far more; on these, try a rate several times higher, and grade the student on others"
+    return Reason("little to learn on these prompts", text, advice)
 
 
 def first_token(said: Said) -> Reason | None:

@@ -95,6 +95,24 @@ def test_a_mixture_of_experts_may_differ_more_and_dropout_as_it_likes() -> None:
     assert found(change, FACTS._replace(has_experts=True), max_mismatch=0.001) == {"mismatch": 1}
 
 
+@pytest.mark.parametrize(
+    ("objective", "kl", "finds"),
+    [
+        ("policy_gradient", 0.092, True),
+        ("policy_gradient", 0.11, False),
+        ("reverse_kl", 0.017, True),
+        ("reverse_kl", 0.085, False),
+        ("top_k", 0.085, False),
+    ],
+)
+def test_distributions_teach_a_surer_student(objective: str, kl: float, finds: bool) -> None:
+    facts = facts_of(config("distill", MINIMAL["distill"] | {"loss.objective": objective}), 100, has_experts=False)
+    begun = {"teacher_kl": kl, "entropy": 0.037}
+    assert found(begun, facts) == ({"nothing_to_learn": 1} if finds else {})
+    assert found(begun, facts, min_teacher_kl=0.2) == {"nothing_to_learn": 1}
+    assert found(begun, facts, min_teacher_kl=0) == {}
+
+
 GRADED = {"reward.grader": "last_number", "reward.baseline": "none"}
 READ = {"reward.grader": "last_number", "reward.coef": 0}
 READS = {"teacher.context.function": "module.read"}
