@@ -1,10 +1,11 @@
-"""What `sampling.steps_ahead` costs and brings, on a CPU, with server.py in the place of vLLM.
+"""What `sampling.steps_ahead` costs and brings, on a CPU, with server.py in the place of vLLM, or with vLLM.
 
     python recipes/ahead/measure.py overlap       # seconds of a step, where sampling and training take set times
-    python recipes/ahead/measure.py learning      # teacher_kl and accuracy at 0, 1 and 4 steps ahead, two rates and seeds
+    python recipes/ahead/measure.py learning      # teacher_kl and accuracy at 0, 1, 4 steps ahead, two rates, three seeds
+    FASTKL_VLLM=vv/bin/python python recipes/ahead/measure.py vllm      # seconds of a step with vLLM, twice
 
-The models are the demo's (`make demo`). Runs are kept in runs/ahead: what is complete is not run again. The results are
-written beside this file.
+The models are the demo's (`make demo`); those of `vllm` are SmolLM2's (`recipes/smollm2/make.py`). Runs are kept in
+runs/ahead: what is complete is not run again. The results are written beside this file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,12 +21,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from server import Model
+from vllm_server import STUDENT as VLLM_STUDENT
+from vllm_server import serving_alone
 
 from fastkl._check.machine import cpu_model, versions
 from fastkl.trainer.commands.command_line import parse
@@ -36,10 +40,12 @@ from fastkl.trainer.servers.transport import Answer
 
 HERE, RUNS = Path(__file__).parent, Path("runs/ahead")
 STUDENT = Path("runs/demo/student/student")
-AHEAD, SEEDS, RATES = (0, 1, 4), (1, 2), (1e-3, 2.5e-4)
+AHEAD, SEEDS, RATES = (0, 1, 4), (1, 2, 3), (1e-3, 2.5e-4)
 LAST = 10  # steps whose mean is where a run ends
 TIMES = ((8.0, 4.0), (4.0, 8.0))  # seconds of sampling, of training
 STEPS, SKIPPED = 7, 2  # of a run that is timed; the first of them fill the queue
+DEMO, WITH_VLLM = HERE / "distill.yaml", HERE / "vllm.yaml"
+ROUNDS = (1, 2)  # of runs, so that the machine's load shows
 TIMED: dict[str, Any] = {"optim.steps": STEPS, "eval.data.path": "null", "sampling.prompts_per_step": 8}
 
 
@@ -75,6 +81,30 @@ def overlap() -> Iterator[dict[str, Any]]:
             rows = read_jsonl(folder / "metrics.jsonl")[SKIPPED:]
             phases = {name: fmean(row[f"time/{name}"] for row in rows) for name in ("push_weights", "teacher", "ranks")}
             yield {"sampling": sampling, "training": training, "steps_ahead": ahead, "seconds": seconds, **phases}
+
+
+def vllm() -> Iterator[dict[str, Any]]:
+    """A row for each round and each number of steps ahead: medians of seconds, and the machine's load."""
+    folders = {(turn, ahead): RUNS / f"vllm-{turn}-{ahead}" for turn in ROUNDS for ahead in (0, 1)}
+    missing = {case: folder for case, folder in folders.items() if not (folder / "ends.json").exists()}
+    if missing:
+        RUNS.mkdir(parents=True, exist_ok=True)
+        with serving_alone(os.environ["FASTKL_VLLM"], RUNS / "vllm.log") as url:
+            for (_, ahead), folder in missing.items():
+                timed = Slow(0.0)
+                train(words(folder, url, ahead, 0, WITH_VLLM), timed)
+                write_text(folder / "ends.json", json.dumps({"ends": timed.ends, "load": os.getloadavg()[1]}))
+    for (turn, ahead), folder in folders.items():
+        told = json.loads((folder / "ends.json").read_text())
+        rows = read_jsonl(folder / "metrics.jsonl")[SKIPPED:]
+        steps = [end - start for start, end in itertools.pairwise(told["ends"][SKIPPED - 1 :])]
+        waited = [row["time/sample"] for row in rows]
+        written = [row.get("time/rollouts", row["time/sample"]) for row in rows]
+        pushes = [row["time/push_weights"] for row in rows]
+        rest = [step - wait - push for step, wait, push in zip(steps, waited, pushes, strict=True)]
+        columns = {"seconds": steps, "waited": waited, "sampling": written, "push": pushes, "training": rest}
+        medians = {name: median(values) for name, values in columns.items()}
+        yield {"round": turn, "steps_ahead": ahead, **medians, "steps": len(steps), "load": told["load"]}
 
 
 def learning() -> Iterator[dict[str, Any]]:
@@ -133,10 +163,10 @@ def serving(seconds: float) -> Iterator[str]:
             process.kill()
 
 
-def words(folder: Path, url: str, ahead: int, seed: int, **more: Any) -> list[str]:
+def words(folder: Path, url: str, ahead: int, seed: int, config: Path = DEMO, **more: Any) -> list[str]:
     """The command line of a run."""
     settings = {"run": folder, "seed": seed, "sampling.server.url": url, "sampling.steps_ahead": ahead, **more}
-    return ["distill", str(HERE / "distill.yaml"), *(f"--{name}={value}" for name, value in settings.items())]
+    return ["distill", str(config), *(f"--{name}={value}" for name, value in settings.items())]
 
 
 def write_report(name: str, rows: list[dict[str, Any]]) -> None:
@@ -149,15 +179,21 @@ def write_report(name: str, rows: list[dict[str, Any]]) -> None:
     write_text(HERE / f"{name}.json", json.dumps(report, indent=1) + "\n")
 
 
+PARTS = {"overlap": overlap, "learning": learning, "vllm": vllm}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("overlap", "learning"), help="measure this")
+    parser.add_argument("what", choices=tuple(PARTS), help="measure this")
     what = parser.parse_args().what
-    if not STUDENT.exists():
-        sys.exit(f"{STUDENT} is not there: run `make demo` first")
+    student, made_by = (VLLM_STUDENT, "recipes/smollm2/make.py") if what == "vllm" else (STUDENT, "`make demo`")
+    if not student.exists():
+        sys.exit(f"{student} is not there: run {made_by} first")
+    if what == "vllm" and not os.environ.get("FASTKL_VLLM"):
+        sys.exit("FASTKL_VLLM is unset: set it to the Python of an environment with vLLM (docs/teachers/servers.md)")
     torch.set_num_threads(1)
     rows = []
-    for row in {"overlap": overlap, "learning": learning}[what]():
+    for row in PARTS[what]():
         rows.append(row)
         print(json.dumps(row), flush=True)
         write_report(name=what, rows=rows)

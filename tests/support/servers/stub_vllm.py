@@ -32,7 +32,8 @@ class StubVllm(StubServer):
         self.adapters: dict[str, PeftModel] = {}
         self.loads: list[Path] = []
         self.served: dict[tuple[str, str, tuple[int, ...]], Tensor] = {}  # the prefix cache: by model, salt and prompt
-        self.restart_at: int | None = None  # completions until it fails once, and is then as it was at first
+        self.restart_at: int | None = None  # completions until it is as it was at first,
+        self.restarts_unseen = False  # and has failed once, unless this is set
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         if path == "/collective_rpc" and self.development:
@@ -44,6 +45,8 @@ class StubVllm(StubServer):
         if path != "/v1/completions":
             return super().answer(path, body)
         with self._turn:
+            if "return_token_ids" in body and self.restarts() and not self.restarts_unseen:
+                return 503, "starting"
             base = self.model
             name = body["model"]
             if name in self.adapters:
@@ -57,12 +60,6 @@ class StubVllm(StubServer):
     def complete(self, body: dict[str, Any], name: str) -> tuple[int, Any]:
         if "return_token_ids" not in body:
             return super().answer("/v1/completions", body)
-        if self.restart_at is not None:
-            self.restart_at -= 1
-            if self.restart_at < 0:
-                self.restart_at = None
-                self.restart()
-                return 503, "starting"
         probe = {**body, "prompt": [body["prompt"]]}
         status, answer = super().answer("/v1/completions", probe)  # refusals are those of scoring
         return (status, answer) if status != 200 else (200, {"choices": [self.sampled(body, name)]})
@@ -129,6 +126,17 @@ class StubVllm(StubServer):
             if self.defect == "old-head" or (self.defect == "packed-head" and "lm_head.weight" not in weights):
                 self.model.lm_head.weight = torch.nn.Parameter(head)
         return 200, {"results": [None]}
+
+    def restarts(self) -> bool:
+        """Whether it does so before this completion."""
+        if self.restart_at is None:
+            return False
+        self.restart_at -= 1
+        if self.restart_at >= 0:
+            return False
+        self.restart_at = None
+        self.restart()
+        return True
 
     def restart(self) -> None:
         self.model = copy.deepcopy(self.first)

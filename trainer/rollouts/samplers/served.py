@@ -206,17 +206,28 @@ class ServedSampler:
             failures = self._server.connection.failures
             try:
                 completions = self._sampler().ask(prompts, max_new_tokens, temperature, seed, arrived)
-                if self._server.connection.failures == failures or self._ask() == self._theirs:
+            except Refused:
+                if self._is_as_pushed(failures):
+                    raise
+            else:
+                if self._is_as_pushed(failures):
                     check_meaning(self._server.generation, completions)
                     return completions
-            except Refused:
-                if self._server.connection.failures == failures:
-                    raise
-            self._loaded = None  # it was away, and has come back with other weights
+            self._loaded = None  # it has other weights by now
         raise ServerError(
             f"the sampling server at {self._server.connection.url} lost the student's weights in {ATTEMPTS} attempts to "
-            f"sample. See why it starts again, then give the same command: the run goes on where it stopped"
+            f"sample. See why it starts again, or who else gives it weights (another run needs a server of its own), then "
+            f"give the same command: the run goes on where it stopped"
         )
+
+    def _is_as_pushed(self, failures: int) -> bool:
+        """Whether the server answers as it did after the push; exactly so, if requests failed since there were `failures`."""
+        exactly = self._server.connection.failures != failures
+        try:
+            again = self._ask()
+        except Refused:  # it does not know the adapter any more
+            return False
+        return again == self._theirs or (not exactly and distance(again, self._theirs) <= self._limit)
 
     def _sampler(self) -> RemoteSampler:
         """Of the weights that the server has."""

@@ -102,7 +102,9 @@ def test_requests(tmp_path: Path, folder: Path, stub: StubVllm) -> None:
     for seed in (5, 5, 6):
         stub.bodies.clear()
         completions = sample(sampler, seed=seed)
-        bodies.append(sorted(stub.bodies, key=lambda body: body["seed"]))
+        *asked, probe = stub.bodies  # which follows every time that it samples
+        assert probe["prompt"] not in PROMPTS
+        bodies.append(sorted(asked, key=lambda body: body["seed"]))
     first, again, other = bodies
     assert first == again
     assert sorted(body["prompt"] for body in first) == sorted(PROMPTS)
@@ -155,18 +157,33 @@ def test_a_run_has_no_mismatch_and_resumes_exactly(
 
 
 @KINDS
+@pytest.mark.parametrize("unseen", [False, True], ids=["a-request-fails", "between-requests"])
 def test_a_server_that_starts_again_gets_the_weights_again(
-    tmp_path: Path, folder: Path, stub: StubVllm, lora: dict[str, object]
+    tmp_path: Path, folder: Path, stub: StubVllm, lora: dict[str, object], unseen: bool
 ) -> None:
     _, student, sampler = made(folder, tmp_path / "run", stub, lora | {"sampling.server.concurrency": 1})
     disturb(student)
     right = sample(sampler)
-    stub.restart_at = 2
+    stub.restart_at, stub.restarts_unseen = 2, unseen
     assert sample(sampler) == right
     assert len(stub.loads) == 2
     stub.restart_at = 0  # before the push, which then is the first thing that it gets
     disturb(student)
     check_logprobs(student, sample(sampler), 1.0)
+
+
+def test_a_server_that_another_run_gives_weights_is_not_learned_from(
+    tmp_path: Path, folder: Path, stub: StubVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each completion after the first is by other weights than were pushed, and no request ever fails."""
+    _, student, sampler = made(folder, tmp_path / "run", stub, {"sampling.server.concurrency": 1})
+    disturb(student)
+    stub.restart_at, stub.restarts_unseen = 1, True
+    forget = stub.restart
+    monkeypatch.setattr(stub, "restart", lambda: (forget(), setattr(stub, "restart_at", len(PROMPTS) - 1)))
+    with pytest.raises(ServerError, match=r"lost the student's weights in 3 attempts.*another run needs a server of its"):
+        sample(sampler)
+    assert len(stub.loads) == 3
 
 
 def test_trouble_that_passes_changes_nothing(tmp_path: Path, folder: Path, stub: StubVllm) -> None:
