@@ -97,11 +97,11 @@ def together(
     timeout: float = 600,
 ) -> tuple[list[int | None], list[str]]:
     """A command in several processes as a launcher starts them: their exit statuses and what each said on stderr."""
-    port = str(free_port())
+    store = _store()
     errors.mkdir(exist_ok=True)
     running = []
     for rank in range(count):
-        environment = _environment(rank, count, port, fsdp)
+        environment = _environment(rank, count, store.port, fsdp)
         first = (before or {}).get(rank)
         process = CONTEXT.Process(target=_join, args=(command_line, environment, errors / f"{rank}.txt", first))
         process.start()
@@ -114,11 +114,17 @@ def together(
     return [process.exitcode for process in running], [(errors / f"{rank}.txt").read_text() for rank in range(count)]
 
 
-def _environment(rank: int, count: int, port: str, fsdp: bool) -> dict[str, str]:
+def _store() -> torch.distributed.TCPStore:
+    """Where processes meet, as a launcher has it. A port that is free now may be somebody's when a process wants it."""
+    return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def _environment(rank: int, count: int, port: int, fsdp: bool) -> dict[str, str]:
     """As a launcher gives it to a process."""
     return {
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"},
+        **{"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         **(FSDP if fsdp else {}),
     }
 
@@ -147,11 +153,11 @@ def in_group(
     function: Callable[..., Any], *args: Any, count: int = 2, fsdp: bool = False, timeout: float = 600
 ) -> list[Any]:
     """What `function(rank, count, *args)`, importable from here, returns in each process of a group (gloo)."""
-    port, running = str(free_port()), []
+    store, running = _store(), []
     for rank in range(count):
         ours, theirs = CONTEXT.Pipe(duplex=False)
         process = CONTEXT.Process(
-            target=_in_group, args=(theirs, _environment(rank, count, port, fsdp), function, args)
+            target=_in_group, args=(theirs, _environment(rank, count, store.port, fsdp), function, args)
         )
         process.start()
         theirs.close()
