@@ -120,8 +120,11 @@ class AheadRollouts(Rollouts):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        if processes.rank() > 0 or state.get("settings") != self._settings:  # all is asked for again
-            return
+        if state.get("settings") == self._settings:  # else all is asked for again
+            processes.raise_together(lambda: self._take(state) if processes.rank() == 0 else None)
+
+    def _take(self, state: dict[str, Any]) -> None:
+        """What a checkpoint holds of what was asked for."""
         weights = {version: self._sampler.restored(each) for version, each in state["weights"].items()}
         for row in state["asked"]:
             trajectories = None if row["trajectories"] is None else _unpacked(row["trajectories"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ import torch
 from launches import together
 from run_cases import check_equal, check_refused, check_same, distilled, fields, log
 from run_settings import Settings, arguments, distillation, evaluated
+from safetensors import SafetensorError
 from server_cases import served
 from stub_server import serving
 from stub_vllm import StubVllm
@@ -29,9 +31,11 @@ from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.data.rows import Prompt
 from fastkl.trainer.data.samples import Completion, Sample
 from fastkl.trainer.errors import ServerError
+from fastkl.trainer.models.saving import save_weights
 from fastkl.trainer.objectives.advantages import set_advantages
 from fastkl.trainer.objectives.controls import with_scores
 from fastkl.trainer.rollouts.ahead import AheadRollouts
+from fastkl.trainer.rollouts.samplers import served as samplers_served
 from fastkl.trainer.rollouts.samplers.remote import Ended
 from fastkl.trainer.rollouts.single_turn import SingleTurn
 
@@ -306,6 +310,29 @@ def test_a_run_resumes_exactly_after_its_server_was_gone(
     assert cli.main(arguments("distill", again)) == 2
     stub.down_after = None
     stub.restart()
+    assert cli.main(arguments("distill", again)) == 0
+    check_equal(tmp_path / "run", tmp_path / "whole")
+
+
+def test_weights_that_have_no_room_end_a_run_with_a_checkpoint(
+    tmp_path: Path, folder: Path, stub: StubVllm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distilled(settings(folder, tmp_path / "whole", stub, 1))
+    stub.restart()
+    calls = itertools.count()
+
+    def full(model: Any, weights: Path) -> None:
+        save_weights(model, weights)
+        if next(calls) == 2:
+            raise SafetensorError("No space left on device")
+
+    again = settings(folder, tmp_path / "run", stub, 1, checkpoint__every=0, sampling__server__weights=tmp_path / "w")
+    with monkeypatch.context() as patch:
+        patch.setattr(samplers_served, "save_weights", full)
+        assert cli.main(arguments("distill", again)) == 2
+    assert "weights cannot be written to" in (said := capsys.readouterr().err)
+    assert "SafetensorError: No space left on device. Make room" in said
+    assert not [name for name in (tmp_path / "w").iterdir() if name.match("*-000003")]
     assert cli.main(arguments("distill", again)) == 0
     check_equal(tmp_path / "run", tmp_path / "whole")
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.config.training import DistillConfig
 from fastkl.trainer.data.batching import PAD_ID
 from fastkl.trainer.data.samples import Completion
-from fastkl.trainer.errors import ServerError
+from fastkl.trainer.errors import ServerError, brief
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.loading import vocab_size
 from fastkl.trainer.models.saving import save_weights
@@ -165,9 +166,10 @@ class ServedSampler:
     def restored(self, state: dict[str, Any]) -> Weights:
         """Holds weights that a checkpoint has (`Weights.state`)."""
         folder = self._new_folder()
-        for name, content in state["files"].items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content.numpy().tobytes())
+        with _written(folder):
+            for name, content in state["files"].items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content.numpy().tobytes())
         return self.hold(Weights(-self._folders, folder, state["logprobs"]))
 
     def is_current(self, weights: Weights) -> bool:
@@ -221,7 +223,7 @@ class ServedSampler:
         )
 
     def _is_as_pushed(self, failures: int) -> bool:
-        """Whether the server answers as it did after the push; exactly so, if requests failed since there were `failures`."""
+        """Whether the server answers as it did after the push; exactly so, if there were `failures` and are more by now."""
         exactly = self._server.connection.failures != failures
         try:
             again = self._ask()
@@ -240,7 +242,8 @@ class ServedSampler:
         newest, version = self._newest, self._student.version
         if newest is None or newest.version != version or not newest.folder.is_dir():
             folder = self._new_folder()
-            save_weights(self._student.model, folder)
+            with _written(folder):
+                save_weights(self._student.model, folder)
             self._newest = newest = Weights(version, folder, self._score())
         return newest
 
@@ -285,6 +288,19 @@ class ServedSampler:
             logits = model.eval()(input_ids=ids, use_cache=False).logits[:, :-1].float()
         logprobs = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).flatten()
         return [0.0, *check_finite(logprobs, "student").tolist()]  # nothing predicts the first token
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """While open, weights are written there; of those that have no room nothing stays."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ServerError(
+            f"the student's weights cannot be written to {folder} for the sampling server: {brief(error)}. Make room, or "
+            f"name another folder (sampling.server.weights), and give the same command: the run goes on where it stopped"
+        ) from error
 
 
 def _mapped(path: Path) -> Tensor:

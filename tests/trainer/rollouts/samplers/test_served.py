@@ -181,7 +181,9 @@ def test_a_server_that_another_run_gives_weights_is_not_learned_from(
     stub.restart_at, stub.restarts_unseen = 1, True
     forget = stub.restart
     monkeypatch.setattr(stub, "restart", lambda: (forget(), setattr(stub, "restart_at", len(PROMPTS) - 1)))
-    with pytest.raises(ServerError, match=r"lost the student's weights in 3 attempts.*another run needs a server of its"):
+    with pytest.raises(
+        ServerError, match=r"lost the student's weights in 3 attempts.*another run needs a server of its"
+    ):
         sample(sampler)
     assert len(stub.loads) == 3
 
