@@ -162,6 +162,18 @@ def _check_sibling(
     )
 
 
+def check_servers(sampling: SamplingConfig, teachers: Mapping[str, TeacherConfig], lora_rank: int) -> None:
+    """A server that gets all weights of the student is no teacher. `teachers` are all, by the names of their settings."""
+    own = sampling.server.url.rstrip("/")
+    both = [name for name, teacher in teachers.items() if own and teacher.server.url.rstrip("/") == own]
+    require(
+        not both or lora_rank > 0,
+        f"{', '.join(both)}.server.url and sampling.server.url are both {own}, and student.lora.rank is 0: the student's "
+        f"weights would take the place of the teacher's there. Serve the teacher elsewhere, or train an adapter "
+        f"(student.lora.rank)",
+    )
+
+
 def check_own_tokenizers(teachers: Mapping[str, TeacherConfig], loss: LossConfig) -> None:
     """A teacher with its own tokenizer says nothing of one token of the student: nothing asks it to.
 

@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastkl.trainer.config.context import ContextConfig
-from fastkl.trainer.config.cross_checks import check_own_tokenizers, check_rollouts, check_without_teacher
+from fastkl.trainer.config.cross_checks import (
+    check_own_tokenizers,
+    check_rollouts,
+    check_servers,
+    check_without_teacher,
+)
 from fastkl.trainer.config.data import DataConfig, EvalConfig
 from fastkl.trainer.config.guards import GuardsConfig
 from fastkl.trainer.config.loss import LossConfig
@@ -123,6 +128,7 @@ class DistillConfig(RunConfig):
         check_data_sets(self.mixture, self.data)
         check_common_teacher(self.mixture, self.teacher)
         if self.has_teacher:
+            check_servers(self.sampling, self.teachers(), self.student.lora.rank)
             self._check_teachers()
         else:
             check_without_teacher(self.loss)

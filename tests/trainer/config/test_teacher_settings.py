@@ -16,6 +16,14 @@ REFUSED: list[tuple[dict[str, object], list[str]]] = [
     (SERVED | {"teacher.path": "t"}, ["teacher.path is 't'", URL, "exactly one"]),
     ({"teacher.tokenizer": "t"}, ["teacher.tokenizer is 't'", "teacher.path is 't'", "unset it"]),
     ({"teacher.path": ""}, ["teacher.server.url", "or a server's url"]),
+    (
+        SERVED | {"sampling.server.url": f"{URL}/", "sampling.server.model": "s"},
+        [
+            f"teacher.server.url and sampling.server.url are both {URL}",
+            "Serve the teacher elsewhere",
+            "student.lora.rank",
+        ],
+    ),
     (SERVED | {"teacher.server.url": "127.0.0.1:8000"}, ["server.url is '127.0.0.1:8000'", "http://"]),
     (SERVED | {"teacher.server.url": "http://me:pw@h/v1"}, ["server.url holds a user", "server.api_key_env"]),
     (SERVED | {"teacher.server.url": "http://h:99999/v1"}, ["server.url is 'http://h:99999/v1'", "Port out of range"]),
