@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from launches import together
+from launches import killed, together
 from run_cases import check_equal, check_refused, check_same, distilled, fields, log
 from run_settings import Settings, arguments, distillation, evaluated
 from safetensors import SafetensorError
@@ -356,6 +356,24 @@ def test_a_signal_ends_a_run_without_waiting_for_coming_steps(
     stub.pause = 0.0
     stub.restart()
     assert cli.main(arguments("distill", again)) == 0
+    check_equal(tmp_path / "run", tmp_path / "whole")
+
+
+@slow
+@pytest.mark.parametrize(
+    ("target", "call"),
+    [("student:Student.update", 4), ("runs.folder:RunFolder.save_checkpoint", 2), ("student:Student._step", 3)],
+)
+def test_a_run_that_was_killed_resumes_exactly(
+    tmp_path: Path, folder: Path, stub: StubVllm, target: str, call: int
+) -> None:
+    """Between two checkpoints, after one, and in an update, while the server writes for later steps."""
+    more = evaluated(folder, eval__every=2)
+    distilled(settings(folder, tmp_path / "whole", stub, 2, **more))
+    stub.restart()
+    line = arguments("distill", settings(folder, tmp_path / "run", stub, 2, **more))
+    assert killed(line, f"fastkl.trainer.{target}", call, after=True)
+    assert cli.main(line) == 0
     check_equal(tmp_path / "run", tmp_path / "whole")
 
 
