@@ -115,7 +115,7 @@ def test_what_the_trainer_is_given_are_settings(name: str) -> None:
     command = script(name).partition(f"distill {CONFIG}")[2]
     words = re.findall(r"--[a-z_]+\.[a-z_.]+", command)
     assert len(words) == 3
-    given = [word for setting in words for word in (setting, "http://127.0.0.1:1/v1")]
+    given = [word for port, setting in enumerate(words, start=1) for word in (setting, f"http://127.0.0.1:{port}/v1")]
     parse(["distill", str(REPOSITORY / CONFIG), *given])
 
 
