@@ -1,4 +1,4 @@
-"""The tables of recipes/ahead: the seconds of a step, and what is learned from older samples."""
+"""The tables of recipes/ahead: the seconds of a step, with a stand-in and with vLLM, and what old samples teach."""
 
 from __future__ import annotations
 
@@ -25,6 +25,20 @@ def overlap() -> str:
     return table(header, rows, said, [report])
 
 
+def vllm() -> str:
+    """Seconds of a step with vLLM, and of its parts."""
+    report = read_recipe("ahead/vllm")
+    parts = ("seconds", "waited", "sampling", "push", "training")
+    rows = [
+        [str(row["round"]), str(row["steps_ahead"]), *(f"{row[part]:.1f}" for part in parts), f"{row['load']:.0f}"]
+        for row in report["rows"]
+    ]
+    header = ["round", "steps ahead", "a step, s", "waits for samples, s", "the server writes them, s"]
+    header += ["hands over weights, s", "the rest, s", "load"]
+    said = f"Medians of {report['rows'][0]['steps']} steps. The load is that of the whole machine, which has two cores"
+    return table(header, rows, said, [report])
+
+
 def learning() -> str:
     """Where runs end that sample so many steps ahead."""
     report = read_recipe("ahead/learning")
@@ -47,9 +61,9 @@ def learning() -> str:
         "mismatch, nats",
         "largest ratio",
     ]
-    said = f"A seed each, 1 / 2. The student begins at {report['rows'][0]['before']:.1%} accuracy"
+    said = f"A seed each, 1 / 2 / 3. The student begins at {report['rows'][0]['before']:.1%} accuracy"
     return table(header, rows, said, [report])
 
 
 SHOWN = (("teacher_kl", 1, 3), ("accuracy", 100, 1), ("mismatch", 1, 3), ("ratio_max", 1, 1))
-TABLES = {"ahead-overlap": overlap, "ahead-learning": learning}
+TABLES = {"ahead-overlap": overlap, "ahead-vllm": vllm, "ahead-learning": learning}
