@@ -2,7 +2,7 @@
 
     python -m bench host                              steps of 10⁵, 10⁶ and 10⁷ tokens
     python -m bench host --tokens 100000 --repeats 5 --json host.json
-    python -m bench host --tokens 100000 --prompts 10000 100000 1000000
+    python -m bench host --tokens 100000 --prompts 10000 1000000 --tokenizer runs/smollm2/student
 
 There is no model: a step's samples are made of random ids and log-probs, as a sampler would hand them over. One thread, and
 the clock of the process's own CPU time, which other programs on the machine do not change much; the least of the rounds.
@@ -20,11 +20,13 @@ Columns of the table, keys of the JSON rows:
     exchange         to flat bytes and back, of all samples: as those that change their process, without the network
     step             scatter, advantages, batch and log together
 
-With `--prompts`, so many are read from JSON Lines and encoded too, each number in a process of its own (Linux):
+With `--prompts`, so many are read from JSON Lines and encoded too, each number in a process of its own (Linux). They are
+200 to 600 characters of English, with an answer and metadata:
 
     tokens, characters    of a prompt, and of its row in the file
     held, peak            bytes of the process beyond those before the first row: rows, answers, metadata, ids and all
     read, encode, fingerprint    seconds of CPU time
+    access                seconds of CPU time for 512 rows in a random order
 """
 
 from __future__ import annotations
@@ -78,17 +80,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=checked.positive, nargs="+", default=list(TOKENS), help="the steps' tokens")
     parser.add_argument("--repeats", type=checked.positive, default=3, help="take the least of this many rounds")
     parser.add_argument("--prompts", type=checked.positive, nargs="+", default=[], help="measure so many prompts too")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="what encodes the prompts")
     checked.add_json(parser)
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if arguments.prompts and arguments.tokenizer is None:
+        parser.error("argument --prompts: wants --tokenizer too, the folder of one")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         rows = [measure(tokens, arguments.repeats) for tokens in arguments.tokens]
     finally:
         torch.set_num_threads(threads)
-    prompts = measure_prompts(arguments.prompts) if arguments.prompts else []
+    prompts = measure_prompts(arguments.prompts, arguments.tokenizer) if arguments.prompts else []
     report = {"command": "host", **circumstances("cpu"), "clock": "CPU time", "rows": rows, "prompts": prompts}
     for table in filter(None, (rows, prompts)):
         _print(table)

@@ -7,56 +7,70 @@ import multiprocessing
 import random
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from pydoc_data.topics import topics
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bench.lib.pair import word_tokenizer
-
-WORDS = (40, 120)  # of a prompt: a token each
-VOCABULARY = 32_768
-PARTS = ("read", "encode", "fingerprint")
+CHARACTERS = (200, 600)  # of a prompt: so much of a text in English
+PARTS = ("read", "encode", "access", "fingerprint")
+STEP, STEPS = 512, 4  # rows of a step, and how many steps are read
 
 
-def measure_prompts(counts: Sequence[int]) -> list[dict[str, Any]]:
-    """A row for each number of prompts, each from a new process: what one leaves behind, the next would use."""
+def measure_prompts(counts: Sequence[int], tokenizer: str) -> list[dict[str, Any]]:
+    """A row for each number of prompts, each from a new process: what one leaves behind, the next would use.
+
+    `tokenizer` is a folder.
+    """
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return pool.map(_measured, counts, chunksize=1)
+        return pool.map(partial(_measured, folder=tokenizer), counts, chunksize=1)
 
 
-def _measured(count: int) -> dict[str, Any]:
+def _measured(count: int, folder: str) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
     from fastkl.trainer.config.data import DataConfig
+    from fastkl.trainer.data.order import batch_indices
     from fastkl.trainer.data.prompts import encode_prompts
     from fastkl.trainer.data.sources import load_prompts
     from fastkl.trainer.runs.identity import rows_fingerprint
 
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "prompts.jsonl"
+    with TemporaryDirectory() as place:
+        path = Path(place) / "prompts.jsonl"
         with path.open("w", encoding="utf-8") as file:
             file.writelines(_lines(count))
-        few = DataConfig(path=str(path), limit=100)
-        tokenizer = word_tokenizer(VOCABULARY)
+        few = DataConfig(path=str(path), limit=100, chat_template=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         encode_prompts(load_prompts(few), tokenizer, few)  # makes what is made once
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-        before, clocks, data = _status("VmRSS"), [time.process_time()], DataConfig(path=str(path))
+        before, clocks, data = _status("VmRSS"), [time.process_time()], DataConfig(path=str(path), chat_template=False)
         rows = load_prompts(data)
         clocks.append(time.process_time())
         prompts = encode_prompts(rows, tokenizer, data)
         clocks.append(time.process_time())
         held, peak = _status("VmRSS") - before, _status("VmHWM") - before
+        for step in range(STEPS):
+            assert len([prompts[index] for index in batch_indices(len(prompts), STEP, step, 0)]) == STEP
+        clocks.append(time.process_time())
         rows_fingerprint(prompts)
         clocks.append(time.process_time())
         seconds = {name: end - start for name, start, end in zip(PARTS, clocks, clocks[1:], strict=False)}
         characters = path.stat().st_size / count
+    seconds["access"] /= STEPS
     tokens = int(prompts.ids.lengths.sum()) / count
     return {"prompts": count, "tokens": tokens, "characters": characters, "held": held, "peak": peak, **seconds}
 
 
 def _lines(count: int) -> Iterable[str]:
+    """Rows with pieces of the reference of the Python language, which comes with Python."""
+    text = " ".join(word for topic in topics.values() for word in topic.split())
     rng = random.Random(0)
     for _ in range(count):
-        text = " ".join(f"w{rng.randrange(VOCABULARY - 2)}" for _ in range(rng.randint(*WORDS)))
-        yield json.dumps({"prompt": text, "answer": str(rng.randrange(10**4)), "metadata": {"level": 1}}) + "\n"
+        length = rng.randint(*CHARACTERS)
+        start = rng.randrange(len(text) - length)
+        prompt = text[start : start + length]
+        yield json.dumps({"prompt": prompt, "answer": str(rng.randrange(10**4)), "metadata": {"level": 1}}) + "\n"
 
 
 def _status(name: str) -> int:

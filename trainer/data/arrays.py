@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+
+SHIFTS = (0, 16, 24)  # which bits of an id stand in a plane: two bytes, then one each
 
 
 def total(values: Array) -> float:
@@ -37,21 +38,36 @@ def pieces(values: Array, lengths: Sequence[int]) -> Iterator[Array]:
 
 
 class Ragged:
-    """Lists of token ids, end to end in one array."""
+    """Lists of token ids, end to end: two bytes an id, and a third or fourth one for all once an id needs it."""
 
     def __init__(self) -> None:
-        self._ids, self._ends = array("i"), array("q")
+        self._planes = [array("H")]  # the lower bits of all ids, then the higher ones
+        self._ends, self._highest = array("q"), (0, 0)
 
     def append(self, ids: Sequence[int]) -> None:
-        self._ids.extend(ids)
-        self._ends.append(len(self._ids))
+        new, before = np.asarray(ids, np.int32), self._end(len(self) - 1)
+        highest = int(new.max(initial=0))
+        while highest >> 8 * (len(self._planes) + 1):
+            self._planes.append(array("B", bytes(before)))
+        for shift, plane in zip(SHIFTS, self._planes, strict=False):
+            plane.frombytes((new >> shift).astype(plane.typecode).tobytes())
+        if highest > self._highest[0]:
+            self._highest = highest, len(self)
+        self._ends.append(before + len(new))
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def __getitem__(self, place: int) -> array[int]:
         """The ids at a place from 0 on."""
-        return self._ids[self._ends[place - 1] if place else 0 : self._ends[place]]
+        start, end = self._end(place - 1), self._end(place)
+        ids = np.zeros(end - start, np.int32)
+        for shift, plane in zip(SHIFTS, self._planes, strict=False):
+            ids |= np.array(plane[start:end], np.int32) << shift
+        return array("i", ids.tobytes())
+
+    def _end(self, place: int) -> int:
+        return self._ends[place] if place >= 0 else 0
 
     @property
     def lengths(self) -> Array:
@@ -64,5 +80,4 @@ class Ragged:
 
     def highest(self) -> tuple[int, int]:
         """The highest id, and the place of the first list that has it."""
-        found = int(np.frombuffer(self._ids, np.int32).argmax())
-        return self._ids[found], bisect_right(self._ends, found)
+        return self._highest

@@ -53,19 +53,21 @@ class Prompts(OnDemand[EncodedPrompt]):
     def __init__(self, rows: Sequence[Prompt], *, first: int = 0, dataset: str = "") -> None:
         self.first, self.dataset, self.ids = first, dataset, Ragged()
         self._rows, self._places = rows, array("i")
-        self._chats: list[ChatTemplate | None] = []
+        self._chats, self._chat_numbers = list[ChatTemplate | None](), array("H")
 
     def add(self, place: int, ids: Sequence[int], chat: ChatTemplate | None) -> None:
         """The row at this place, encoded."""
         self._places.append(place)
         self.ids.append(ids)
-        self._chats.append(chat)
+        if chat not in self._chats:
+            self._chats.append(chat)
+        self._chat_numbers.append(self._chats.index(chat))
 
     def __len__(self) -> int:
         return len(self._places)
 
     def at(self, place: int) -> EncodedPrompt:
-        row, chat = self._rows[self._places[place]], self._chats[place]
+        row, chat = self._rows[self._places[place]], self._chats[self._chat_numbers[place]]
         return EncodedPrompt(row, self.ids[place], self.first + place, self.dataset, chat)
 
     @property

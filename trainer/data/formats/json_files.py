@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import io
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
+from fastkl.trainer.data.formats.json_array import entries
 from fastkl.trainer.errors import ConfigError
 
 # What a file of another kind begins with, what it is, and what to do.
@@ -28,14 +30,13 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Rows and their names: "file:17" of JSON Lines, "file#17" of one JSON value, which only a `.json` may be."""
     if ".json" not in [suffix.lower() for suffix in path.suffixes[-2:]]:
         return _lines(path)
-    content = _content(path)
-    if content.lstrip(BLANK).startswith(b"["):
-        return _array(path, _parsed(str(path), content))
-    return _array(path, [json.loads(content)]) if _is_whole(content) else _lines(path)
+    if _begins_array(path):
+        return _array(path)
+    return iter([(f"{path}#1", json.loads(_content(path)))]) if _is_value(path) else _lines(path)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BufferedIOBase]:
+def _opened(path: Path) -> Iterator[gzip.GzipFile | io.BufferedReader]:
     """The file, without its compression; a ConfigError where it cannot be read or is not JSON."""
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
@@ -78,8 +79,31 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}:{number}", row
 
 
-def _array(path: Path, rows: list[Any]) -> Iterator[tuple[str, Any]]:
-    return ((f"{path}#{number}", row) for number, row in enumerate(rows, start=1))
+def _array(path: Path) -> Iterator[tuple[str, Any]]:
+    with _opened(path) as file:
+        encoding = json.detect_encoding(file.read(4))
+        file.seek(0)
+        found = entries(io.TextIOWrapper(file, encoding, "surrogatepass"))
+        for number in itertools.count(1):
+            with _as_json(source := f"{path}#{number}"):
+                row = next(found, found)
+            if row is found:
+                return
+            yield source, row
+
+
+def _begins_array(path: Path) -> bool:
+    start = b""
+    with _opened(path) as file:
+        while not start and (piece := file.read(1 << 10)):
+            start = piece.lstrip(BLANK)
+    return start.startswith(b"[")
+
+
+def _is_value(path: Path) -> bool:
+    """Whether a file is one JSON value, over one line or many."""
+    lines = [*itertools.islice((line for line in _split_lines(path) if line.strip(BLANK)), 2)]
+    return not (len(lines) == 2 and _is_whole(lines[0])) and _is_whole(_content(path))
 
 
 def _is_whole(content: bytes) -> bool:
@@ -91,11 +115,19 @@ def _is_whole(content: bytes) -> bool:
 
 
 def _parsed(source: str, text: bytes) -> Any:
-    try:
+    with _as_json(source):
         return json.loads(text)
+
+
+@contextmanager
+def _as_json(source: str) -> Iterator[None]:
+    """A ConfigError where something is not JSON."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source} is not UTF-8 ({error.reason}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{source} is not a JSON object: {error.msg} at column {error.colno}") from error
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ConfigError(f"{source} is not a JSON object: {error.msg} at {line}column {error.colno}") from error
     except (RecursionError, ValueError) as error:  # brackets or digits without end
         raise ConfigError(f"{source} cannot be read as JSON: {error}") from error

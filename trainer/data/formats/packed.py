@@ -5,13 +5,15 @@ from __future__ import annotations
 import pickle
 import zlib
 from abc import ABC, abstractmethod
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from io import BytesIO
 from itertools import accumulate
 from typing import Generic, TypeVar, overload
 
 T = TypeVar("T")
-TOGETHER = 32  # rows that are packed as one
+BLOCK = 1 << 14  # bytes before they are compressed
 
 
 class OnDemand(Sequence[T], ABC, Generic[T]):
@@ -46,30 +48,42 @@ class EndToEnd(OnDemand[T]):
 
 
 class Packed(OnDemand[T]):
-    """Rows of the data: some together are one pickle, compressed."""
+    """Rows of the data: those that have about `BLOCK` bytes together are compressed as one."""
 
     def __init__(self, rows: Iterable[T] = ()) -> None:
-        self._packed: list[bytes] = []
-        self._last: list[T] = []  # too few to pack yet
-        self._open = (-1, self._last)  # what was unpacked last, and its number: rows are read in order
+        self._blocks: list[bytes] = []
+        self._starts = array("q", [0])  # the place of each block's first row, and of what comes next
+        self._begin()
+        self._unpacked = (-1, self._last)  # what was unpacked last, and its number: rows are read in order
         for row in rows:
             self.append(row)
 
     def __len__(self) -> int:
-        return len(self._packed) * TOGETHER + len(self._last)
+        return self._starts[-1] + len(self._last)
 
     def append(self, row: T) -> None:
         self._last.append(row)
-        if len(self._last) == TOGETHER:
-            self._packed.append(zlib.compress(pickle.dumps(self._last, pickle.HIGHEST_PROTOCOL), 1))
-            self._last = []
+        self._pickler.dump(row)
+        if self._stream.tell() >= BLOCK:
+            self._blocks.append(zlib.compress(self._stream.getbuffer()))
+            self._starts.append(len(self))
+            self._begin()
+
+    def _begin(self) -> None:
+        self._last: list[T] = []  # too few to pack yet
+        self._stream = BytesIO()
+        self._pickler = pickle.Pickler(
+            self._stream, pickle.HIGHEST_PROTOCOL
+        )  # what several rows share stands there once
 
     def at(self, place: int) -> T:
-        number, inside = divmod(place, TOGETHER)
-        if number == len(self._packed):
-            return self._last[inside]
-        found, rows = self._open
+        number = bisect_right(self._starts, place) - 1
+        start = self._starts[number]
+        if number == len(self._blocks):
+            return self._last[place - start]
+        found, rows = self._unpacked
         if found != number:
-            rows = pickle.loads(zlib.decompress(self._packed[number]))
-            self._open = number, rows
-        return rows[inside]
+            unpickler = pickle.Unpickler(BytesIO(zlib.decompress(self._blocks[number])))
+            rows = [unpickler.load() for _ in range(start, self._starts[number + 1])]
+            self._unpacked = number, rows
+        return rows[place - start]
