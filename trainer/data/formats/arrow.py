@@ -11,6 +11,7 @@ from fastkl.trainer.config.data import DataConfig
 from fastkl.trainer.errors import ConfigError, require
 from fastkl.trainer.notes import printable
 
+AT_ONCE = 1024  # rows of a table that are Python objects together
 NESTED = ("prompt", "messages", "completion", "tools")  # a table fills the keys that only other rows have with null
 
 
@@ -61,7 +62,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     parquet = importlib.import_module("pyarrow.parquet")
     number = 0
     try:
-        for batch in parquet.ParquetFile(path).iter_batches():
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=AT_ONCE):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}#{number}", _without_nulls(row)
