@@ -82,7 +82,8 @@ class Sample:
     # Which stretch that both begin and end alike a token is of, counted from 1; 0: of none. Empty: each token is its own.
     segments: Integers = field(default_factory=_nothing)
     teacher_segments: Integers = field(default_factory=_nothing)  # the same of `teacher_completion`, entry by entry
-    looks_ahead: bool = False  # where a segment ends may depend on the token that follows it
+    # How many tokens before it a token answers for too: where their segments end may depend on it. Empty: for none.
+    answers_back: Integers = field(default_factory=_nothing)
     teacher_completion_logprobs: Numbers = field(default_factory=_nothing)
     teacher_completion_ranks: Integers = field(default_factory=_nothing)
     teacher_cached: bool | None = None  # its scores were there already; None: it has no cache

@@ -33,8 +33,8 @@ def set_advantages(samples: list[Sample], loss: LossConfig, given_coef: float = 
 
     All samples of this process stand end to end in one row; no sum crosses a sample's end. Without a teacher's log-probs
     A_KL is 0. Of a teacher with its own tokenizer, A_KL is that of the token's segment (`Sample.segments`), and 0 outside
-    all of them; where tokenizers look ahead, also that of the segment which the token closes. A token of a given
-    completion has the advantage `given_coef` instead of both: −log p, weighted. The share `redistribute` of A_env is
+    all of them; also that of the segments before whose ends the token decides about (`Sample.answers_back`). A token of a
+    given completion has the advantage `given_coef` instead of both: −log p, weighted. The share `redistribute` of A_env is
     weighed by the teacher (`redistributed_advantages`). All processes call it. Returns metrics of the whole step.
     """
     scores = _Scores(samples)
@@ -73,9 +73,9 @@ def _parts(scores: _Scores, loss: LossConfig) -> tuple[Tensor, Tensor]:
     mask = segments.of_first(scores.mask & segments.known)
     of_kl = partial(_of_kl, scores, loss, ours, theirs, mask)
     advantages = segments.to_tokens(of_kl(loss.discount))
-    if segments.closing.any():
-        # Their choice is where a segment ends, and so what it is: they answer for it too, and for no fraction of it.
-        advantages = advantages + segments.to_closing(of_kl(0.0))
+    if segments.look_back:
+        # Their choice is where segments end, and so what these are: they answer for them too, and for no fraction of them.
+        advantages = advantages + segments.to_later(of_kl(0.0))
     rewards = scores.rewards
     if loss.redistribute > 0:
         share, clip = loss.redistribute, loss.redistribute_clip

@@ -19,21 +19,23 @@ class Segments:
 
     Attributes:
         known: bool [n], which tokens a teacher can say something of, as far as segments tell.
-        closing: bool [n], which tokens close the segment before theirs: the first of each, where tokenizers look ahead.
+        look_back: Whether some tokens answer for segments before their own (`Sample.answers_back`).
     """
 
     def __init__(self, samples: Sequence[Sample]) -> None:
-        self._numbers, self._firsts = None, None
+        self._numbers, self._firsts, self._since, self.look_back = None, None, None, False
         if not any(len(sample.segments) for sample in samples):
             self.known = torch.ones(sum(len(sample.ids) for sample in samples), dtype=torch.bool)
-            self.closing = torch.zeros_like(self.known)
             return
         numbers = [sample.segments if len(sample.segments) else np.arange(len(sample.ids)) + 1 for sample in samples]
         self.known = torch.from_numpy(end_to_end(numbers, np.int64) > 0)
         self._firsts = torch.from_numpy(end_to_end([_firsts(own) for own in numbers], np.bool_))
         self._numbers = self._firsts.cumsum(0) - 1
-        closing = [_closing(sample, own) for sample, own in zip(samples, numbers, strict=True)]
-        self.closing = torch.from_numpy(end_to_end(closing, np.bool_))
+        self.look_back = any(len(sample.answers_back) for sample in samples)
+        if self.look_back:
+            back = [s.answers_back if len(s.answers_back) else np.zeros(len(s.ids), np.int32) for s in samples]
+            places = torch.arange(len(self._numbers)) - torch.from_numpy(end_to_end(back, np.int64))
+            self._since = self._numbers[places]
 
     def sums(self, values: Tensor) -> Tensor:
         """[m] of values [n], added in float64."""
@@ -50,18 +52,15 @@ class Segments:
         """[n]: to each token what its segment has, of values [m]."""
         return values if self._numbers is None else values[self._numbers]
 
-    def to_closing(self, values: Tensor) -> Tensor:
-        """[n]: to each token what the segment has that it closes, of values [m]; 0 where it closes none."""
-        before = values if self._numbers is None else values[(self._numbers - 1).clamp(min=0)]
-        return before.where(self.closing, 0.0)
+    def to_later(self, values: Tensor) -> Tensor:
+        """[n]: to each token what the segments before its own have together that it answers for, of values [m]."""
+        if self._numbers is None or self._since is None:
+            return torch.zeros(len(self.known), dtype=values.dtype)
+        before = torch.cat([values.new_zeros(1, dtype=torch.float64), values.double().cumsum(0)])
+        found = before[self._numbers] - before[self._since]
+        return found.to(values.dtype).where(self.known, 0.0)
 
 
 def _firsts(numbers: Array) -> Array:
     """[T] bool: where a segment begins; a token of none is one by itself."""
     return np.concatenate([[True], (numbers[1:] != numbers[:-1]) | (numbers[1:] == 0)])
-
-
-def _closing(sample: Sample, numbers: Array) -> Array:
-    """[T] bool: where a segment begins at the end of another."""
-    begins = (numbers[1:] != numbers[:-1]) & (numbers[1:] > 0) & (numbers[:-1] > 0)
-    return np.concatenate([[False], begins & (sample.looks_ahead and len(sample.segments) > 0)])

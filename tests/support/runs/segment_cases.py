@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tiny_data import sums, write_jsonl
 from tiny_models import CHARACTERS, save_model, tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from fastkl.trainer.runs.report import samples_log
 
@@ -74,12 +75,33 @@ def gaps(sample: dict[str, Any]) -> list[float]:
     return found
 
 
-def answered(sample: dict[str, Any]) -> list[float]:
-    """The same, and of the first token of a segment, which closes the one before, that one's d too."""
-    own = gaps(sample)
-    parts = segments(completion(sample, "tokens"), sample["teacher_tokens"])
-    firsts = {part.ours[0] for part in parts[1:]}
-    return [d + (own[place - 1] if place in firsts else 0.0) for place, d in enumerate(own)]
+def answered(sample: dict[str, Any], teacher: Path) -> list[float]:
+    """The same, and of earlier segments, as `with_earlier` has them."""
+    return with_earlier(sample, gaps(sample), teacher)
+
+
+def with_earlier(sample: dict[str, Any], of: list[float], teacher: Path) -> list[float]:
+    """What tokens have `of` their segments, and of earlier ones that reach into what was not settled yet.
+
+    Settled is what stands before two letters that no token of the teacher has side by side, and what is 8 letters away.
+    """
+    ours, joined, written, found = completion(sample, "tokens"), side_by_side(teacher), "", list[float]()
+    parts = segments(ours, sample["teacher_tokens"])
+    ends = [len("".join(ours[: part.ours[-1] + 1]).removesuffix("<eos>")) for part in parts]
+    for number, place in [(number, place) for number, part in enumerate(parts) for place in part.ours]:
+        splits = [i for i in range(1, len(written)) if written[i - 1 : i + 1] not in joined]
+        since = max(len(written) - 8, 0, *splits)
+        found.append(of[place] + sum(of[parts[k].ours[0]] for k in range(number) if ends[k] > since))
+        written += ours[place]
+    return found
+
+
+@functools.cache
+def side_by_side(folder: Path) -> set[str]:
+    """The pairs of letters in tokens that a text may have."""
+    known = AutoTokenizer.from_pretrained(folder)
+    tokens = {*known.get_vocab()} - {*known.all_special_tokens}
+    return {token[i : i + 2] for token in tokens for i in range(len(token) - 1)}
 
 
 def teacher_logprobs(folder: Path, sample: dict[str, Any]) -> list[float]:

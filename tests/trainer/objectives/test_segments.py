@@ -18,6 +18,7 @@ REWARD = 0.75
 # Segments of the completion; 0: of none. The tokens of the last but one are a reply.
 SEGMENTS = [[1, 1, 2, 0, 0, 3, 4, 4, 4], [1, 2, 3, 4], [0, 0, 0], [1, 1, 1]]
 REPLY = 6
+BACK = [[0, 0, 2, 1, 0, 5, 0, 1, 3], [0, 1, 2, 1], [0, 1, 2], []]  # over tokens of none, into the middle of a segment
 
 
 def make_samples(with_segments: bool = True) -> list[Sample]:
@@ -72,7 +73,7 @@ def beyond(sample: Sample, part: list[int]) -> float:
 def kl_part(sample: Sample, score: Callable[[Sample, list[int]], float] = d, discount: float = 0.0) -> list[float]:
     """−Σ_k γᵏ d of the k-th next segment, of each token; one that nobody judges takes its step and has 0 itself.
 
-    Where tokenizers look ahead, the first token of a segment that follows another has −d of that one too.
+    A token that answers for some before it has −d of the segments from there to its own too.
     """
     own = parts(sample)
     values = [score(sample, part) if judged(sample, part) else 0.0 for part in own]
@@ -81,8 +82,9 @@ def kl_part(sample: Sample, score: Callable[[Sample, list[int]], float] = d, dis
         if judged(sample, part):
             for place in part:
                 found[place] = -sum(discount**k * value for k, value in enumerate(values[first:]))
-            if sample.looks_ahead and len(sample.segments) and first:
-                found[part[0]] -= values[first - 1]  # 0 of a token in no segment
+            for place in part if len(sample.answers_back) else ():
+                since = next(i for i, each in enumerate(own) if place - sample.answers_back[place] in each)
+                found[place] -= sum(values[since:first])  # 0 of a token in no segment
     return found
 
 
@@ -96,14 +98,14 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Sample], list[float]]]] = {
 }
 
 
-@pytest.mark.parametrize("looks_ahead", [False, True])
+@pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize(("options", "formula"), CASES.values(), ids=CASES)
 def test_the_tokens_of_a_segment_share_its_advantage(
-    options: dict[str, Any], formula: Callable[[Sample], list[float]], looks_ahead: bool
+    options: dict[str, Any], formula: Callable[[Sample], list[float]], back: bool
 ) -> None:
     samples = make_samples()
-    for sample in samples:
-        sample.looks_ahead = looks_ahead
+    for sample, own in zip(samples, BACK, strict=True):
+        sample.answers_back = [0, 0, *own] if back and own else []
     set_advantages(samples, LossConfig(**options))
     for sample in samples:
         wanted = [(each + REWARD) * counts for each, counts in zip(formula(sample), sample.loss_mask, strict=True)]

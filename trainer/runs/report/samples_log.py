@@ -26,7 +26,7 @@ OWN = (
     "teacher_segments",
     "teacher_completion_logprobs",
     "teacher_completion_ranks",
-    "looks_ahead",
+    "answers_back",
 )
 LINE = re.compile(rb'\{"step": (\d+),')  # how a line begins
 

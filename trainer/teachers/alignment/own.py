@@ -111,15 +111,16 @@ class OwnTokenizer:
 
     def _write(self, sample: Sample, turns: Sequence[tuple[Turn, Aligned]], limit: float) -> Counts:
         assert sample.teacher_prompt is not None
-        parts, read = list[Segments](), list[Array]()
+        parts, read, back = list[Segments](), list[Array](), list[Array]()
         for turn, text in turns:
             parts += [unaligned(turn.reply[0], len(turn.reply[1])), with_end(text.segments, turn.end)]
+            back += [np.zeros(turn.reply[0], np.int32), self._pair.answers_back(turn)]
             read += [np.array(turn.reply[1], np.int32), text.teacher_ids, np.array(turn.end.theirs, np.int32)]
         found, theirs = joined(parts), np.concatenate(read)
         room = max(0, int(min(limit - len(sample.teacher_prompt), len(theirs))))
         counted = sample.loss_mask[sample.prompt_length :]
         found = found.without(self._dropped(found, counted, room))
-        sample.looks_ahead = self._pair.looks_ahead
+        sample.answers_back = after_zeros(sample.prompt_length, np.concatenate(back))
         sample.teacher_completion = theirs[:room]
         sample.teacher_segments = 1 + found.teacher_of[:room]
         sample.segments = after_zeros(sample.prompt_length, 1 + found.student_of)

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from fastkl.trainer.data.arrays import Array
 from fastkl.trainer.models.tokenizers import SAMPLE_TEXT, are_one
 from fastkl.trainer.teachers.alignment.completion import Aligned, Translator
 from fastkl.trainer.teachers.alignment.segments import Segments
 from fastkl.trainer.teachers.alignment.token_bytes import TokenBytes
 from fastkl.trainer.teachers.alignment.turns import Turn
+from fastkl.trainer.teachers.alignment.unsettled import Unsettled
 
 
 class TokenizerPair:
@@ -35,6 +37,7 @@ class TokenizerPair:
         self.ours, self.theirs = TokenBytes(ours, "student"), TokenBytes(theirs, "teacher")
         self.one = are_one(ours, theirs)
         self.looks_ahead = not self.one and not self._split_alike()
+        self._unsettled = Unsettled(self.theirs.all - {self.theirs[token] for token in self.theirs.special})
         self._translator = Translator(self.ours, self.theirs)
 
     def aligned(self, turns: Sequence[Turn]) -> list[Aligned]:
@@ -47,6 +50,16 @@ class TokenizerPair:
             Aligned(turn.text, Segments(own, own, self.ours.lengths(turn.text)))
             for turn, own in zip(turns, places, strict=True)
         ]
+
+    def answers_back(self, turn: Turn) -> Array:
+        """How many tokens before each of a turn's text and end decide with it where their segments end, int32 [n]."""
+        size = len(turn.text) + turn.end.ours
+        if not self.looks_ahead:
+            return np.zeros(size, np.int32)
+        text, lengths = self.ours.written(turn.text.tolist(), turn.before[0])
+        back = self._unsettled.back(text, np.append(lengths, np.int32(0)))
+        after = np.arange(turn.end.ours, dtype=np.int32)  # all of an end follow the text
+        return np.append(back[:-1], back[-1] + after) if turn.end.ours else back[:-1]
 
     def _split_alike(self) -> bool:
         """Whether both have the same tokens, and split a text alike that is hard to split."""

@@ -15,6 +15,7 @@ from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.objectives.advantages import set_advantages
 from fastkl.trainer.teachers.alignment.segments import Block, Segments, align
+from fastkl.trainer.teachers.alignment.unsettled import Unsettled
 
 END = "."
 Text = tuple[str, ...]  # tokens
@@ -56,6 +57,13 @@ class Pair:
     split: Callable[[str], Text]  # a text in the teacher's tokens
     looks_ahead: bool = False
 
+    def answers_back(self, text: Text) -> list[int]:
+        if not self.looks_ahead:
+            return []
+        written = "".join(text).removesuffix(END).encode()
+        lengths = [len(token.removesuffix(END)) for token in text]
+        return Unsettled(token.encode() for token in self.teacher.tokens).back(written, np.array(lengths)).tolist()
+
     @cached_property
     def texts(self) -> list[Text]:
         return self.student.texts()
@@ -83,7 +91,7 @@ class Pair:
             teacher_completion=range(len(theirs)),
             segments=1 + found.student_of,
             teacher_segments=1 + found.teacher_of,
-            looks_ahead=self.looks_ahead,
+            answers_back=self.answers_back(text),
         )
         read = sample.for_teacher()
         read.teacher_logprobs = [0.0, *self.teacher.logprobs(theirs).tolist()]
@@ -234,7 +242,7 @@ def test_a_share_of_it_for_each_token_would_be_another_gradient(discount: float)
     assert off_by(made.mean_gradient(discount, by_size), exact) > 0.1
 
 
-def test_a_token_that_closes_a_segment_answers_for_it_too() -> None:
+def test_tokens_answer_for_the_ends_that_they_decide_about() -> None:
     """Else a teacher that looks ahead turns the gradient: docs/teachers/tokenizers.md has these numbers."""
     made = [looking_ahead(seed) for seed in range(6)]
     exact = [pair.gradient(pair.kl()) for pair in made]
@@ -244,3 +252,20 @@ def test_a_token_that_closes_a_segment_answers_for_it_too() -> None:
     assert max(biases) == pytest.approx(0.44, abs=0.005)
     for pair, own in zip(made, exact, strict=True):
         assert off_by(replace(pair, looks_ahead=True).mean_gradient(discount=1.0), own) < 1e-5
+
+
+def numbers_from_the_right(text: str) -> Text:
+    """Two digits a token, counted from the end: each new digit moves all boundaries."""
+    digits = text.removesuffix(END)
+    odd = len(digits) % 2
+    found = [digits[:odd], *(digits[place : place + 2] for place in range(odd, len(digits), 2))]
+    return (*filter(None, found), *([END] if text.endswith(END) else []))
+
+
+def test_they_decide_about_more_than_the_last_end() -> None:
+    tokens = ["1", "2", "11", "12", "21", "22", END]
+    for seed in range(3):
+        teacher = Model(tokens, seed + 100, lambda _: tokens)
+        student = Model(["1", "2", END], seed, lambda prefix: ["1", "2", END] if len(prefix) < 4 else [END])
+        pair = Pair(student, teacher, numbers_from_the_right, looks_ahead=True)
+        assert off_by(pair.mean_gradient(discount=1.0), pair.gradient(pair.kl())) < 1e-5

@@ -10,7 +10,18 @@ import pytest
 from launches import give_samples, together
 from run_cases import check_equal, check_same, check_same_weights, distilled, interrupt, log, run
 from run_settings import arguments, distillation
-from segment_cases import OF_OWN, OWN, answered, completion, gaps, segments, strangers, teacher_logprobs, words
+from segment_cases import (
+    OF_OWN,
+    OWN,
+    answered,
+    completion,
+    gaps,
+    segments,
+    strangers,
+    teacher_logprobs,
+    with_earlier,
+    words,
+)
 from server_cases import served
 from stub_server import serving
 from stub_vllm import StubVllm
@@ -44,7 +55,7 @@ def check_sample(sample: dict[str, Any], teacher: Path) -> int:
     assert found == pytest.approx(teacher_logprobs(teacher, sample), abs=1e-5)
     ours, shared = completion(sample, "tokens"), completion(sample, "teacher_logprobs")
     assert "".join(sample["teacher_tokens"]) == "".join(ours)
-    assert completion(sample, "advantages") == pytest.approx([-d for d in answered(sample)], abs=1e-5)
+    assert completion(sample, "advantages") == pytest.approx([-d for d in answered(sample, teacher)], abs=1e-5)
     parts = segments(ours, sample["teacher_tokens"])
     for part in parts:
         assert sum(shared[i] for i in part.ours) == pytest.approx(sum(found[j] for j in part.theirs), abs=1e-5)
@@ -210,18 +221,21 @@ def test_completions_of_several_parts(pair: Path, tmp_path: Path, way: str) -> N
         wanted, found = teacher_logprobs(pair / "teacher", sample), sample["teacher_completion_logprobs"]
         ours, advantages = completion(sample, "tokens"), completion(sample, "advantages")
         counted, own = completion(sample, "loss_mask"), completion(sample, "sampler_logprobs")
-        before = 0.0
+        d = [0.0] * len(ours)
         for part in segments(ours, sample["teacher_tokens"]):
             known = {counted[i] for i in part.ours}
             mixed += len(known) > 1
             judged = known == {True}
             scores = [wanted[j] if judged else 0.0 for j in part.theirs]
             assert [found[j] for j in part.theirs] == pytest.approx(scores, abs=1e-5)
-            if not sample["given"]:
-                d = sum(own[i] for i in part.ours) - sum(scores) if judged else 0.0
-                wanted_of = [-d - (before if judged else 0.0), *[-d] * (len(part.ours) - 1)]
-                assert [advantages[i] for i in part.ours] == pytest.approx(wanted_of, abs=1e-5)
-                before = d
+            if judged and not sample["given"]:
+                for i in part.ours:
+                    d[i] = sum(own[i] for i in part.ours) - sum(scores)
+        if not sample["given"]:
+            places = [i for i, number in enumerate(completion(sample, "segments")) if number and counted[i]]
+            answers = with_earlier(sample, d, pair / "teacher")
+            assert [advantages[i] for i in places] == pytest.approx([-answers[i] for i in places], abs=1e-5)
+            assert not any(advantages[i] for i in range(len(ours)) if i not in places)
     assert any(sample["given"] for sample in done.samples) == (way == "given")
     assert way != "in-portions" or mixed > 0
 
