@@ -73,7 +73,7 @@ def fit(
     said = folder.begin()
     start_trackers(student.accelerator, config, folder.path, steps_done)
     start = steps_done or 0
-    guards = Guards(student, tokenizer, folder)
+    guards = Guards(student, [tokenizer, *own_tokenizers.values()], folder)
 
     def grade(metrics: dict[str, float], step: int) -> None:
         if responder is not None and evaluations:

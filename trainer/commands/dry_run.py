@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from accelerate import Accelerator
 
+from fastkl.trainer.commands.plan.growth import growths, lines_of
 from fastkl.trainer.commands.plan.run import Processes, Run, scorers_of
 from fastkl.trainer.commands.plan.table import lines
 from fastkl.trainer.config.training import DistillConfig, SftConfig
@@ -62,8 +63,12 @@ def dry_distill(config: DistillConfig) -> None:
         for _ in range(config.sampling.samples_per_prompt)
     ]
     found.teacher_prompts.give_fixed(samples)
+    grown = growths(found.data_sets, found.teacher_prompts, found.tokenizer)
+    for sample in samples:
+        if sample.dataset in grown:
+            grown[sample.dataset].write(sample)
     lengths = prompt_lengths(found.data_sets).tolist()
-    more = [*_contexts(found), *_alignments(found)]
+    more = [*lines_of(grown), *_contexts(found), *_alignments(found)]
     _print(Run(config, _started(accelerator), student, scorers, lengths, samples, samples), more)
 
 

@@ -236,7 +236,7 @@ class ProbeConfig(DistillConfig):
 
     Args:
         prompts: Sample this many of the prompts.
-        top: Compare this many of the likeliest tokens.
+        top: Compare this many of the likeliest tokens, where all teachers have the student's tokenizer.
         json: Print what was found as JSON in place of the table.
         output: Write what was found to this JSON file. null: only print it.
     """
@@ -254,12 +254,6 @@ class ProbeConfig(DistillConfig):
             self.has_teacher,
             "the config has no teacher, and fastkl probe compares a student with one; give teacher.path or "
             "teacher.server.url, or take `fastkl eval` for a student alone",
-        )
-        own = [name for name, teacher in self.teachers().items() if teacher.own_tokenizer]
-        require(
-            not own,
-            f"{', '.join(own)} has a tokenizer of its own, and fastkl probe compares token by token; look at a first "
-            f"step's metrics, or give a teacher with the student's tokenizer",
         )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from run_settings import arguments, distillation, training
+from segment_cases import OWN, strangers, words
+from tiny_data import read_jsonl
 from tiny_models import save_model
 
 from fastkl import cli
@@ -169,3 +172,24 @@ def test_every_config_of_the_recipes_is_taken(config: Path) -> None:
     kind = parse(["plan", str(config)])[1]
     distils = not {"teacher", "sampling", "reward"}.isdisjoint(yaml.safe_load(config.read_text(encoding="utf-8")))
     assert isinstance(kind, DistillPlan if distils else SftPlan)
+
+
+def test_a_teachers_own_tokens_are_counted(tmp_path: Path) -> None:
+    """As many more as the data's texts have: characters and two of them at a time."""
+    pair = strangers(tmp_path, "pairs", "characters")
+    config = parse(arguments("plan", distillation(tmp_path / "run", pair, **OWN)))[1]
+    found = planned(config)
+    questions = [row["prompt"] for row in read_jsonl(pair / "sums.jsonl")]
+    growth = sum(map(len, questions)) / sum(len(words("pairs")(text)["input_ids"]) for text in questions)
+    assert growth > 1
+    (said,) = (line for line in found.assumed if "reads" in line)
+    assert f"{growth:.2f} in completions" in said
+    (scorer,), sample = found.run.scorers, found.run.samples[0]
+    read = scorer.read([sample])[0]
+    assert read.completion_length == read.loss_tokens == math.ceil(growth * sample.completion_length)
+    assert read.prompt_length > sample.prompt_length
+    for file in (pair / "teacher").glob("tokenizer*"):
+        file.unlink()
+    assert any("reads as many tokens as the student, for its tokenizer" in line for line in planned(config).assumed)
+    (pair / "sums.jsonl").unlink()
+    assert any("for there are no texts to compare" in line for line in planned(config).assumed)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from run_cases import WORDS, completion_logprobs, refusal
 from run_settings import MINIMAL, Settings, arguments, config, distillation
+from segment_cases import segments, strangers, words
 from server_cases import served
 from stub_server import serving
 from stub_vllm import StubVllm
@@ -140,6 +141,53 @@ def test_a_context_is_what_the_teacher_answers_after(
     assert all(theirs >= ours + len("in words") for ours, theirs in zip(student, teacher, strict=True))
 
 
+@pytest.mark.parametrize("where", ["here", "served"])
+def test_a_teacher_with_its_own_tokenizer(
+    tmp_path: Path,
+    samples: list[Sample],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    """d of segments, and answers in the tokens of each."""
+    models, texts = strangers(tmp_path, "characters", "pairs"), dict[str, list[str]]()
+    monkeypatch.setattr(written, "by_text", lambda grader, words: lambda t, _: _read(texts, words, t.answer_ids))
+    with serving(models / "teacher", words("pairs"), kind=StubVllm) as server:
+        own: Settings = {"teacher__tokenizer": f"own:{models / 'teacher'}", **served("teacher", server)}
+        here: Settings = {"teacher__tokenizer": "own"}
+        said = probed(capsys, settings(tmp_path / "run", models, **(here if where == "here" else own)))
+    d, size = [], 0
+    for sample in samples:
+        start, theirs = sample.prompt_length, words("pairs").convert_ids_to_tokens(sample.teacher_completion.tolist())
+        for part in segments(words("characters").convert_ids_to_tokens(sample.ids[start:].tolist()), theirs):
+            ours = sample.sampler_logprobs[[start + i for i in part.ours]].sum()
+            d.append(ours - sample.teacher_completion_logprobs[part.theirs].sum())
+            size += sum(len(theirs[j]) for j in part.theirs if theirs[j] != "<eos>")
+    assert said["unit"] == "segment"
+    assert said["teacher_kl"]["mean"] == pytest.approx(np.mean(d), abs=1e-4)
+    assert said["teacher_kl"]["p95"] == pytest.approx(np.percentile(d, 95), abs=1e-4)
+    assert said["alignment"]["teacher_kl_per_byte"] == pytest.approx(np.sum(d) / size, abs=1e-4)
+    assert said["metrics"]["teacher_kl"] == pytest.approx(np.sum(d) / said["tokens"], abs=1e-4)
+    assert said["top_k"] == {}
+    assert "its tokens are not the student's" in said["missing"][0]
+    assert said["objective"] == "policy_gradient"
+    assert set(said["accuracy"]["teacher"]) == {"greedy", "sampled"}
+    teacher, prompt = AutoModelForCausalLM.from_pretrained(models / "teacher"), samples[0].teacher_prompt
+    assert prompt is not None
+    answer = teacher.generate(torch.tensor([prompt.tolist()]), do_sample=False, max_new_tokens=6)[0, len(prompt) :]
+    assert words("pairs").decode(answer, skip_special_tokens=True) in texts["pairs"]
+    printed = "\n".join(lines(said))
+    assert "nats per segment" in printed
+    assert f"student {said['alignment']['samples'][0]['student']}" in printed
+    assert "nats per byte" in printed
+
+
+def _read(texts: dict[str, list[str]], known: Any, ids: list[int]) -> float:
+    kind = "pairs" if len(known) == len(words("pairs")) else "characters"
+    texts.setdefault(kind, []).append(known.decode(ids, skip_special_tokens=True))
+    return 0.0
+
+
 def test_rows_without_answers_are_not_graded(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bare.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "2+2="}\n')
     said = probed(capsys, settings(tmp_path / "run", folder, data__path=tmp_path / "bare.jsonl"))
@@ -164,7 +212,9 @@ GOOD: dict[str, Any] = {
     "prompts": 64,
     "samples": 64,
     "tokens": 900,
-    "vocabulary": 100,
+    "unit": "token",
+    "alignment": {},
+    "vocabularies": [100],
     "has_experts": False,
     "accuracy": {
         "student": {"greedy": {"mean": 0.25, "se": 0.05}},
@@ -204,7 +254,7 @@ VERDICTS: dict[str, tuple[dict[str, Any], str]] = {
     "end": ({"share_of_gap": {"last_token": 0.6, "last_token_mean": 9.0}}, "formats differ"),
     "cut": ({"metrics": {"completions/truncated_fraction": 0.6}}, "truncated"),
     "loops": ({"metrics": {"completions/looping_fraction": 0.6}}, "completions repeat themselves"),
-    "strangers": ({"teacher_kl": {"mean": 6.0}}, "too far apart"),
+    "strangers": ({"metrics": {"teacher_kl": 6.0}}, "too far apart"),
     "other-words": ({"top_k": {"overlap": 0.1}}, "too far apart"),
     "no-better": ({"accuracy": {"gap": {"greedy": 0.05}}}, "the teacher is no better"),
     "outliers": ({"metrics": {"advantages/top_share": 0.95}}, "few tokens have it all"),

@@ -6,22 +6,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
+from fastkl.trainer.commands.plan.growth import Growth, growths, lines_of
 from fastkl.trainer.commands.plan.run import Processes, Run, Scorer, scorers_of
 from fastkl.trainer.config.mixture import DataSetConfig
 from fastkl.trainer.config.offline import DistillPlan, SftPlan
-from fastkl.trainer.data.mixture import prompt_lengths, read_data_sets, step_prompts
+from fastkl.trainer.data.mixture import DataSet, prompt_lengths, read_data_sets, step_prompts
 from fastkl.trainer.data.samples import Sample, make_sample
 from fastkl.trainer.errors import ConfigError, brief
 from fastkl.trainer.models.loading import outline_of_student
 from fastkl.trainer.models.pretrained import load_tokenizer
 from fastkl.trainer.sft import step_examples
+from fastkl.trainer.teachers.context.prompts import TeacherPrompts
 
 ROWS = 1000  # of each data set: lengths of so many say enough
 USUAL_TOKENS = 512  # of a prompt or a given completion of which nothing is known
+AS_MANY = "a teacher with teacher.tokenizer own reads as many tokens as the student, for {}"
 
 T = TypeVar("T")
 
@@ -98,7 +103,8 @@ def _step(config: DistillPlan | SftPlan) -> tuple[list[int], list[Sample], list[
     given = isinstance(config, SftPlan)
     try:
         few = {name: replace(entry, data=replace(entry.data, limit=_least(entry))) for name, entry in entries.items()}
-        data_sets = read_data_sets(few, load_tokenizer(config.student), with_given=given)
+        tokenizer = load_tokenizer(config.student)
+        data_sets = read_data_sets(few, tokenizer, with_given=given)
     except (ConfigError, OSError, ImportError) as error:
         return _unread(config, entries, brief(error))
     lengths = prompt_lengths(data_sets).tolist()
@@ -106,7 +112,26 @@ def _step(config: DistillPlan | SftPlan) -> tuple[list[int], list[Sample], list[
         chosen = step_examples(data_sets, config, 0)
         return lengths, chosen, chosen, []
     prompts = step_prompts(data_sets, config.sampling.prompts_per_step, 0, config.seed)
-    return lengths, *_sampled(config, [(len(prompt.tokens), prompt.dataset) for prompt in prompts]), _mean(config)
+    grown, said = _grown(config, data_sets, tokenizer)
+    rows = [(len(prompt.tokens), prompt.dataset) for prompt in prompts]
+    return lengths, *_sampled(config, rows, grown), [*_mean(config), *said]
+
+
+def _grown(
+    config: DistillPlan, data_sets: list[DataSet], tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, Growth], list[str]]:
+    """How much more teachers with their own tokenizers read."""
+    if not _own(config):
+        return {}, []
+    try:
+        grown = growths(data_sets, TeacherPrompts(config, data_sets, tokenizer), tokenizer)
+    except (ConfigError, OSError, ImportError) as error:
+        return {}, [AS_MANY.format(f"its tokenizer could not be read ({brief(error)})")]
+    return grown, [*lines_of(grown)]
+
+
+def _own(config: DistillPlan) -> bool:
+    return any(teacher.own_tokenizer for teacher in config.teachers().values())
 
 
 def _unread(
@@ -122,21 +147,27 @@ def _unread(
         examples = [made] * config.examples_per_step
         return [tokens], examples, examples, [*said, f"completions of {made.loss_tokens:,} tokens each"]
     rows = [(tokens, names[place % len(names)]) for place in range(config.sampling.prompts_per_step)]
-    return [tokens], *_sampled(config, rows), [*said, *_mean(config)]
+    said += [AS_MANY.format("there are no texts to compare")] if _own(config) else []
+    return [tokens], *_sampled(config, rows, {}), [*said, *_mean(config)]
 
 
-def _sampled(config: DistillPlan, rows: list[tuple[int, str]]) -> tuple[list[Sample], list[Sample]]:
+def _sampled(
+    config: DistillPlan, rows: list[tuple[int, str]], grown: Mapping[str, Growth]
+) -> tuple[list[Sample], list[Sample]]:
     """Samples of full length, and as they are expected; those of one length are one object, which nothing writes into."""
-    make, each, most = _maker(), config.sampling.samples_per_prompt, config.sampling.max_new_tokens
+    make, each, most = _maker(grown), config.sampling.samples_per_prompt, config.sampling.max_new_tokens
     mean = min(config.mean_tokens or most, most)
     full, typical = ([make(tokens, new, name) for tokens, name in rows for _ in range(each)] for new in (most, mean))
     return full, typical
 
 
-def _maker() -> Callable[[int, int, str], Sample]:
+def _maker(grown: Mapping[str, Growth] = MappingProxyType({})) -> Callable[[int, int, str], Sample]:
     @cache
     def make(prompt: int, new: int, data_set: str) -> Sample:
-        return make_sample([0] * prompt, [0] * new, 0, dataset=data_set)
+        sample = make_sample([0] * prompt, [0] * new, 0, dataset=data_set)
+        if data_set in grown:
+            grown[data_set].write(sample)
+        return sample
 
     return make
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from fastkl.loss import linear_list_logprobs, linear_token_stats, linear_top_k
 from fastkl.trainer.commands.probe.opened import Opened
@@ -24,22 +25,25 @@ from fastkl.trainer.runs.guards.measures import gaps, measures, top_share
 from fastkl.trainer.runs.sharing.mismatch import mismatch_metrics
 
 PERCENTILES = (1, 5, 50, 95, 99)
+ALIGNED = 3  # samples that are shown as they are aligned
 
 
 def figures(found: Opened, written: Written) -> dict[str, Any]:
     """All but the cost of the run; as JSON has it."""
     samples = written.samples
     own, compared = _students(found, samples)
-    d = [gaps(sample) for sample in samples]
+    d = [gaps_of_segments(sample) for sample in samples]
     every = np.concatenate(d)
     metrics = as_metrics([rollout_means(samples) | teacher_kl(samples)]) | measures(samples) | own.pop("mismatch")
     metrics["advantages/top_share"] = top_share(every)  # where nothing tames them, advantages are −d
     return {
         "prompts": len({sample.prompt_index for sample in samples}),
         "samples": len(samples),
-        "tokens": len(every),
+        "tokens": sum(sample.loss_tokens for sample in samples),
+        "unit": "segment" if any(len(sample.segments) for sample in samples) else "token",
+        "alignment": _alignment(found, written),
         "temperature": found.config.sampling.temperature,
-        "vocabulary": vocabulary(found.prepared.tokenizer),
+        "vocabularies": [vocabulary(tokenizer) for tokenizer in _tokenizers(found)],
         "has_experts": has_experts(found.student.model),
         "accuracy": _accuracies(written),
         "teacher_kl": _spread(every),
@@ -48,6 +52,34 @@ def figures(found: Opened, written: Written) -> dict[str, Any]:
         "share_of_gap": _shares(samples, d),
         "metrics": metrics,
         "missing": written.missing,
+    }
+
+
+def _tokenizers(found: Opened) -> list[PreTrainedTokenizerBase]:
+    """The student's, and those of teachers that have another."""
+    return [found.prepared.tokenizer, *(own.reader.tokenizer for own in found.prepared.teacher_prompts.own.values())]
+
+
+def gaps_of_segments(sample: Sample) -> Array:
+    """d of each segment that the teacher judges, in order; of each token where these are all segments."""
+    values = gaps(sample)
+    if not len(sample.segments) or not len(values):
+        return values
+    _, places = np.unique(sample.segments[sample.scored], return_inverse=True)
+    return np.bincount(places, values)
+
+
+def _alignment(found: Opened, written: Written) -> dict[str, Any]:
+    """How completions and their teachers' tokens fit together; nothing where all have one tokenizer."""
+    counts, own = written.aligned, found.prepared.teacher_prompts.own
+    if not own:
+        return {}
+    judged = [s for s in written.samples if s.dataset in own]
+    total = sum(float(gaps(sample).sum()) for sample in judged)
+    return {
+        **{name.removeprefix("alignment/"): value for name, value in counts.metrics().items()},
+        "teacher_kl_per_byte": total / max(1, counts.bytes),
+        "samples": [dict(zip(("student", "teacher"), own[s.dataset].lines(s), strict=True)) for s in judged[:ALIGNED]],
     }
 
 
@@ -62,7 +94,7 @@ def _spread(values: Array) -> dict[str, float]:
 def _shares(samples: Sequence[Sample], gaps: Sequence[Array]) -> dict[str, float]:
     """What first tokens, last tokens and 1 % of all tokens have of Σ|d|; and the mean |d| of first and last tokens.
 
-    A completion that is cut has no last token of its own.
+    Of a teacher with its own tokenizer, segments in place of tokens. A completion that is cut has no last token of its own.
     """
     every = np.abs(np.concatenate(gaps))
     firsts = np.abs([own[0] for own in gaps if len(own)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastkl.trainer.commands.plan.growth import Growth
 from fastkl.trainer.commands.plan.parts import Memory
 from fastkl.trainer.commands.plan.run import Processes, Run, scorers_of
 from fastkl.trainer.commands.plan.work import work
@@ -23,6 +24,9 @@ def cost_of_run(config: ProbeConfig, found: Opened, written: Written) -> dict[st
     mean = round(sum(sample.completion_length for sample in written.samples) / len(written.samples))
     full, typical = (_samples(config, prompts, new) for new in (config.sampling.max_new_tokens, mean))
     found.prepared.teacher_prompts.give_fixed([*full, *typical])
+    for sample in [*full, *typical]:
+        if sample.dataset in found.prepared.teacher_prompts.own:
+            Growth(1.0, written.aligned.growth).write(sample)
     started = Processes(1, False, str(found.student.device))
     lengths = [len(prompt.tokens) for prompt in found.prompts]
     run = Run(config, started, student, list(scorers_of(config, student)), lengths, full, typical)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from fastkl.trainer.config.offline import ProbeConfig
 from fastkl.trainer.config.sampling import SamplingServerConfig
 from fastkl.trainer.config.teacher import TeacherConfig
 from fastkl.trainer.data.chat import ChatTemplate
-from fastkl.trainer.data.mixture import all_prompts
+from fastkl.trainer.data.mixture import DataSet, all_prompts
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.distill import Prepared, make_responder, make_sampler, prepare
 from fastkl.trainer.models.ends import end_of_sequence
@@ -37,8 +37,7 @@ class Opened(NamedTuple):
     teachers: RoutedTeacher[Any]
     ends: list[int]  # ids that end a completion
     responder: Responder  # of the student
-    prompts: Sequence[EncodedPrompt]  # of all data, by their index
-    chats: list[ChatTemplate | None]  # what wrote them
+    prompts: Sequence[EncodedPrompt]  # of all data, by their index, as the student reads them
 
 
 @contextmanager
@@ -51,18 +50,29 @@ def opened(config: ProbeConfig) -> Iterator[Opened]:
     prepared = prepare(settings)
     tokenizer, prompts = prepared.tokenizer, all_prompts(prepared.data_sets)
     # A server gives what it gives in the run; a model here is asked for its likeliest tokens too.
-    lists = asked_lists(settings.loss) if prepared.served else Lists(teacher=min(config.top, vocabulary(tokenizer)))
+    lists = asked_lists(settings.loss) if prepared.served else _likeliest(config, prepared)
     student = Student(settings, accelerator)
     teachers = open_teachers(
         settings, tokenizer, prepared.data_sets, prepared.teacher_prompts, student, prepared.served, lists
     )
     assert teachers is not None  # ProbeConfig demands one
     ends = [*end_of_sequence(student.model, tokenizer), *stop_ids(prepared.environment, tokenizer)]
-    chats = list(dict.fromkeys(chat for data_set in prepared.data_sets for chat in data_set.prompts.chats))
+    prepared.teacher_prompts.end_with(ends)
+    chats = chats_of(prepared.data_sets)
     sampler = make_sampler(settings, student, ends, None)
     responder = make_responder(settings, student.model, tokenizer, sampler, prepared.environment, chats)
     with closing(teachers):
-        yield Opened(settings, prepared, student, teachers, ends, responder, prompts, chats)
+        yield Opened(settings, prepared, student, teachers, ends, responder, prompts)
+
+
+def chats_of(data_sets: Iterable[DataSet]) -> list[ChatTemplate | None]:
+    """What wrote their prompts."""
+    return list(dict.fromkeys(chat for data_set in data_sets for chat in data_set.prompts.chats))
+
+
+def _likeliest(config: ProbeConfig, prepared: Prepared) -> Lists:
+    """Of tokens that the student does not have, nothing is to be compared."""
+    return Lists() if prepared.teacher_prompts.own else Lists(teacher=min(config.top, vocabulary(prepared.tokenizer)))
 
 
 def for_probe(config: ProbeConfig) -> ProbeConfig:

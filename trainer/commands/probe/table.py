@@ -6,16 +6,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastkl.trainer.commands.plan.table import GIB
+from fastkl.trainer.notes import printable
 
 Said = Mapping[str, Any]
 WAYS = ("greedy", "sampled")
+WIDTH = 100  # characters of an aligned text
 
 
 def lines(said: Said) -> Iterator[str]:
     """The table, line by line; the verdict is the last."""
     yield _row("probed", f"{said['prompts']} prompts, {said['samples']} samples of {said['tokens']:,} tokens")
     yield from _accuracies(said)
-    yield _row("teacher_kl", f"{_spread(said['teacher_kl'])} nats per token: ℓ_sampler − ℓ_teacher")
+    yield _row("teacher_kl", f"{_spread(said['teacher_kl'])} nats per {said['unit']}: ℓ_sampler − ℓ_teacher")
     yield _row("entropy", f"{_spread(said['entropy'])} nats per token: the student's")
     if top := said["top_k"]:
         yield _row(
@@ -23,7 +25,8 @@ def lines(said: Said) -> Iterator[str]:
             f"{top['overlap']:.0%} of the teacher's are the student's too; they have {top['teacher_mass']:.1%} of the "
             f"teacher's probability and {top['student_mass']:.1%} of the student's",
         )
-    yield _row("gap", _shares(said["share_of_gap"]))
+    yield _row("gap", _shares(said["share_of_gap"], said["unit"]))
+    yield from _alignment(said["alignment"])
     metrics = said["metrics"]
     yield _row(
         "completions",
@@ -60,11 +63,25 @@ def _spread(found: Mapping[str, float]) -> str:
     return f"mean {found['mean']:.3g} (percentiles: {points})"
 
 
-def _shares(gap: Mapping[str, float]) -> str:
+def _shares(gap: Mapping[str, float], unit: str) -> str:
     return (
-        f"of Σ|d|, first tokens have {gap['first_token']:.0%} (they are {gap['first_tokens_of_all']:.0%} of all), last "
-        f"tokens {gap['last_token']:.0%} ({gap['last_tokens_of_all']:.0%}), 1 % of all tokens {gap['top_1_percent']:.0%}"
+        f"of Σ|d|, first {unit}s have {gap['first_token']:.0%} (they are {gap['first_tokens_of_all']:.0%} of all), last "
+        f"{unit}s {gap['last_token']:.0%} ({gap['last_tokens_of_all']:.0%}), 1 % of all {unit}s {gap['top_1_percent']:.0%}"
     )
+
+
+def _alignment(found: Mapping[str, Any]) -> Iterator[str]:
+    """Of teachers with their own tokenizers."""
+    if not found:
+        return
+    yield _row(
+        "alignment",
+        f"{found['aligned_fraction']:.1%} of the tokens are in segments of {found['segment_bytes']:.1f} bytes, "
+        f"{found['segment_tokens']:.2f} tokens and {found['teacher_segment_tokens']:.2f} of the teacher's; teacher_kl is "
+        f"{found['teacher_kl_per_byte']:.3g} nats per byte",
+    )
+    for lines_of_both in found["samples"]:
+        yield from (_row("", f"{who:8}{printable(text[:WIDTH])}") for who, text in lines_of_both.items())
 
 
 def _cost(run: Mapping[str, Any]) -> str:

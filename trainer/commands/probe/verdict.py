@@ -35,7 +35,7 @@ def judged(said: Said, config: ProbeConfig) -> dict[str, Any]:
 
 
 def _first_step(said: Said, config: ProbeConfig) -> Seen:
-    facts = facts_of(config, said["vocabulary"], said["has_experts"])
+    facts = facts_of(config, said["vocabularies"], said["has_experts"])
     return Seen([{"loss": 0.0, **said["metrics"]}], [], facts, config.guards)
 
 
@@ -98,8 +98,8 @@ def _of_place(said: Said, place: str, verb: str, advice: str) -> Reason | None:
         return None
     return Reason(
         "formats differ",
-        f"the {place} tokens are {fair:.0%} of all and have {share:.0%} of the gap, {mean:.2g} nats each: the teacher "
-        f"{verb} in another way",
+        f"the {place} {said['unit']}s are {fair:.0%} of all and have {share:.0%} of the gap, {mean:.2g} nats each: the "
+        f"teacher {verb} in another way",
         advice,
     )
 
@@ -115,7 +115,7 @@ def truncated(said: Said) -> Reason | None:
 
 def too_far(said: Said) -> Reason | None:
     """Where the teacher finds nothing of what the student writes likely, its log-probs say little about what is better."""
-    kl, overlap = said["teacher_kl"]["mean"], said["top_k"].get("overlap")
+    kl, overlap = said["metrics"]["teacher_kl"], said["top_k"].get("overlap")
     if kl < FAR and (overlap is None or overlap >= FEW_COMMON):
         return None
     common = "" if overlap is None else f", and {overlap:.0%} of the likeliest tokens are common to both"
@@ -139,7 +139,7 @@ def _error(said: Said, way: str) -> float:
 
 
 def _objective(said: Said) -> str:
-    """What began well on students like this one (docs/metrics/probe.md)."""
-    if said["entropy"]["mean"] < SURE or said["teacher_kl"]["mean"] > AWAY:
+    """What began well on students like this one (docs/metrics/probe.md); of segments there are sampled ones alone."""
+    if said["unit"] == "token" and (said["entropy"]["mean"] < SURE or said["metrics"]["teacher_kl"] > AWAY):
         return "reverse_kl"
     return "policy_gradient"

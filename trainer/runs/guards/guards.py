@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NoReturn
 
 from transformers import PreTrainedTokenizerBase
@@ -20,10 +21,13 @@ from fastkl.trainer.student import Student
 
 
 class Guards:
-    """Looks at each step on the first process. All processes call every method at the same point of the run."""
+    """Looks at each step on the first process. All processes call every method at the same point of the run.
 
-    def __init__(self, student: Student, tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> None:
-        facts = facts_of(student.config, vocabulary(tokenizer), has_experts(student.model))
+    `tokenizers` are the student's and those of teachers that have another.
+    """
+
+    def __init__(self, student: Student, tokenizers: Iterable[PreTrainedTokenizerBase], folder: RunFolder) -> None:
+        facts = facts_of(student.config, map(vocabulary, tokenizers), has_experts(student.model))
         self._student, self._folder, self._settings = student, folder, student.config.checkpoint
         self._watch = Watch(student.config.guards, facts, read_jsonl(folder.path / "metrics.jsonl"))
         self._findings: list[Finding] = []

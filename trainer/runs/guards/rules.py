@@ -29,19 +29,19 @@ Row = Mapping[str, float]
 class Facts(NamedTuple):
     """What rules know of a run beside its metrics."""
 
-    vocabulary: int
+    vocabularies: frozenset[int]  # how many ids teachers choose from
     has_experts: bool = False  # a mixture of experts
     has_dropout: bool = False  # in the update: it sees other log-probs than the sampler then
     learns_otherwise: bool = False  # from something else than its teachers
     compares: bool = False  # distributions, or lists of likely tokens: more than the sampled token
 
 
-def facts_of(config: RunConfig, vocabulary: int, has_experts: bool) -> Facts:
-    has_dropout = config.student.dropout != "off"
+def facts_of(config: RunConfig, vocabularies: Iterable[int], has_experts: bool) -> Facts:
+    sizes, has_dropout = frozenset(vocabularies), config.student.dropout != "off"
     if not isinstance(config, DistillConfig):
-        return Facts(vocabulary, has_experts, has_dropout)
+        return Facts(sizes, has_experts, has_dropout)
     compares = config.loss.objective != "policy_gradient"
-    return Facts(vocabulary, has_experts, has_dropout, config.learns_otherwise, compares)
+    return Facts(sizes, has_experts, has_dropout, config.learns_otherwise, compares)
 
 
 class Seen(NamedTuple):
@@ -89,8 +89,8 @@ def teacher_constant(seen: Seen) -> str | None:
     if std is None or mean is None:
         return None
     is_constant = std < seen.limits.min_teacher_std and row.get("entropy", 1.0) >= seen.limits.min_entropy
-    flat = math.log(seen.facts.vocabulary)
-    is_uniform = std < UNIFORM * flat and abs(mean + flat) < UNIFORM * flat
+    flat = [math.log(size) for size in seen.facts.vocabularies]
+    is_uniform = any(std < UNIFORM * each and abs(mean + each) < UNIFORM * each for each in flat)
     if not is_constant and not is_uniform:
         return None
     what = "uniform" if is_uniform else "constant"

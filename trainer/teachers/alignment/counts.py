@@ -21,6 +21,11 @@ class Counts(NamedTuple):
     longest: int = 0  # bytes of a segment
     teacher_tokens: int = 0  # in segments
 
+    @property
+    def growth(self) -> float:
+        """How many tokens the teacher has for one of the student's."""
+        return self.teacher_tokens / self.aligned if self.aligned else 1.0
+
     def __str__(self) -> str:
         segments = max(1, self.segments)
         return (

@@ -15,7 +15,7 @@ from fastkl.trainer.config.guards import GuardsConfig
 from fastkl.trainer.runs.guards.rules import RULES, Facts, facts_of
 from fastkl.trainer.runs.guards.watch import Watch
 
-FACTS = Facts(vocabulary=100)
+FACTS = Facts(frozenset({100, 20_000}))
 FELL = [None, 0.7, None, 0.61, None, 0.6, None, 0.6, None, 0.6, None, 0.6]
 
 
@@ -32,6 +32,7 @@ PATHOLOGIES: dict[str, tuple[dict[str, Any], str, int]] = {
     "one-log-prob": ({"teacher_logprobs__std": 1e-5}, "teacher_constant", 1),
     "certain-of-all": ({"teacher_logprobs__std": 0.0, "teacher_logprobs__mean": 0.0}, "teacher_constant", 1),
     "uniform": ({"teacher_logprobs__std": 0.1, "teacher_logprobs__mean": -4.6}, "teacher_constant", 1),
+    "uniform-over-its-own": ({"teacher_logprobs__std": 0.1, "teacher_logprobs__mean": -9.9}, "teacher_constant", 1),
     "breaks-later": ({"teacher_logprobs__std": [2.0, 0.0]}, "teacher_constant", 7),
     "memorised": ({"teacher_kl": 0.085, "entropy": 0.03}, "nothing_to_learn", 1),
     "one-model": ({"teacher_kl": 0.0}, "nothing_to_learn", 1),
@@ -106,7 +107,7 @@ def test_a_mixture_of_experts_may_differ_more_and_dropout_as_it_likes() -> None:
     ],
 )
 def test_distributions_teach_a_surer_student(objective: str, kl: float, finds: bool) -> None:
-    facts = facts_of(config("distill", MINIMAL["distill"] | {"loss.objective": objective}), 100, has_experts=False)
+    facts = facts_of(config("distill", MINIMAL["distill"] | {"loss.objective": objective}), [100], has_experts=False)
     begun = {"teacher_kl": kl, "entropy": 0.037}
     assert found(begun, facts) == ({"nothing_to_learn": 1} if finds else {})
     assert found(begun, facts, min_teacher_kl=0.2) == {"nothing_to_learn": 1}
@@ -133,7 +134,7 @@ LESSONS: dict[str, tuple[Settings, bool]] = {
 def test_something_else_teaches_a_student_that_is_its_teacher(lesson: Settings, teaches: bool) -> None:
     settings = config("distill", MINIMAL["distill"] | lesson)
     graded = {"reward__mean": 0.3} if settings.reward.grader else {}
-    said = found({"teacher_kl": 0.0, **graded}, facts_of(settings, vocabulary=100, has_experts=False))
+    said = found({"teacher_kl": 0.0, **graded}, facts_of(settings, [100], has_experts=False))
     assert said == ({} if teaches else {"nothing_to_learn": 1})
 
 
