@@ -174,7 +174,7 @@ def test_a_teacher_with_its_own_tokenizer(
     assert set(said["accuracy"]["teacher"]) == {"greedy", "sampled"}
     teacher, prompt = AutoModelForCausalLM.from_pretrained(models / "teacher"), samples[0].teacher_prompt
     assert prompt is not None
-    answer = teacher.generate(torch.tensor([prompt.tolist()]), do_sample=False, max_new_tokens=6)[0, len(prompt) :]
+    answer = teacher.generate(torch.tensor([prompt.tolist()]), do_sample=False, max_new_tokens=8)[0, len(prompt) :]
     assert words("pairs").decode(answer, skip_special_tokens=True) in texts["pairs"]
     printed = "\n".join(lines(said))
     assert "nats per segment" in printed
