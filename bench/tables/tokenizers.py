@@ -1,8 +1,8 @@
-"""The table of recipes/tokenizers: what a teacher with another tokenizer teaches."""
+"""The tables of recipes/tokenizers: how often real tokenizers agree, and what a teacher with another one teaches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from statistics import fmean
 from typing import Any
 
@@ -14,6 +14,7 @@ ARMS = {
     "same": "teacher with the same tokenizer",
     "sft": "fine-tuned on the other teacher's text",
 }
+TEXTS = {"prose": "prose, English", "code": "code, Python", "cjk": "Chinese, Japanese, Korean", "emoji": "chats with emoji"}
 Run = dict[str, Any]
 
 
@@ -29,6 +30,36 @@ def compared() -> str:
     return table(header, rows, said, [report], "torch", "transformers")
 
 
+def agreement() -> str:
+    """Of each kind of text the means of all pairs, and the pairs that agree least and most."""
+    report = read_recipe("tokenizers/segments")
+    header = ["text", "segments of 1,000 bytes", "tokens of a segment", "tokens alone in their segment", "longest, bytes"]
+    rows = []
+    for kind, label in TEXTS.items():
+        pairs = [run for run in report["runs"] if run.get("text") == kind]
+        rows.append([
+            f"{label} ({pairs[0]['bytes'] / 1000:.0f} kB)",
+            _range(pairs, lambda run: 1000 * run["segments"] / run["bytes"], ".0f"),
+            _range(pairs, lambda run: run["tokens"] / run["segments"], ".2f"),
+            _range(pairs, _alone, ".0%"),
+            str(max(run["longest"] for run in pairs)),
+        ])  # fmt: skip
+    said = "Means of all 56 pairs, in brackets the least and the most"
+    return table(header, rows, said, [report], "transformers")
+
+
+def alone() -> str:
+    """What share of a student's tokens in prose are a segment with one token of the teacher."""
+    report = read_recipe("tokenizers/segments")
+    pairs = {(run["student"], run["teacher"]): run for run in report["runs"] if run.get("text") == "prose"}
+    names = list(dict.fromkeys(student for student, _ in pairs))
+    rows = [
+        [ours, *(f"{_alone(pairs[ours, theirs]):.0%}" if ours != theirs else "" for theirs in names)] for ours in names
+    ]
+    said = "Prose; a row is a student, a column a teacher"
+    return table(["", *names], rows, said, [report], "transformers")
+
+
 def _cells(runs: list[Run]) -> Iterator[str]:
     after = [run["accuracy"][-1] for run in runs]
     yield f"{runs[0]['accuracy'][0]:.1%}"
@@ -39,4 +70,13 @@ def _cells(runs: list[Run]) -> Iterator[str]:
     yield f"{fmean(run['flops'] for run in runs):.1e}"
 
 
-TABLES = {"tokenizers": compared}
+def _alone(run: Run) -> float:
+    return float(run["alone"] / run["tokens"])
+
+
+def _range(runs: Iterable[Run], of: Callable[[Run], float], form: str) -> str:
+    values = [of(run) for run in runs]
+    return f"{fmean(values):{form}} ({min(values):{form}} … {max(values):{form}})"
+
+
+TABLES = {"tokenizers": compared, "segments": agreement, "segments-alone": alone}

@@ -133,3 +133,27 @@ def test_every_run_of_the_tokenizers_is_accepted(recipe: Load) -> None:
         (ids,) = known.encode([solution], [None])
         assert known.join(ids) == solution.encode()
         assert len(ids) == (len(solution) + 1) // 2
+
+
+def test_agreement_of_two_tokenizers(recipe: Load) -> None:
+    segments, make = recipe("tokenizers", "segments", "make")
+    one = make.make_tokenizer(["4", " - ", "1", " = ", "3"], r"\d| - | = ")
+    found = segments.counted(TokenBytes(one), TokenBytes(make.pairs()), ["4 - 1 = 3"])
+    sizes = {"bytes": 9, "segments": 3, "tokens": 5, "teacher_tokens": 5, "alone": 1, "outside": 0, "longest": 4}
+    assert found == sizes  # "4 - │1 = │3" and "4 ·- │1 ·= │3"
+
+
+def test_d_per_byte_of_a_real_pair(recipe: Load, tmp_path: Path) -> None:
+    (real,) = recipe("tokenizers", "real")
+    alignment = {"alignment/segment_tokens": 1.5, "alignment/segment_bytes": 4.0}
+    step = {"step": 1, "teacher_kl": 2.0, **dict.fromkeys(real.OF_STEPS[1:], 0.5), **alignment}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+    samples = [
+        {"sampler_logprobs": [0.0, -1.0, -2.0, -3.0], "teacher_logprobs": [0.0, *theirs, 0.0], "segments": [0, 1, 1, 0]}
+        for theirs in ([-3.0, -4.0], [-5.0, -6.0])
+    ]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    (found,) = real.steps(tmp_path)
+    assert found["d_per_byte"] == 2.0 * 1.5 / 4.0
+    # Σd is 4 and 8 of 4 bytes each: 1.5 a byte, and each is off by 2.
+    assert real.spread(tmp_path) == {"samples": 2, "segments_per_sample": 1.0, "d_per_byte_error": 0.5}
