@@ -14,7 +14,12 @@ ARMS = {
     "same": "teacher with the same tokenizer",
     "sft": "fine-tuned on the other teacher's text",
 }
-TEXTS = {"prose": "prose, English", "code": "code, Python", "cjk": "Chinese, Japanese, Korean", "emoji": "chats with emoji"}
+TEXTS = {
+    "prose": "prose, English",
+    "code": "code, Python",
+    "cjk": "Chinese, Japanese, Korean",
+    "emoji": "chats with emoji",
+}
 Run = dict[str, Any]
 
 
@@ -33,7 +38,7 @@ def compared() -> str:
 def agreement() -> str:
     """Of each kind of text the means of all pairs, and the pairs that agree least and most."""
     report = read_recipe("tokenizers/segments")
-    header = ["text", "segments of 1,000 bytes", "tokens of a segment", "tokens alone in their segment", "longest, bytes"]
+    header = ["text", "segments of 1,000 bytes", "tokens of a segment", "tokens alone in one", "longest, bytes"]
     rows = []
     for kind, label in TEXTS.items():
         pairs = [run for run in report["runs"] if run.get("text") == kind]

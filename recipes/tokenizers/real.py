@@ -17,14 +17,15 @@ from typing import Any
 
 import numpy as np
 
-HERE, RUNS = Path(__file__).parent, Path("runs/tokenizers")
-sys.path += [str(HERE.parent), str(HERE.parents[1])]
+sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[2]))
 
 from series import Row, fastkl, write_report
 
 from bench.lib.real_rows import MODELS, load
 from fastkl.trainer.runs.files import read_jsonl
 
+HERE, RUNS = Path(__file__).parent, Path("runs/tokenizers")
 TEACHER, TRAINED = RUNS / "qwen", RUNS / "real"
 MEASURED: Row = {
     "data.path": "runs/smollm2/heldout.jsonl",
