@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -20,6 +20,7 @@ TEXTS = {
     "cjk": "Chinese, Japanese, Korean",
     "emoji": "chats with emoji",
 }
+LAST = 4  # steps whose mean is shown
 Run = dict[str, Any]
 
 
@@ -65,6 +66,40 @@ def alone() -> str:
     return table(["", *names], rows, said, [report], "transformers")
 
 
+def real() -> str:
+    """A real pair on held-out prompts before and after its run, and in the run's first steps and last ones."""
+    report = read_recipe("tokenizers/real")
+    before, after, training = report["runs"]
+    steps, last = training["steps"], len(training["steps"]) - LAST
+    rows = [
+        ["held-out, before", *_figures([before]), f"{before['segments_per_sample']:.1f}"],
+        [f"held-out, after {len(steps)} steps", *_figures([after]), f"{after['segments_per_sample']:.1f}"],
+        ["training, step 1", *_figures(steps[:1]), ""],
+        [f"training, steps {last + 1} to {len(steps)}", *_figures(steps[last:]), ""],
+    ]
+    header = [
+        "prompts",
+        "d of a byte",
+        "d of a token",
+        "entropy",
+        "bytes of a segment",
+        "its tokens",
+        "segments of a sample",
+    ]
+    said = f"Nats; {before['samples']} held-out prompts, ± a standard error over samples; its tokens: student / teacher"
+    return table(header, rows, said, [report], "torch", "transformers")
+
+
+def _figures(steps: Sequence[Run]) -> Iterator[str]:
+    mean = {name: fmean(step[name] for step in steps) for name in steps[0] if isinstance(steps[0][name], float)}
+    error = f" ± {mean['d_per_byte_error']:.3f}" if "d_per_byte_error" in mean else ""
+    yield f"{mean['d_per_byte']:.3f}{error}"
+    yield f"{mean['teacher_kl']:.2f}"
+    yield f"{mean['entropy']:.2f}"
+    yield f"{mean['alignment/segment_bytes']:.2f}"
+    yield f"{mean['alignment/segment_tokens']:.2f} / {mean['alignment/teacher_segment_tokens']:.2f}"
+
+
 def _cells(runs: list[Run]) -> Iterator[str]:
     after = [run["accuracy"][-1] for run in runs]
     yield f"{runs[0]['accuracy'][0]:.1%}"
@@ -84,4 +119,4 @@ def _range(runs: Iterable[Run], of: Callable[[Run], float], form: str) -> str:
     return f"{fmean(values):{form}} ({min(values):{form}} … {max(values):{form}})"
 
 
-TABLES = {"tokenizers": compared, "segments": agreement, "segments-alone": alone}
+TABLES = {"tokenizers": compared, "tokenizers-real": real, "segments": agreement, "segments-alone": alone}
