@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -81,3 +81,41 @@ def test_flops_until_an_accuracy(accuracy: float, flops: float | None) -> None:
     curve = [(0.0, 0.1), (10.0, 0.3), (20.0, 0.2), (30.0, 0.5)]
     found = reasoning.flops_to(curve, accuracy)
     assert found == (None if flops is None else pytest.approx(flops))
+
+
+@pytest.mark.slow
+def test_the_script_from_nothing_to_the_tables(recipe: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of one setting, with two seeds, on few problems and with two steps a run; then again, where all is there."""
+    pytest.importorskip("reasoning_gym")
+    arms, sums, series, measure = recipe("reasoning", "arms", "sums", "series", "measure")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["measure.py", "K", "--seeds", "0", "1"])
+    problems = sums.problems()[:100]
+    monkeypatch.setattr(sums, "problems", lambda: problems)
+    monkeypatch.setattr(sums, "HELD_OUT", 40)
+    monkeypatch.setattr(sums, "VALIDATION", 20)
+    monkeypatch.setattr(arms, "ALL", 40)
+    monkeypatch.setitem(arms.SETTINGS, "K", replace(arms.SETTINGS["K"], few=16, more=(24, 40)))
+    short = {"optim.steps": 2, "optim.warmup_steps": 1, "checkpoint.every": 2}
+    monkeypatch.setattr(measure, "rates", lambda *_: (1e-3, 3e-3))
+    monkeypatch.setattr(measure, "POINTS", 1)
+    ran = list[Path]()
+
+    def run_here(command: str, config: Path, run: Path, settings: dict[str, object]) -> None:
+        ran.append(run)
+        series.run_here(command, config, run, settings | short)
+
+    monkeypatch.setattr(measure, "run_here", run_here)
+    measure.main()
+    report = json.loads((tmp_path / "runs/reasoning/results.json").read_text())
+    shown = [run for run in report["runs"] if run.get("chosen")]
+    assert {run["arm"] for run in shown} == {*arms.ARMS, *arms.CONTROLS}
+    assert all(run["steps"] == [2] for run in shown)
+    assert {run["seed"] for run in shown} == {0, 1}
+    assert (tmp_path / "runs/reasoning/K.png").is_file()
+    monkeypatch.setattr(reasoning, "read_recipe", lambda _: report)
+    for name, table in reasoning.TABLES.items():
+        assert "| K |" in table() or name == "reasoning-rates"
+    ran.clear()
+    measure.main()  # models and first stages are asked for again, and found
+    assert {path.name for path in ran} == {"plain", "start-0", "start-1"}
