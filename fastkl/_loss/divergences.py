@@ -6,6 +6,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastkl._loss import arguments as check
+from fastkl._loss.heads.shares import is_part
 from fastkl._loss.numbers import check_teacher_gave_numbers
 from fastkl._loss.options import DivergenceOptions, record, takes
 from fastkl._loss.output import LossOutput
@@ -180,13 +181,11 @@ def _divergence(
 ) -> LossOutput:
     """factor · the divergence, reduced; its metrics under the name of its kind."""
     vocab_size, temperature = options["vocab_size"], options["temperature"]
-    part = options["group"] is not None
+    part = is_part(options["group"])
     check.check_head(student_hidden, student_weight, options["bias"], "student_", part=part)
     teacher = Teacher(teacher_hidden, teacher_weight, options["teacher_bias"], options["teacher_logits"])
     check_teacher(teacher, student_hidden, student_weight, vocab_size, part)
-    call = flat_call(
-        student_hidden, student_weight, options["tokens"], options, "divergence", "student_", teacher=teacher
-    )
+    call = flat_call(student_hidden, student_weight, options["tokens"], options, "divergence", "student_")
     if options["teacher_temperature"] is None:
         options = {**options, "teacher_temperature": temperature}
     call = call._replace(

@@ -2,6 +2,9 @@
 
 A loss takes `**options: Unpack[ItsOptions]` and is decorated with `takes(ItsOptions)`. The decorator fills in the defaults,
 refuses other names, and shows all of them in `help()`. A new option is a line here, and what the loss makes of it.
+
+It also compares what the processes of a `group` were given, before anything is checked: all of them raise, or none. The
+function itself has the `Piece` of this process as `group`, None for the whole head; that of a DTensor too.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from fastkl._loss import hints
 from fastkl._loss.arguments import check_number
+from fastkl._loss.heads.shares import find_piece
 from fastkl.kernels.options import Backward, CrossEntropy, Direction, KLEstimate, Method, SampledTail, Surrogate, Tail
 from fastkl.kernels.problem import Backend, HeadOptions, TeacherChunks
 
@@ -31,21 +35,33 @@ class HeadArguments(TypedDict, total=False):
     softcap: Annotated[float | None, HeadOptions.softcap]
 
 
-class LikeliestOptions(HeadArguments, total=False):
-    vocab_size: Annotated[int | None, None]
+class GroupOptions(TypedDict, total=False):
+    """Of every function of a head."""
+
     chunk_size: Annotated[int | None, None]
+    group: Annotated[Any | None, None]  # a ProcessGroup, which not every build of torch has; or a DeviceMesh
 
 
-class LogprobOptions(HeadArguments, total=False):
+class LikeliestOptions(HeadArguments, GroupOptions, total=False):
+    vocab_size: Annotated[int | None, None]
+
+
+class RankOptions(GroupOptions, total=False):
+    """A rank is the same at any temperature, scale and soft-cap."""
+
+    bias: Annotated[Tensor | None, None]
+    vocab_size: Annotated[int | None, None]
+    ignore_index: Annotated[int, -100]
+
+
+class LogprobOptions(HeadArguments, GroupOptions, total=False):
     """Of every loss."""
 
     ignore_index: Annotated[int, -100]
-    chunk_size: Annotated[int | None, None]
     skip_zero_rows: Annotated[bool, True]
     backend: Annotated[Backend, "auto"]
     backward: Annotated[Backward, "exact"]
     weight_grad: Annotated[Tensor | None, None]
-    group: Annotated[Any | None, None]  # a ProcessGroup, which not every build of torch has; or a DeviceMesh
 
 
 class TokenStatsOptions(LogprobOptions, total=False):
@@ -159,10 +175,11 @@ def takes(options: type) -> Callable[[F], F]:
                     f"{function.__name__}() takes {len(positional)} arguments by position ({', '.join(positional)}) and "
                     f"got {len(args)}; give the others by name"
                 )
+            piece = find_piece(function.__name__, {**defaults, **dict(zip(positional, args, strict=False)), **given})
             for name, value in given.items():
                 if name in numbers or (name in optional and value is not None):
                     check_number(name, value, whole=name in whole)
-            return function(*args, **{**defaults, **given})
+            return function(*args, **{**defaults, **given, "group": piece})
 
         call.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore[attr-defined]
         return call  # type: ignore[return-value]

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastkl._loss import arguments as check
 from fastkl._loss import hints
 from fastkl._loss.heads.operands import first_rows, operands
-from fastkl._loss.heads.shares import Piece, TeacherIds, find_piece
+from fastkl._loss.heads.shares import Piece, is_part
 from fastkl._loss.numbers import check_logprobs
 from fastkl._loss.options import record
 from fastkl._loss.output import LossOutput, masked_extreme, masked_mean, sparse_metrics
@@ -60,22 +60,18 @@ def flat_call(
     who: str = "",  # prefixes the names of hidden and weight in errors
     reductions: tuple[str, ...] = ("mean", "sum", "none"),
     tokens_name: str = "tokens",
-    teacher: TeacherIds | None = None,
 ) -> Call:
-    """Checks hidden [..., D], weight [V, D], tokens [...] and the options that all losses share; cuts the vocabulary.
-
-    Of the teacher it asks only which ids it has.
-    """
+    """Checks hidden [..., D], weight [V, D], tokens [...] and the options that all losses share; cuts the vocabulary."""
+    piece: Piece | None = options["group"]
     bias, weight_grad, vocab_size = options["bias"], options["weight_grad"], options.get("vocab_size")
     head = record(HeadOptions, options)
-    check.check_head(hidden, weight, bias, who, part=options["group"] is not None)
+    check.check_head(hidden, weight, bias, who, part=is_part(piece))
     reduction = check.check_reduction(options.get("reduction", "none"), options.get("normalizer"), hidden, reductions)
     check.check_plan(options["backend"], options["chunk_size"], weight, weight_grad)
     sparse, ignored = check.sparse(options["backward"]), options["ignore_index"]
     token_weights = check.mask_weights(options.get("mask"), hidden, compute_dtype(hidden.dtype))
     if tokens is not None:
         tokens = check.check_per_token(tokens_name, tokens, hidden)
-    piece = find_piece((hidden, weight, bias), tokens, token_weights, teacher, options)
     all_ids = weight.shape[0] if piece is None else piece.share.vocabulary
     if vocab_size is not None:
         check.check_vocab_size(vocab_size, {f"{who}weight": all_ids})
@@ -93,8 +89,7 @@ def flat_call(
     inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, tokens)
     spec = Spec(kind, head, backend=options["backend"], chunk_size=options["chunk_size"], sparse=sparse)
     if piece is not None:
-        share = piece.share if vocab_size is None else piece.share.cut(vocab_size)
-        spec = spec._replace(share=share, backend="torch")
+        spec = spec._replace(share=piece.cut(vocab_size), backend="torch")
     if (hard_coef := options.get("hard_coef", 0.0)) != 0.0:
         check.check_hard_coef(hard_coef, tokens)
         spec = spec._replace(hard_coef=float(hard_coef))

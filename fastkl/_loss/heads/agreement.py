@@ -1,79 +1,175 @@
-"""Whether the processes of a group were given the same tokens: what each was given as a few numbers, compared."""
+"""Whether the processes of a group were given the same: what each was given as a few numbers, compared.
+
+What is no tensor, and what tensors are, goes into one number, a hash. Of each tensor there are projections: sums of its
+entries with signs that come and go. Where they differ, a second exchange finds out which argument it is, and its values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import hashlib
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from fastkl.kernels.gemm import compute_dtype
+from fastkl._loss.heads.operands import is_packed, is_sharded
+from fastkl.kernels.options import Sparse
+from fastkl.kernels.rows.parallel.share import gathered
 
-SAMPLE = 64  # rows of the hidden states that are looked at
-DIRECTIONS = 8  # that they are projected on
-# Of the size that a projection of such rows has. Processes may differ by the rounding of their hidden states, which is a
-# fifth of it in bfloat16. Those of other tokens differ by about the whole size, in every direction.
+HIDDEN = ("hidden", "student_hidden", "teacher_hidden")
+TARGETS = ("tokens", "targets")
+DIRECTIONS = 4
+TENSORS = 16  # that numbers are made of; more than any function takes
+LENGTH = 1 + TENSORS * (DIRECTIONS + 1)
+# How far projections may be apart, of the size that such a sum has. Processes may differ by the rounding of their hidden
+# states, which is a fifth of it in bfloat16. Those of other tokens differ by about the whole size, in every direction.
 ROUNDING = 0.02
-UNSHOWN = ("tokens", "masks", "hidden states")  # sums, which say nothing to a reader
+FLOATS = 1e-4
+WHOLE = 1e-9  # of whole numbers: sums in another order
+SHOWN = 2**20  # entries of a tensor in which the one that differs is looked for
 
 
-def given(
-    head: tuple[Tensor, Tensor, Tensor | None], tokens: Tensor | None, mask: Tensor, options: Mapping[str, Any]
-) -> dict[str, float]:
-    """What must be alike on all processes, by the names that an error has for it: hidden, weight, bias; tokens [...].
+class Compared(NamedTuple):
+    """A tensor that all processes are to have alike."""
 
-    As many numbers whatever was given.
+    rows: Tensor  # [n, d]
+    active: Tensor | None  # bool [n]: the rows that count; None: all
+    tolerance: float  # of projections
+
+
+class Statement(NamedTuple):
+    """What one process was given, by argument."""
+
+    texts: dict[str, str]
+    tensors: dict[str, Compared]
+    numbers: list[float]  # LENGTH of them
+
+
+@torch.no_grad()
+def stated(function: str, arguments: Mapping[str, Any], own: Collection[str]) -> Statement:
+    """Of a call, whatever it was given. Of the arguments `own` the processes have their parts: these have texts alone.
+
+    A synchronisation on an accelerator.
     """
-    hidden, grads, known = head[0].detach(), torch.is_grad_enabled(), options.get("vocab_size")
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    rows, wanted = flat.shape[0], [grads and t is not None and t.requires_grad for t in head]
-    found: dict[str, float] = {
-        "numbers of tokens": rows,
-        "hidden sizes": flat.shape[1],
-        "bytes per number": hidden.itemsize,
-        "biases": head[2] is not None,
-        "gradients to make": sum(2**i for i, one in enumerate(wanted) if one),
-        "values of chunk_size": options["chunk_size"] or 0,
-        "values of skip_zero_rows": bool(options["skip_zero_rows"]),
-        "values of vocab_size": known if isinstance(known, int) else 0,
-    }
-    active, sums = hidden.new_ones(rows, dtype=torch.bool), dict[str, Tensor]()
-    for name, one_each, nothing in (("tokens", tokens, options["ignore_index"]), ("masks", mask, 0.0)):
-        own = flat.new_full((rows,), torch.nan) if one_each is None else one_each.detach().reshape(-1)
-        own = own.to(torch.float64)
-        sums[name] = (own * torch.arange(1, rows + 1, device=own.device)).sum()
-        active = active & (own != nothing)
-    sums |= dict(zip(_PROJECTIONS, _projections(_sample(flat, active)), strict=True))
-    numbers = torch.stack([one.to(torch.float64) for one in sums.values()]).tolist()
-    return found | dict(zip(sums, numbers, strict=True))
+    texts = {"function": function, "gradients": str(torch.is_grad_enabled())}
+    texts |= {name: _text(value, name in own) for name, value in arguments.items() if name != "group"}
+    plain = {name: value.detach() for name, value in arguments.items() if name not in own and _is_plain(value)}
+    hidden = next((plain[name] for name in HIDDEN if name in plain), torch.empty(0, 0))
+    active, lead = _active(plain, arguments.get("ignore_index"), hidden), hidden.shape[:-1]
+    tensors = {name: _compared(name, value, lead, active) for name, value in plain.items()}
+    sums = [_projections(one).to(hidden.device) for one in tensors.values()]
+    digest = hashlib.blake2b(repr(texts).encode(), digest_size=6).digest()  # a float64 has 53 bits
+    numbers = [float(int.from_bytes(digest, "big")), *(torch.cat(sums[:TENSORS]).tolist() if sums else [])]
+    return Statement(texts, tensors, numbers + [0.0] * (LENGTH - len(numbers)))
 
 
-def differing(own: Mapping[str, float], found: Tensor) -> str:
-    """What the processes, of `found` [processes, k], do not have alike, and their numbers; nothing if they agree."""
-    for name, theirs in zip(own, found.unbind(1), strict=True):
-        tolerance = ROUNDING if name in _PROJECTIONS else 0.0
-        if not bool(torch.isclose(theirs, theirs[0], rtol=1e-12, atol=tolerance, equal_nan=True).all()):
-            what = "hidden states" if name in _PROJECTIONS else name
-            shown = "" if what in UNSHOWN else f" ({', '.join(f'{number:g}' for number in theirs.tolist())})"
-            return f"different {what}{shown}"
-    return ""
+def differing(own: Statement, found: Tensor) -> str | None:
+    """The first argument that the processes, of `found` [processes, LENGTH], do not have alike; "" for what is no tensor.
+
+    None if they agree.
+    """
+    if bool((found[:, 0] != found[0, 0]).any()):
+        return ""
+    for (name, one), theirs in zip(own.tensors.items(), found[:, 1:].split(DIRECTIONS + 1, 1), strict=False):
+        if not bool(torch.isclose(theirs, theirs[0], rtol=0.0, atol=one.tolerance).all()):
+            return name
+    return None
 
 
-_PROJECTIONS = tuple(f"hidden states {i}" for i in range(DIRECTIONS + 1))
+def difference(own: Statement, name: str, group: dist.ProcessGroup) -> str:
+    """What differs, in words: the argument and the values of two processes. A collective of those that differ by `name`."""
+    if name:
+        return _difference_of_tensors(name, own.tensors[name], group)
+    theirs: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(theirs, own.texts, group=group)
+    for name in dict.fromkeys(name for texts in theirs for name in texts):
+        values = [texts.get(name, "no such argument") for texts in theirs]
+        other = next((place for place, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            return f"different {name}: {values[0]} on process 0, {values[other]} on process {other}"
+    return "different arguments"  # texts of two hashes cannot be the same
 
 
-def _sample(hidden: Tensor, active: Tensor) -> Tensor:
-    """Some rows, 0 where they take no part, in the compute dtype."""
-    step = max(1, hidden.shape[0] // SAMPLE)
-    return hidden[::step].masked_fill(~active[::step, None], 0.0).to(compute_dtype(hidden.dtype))
+def _difference_of_tensors(name: str, own: Compared, group: dist.ProcessGroup) -> str:
+    some = slice(0, max(1, SHOWN // max(1, own.rows.shape[1])))
+    entries = _kept(own.rows[some].to(torch.float64), None if own.active is None else own.active[some])
+    theirs = gathered(group.group_name, entries.reshape(-1))
+    apart = (theirs - theirs[0]).abs()
+    if apart.numel() == 0 or not bool((apart > 0).any()):
+        return f"different {name}"
+    other, place = divmod(int(apart.argmax()), entries.numel())
+    first, second = theirs[0, place].item(), theirs[other, place].item()
+    return (
+        f"different {name}: {first:g} on process 0, {second:g} on process {other}, at {place} of the flattened tensor"
+    )
 
 
-def _projections(rows: Tensor) -> list[Tensor]:
-    """Sums of their numbers with signs that come and go, over the size that such a sum has; and the log of that."""
-    i, j = (torch.arange(1, size + 1, device=rows.device, dtype=rows.dtype) for size in rows.shape)
-    directions = torch.arange(1, DIRECTIONS + 1, device=rows.device, dtype=rows.dtype)
-    sums = (rows * torch.cos(i)[:, None]).sum(0) @ torch.cos(j[:, None] * directions)
-    # cos² cos² is a quarter on average.
-    size = torch.linalg.vector_norm(rows).clamp(min=torch.finfo(rows.dtype).tiny) / 2
-    return [*(sums / size).unbind(0), size.log()]
+def _text(value: Any, own: bool) -> str:
+    """What all processes have alike of an argument; of a part of one, all but how many ids it has."""
+    if isinstance(value, Tensor):
+        shape = list(value.shape[1:]) if own and value.dim() > 0 else list(value.shape)
+        kind = type(value).__name__ if is_sharded(value) or is_packed(value) else value.device.type
+        return f"{shape} of {value.dtype} ({kind}){', with a gradient' if value.requires_grad else ''}"
+    if value is None or isinstance(value, (bool, str, Sparse)):
+        return repr(value)
+    if hasattr(value, "__float__") and getattr(value, "shape", ()) == ():
+        number = float(value)
+        return repr(int(number)) if number.is_integer() else repr(number)
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(_text(one, own) for one in value)})"
+    return f"a {type(value).__name__}"
+
+
+def _is_plain(value: Any) -> bool:
+    """Is it a tensor whose numbers can be looked at?"""
+    if not isinstance(value, Tensor) or is_sharded(value) or is_packed(value):
+        return False
+    return value.layout == torch.strided and not value.is_meta and not value.is_complex()
+
+
+def _active(plain: Mapping[str, Tensor], ignored: Any, hidden: Tensor) -> Tensor:
+    """bool [N]: neither masked nor ignored, as far as mask and tokens have an entry for each token."""
+    active = hidden.new_ones(hidden.shape[:-1], dtype=torch.bool)
+    for name, nothing in (("mask", 0), *((name, ignored) for name in TARGETS)):
+        given = plain.get(name)
+        if given is not None and given.shape == active.shape and given.device == active.device:
+            active = active & (given != nothing) if isinstance(nothing, int) else active
+    return active.reshape(-1)
+
+
+def _compared(name: str, tensor: Tensor, lead: torch.Size, active: Tensor) -> Compared:
+    """With a row for each token where there is one for each; else with one for each entry."""
+    if name in HIDDEN:
+        tolerance = ROUNDING
+    else:
+        tolerance = FLOATS if tensor.is_floating_point() else WHOLE
+        tensor = _kept(tensor.to(torch.float64), None)
+    if tensor.shape[: len(lead)] != lead:
+        return Compared(tensor.reshape(-1, 1), None, tolerance)
+    rows = tensor.reshape(lead.numel(), tensor.shape[len(lead) :].numel())
+    return Compared(rows, active if name != "mask" and active.device == rows.device else None, tolerance)
+
+
+def _projections(given: Compared) -> Tensor:
+    """[DIRECTIONS + 1] of x [n, d], float64: Σ cos(k i) cos(k j) x_ij over the size of such a sum, and the log of that."""
+    rows = given.rows
+    with torch.autocast(rows.device.type, enabled=False):
+        columns = rows @ _waves(rows.shape[1], rows.device).to(rows.dtype)
+    columns = _kept(columns.to(torch.float64), given.active)
+    size = torch.linalg.vector_norm(columns).clamp(min=torch.finfo(torch.float32).tiny) / 2
+    sums = (columns * _waves(rows.shape[0], rows.device)).sum(0)
+    return torch.cat([sums / size, size.log()[None]])
+
+
+def _waves(count: int, device: torch.device) -> Tensor:
+    """cos(k i) [count, DIRECTIONS]."""
+    k = torch.arange(1, DIRECTIONS + 1, device=device, dtype=torch.float64)
+    return torch.cos(torch.arange(1, count + 1, device=device, dtype=torch.float64)[:, None] * k)
+
+
+def _kept(rows: Tensor, active: Tensor | None) -> Tensor:
+    """With numbers in the place of NaN and infinities, and 0 in rows [n, d] that take no part."""
+    rows = torch.nan_to_num(rows, nan=5.0, posinf=7.0, neginf=-7.0)
+    return rows if active is None else rows.where(active[:, None], 0.0)

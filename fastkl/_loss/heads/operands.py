@@ -49,7 +49,7 @@ def first_rows(tensor: Tensor, count: int | None) -> Tensor:
     return tensor if count is None else tensor[:count]
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor | None) -> bool:
     """Is it a DTensor? Their module is not imported where nobody has one."""
     return hasattr(tensor, "full_tensor")
 

@@ -9,13 +9,13 @@ processes agree on the tokens, and gathered where they do not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastkl._loss.heads.agreement import differing, given
+from fastkl._loss.heads.agreement import difference, differing, stated
 from fastkl._loss.heads.operands import is_sharded, whole
 from fastkl.kernels.options import Sparse
 from fastkl.kernels.rows.parallel.share import Share, gathered
@@ -45,6 +45,10 @@ class Piece(NamedTuple):
         """How many of this process's ids are below `vocab_size`."""
         return _rows_below(vocab_size, self.share.first, self.rows)
 
+    def cut(self, vocab_size: int | None) -> Share:
+        """The share of the ids below `vocab_size`."""
+        return self.share if vocab_size is None else self.share.cut(vocab_size)
+
     def own(self, tensor: Tensor, vocab_size: int | None) -> Tensor:
         """This process's rows of a head's weight or bias. The gradient of a DTensor keeps its layout."""
         count = self.rows_below(vocab_size)
@@ -65,94 +69,118 @@ def _rows_below(vocab_size: int | None, first: int, rows: int) -> int:
     return rows if vocab_size is None else min(max(vocab_size - first, 0), rows)
 
 
-class TeacherIds(Protocol):
-    """What a teacher has for each id, as far as it was given."""
-
-    @property
-    def weight(self) -> Tensor | None: ...  # [V, D_t]
-
-    @property
-    def bias(self) -> Tensor | None: ...  # [V]
-
-    @property
-    def logits(self) -> Any: ...  # [..., V], or a function
+def is_part(piece: Piece | None) -> bool:
+    """Are the tensors of a head those of this process alone? Not where they are DTensors."""
+    return piece is not None and piece.layout is None
 
 
-def find_piece(
-    head: tuple[Tensor, Tensor, Tensor | None],  # hidden, weight, bias
-    tokens: Tensor | None,
-    mask: Tensor,
-    teacher: TeacherIds | None,
-    options: Mapping[str, Any],
-) -> Piece | None:
-    """None: each process has the whole head, or gathers it.
+def find_piece(function: str, arguments: Mapping[str, Any]) -> Piece | None:
+    """Of a call with these arguments. None: each process has the whole head, or gathers it.
 
-    A collective of the group: ValueError on all of its processes where they were not given the same.
+    A collective of the group, before anything else: ValueError on all of its processes where they were not given the same.
+    What is wrong with arguments that all have alike is said later, by all of them.
     """
-    (hidden, weight, bias), group, layout = head, options["group"], None
-    if group is not None:
-        _refuse(weight, bias, teacher, options)
-        group = _process_group(group)
-        place, rows = dist.get_rank(group), weight.shape[0]
-    else:
-        layout = _shared_layout(weight, bias) if _can_be_shared(teacher, options) else None
+    group, weight, layout = arguments["group"], _first_of(arguments, HEADS), None
+    if isinstance(group, Piece):  # of the function that calls this one
+        return group
+    if group is None:
+        layout = _shared_layout(weight, arguments["bias"]) if _can_be_shared(arguments) else None
         if layout is None:
             return None
         (dim,) = layout.apart
         group, place, rows = layout.mesh.get_group(dim), layout.mesh.get_local_rank(dim), _local_rows(weight)
-    theirs = rows if teacher is None or layout is not None else _rows_of(teacher)
-    own = given(head, tokens, mask, options)
-    numbers = torch.tensor([place, rows, theirs, *own.values()], dtype=torch.float64, device=hidden.device)
+    else:
+        if torch.compiler.is_compiling():
+            raise ValueError("group is given, which torch.compile does not take: call the loss outside of the graph")
+        group = _process_group(group)
+        place, rows = dist.get_rank(group), _ids_of(weight)
+    theirs = rows if layout is not None else _teacher_ids(arguments, rows)
+    own = stated(function, {**arguments, **_fits(arguments)}, OF_IDS)
+    device = weight.device if isinstance(weight, Tensor) else None
+    numbers = torch.tensor([place, rows, theirs, *own.numbers], dtype=torch.float64, device=device)
     found = gathered(group.group_name, numbers).cpu()  # a synchronisation on an accelerator
-    if different := differing(own, found[:, 3:]):
+    if (name := differing(own, found[:, 3:])) is not None:
         if layout is not None:
             return None
         raise ValueError(
-            f"the processes of group were given {different}; all of them take the same tokens and options, and each its "
-            f"own rows of the head"
+            f"the processes of group were given {difference(own, name, group)}; all of them take the same tokens and "
+            f"options, and each its own rows of the head"
         )
+    if layout is None:
+        _refuse(weight, arguments)
+    if rows < 0:
+        return None  # no head: a check says so
     ordered = [(int(ours), int(others)) for _, ours, others in sorted(found[:, :3].tolist())]
-    known = options.get("vocab_size")
+    known = arguments.get("vocab_size")
     _check_rows(ordered, known if isinstance(known, int) else None)  # what is no number is refused later
     sizes = [ours for ours, _ in ordered]
     return Piece(Share(group.group_name, sum(sizes[:place]), sum(sizes), max(sizes)), rows, layout)
 
 
-def _refuse(weight: Tensor, bias: Tensor | None, teacher: TeacherIds | None, options: Mapping[str, Any]) -> None:
+HEADS = ("weight", "student_weight")
+OF_IDS = (*HEADS, "bias", "weight_grad", "teacher_weight", "teacher_bias", "teacher_logits")
+
+
+def _first_of(arguments: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    return next((arguments[name] for name in names if name in arguments), None)
+
+
+def _ids_of(weight: Any) -> int:
+    """−1 for what is no head."""
+    return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else -1
+
+
+def _teacher_ids(arguments: Mapping[str, Any], rows: int) -> int:
+    """How many ids the teacher has on this process; as many as the student where there is none, or none to be seen."""
+    weight, logits = arguments.get("teacher_weight"), arguments.get("teacher_logits")
+    if isinstance(weight, Tensor):
+        return _ids_of(weight)
+    return logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() > 0 else rows
+
+
+def _fits(arguments: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether what has an entry for each id has one for each row of its head."""
+    pairs = {"bias": HEADS, "weight_grad": HEADS, "teacher_bias": ("teacher_weight",)}
+    found = {}
+    for name, heads in pairs.items():
+        given, head = arguments.get(name), _first_of(arguments, heads)
+        if isinstance(given, Tensor) and isinstance(head, Tensor):
+            found[f"numbers of rows of {name}"] = given.shape[:1] == head.shape[:1]
+    return found
+
+
+def _refuse(weight: Tensor, arguments: Mapping[str, Any]) -> None:
     """What goes with a whole head alone."""
-    if is_sharded(weight) or (bias is not None and is_sharded(bias)):
+    if is_sharded(weight) or is_sharded(arguments["bias"]):
         raise ValueError(
             "group is given but weight or bias is a DTensor: leave group out, its mesh says the group; or give "
             "weight.to_local()"
         )
-    if torch.compiler.is_compiling():
-        raise ValueError("group is given, which torch.compile does not take: call the loss outside of the graph")
-    if isinstance(options["backward"], Sparse):
+    if isinstance(arguments.get("backward"), Sparse):
         raise ValueError(
             "group is given but backward is Sparse(…), whose sample of columns is drawn from all ids in one process: pass "
             'backward="exact"'
         )
-    if options["backend"] in ("triton", "epilogue"):
+    if (backend := arguments.get("backend")) in ("triton", "epilogue"):
         raise ValueError(
-            f'group is given but backend is "{options["backend"]}", whose kernels see all ids of a row: pass '
-            f'backend="auto", which is PyTorch here'
+            f'group is given but backend is "{backend}", whose kernels see all ids of a row: pass backend="auto", which '
+            f"is PyTorch here"
         )
-    if teacher is None:
-        return
-    if any(t is not None and is_sharded(t) for t in (teacher.weight, teacher.bias)):
+    if is_sharded(arguments.get("teacher_weight")) or is_sharded(arguments.get("teacher_bias")):
         raise ValueError("group is given but the teacher's head is a DTensor: give teacher_weight.to_local()")
-    if _is_function(teacher.logits):
+    if _is_function(arguments.get("teacher_logits")):
         raise ValueError(
             "group is given but teacher_logits is a function, which gives all ids: give teacher_hidden and this process's "
             "rows of teacher_weight, or this process's columns of the logits as a tensor"
         )
 
 
-def _can_be_shared(teacher: TeacherIds | None, options: Mapping[str, Any]) -> bool:
+def _can_be_shared(arguments: Mapping[str, Any]) -> bool:
     """Whether a head that is a DTensor may be taken in pieces: one that may not is gathered."""
-    if torch.compiler.is_compiling() or isinstance(options["backward"], Sparse) or not options["skip_zero_rows"]:
+    sparse, every = isinstance(arguments.get("backward"), Sparse), arguments.get("skip_zero_rows", True)
+    if torch.compiler.is_compiling() or sparse or not every:
         return False
-    return options["backend"] in ("auto", "torch") and not (teacher is not None and _is_function(teacher.logits))
+    return arguments.get("backend", "auto") in ("auto", "torch") and not _is_function(arguments.get("teacher_logits"))
 
 
 def _is_function(logits: Any) -> bool:
@@ -180,7 +208,7 @@ def _layout(tensor: Any) -> Layout:
     return Layout(tensor.shape[0], tensor.device_mesh, tuple(tensor.placements))
 
 
-def _shared_layout(weight: Tensor, bias: Tensor | None) -> Layout | None:
+def _shared_layout(weight: Any, bias: Any) -> Layout | None:
     """That of a DTensor whose rows lie on one dimension of its mesh, those of the bias alike; None for any other."""
     if not is_sharded(weight) or (bias is not None and (not is_sharded(bias) or _layout(bias) != _layout(weight))):
         return None
@@ -205,11 +233,6 @@ def _local(tensor: Any) -> Tensor:
 
 def _local_rows(weight: Any) -> int:
     rows: int = weight.to_local().shape[0]
-    return rows
-
-
-def _rows_of(teacher: TeacherIds) -> int:
-    rows: int = teacher.logits.shape[-1] if teacher.weight is None else teacher.weight.shape[0]
     return rows
 
 

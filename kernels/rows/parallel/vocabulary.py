@@ -68,6 +68,9 @@ class Vocabulary(Protocol):
     def first_largest(self, *chunks: Tensor) -> list[Tensor]:
         """The first id of the largest entry, [n] for each, of any dtype."""
 
+    def largest(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest entries [n, k], in descending order, and their ids."""
+
     def tail(self, sums: Tensor, power: float) -> Tensor:
         """`top_k/formula.TailFunctions.tail_sums` over all ids, from those of this process."""
 
@@ -113,6 +116,10 @@ class Whole:
     def first_largest(self, *chunks: Tensor) -> list[Tensor]:
         return [x.argmax(-1) for x in chunks]
 
+    def largest(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        values, ids = x.topk(k, -1)
+        return values, ids
+
     def tail(self, sums: Tensor, power: float) -> Tensor:
         return sums
 
@@ -123,7 +130,7 @@ WHOLE = Whole()
 class Pieces:
     """A chunk has the ids of one process of a group.
 
-    Each softmax, `total`, `first_largest` and `tail` is a collective: all processes come to it.
+    Each softmax, `total`, `first_largest`, `largest` and `tail` is a collective: all processes come to it.
     """
 
     def __init__(self, share: Share) -> None:
@@ -188,6 +195,17 @@ class Pieces:
         first = ids.where(peaks == peaks.amax(0), torch.inf).amin(0)
         return [*first.unbind(0)]
 
+    def largest(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Those among the k largest of each process, of which some may have fewer ids than k."""
+        few = min(k, x.shape[1])
+        values, ids = x.topk(few, -1)
+        own = torch.stack([_padded(values, k, -torch.inf), _padded((ids + self.share.first).to(x.dtype), k, -1.0)])
+        all_values, all_ids = (parts.movedim(0, 1).flatten(1) for parts in gathered(self.share.group, own).unbind(1))
+        # Padding last, so that no entry of −inf has less right to a place.
+        order = torch.sort(all_ids < 0, dim=-1, stable=True).indices
+        found = torch.sort(all_values.gather(1, order), dim=-1, descending=True, stable=True)
+        return found.values[:, :k], all_ids.gather(1, order.gather(1, found.indices[:, :k])).to(torch.int64)
+
     def tail(self, sums: Tensor, power: float) -> Tensor:
         parts = gathered(self.share.group, sums)
         peak = parts[:, 0].amax(0)
@@ -221,6 +239,11 @@ def row_blocks(chunk: Tensor) -> Iterator[slice]:
     step = max(1, BLOCK_BYTES // max(1, vocabulary * chunk.element_size())) if chunk.is_cpu else max(1, n)
     for start in range(0, n, step):
         yield slice(start, min(start + step, n))
+
+
+def _padded(x: Tensor, k: int, value: float) -> Tensor:
+    """[n, k] of what has fewer columns."""
+    return torch.nn.functional.pad(x, (0, k - x.shape[1]), value=value)
 
 
 def peak_of(z: Tensor) -> Tensor:
