@@ -33,7 +33,11 @@ _PYTORCH = {
 
 
 def row_function(spec: Spec, hidden: Tensor) -> RowFunction:
-    """ "auto" is Triton on CUDA and HIP devices, PyTorch elsewhere and for float64. Nothing falls back in silence."""
+    """ "auto" is Triton on CUDA and HIP devices, PyTorch elsewhere and for float64. Nothing falls back in silence.
+
+    Of a vocabulary in pieces Triton has those whose kernels make either the values of a row or its gradient, with an
+    exchange between them; "auto" is PyTorch for the others.
+    """
     hard = None if spec.hard_coef == 0.0 else HardTarget(spec.hard_coef, spec.student.temperature)
     if spec.kind == "divergence":
         return partial(_module("divergence", spec, hidden).divergence, spec.variant, spec.parameter, hard=hard)
@@ -46,7 +50,7 @@ def row_function(spec: Spec, hidden: Tensor) -> RowFunction:
 
 def adds_bias(spec: Spec, hidden: Tensor) -> bool:
     """Whether the row function adds the heads' biases, and not the products that make its logits."""
-    return _is_triton(spec.backend, hidden)
+    return _is_triton(spec, hidden)
 
 
 def entropy_gradient(spec: Spec, hidden: Tensor) -> EntropyGradient:
@@ -64,7 +68,7 @@ def column_sampler(spec: Spec, inputs: Inputs, row_loss: RowLoss) -> ColumnSampl
     if spec.sparse is None:
         return None
     arguments = spec.sparse, inputs.weight, not _sums_to_zero(spec, row_loss)
-    if _is_triton(spec.backend, inputs.hidden):
+    if _is_triton(spec, inputs.hidden):
         return cast(ColumnSampler, _imported("sparse", spec.backend).TritonColumnSampler(*arguments))
     return PyTorchColumnSampler(*arguments)
 
@@ -87,9 +91,9 @@ def scorer(spec: Spec, inputs: Inputs) -> Callable[[Tensor], None] | None:
         return None
     if spec.kind == "cross_entropy":
         return _cross_entropy_scorer(spec, inputs)
-    if not _is_triton(spec.backend, inputs.hidden) and inputs.hidden.is_cpu:
+    if not _is_triton(spec, inputs.hidden) and inputs.hidden.is_cpu:
         return partial(cpu_score.token_nll, spec, inputs) if spec.kind in LOGPROBS else None
-    if not _is_triton(spec.backend, inputs.hidden) or inputs.hidden.element_size() != 2 or inputs.hidden.shape[1] == 0:
+    if not _is_triton(spec, inputs.hidden) or inputs.hidden.element_size() != 2 or inputs.hidden.shape[1] == 0:
         return None
     score = _imported("score", spec.backend)
     student = score.Head(inputs.hidden, inputs.weight, inputs.bias, spec.student)
@@ -127,11 +131,11 @@ def planned(spec: Spec, inputs: Inputs, row_loss: RowLoss) -> Spec:
     """
     possible = (
         spec.kind == "token_nll" and spec.sparse is None and row_loss.old_logprobs is not None
-        and inputs.hidden.element_size() == 2 and inputs.hidden.shape[1] > 0
+        and inputs.hidden.element_size() == 2 and inputs.hidden.shape[1] > 0 and spec.share is None
     )  # fmt: skip
     if spec.backend == "epilogue":
         return spec if possible else spec._replace(backend="triton")
-    faster = possible and _is_triton(spec.backend, inputs.hidden) and is_faster(inputs.hidden, inputs.weight)
+    faster = possible and _is_triton(spec, inputs.hidden) and is_faster(inputs.hidden, inputs.weight)
     return spec._replace(backend="epilogue") if faster and spec.backend == "auto" else spec
 
 
@@ -150,13 +154,23 @@ def epilogue(spec: Spec, inputs: Inputs) -> Callable[[slice, Tensor, Tensor, Ten
 
 
 def _module(family: str, spec: Spec, hidden: Tensor) -> ModuleType:
-    if _is_triton(spec.backend, hidden):
+    if _is_triton(spec, hidden):
         return _imported(family, spec.backend)
     return _PYTORCH[family]
 
 
-def _is_triton(backend: Backend, hidden: Tensor) -> bool:
-    return backend in ("triton", "epilogue") or (backend == "auto" and hidden.is_cuda and hidden.element_size() < 8)
+def _is_triton(spec: Spec, hidden: Tensor) -> bool:
+    if spec.backend == "auto":
+        return hidden.is_cuda and hidden.element_size() < 8 and (spec.share is None or has_pieces(spec))
+    return spec.backend in ("triton", "epilogue")
+
+
+def has_pieces(spec: Spec) -> bool:
+    """Whether the row functions in Triton take a vocabulary in pieces."""
+    options = spec.cross_entropy
+    if options is not None:
+        return options.label_smoothing == 0.0 and not spec.extras
+    return spec.kind != "divergence"
 
 
 def _imported(family: str, backend: Backend) -> ModuleType:

@@ -175,7 +175,8 @@ def takes(options: type) -> Callable[[F], F]:
                     f"{function.__name__}() takes {len(positional)} arguments by position ({', '.join(positional)}) and "
                     f"got {len(args)}; give the others by name"
                 )
-            piece = find_piece(function.__name__, {**defaults, **dict(zip(positional, args, strict=False)), **given})
+            named = dict(zip(positional, args, strict=False))
+            piece = find_piece(function.__name__, {**named, **defaults, **given})
             for name, value in given.items():
                 if name in numbers or (name in optional and value is not None):
                     check_number(name, value, whole=name in whole)

@@ -15,6 +15,7 @@ from fastkl._loss.heads.shares import Piece, is_part
 from fastkl._loss.numbers import check_logprobs
 from fastkl._loss.options import record
 from fastkl._loss.output import LossOutput, masked_extreme, masked_mean, sparse_metrics
+from fastkl.kernels.backend import has_pieces
 from fastkl.kernels.gemm import compute_dtype
 from fastkl.kernels.operators.autograd import Losses, row_losses, summed_loss
 from fastkl.kernels.problem import HeadOptions, Inputs, Kind, Problem, RowLoss, Rows, Spec
@@ -89,7 +90,7 @@ def flat_call(
     inputs = Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, tokens)
     spec = Spec(kind, head, backend=options["backend"], chunk_size=options["chunk_size"], sparse=sparse)
     if piece is not None:
-        spec = spec._replace(share=piece.cut(vocab_size), backend="torch")
+        spec = spec._replace(share=piece.cut(vocab_size))
     if (hard_coef := options.get("hard_coef", 0.0)) != 0.0:
         check.check_hard_coef(hard_coef, tokens)
         spec = spec._replace(hard_coef=float(hard_coef))
@@ -111,6 +112,11 @@ def token_logprobs(call: Call, name: str, logprobs: Tensor | None, hidden: Tenso
 def reduced_loss(call: Call, row_loss: RowLoss, rows: Rows, count: Tensor) -> Losses:
     """The losses of the rows [...], or their sum over what the reduction divides by: by default `count`, 0-dim."""
     hints.warn_without_gradient(call.inputs)
+    if call.spec.share is not None and call.spec.backend in ("triton", "epilogue") and not has_pieces(call.spec):
+        raise ValueError(
+            f'group is given but backend is "{call.spec.backend}", whose kernels for a divergence, label_smoothing or '
+            f'per_token see all ids of a row: pass backend="auto", which is PyTorch for these'
+        )
     call.reduction.check_count(count)
     problem = Problem(call.inputs, call.spec, row_loss, rows)
     if call.reduction.kind == "none":

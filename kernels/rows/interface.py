@@ -47,7 +47,7 @@ class Logits(NamedTuple):
     top_logprobs: Tensor | None = None  # [n, k], compute dtype
     tail: TailTokens | None = None
     class_weight: Tensor | None = None  # one for each of all ids, compute dtype
-    vocabulary: Vocabulary = WHOLE  # of a row function in PyTorch; others have all ids
+    vocabulary: Vocabulary = WHOLE
 
 
 class RowFunction(Protocol):

@@ -11,6 +11,9 @@ With a = z − m, m = max z, l = Σ e^a and p = e^a / l:
 it is more than FAR off, the walk is made again with m. So the walk itself can write e^(z − r) as a gradient in bf16, which
 only lacks the factor 1 / l, and l in the place of 1 at y. That saves a walk, and no digit is lost, for p would be rounded
 to bf16.
+
+Of a vocabulary in pieces (`parallel/`), `token_nll` too is made of the values of `token_nll_entropy`, which the processes
+merge, and of `entropy_gradient`: what a row needs of other processes must be there before its gradient is written.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch import Tensor
 from fastkl.kernels.launch import check_device, launch, token_ids
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.rows.launch import launch_rows, row_config, row_kernel, written_to
+from fastkl.kernels.rows.parallel.vocabulary import WHOLE
 from fastkl.kernels.rows.walk import (
     carry,
     exp,
@@ -48,6 +52,13 @@ LOWEST = tl.constexpr(-1e30)  # times a probability of 0 it is 0
 def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tensor | None) -> Tensor | None:
     """out[0] = lse(z) − z[y]; gradient p − 1[y], where one walk makes it but for a factor of each row, [n]."""
     assert tokens is not None
+    if logits.vocabulary is not WHOLE:
+        scores, one = out.new_empty(5, out.shape[1]), out.new_ones(out.shape[1])
+        token_nll_entropy(logits, tokens, scores, None)
+        out[0] = scores[0]
+        if gradient is not None:
+            entropy_gradient(logits, tokens, scores, torch.stack([one, one - one, one - one]), gradient)
+        return None
     one_walk = gradient is not None and _takes_one_walk(logits.student, gradient)
     factor = out.new_empty(out.shape[1]) if one_walk else None
     launch_rows(
@@ -74,11 +85,12 @@ def token_nll_entropy(logits: Logits, tokens: Tensor | None, out: Tensor, gradie
         _token_nll_entropy_kernel,
         logits,
         programs=2,
-        **token_ids(tokens),
+        **token_ids(logits.vocabulary.places(logits.student, tokens)),
         out_ptr=out,
         out_stride_value=out.stride(0),
         out_stride_row=out.stride(1),
     )
+    logits.vocabulary.merge_scores(logits.student, tokens, out)
 
 
 def entropy_gradient(logits: Logits, tokens: Tensor, out: Tensor, weights: Tensor, gradient: Tensor) -> None:
@@ -87,7 +99,7 @@ def entropy_gradient(logits: Logits, tokens: Tensor, out: Tensor, weights: Tenso
     launch_rows(
         _entropy_gradient_kernel,
         logits,
-        **token_ids(tokens),
+        **token_ids(logits.vocabulary.places(logits.student, tokens)),
         **written_to(gradient),
         out_ptr=out,
         out_stride_value=out.stride(0),

@@ -277,7 +277,7 @@ def _scores(logits: Logits, ids: Tensor, tokens: Tensor | None) -> tuple[Tensor,
         ids = torch.cat([ids, tokens.masked_fill(wrong, 0)[:, None]], 1)
     x = vocabulary.part(logits.student, ids)
     if logits.student_bias is not None:
-        x = x + logits.student_bias[ids]
+        x = x + vocabulary.part(logits.student_bias.expand_as(logits.student), ids)
     x = vocabulary.total(x)
     return x[:, :count], x[:, -1]
 

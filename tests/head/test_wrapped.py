@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fused_training import IDS, as_one_of_several, in_one_process, lora, loss_of, model_of, plain_loss
-from launches import alone_in_group, in_group
+from groups import alone_in_group, in_group
 from tiny_models import causal_lm
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fused_trainer import EVALUATED, LOCAL, PER_STEP, SCORED, STEPS, in_process, run, saved_loss
-from launches import in_group
+from groups import in_group
 
 slow = pytest.mark.slow
 NAMES = {"local": LOCAL, "scored": SCORED}

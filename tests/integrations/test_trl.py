@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from launches import alone_in_group, run_python
+from groups import alone_in_group
+from launches import run_python
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor

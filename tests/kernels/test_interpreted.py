@@ -36,7 +36,7 @@ slow = pytest.mark.slow
 # Files that share a process, which imports torch for seconds. How many of a file's tests run there, at the least.
 RUNS: list[dict[str, int]] = [
     {"kernels/divergence/test_triton.py": 260},
-    {"loss/test_triton.py": 70, "check/test_check_triton.py": 12},
+    {"loss/test_triton.py": 70, "loss/operands/test_pieces_triton.py": 20, "check/test_check_triton.py": 12},
     {"kernels/sparse/test_triton.py": 45, "kernels/top_k/test_triton.py": 60},
     {"kernels/score/test_triton.py": 150, "kernels/epilogue/test_triton.py": 110},
     {"kernels/rows/test_triton.py": 100, "kernels/rows/cross_entropy/test_triton.py": 75},

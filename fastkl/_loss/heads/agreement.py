@@ -85,7 +85,7 @@ def difference(own: Statement, name: str, group: dist.ProcessGroup) -> str:
     theirs: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(theirs, own.texts, group=group)
     for name in dict.fromkeys(name for texts in theirs for name in texts):
-        values = [texts.get(name, "no such argument") for texts in theirs]
+        values = [texts.get(name, "not given") for texts in theirs]
         other = next((place for place, value in enumerate(values) if value != values[0]), None)
         if other is not None:
             return f"different {name}: {values[0]} on process 0, {values[other]} on process {other}"
@@ -112,7 +112,9 @@ def _text(value: Any, own: bool) -> str:
         shape = list(value.shape[1:]) if own and value.dim() > 0 else list(value.shape)
         kind = type(value).__name__ if is_sharded(value) or is_packed(value) else value.device.type
         return f"{shape} of {value.dtype} ({kind}){', with a gradient' if value.requires_grad else ''}"
-    if value is None or isinstance(value, (bool, str, Sparse)):
+    if isinstance(value, str):
+        return value
+    if value is None or isinstance(value, (bool, Sparse)):
         return repr(value)
     if hasattr(value, "__float__") and getattr(value, "shape", ()) == ():
         number = float(value)

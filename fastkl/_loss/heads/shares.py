@@ -138,14 +138,14 @@ def _teacher_ids(arguments: Mapping[str, Any], rows: int) -> int:
     return logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() > 0 else rows
 
 
-def _fits(arguments: Mapping[str, Any]) -> dict[str, bool]:
-    """Whether what has an entry for each id has one for each row of its head."""
+def _fits(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Whether what has an entry for each id has one for each row of its head, in words."""
     pairs = {"bias": HEADS, "weight_grad": HEADS, "teacher_bias": ("teacher_weight",)}
     found = {}
     for name, heads in pairs.items():
         given, head = arguments.get(name), _first_of(arguments, heads)
         if isinstance(given, Tensor) and isinstance(head, Tensor):
-            found[f"numbers of rows of {name}"] = given.shape[:1] == head.shape[:1]
+            found[f"numbers of rows of {name}"] = "those of weight" if given.shape[:1] == head.shape[:1] else "others"
     return found
 
 
@@ -160,11 +160,6 @@ def _refuse(weight: Tensor, arguments: Mapping[str, Any]) -> None:
         raise ValueError(
             "group is given but backward is Sparse(…), whose sample of columns is drawn from all ids in one process: pass "
             'backward="exact"'
-        )
-    if (backend := arguments.get("backend")) in ("triton", "epilogue"):
-        raise ValueError(
-            f'group is given but backend is "{backend}", whose kernels see all ids of a row: pass backend="auto", which '
-            f"is PyTorch here"
         )
     if is_sharded(arguments.get("teacher_weight")) or is_sharded(arguments.get("teacher_bias")):
         raise ValueError("group is given but the teacher's head is a DTensor: give teacher_weight.to_local()")

@@ -3,18 +3,25 @@
 The formulas are those of `pytorch.py`. The smoothed part is summed as D = Σ c (z − r) with r = z[y], or 0 if that is −inf:
 a number that is known before the walk, so that large logits cancel and nothing is carried when the maximum is raised. Then
 Σ c (−log p) = C (lse − r) − D.
+
+Of a vocabulary in pieces there are no kernels of its own: values and gradient are those of `rows/triton.py`, weighted.
+A smoothed part and predictions are for PyTorch then (`backend.py`).
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastkl.kernels.launch import token_ids
 from fastkl.kernels.options import CrossEntropy
+from fastkl.kernels.rows.cross_entropy.pytorch import from_scores
 from fastkl.kernels.rows.interface import Logits
 from fastkl.kernels.rows.launch import launch_rows, row_kernel, written_to
+from fastkl.kernels.rows.parallel.vocabulary import WHOLE
+from fastkl.kernels.rows.triton import entropy_gradient, token_nll_entropy
 from fastkl.kernels.rows.walk import (
     exp,
     first_maxima,
@@ -36,6 +43,9 @@ def cross_entropy(
 ) -> None:
     assert tokens is not None
     smoothing, c = options.label_smoothing, logits.class_weight
+    if logits.vocabulary is not WHOLE:
+        _of_pieces(options, logits, tokens, out, gradient)
+        return
     launch_rows(
         _cross_entropy_kernel,
         logits,
@@ -53,6 +63,17 @@ def cross_entropy(
         SMOOTH=smoothing != 0.0,
         PREDICT=len(out) > 4,
     )
+
+
+def _of_pieces(options: CrossEntropy, logits: Logits, tokens: Tensor, out: Tensor, gradient: Tensor | None) -> None:
+    """From the scores that the processes have merged, without a smoothing."""
+    scores, c = out.new_empty(5, out.shape[1]), logits.class_weight
+    token_nll_entropy(logits, tokens, scores, None)
+    from_scores(options, scores, tokens, c, out)
+    if gradient is not None:
+        b = torch.ones_like(scores[0]) if c is None else c[tokens]
+        weights = torch.stack([b, torch.zeros_like(b), 2.0 * options.z_loss * out[2]])
+        entropy_gradient(logits, tokens, scores, weights, gradient)
 
 
 @row_kernel

@@ -3,10 +3,15 @@
 A row function in PyTorch is written once, on a `Vocabulary`. With `Whole` a chunk has every id. With `Pieces` it has those
 of this process, and what is one number for a row comes from the group: the largest score, sums over the ids, the score of a
 named id. The numbers of all processes are gathered and merged in the order of their ranks: all have the same bits then.
+One in Triton has a kernel for the numbers of a chunk and one for its gradient; between them `merge_scores` exchanges.
 
 With m_r the largest score of process r and l_r = Σ exp(z − m_r) over its ids,
 
     m = max m_r        l = Σ_r exp(m_r − m) l_r        lse = m + log l
+
+and with H_r the entropy of the softmax over its ids alone, so that log l_r − H_r is the mean of z − m_r there,
+
+    H = log l − Σ_r (exp(m_r − m) l_r / l) (log l_r − H_r + m_r − m)
 """
 
 from __future__ import annotations
@@ -74,6 +79,16 @@ class Vocabulary(Protocol):
     def tail(self, sums: Tensor, power: float) -> Tensor:
         """`top_k/formula.TailFunctions.tail_sums` over all ids, from those of this process."""
 
+    def places(self, chunk: Tensor, tokens: Tensor) -> Tensor:
+        """Where tokens [n] are in a chunk; −1 for those of another process, and those of none."""
+
+    def merge_scores(self, chunk: Tensor, tokens: Tensor, out: Tensor) -> None:
+        """Values [5, n] of `token_nll_entropy` over the ids of a chunk become those over all ids.
+
+        out[2] and out[3] are 0 and −∞ where no id of this process can be emitted. What is in out[0] and out[4] of a token
+        that it does not have is of no use. A token of no process makes its row NaN.
+        """
+
 
 class Whole:
     """A chunk has all ids."""
@@ -123,6 +138,12 @@ class Whole:
     def tail(self, sums: Tensor, power: float) -> Tensor:
         return sums
 
+    def places(self, chunk: Tensor, tokens: Tensor) -> Tensor:
+        return tokens
+
+    def merge_scores(self, chunk: Tensor, tokens: Tensor, out: Tensor) -> None:
+        return
+
 
 WHOLE = Whole()
 
@@ -130,7 +151,7 @@ WHOLE = Whole()
 class Pieces:
     """A chunk has the ids of one process of a group.
 
-    Each softmax, `total`, `first_largest`, `largest` and `tail` is a collective: all processes come to it.
+    Each softmax, `total`, `first_largest`, `largest`, `tail` and `merge_scores` is a collective: all processes come to it.
     """
 
     def __init__(self, share: Share) -> None:
@@ -216,6 +237,30 @@ class Pieces:
             merged[2] = (parts[:, 2] * (power * step).exp()).sum(0)
         return merged
 
+    def places(self, chunk: Tensor, tokens: Tensor) -> Tensor:
+        places, here = self._places(chunk, tokens)
+        return places.where(here, -1)
+
+    def merge_scores(self, chunk: Tensor, tokens: Tensor, out: Tensor) -> None:
+        _, here = self._places(chunk, tokens)
+        own = torch.stack([*out[1:4], out[4].where(here, -torch.inf)])
+        entropy, m, log_l, gap = gathered(self.share.group, own).unbind(1)
+        some = log_l != -torch.inf
+        m = m.where(some, -torch.inf)
+        peak = m.amax(0).where(some.any(0), 0.0)
+        log_mass = m - peak + log_l
+        total = torch.logsumexp(log_mass, 0)
+        mean = (log_l - entropy + m - peak).where(some & (log_mass - total != -torch.inf), 0.0)
+        out[1] = (total - ((log_mass - total).exp() * mean).sum(0)).masked_fill(~some.any(0), torch.nan)
+        out[2], out[3] = peak, total
+        gap = torch.where(gap == -torch.inf, gap, peak - m + gap).amax(0)
+        out[4] = gap.masked_fill(self._is_none(tokens), torch.nan)
+        out[0] = out[4] + total
+
+    def _is_none(self, ids: Tensor) -> Tensor:
+        """Those that no process has."""
+        return (ids < 0) | (ids >= self.share.vocabulary)
+
     def _places(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The columns of ids, 0 where another process has them, and where this one does."""
         places = ids - self.share.first
@@ -225,8 +270,7 @@ class Pieces:
     def _scores(self, z: Tensor, y: Tensor) -> Tensor:
         """z[y] [n]; −inf where another process has it, NaN where none has."""
         _, here = self._places(z, y)
-        wrong = (y < 0) | (y >= self.share.vocabulary)
-        return self.part(z, y).where(here, -torch.inf).masked_fill(wrong, torch.nan).squeeze(1)
+        return self.part(z, y).where(here, -torch.inf).masked_fill(self._is_none(y), torch.nan).squeeze(1)
 
     def _id_of_peak(self, x: Tensor) -> Tensor:
         """As a number of the chunk's dtype: float32 has every id below 2²⁴."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from launches import alone_in_group
+from groups import alone_in_group
 from loss_cases import FORMS, LISTS, Problem, each_of, fused, make_problem, with_gradients
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from fastkl.loss import linear_token_stats
+from fastkl.loss import linear_list_logprobs, linear_ranks, linear_token_stats, linear_top_k
 
 OF_IDS = ("weight", "bias", "teacher_weight", "teacher_bias")
 TOKEN_STATS = "token_stats"  # no loss: what it gives is differentiated, all together
+LIKELIEST = ("top", "list", "ranks")  # none either, and without gradients
 
 
 class Case(NamedTuple):
@@ -41,6 +42,8 @@ class Case(NamedTuple):
 def everything(case: Case, p: Problem, **options: Any) -> dict[str, Tensor]:
     """Values, metrics, by-products and gradients by name. An entry per token gets an upstream value of its own."""
     p = p.leaves(case.needs)
+    if case.name in LIKELIEST:
+        return _likeliest(case.name, p, **options)
     if case.name == TOKEN_STATS:
         return _token_stats(case, p, **options)
     weight_grad = torch.ones_like(p.weight) if "weight_grad" in options else None
@@ -56,6 +59,17 @@ def everything(case: Case, p: Problem, **options: Any) -> dict[str, Tensor]:
         upstream = torch.linspace(-1.0, 2.0, output.loss.numel(), dtype=output.loss.dtype)
         output.loss.backward(upstream.view_as(output.loss) if output.loss.dim() else None)
     return found | _gradients(case, p) | ({} if weight_grad is None else {"gradient weight": weight_grad})
+
+
+def _likeliest(name: str, p: Problem, k: int = 4, **options: Any) -> dict[str, Tensor]:
+    """Each list has ids of all processes, some of them twice, in no order, and padding."""
+    if name == "top":
+        return linear_top_k(p.hidden, p.weight, k, bias=p.bias, **options)._asdict()
+    if name == "ranks":
+        return {"ranks": linear_ranks(p.hidden, p.weight, p.tokens, bias=p.bias, **options)}
+    places = torch.arange(p.tokens.numel() * k).reshape(*p.tokens.shape, k)
+    ids = (places * 7 % 10).where(places % 5 > 0, -1)
+    return {"logprobs": linear_list_logprobs(p.hidden, p.weight, ids, bias=p.bias, **options)}
 
 
 def _token_stats(case: Case, p: Problem, **options: Any) -> dict[str, Tensor]:
@@ -90,6 +104,17 @@ def of_processes(rank: int, count: int, cases: dict[str, Case]) -> dict[str, dic
         if rank < len(case.sizes):
             p, group = own_ids(case, case.problem(), rank), groups[len(case.sizes)]
             found[key] = attempted(lambda: everything(case, p, group=group, **case.options))  # noqa: B023  called now
+    return found
+
+
+def merged(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Gradients of the head side by side; all else is the same on all processes, bit for bit."""
+    found = {}
+    for name, one in parts[0].items():
+        others = [part[name] for part in parts]
+        apart = name in ("gradient weight", "gradient bias")
+        assert apart or all(torch.equal(one.nan_to_num(nan=7.0), other.nan_to_num(nan=7.0)) for other in others), name
+        found[name] = torch.cat(others) if apart else one
     return found
 
 
@@ -209,6 +234,13 @@ def tokens_on_the_first(p: Problem) -> Problem:
 
 def other_hidden(p: Problem) -> Problem:
     return p._replace(hidden=p.hidden * (1 + dist.get_rank()))
+
+
+def one_forbidden(p: Problem) -> Problem:
+    """Of the ids of the first of three processes only one can be emitted."""
+    bias = p.bias.clone()
+    bias[1:5] = -torch.inf
+    return p._replace(bias=bias)
 
 
 def fewer_rows(p: Problem) -> Problem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fused_training import gathered_bytes
-from launches import in_group
+from groups import in_group
 
 
 @pytest.mark.parametrize("kind", ["full", pytest.param("lora-of-fused", marks=pytest.mark.slow)])

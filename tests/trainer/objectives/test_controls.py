@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from groups import in_group
 from hypothesis import given
 from hypothesis import strategies as st
-from launches import in_group
 from run_cases import check_equal, distilled, interrupt, run
 from run_settings import distillation
 

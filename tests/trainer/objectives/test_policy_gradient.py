@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from by_hand import kl
-from launches import in_group
+from groups import in_group
 from run_cases import WORDS, Run, check_equal, completion_logprobs, counted, distilled, interrupt, log, run
 from run_settings import config, distillation
 from stub_server import serving
