@@ -11,7 +11,7 @@ computed a chunk of tokens at a time:
     z = softcap((hidden weightᵀ + bias) · logit_scale) / temperature        softcap(x) = softcap · tanh(x / softcap)
 
 All losses share these keyword arguments. linear_top_k, linear_list_logprobs and linear_ranks take those that concern their
-values.
+values, and group.
 
     bias            [V], the head's bias.
     temperature     > 0. Use the temperature that the tokens were sampled at.
@@ -81,18 +81,20 @@ the same ids for student and teacher. Ids, vocab_size and class_weight are those
 the whole result, with the same bits: losses, metrics, by-products and the gradient of hidden, which is already summed over
 the group. The gradients of weight and bias are those of its own rows. The accuracy is that of the whole head.
 
-A chunk of rows costs one exchange of a few numbers a row; divergences, entropies, label smoothing and top-k cost two. The
-gradient of hidden is one sum of [N, D] float32 over the group. A call begins with an exchange of a few numbers, a
-synchronisation on an accelerator: the processes compare tokens, mask, hidden, chunk_size, skip_zero_rows and vocab_size.
-All raise ValueError where these differ. The values of other arguments must be the same too, and are not compared. Backward
-passes are collectives too.
+A chunk of rows costs one exchange of a few numbers a row; divergences, entropies, label smoothing, top-k, lists and ranks
+cost two. The gradient of hidden is one sum of [N, D] float32 over the group. Backward passes are collectives too.
 
-A DTensor with Shard(0) on one dimension of its mesh needs no group: that dimension's is taken, if the processes have the
-same tokens. A bias is split like the weight, or all is gathered; a teacher may be split or whole. All is gathered, too,
-under torch.compile, for a sparse backward, a Triton backend, a function as teacher_logits or skip_zero_rows=False.
+A call begins with an exchange of 84 numbers, a synchronisation on an accelerator: the processes compare everything that is
+not their own part of a head. Where an argument differs all raise ValueError, before anything is checked or computed. The
+message names the argument, and two values of it. Tensors are compared by a few sums; hidden may differ by rounding.
 
-With group= skip_zero_rows=False works; the others of these are refused. Row functions are those in PyTorch, on a GPU too.
-linear_top_k, linear_list_logprobs and linear_ranks take no group: they need the whole head. They gather a DTensor.
+A DTensor with Shard(0) on one dimension of its mesh needs no group: that dimension's is taken, if the processes were given
+the same. A bias is split like the weight, or all is gathered; a teacher may be split or whole. All is gathered, too, under
+torch.compile, for a sparse backward, a Triton backend, a function as teacher_logits or skip_zero_rows=False.
+
+With group= skip_zero_rows=False works; the others of these are refused, and backend="triton" is for divergences, label
+smoothing and the predictions of a cross-entropy. "auto" is PyTorch for these, on a GPU too: their kernels make the values
+and the gradient of a row in one launch, with no exchange between. docs/losses/losses.md has a table.
 
 Divergences
 -----------

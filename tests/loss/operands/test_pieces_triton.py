@@ -24,7 +24,7 @@ CAPPED = HEADS["all-chunked"]
 PLAIN = {"label_smoothing": 0.0, "z_loss": 0.01}
 NONE = {"reduction": "none"}
 CASES = {
-    key: case._replace(options={**case.options, "backend": "triton"}, dtype=torch.float32)
+    key: case._replace(options={"backend": "triton", **case.options}, dtype=torch.float32)
     for key, case in {
         "logprobs": Case("linear_logprobs", {}, TWO),
         "logprobs-frozen": Case("linear_logprobs", CAPPED, THREE, NEEDS["frozen-head"]),
@@ -65,9 +65,9 @@ def test_as_accurate(key: str) -> None:
     peer, exact = everything(case, p, **options), everything(case, p.double(), **options)
     assert found.keys() == exact.keys()
     assert {f"gradient {name}" for name in case.needs} <= found.keys()
-    for name, ours in found.items():
-        size = max(1.0, float(exact[name].abs().nan_to_num(0.0, 0.0, 0.0).amax())) if ours.numel() > 0 else 1.0
-        finite = exact[name].isfinite()
+    for name in found:
+        ours, theirs, truth = (one[name].double() for one in (found, peer, exact))
+        finite = truth.isfinite()
         assert torch.equal(ours.isfinite(), finite), name
-        slack = 2e-6 * size
-        assert_as_accurate(name, *(one.where(finite, 0.0) for one in (ours, peer[name], exact[name])), slack=slack)
+        ours, theirs, truth = (one.where(finite, 0.0) for one in (ours, theirs, truth))
+        assert_as_accurate(name, ours, theirs, truth, slack=2e-6 * max(1.0, largest(truth)))

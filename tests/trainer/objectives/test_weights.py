@@ -9,10 +9,13 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from by_hand import bucket, kl, listed
+from groups import in_group
 from hypothesis import example, given
 from hypothesis import strategies as st
 from run_cases import Run, check_moments, completion_logprobs, counted, distilled, refusal, run
@@ -27,7 +30,7 @@ from fastkl.loss import TopK
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import ConfigError, RunError
-from fastkl.trainer.objectives.weights import rules
+from fastkl.trainer.objectives.weights import rules, step
 from fastkl.trainer.objectives.weights.known import KnownTokens, known_tokens, list_entropies
 from fastkl.trainer.objectives.weights.step import TokenWeights
 
@@ -191,6 +194,36 @@ def test_a_function_of_the_users_own(name: str, monkeypatch: pytest.MonkeyPatch)
     value = 2.0 if name == "twice" else 0.5
     assert weights.set([one]) == {"weights/mean": value / 2, "weights/selected_fraction": 0.5}
     assert one.weights.tolist() == [0, 0, 0, value, 0]
+
+
+GAPS = ([1.0, 2.0, 0.5], [0.0, 3.0], [1.0], [2.0, 0.5, 0.5, 1.0])
+
+
+def of_process(rank: int, count: int) -> list[Any]:
+    """Weights and metrics by rules, of the samples that this process has; then how often records went to the first."""
+    found: list[Any] = []
+    for rules_given in (["skip_first:1", "drift:0.5"], ["top_gap:0.4", "drift:0.5"], ["drift:1e200", "drift:1e200"]):
+        own = [sample(gaps, place=place) for place, gaps in enumerate(GAPS) if place % count == rank]
+        with patch.object(step, "by_first", wraps=step.by_first) as sent:
+            try:
+                metrics = TokenWeights(LossConfig(weights=rules_given)).set(own)
+            except RunError as error:
+                found.append(str(error))
+            else:
+                found.append((metrics, {one.place: one.weights.tolist() for one in own}, sent.call_count))
+    return found
+
+
+def test_processes_weigh_as_one_does() -> None:
+    """What goes by one sample at a time is weighed where the sample is."""
+    two, (one,) = in_group(of_process), [of_process(0, 1)]
+    for index, calls in ((0, 0), (1, 1)):
+        for found in two:
+            assert found[index][0] == pytest.approx(one[index][0], rel=1e-12)
+            assert found[index][2] == calls
+        assert two[0][index][1] | two[1][index][1] == one[index][1]
+    assert [found[2] for found in two] == [one[2]] * 2
+    assert "too large to add" in one[2]
 
 
 def test_weights_that_no_number_can_add_up() -> None:

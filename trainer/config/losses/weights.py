@@ -45,6 +45,11 @@ class WeightRule(NamedTuple):
         return self.name == "tip"
 
     @property
+    def needs_all(self) -> bool:
+        """Whether the weights of a sample depend on other samples; of a function they may."""
+        return self.name in ("top_gap", "tip", FUNCTION)
+
+    @property
     def is_blind(self) -> bool:
         """Whether it cannot look at them; a function may."""
         return not self.reads_gaps and self.name != FUNCTION

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.losses.weights import FUNCTION, WeightRule, weight_rule
-from fastkl.trainer.data.arrays import end_to_end
+from fastkl.trainer.data.arrays import Array, end_to_end
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import RunError, brief
 from fastkl.trainer.objectives.weights.known import KnownTokens, as_known, as_record, known_tokens
@@ -33,21 +34,28 @@ class TokenWeights:
     def __init__(self, config: LossConfig) -> None:
         rules = [weight_rule(text) for text in config.weights]
         self._rules = [(str(rule), _weigh(rule, config.trust_weights)) for rule in rules]
+        self._needs_all = any(rule.needs_all for rule in rules)
 
     def set(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Writes `weights` of this process's samples of a step; returns the metrics `weights/*` of all samples.
 
-        The first process computes them, of what is known of the tokens of all processes, which all call it.
+        All processes call it. Each computes its own where all rules go by one sample at a time. Else the first process
+        does, of what is known of all tokens: a rule may look at any, and of equal scores the first of the step count.
         """
         if not self._rules:
             return {}
-        known = [as_record(known_tokens(sample)) for sample in samples]
-        found = by_first(known, [sample.place for sample in samples], self._answer)
+        known = [known_tokens(sample) for sample in samples]
+        if self._needs_all:
+            places = [sample.place for sample in samples]
+            found = [own.arrays[0] for own in by_first([as_record(own) for own in known], places, self._answer)]
+        else:
+            found = [own.numpy() for own in self._of(known)]
+        found = self._added_up(found)
         for sample, own in zip(samples, found, strict=True):
             row = np.zeros(len(sample.ids))
-            row[sample.loss_mask] = own.arrays[0]
+            row[sample.loss_mask] = own
             sample.weights = row
-        together = end_to_end([own.arrays[0] for own in found], np.float64)
+        together = end_to_end(found, np.float64)
         sums = processes.add(
             {
                 "samples": len(samples),
@@ -69,12 +77,22 @@ class TokenWeights:
         for name, weigh in self._rules:
             found = _checked(name, _found(name, weigh, samples), samples)
             weights = [before * own for before, own in zip(weights, found, strict=True)]
-        together = torch.cat(weights)
-        if not bool(together.sum().isfinite()):
+        return weights
+
+    def _added_up(self, weights: list[Array]) -> list[Array]:
+        """Without what is nothing beside the largest weight of all processes, if all of theirs can be added.
+
+        Raises:
+            RunError: On all of them, if they cannot.
+        """
+        own = end_to_end(weights, np.float64)
+        with np.errstate(over="ignore"):
+            parts = processes.gather([(float(own.sum()), float(own.max(initial=0.0)))])
+        if not math.isfinite(sum(total for total, _ in parts)):
             rules = " and ".join(name for name, _ in self._rules)
             raise RunError(f"loss.weights: the weights of {rules} together are too large to add")
-        least = NOTHING * together.max() if len(together) else 0.0
-        return [own.where(own >= least, 0.0) for own in weights]
+        least = NOTHING * max(largest for _, largest in parts)
+        return [np.where(weight >= least, weight, 0.0) for weight in weights]
 
 
 def needs_teacher_first(config: LossConfig) -> bool:
