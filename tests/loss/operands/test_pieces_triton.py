@@ -13,7 +13,7 @@ import pytest
 import torch
 from devices import INTERPRETED
 from groups import in_group
-from loss_cases import HEADS, NEEDS, assert_as_accurate
+from loss_cases import HEADS, NEEDS, assert_as_accurate, largest
 from pieces import TOKEN_STATS, Case, everything, merged, of_processes
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the processes of a group are on a CPU")
