@@ -20,6 +20,9 @@ from fastkl._loss.heads.operands import is_sharded, whole
 from fastkl.kernels.options import Sparse
 from fastkl.kernels.rows.parallel.share import Share, gathered
 
+HEADS = ("weight", "student_weight")
+OF_IDS = (*HEADS, "bias", "weight_grad", "teacher_weight", "teacher_bias", "teacher_logits")  # arguments with ids
+
 
 class Layout(NamedTuple):
     """Of a DTensor."""
@@ -117,12 +120,11 @@ def find_piece(function: str, arguments: Mapping[str, Any]) -> Piece | None:
     return Piece(Share(group.group_name, sum(sizes[:place]), sum(sizes), max(sizes)), rows, layout)
 
 
-HEADS = ("weight", "student_weight")
-OF_IDS = (*HEADS, "bias", "weight_grad", "teacher_weight", "teacher_bias", "teacher_logits")
-
-
 def _first_of(arguments: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    return next((arguments[name] for name in names if name in arguments), None)
+    for name in names:
+        if name in arguments:
+            return arguments[name]
+    return None
 
 
 def _ids_of(weight: Any) -> int:
