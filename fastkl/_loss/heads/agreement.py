@@ -47,20 +47,19 @@ class Statement(NamedTuple):
     numbers: list[float]  # LENGTH of them
 
 
-@torch.no_grad()
 def stated(function: str, arguments: Mapping[str, Any], own: Collection[str]) -> Statement:
     """Of a call, whatever it was given. Of the arguments `own` the processes have their parts: these have texts alone.
 
     A synchronisation on an accelerator.
     """
-    texts = {"function": function, "gradients": str(torch.is_grad_enabled())}
+    texts = {"function": function, "grad mode": "on" if torch.is_grad_enabled() else "off"}
     texts |= {name: _text(value, name in own) for name, value in arguments.items() if name != "group"}
+    digest = hashlib.blake2b(repr(texts).encode(), digest_size=6).digest()  # a float64 has 53 bits
     plain = {name: value.detach() for name, value in arguments.items() if name not in own and _is_plain(value)}
     hidden = next((plain[name] for name in HIDDEN if name in plain), torch.empty(0, 0))
     active, lead = _active(plain, arguments.get("ignore_index"), hidden), hidden.shape[:-1]
     tensors = {name: _compared(name, value, lead, active) for name, value in plain.items()}
     sums = [_projections(one).to(hidden.device) for one in tensors.values()]
-    digest = hashlib.blake2b(repr(texts).encode(), digest_size=6).digest()  # a float64 has 53 bits
     numbers = [float(int.from_bytes(digest, "big")), *(torch.cat(sums[:TENSORS]).tolist() if sums else [])]
     return Statement(texts, tensors, numbers + [0.0] * (LENGTH - len(numbers)))
 

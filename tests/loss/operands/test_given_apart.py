@@ -66,6 +66,7 @@ def test_every_argument_is_compared() -> None:
         (("head", "gradient"), "torch.float32 (cpu), with a gradient on process 1"),
         (("bias", "1"), "different numbers of rows of bias: those of weight on process 0, others on process 1"),
         (("bias", "2"), "different bias: [] of torch.float32 (cpu) on process 0, None on process 1"),
+        (("grad mode", ""), "different grad mode: on on process 0, off on process 1"),
         (("function", ""), "different function: linear_logprobs on process 0, linear_cross_entropy on process 1"),
     ],
 )

@@ -91,6 +91,8 @@ def errors(rank: int, count: int) -> dict[tuple[str, str], str]:
     found |= {("head", key): _error("linear_top_k", pair[rank > 0], rank) for key, pair in heads.items()}
     biases = torch.ones(3), torch.ones(4 if rank else 3), None if rank else torch.ones(3)
     found |= {("bias", str(i)): _error("linear_ranks", weight, rank, bias=bias) for i, bias in enumerate(biases)}
+    with torch.set_grad_enabled(rank == 0):
+        found["grad mode", ""] = _error("linear_logprobs", weight, rank)
     other = "linear_logprobs" if rank == 0 else "linear_cross_entropy"
     return found | {("function", ""): _error(other, weight, rank)}
 
