@@ -28,6 +28,7 @@ MAIN_SETTINGS = (
     "student.path",
     "student.lora.rank",
     "teacher.path",
+    "teacher.tokenizer",
     "teacher.server.url",
     "data.path",
     "data.name",
