@@ -88,23 +88,26 @@ def vllm() -> Iterator[dict[str, Any]]:
     folders = {(turn, ahead): RUNS / f"vllm-{turn}-{ahead}" for turn in ROUNDS for ahead in (0, 1)}
     missing = {case: folder for case, folder in folders.items() if not (folder / "ends.json").exists()}
     if missing:
-        RUNS.mkdir(parents=True, exist_ok=True)
-        with serving_alone(os.environ["FASTKL_VLLM"], RUNS / "vllm.log") as url:
+        (RUNS / "vllm").mkdir(parents=True, exist_ok=True)
+        with serving_alone(os.environ["FASTKL_VLLM"], RUNS / "vllm") as url:
             for (_, ahead), folder in missing.items():
                 timed = Slow(0.0)
                 train(words(folder, url, ahead, 0, WITH_VLLM), timed)
                 write_text(folder / "ends.json", json.dumps({"ends": timed.ends, "load": os.getloadavg()[1]}))
     for (turn, ahead), folder in folders.items():
-        told = json.loads((folder / "ends.json").read_text())
-        rows = read_jsonl(folder / "metrics.jsonl")[SKIPPED:]
-        steps = [end - start for start, end in itertools.pairwise(told["ends"][SKIPPED - 1 :])]
-        waited = [row["time/sample"] for row in rows]
-        written = [row.get("time/rollouts", row["time/sample"]) for row in rows]
-        pushes = [row["time/push_weights"] for row in rows]
-        rest = [step - wait - push for step, wait, push in zip(steps, waited, pushes, strict=True)]
-        columns = {"seconds": steps, "waited": waited, "sampling": written, "push": pushes, "training": rest}
-        medians = {name: median(values) for name, values in columns.items()}
-        yield {"round": turn, "steps_ahead": ahead, **medians, "steps": len(steps), "load": told["load"]}
+        yield {"round": turn, "steps_ahead": ahead, **parts_of_step(folder)}
+
+
+def parts_of_step(folder: Path) -> dict[str, float]:
+    """Medians of a run's seconds: of a step, and of what it is made of."""
+    told = json.loads((folder / "ends.json").read_text())
+    rows = read_jsonl(folder / "metrics.jsonl")[SKIPPED:]
+    steps = [end - start for start, end in itertools.pairwise(told["ends"][SKIPPED - 1 :])]
+    waited, pushes = ([row[f"time/{name}"] for row in rows] for name in ("sample", "push_weights"))
+    written = [row.get("time/rollouts", row["time/sample"]) for row in rows]
+    rest = [step - wait - push for step, wait, push in zip(steps, waited, pushes, strict=True)]
+    columns = {"seconds": steps, "waited": waited, "sampling": written, "push": pushes, "training": rest}
+    return {**{name: median(values) for name, values in columns.items()}, "steps": len(steps), "load": told["load"]}
 
 
 def learning() -> Iterator[dict[str, Any]]:

@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import requests
 import torch
+from real_vllm import serving_vllm
 from run_settings import arguments
 from tiny_data import read_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,12 +25,8 @@ from fastkl import cli
 
 PYTHON = os.environ.get("FASTKL_VLLM", "")
 MODELS = Path("runs/smollm2").resolve()
-PATIENCE = 600  # seconds until the server is up
 TOLERANCE = 1e-3  # nats, of log-probs of the server and of the trainer, both in float32
-FLAGS = "--dtype float32 --enforce-eager --max-model-len 512 --max-num-seqs 8 --generation-config vllm --host 127.0.0.1"
 SAMPLING = "--logprobs-mode processed_logprobs --enable-lora --max-lora-rank 16"
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-PUSHING = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
 pytestmark = [
     pytest.mark.slow,
@@ -58,41 +51,8 @@ def student(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
 @pytest.fixture
 def url(tmp_path_factory: pytest.TempPathFactory, student: Path) -> Iterator[str]:
     """A server of the student, as docs/teachers/servers.md starts one; a test leaves its own weights in it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        PYTHON,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--port",
-        str(port),
-        *FLAGS.split(),
-        *SAMPLING.split(),
-    ]
-    command += ["--model", str(student), "--served-model-name", "smol"]
-    folder = tmp_path_factory.mktemp("server")
-    with open(folder / "log", "w") as log:
-        server = subprocess.Popen(
-            command, env={**os.environ, **ENVIRONMENT, **PUSHING}, cwd=folder, stdout=log, stderr=log
-        )
-    try:
-        wait(server, f"http://127.0.0.1:{port}/health", folder / "log")
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def wait(server: subprocess.Popen[bytes], health: str, log: Path) -> None:
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end and server.poll() is None:
-        try:
-            if requests.get(health, timeout=5).ok:
-                return
-        except requests.RequestException:
-            time.sleep(1)
-    raise RuntimeError(f"vLLM did not start:\n{log.read_text()[-3000:]}")
+    with serving_vllm([PYTHON], student, "smol", tmp_path_factory.mktemp("server"), SAMPLING) as address:
+        yield address
 
 
 @pytest.mark.parametrize(
