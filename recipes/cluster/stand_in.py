@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from http.server import ThreadingHTTPServer
@@ -47,11 +48,12 @@ def vllm(words: list[str]) -> int:
 
 
 def srun(words: list[str]) -> int:
-    """Starts the tasks here, each with its number; the first that fails decides."""
+    """Starts the tasks here, each with its number; the first that fails decides. They end when it is ended."""
     tasks = next((int(word.partition("=")[2]) for word in words if word.startswith("--ntasks=")), 1)
     while words and words[0].startswith("--"):
         words = words[1:]
     started = [subprocess.Popen(words, env={**os.environ, "SLURM_PROCID": str(task)}) for task in range(tasks)]
+    signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in started])
     return max((task.wait() for task in started), key=abs)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import re
 import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +23,7 @@ CONFIG = "recipes/reasoning/gpu/qwen3-8b-full.yaml"
 PAGE = REPOSITORY / "docs" / "cluster" / "cluster.md"
 SCRIPTS = ("one_node.sh", "nodes.sbatch")
 GPUS = 8
+PATIENCE = 60  # seconds until servers that were told to end have done so
 
 
 def script(name: str) -> str:
@@ -138,6 +141,20 @@ def test_the_page_has_the_runs_numbers() -> None:
     assert str(settings().run) in page
 
 
+def all_ended(folder: Path) -> bool:
+    """Whether no process names the folder any more, soon."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        lines = []
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):  # it has ended meanwhile
+                lines.append(file.read_bytes())
+        if not any(str(folder).encode() in line for line in lines):
+            return True
+        time.sleep(0.1)
+    return False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_scripts_run_with_stand_ins(name: str, tmp_path: Path) -> None:
@@ -152,3 +169,4 @@ def test_the_scripts_run_with_stand_ins(name: str, tmp_path: Path) -> None:
     assert said.index("the teacher server is ready") < said.index("the sampling server is ready") < said.index("FSDP 2")
     assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]  # 0: an evaluation
     assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
+    assert all_ended(tmp_path)

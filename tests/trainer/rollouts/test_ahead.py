@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import signal
 import threading
 import time
@@ -25,6 +26,7 @@ from stub_vllm import StubVllm
 from tiny_data import read_jsonl
 
 from fastkl import cli
+from fastkl.trainer import loop
 from fastkl.trainer.config.loss import LossConfig
 from fastkl.trainer.config.sampling import SamplingConfig, SamplingServerConfig
 from fastkl.trainer.data.prompts import EncodedPrompt
@@ -386,6 +388,27 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path, folder: Path, stub:
         assert codes == [0] * count, "\n".join(said)
         stub.restart()
     check_same(tmp_path / "2", tmp_path / "1")
+
+
+def interrupted_soon() -> None:
+    """As by Ctrl-C, once the run has begun."""
+    loop.start_trackers = lambda *_: threading.Timer(1.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+
+
+@slow
+def test_two_processes_stop_together_and_resume_exactly(tmp_path: Path, folder: Path, stub: StubVllm) -> None:
+    more = {"checkpoint__every": 0}
+    assert together(arguments("distill", settings(folder, tmp_path / "whole", stub, 2, **more)), tmp_path)[0] == [0, 0]
+    stub.restart()
+    stub.pause = 0.3
+    line = arguments("distill", settings(folder, tmp_path / "run", stub, 2, **more))
+    codes, said = together(line, tmp_path, before=dict.fromkeys(range(2), interrupted_soon))
+    assert codes == [130, 130], said
+    assert sum("the same command goes on after step" in each for each in said) == 1
+    stub.pause = 0.0
+    stub.restart()
+    assert together(line, tmp_path)[0] == [0, 0]
+    check_equal(tmp_path / "run", tmp_path / "whole")
 
 
 REFUSED: list[tuple[Settings, list[str]]] = [

@@ -93,7 +93,7 @@ def _servers(found: Planned) -> Iterator[str]:
     if config.sampling.server.url:
         yield (
             f"{'servers':12}sampling is counted as if a server had a device for each process, {SERVED} completions at once "
-            f"on each; the trainer waits meanwhile"
+            f"on each; the trainer {'learns from earlier samples' if config.sampling.steps_ahead else 'waits'} meanwhile"
         )
     served = sorted(name for name, teacher in config.teachers().items() if config.has_teacher and teacher.server.url)
     if served:
