@@ -12,7 +12,7 @@ def install_command(extra: str) -> str:
     try:
         lines = metadata.requires("fastkl") or []
     except metadata.PackageNotFoundError:  # a checkout that is not installed
-        return f"pip install -e '.[{extra}]' in the checkout"
+        return f"in the checkout, pip install -e '.[{extra}]'"
     parts = [line.partition(";") for line in lines]
     names = [name.strip() for name, _, marker in parts if re.search(rf"extra == ['\"]{extra}['\"]", marker)]
     return f"pip install {' '.join(map(shlex.quote, names))}"

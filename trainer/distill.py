@@ -27,9 +27,10 @@ from fastkl.trainer.data.remarks import remark_on_data_sets, remark_on_length
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.data.step_metrics import as_metrics, mean_staleness, rollout_means
 from fastkl.trainer.loop import Source, fit
+from fastkl.trainer.models.checks import SHORTER, check_length
 from fastkl.trainer.models.ends import end_of_sequence
 from fastkl.trainer.models.loading import context_length
-from fastkl.trainer.models.pretrained import load_tokenizer
+from fastkl.trainer.models.pretrained import load_tokenizer, positions
 from fastkl.trainer.models.sizes.flops import sampling_flops, work
 from fastkl.trainer.models.tokenizers import vocabulary
 from fastkl.trainer.models.withheld import withholds_routers
@@ -40,7 +41,13 @@ from fastkl.trainer.objectives.registry import asked_lists, make_objective, teac
 from fastkl.trainer.objectives.weights.step import TokenWeights
 from fastkl.trainer.rollouts.ahead import AheadRollouts
 from fastkl.trainer.rollouts.environments import Environment, make_environment
-from fastkl.trainer.rollouts.evaluation import Evaluation, check_eval_room, eval_rows, load_evaluations
+from fastkl.trainer.rollouts.evaluation import (
+    Evaluation,
+    check_eval_length,
+    check_eval_room,
+    eval_rows,
+    load_evaluations,
+)
 from fastkl.trainer.rollouts.judge import make_judge
 from fastkl.trainer.rollouts.lengths import filter_by_length
 from fastkl.trainer.rollouts.multi_turn import MultiTurn, stop_ids
@@ -200,6 +207,11 @@ def prepare(config: DistillConfig) -> Prepared:
     judge = make_judge(config.reward, tokenizer, environment, prompts)
     weights = TokenWeights(config.loss)
     evaluations = load_evaluations(config.eval, tokenizer)
+    student = {"student": positions(config.student)}
+    for data_set in data_sets:
+        shorter = SHORTER.format("sampling", data_set.setting)
+        check_length(data_set.prompts, config.sampling.max_new_tokens, student, shorter)
+    check_eval_length(evaluations, student)
     check_teachers(config, tokenizer, data_sets, teacher_prompts.data_sets, lists)
     served = connect_servers(config, tokenizer, teacher_prompts, lists)
     rooms = [(int(one.ask.prompts.ids.lengths.max()) + one.ask.max_new_tokens, one.setting) for one in evaluations]

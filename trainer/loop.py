@@ -130,9 +130,10 @@ def fit(
             if ends:
                 guards.end(done)
         _remark(progress, processes.on_main(lambda: _skipped(folder, config.optim)))
-        _remark(progress, guards.take_best())
+        kept, said_of_it = guards.take_best()
+        _remark(progress, said_of_it)
         with student.gathered():
-            written = _save_student(student, tokenizer, folder)
+            written = _save_student(student, tokenizer, folder, kept)
         progress.note(f"student saved in {folder.student}")
         _remark(progress, processes.on_main(lambda: upload(config, folder.student, written)))
         if start < config.optim.steps or processes.on_main(lambda: not (folder.path / REPORT).exists()):
@@ -157,13 +158,18 @@ def _checkpoint_at_the_end(student: Student, folder: RunFolder, steps_done: int,
         raise
 
 
-def _save_student(student: Student, tokenizer: PreTrainedTokenizerBase, folder: RunFolder) -> list[str]:
-    """Saves the model with its card; returns the names of the files, on the process that writes them."""
+def _save_student(
+    student: Student, tokenizer: PreTrainedTokenizerBase, folder: RunFolder, kept: int | None
+) -> list[str]:
+    """Saves the model with its card; returns the names of the files, on the process that writes them.
+
+    `kept`: after which step it has its weights; None: the last.
+    """
     written: list[str] = []
 
     def write(aside: Path) -> None:
         save_student(student.model, tokenizer, aside)
-        write_cards(aside, student.config, student.identity, read_jsonl(folder.path / "metrics.jsonl"))
+        write_cards(aside, student.config, student.identity, read_jsonl(folder.path / "metrics.jsonl"), kept)
         written.extend(str(file.relative_to(aside)) for file in aside.rglob("*") if file.is_file())
 
     folder.save_student(write)

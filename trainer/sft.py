@@ -23,12 +23,12 @@ from fastkl.trainer.loop import Source, fit
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.ends import end_of_sequence
 from fastkl.trainer.models.loading import context_length
-from fastkl.trainer.models.pretrained import load_tokenizer
+from fastkl.trainer.models.pretrained import load_tokenizer, positions
 from fastkl.trainer.models.sizes.flops import Cost, work
 from fastkl.trainer.models.withheld import withholds_routers
 from fastkl.trainer.notes import note
 from fastkl.trainer.objectives.policy_gradient import PolicyGradient
-from fastkl.trainer.rollouts.evaluation import check_eval_room, eval_rows, load_evaluations
+from fastkl.trainer.rollouts.evaluation import check_eval_length, check_eval_room, eval_rows, load_evaluations
 from fastkl.trainer.rollouts.samplers.local import local_sampler
 from fastkl.trainer.rollouts.single_turn import SingleTurn
 from fastkl.trainer.runs import processes
@@ -96,6 +96,7 @@ def _sft(config: SftConfig, accelerator: Accelerator, folder: RunFolder, listene
     remark_on_data_sets(data_sets, config.examples_per_step, "examples_per_step")
     remark_on_length(max(int(given.lengths.max()) for given in examples), config.batch.max_tokens)
     evaluations = load_evaluations(config.eval, tokenizer)
+    check_eval_length(evaluations, {"student": positions(config.student)})
 
     student = Student(config, accelerator)
     if withholds_routers(student.model):

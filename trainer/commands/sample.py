@@ -112,15 +112,16 @@ def _say(config: SampleConfig, found: dict[str, Any]) -> None:
     if processes.rank() != 0:
         return
     if found.get("kept", found["completions"]):
-        note(f"to learn them: {' '.join(map(shlex.quote, learned(config)))}")
+        note(f"to learn them, with your model for STUDENT: {' '.join(map(shlex.quote, learned(config)))}")
     print(json.dumps(found), flush=True)
 
 
 def learned(config: SampleConfig) -> list[str]:
-    """The command that learns what was written; "…" is the model's part."""
+    """The command that learns what was written."""
     settings = {"data.path": config.keep.path or config.output}
     if not config.data.chat_template:
         settings["data.chat_template"] = "false"
     if config.data.template_kwargs:
         settings["data.template_kwargs"] = json.dumps(config.data.template_kwargs)
-    return ["fastkl", "sft", "…", *(word for name, value in settings.items() for word in (f"--{name}", value))]
+    own = ["--run", "runs/sft", "--student.path", "STUDENT"]
+    return ["fastkl", "sft", *own, *(word for name, value in settings.items() for word in (f"--{name}", value))]

@@ -25,6 +25,8 @@ def print_starter(config: InitConfig) -> None:
             note(f"{name} {model} does not exist (looked in {Path.cwd()})")
     if not _is_hub_id(config.data) and not _here(config.data).exists():
         note(f"DATA {config.data} does not exist (looked in {Path.cwd()})")
+    if not config.chat and not _holds_chats(config.data) and _has_template(config.student):
+        note(f"STUDENT {config.student} has a chat template; with --chat prompts become a user's turn of it")
 
 
 def starter(config: InitConfig) -> str:
@@ -50,7 +52,8 @@ def _lines(config: InitConfig) -> Iterator[tuple[str, str]]:
     yield "batch: {max_tokens: 16384}", "of a forward pass; lower it if memory runs out"
     yield "checkpoint: {every: 25}", ""
     yield "", "mixed_precision: bf16                      # on a GPU"
-    yield "", "eval: {data: {path: heldout.jsonl}, every: 25}   # rows with an answer; see eval.grader"
+    room = f", max_new_tokens: {new}" if new < 256 else ""
+    yield "", f"eval: {{data: {{path: heldout.jsonl}}, every: 25{room}}}   # rows with an answer; see eval.grader"
 
 
 def _means(config: InitConfig) -> str:
@@ -104,6 +107,12 @@ def _context(student: str) -> int:
     """How long a text of the student may be, if its config is here."""
     found = _json(_here(_model(student)) / "config.json").get("max_position_embeddings")
     return found if isinstance(found, int) else 512
+
+
+def _has_template(student: str) -> bool:
+    """Whether a student that is here has a chat template."""
+    folder = _here(_model(student))
+    return (folder / "chat_template.jinja").exists() or "chat_template" in _json(folder / "tokenizer_config.json")
 
 
 def _rows(data: str) -> int:

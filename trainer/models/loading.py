@@ -114,8 +114,9 @@ def _as_student(model: PreTrainedModel, config: StudentConfig, path: TextPath) -
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its newer name
     try:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     except ValueError as error:
         raise ConfigError(
             f"student.gradient_checkpointing is true, which {type(model).__name__} does not support; set it to false and "

@@ -24,6 +24,7 @@ from transformers import (
 from fastkl.trainer.config.models import ModelConfig
 from fastkl.trainer.errors import ConfigError, brief
 from fastkl.trainer.models.ends import check_declared_ends
+from fastkl.trainer.models.sizes.layers import most_positions
 from fastkl.trainer.models.withheld import withhold
 from fastkl.trainer.notes import note
 
@@ -47,6 +48,11 @@ def read_config(config: ModelConfig) -> Any:
     """The model's own config."""
     path = _checked_path(config, "config.json")
     return _read(config, "model", lambda: AutoConfig.from_pretrained(path, **_trust(config)))
+
+
+def positions(config: ModelConfig) -> int | None:
+    """How many tokens a text may have, by the model's own config; None where nothing limits it."""
+    return most_positions(read_config(config).get_text_config())
 
 
 def load_model(config: ModelConfig, **placed: Any) -> PreTrainedModel:

@@ -91,6 +91,12 @@ def eval_rows(evaluations: Iterable[Evaluation]) -> dict[str, Sequence[EncodedPr
     return {f"{one.setting}.data": one.ask.prompts for one in evaluations}
 
 
+def check_eval_length(evaluations: Iterable[Evaluation], limits: dict[str, int | None]) -> None:
+    """As `check_eval_room`, of models by the lengths of their contexts: before one is loaded."""
+    for one in evaluations:
+        checks.check_length(one.ask.prompts, one.ask.max_new_tokens, limits, one.remedy)
+
+
 def check_eval_room(evaluations: Iterable[Evaluation], name: str, model: PreTrainedModel) -> None:
     """All prompts and full answers to them fit the context of the model called `name`."""
     for one in evaluations:

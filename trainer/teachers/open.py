@@ -16,10 +16,9 @@ from fastkl.trainer.data.mixture import DataSet, all_prompts, sampled_lengths
 from fastkl.trainer.data.prompts import EncodedPrompt
 from fastkl.trainer.models import checks
 from fastkl.trainer.models.loading import fuse, load_teacher, load_teacher_tokenizer, teacher_device
-from fastkl.trainer.models.pretrained import read_config
+from fastkl.trainer.models.pretrained import positions
 from fastkl.trainer.models.self_checks.layouts import batch_layout
 from fastkl.trainer.models.self_checks.probe import Probe
-from fastkl.trainer.models.sizes.layers import most_positions
 from fastkl.trainer.models.tokenizers import vocabulary
 from fastkl.trainer.student import Student
 from fastkl.trainer.teachers.cached import Cacheable, CachedTeacher, cached
@@ -38,16 +37,18 @@ def check_teachers(
     read: Sequence[DataSet],
     lists: Lists,
 ) -> None:
-    """Tokenizers, chat templates and devices, before any model is loaded. `read`: the data sets as teachers read them."""
+    """Tokenizers, chat templates, lengths and devices, before any model is loaded.
+
+    `read`: the data sets as teachers read them.
+    """
     for count in (lists.teacher, lists.student):
         if count is not None:
             checks.check_top_k(count, tokenizer, lists.setting)
     remark_on_self(config)
     for data_set in read if config.has_teacher else ():
         _check_scorer(data_set.teacher, tokenizer, data_set.prompts, "teacher")
-        if data_set.context != ContextConfig() and not data_set.teacher.server.url:
-            model = read_config(data_set.teacher if data_set.teacher.self is None else config.student)
-            limits = {whose(data_set): most_positions(model.get_text_config())}
+        if not data_set.teacher.server.url:
+            limits = {whose(data_set): positions(data_set.teacher if data_set.teacher.self is None else config.student)}
             checks.check_length(data_set.prompts, config.sampling.max_new_tokens, limits, remedy(config, data_set))
     if config.loss.extrapolate != 1:
         _check_scorer(as_teacher(config.reference), tokenizer, all_prompts(data_sets), "reference")

@@ -222,10 +222,11 @@ def test_a_runs_student_completes_the_runs_prompts(tmp_path: Path, folder: Path)
 def test_what_it_says_to_learn_is_a_command() -> None:
     """Of the rows as they were asked: the same template, with the same variables."""
     asked = config("sample", {"output": "my rows.jsonl", "model.path": "m", "data.path": "d.jsonl"})
-    assert learned(asked)[3:] == ["--data.path", "my rows.jsonl"]
+    own = ["fastkl", "sft", "--run", "runs/sft", "--student.path", "STUDENT"]
+    assert learned(asked) == [*own, "--data.path", "my rows.jsonl"]
     kwargs = {"name": "it's me"}
     asked = config("sample", MINIMAL["sample"] | {"keep.path": "k", "data.template_kwargs": json.dumps(kwargs)})
-    found = parse(["sft", *learned(asked)[3:], "--run", "r", "--student.path", "m"])[1]
+    found = parse(learned(asked)[1:])[1]
     assert (found.data.path, found.data.template_kwargs) == ("k", kwargs)
     plain = config("sample", MINIMAL["sample"] | {"data.chat_template": "false"})
-    assert not parse(["sft", *learned(plain)[3:], "--run", "r", "--student.path", "m"])[1].data.chat_template
+    assert not parse(learned(plain)[1:])[1].data.chat_template

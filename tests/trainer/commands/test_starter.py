@@ -81,6 +81,16 @@ def test_what_is_not_here_is_noted(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json"])
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_chat_template_that_is_not_used_is_noted(
+    chat: bool, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / file).write_text('{"chat_template": "{{ messages }}"}')
+    assert cli.main(["init", *(["--chat"] if chat else []), str(tmp_path), URL, "org/data"]) == 0
+    assert ("has a chat template; with --chat" in capsys.readouterr().err) != chat
+
+
 @pytest.mark.parametrize("end", ["", "/"])
 def test_a_runs_folder_is_its_student(end: str, tmp_path: Path) -> None:
     student = tmp_path / "run" / "student"
@@ -91,6 +101,8 @@ def test_a_runs_folder_is_its_student(end: str, tmp_path: Path) -> None:
     config = read(starter(InitConfig(name, name, "d.jsonl", False)), tmp_path)
     assert (config.student.path, config.teacher.path) == (str(student), str(student))
     assert config.sampling.max_new_tokens == 32
+    hints = starter(InitConfig(name, name, "d.jsonl", False)).replace("# eval:", "eval:")
+    assert read(hints, tmp_path).eval.max_new_tokens == 32
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from run_cases import check_refused, refusal, refusals
-from run_settings import MINIMAL, URL, config
+from run_settings import MINIMAL, URL, arguments, config
 from tiny_data import sums, write_jsonl
 from tiny_models import save_model, tokenizer
 
+from fastkl import cli
 from fastkl.trainer.commands.command_line import COMMANDS, Command
 from fastkl.trainer.commands.schema import group_of, settings_of
 from fastkl.trainer.config.loss import LossConfig
@@ -198,6 +199,30 @@ def test_refused_once_files_are_read(
     before = sorted(empty_folder.rglob("*"))
     refusal(capsys, command, MINIMAL[command] | paths | settings, *parts)
     assert sorted(empty_folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        ("distill", {"sampling.max_new_tokens": 100}),
+        ("distill", {"eval.data.path": "d.jsonl", "eval.max_new_tokens": 100}),
+        ("distill", {"teacher.path": "short"}),
+        ("sft", {"eval.data.path": "d.jsonl", "eval.max_new_tokens": 100}),
+    ],
+    ids=str,
+)
+def test_lengths_are_checked_before_a_model_is_loaded(
+    command: str, settings: dict[str, object], empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(empty_folder / "model")
+    save_model(empty_folder / "short", max_position_embeddings=16)
+    write_jsonl(empty_folder / "d.jsonl", sums(3))
+    paths = {key: "model" for key in MINIMAL[command] if key.endswith(("student.path", "teacher.path"))}
+    given = {"sampling.max_new_tokens": 16} if command == "distill" else {}
+    assert cli.main(arguments(command, MINIMAL[command] | paths | given | settings)) == 2
+    said = capsys.readouterr().err
+    assert "'s context of " in said
+    assert "loading the" not in said
 
 
 def test_home_folder_in_a_path(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

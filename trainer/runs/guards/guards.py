@@ -69,15 +69,18 @@ class Guards:
         best = processes.on_main(lambda: self._watch.best)
         return None if best is None else best.step
 
-    def take_best(self) -> str | None:
-        """Gives the student the weights of its best evaluation, if it shall be saved with those; says which it has."""
+    def take_best(self) -> tuple[int | None, str | None]:
+        """Gives the student the weights of its best evaluation, if it shall be saved with those.
+
+        Returns:
+            After which step it has them, None if they are the last ones; and what is to be said.
+        """
         best = self.best_step
         if self._settings.best != "student" or best is None:
-            return None
+            return None, None
         path = processes.on_main(lambda: self._folder.checkpoint_of(best))
+        said = f"the best evaluation was after step {best}"
         if path is None:
-            return (
-                f"the best evaluation was after step {best}, whose checkpoint is not there: the last student is saved"
-            )
+            return None, f"{said}, whose checkpoint is not there: the last student is saved"
         self._student.take_weights(path)
-        return f"the best evaluation was after step {best}: its student is saved"
+        return best, f"{said}: its student is saved"

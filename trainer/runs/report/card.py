@@ -32,7 +32,13 @@ FIGURES = {
 _HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def write_cards(folder: Path, config: RunConfig, fingerprints: Mapping[str, str], rows: list[dict[str, Any]]) -> None:
+def write_cards(
+    folder: Path,
+    config: RunConfig,
+    fingerprints: Mapping[str, str],
+    rows: list[dict[str, Any]],
+    kept: int | None = None,
+) -> None:
     """Writes the card of a saved student, and that of its adapter where it has one.
 
     Args:
@@ -40,19 +46,22 @@ def write_cards(folder: Path, config: RunConfig, fingerprints: Mapping[str, str]
         config: The run's settings.
         fingerprints: Of the rows that were read, by the name of their setting (`rows_of`).
         rows: Those of metrics.jsonl.
+        kept: After which step the student has its weights. None: after the last.
     """
-    write_text(folder / "README.md", student_card(config, fingerprints, rows))
+    write_text(folder / "README.md", student_card(config, fingerprints, rows, kept))
     if (folder / "adapter").is_dir():
         write_text(folder / "adapter" / "README.md", adapter_card(config))
 
 
-def student_card(config: RunConfig, fingerprints: Mapping[str, str], rows: list[dict[str, Any]]) -> str:
-    name = _title(config)
+def student_card(
+    config: RunConfig, fingerprints: Mapping[str, str], rows: list[dict[str, Any]], kept: int | None = None
+) -> str:
+    name, end = _title(config), "last" if kept is None else "kept"
     parts = [
         _front_matter(config, "transformers"),
         f"# {name}\n\n{_what(config)}",
-        _table(("", ""), _facts(config, fingerprints)),
-        "## Figures\n\n" + _table(("", "first", "last"), _figures(rows)),
+        _table(("", ""), _facts(config, fingerprints, kept)),
+        "## Figures\n\n" + _table(("", "first", end), _figures(rows, kept)),
         f"## Load it\n\n```python\n{_loading(config)}\n```",
         f"Trained with fastkl {__version__}, torch {version('torch')}, transformers {version('transformers')}.",
     ]
@@ -119,7 +128,7 @@ def _what(config: RunConfig) -> str:
     return f"{base} was fine-tuned on given completions."
 
 
-def _facts(config: RunConfig, fingerprints: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
+def _facts(config: RunConfig, fingerprints: Mapping[str, str], kept: int | None) -> Iterator[tuple[str, ...]]:
     yield "base", f"`{public(config.student.path)}`"
     if isinstance(config, DistillConfig):
         if config.has_teacher:
@@ -136,10 +145,11 @@ def _facts(config: RunConfig, fingerprints: Mapping[str, str]) -> Iterator[tuple
         yield "examples per step", str(config.examples_per_step)
     for name, source in _sources(config):
         rows = fingerprints.get(f"the rows of {name}", "")
-        yield name, f"`{public(source.dataset or source.path or '')}`, SHA-256 of the rows as read: `{rows[:16]}`"
+        named = Path(source.path).expanduser().resolve().name if source.path else public(source.dataset or "")
+        yield name, f"`{named}`, SHA-256 of the rows as read: `{rows[:16]}`"
     yield "steps", f"{config.optim.steps}, of {config.optim.substeps} optimizer steps each"
-    if config.checkpoint.best == "student":
-        yield "kept", "the checkpoint with the best accuracy on held-out prompts"
+    if kept is not None:
+        yield "kept", f"the student after step {kept}, with the best accuracy on held-out prompts"
     yield "learning rate", f"{config.optim.lr:g}"
     if config.student.lora.rank:
         yield (
@@ -174,9 +184,10 @@ def _teacher(teacher: TeacherConfig) -> str:
     return public(teacher.path or teacher.server.model)
 
 
-def _figures(rows: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+def _figures(rows: list[dict[str, Any]], kept: int | None) -> Iterator[tuple[str, ...]]:
+    """Of the student that is saved; FLOPs are those of the whole run."""
     for metric, name in FIGURES.items():
-        values = [(row["step"], row[metric]) for row in rows if metric in row]
+        values = [(row["step"], row[metric]) for row in rows if metric in row and (kept is None or row["step"] <= kept)]
         if values:
             yield name, *(f"{value:.4g} (step {step})" for step, value in (values[0], values[-1]))
     flops = sum(value for row in rows for metric, value in row.items() if metric.startswith("flops/"))

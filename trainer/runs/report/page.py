@@ -9,6 +9,7 @@ import base64
 import hashlib
 import html
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -40,7 +41,8 @@ def report_of(run: Path) -> str:
     try:
         return f"report in {write_report([run])}"
     except Exception as error:
-        return f"no report was written ({type(error).__name__}: {error}); `fastkl report {run}` tries again"
+        again = shlex.join(["fastkl", "report", str(run)])
+        return f"no report was written ({type(error).__name__}: {error}); `{again}` tries again"
 
 
 def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:

@@ -106,6 +106,7 @@ def test_the_best_student_is_kept_and_saved(
     assert checkpoints(tmp_path / "run") == ["step-000002", "step-000004"]
     short = run | {"run": tmp_path / "short", "optim.steps": 2, "checkpoint.best": "null", "eval.data.path": "null"}
     check_same_weights(tmp_path / "run", made(short))
+    assert "| kept | the student after step 2," in (tmp_path / "run/student/README.md").read_text(encoding="utf-8")
 
 
 def test_the_best_may_be_the_student_that_the_run_began_with(

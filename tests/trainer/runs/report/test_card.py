@@ -70,6 +70,7 @@ def test_the_base_of_a_student_that_is_here_is_that_of_its_card(tmp_path: Path) 
         assert "base_model" not in checked(card("distill", **{"student.path": tmp_path}))
 
 
+HELD_OUT = {"eval.data.path": "h.jsonl"}
 OWN = {"teacher.path": "", "teacher.self": "base", "student.lora.rank": 2, "teacher.context.template": "{prompt}!"}
 REWARDS = {"teacher.path": "", "reward.grader": "boxed", "loss.kl_coef": 0, "sampling.samples_per_prompt": 2}
 
@@ -83,7 +84,7 @@ REWARDS = {"teacher.path": "", "reward.grader": "boxed", "loss.kl_coef": 0, "sam
         (REWARDS, "`s` learned from rewards of its own completions."),
         ({"loss.objective": "jsd"}, "| objective | `jsd` |"),
         ({"loss.control": "shuffled"}, "| control | `shuffled`: no model to be used |"),
-        ({"checkpoint.best": "student", "eval.data.path": "h.jsonl"}, "| kept | the checkpoint with the best accuracy"),
+        ({"data.path": "gone/rows"}, "| data | `rows`, SHA-256"),
         ({"push_to_hub": "me/mine"}, 'from_pretrained("me/mine"'),
     ],
 )
@@ -92,6 +93,15 @@ def test_it_says_what_the_run_was(settings: dict[str, object], said: str) -> Non
     checked(text)
     assert said in text
     assert f"fastkl {fastkl.__version__}" in text
+
+
+def test_the_figures_are_those_of_the_student_that_was_kept() -> None:
+    rows = [{"step": step, "eval/accuracy": step / 10 if step < 3 else 0.1, "flops/student": 1e9} for step in range(5)]
+    text = student_card(config("sft", MINIMAL["sft"] | {"checkpoint.best": "student"} | HELD_OUT), ROWS, rows, kept=2)
+    assert "| kept | the student after step 2, with the best accuracy on held-out prompts |" in text
+    assert "|  | first | kept |" in text
+    assert "| accuracy on held-out prompts | 0 (step 0) | 0.2 (step 2) |" in text
+    assert "| FLOPs |  | 5e+09 |" in text
 
 
 def test_sft() -> None:
