@@ -15,7 +15,7 @@ class GuardsConfig:
     """What a run is watched for. off: not at all. warn: say so, once. stop: end the run, with a checkpoint.
 
     Args:
-        teacher_constant: Watch for a teacher that finds all tokens equally likely.
+        teacher_constant: Watch for a teacher that finds all tokens equally likely, or all far below chance.
         nothing_to_learn: Watch for a student that is sure of its tokens, and whose teacher agrees, in the first step.
         entropy_collapse: Watch for a student that loses its variety and gains nothing.
         length_growth: Watch for completions that grow until they are cut.

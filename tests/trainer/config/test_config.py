@@ -161,6 +161,10 @@ def test_configs_are_frozen() -> None:
         config("sft", MINIMAL["sft"]).seed = 1
 
 
+# Of the tiny models, whose context is 64.
+SHORT: dict[str, dict[str, object]] = {"distill": {"sampling.max_new_tokens": 16}}
+
+
 # What shows only once files are read: still one line, status 2, and nothing on disk.
 @pytest.mark.parametrize(
     ("command", "settings", "parts"),
@@ -197,7 +201,7 @@ def test_refused_once_files_are_read(
     (empty_folder / "run" / "config.yaml").touch()
     paths = {key: "model" for key in MINIMAL[command] if key.endswith(("student.path", "teacher.path", "model.path"))}
     before = sorted(empty_folder.rglob("*"))
-    refusal(capsys, command, MINIMAL[command] | paths | settings, *parts)
+    refusal(capsys, command, MINIMAL[command] | paths | SHORT.get(command, {}) | settings, *parts)
     assert sorted(empty_folder.rglob("*")) == before
 
 
@@ -218,8 +222,7 @@ def test_lengths_are_checked_before_a_model_is_loaded(
     save_model(empty_folder / "short", max_position_embeddings=16)
     write_jsonl(empty_folder / "d.jsonl", sums(3))
     paths = {key: "model" for key in MINIMAL[command] if key.endswith(("student.path", "teacher.path"))}
-    given = {"sampling.max_new_tokens": 16} if command == "distill" else {}
-    assert cli.main(arguments(command, MINIMAL[command] | paths | given | settings)) == 2
+    assert cli.main(arguments(command, MINIMAL[command] | paths | SHORT.get(command, {}) | settings)) == 2
     said = capsys.readouterr().err
     assert "'s context of " in said
     assert "loading the" not in said

@@ -16,7 +16,8 @@ from fastkl.trainer.runs.guards.evaluations import ACCURACY, Evaluated, best_of
 
 WINDOW = 3  # steps whose mean is taken
 UNIFORM = 0.05  # of ln V: how near to −ln V the log-probs of a uniform distribution are
-EQUAL = 1e-4  # nats: below it two models are one
+WILD = 10.0  # times ln V: how far below chance no language model is; one whose weights were read wrongly was 37 times
+EQUAL = 1e-3  # nats: below it two models are one; a model and its copy in bfloat16 are 3e-4 apart
 CONVERGED = 0.1  # nats: below it a few tokens may well hold what is left; the demo ends with 82 % in 1 % at 0.06
 GREW = 4.0  # times as many completions are cut: a recipe with a short limit went from 42 to 96 %, and learned
 CHANCE = 2.0  # standard errors of a difference
@@ -79,10 +80,10 @@ class Rule(NamedTuple):
 
 def teacher_constant(seen: Seen) -> str | None:
     """A teacher that finds all tokens equally likely teaches nothing: a broken head, a server that woke up without weights
-    (redai-studio/Relax pull request 287).
+    (redai-studio/Relax pull request 287). Nor does one whose weights were read in another dtype, or without their scales.
 
     Constant: no distribution of a language model is, unless student and teacher are both sure of everything. Uniform:
-    every log-prob is about −ln V.
+    every log-prob is about −ln V. Wild: far below that.
     """
     row = seen.steps[-1]
     std, mean = row.get("teacher_logprobs/std"), row.get("teacher_logprobs/mean")
@@ -91,6 +92,9 @@ def teacher_constant(seen: Seen) -> str | None:
     is_constant = std < seen.limits.min_teacher_std and row.get("entropy", 1.0) >= seen.limits.min_entropy
     flat = [math.log(size) for size in seen.facts.vocabularies]
     is_uniform = any(std < UNIFORM * each and abs(mean + each) < UNIFORM * each for each in flat)
+    if mean < -WILD * max(flat):
+        chance = -max(flat)
+        return f"the teacher's log-probs are far below chance: mean {mean:.4g} nats; a uniform teacher has {chance:.3g}"
     if not is_constant and not is_uniform:
         return None
     what = "uniform" if is_uniform else "constant"
