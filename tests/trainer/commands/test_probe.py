@@ -253,7 +253,10 @@ VERDICTS: dict[str, tuple[dict[str, Any], str]] = {
     "beginning": ({"share_of_gap": {"first_token": 0.6, "first_token_mean": 9.0}}, "formats differ"),
     "end": ({"share_of_gap": {"last_token": 0.6, "last_token_mean": 9.0}}, "formats differ"),
     "cut": ({"metrics": {"completions/truncated_fraction": 0.6}}, "truncated"),
-    "loops": ({"metrics": {"completions/looping_fraction": 0.6}}, "completions repeat themselves"),
+    "loops": (
+        {"metrics": {"completions/looping_fraction": 0.6, "completions/truncated_fraction": 0.7}},
+        "completions repeat themselves",
+    ),
     "strangers": ({"metrics": {"teacher_kl": 6.0}}, "too far apart"),
     "other-words": ({"top_k": {"overlap": 0.1}}, "too far apart"),
     "no-better": ({"accuracy": {"gap": {"greedy": 0.05}}}, "the teacher is no better"),

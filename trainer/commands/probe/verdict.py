@@ -57,8 +57,8 @@ def _found(said: Said, seen: Seen) -> Iterator[Reason]:
         partial(little_to_learn, seen=seen),
         first_token,
         last_token,
+        "repetition",  # what repeats itself is cut too, and a higher limit ends nothing
         truncated,
-        "repetition",
         too_far,
         no_better,
         "few_tokens",
