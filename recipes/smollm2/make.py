@@ -11,9 +11,8 @@ heldout.jsonl (others, with worked solutions, for `fastkl score`).
 from __future__ import annotations
 
 import copy
-import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +20,9 @@ import reasoning_gym
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+
+sys.path.append(str(Path(__file__).parents[1]))
+from series import write_rows
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER = Path("runs/smollm2")
@@ -55,10 +57,6 @@ def held_out(known: set[str]) -> Iterator[dict[str, str]]:
     drawn = reasoning_gym.create_dataset("gsm_symbolic", size=2 * HELD_OUT, seed=2)
     for row in [row for row in drawn if row["question"] not in known][:HELD_OUT]:
         yield {"prompt": row["question"], "completion": row["metadata"]["answer_cot"], "answer": row["answer"]}
-
-
-def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def without_layers(model: PreTrainedModel, dropped: tuple[int, ...]) -> PreTrainedModel:
