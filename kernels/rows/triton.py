@@ -53,11 +53,12 @@ def token_nll(logits: Logits, tokens: Tensor | None, out: Tensor, gradient: Tens
     """out[0] = lse(z) − z[y]; gradient p − 1[y], where one walk makes it but for a factor of each row, [n]."""
     assert tokens is not None
     if logits.vocabulary is not WHOLE:
-        scores, one = out.new_empty(5, out.shape[1]), out.new_ones(out.shape[1])
+        scores, weights = out.new_empty(5, out.shape[1]), out.new_zeros(3, out.shape[1])
         token_nll_entropy(logits, tokens, scores, None)
         out[0] = scores[0]
         if gradient is not None:
-            entropy_gradient(logits, tokens, scores, torch.stack([one, one - one, one - one]), gradient)
+            weights[0] = 1.0
+            entropy_gradient(logits, tokens, scores, weights, gradient)
         return None
     one_walk = gradient is not None and _takes_one_walk(logits.student, gradient)
     factor = out.new_empty(out.shape[1]) if one_walk else None

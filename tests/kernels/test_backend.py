@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkl.kernels.backend import BACKENDS, planned, row_function, scorer
+from fastkl.kernels.backend import BACKENDS, adds_bias, planned, row_function, scorer
 from fastkl.kernels.divergence import pytorch as divergence_pytorch
 from fastkl.kernels.epilogue import rule
-from fastkl.kernels.options import Sparse, Surrogate
+from fastkl.kernels.options import CrossEntropy, Sparse, Surrogate
 from fastkl.kernels.problem import HeadOptions, Inputs, RowLoss, Spec
 from fastkl.kernels.rows import pytorch as rows_pytorch
+from fastkl.kernels.rows.parallel.share import Share
+from fastkl.kernels.top_k.formula import top_k
 from fastkl.loss import linear_logprobs
 
 HIDDEN, WEIGHT, TOKENS = torch.randn(3, 4), torch.randn(7, 4), torch.tensor([1, 6, 0])
@@ -53,6 +55,28 @@ class Device(Tensor):
     """Says that it is on a GPU."""
 
     is_cuda = True  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("spec", "triton"),
+    [
+        (NLL, True),
+        (NLL._replace(kind="token_nll_entropy"), True),
+        (NLL._replace(kind="top_k", variant="reverse-bucket"), True),
+        (NLL._replace(kind="cross_entropy", cross_entropy=CrossEntropy(z_loss=0.1)), True),
+        (NLL._replace(kind="cross_entropy", cross_entropy=CrossEntropy(label_smoothing=0.1)), False),
+        (NLL._replace(kind="cross_entropy", cross_entropy=CrossEntropy(), extras=True), False),
+        (NLL._replace(kind="divergence", teacher=HeadOptions(), variant="jsd", parameter=0.5), False),
+    ],
+)
+def test_what_triton_has_of_a_vocabulary_in_pieces(spec: Spec, triton: bool) -> None:
+    """Of a whole one all on a GPU. The head's bias goes with the row function."""
+    hidden, share = HIDDEN.as_subclass(Device), Share("group", 0, 14, 7)
+    assert adds_bias(spec, hidden)
+    assert adds_bias(spec._replace(share=share), hidden) == triton
+    found = row_function(spec._replace(share=share), hidden)
+    function = found.func if isinstance(found, partial) else found
+    assert function is top_k or function.__module__.endswith(".triton") == triton
 
 
 def test_the_epilogue_is_off_until_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
