@@ -120,6 +120,18 @@ class ChatTemplate:
         return added if added and added != whole else whole.rpartition(ASKED["content"])[2]
 
     @cached_property
+    def before_answer(self) -> str:
+        """What the template writes between a prompt and the assistant's text in the last turn; "" where it writes the two
+        apart from each other."""
+        try:
+            start = self.render([ASKED], to_answer=True)
+            whole = self.render([ASKED, make_turn("assistant", ANSWER)], to_answer=False)
+        except Refusal:
+            return ""
+        before, found, _ = whole.removeprefix(start).partition(ANSWER)
+        return before if found and whole.startswith(start) else ""
+
+    @cached_property
     def after_answer(self) -> tuple[str, str]:
         """What follows the assistant's text in its last turn: up to and with the token that ends the turn, and the rest.
 

@@ -11,6 +11,7 @@ from fastkl.trainer.data.turns import Turn, left_out, left_out_call, with_marked
 from fastkl.trainer.errors import ConfigError
 
 _OPENED = re.compile(r"<(\w+)>\s*\Z")  # a tag that a prompt leaves open, as <think>
+_THOUGHTS = ("think", "thinking", "thought", "thoughts", "reasoning", "scratchpad")  # others may begin any answer
 
 
 def reply_text(chat: ChatTemplate, row: Prompt, prompt: str) -> str:
@@ -46,6 +47,12 @@ def opened_tag(prompt: str) -> str | None:
     """The name of a tag that the end of a prompt leaves open; None where it leaves none."""
     opened = _OPENED.search(prompt)
     return None if opened is None else opened[1]
+
+
+def opened_thought(prompt: str) -> str | None:
+    """The name of a tag of thoughts that the end of a prompt leaves open; None where it leaves none."""
+    opened = opened_tag(prompt)
+    return opened if opened in _THOUGHTS else None
 
 
 def content_of(chat: ChatTemplate, row: Prompt, prompt: str, written: str) -> str:

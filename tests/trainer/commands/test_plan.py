@@ -179,8 +179,8 @@ def test_a_teachers_own_tokens_are_counted(tmp_path: Path) -> None:
     pair = strangers(tmp_path, "pairs", "characters")
     config = parse(arguments("plan", distillation(tmp_path / "run", pair, **OWN)))[1]
     found = planned(config)
-    questions = [row["prompt"] for row in read_jsonl(pair / "sums.jsonl")]
-    growth = sum(map(len, questions)) / sum(len(words("pairs")(text)["input_ids"]) for text in questions)
+    texts = [row["completion"] for row in read_jsonl(pair / "sums.jsonl")]
+    growth = sum(map(len, texts)) / sum(len(words("pairs")(text)["input_ids"]) for text in texts)
     assert growth > 1
     (said,) = (line for line in found.assumed if "reads" in line)
     assert f"{growth:.2f} in completions" in said

@@ -12,6 +12,7 @@ from fastkl.trainer.data.arrays import Array
 from fastkl.trainer.teachers.alignment.equal_stretches import equal_stretches
 from fastkl.trainer.teachers.alignment.segments import NOWHERE, Segments, align
 from fastkl.trainer.teachers.alignment.token_bytes import TokenBytes
+from fastkl.trainer.teachers.alignment.turns import Begins
 
 
 class Aligned(NamedTuple):
@@ -42,8 +43,9 @@ class Translator:
         completions: Sequence[Sequence[int]],
         after_student: Sequence[int | None],
         after_teacher: Sequence[int | None],
+        begins: Sequence[Begins] | None = None,
     ) -> list[Aligned]:
-        """Of completions in the student's ids, each without its end.
+        """Of completions in the student's ids, each without its end, and without what templates write before it (`begins`).
 
         `after_student` and `after_teacher` are the ids that stand before each, the last of either's prompt; None where
         there are none: some tokenizers put a space between a special token and a text, which is no part of the text.
@@ -51,7 +53,8 @@ class Translator:
         What the two do not read alike is in no segment: bytes that are no UTF-8 (the teacher reads U+FFFD there), what a
         normaliser changes, and ids of the student that are no tokens.
         """
-        parts = [list(self._parts(ids, before)) for ids, before in zip(completions, after_student, strict=True)]
+        begins = [Begins()] * len(completions) if begins is None else begins
+        parts = [list(self._parts(*each)) for each in zip(completions, after_student, begins, strict=True)]
         texts: list[str] = []
         befores: list[int | None] = []
         for own, last in zip(parts, after_teacher, strict=True):
@@ -63,31 +66,45 @@ class Translator:
                     last = part
         encoded = iter(self._teacher.encode(texts, befores))
         found = [[token for part in own for token in _tokens(part, encoded)] for own in parts]
-        rows = zip(completions, found, after_student, after_teacher, strict=True)
+        rows = zip(completions, found, after_student, after_teacher, begins, strict=True)
         return [self._align(*row) for row in rows]
 
-    def _parts(self, ids: Sequence[int], before: int | None) -> Iterator[str | int]:
-        """Texts, and between them the teacher's ids of tokens that stay tokens."""
+    def _parts(self, ids: Sequence[int], before: int | None, begins: Begins) -> Iterator[str | int]:
+        """Texts, and between them the teacher's ids of tokens that stay tokens. The first begins as the teacher's do."""
         start = 0
         for place in [*(place for place, token in enumerate(ids) if token in self._kept), len(ids)]:
             if place > start:
                 written, _ = self._student.written(ids[start:place], ids[start - 1] if start else before)
                 if written:
-                    yield written.decode(errors="replace")
+                    text = written[0 if start else begins.ours :].decode(errors="replace")
+                    yield text if start else begins.theirs + text
             if place < len(ids):
                 yield self._kept[ids[place]]
             start = place + 1
 
     def _align(
-        self, ours: Sequence[int], theirs: Sequence[int], after_student: int | None, after_teacher: int | None
+        self,
+        ours: Sequence[int],
+        theirs: Sequence[int],
+        after_student: int | None,
+        after_teacher: int | None,
+        begins: Begins,
     ) -> Aligned:
-        written, lengths = self._student.written(ours, after_student)
+        written, lengths = _after(begins.ours, *self._student.written(ours, after_student))
         others, their_lengths = self._teacher.written(theirs, after_teacher)
+        space = begins.theirs.encode()
+        others, their_lengths = _after(len(space) if others.startswith(space) else 0, others, their_lengths)
         segments = align(lengths, their_lengths, equal_stretches(written, others))
         known = self._student.lengths(ours) > 0
         if not known.all():
             segments = replace(segments, student_of=np.where(known, segments.student_of, NOWHERE).astype(np.int32))
         return Aligned(np.asarray(theirs, np.int32), segments)
+
+
+def _after(size: int, written: bytes, lengths: Array) -> tuple[bytes, Array]:
+    """What tokens write after so many bytes, and with how many of its own each."""
+    ends = np.maximum(np.cumsum(lengths) - size, 0)
+    return written[size:], np.diff(ends, prepend=0).astype(np.int32)
 
 
 def _tokens(part: str | int, encoded: Iterator[list[int]]) -> list[int]:

@@ -11,6 +11,8 @@ from fastkl.trainer.data.chat import ChatTemplate
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.teachers.alignment.segments import Segments
 
+_START = "1"  # nothing joins it
+
 
 class TurnEnd(NamedTuple):
     """How a tokenizer ends what it answers: in a chat as the template does, else by its end of sequence."""
@@ -26,6 +28,14 @@ class TurnEnd(NamedTuple):
             found: int = tokenizer.convert_tokens_to_ids(end)
             return cls(chat.after_answer[0].removesuffix(end), found)
         return None if tokenizer.eos_token_id is None else cls("", tokenizer.eos_token_id)
+
+
+def ids_inside(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of what a template writes inside of a chat, without a space that the tokenizer would put at the beginning."""
+    start, whole = (tokenizer(each, add_special_tokens=False)["input_ids"] for each in (_START, _START + text))
+    if whole[: len(start)] == start:
+        return list(whole[len(start) :])
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 class End(NamedTuple):
@@ -76,10 +86,7 @@ class EndPairs:
                 "the teacher's tokenizer declares no end of sequence, and nothing would stand for the end of the student's "
                 "turn; set its eos_token"
             )
-        closing: list[int] = (
-            theirs(their_end.closing, add_special_tokens=False)["input_ids"] if their_end.closing else []
-        )
-        self._theirs = [*closing, their_end.token]
+        self._theirs = [*ids_inside(theirs, their_end.closing), their_end.token]
         self._named = {str(added): token for token, added in theirs.added_tokens_decoder.items()}
 
     @property

@@ -12,14 +12,15 @@ from fastkl.trainer.data.chat import ChatTemplate
 from fastkl.trainer.data.mixture import DataSet
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import require
+from fastkl.trainer.teachers.alignment.beginnings import Beginnings
 from fastkl.trainer.teachers.alignment.completion import Aligned
 from fastkl.trainer.teachers.alignment.counts import Counts, counts_of, sizes, sum_counts
-from fastkl.trainer.teachers.alignment.ends import End, EndPairs, with_end
+from fastkl.trainer.teachers.alignment.ends import End, EndPairs, ids_inside, with_end
 from fastkl.trainer.teachers.alignment.pair import TokenizerPair
 from fastkl.trainer.teachers.alignment.reader import Reader
 from fastkl.trainer.teachers.alignment.segments import Segments
 from fastkl.trainer.teachers.alignment.shown import line
-from fastkl.trainer.teachers.alignment.turns import Replies, Turn, joined, runs, unaligned
+from fastkl.trainer.teachers.alignment.turns import Begins, Replies, Turn, joined, runs, unaligned
 
 
 class OwnTokenizer:
@@ -45,6 +46,7 @@ class OwnTokenizer:
         self._pair, self._max_segment = pair, max_segment
         ours, theirs = pair.ours.tokenizer, pair.theirs.tokenizer
         self._ends = {chat: EndPairs(ours, theirs, chat, template) for chat in chats}
+        self._beginnings = {chat: Beginnings.of(chat, template) for chat in chats}
         self._replies: dict[ChatTemplate | None, Replies] = {}
         for chat in chats:
             if chat is not None and template is not None and role is not None:
@@ -87,13 +89,33 @@ class OwnTokenizer:
             if own:
                 end = self._end(part, ends)
                 ended = self._pair.ours[int(part[-1])].decode() if end.ours else ""
-                turns.append(Turn(reply, part[: len(part) - end.ours], end, before))
+                turns.append(self._begun(Turn(reply, part[: len(part) - end.ours], end, before), chat))
                 reply = 0, []
             elif replies is not None:
                 written = self._pair.ours.join(part.tolist()).decode(errors="replace")
                 reply = len(part), replies.ids(written, ended, end.theirs)
                 before = int(part[-1]), reply[1][-1]
         return turns if turns and not reply[0] else [*turns, Turn(reply, ids[:0], End(0, []), before)]
+
+    def _begun(self, turn: Turn, chat: ChatTemplate | None) -> Turn:
+        """Without what the student's template writes before an answer, and after what the teacher's does."""
+        begin, ours = self._beginnings[chat], self._pair.ours
+        if self._pair.one or not any(begin):
+            return turn
+        text, lengths = ours.written(turn.text.tolist(), turn.before[0])
+        dropped = begin.dropped(text)
+        ends = np.cumsum(lengths)
+        whole = int(np.searchsorted(ends, dropped, side="right")) if dropped else 0
+        words, space = begin.added(text[dropped:])
+        read = ids_inside(self._pair.theirs.tokenizer, words) if words else []
+        last = int(turn.text[whole - 1]) if whole else turn.before[0]
+        return Turn(
+            (turn.reply[0] + whole, [*turn.reply[1], *read]),
+            turn.text[whole:],
+            turn.end,
+            (last, read[-1] if read else turn.before[1]),
+            Begins(dropped - int(ends[whole - 1]) if whole else dropped, space),
+        )
 
     def _end(self, ids: Array, ends: EndPairs) -> End:
         """What ends a turn, and what stands for it."""

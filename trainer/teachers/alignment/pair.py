@@ -43,8 +43,9 @@ class TokenizerPair:
     def aligned(self, turns: Sequence[Turn]) -> list[Aligned]:
         """The texts of turns in the teacher's tokens; of one tokenizer, in those that were written."""
         if not self.one:
+            texts = [turn.text.tolist() for turn in turns]
             ours, theirs = zip(*(turn.before for turn in turns), strict=True) if turns else ((), ())
-            return self._translator.aligned([turn.text.tolist() for turn in turns], ours, theirs)
+            return self._translator.aligned(texts, ours, theirs, [turn.begins for turn in turns])
         places = [np.arange(len(turn.text), dtype=np.int32) for turn in turns]
         return [
             Aligned(turn.text, Segments(own, own, self.ours.lengths(turn.text)))

@@ -16,6 +16,13 @@ from fastkl.trainer.teachers.alignment.ends import End
 from fastkl.trainer.teachers.alignment.segments import NOWHERE, Segments
 
 
+class Begins(NamedTuple):
+    """White space of templates in the first tokens of a text, which is no part of it."""
+
+    ours: int = 0  # bytes
+    theirs: str = ""
+
+
 class Turn(NamedTuple):
     """One of the student's, after a reply, if there was one."""
 
@@ -23,6 +30,7 @@ class Turn(NamedTuple):
     text: Array  # the student's, without its end
     end: End
     before: tuple[int, int]  # the tokens that stand before the text, for both
+    begins: Begins = Begins()
 
 
 class Replies:

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 from fastkl.trainer.data.chat import ChatTemplate
 from fastkl.trainer.data.prompts import EncodedPrompt
-from fastkl.trainer.data.replies import opened_tag
+from fastkl.trainer.data.replies import opened_thought
 from fastkl.trainer.data.rows import Prompt, check_encodable
 from fastkl.trainer.data.text import encode
 from fastkl.trainer.data.turns import Turn, left_out
 from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.teachers.alignment.beginnings import Beginnings
 from fastkl.trainer.teachers.alignment.reader import Reader
 from fastkl.trainer.teachers.context.turns import Content
 
 SHOWN = 60  # characters of a prompt's end
-THOUGHTS = ("think", "thinking", "thought", "thoughts", "reasoning", "scratchpad")  # tags; others may begin any answer
 
 
 def encode_contents(
@@ -40,7 +40,7 @@ def encode_contents(
     found = []
     for prompt, row, chat, text, tokens in zip(prompts, rows, chats, texts, ids, strict=True):
         if reader.own:
-            _check_end_of_text(prompt, text, setting)
+            _check_end_of_text(prompt, text, chat, setting)
         else:
             _check_end(prompt, text, tokens, setting)
         found.append(dataclasses.replace(prompt, row=row, tokens=tokens, chat=chat))
@@ -92,14 +92,21 @@ def _check_end(prompt: EncodedPrompt, text: str, tokens: list[int], setting: str
         _require(_written(prompt)[-opening:] == text[-opening:], prompt, text, setting, _WITHOUT)
 
 
-def _check_end_of_text(prompt: EncodedPrompt, text: str, setting: str) -> None:
-    """As `_check_end`, by another tokenizer: of a chat, the thought that is left open; of a text, the last character."""
+def _check_end_of_text(prompt: EncodedPrompt, text: str, chat: ChatTemplate | None, setting: str) -> None:
+    """As `_check_end`, by another tokenizer: of a chat, the thought that is left open; of a text, the last character.
+
+    `chat` is the teacher's. What it writes before an answer may close its thought.
+    """
     ours = _written(prompt)
-    if prompt.chat is None:
+    if prompt.chat is None or chat is None:
         _require(ours[-1:] == text[-1:], prompt, text, setting, _AS_PROMPTS)
+        return
+    opened = opened_thought(ours)
+    if opened is None:
+        text_of_answer = text + Beginnings.of(prompt.chat, chat).theirs
+        _require(opened_thought(text_of_answer) is None, prompt, text, setting, _ALIKE)
     else:
-        opened = [tag if tag in THOUGHTS else None for tag in map(opened_tag, (ours, text))]
-        _require(opened[0] == opened[1], prompt, text, setting, _ALIKE)
+        _require(opened == opened_thought(text), prompt, text, setting, _ALIKE)
 
 
 def _written(prompt: EncodedPrompt) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ from segment_cases import words
 from tiny_data import write_jsonl
 from transformers import PreTrainedTokenizerBase
 
+from fastkl.trainer.data.chat import ChatTemplate
 from fastkl.trainer.data.mixture import read_data_sets
+from fastkl.trainer.data.replies import opened_thought
 from fastkl.trainer.data.samples import Sample, make_sample
+from fastkl.trainer.data.turns import make_turn
 from fastkl.trainer.errors import ConfigError
 from fastkl.trainer.rollouts.turn_markers import turn_markers
 from fastkl.trainer.teachers.alignment.counts import Counts
@@ -77,6 +82,9 @@ ENDS |= {
 }
 
 
+BEGINNINGS = {"mistral": " ", "ernie": "<response>\n"} | dict.fromkeys(("qwen", "qwen-base"), "<think>\n\n</think>\n\n")
+
+
 @pytest.mark.parametrize(("ours", "other"), [*itertools.product(["llama", "qwen-base", "ernie"], FAMILIES)])
 def test_the_end_of_a_turn_is_that_of_the_teachers_turn(tmp_path: Path, ours: str, other: str) -> None:
     """With what a template writes before it. R1 opens a thought: the student does not begin in one."""
@@ -90,12 +98,55 @@ def test_the_end_of_a_turn_is_that_of_the_teachers_turn(tmp_path: Path, ours: st
     pair = Pair(tmp_path, student, teacher)
     closing = {name: "\n</response>\n" if name == "ernie" else "" for name in (ours, other)}
     sample = pair.sample(TEXT + closing[ours], ENDS[ours])
-    assert pair.teacher.decode(theirs(sample)) == TEXT + closing[other] + ENDS[other]
+    begins = "" if {ours, other} == {ours} or {ours, other} <= {"qwen", "qwen-base"} else BEGINNINGS.get(other, "")
+    assert pair.teacher.decode(theirs(sample)) == begins + TEXT + closing[other] + ENDS[other]
     numbers, bytes_of_text = own_segments(sample), len(TEXT.encode())
     assert numbers[:bytes_of_text] == list(range(1, bytes_of_text + 1))
     end = bytes_of_text + 1
     assert numbers[bytes_of_text:] == [end] * (len(sample.ids) - sample.prompt_length - bytes_of_text)
     assert sample.teacher_segments.tolist()[-1] == end
+
+
+def real_templates() -> dict[str, Path]:
+    """Those that TRL brings; none where it is not installed."""
+    package = find_spec("trl")
+    places = [] if package is None else package.submodule_search_locations or []
+    files = [file for place in places for file in Path(place, "chat_templates").glob("*.jinja")]
+    return {file.stem: file for file in files if "_training" not in file.stem}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*real_templates()])
+def test_real_templates(tmp_path: Path, name: str) -> None:
+    """A teacher reads an answer as its template writes one, a student's is read without what its own writes around it.
+
+    Thoughts that only one of them opens are refused, unless the teacher's template closes them.
+    """
+    template = real_templates()[name].read_text(encoding="utf-8")
+    added = dict.fromkeys(re.findall(r"<\|\w+\|>|<\w*turn\|?>|<\w+>|</\w+>|<｜[^｜]+｜>|\[/?INST\]", template))
+    real = family_tokenizer("qwen", template=template, special=("<eos>", *added), added=(), bos="<bos>")
+    chat, plain = ChatTemplate(real), family_tokenizer("smollm")
+    opens, closes = opened_thought(chat.opening), chat.before_answer
+    if opens and not closes:
+        with pytest.raises(ConfigError, match="ends in"):
+            Pair(tmp_path / "teacher", plain, real)
+    else:
+        pair = Pair(tmp_path / "teacher", plain, real)
+        whole = chat.render([make_turn("user", "1+1="), make_turn("assistant", TEXT)], to_answer=False)
+        sample = pair.sample(TEXT, ENDS["smollm"])
+        assert sample.teacher_prompt is not None
+        ids = [*sample.teacher_prompt.tolist(), *theirs(sample)]
+        ids = ids if chat.end_token else ids[:-1]  # where no token ends a turn, the end of a text does
+        assert real(whole, add_special_tokens=False)["input_ids"][: len(ids)] == ids
+        assert 0 not in own_segments(sample)
+    if opens:
+        with pytest.raises(ConfigError, match="ends in"):
+            Pair(tmp_path / "student", real, plain)
+        return
+    back = Pair(tmp_path / "student", real, plain)
+    ids = real(closes + TEXT + chat.after_answer[0], add_special_tokens=False)["input_ids"]
+    read, _ = back.encoded(ids)
+    assert back.teacher.decode(theirs(read)) == TEXT + (ENDS["smollm"] if chat.end_token else "")
 
 
 def test_another_end_is_that_of_its_name(tmp_path: Path) -> None:
