@@ -212,6 +212,8 @@ def collate(samples: list[Sample], layout: Layout, device: torch.device) -> Batc
     ids = end_to_end([sample.ids for sample in samples], np.int64)
     mask = end_to_end([sample.loss_mask for sample in samples], np.bool_)
     positions = np.arange(len(ids)) - (lengths.cumsum() - lengths).repeat(lengths)
+    inputs: dict[str, Array]
+    places: Array  # of the samples' tokens in the batch
     if layout == "packed":
         inputs, places = {"input_ids": ids, "position_ids": positions}, np.arange(len(ids))
     else:
