@@ -24,7 +24,8 @@ With `--prompts`, so many are read from JSON Lines and encoded too, each number 
 200 to 600 characters of English, with an answer and metadata:
 
     tokens, characters    of a prompt, and of its row in the file
-    held, peak            bytes of the process beyond those before the first row: rows, answers, metadata, ids and all
+    held, peak            bytes of the process beyond those before the first row: rows, answers, metadata, ids and all;
+                          without pages of files. The peak is looked for 50 times a second
     read, encode, fingerprint    seconds of CPU time
     access                seconds of CPU time for 512 rows in a random order
 """

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -43,13 +45,14 @@ def _measured(count: int, folder: str) -> dict[str, Any]:
         few = DataConfig(path=str(path), limit=100, chat_template=False)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         encode_prompts(load_prompts(few), tokenizer, few)  # makes what is made once
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-        before, clocks, data = _status("VmRSS"), [time.process_time()], DataConfig(path=str(path), chat_template=False)
-        rows = load_prompts(data)
-        clocks.append(time.process_time())
-        prompts = encode_prompts(rows, tokenizer, data)
-        clocks.append(time.process_time())
-        held, peak = _status("VmRSS") - before, _status("VmHWM") - before
+        before, clocks, data = _memory(), [time.process_time()], DataConfig(path=str(path), chat_template=False)
+        with _watched() as seen:
+            rows = load_prompts(data)
+            clocks.append(time.process_time())
+            prompts = encode_prompts(rows, tokenizer, data)
+            clocks.append(time.process_time())
+            held = _memory() - before
+        peak = max([*seen, before + held]) - before
         for step in range(STEPS):
             assert len([prompts[index] for index in batch_indices(len(prompts), STEP, step, 0)]) == STEP
         clocks.append(time.process_time())
@@ -73,7 +76,25 @@ def _lines(count: int) -> Iterable[str]:
         yield json.dumps({"prompt": prompt, "answer": str(rng.randrange(10**4)), "metadata": {"level": 1}}) + "\n"
 
 
-def _status(name: str) -> int:
-    """Bytes of this process, of Linux."""
+@contextmanager
+def _watched() -> Iterator[list[int]]:
+    """The process's memory, looked at again and again."""
+    seen, over = list[int](), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.02):
+            seen.append(_memory())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+
+
+def _memory() -> int:
+    """Bytes of this process, of Linux; without pages of files, which the kernel takes back as it likes."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))

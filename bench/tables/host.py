@@ -29,14 +29,14 @@ def prompts() -> str:
             f"{row['prompts']:,}",
             *(f"{row[name] / 1e6:.0f}" for name in ("held", "peak")),
             *(f"{row[name]:.1f}" for name in ("read", "encode", "fingerprint")),
+            f"{row['access']:.2f}",
         ]
         for row in report["prompts"]
     ]
-    header = ["prompts", "held, MB", "at the peak, MB", "reading, s", "encoding, s", "fingerprint, s"]
+    header = ["prompts", "held, MB", "at the peak, MB", "reading, s", "encoding, s", "fingerprint, s", "512 rows, s"]
     last = report["prompts"][-1]
-    said = (
-        f"{last['tokens']:.0f} tokens a prompt, {last['characters']:.0f} characters a row; a tokenizer of whole words"
-    )
+    tokens, characters = last["tokens"], last["characters"]
+    said = f"Prompts of 200 to 600 characters, {tokens:.0f} tokens on average; {characters:.0f} characters a row"
     return table(header, rows, said, [report])
 
 
