@@ -104,10 +104,10 @@ def teacher_constant(seen: Seen) -> str | None:
 def nothing_to_learn(seen: Seen) -> str | None:
     """Memorised prompts: the student is sure, and the teacher agrees. And: the student is the teacher.
 
-    Measured (docs/metrics/guards.md): memorised prompts began with an entropy of 0.001 to 0.061. There sampled tokens taught
-    nothing up to a teacher_kl of 0.145. Distributions taught nothing up to 0.017, and something from 0.085 on. The surest
-    students that learned from sampled tokens began with 0.45 and 0.05. Rewards, a reference and given completions teach
-    without a teacher.
+    Measured (docs/metrics/guards.md): memorised prompts began with an entropy of 0.001 to 0.061. There sampled tokens
+    taught nothing up to a teacher_kl of 0.145. Distributions taught nothing up to 0.017, and something from 0.085 on. The
+    surest students that learned from sampled tokens began with 0.45 and 0.05. Rewards, a reference and given completions
+    teach without a teacher.
     """
     row, limits = seen.steps[0], seen.limits
     kl, entropy = row.get("teacher_kl"), row.get("entropy")
