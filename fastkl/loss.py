@@ -109,6 +109,9 @@ both:
                                      chunk, and not under torch.compile. The teacher's temperature, scale and soft-cap
                                      apply to these logits too.
 
+common_vocabulary_logits makes a head with another vocabulary into such a function: the tokens that both have are compared,
+and all others as one outcome.
+
 The teacher has no gradient. Parameters and other leaf tensors of its head are detached, so that student and teacher may
 share a head. A tensor of it that was computed under autograd raises ValueError, and so do logits that require a gradient.
 Further options:
@@ -145,10 +148,11 @@ from fastkl._loss.advantages import (
 )
 from fastkl._loss.cross_entropy import linear_cross_entropy
 from fastkl._loss.divergences import *  # noqa: F403  what its __all__ names
-from fastkl._loss.likeliest import TopK, linear_list_logprobs, linear_ranks, linear_top_k
 from fastkl._loss.numbers import BadNumbers
 from fastkl._loss.output import LossOutput, Predictions
 from fastkl._loss.policy_gradient import policy_gradient_loss, sampled_reverse_kl_loss
+from fastkl._loss.teachers.common import CommonLogits, common_vocabulary_logits
+from fastkl._loss.teachers.likeliest import TopK, linear_list_logprobs, linear_ranks, linear_top_k
 from fastkl._loss.token_stats import TokenStats, linear_logprobs, linear_token_stats
 from fastkl._loss.top_k import top_k_kl_loss
 from fastkl.kernels.divergence.formula import PerToken
@@ -158,6 +162,7 @@ from fastkl.kernels.top_k.sampled import TailPerToken
 __all__ = [
     "Backward",
     "BadNumbers",
+    "CommonLogits",
     "LossOutput",
     "PerToken",
     "Predictions",
@@ -166,6 +171,7 @@ __all__ = [
     "TokenStats",
     "TopK",
     "centred_advantages",
+    "common_vocabulary_logits",
     "extrapolated_advantages",
     "linear_cross_entropy",
     "linear_list_logprobs",

@@ -136,6 +136,29 @@ def _surrogate(
     return loss
 
 
+def common_vocabulary(
+    student_logits: Tensor,  # [..., V]
+    teacher_logits: Tensor,  # [..., V_t]
+    student_ids: Tensor,  # [C], distinct
+    teacher_ids: Tensor,  # [C], the same tokens
+) -> tuple[Tensor, Tensor]:
+    """Student and teacher over the common tokens and one outcome for each one's rest, as logits [..., C + 1] of the losses.
+
+    A student without other tokens has no such outcome: then [..., C], of what the teacher gives to common tokens. A teacher
+    without has 16 eps there.
+    """
+    log_p, log_q = (torch.log_softmax(z, -1) for z in (student_logits, teacher_logits))
+    if log_p.shape[-1] == len(student_ids):
+        return log_p[..., student_ids], log_q[..., teacher_ids]
+    p_rest, q_rest = (
+        z.index_fill(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        for z, ids in ((log_p, student_ids), (log_q, teacher_ids))
+    )
+    if log_q.shape[-1] == len(teacher_ids):
+        q_rest = torch.full_like(q_rest, 16 * torch.finfo(q_rest.dtype).eps).log()
+    return torch.cat([log_p[..., student_ids], p_rest], -1), torch.cat([log_q[..., teacher_ids], q_rest], -1)
+
+
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Σ p (log p − log q) per row [...]; 0 · log 0 = 0."""
     log_p, log_q = torch.log_softmax(student_logits, -1), torch.log_softmax(teacher_logits, -1)

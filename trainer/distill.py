@@ -212,7 +212,7 @@ def prepare(config: DistillConfig) -> Prepared:
         shorter = SHORTER.format("sampling", data_set.setting)
         check_length(data_set.prompts, config.sampling.max_new_tokens, student, shorter)
     check_eval_length(evaluations, student)
-    check_teachers(config, tokenizer, data_sets, teacher_prompts.data_sets, lists)
+    check_teachers(config, tokenizer, data_sets, teacher_prompts, lists)
     served = connect_servers(config, tokenizer, teacher_prompts, lists)
     rooms = [(int(one.ask.prompts.ids.lengths.max()) + one.ask.max_new_tokens, one.setting) for one in evaluations]
     sampling_server = connect_sampling(config, tokenizer, longest, rooms) if config.sampling.server.url else None

@@ -184,6 +184,9 @@ GROUPS = (
     Group("The teacher's own tokenizer", "learning", (
         Metric("alignment/aligned_fraction", "fraction", OWN_TOKENIZER,
                "Tokens that count and are in a segment. The teacher judges no others.", "near 1"),
+        Metric("alignment/compared_fraction", "fraction", f"{OWN_TOKENIZER}, other objectives than `policy_gradient`",
+               "Tokens at whose beginning the teacher's distribution is compared: it begins one there too. The others have "
+               "the weight 0.", "near 1"),
         Metric("alignment/segment_bytes", "bytes", OWN_TOKENIZER, "Mean length of the segments."),
         Metric("alignment/segment_bytes_max", "bytes", OWN_TOKENIZER, "Length of the longest segment.",
                "below `loss.max_segment`, unless it is one token of both"),
@@ -252,6 +255,8 @@ GROUPS = (
         Metric("policy/ratio_max", "", RATIO, "The largest importance ratio."),
         Metric("policy/ratio_mean", "", RATIO, "Mean importance ratio.", "about 1, which is its expectation"),
         Metric("policy/ratio_min", "", RATIO, "The smallest importance ratio."),
+        Metric("policy/rest_mass", "fraction", f"{OWN_TOKENIZER}, a divergence",
+               "The student's probability of the tokens that the teacher does not have, on average.", "small"),
         Metric("policy/tail_baseline", "nats", TAIL,
                "What the gaps of the step are taken against: the mean gap of earlier steps. 0 in the first."),
         Metric("policy/tail_gap", "nats", TAIL,
@@ -259,6 +264,8 @@ GROUPS = (
                "log((1 − P) / (1 − Q)).", "falls towards 0"),
         Metric("policy/tail_share", "fraction", TAIL, "The student's own tokens that are outside the lists."),
         Metric("policy/teacher_entropy", NATS, WHOLE, "Entropy of the teacher."),
+        Metric("policy/teacher_rest_mass", "fraction", f"{OWN_TOKENIZER}, a divergence",
+               "The teacher's probability of the tokens that the student does not have, on average.", "small"),
         Metric("policy/top1_agreement", "fraction", WHOLE,
                "Tokens for which student and teacher have the same likeliest token.", "rises"),
         Metric("policy/unsure_fraction", "fraction", UNSURE,

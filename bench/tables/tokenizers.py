@@ -11,6 +11,8 @@ from bench.lib.report import read_recipe
 
 ARMS = {
     "own": "teacher with the other tokenizer",
+    "reverse_kl": "… its distribution over the tokens of both",
+    "top_k": "… its 20 likeliest tokens, of those of both",
     "same": "teacher with the same tokenizer",
     "sft": "fine-tuned on the other teacher's text",
 }

@@ -135,6 +135,15 @@ class DivergenceOptions(SharedVocabularyOptions, total=False):
     per_token: Annotated[bool, False]
 
 
+class CommonOptions(HeadArguments, total=False):
+    """Of a teacher with another vocabulary."""
+
+    teacher_bias: Annotated[Tensor | None, None]
+    teacher_temperature: Annotated[float | None, None]
+    teacher_logit_scale: Annotated[float, HeadOptions.logit_scale]
+    teacher_softcap: Annotated[float | None, HeadOptions.softcap]
+
+
 # At import, because torch.compile does not trace `dataclasses.fields`.
 _FIELDS: dict[Any, list[str]] = {
     kind: [field.name for field in dataclasses.fields(kind)]

@@ -27,7 +27,10 @@ from fastkl.trainer.runs.files import read_jsonl
 
 HERE, RUNS = Path(__file__).parent, Path("runs/tokenizers")
 KINDS = ("letters", "pairs")
-ARMS = ("own", "same", "sft")  # the teacher has its own tokenizer, or the student's; its text is learned
+# The teacher has its own tokenizer, and judges samples, or its distributions over common tokens are learned; it has the
+# student's tokenizer; its text is learned.
+COMPARED = ("reverse_kl", "top_k")
+ARMS = ("own", *COMPARED, "same", "sft")
 ALIGNMENT = "alignment/"
 
 
@@ -76,6 +79,8 @@ def settings(kind: str, arm: str, seed: int) -> Row:
     given: Row = {"student.path": RUNS / kind / "student" / "student", "seed": seed}
     if arm == "sft":
         return {**given, "data.path": texts(other(kind), seed)}
+    if arm in COMPARED:
+        given["loss.objective"] = arm
     given["teacher.path"] = RUNS / (kind if arm == "same" else other(kind)) / "teacher" / "student"
     return {**given, "teacher.tokenizer": "null"} if arm == "same" else given
 

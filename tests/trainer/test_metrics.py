@@ -59,6 +59,8 @@ RUNS: dict[str, dict[str, Any]] = {
 # tests/trainer/teachers/test_cached.py.
 NOT_HERE = {"time/push_weights", "time/rollouts", "staleness/mean", "staleness/max"}
 NOT_HERE |= {"teacher_cache/hits", "teacher_cache/misses"}
+# tests/trainer/teachers/alignment/test_common_runs.py
+NOT_HERE |= {"alignment/compared_fraction", "policy/rest_mass", "policy/teacher_rest_mass"}
 NOT_HERE |= {"guards/RULE", "advantages/top_share"}  # tests/trainer/runs/guards; a step of more tokens
 
 

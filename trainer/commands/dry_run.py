@@ -125,6 +125,13 @@ def _alignments(found: Prepared) -> Iterator[str]:
         ]
         found.teacher_prompts.give_fixed(samples)
         yield f"{'alignment':12}of {len(samples)} texts of {data_set.setting}: {found.teacher_prompts.encode(samples)}"
+        if (common := found.teacher_prompts.common.get(data_set.name)) is not None:
+            compared = sum(int(sample.compared.sum()) for sample in samples)
+            counted = sum(sample.loss_tokens for sample in samples)
+            yield (
+                f"{'in common':12}{len(common):,} tokens; distributions are compared at {compared} of {counted} tokens, "
+                f"where the teacher begins one too"
+            )
         for prompt, sample in zip(prompts, samples, strict=True):
             yield printable(prompt.row.source)
             yield from (

@@ -175,7 +175,7 @@ def check_servers(sampling: SamplingConfig, teachers: Mapping[str, TeacherConfig
 
 
 def check_own_tokenizers(teachers: Mapping[str, TeacherConfig], loss: LossConfig) -> None:
-    """A teacher with its own tokenizer says nothing of one token of the student: nothing asks it to.
+    """A teacher with its own tokenizer says nothing of a token of the student that it does not have: nothing asks it to.
 
     `teachers` are all of the run, by the names of their settings.
     """
@@ -187,11 +187,22 @@ def check_own_tokenizers(teachers: Mapping[str, TeacherConfig], loss: LossConfig
     setting = f"{own[0]}.tokenizer is {teachers[own[0]].tokenizer}"
     same = f"use a teacher of the student's family, and unset {own[0]}.tokenizer"
     require(
-        loss.objective == "policy_gradient",
-        f"loss.objective is {loss.objective}, but {setting}: the two have no vocabulary in common; set loss.objective to "
-        f"policy_gradient, or {same}",
+        loss.objective != "density_power",
+        f"loss.objective is density_power, but {setting}: it is no function of ratios of probabilities, and has no "
+        f"meaning for tokens that are one outcome together; set loss.objective to another divergence, or {same}",
     )
-    whole = f"{setting}: the two have no distribution over the same tokens"
+    if loss.objective == "top_k":
+        require(
+            loss.top_k_of == "teacher",
+            f"loss.top_k_of is {loss.top_k_of}, but {setting}: it does not have all tokens of the student's list; set "
+            f"loss.top_k_of to teacher, or {same}",
+        )
+        require(
+            loss.top_k_tail == "bucket",
+            f"loss.top_k_tail is {loss.top_k_tail}, but {setting}: what the two do not have in common is one outcome; set "
+            f"loss.top_k_tail to bucket, or {same}",
+        )
+    whole = f"{setting}: it does not have all tokens of the student"
     require(loss.baseline != "kl", f"loss.baseline is kl, but {whole}; set loss.baseline to mean, or {same}")
     require(
         loss.forward_kl_above is None,

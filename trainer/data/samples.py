@@ -125,6 +125,24 @@ class Sample:
         return np.isin(self.teacher_segments, self.segments[self.scored])
 
     @property
+    def compared(self) -> Array:
+        """[T] bool: the counted tokens at whose beginning a teacher's distribution can be compared.
+
+        One with its own tokenizer begins a token there, after the same text, and says something of a token of the student.
+        """
+        if not len(self.segments):
+            return self.loss_mask
+        found = self.loss_mask & _begins(self.segments)
+        if self.teacher_top_k is not None:
+            found[self.loss_mask] &= (self.teacher_top_k.ids[:, 0] >= 0).numpy()
+        return found
+
+    @property
+    def teacher_compared(self) -> Array:
+        """bool: which entries of `teacher_completion` begin where the student begins a counted token."""
+        return self.teacher_scored & _begins(self.teacher_segments)
+
+    @property
     def teacher_scores(self) -> Array:
         """The log-probs that the teacher gave, of its own tokens where it has some; empty where it was not asked."""
         if self.teacher_completion is not None and len(self.teacher_completion_logprobs):
@@ -189,6 +207,11 @@ ARRAYS: dict[str, np.dtype[Any]] = {
 """The fields that hold arrays, with their dtypes."""
 
 EMPTY = {dtype: np.empty(0, dtype) for dtype in ARRAYS.values()}  # one for all samples of which nothing is known
+
+
+def _begins(segments: Array) -> Array:
+    """bool: which entries are the first of their segment."""
+    return (segments > 0) & (np.diff(segments, prepend=np.int32(0)) != 0)
 
 
 OURS = ("student_logprobs", "old_logprobs", "sampler_logprobs")

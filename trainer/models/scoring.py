@@ -62,7 +62,7 @@ def batch_logprobs(model: nn.Module, batch: Batch, temperature: float) -> Tensor
     """
 
     def logprobs(rows: Tensor, weight: Tensor, **head: Any) -> Tensor:
-        return _token_logprobs(rows, weight, batch.tokens, temperature, head)
+        return token_logprobs(rows, weight, batch.tokens, temperature, head)
 
     return call_with_rows(model, batch, logprobs, readable(model, batch))
 
@@ -87,7 +87,7 @@ def batch_top_k(
 
     def both(rows: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor, TopK]:
         likeliest = linear_top_k(rows, weight, k, vocab_size=vocab_size, temperature=temperature, **head)
-        return _token_logprobs(rows, weight, batch.tokens, temperature, head), likeliest
+        return token_logprobs(rows, weight, batch.tokens, temperature, head), likeliest
 
     return call_with_rows(model, batch, both, readable(model, batch))
 
@@ -157,6 +157,6 @@ def readable(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return {**batch.inputs, "input_ids": ids.where(ids < plain.config.get_text_config().vocab_size, PAD_ID)}
 
 
-def _token_logprobs(rows: Tensor, weight: Tensor, tokens: Tensor, temperature: float, head: dict[str, Any]) -> Tensor:
+def token_logprobs(rows: Tensor, weight: Tensor, tokens: Tensor, temperature: float, head: dict[str, Any]) -> Tensor:
     known = tokens < weight.shape[0]
     return linear_logprobs(rows, weight, tokens.where(known, 0), temperature=temperature, **head).where(known, UNKNOWN)

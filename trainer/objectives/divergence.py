@@ -18,6 +18,7 @@ from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.models.scoring import call_with_rows
 from fastkl.trainer.models.sizes.flops import Cost
 from fastkl.trainer.objectives.base import Objective, measure_entropies, measuring_flops, score_by_teacher
+from fastkl.trainer.objectives.common import CommonComparison
 from fastkl.trainer.objectives.comparison import Comparison
 from fastkl.trainer.objectives.forward_kl import plus_forward_kl
 from fastkl.trainer.objectives.numbers import numbers_are_checked
@@ -73,7 +74,10 @@ class FullDivergence(Objective):
 
     @numbers_are_checked()
     def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: float, seed: int) -> LossOutput:
-        local = self._teachers.of(batch.samples)
+        local, common_ids = self._teachers.of(batch.samples), self._teachers.common(batch.samples)
+        if common_ids is not None:
+            compared = CommonComparison(local, common_ids, batch, self._temperature)
+            return self._over_common(model, batch, compared, normalizer, seed)
         comparison, cut = Comparison(local, batch, self._temperature), local.vocab_size
         teacher, known = comparison.head, comparison.known
         weights, normalizer = batch.parts(normalizer)
@@ -105,6 +109,32 @@ class FullDivergence(Objective):
         means = {name: getattr(tokens, name)[weighed].mean() for name in ("top1_agreement", "teacher_entropy")}
         # Over the common ids alone, the student's log-probs are not those it sampled with.
         return output._replace(logprobs=output.logprobs if cut is None else None, metrics=output.metrics | means)
+
+    def _over_common(
+        self, model: Callable[..., LossOutput], batch: Batch, compared: CommonComparison, normalizer: float, seed: int
+    ) -> LossOutput:
+        """From a teacher with its own tokenizer: over the tokens that both have, and one outcome for the rest."""
+        weights, normalizer = batch.parts(normalizer)
+
+        def loss(rows: Tensor, weight: Tensor, **head: Any) -> LossOutput:
+            teacher = compared.logits(rows, weight, head)
+            output = self._loss(
+                rows,
+                weight,
+                teacher_logits=teacher,
+                tokens=batch.tokens,
+                mask=weights,
+                normalizer=normalizer,
+                temperature=self._temperature,
+                backward=self._config.backward_pass(seed),
+                **self._options,
+                **head,
+            )
+            means = teacher.rests.nanmean(1).nan_to_num()  # NaN: of tokens that are left out
+            names = ("rest_mass", "teacher_rest_mass")
+            return output._replace(metrics=output.metrics | dict(zip(names, means, strict=True)))
+
+        return call_with_rows(model, batch, loss)
 
     def _left_out(self, teacher: TeacherHead, tokens: Tensor, cut: int | None) -> Tensor:
         """The teacher's log-probs [n] of tokens that have the weight 0, of which the loss says nothing; 0 where IGNORED."""

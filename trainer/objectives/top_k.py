@@ -61,7 +61,7 @@ class TopKDivergence(Objective):
 
     @numbers_are_checked()
     def __call__(self, model: Callable[..., LossOutput], batch: Batch, normalizer: float, seed: int) -> LossOutput:
-        vocabulary, lists = self._teachers.of(batch.samples).vocab_size, batch.top_k()
+        vocabulary, lists = self._teachers.known_ids(batch.samples), batch.top_k()
         weights, normalizer = batch.parts(normalizer)
 
         def loss(rows: Tensor, weight: Tensor, **head: Any) -> LossOutput:

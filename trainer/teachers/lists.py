@@ -20,7 +20,7 @@ def joined(lists: Sequence[TopK]) -> TopK:
         RunError: Where nothing is left of a list.
     """
     found = reduce(_union, lists)
-    found = _packed(found._replace(ids=found.ids.masked_fill(found.logprobs == -torch.inf, -1)))
+    found = packed(found._replace(ids=found.ids.masked_fill(found.logprobs == -torch.inf, -1)))
     if bool((found.ids[:, 0] < 0).any()):
         raise RunError(
             f"the teacher gives none of the {found.ids.shape[1]} tokens of a list any probability. Set loss.top_k_of to "
@@ -35,7 +35,7 @@ def _union(first: TopK, second: TopK) -> TopK:
     return TopK(*(torch.cat(pair, 1) for pair in zip(first, new, strict=True)))
 
 
-def _packed(found: TopK) -> TopK:
+def packed(found: TopK) -> TopK:
     """The same entries in their order, with the padding at the end; its log-probs are 0."""
     order = (found.ids < 0).long().sort(dim=-1, stable=True).indices
     ids = found.ids.gather(-1, order)

@@ -21,6 +21,7 @@ from fastkl.trainer.models.self_checks.layouts import batch_layout
 from fastkl.trainer.models.self_checks.probe import Probe
 from fastkl.trainer.models.tokenizers import vocabulary
 from fastkl.trainer.student import Student
+from fastkl.trainer.teachers.alignment.common import CommonVocabulary
 from fastkl.trainer.teachers.cached import Cacheable, CachedTeacher, cached
 from fastkl.trainer.teachers.context.prompts import TeacherPrompts
 from fastkl.trainer.teachers.itself import SelfTeachers, remark_on_self
@@ -34,18 +35,17 @@ def check_teachers(
     config: DistillConfig,
     tokenizer: PreTrainedTokenizerBase,
     data_sets: Sequence[DataSet],
-    read: Sequence[DataSet],
+    prompts: TeacherPrompts,
     lists: Lists,
 ) -> None:
-    """Tokenizers, chat templates, lengths and devices, before any model is loaded.
-
-    `read`: the data sets as teachers read them.
-    """
-    for count in (lists.teacher, lists.student):
-        if count is not None:
-            checks.check_top_k(count, tokenizer, lists.setting)
+    """Tokenizers, chat templates, lengths and devices, before any model is loaded. `prompts`: what teachers read."""
+    readers = [prompts.reader(data_set.name).tokenizer for data_set in data_sets]
+    for count, those in ((lists.teacher, readers), (lists.student, [tokenizer])):
+        for each in {id(each): each for each in those}.values():
+            if count is not None:
+                checks.check_top_k(count, each, lists.setting)
     remark_on_self(config)
-    for data_set in read if config.has_teacher else ():
+    for data_set in prompts.data_sets if config.has_teacher else ():
         _check_scorer(data_set.teacher, tokenizer, data_set.prompts, "teacher")
         if not data_set.teacher.server.url:
             limits = {whose(data_set): positions(data_set.teacher if data_set.teacher.self is None else config.student)}
@@ -132,7 +132,22 @@ def open_teachers(
     reference = _reference(config, tokenizer, data_sets, student, itself)
     caches = _caches(config, data_sets, teachers, lists)
     vocabularies = {name: vocabulary(own.reader.tokenizer) for name, own in prompts.own.items()}
-    return RoutedTeacher(by_data_set, itself.ready, reference, caches, vocabularies)
+    common = _within_heads(prompts.common, student, by_data_set)
+    return RoutedTeacher(by_data_set, itself.ready, reference, caches, vocabularies, common)
+
+
+def _within_heads(
+    common: Mapping[str, CommonVocabulary], student: Student, teachers: Mapping[str, Cacheable]
+) -> dict[str, CommonVocabulary]:
+    """By data set, without ids that a head lacks; equal ones are one object."""
+    found: dict[tuple[int, int], CommonVocabulary] = {}
+    for name, own in common.items():
+        teacher = teachers[name]
+        models: list[Any] = [student.model, teacher.model if isinstance(teacher, LocalTeacher) else None]
+        rows = (None if each is None else len(each.get_output_embeddings().weight) for each in models)
+        if (id(own), id(teacher)) not in found:
+            found[id(own), id(teacher)] = own.within(*rows)
+    return {name: found[id(own), id(teachers[name])] for name, own in common.items()}
 
 
 def _caches(

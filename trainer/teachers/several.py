@@ -8,7 +8,9 @@ from types import MappingProxyType
 from typing import Generic, TypeVar
 
 from fastkl.trainer.data.samples import Sample
+from fastkl.trainer.teachers.alignment.common import CommonVocabulary
 from fastkl.trainer.teachers.cached import CachedTeacher
+from fastkl.trainer.teachers.lists import packed
 from fastkl.trainer.teachers.local import LocalTeacher
 from fastkl.trainer.teachers.served import ServedTeacher
 from fastkl.trainer.teachers.teacher import Teacher
@@ -24,6 +26,7 @@ class RoutedTeacher(Generic[T]):
         reference: Scores all samples too, into a list of its own.
         caches: What is asked in the place of a teacher, by the name of a data set.
         vocabularies: How many ids a teacher's own tokenizer has, by the name of a data set.
+        common: The tokens that it has in common with the student's, where distributions are compared.
     """
 
     def __init__(
@@ -33,14 +36,18 @@ class RoutedTeacher(Generic[T]):
         reference: LocalTeacher | None = None,
         caches: Mapping[str, CachedTeacher] = MappingProxyType({}),
         vocabularies: Mapping[str, int] = MappingProxyType({}),
+        common: Mapping[str, CommonVocabulary] = MappingProxyType({}),
     ) -> None:
         self.by_data_set, self.ready, self.reference = teachers, ready, reference
-        self._caches, self._vocabularies = caches, vocabularies
+        self._caches, self._vocabularies, self._common = caches, vocabularies, common
 
     def score(self, samples: Sequence[Sample]) -> None:
         for group in self.groups(samples):
-            with _as_read(group) as read:
+            with as_read(group) as read:
                 self._asked(group).score(read)
+            for sample, scored in zip(group, read, strict=True):
+                if (common := self.common(group)) is not None and scored.teacher_top_k is not None:
+                    sample.teacher_top_k = packed(common.listed(sample, scored.teacher_top_k))
         if self.reference is not None:
             self.reference.score(samples)
 
@@ -53,7 +60,7 @@ class RoutedTeacher(Generic[T]):
     def rank(self, samples: Sequence[Sample], vocab_size: int) -> None:
         """See `Teacher.rank`; among the ids of its own tokenizer, where a teacher has one."""
         for group in self.groups(samples):
-            with _as_read(group) as read:
+            with as_read(group) as read:
                 self._asked(group).rank(read, self._vocabularies.get(group[0].dataset, vocab_size))
 
     def score_plain(self, samples: Sequence[Sample]) -> None:
@@ -83,22 +90,31 @@ class RoutedTeacher(Generic[T]):
         return total
 
     def groups(self, samples: Sequence[Sample]) -> list[list[Sample]]:
-        """The samples apart by teacher, in their order."""
-        found: dict[int, list[Sample]] = {}
+        """The samples apart by teacher, and by what it has in common with the student, in their order."""
+        found: dict[tuple[int, int], list[Sample]] = {}
         for sample in samples:
-            found.setdefault(id(self.by_data_set[sample.dataset]), []).append(sample)
+            name = sample.dataset
+            found.setdefault((id(self.by_data_set[name]), id(self._common.get(name))), []).append(sample)
         return list(found.values())
 
     def of(self, group: Sequence[Sample]) -> T:
         """The teacher of a group."""
         return self.by_data_set[group[0].dataset]
 
+    def common(self, group: Sequence[Sample]) -> CommonVocabulary | None:
+        """What the teacher of a group has in common with the student; None: each id is the same token for both."""
+        return self._common.get(group[0].dataset)
+
+    def known_ids(self, group: Sequence[Sample]) -> int | None:
+        """The ids from this one on are left out of distributions that a group's teacher is compared with; None: none."""
+        return None if self.common(group) is not None else self.of(group).vocab_size
+
     def _asked(self, group: Sequence[Sample]) -> T | CachedTeacher:
         return self._caches.get(group[0].dataset) or self.of(group)
 
 
 @contextmanager
-def _as_read(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+def as_read(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
     """The samples as their teacher reads them; what it writes into those is taken over."""
     read = [sample.for_teacher() for sample in samples]
     yield read

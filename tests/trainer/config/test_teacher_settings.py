@@ -72,8 +72,21 @@ REFUSED: list[tuple[dict[str, object], list[str]]] = [
     (SERVED | {"teacher.tokenizer": "own:"}, ["teacher.tokenizer is 'own:'", URL, "own:FOLDER"]),
     ({"loss.max_segment": 9}, ["loss.max_segment is 9", "no teacher.tokenizer is own", "unset it"]),
     (OWN | {"loss.max_segment": 0}, ["loss.max_segment is 0", "at least 1"]),
-    (OWN | {"loss.objective": "top_k"}, ["loss.objective is top_k", "teacher.tokenizer is own", "policy_gradient"]),
-    (OWN | {"loss.objective": "jsd"}, ["loss.objective is jsd", "teacher.tokenizer is own", "policy_gradient"]),
+    (
+        OWN | {"loss.objective": "density_power"},
+        ["loss.objective is density_power", "teacher.tokenizer is own", "another divergence"],
+    ),
+    (
+        OWN | {"loss.objective": "top_k", "loss.top_k_of": "both"},
+        ["loss.top_k_of is both", "teacher.tokenizer is own", "to teacher"],
+    ),
+    *(
+        (
+            OWN | {"loss.objective": "top_k", "loss.top_k_tail": tail},
+            [f"loss.top_k_tail is {tail}", "teacher.tokenizer is own", "to bucket"],
+        )
+        for tail in ("renormalise", "drop", "sampled")
+    ),
     (OWN | {"loss.baseline": "kl"}, ["loss.baseline is kl", "teacher.tokenizer is own", "to mean"]),
     (OWN | {"loss.forward_kl_above": 1}, ["loss.forward_kl_above is 1", "teacher.tokenizer is own", "unset it"]),
     (OWN | {"loss.control": "shuffled"}, ["loss.control is shuffled", "teacher.tokenizer is own", "no_teacher"]),

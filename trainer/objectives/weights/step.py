@@ -33,6 +33,7 @@ class TokenWeights:
 
     def __init__(self, config: LossConfig) -> None:
         rules = [weight_rule(text) for text in config.weights]
+        self._compares = config.objective != "policy_gradient"
         self._rules = [(str(rule), _weigh(rule, config.trust_weights)) for rule in rules]
         self._needs_all = any(rule.needs_all for rule in rules)
 
@@ -42,8 +43,10 @@ class TokenWeights:
         All processes call it. Each computes its own where all rules go by one sample at a time. Else the first process
         does, of what is known of all tokens: a rule may look at any, and of equal scores the first of the step count.
         """
-        if not self._rules:
-            return {}
+        metrics = self._set_rules(samples) if self._rules else {}
+        return metrics | (leave_out(samples) if self._compares else {})
+
+    def _set_rules(self, samples: Sequence[Sample]) -> dict[str, float]:
         known = [known_tokens(sample) for sample in samples]
         if self._needs_all:
             places = [sample.place for sample in samples]
@@ -93,6 +96,22 @@ class TokenWeights:
             raise RunError(f"loss.weights: the weights of {rules} together are too large to add")
         least = NOTHING * max(largest for _, largest in parts)
         return [np.where(weight >= least, weight, 0.0) for weight in weights]
+
+
+def leave_out(samples: Sequence[Sample]) -> dict[str, float]:
+    """Gives the weight 0 to the tokens where a teacher with its own tokenizer has no distribution to compare.
+
+    Returns the metric of how many it has, of all processes, which all call it; nothing where no teacher has its own.
+    """
+    own = [sample for sample in samples if len(sample.segments)]
+    compared = [sample.compared for sample in own]
+    counts = {"tokens": sum(s.loss_tokens for s in own), "compared": sum(int(each.sum()) for each in compared)}
+    sums = processes.add(counts)
+    if counts["compared"] < counts["tokens"]:
+        for sample in samples:
+            weights = sample.weights if len(sample.weights) else sample.loss_mask
+            sample.weights = np.where(sample.compared, weights, 0.0)
+    return {"alignment/compared_fraction": sums["compared"] / sums["tokens"]} if sums["tokens"] else {}
 
 
 def needs_teacher_first(config: LossConfig) -> bool:

@@ -32,7 +32,7 @@ class Translator:
     def __init__(self, student: TokenBytes, teacher: TokenBytes) -> None:
         self._student, self._teacher = student, teacher
         theirs = {teacher[token]: token for token in teacher.added}
-        self._kept = {
+        self.kept = {  # the teacher's ids of tokens that stay one token
             token: theirs[student[token]]
             for token in student.added
             if student[token] in theirs and (token in student.special or theirs[student[token]] in teacher.special)
@@ -72,14 +72,14 @@ class Translator:
     def _parts(self, ids: Sequence[int], before: int | None, begins: Begins) -> Iterator[str | int]:
         """Texts, and between them the teacher's ids of tokens that stay tokens. The first begins as the teacher's do."""
         start = 0
-        for place in [*(place for place, token in enumerate(ids) if token in self._kept), len(ids)]:
+        for place in [*(place for place, token in enumerate(ids) if token in self.kept), len(ids)]:
             if place > start:
                 written, _ = self._student.written(ids[start:place], ids[start - 1] if start else before)
                 if written:
                     text = written[0 if start else begins.ours :].decode(errors="replace")
                     yield text if start else begins.theirs + text
             if place < len(ids):
-                yield self._kept[ids[place]]
+                yield self.kept[ids[place]]
             start = place + 1
 
     def _align(

@@ -94,6 +94,13 @@ class EndPairs:
         """What the student writes before the token that ends its turn, and which is no part of the answer."""
         return b"" if self._end is None else self._end.closing.encode()
 
+    @property
+    def pair(self) -> tuple[int, int] | None:
+        """The tokens that end the turns of both; None where one of them writes more than a token."""
+        if self._end is None or self._end.closing or len(self._theirs) > 1:
+            return None
+        return self._end.token, self._theirs[0]
+
     def of(self, token: int) -> list[int]:
         """The teacher's tokens for one that ends the student's completion."""
         if self._end is None or token != self._end.token:

@@ -13,6 +13,7 @@ from fastkl.trainer.data.mixture import DataSet
 from fastkl.trainer.data.samples import Sample
 from fastkl.trainer.errors import require
 from fastkl.trainer.teachers.alignment.beginnings import Beginnings
+from fastkl.trainer.teachers.alignment.common import CommonVocabulary
 from fastkl.trainer.teachers.alignment.completion import Aligned
 from fastkl.trainer.teachers.alignment.counts import Counts, counts_of, sizes, sum_counts
 from fastkl.trainer.teachers.alignment.ends import End, EndPairs, ids_inside, with_end
@@ -32,18 +33,25 @@ class OwnTokenizer:
         max_segment: Longer segments, in bytes, are none, unless they are one token of both.
         role: That of an environment's replies, where they are turns of their own.
         setting: What messages call the teacher's settings.
+        distributions: Whole distributions are compared where a token begins: an end of several tokens has none.
 
     Raises:
         ConfigError: For a teacher's tokenizer that has no end, or no template where there are chats.
     """
 
     def __init__(
-        self, data_set: DataSet, pair: TokenizerPair, max_segment: int, role: str | None, setting: str
+        self,
+        data_set: DataSet,
+        pair: TokenizerPair,
+        max_segment: int,
+        role: str | None,
+        setting: str,
+        distributions: bool = False,
     ) -> None:
         chats = {*data_set.prompts.chats}
         template = _template(pair.teacher, chats, data_set, setting)
         self.reader = Reader(pair.teacher, own=True, template=template)
-        self._pair, self._max_segment = pair, max_segment
+        self._pair, self._max_segment, self._distributions = pair, max_segment, distributions
         ours, theirs = pair.ours.tokenizer, pair.theirs.tokenizer
         self._ends = {chat: EndPairs(ours, theirs, chat, template) for chat in chats}
         self._beginnings = {chat: Beginnings.of(chat, template) for chat in chats}
@@ -56,6 +64,11 @@ class OwnTokenizer:
     def also_end(self, tokens: Iterable[int]) -> None:
         """These tokens end the student's completions too."""
         self._end_ids |= {*tokens}
+
+    def common(self) -> CommonVocabulary:
+        """The tokens of both. The end of the student's turn and that of the teacher's are one."""
+        chats = sorted(self._ends, key=lambda chat: chat is None)
+        return self._pair.common([pair for chat in chats if (pair := self._ends[chat].pair) is not None])
 
     def encode(self, samples: Sequence[Sample], chats: Sequence[ChatTemplate | None], limit: float) -> Counts:
         """Writes completions as the teacher reads them after `teacher_prompt`, and the segments of both.
@@ -153,7 +166,8 @@ class OwnTokenizer:
         ours, theirs = sizes(found.student_of, found), sizes(found.teacher_of, found)
         own = sizes(found.student_of[counted], found)
         pairs = (ours == 1) & (theirs == 1)
-        dropped = ((found.lengths > self._max_segment) & ~pairs) | ((own > 0) & (own < ours))
+        long = (found.lengths > self._max_segment) | (self._distributions & (found.lengths == 0))
+        dropped = (long & ~pairs) | ((own > 0) & (own < ours))
         for places in (found.student_of, found.teacher_of):
             begins = np.append(True, places[1:] != places[:-1])[: len(places)]
             dropped |= sizes(places[begins], found) > 1

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fastkl.trainer.data.arrays import Array
 from fastkl.trainer.models.tokenizers import SAMPLE_TEXT, are_one
+from fastkl.trainer.teachers.alignment.common import CommonVocabulary, common_vocabulary, identical, one_to_one
 from fastkl.trainer.teachers.alignment.completion import Aligned, Translator
 from fastkl.trainer.teachers.alignment.segments import Segments
 from fastkl.trainer.teachers.alignment.token_bytes import TokenBytes
@@ -39,6 +40,7 @@ class TokenizerPair:
         self.looks_ahead = not self.one and not self._split_alike()
         self._unsettled = Unsettled(self.theirs.all - {self.theirs[token] for token in self.theirs.special})
         self._translator = Translator(self.ours, self.theirs)
+        self._common: dict[tuple[tuple[int, int], ...], CommonVocabulary] = {}
 
     def aligned(self, turns: Sequence[Turn]) -> list[Aligned]:
         """The texts of turns in the teacher's tokens; of one tokenizer, in those that were written."""
@@ -61,6 +63,14 @@ class TokenizerPair:
         back = self._unsettled.back(text, np.append(lengths, np.int32(0)))
         after = np.arange(turn.end.ours, dtype=np.int32)  # all of an end follow the text
         return np.append(back[:-1], back[-1] + after) if turn.end.ours else back[:-1]
+
+    def common(self, ends: Iterable[tuple[int, int]]) -> CommonVocabulary:
+        """The tokens that both have; `ends`: of either, which end a turn."""
+        special = () if self.one else tuple(one_to_one([*ends, *self._translator.kept.items()]).items())
+        if special not in self._common:
+            made = identical(self.ours) if self.one else common_vocabulary(self.ours, self.theirs, dict(special))
+            self._common[special] = made
+        return self._common[special]
 
     def _split_alike(self) -> bool:
         """Whether both have the same tokens, and split a text alike that is hard to split."""

@@ -53,6 +53,11 @@ class TokenBytes:
             ) from error
         self._spaces_first, self._spaces_after_added = self._habits()
 
+    @property
+    def count(self) -> int:
+        """Ids are below it."""
+        return len(self._bytes)
+
     def __getitem__(self, token: int) -> bytes:
         return self._bytes[token] if 0 <= token < len(self._bytes) else b""
 

@@ -24,6 +24,7 @@ from fastkl.trainer.models.loading import context_length, load_teacher_tokenizer
 from fastkl.trainer.models.sizes.layers import rope_switch
 from fastkl.trainer.runs import processes
 from fastkl.trainer.runs.sharing.records import Record, by_first
+from fastkl.trainer.teachers.alignment.common import CommonVocabulary
 from fastkl.trainer.teachers.alignment.counts import Counts, sum_counts
 from fastkl.trainer.teachers.alignment.own import OwnTokenizer
 from fastkl.trainer.teachers.alignment.pair import TokenizerPair
@@ -99,6 +100,7 @@ class TeacherPrompts:
         self._tokenizer = tokenizer
         self._prompts = all_prompts(data_sets)
         self.own: dict[str, OwnTokenizer] = {}  # of teachers that have one, by data set
+        self.common: dict[str, CommonVocabulary] = {}  # of those and the student, where distributions are compared
         self._pairs: dict[str, TokenizerPair] = {}  # by the paths of teachers' tokenizers
         self._fixed: dict[str, Prompts] = {}  # by data set
         self._functions: dict[str, Written | Siblings] = {}  # of samples, by data set
@@ -109,7 +111,10 @@ class TeacherPrompts:
             setting = config.teacher_setting(data_set.name)
             if config.has_teacher and data_set.teacher.own_tokenizer:
                 pair, most, role = self._pair(data_set.teacher), config.loss.max_segment, config.environment.role
-                self.own[data_set.name] = OwnTokenizer(data_set, pair, most, role, setting)
+                distributions = config.loss.objective != "policy_gradient"
+                self.own[data_set.name] = OwnTokenizer(data_set, pair, most, role, setting, distributions)
+                if distributions:
+                    self.common[data_set.name] = self._common_with(data_set, setting)
             fixed = self._fix(data_set, setting) if config.has_teacher else None
             if fixed is not None:
                 self._fixed[data_set.name] = fixed
@@ -129,6 +134,15 @@ class TeacherPrompts:
         if data_set.name not in self.own:
             return None
         return _packed(data_set.prompts, _same, self.reader(data_set.name), f"{teacher}.tokenizer")
+
+    def _common_with(self, data_set: DataSet, setting: str) -> CommonVocabulary:
+        common, path = self.own[data_set.name].common(), data_set.teacher.tokenizer_path
+        if not len(common):
+            raise ConfigError(
+                f"{setting}.tokenizer is {data_set.teacher.tokenizer}, but the tokenizers of the student and of {path} "
+                f"have no token in common: there are no distributions to compare. Set loss.objective to policy_gradient"
+            )
+        return common
 
     def _pair(self, teacher: TeacherConfig) -> TokenizerPair:
         """Both tokenizers; one and the same for all data sets of a teacher."""
