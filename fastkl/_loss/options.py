@@ -185,11 +185,13 @@ def takes(options: type) -> Callable[[F], F]:
                     f"got {len(args)}; give the others by name"
                 )
             named = dict(zip(positional, args, strict=False))
-            piece = find_piece(function.__name__, {**named, **defaults, **given})
+            split = (
+                {"group": find_piece(function.__name__, {**named, **defaults, **given})} if "group" in defaults else {}
+            )
             for name, value in given.items():
                 if name in numbers or (name in optional and value is not None):
                     check_number(name, value, whole=name in whole)
-            return function(*args, **{**defaults, **given, "group": piece})
+            return function(*args, **{**defaults, **given, **split})
 
         call.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore[attr-defined]
         return call  # type: ignore[return-value]
