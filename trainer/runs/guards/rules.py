@@ -190,6 +190,17 @@ def few_tokens(seen: Seen) -> str | None:
     return f"1 % of the tokens have {share:.0%} of the advantages, while teacher_kl is {kl:.3g} nats per token"
 
 
+def teacher_rest(seen: Seen) -> str | None:
+    """A divergence over the tokens of both asks for the teacher's rest as well: for tokens that only the student has.
+
+    Measured (docs/metrics/guards.md): at 0.9 a student unlearned all that it knew, in two runs of two.
+    """
+    rest = seen.steps[-1].get("policy/teacher_rest_mass")
+    if rest is None or rest <= seen.limits.max_teacher_rest:
+        return None
+    return f"the teacher gives {rest:.0%} of its probability to tokens that the student does not have"
+
+
 def accuracy_falling(seen: Seen) -> str | None:
     """Several evaluations in a row below the best, each by more than two standard errors of the difference."""
     count = seen.limits.evaluations
@@ -250,6 +261,11 @@ RULES = (
         "few_tokens",
         few_tokens,
         "Look at them in the report. Do both models end and begin a turn in the same way? loss.advantage_clip bounds them",
+    ),
+    Rule(
+        "teacher_rest",
+        teacher_rest,
+        "The student learns to write tokens that only it has. Set loss.objective to policy_gradient, which compares texts",
     ),
     Rule(
         "accuracy_falling",
