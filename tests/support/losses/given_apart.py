@@ -15,6 +15,7 @@ OWN = ("weight", "student_weight", "bias", "weight_grad", "teacher_weight", "tea
 ROWS = torch.tensor([-0.5, -1.5, -0.25, -2.0])
 INTEGERS = torch.tensor([0, 1, 2, 1])
 HIDDEN = torch.linspace(-1.0, 1.0, 8).reshape(4, 2)
+WHOLE = ("common_vocabulary_logits",)  # functions of whole heads alone: what they give is a function of all ids
 LISTS = torch.tensor([[0, 1], [1, 2], [2, 0], [0, 2]])
 # Of the first process, and of the others. A second value need not be a right one: nothing is checked before.
 VALUES: dict[str, tuple[Any, Any]] = {
@@ -30,7 +31,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "class_weight": (torch.tensor([1.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 1.5])),
     "normalizer": (torch.tensor(4.0), torch.tensor(4.01)),
     "tail_baseline": (0.1, ROWS),
-    **dict.fromkeys(("reduction",), ("sum", "none")),
+    "reduction": ("sum", "none"),
     "backend": ("auto", "torch"),
     "backward": ("exact", loss.Sparse(seed=1)),
     "method": ("ppo", "cispo"),
@@ -46,35 +47,25 @@ VALUES: dict[str, tuple[Any, Any]] = {
 FLAGS = ("skip_zero_rows", "entropy_grad", "per_token", "squared_temperature", "ref_kl_ratio", "normalized")
 NUMBERS = (
     *("logit_scale", "teacher_logit_scale", "teacher_softcap", "clip_low", "clip_high", "dual_clip", "truncate_ratio"),
-    *(
-        "ref_kl_coef",
-        "entropy_coef",
-        "label_smoothing",
-        "z_loss",
-        "hard_coef",
-        "tail_weight",
-        "coef",
-        "discount",
-        "power",
-    ),
-    *("beta", "alpha"),
+    *("ref_kl_coef", "entropy_coef", "label_smoothing", "z_loss", "hard_coef", "tail_weight", "coef", "discount"),
+    *("power", "beta", "alpha"),
 )
 VALUES |= {**dict.fromkeys(FLAGS, (True, False)), **dict.fromkeys(NUMBERS, (0.5, 0.5000001))}
 
 
 def functions() -> dict[str, Callable[..., Any]]:
-    """Those that take the weight of a head."""
-    found = {name: getattr(loss, name) for name in loss.__all__}
-    return {name: f for name, f in found.items() if inspect.isfunction(f) and _parameters(f) & {*OWN[:2]}}
+    """Those that take the weight of a head, of which a process may have a part."""
+    found = {name: getattr(loss, name) for name in loss.__all__ if name not in WHOLE}
+    return {name: f for name, f in found.items() if inspect.isfunction(f) and parameters(f) & {*OWN[:2]}}
 
 
-def _parameters(function: Callable[..., Any]) -> set[str]:
+def parameters(function: Callable[..., Any]) -> set[str]:
     return {*inspect.signature(function).parameters}
 
 
 def calls() -> list[tuple[str, str]]:
     """Each function with each argument that all processes have alike."""
-    return [(name, given) for name, f in functions().items() for given in _parameters(f) - {*OWN, "group"}]
+    return [(name, given) for name, f in functions().items() for given in parameters(f) - {*OWN, "group"}]
 
 
 def errors(rank: int, count: int) -> dict[tuple[str, str], str]:
@@ -98,9 +89,9 @@ def errors(rank: int, count: int) -> dict[tuple[str, str], str]:
 
 
 def _error(name: str, weight: Any, rank: int, apart: str = "", **more: Any) -> str:
-    parameters = inspect.signature(getattr(loss, name)).parameters
-    head = "student_weight" if "student_weight" in parameters else "weight"
-    needed = [key for key, one in parameters.items() if one.default is inspect.Parameter.empty and key not in OWN]
+    accepted = inspect.signature(getattr(loss, name)).parameters
+    head = "student_weight" if "student_weight" in accepted else "weight"
+    needed = [key for key, one in accepted.items() if one.default is inspect.Parameter.empty and key not in OWN]
     arguments = {key: VALUES[key][key == apart and rank > 0] for key in {*needed, apart} - {""}}
     try:
         getattr(loss, name)(**{head: weight}, **arguments, **more, group=dist.group.WORLD)
