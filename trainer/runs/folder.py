@@ -99,7 +99,7 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
-        if self._made and {entry.name for entry in self.path.iterdir()} <= _LEFTOVERS:
+        if self._made and self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= _LEFTOVERS:
             shutil.rmtree(self.path)  # the run was refused, or ended before it began
             for parent in self._made[1:]:
                 with suppress(OSError):  # another run has begun beside it

@@ -267,6 +267,17 @@ def test_a_refused_run_leaves_nothing_behind(folder: Path, tmp_path: Path) -> No
         assert path.exists() == was_there
 
 
+def test_a_folder_that_is_deleted_meanwhile_hides_no_error(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "run"
+
+    def trained() -> None:
+        shutil.rmtree(path)
+        raise ConfigError("the real one")
+
+    with pytest.raises(ConfigError, match="the real one"), RunFolder(config("distill", settings(folder, path))):
+        trained()
+
+
 def test_report_that_was_never_written(folder: Path, run: Path) -> None:
     """A run that was killed between its last checkpoint and its report."""
     (run / "report.html").unlink()
