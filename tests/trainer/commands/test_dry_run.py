@@ -162,7 +162,7 @@ def test_flops_and_passes_are_those_of_the_run(
     [
         ({"student.path": "./nosuch"}, ["./nosuch", "no config.json"]),
         ({"sampling.max_new_tokens": 100}, ["student's context of 64"]),
-        ({"teacher.path": "short"}, ["teacher short's context of 8"]),
+        ({"teacher.path": "short"}, ["the teacher's context of 8"]),
         ({"teacher.path": "small"}, ["the teacher small's head has"]),
         ({"loss.extrapolate": 2, "reference.path": "short"}, ["reference short's context of 8"]),
         ({"eval.data.path": "sums.jsonl", "eval.grader": "vibes"}, ["eval.grader is 'vibes'"]),
