@@ -31,8 +31,8 @@ class GuardsConfig:
         min_entropy_share: Call the entropy collapsed below this share of that of the first steps.
         max_truncated: Allow this share of cut completions, if there were at first fewer than a quarter of those.
         max_looping: Allow this share of completions that are cut while they repeat themselves.
-        max_mismatch: Allow this KL between sampler and trainer, in nats per token. null: 0.002, or 0.02 for a mixture of
-            experts.
+        max_mismatch: Allow this KL between sampler and trainer, in nats per token. null: 0.002; 0.02 for a mixture of
+            experts; 0.05 where sampling.dtype or mixed_precision rounds to bfloat16.
         max_top_share: Allow the 1 % of tokens with the largest advantages this share of the sum.
         max_teacher_rest: Allow a teacher with its own tokenizer this probability of tokens that the student does not have.
         evaluations: Wait for this many evaluations in a row below the best, each by more than chance.

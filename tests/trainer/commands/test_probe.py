@@ -299,6 +299,16 @@ def test_distributions_have_a_little_to_teach_a_sure_student(objective: str, kl:
     assert (found["verdict"], len(found["reasons"])) == (verdict, int(verdict != "fine"))
 
 
+@pytest.mark.parametrize(
+    ("kl", "verdict"), [(0.010, "fine"), (0.09, "the sampler is wrong, or has too few bits")], ids=str
+)
+def test_a_copy_in_bfloat16_may_differ_by_rounding(kl: float, verdict: str) -> None:
+    said = GOOD | {"metrics": GOOD["metrics"] | {"sampler_mismatch/kl": kl}}
+    found = judged(said, config("probe", MINIMAL["distill"] | {"sampling.dtype": "bfloat16"}))
+    assert found["verdict"] == verdict
+    assert all("bfloat16" in reason["text"] and "sampling.dtype" in reason["advice"] for reason in found["reasons"])
+
+
 @pytest.mark.parametrize("lesson", [REWARD, {"sampling.on_policy_fraction": 0.5}], ids=["reward", "given"])
 def test_something_else_teaches_without_a_gap(lesson: dict[str, object]) -> None:
     said = GOOD | {"metrics": GOOD["metrics"] | {"teacher_kl": 0.0}}

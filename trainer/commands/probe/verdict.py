@@ -43,7 +43,7 @@ def _found(said: Said, seen: Seen) -> Iterator[Reason]:
     """From the worst down."""
     verdicts = {
         "teacher_constant": "the teacher is broken",
-        "mismatch": "the sampler is wrong",
+        "mismatch": "the sampler is wrong, or has too few bits" if seen.facts.rounds else "the sampler is wrong",
         "nothing_to_learn": "nothing to learn on these prompts",
         "repetition": "completions repeat themselves",
         "few_tokens": "few tokens have it all",

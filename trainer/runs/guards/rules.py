@@ -22,6 +22,7 @@ CONVERGED = 0.1  # nats: below it a few tokens may well hold what is left; the d
 GREW = 4.0  # times as many completions are cut: a recipe with a short limit went from 42 to 96 %, and learned
 CHANCE = 2.0  # standard errors of a difference
 DENSE, EXPERTS = 0.002, 0.02  # nats
+ROUNDED = 0.05  # nats: a small model and its copy in bfloat16 were up to 0.016 apart
 SAMPLED, WHOLE = 0.1, 0.02  # nats: the least teacher_kl that sampled tokens, and distributions, learned from
 
 Row = Mapping[str, float]
@@ -35,6 +36,7 @@ class Facts(NamedTuple):
     has_dropout: bool = False  # in the update: it sees other log-probs than the sampler then
     learns_otherwise: bool = False  # from something else than its teachers
     compares: bool = False  # distributions, or lists of likely tokens: more than the sampled token
+    rounds: bool = False  # the sampler, or the update, computes in bfloat16, though the weights have more bits
 
 
 def facts_of(config: RunConfig, vocabularies: Iterable[int], has_experts: bool) -> Facts:
@@ -42,7 +44,9 @@ def facts_of(config: RunConfig, vocabularies: Iterable[int], has_experts: bool) 
     if not isinstance(config, DistillConfig):
         return Facts(sizes, has_experts, has_dropout)
     compares = config.loss.objective != "policy_gradient"
-    return Facts(sizes, has_experts, has_dropout, config.learns_otherwise, compares)
+    in_bfloat16 = config.sampling.dtype == "bfloat16" or config.mixed_precision == "bf16"
+    rounds = in_bfloat16 and config.student.dtype != "bfloat16"
+    return Facts(sizes, has_experts, has_dropout, config.learns_otherwise, compares, rounds)
 
 
 class Seen(NamedTuple):
@@ -162,7 +166,8 @@ def repetition(seen: Seen) -> str | None:
 
 def mismatch(seen: Seen) -> str | None:
     """Sampler and trainer are one model. At health their KL is 2e-4 for dense models and 1e-3 to 2e-3 for mixtures of
-    experts; 0.09 is a bug (tinker-cookbook, rl_numerics_check). Ten times the healthy value is above it for sure.
+    experts; 0.09 is a bug (tinker-cookbook, rl_numerics_check). Ten times the healthy value is above it for sure. Where one
+    of the two rounds to bfloat16, more is healthy (docs/metrics/guards.md).
 
     Samples of older weights and dropout differ for another reason.
     """
@@ -172,12 +177,15 @@ def mismatch(seen: Seen) -> str | None:
     now, limit = _mean(_some(fresh, "sampler_mismatch/kl", WINDOW)), mismatch_limit(seen.facts, seen.limits)
     if now is None or now <= limit:
         return None
-    return f"the KL between sampler and trainer is {now:.2g} nats per token; above {limit:g} is not healthy"
+    even = ", even where one of the two computes in bfloat16" if seen.facts.rounds else ""
+    return f"the KL between sampler and trainer is {now:.2g} nats per token; above {limit:g} is not healthy{even}"
 
 
 def mismatch_limit(facts: Facts, limits: GuardsConfig) -> float:
     if limits.max_mismatch is not None:
         return limits.max_mismatch
+    if facts.rounds:
+        return ROUNDED
     return EXPERTS if facts.has_experts else DENSE
 
 
@@ -254,8 +262,9 @@ RULES = (
     Rule(
         "mismatch",
         mismatch,
-        "The update sees another distribution than was sampled from. A server or sampling in fewer bits can cause it; "
-        "otherwise set student.dtype to float32, or try sampling.engine: generate",
+        "The update sees another distribution than was sampled from. Fewer bits can cause it: unset sampling.dtype and "
+        "mixed_precision, let a server compute as the trainer does, and set student.dtype to float32. Otherwise try "
+        "sampling.engine: generate",
     ),
     Rule(
         "few_tokens",

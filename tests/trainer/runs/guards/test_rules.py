@@ -103,6 +103,25 @@ def test_a_mixture_of_experts_may_differ_more_and_dropout_as_it_likes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "rounds"),
+    [
+        ({"sampling.dtype": "bfloat16"}, True),
+        ({"mixed_precision": "bf16"}, True),
+        ({"sampling.dtype": "bfloat16", "mixed_precision": "bf16"}, True),
+        ({"student.dtype": "bfloat16", "mixed_precision": "bf16"}, False),
+        ({"sampling.dtype": "float16"}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_rounding_to_bfloat16_is_no_wrong_sampler(given: Settings, rounds: bool) -> None:
+    facts = facts_of(config("distill", MINIMAL["distill"] | given), [100], has_experts=False)
+    assert found({"sampler_mismatch__kl": 0.016}, facts) == ({} if rounds else {"mismatch": 1})
+    assert found({"sampler_mismatch__kl": 0.016}, facts, max_mismatch=0.002) == {"mismatch": 1}
+    assert found({"sampler_mismatch__kl": 0.09}, facts) == {"mismatch": 1}
+
+
+@pytest.mark.parametrize(
     ("objective", "kl", "finds"),
     [
         ("policy_gradient", 0.092, True),
