@@ -6,7 +6,6 @@ import contextlib
 import copy
 import itertools
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from fastkl.trainer.config.training import RunConfig
 from fastkl.trainer.data.batching import Batch, batches
 from fastkl.trainer.data.samples import Sample
-from fastkl.trainer.data.step_metrics import add_policy_metrics, merge_metrics
+from fastkl.trainer.data.step_metrics import PolicyMetrics
 from fastkl.trainer.errors import RunError
 from fastkl.trainer.models.loading import fuse, load_student
 from fastkl.trainer.models.modes import updating
@@ -197,7 +196,7 @@ class Student:
 
         Every process is given its own samples (`share_out`). Gradients are averaged over the processes, hence the factor.
         """
-        optim, totals, norms = self.config.optim, defaultdict[str, float](float), []
+        optim, loss, policy, norms = self.config.optim, 0.0, PolicyMetrics(), []
         mismatch: list[Tensor] = []
         coarse = Counts(self.plain.parameters())
         # A new one for each batch of a run.
@@ -213,21 +212,22 @@ class Student:
                     self.accelerator.backward(output.loss * processes.count() * counts)
                     if not counts:
                         continue
-                    totals["loss"] += output.loss.item() / optim.substeps
+                    loss += output.loss.item() / optim.substeps
                     if batch.weighed_tokens:
                         share = batch.weighed_tokens / tokens / optim.substeps
-                        add_policy_metrics(totals, output.metrics, share)
+                        policy.add(output.metrics, share)
                     if first == 0 and output.logprobs is not None:
                         mismatch.append(batch.sampler_mismatch(output.logprobs).cpu())
                 norms.append(self._clip())
                 self._step(step, norms[-1], coarse)
                 self.version += 1
         finite = [norm for norm in norms if math.isfinite(norm)]
-        parts = processes.gather([(dict(totals), (coarse.seen, coarse.unchanged))])
+        parts = processes.gather([(loss, policy, (coarse.seen, coarse.unchanged))])
         flops = training_flops(self.cost, samples) + objective.preparing_flops(self.cost, samples)
         metrics = {
-            **merge_metrics([totals for totals, _ in parts]),
-            **unchanged_fraction([counts for _, counts in parts]),
+            "loss": sum(loss for loss, *_ in parts),
+            **PolicyMetrics.together([policy for _, policy, _ in parts]),
+            **unchanged_fraction([counts for *_, counts in parts]),
             "optim/lr": float(self.scheduler.get_last_lr()[0]),
             "optim/grad_norm": sum(finite) / len(finite) if finite else math.nan,
             "optim/skipped": len(norms) - len(finite),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -88,20 +88,33 @@ def as_metrics(parts: Sequence[Means]) -> dict[str, float]:
     return found
 
 
-def add_policy_metrics(totals: dict[str, float], metrics: dict[str, Tensor], token_share: float) -> None:
-    """Adds what a loss measured on a batch that has `token_share` of the step's tokens; extremes are not averaged."""
-    for name, value in metrics.items():
-        key, number = f"policy/{name}", value.item()
-        _merge(totals, key, number if _ending(key) in EXTREMES else number * token_share)
+class PolicyMetrics:
+    """What a loss measured on the batches of a step. Means are over the tokens of the batches that have the metric.
 
+    So where the teachers of a mixture are compared in two ways, those of one way do not count in the other's metrics.
+    """
 
-def merge_metrics(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The processes' shares put together."""
-    merged: dict[str, float] = {}
-    for part in parts:
-        for key, number in part.items():
-            _merge(merged, key, number)
-    return merged
+    def __init__(self) -> None:
+        self._totals: dict[str, float] = {}
+        self._shares: dict[str, float] = {}  # of the step's tokens; of means alone
+
+    def add(self, metrics: Mapping[str, Tensor], token_share: float) -> None:
+        """Those of a batch that has `token_share` of the step's tokens."""
+        for name, value in metrics.items():
+            is_mean = _ending(name) not in EXTREMES
+            _merge(self._totals, name, value.item() * (token_share if is_mean else 1.0))
+            if is_mean:
+                _merge(self._shares, name, token_share)
+
+    @staticmethod
+    def together(parts: Sequence[PolicyMetrics]) -> dict[str, float]:
+        """The metrics of all processes' batches."""
+        totals, shares = dict[str, float](), dict[str, float]()
+        for part in parts:
+            for own, merged in ((part._totals, totals), (part._shares, shares)):
+                for name, number in own.items():
+                    _merge(merged, name, number)
+        return {f"policy/{name}": number / shares.get(name, 1.0) for name, number in totals.items()}
 
 
 def _merge(totals: dict[str, float], key: str, number: float) -> None:
