@@ -139,7 +139,7 @@ def _error(said: Said, way: str) -> float:
 
 
 def _objective(said: Said) -> str:
-    """What began well on students like this one (docs/metrics/probe.md); of segments there are sampled ones alone."""
+    """What began well on students like this one (docs/metrics/probe.md); with segments, what compares texts."""
     if said["unit"] == "token" and (said["entropy"]["mean"] < SURE or said["metrics"]["teacher_kl"] > AWAY):
         return "reverse_kl"
     return "policy_gradient"
