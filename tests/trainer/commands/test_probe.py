@@ -141,7 +141,7 @@ def test_a_context_is_what_the_teacher_answers_after(
     assert all(theirs >= ours + len("in words") for ours, theirs in zip(student, teacher, strict=True))
 
 
-@pytest.mark.parametrize("where", ["here", "served"])
+@pytest.mark.parametrize("where", ["here", "compared", "served", "lists"])
 def test_a_teacher_with_its_own_tokenizer(
     tmp_path: Path,
     samples: list[Sample],
@@ -155,7 +155,13 @@ def test_a_teacher_with_its_own_tokenizer(
     with serving(models / "teacher", words("pairs"), kind=StubVllm) as server:
         own: Settings = {"teacher__tokenizer": f"own:{models / 'teacher'}", **served("teacher", server)}
         here: Settings = {"teacher__tokenizer": "own"}
-        said = probed(capsys, settings(tmp_path / "run", models, **(here if where == "here" else own)))
+        chosen: dict[str, Settings] = {
+            "here": here,
+            "compared": here | {"loss__objective": "reverse_kl"},
+            "served": own,
+            "lists": own | {"loss__objective": "top_k", "loss__top_k": 5},
+        }
+        said = probed(capsys, settings(tmp_path / "run", models, **chosen[where]))
     d, size = [], 0
     for sample in samples:
         start, theirs = sample.prompt_length, words("pairs").convert_ids_to_tokens(sample.teacher_completion.tolist())

@@ -153,7 +153,9 @@ def _k(samples: Sequence[Sample]) -> int:
 def _of_batch(found: Opened, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probs [n], entropies [n], and [n, 3]: the share of the teacher's list that is on the student's, and what
     probability student and teacher give to the teacher's list."""
-    likeliest = batch.top_k() if all(sample.teacher_top_k is not None for sample in batch.samples) else None
+    own = batch.samples[0].dataset in found.prepared.teacher_prompts.own  # whose lists are of what both have alone
+    listed = not own and all(sample.teacher_top_k is not None for sample in batch.samples)
+    likeliest = batch.top_k() if listed else None
     cut = found.teachers.of(batch.samples).vocab_size
 
     def values(rows: Tensor, weight: Tensor, **head: Any) -> tuple[Tensor, Tensor, Tensor | None]:
