@@ -71,10 +71,11 @@ def identical(tokens: TokenBytes) -> CommonVocabulary:
 
 def one_to_one(pairs: Iterable[tuple[int, int]]) -> dict[int, int]:
     """The first pair of each id."""
-    found: dict[int, int] = {}
+    found, others = dict[int, int](), set[int]()
     for one, other in pairs:
-        if one not in found and other not in found.values():
+        if one not in found and other not in others:
             found[one] = other
+            others.add(other)
     return found
 
 
