@@ -156,10 +156,10 @@ def defaults_of(options: type) -> dict[str, Any]:
     return {name: kind.__metadata__[0] for name, kind in get_type_hints(options, include_extras=True).items()}
 
 
-def takes(options: type) -> Callable[[F], F]:
+def takes(accepted: type) -> Callable[[F], F]:
     """Gives a function with `**options` the names and defaults of a TypedDict of this module."""
-    defaults = defaults_of(options)
-    kinds = {name: kind.__origin__ for name, kind in get_type_hints(options, include_extras=True).items()}
+    defaults = defaults_of(accepted)
+    kinds = {name: kind.__origin__ for name, kind in get_type_hints(accepted, include_extras=True).items()}
     keywords = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind)
         for name, kind in kinds.items()
@@ -184,14 +184,15 @@ def takes(options: type) -> Callable[[F], F]:
                     f"{function.__name__}() takes {len(positional)} arguments by position ({', '.join(positional)}) and "
                     f"got {len(args)}; give the others by name"
                 )
-            named = dict(zip(positional, args, strict=False))
-            split = (
-                {"group": find_piece(function.__name__, {**named, **defaults, **given})} if "group" in defaults else {}
-            )
+            options = {**defaults, **given}
+            if "group" in defaults:
+                named = {**dict(zip(positional, args, strict=False)), **options}
+                in_order = {name: named[name] for name in known if name in named}  # whatever the call's own order is
+                options["group"] = find_piece(function.__name__, in_order)
             for name, value in given.items():
                 if name in numbers or (name in optional and value is not None):
                     check_number(name, value, whole=name in whole)
-            return function(*args, **{**defaults, **given, **split})
+            return function(*args, **options)
 
         call.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore[attr-defined]
         return call  # type: ignore[return-value]

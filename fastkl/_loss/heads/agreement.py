@@ -20,6 +20,7 @@ from fastkl.kernels.rows.parallel.share import gathered
 
 HIDDEN = ("hidden", "student_hidden", "teacher_hidden")
 TARGETS = ("tokens", "targets")
+ROWS = ("mask", *TARGETS)  # say which rows count: where one differs, so do others because of it, and it is named
 DIRECTIONS = 4
 TENSORS = 16  # that numbers are made of; more than any function takes
 LENGTH = 1 + TENSORS * (DIRECTIONS + 1)
@@ -55,7 +56,8 @@ def stated(function: str, arguments: Mapping[str, Any], own: Collection[str]) ->
     texts = {"function": function, "grad mode": "on" if torch.is_grad_enabled() else "off"}
     texts |= {name: _text(value, name in own) for name, value in arguments.items() if name != "group"}
     digest = hashlib.blake2b(repr(texts).encode(), digest_size=6).digest()  # a float64 has 53 bits
-    plain = {name: value.detach() for name, value in arguments.items() if name not in own and _is_plain(value)}
+    ordered = {name: arguments[name] for name in (*ROWS, *arguments) if name in arguments and name not in own}
+    plain = {name: value.detach() for name, value in ordered.items() if _is_plain(value)}
     hidden = next((plain[name] for name in HIDDEN if name in plain), torch.empty(0, 0))
     active, lead = _active(plain, arguments.get("ignore_index"), hidden), hidden.shape[:-1]
     tensors = {name: _compared(name, value, lead, active) for name, value in plain.items()}
@@ -134,9 +136,9 @@ def _active(plain: Mapping[str, Tensor], ignored: Any, hidden: Tensor) -> Tensor
     """bool [N]: neither masked nor ignored, as far as mask and tokens have an entry for each token."""
     active = hidden.new_ones(hidden.shape[:-1], dtype=torch.bool)
     for name, nothing in (("mask", 0), *((name, ignored) for name in TARGETS)):
-        given = plain.get(name)
+        given = plain.get(name) if isinstance(nothing, int) else None
         if given is not None and given.shape == active.shape and given.device == active.device:
-            active = active & (given != nothing) if isinstance(nothing, int) else active
+            active = active & (given != nothing)
     return active.reshape(-1)
 
 

@@ -73,6 +73,10 @@ def test_what_is_said(call: tuple[str, str], message: str) -> None:
         assert all(part in result[call] for part in message.split(" / ")), result[call]
 
 
+def test_the_order_of_keywords_is_no_difference() -> None:
+    assert [result["nothing", ""] for result in results()] == ["", ""]
+
+
 def test_rounding_and_what_is_masked_may_differ() -> None:
     """And the rows that an argument leaves out may hold anything."""
     hidden, mask = torch.randn(64, 8), torch.arange(64) % 3 > 0
@@ -101,6 +105,14 @@ def test_as_many_numbers_whatever_is_given() -> None:
     many = {f"x{i}": torch.ones(i) for i in range(TENSORS + 3)}
     for given in (odd, many, {}):
         assert len(stated("f", given, ("weight",)).numbers) == LENGTH
+
+
+def test_there_are_numbers_for_all_tensors_of_a_function() -> None:
+    for function in given_apart.functions().values():
+        tensors = [
+            name for name in given_apart.parameters(function) & {*VALUES} if torch.Tensor in map(type, VALUES[name])
+        ]
+        assert 1 <= len(tensors) <= TENSORS
 
 
 def test_every_value_is_of_an_argument() -> None:

@@ -69,7 +69,7 @@ def calls() -> list[tuple[str, str]]:
 
 
 def errors(rank: int, count: int) -> dict[tuple[str, str], str]:
-    """What each of the calls raises, and some in which a process has another head."""
+    """What each of the calls raises, some in which a process has another head, and one in which all is alike."""
     weight = torch.ones(3, 2)
     heads: dict[str, tuple[Any, Any]] = {
         "no-tensor": (weight, [1.0]),
@@ -84,6 +84,7 @@ def errors(rank: int, count: int) -> dict[tuple[str, str], str]:
     found |= {("bias", str(i)): _error("linear_ranks", weight, rank, bias=bias) for i, bias in enumerate(biases)}
     with torch.set_grad_enabled(rank == 0):
         found["grad mode", ""] = _error("linear_logprobs", weight, rank)
+    found["nothing", ""] = _error("linear_ranks", weight, rank)
     other = "linear_logprobs" if rank == 0 else "linear_cross_entropy"
     return found | {("function", ""): _error(other, weight, rank)}
 
@@ -92,9 +93,10 @@ def _error(name: str, weight: Any, rank: int, apart: str = "", **more: Any) -> s
     accepted = inspect.signature(getattr(loss, name)).parameters
     head = "student_weight" if "student_weight" in accepted else "weight"
     needed = [key for key, one in accepted.items() if one.default is inspect.Parameter.empty and key not in OWN]
-    arguments = {key: VALUES[key][key == apart and rank > 0] for key in {*needed, apart} - {""}}
+    values = {key: VALUES[key][key == apart and rank > 0] for key in {*needed, apart} - {""}}
+    arguments = sorted({head: weight, **values, **more}.items(), key=lambda item: item[0], reverse=rank > 0)
     try:
-        getattr(loss, name)(**{head: weight}, **arguments, **more, group=dist.group.WORLD)
+        getattr(loss, name)(**dict(arguments), group=dist.group.WORLD)
     except (TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
