@@ -304,6 +304,7 @@ def test_a_run_resumes_exactly_after_its_server_was_gone(
     assert set(stale) == set(range(count + 1))
     assert rows[0]["sampler_mismatch/mean_abs"] < 1e-5 < rows[count + 1]["sampler_mismatch/mean_abs"]
     asked = sum("return_token_ids" in body for body in stub.bodies)
+    assert all(before != after for before, after in itertools.pairwise(stub.loads))  # weights were never missed
 
     again = settings(folder, tmp_path / "run", stub, count, **more)
     stub.restart()
