@@ -79,10 +79,22 @@ def test_token_stats(monkeypatch: pytest.MonkeyPatch, entropy_grad: bool, needs:
     assert {"addmm", "fill"} & mode.seen, "the mode has not seen the driver"
 
 
+@frozen_or_all
+def test_a_teacher_with_another_vocabulary(monkeypatch: pytest.MonkeyPatch, needs: tuple[str, ...]) -> None:
+    p = make_problem((2, 6), 40, dtype=torch.float32).leaves(needs)
+    student, teacher = torch.arange(0, 30), torch.arange(30).flip(0)
+    with refused_non_determinism(monkeypatch) as mode:
+        heads = p.hidden, p.weight, p.teacher_hidden, p.teacher_weight
+        logits = loss.common_vocabulary_logits(*heads, student, teacher)
+        loss.reverse_kl_loss(p.hidden, p.weight, teacher_logits=logits).loss.backward()
+    assert {"addmm", "fill"} & mode.seen, "the mode has not seen the driver"
+
+
 def test_every_public_function_is_here() -> None:
     public = {name for name in loss.__all__ if inspect.isfunction(getattr(loss, name))}
     advantages = {f"{kind}_advantages" for kind in ("reverse_kl", "extrapolated", "centred", "redistributed")}
     without = {"linear_top_k", "linear_list_logprobs", "linear_ranks", "linear_token_stats"} | advantages
+    without.add("common_vocabulary_logits")
     assert public == without | {one.function.__name__ for one in LOSSES.values()}
 
 

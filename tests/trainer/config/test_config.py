@@ -102,7 +102,6 @@ REFUSED: dict[str, list[tuple[dict[str, object], list[str]]]] = {
             {"teacher.path": "", "loss.kl_coef": 0, "reward.grader": "last_number", "reward.baseline": "none"},
             ["no teacher", "teacher.path", "fastkl eval"],
         ),
-        ({"teacher.tokenizer": "own"}, ["teacher has a tokenizer of its own", "token by token"]),
     ],
     "sample": [
         ({"model.path": ""}, ["model.path is empty", "model.server.url"]),

@@ -108,7 +108,7 @@ TOKENIZERS: dict[str, tuple[Damage, str]] = {
 DAMAGES = MODELS | {f"tokenizer-{name}": case for name, case in TOKENIZERS.items()}
 READERS: dict[str, dict[str, object]] = {
     "sft": {"student.path": "bad"},
-    "distill": {"student.path": "s", "teacher.path": "bad"},
+    "distill": {"student.path": "s", "teacher.path": "bad", "sampling.max_new_tokens": 4},
     "eval": {"model.path": "bad", "eval.max_new_tokens": 4},
     "score": {"model.path": "bad"},
 }

@@ -162,25 +162,25 @@ def test_the_key_is_written_nowhere(
 
 
 UNFIT = {
-    "ignored": ("ignored", {}, "gives no log-probs of given tokens"),
-    "shifted": ("shifted", {}, "shifted by one"),
-    "temperature": (None, {"sampling.temperature": 0.7}, "the temperature is 0.7"),
-    "context": (None, {"sampling.max_new_tokens": 56}, "sampling.max_new_tokens"),
-    "model": (None, {"teacher.server.model": "other"}, "The model other does not exist"),
+    "ignored": ({"defect": "ignored"}, {}, "gives no log-probs of given tokens"),
+    "shifted": ({"defect": "shifted"}, {}, "shifted by one"),
+    "temperature": ({}, {"sampling.temperature": 0.7}, "the temperature is 0.7"),
+    "context": ({"context": 32}, {"sampling.max_new_tokens": 40}, "sampling.max_new_tokens"),
+    "model": ({}, {"teacher.server.model": "other"}, "The model other does not exist"),
 }
 
 
-@pytest.mark.parametrize(("defect", "extra", "message"), UNFIT.values(), ids=UNFIT)
+@pytest.mark.parametrize(("server", "extra", "message"), UNFIT.values(), ids=UNFIT)
 def test_refused_before_the_run_folder_exists(
     tmp_path: Path,
     dropout: Path,
     stub: StubServer,
-    defect: str | None,
+    server: dict[str, object],
     extra: dict[str, object],
     message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    stub.defect = defect
+    vars(stub).update(server)
     error = refusal(capsys, "distill", settings(dropout, tmp_path / "run", stub) | extra, message)
     assert len(error.strip().splitlines()) == 3  # two say what was done before
     assert not (tmp_path / "run").exists()
