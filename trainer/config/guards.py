@@ -22,7 +22,7 @@ class GuardsConfig:
         repetition: Watch for completions that are cut while they repeat themselves.
         mismatch: Watch for a sampler that has other probabilities than the trainer.
         few_tokens: Watch for advantages that stand in 1 % of the tokens.
-        teacher_rest: Watch for a teacher with its own tokenizer whose likely tokens the student does not have.
+        rest: Watch for a teacher with its own tokenizer where the likely tokens of one side are not those of the other.
         accuracy_falling: Watch for an accuracy on eval.data that stays below its best.
         min_teacher_std: Call log-probs constant if their standard deviation is below this, in nats.
         min_teacher_kl: Call a first teacher_kl about 0 below this, in nats per token. null: 0.1 under policy_gradient, 0.02
@@ -34,7 +34,7 @@ class GuardsConfig:
         max_mismatch: Allow this KL between sampler and trainer, in nats per token. null: 0.002; 0.02 for a mixture of
             experts; 0.05 where sampling.dtype or mixed_precision rounds to bfloat16.
         max_top_share: Allow the 1 % of tokens with the largest advantages this share of the sum.
-        max_teacher_rest: Allow a teacher with its own tokenizer this probability of tokens that the student does not have.
+        max_rest: Allow student and teacher this probability of tokens that the other one's tokenizer does not have.
         evaluations: Wait for this many evaluations in a row below the best, each by more than chance.
     """
 
@@ -45,7 +45,7 @@ class GuardsConfig:
     repetition: Action = "warn"
     mismatch: Action = "warn"
     few_tokens: Action = "warn"
-    teacher_rest: Action = "warn"
+    rest: Action = "warn"
     accuracy_falling: Action = "warn"
     min_teacher_std: float = 1e-3
     min_teacher_kl: float | None = None
@@ -55,12 +55,12 @@ class GuardsConfig:
     max_looping: float = 0.2
     max_mismatch: float | None = None
     max_top_share: float = 0.9
-    max_teacher_rest: float = 0.5
+    max_rest: float = 0.5
     evaluations: int = 3
 
     def __post_init__(self) -> None:
         at_least(0, self, "guards.", "min_teacher_std", "min_teacher_kl", "min_entropy")
-        shares = "min_entropy_share", "max_truncated", "max_looping", "max_top_share", "max_teacher_rest"
+        shares = "min_entropy_share", "max_truncated", "max_looping", "max_top_share", "max_rest"
         fraction(self, "guards.", *shares)
         positive(self, "guards.", "max_mismatch")
         at_least(1, self, "guards.", "evaluations")

@@ -198,15 +198,18 @@ def few_tokens(seen: Seen) -> str | None:
     return f"1 % of the tokens have {share:.0%} of the advantages, while teacher_kl is {kl:.3g} nats per token"
 
 
-def teacher_rest(seen: Seen) -> str | None:
-    """A divergence over the tokens of both asks for the teacher's rest as well: for tokens that only the student has.
+def rest(seen: Seen) -> str | None:
+    """A divergence over the tokens of both compares the rest of each side as one outcome, whatever is in it.
 
-    Measured (docs/metrics/guards.md): at 0.9 a student unlearned all that it knew, in two runs of two.
+    Measured (docs/metrics/guards.md): at 0.8 on either side students unlearned half or all that they knew, in all six runs.
     """
-    rest = seen.steps[-1].get("policy/teacher_rest_mass")
-    if rest is None or rest <= seen.limits.max_teacher_rest:
+    sides = {"student": "policy/rest_mass", "teacher": "policy/teacher_rest_mass"}
+    masses = {side: seen.steps[-1].get(name, 0.0) for side, name in sides.items()}
+    side = max(masses, key=lambda side: masses[side])
+    if masses[side] <= seen.limits.max_rest:
         return None
-    return f"the teacher gives {rest:.0%} of its probability to tokens that the student does not have"
+    other = next(name for name in sides if name != side)
+    return f"the {side} gives {masses[side]:.0%} of its probability to tokens that the {other} does not have"
 
 
 def accuracy_falling(seen: Seen) -> str | None:
@@ -272,9 +275,9 @@ RULES = (
         "Look at them in the report. Do both models end and begin a turn in the same way? loss.advantage_clip bounds them",
     ),
     Rule(
-        "teacher_rest",
-        teacher_rest,
-        "The student learns to write tokens that only it has. Set loss.objective to policy_gradient, which compares texts",
+        "rest",
+        rest,
+        "Of these the objective sees one sum alone. Set loss.objective to policy_gradient, which compares texts",
     ),
     Rule(
         "accuracy_falling",

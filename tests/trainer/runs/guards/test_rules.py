@@ -53,8 +53,9 @@ PATHOLOGIES: dict[str, tuple[dict[str, Any], str, int]] = {
     "loops-from-the-start": ({"completions__looping_fraction": 0.5}, "repetition", 1),
     "sampler": ({"sampler_mismatch__kl": 0.01}, "mismatch", 1),
     "outliers": ({"advantages__top_share": 0.95}, "few_tokens", 1),
-    "other-tokens": ({"policy__teacher_rest_mass": 0.88}, "teacher_rest", 1),
-    "more-and-more-other-tokens": ({"policy__teacher_rest_mass": [0.2, 0.6]}, "teacher_rest", 7),
+    "other-tokens": ({"policy__teacher_rest_mass": 0.88, "policy__rest_mass": 0.0}, "rest", 1),
+    "other-tokens-of-the-student": ({"policy__teacher_rest_mass": 0.0, "policy__rest_mass": 0.8}, "rest", 1),
+    "more-and-more-other-tokens": ({"policy__teacher_rest_mass": [0.2, 0.6]}, "rest", 7),
     "overfitted": ({"eval__accuracy": FELL, "eval__accuracy_se": 0.024}, "accuracy_falling", 8),
 }
 
@@ -85,7 +86,7 @@ HEALTHY: dict[str, dict[str, Any]] = {
     "older-samples": {"sampler_mismatch__kl": 0.3, "staleness__max": 2},
     "swings": {"eval__accuracy": [0.7, 0.66, 0.68, 0.65, 0.68, 0.67], "eval__accuracy_se": 0.024},
     "a-bad-evaluation": {"eval__accuracy": [None, 0.7, None, 0.5, None, 0.7, None, 0.5, None, 0.7, None, 0.6]},
-    "nearly-one-tokenizer": {"policy__teacher_rest_mass": 0.05, "policy__rest_mass": 0.9},
+    "nearly-one-tokenizer": {"policy__teacher_rest_mass": 0.05, "policy__rest_mass": 0.1},
     "sft": dict.fromkeys(("teacher_kl", "entropy")),
 }
 
