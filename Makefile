@@ -34,7 +34,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The site, in build/site. `make docs DOCS=serve` shows it at http://127.0.0.1:8000 and follows changes.
+# The site, in build/site; Python 3.11+. `make docs DOCS=serve` shows it at http://127.0.0.1:8000 and follows changes.
 DOCS ?= build
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(DOCS) --config-file docs/site/mkdocs.yml

@@ -42,12 +42,12 @@ class Ragged:
 
     def __init__(self) -> None:
         self._planes = [array("H")]  # the lower bits of all ids, then the higher ones
-        self._ends, self._highest = array("q"), (0, 0)
+        self._ends, self._highest = array("q"), (-1, 0)
 
     def append(self, ids: Sequence[int]) -> None:
         new, before = np.asarray(ids, np.int32), self._end(len(self) - 1)
-        highest = int(new.max(initial=0))
-        while highest >> 8 * (len(self._planes) + 1):
+        highest = int(new.max(initial=-1))
+        while highest >= 1 << 8 * (len(self._planes) + 1):
             self._planes.append(array("B", bytes(before)))
         for shift, plane in zip(SHIFTS, self._planes, strict=False):
             plane.frombytes((new >> shift).astype(plane.typecode).tobytes())
@@ -79,5 +79,5 @@ class Ragged:
         return self[int(self.lengths.argmax())].tolist()
 
     def highest(self) -> tuple[int, int]:
-        """The highest id, and the place of the first list that has it."""
+        """The highest id, and the place of the first list that has it; −1 and 0 where there is no id."""
         return self._highest

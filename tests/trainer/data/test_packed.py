@@ -7,7 +7,7 @@ import tracemalloc
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_models import tokenizer
 
@@ -44,6 +44,7 @@ def test_rows_and_sequences_of_them(count: int) -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=5), min_size=1, max_size=20))
+@example([[], [0]])
 def test_ragged_lists(lists: list[list[int]]) -> None:
     ragged = Ragged()
     for each in lists:
@@ -51,9 +52,8 @@ def test_ragged_lists(lists: list[list[int]]) -> None:
     assert [ragged[place].tolist() for place in range(len(ragged))] == lists
     assert ragged.lengths.tolist() == [len(each) for each in lists]
     assert ragged.longest() == max(lists, key=len)
-    if any(lists):
-        highest = max(map(max, filter(None, lists)))
-        assert ragged.highest() == (highest, next(place for place, each in enumerate(lists) if highest in each))
+    highest = max((max(each) for each in lists if each), default=-1)
+    assert ragged.highest() == (highest, next((place for place, each in enumerate(lists) if highest in each), 0))
 
 
 def test_prompts_and_given_completions_are_those_of_single_rows() -> None:
