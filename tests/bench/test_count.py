@@ -11,7 +11,8 @@ import pytest
 import torch
 from fake_cuda import Machine
 from fake_kernels import FakeKernels
-from loss_cases import Problem, fused, make_problem
+from loss_cases import fused
+from problem import Problem, make_problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode

@@ -12,25 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import Result, assert_results_as_accurate, assert_same, largest, logit_scale, with_gradients
 from devices import DEVICE, DRY_RUN, gpu, needs_device
-from loss_cases import (
-    FORMS,
-    HEADS,
-    NEEDS,
-    TRAINABLE,
-    Problem,
-    Result,
-    assert_results_as_accurate,
-    assert_same,
-    each_of,
-    eager,
-    fused,
-    fused_output,
-    largest,
-    logit_scale,
-    make_problem,
-    with_gradients,
-)
+from loss_cases import FORMS, HEADS, NEEDS, each_of, eager, fused, fused_output
+from problem import TRAINABLE, Problem, make_problem
 from torch import Tensor
 
 pytestmark = gpu

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import with_gradients
 from devices import DEVICE, gpu, refused_synchronisation
-from loss_cases import Problem, frozen_or_all, fused, fused_output, with_gradients
+from loss_cases import frozen_or_all, fused, fused_output
+from problem import Problem
 from sparse_cases import peaked_problem, relative_error
 
 from bench import peers

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from devices import DEVICE, DRY_RUN, gpu, needs_device, refused_synchronisation
-from loss_cases import FORMS, Problem, each_of, frozen_or_all, fused, make_problem
+from loss_cases import FORMS, each_of, frozen_or_all, fused
+from problem import Problem, make_problem
 from torch import Tensor
 
 pytestmark = gpu

@@ -15,7 +15,8 @@ import torch
 from determinism import RefusesNonDeterminism, without_operators
 from fake_cuda import Machine
 from fake_kernels import FakeKernels
-from loss_cases import DIVERGENCES, LISTS, LOSSES, NEEDS, WAYS, Problem, fused_output, make_problem, unreduced
+from loss_cases import DIVERGENCES, LISTS, LOSSES, NEEDS, WAYS, fused_output, unreduced
+from problem import Problem, make_problem
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import with_gradients
 from determinism import NEVER, SOMETIMES, RefusesNonDeterminism, refused_non_determinism
-from loss_cases import LOSSES, frozen_or_all, make_problem, with_gradients
+from loss_cases import LOSSES, frozen_or_all
 from loss_cases import fused as fused_loss
+from problem import make_problem
 from sparse_cases import use_small_blocks
 from torch import Tensor
 

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import with_gradients
 from fake_products import into_fp32
 from hypothesis import given
 from hypothesis import strategies as st
 from largest_tensor import LargestTensor
-from loss_cases import Problem, each_need, eager, frozen_or_all, fused, fused_output, make_problem, with_gradients
+from loss_cases import each_need, eager, frozen_or_all, fused, fused_output
+from problem import Problem, make_problem
 from property_settings import PROPERTY
 from sparse_cases import peaked_problem, use_small_blocks
 from torch import Tensor

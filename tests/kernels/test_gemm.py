@@ -9,7 +9,7 @@ import torch
 from fake_products import into_fp32
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import generator
+from problem import generator
 from property_settings import PROPERTY
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

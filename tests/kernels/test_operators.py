@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_cases import Problem as Case
-from loss_cases import make_problem
+from problem import Problem as Case
+from problem import make_problem
 
 from fastkl.kernels.operators import library
 from fastkl.kernels.operators.records import pack, unpack

@@ -6,28 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import Result, assert_as_accurate, assert_results_as_accurate, assert_same, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import (
-    DIVERGENCES,
-    HEADS,
-    LOSSES,
-    NEEDS,
-    POLICIES,
-    REDUCED,
-    REFERENCE_KLS,
-    Forms,
-    Problem,
-    Result,
-    assert_as_accurate,
-    assert_results_as_accurate,
-    assert_same,
-    each_of,
-    eager,
-    fused,
-    make_problem,
-    with_gradients,
-)
+from loss_cases import DIVERGENCES, HEADS, LOSSES, NEEDS, POLICIES, REDUCED, REFERENCE_KLS, Forms, each_of, eager, fused
+from problem import Problem, make_problem
 from property_settings import PROPERTY
 
 from fastkl.kernels.options import DIRECTIONS, TAILS

@@ -6,27 +6,23 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import Result, assert_results_as_accurate, assert_same, with_gradients
 from loss_cases import (
     DIVERGENCES,
     LISTS,
     LOSSES,
     REDUCED,
     WAYS,
-    Problem,
-    Result,
-    assert_results_as_accurate,
-    assert_same,
     each_loss,
     each_way,
     eager,
     frozen_or_all,
     fused,
     fused_output,
-    make_problem,
     teacher_list,
-    with_gradients,
 )
 from masked_rows import GARBAGE, clean_and_dirty, masked_problem
+from problem import Problem, make_problem
 from torch import Tensor
 
 from fastkl.kernels.options import DIRECTIONS, TAILS

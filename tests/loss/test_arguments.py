@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import LOSSES, fused, make_problem, pattern, teacher_list
+from loss_cases import LOSSES, fused, pattern, teacher_list
+from problem import make_problem
 from torch import inf, nan, ones, zeros
 
 from fastkl import loss

@@ -6,21 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import (
-    FORMS,
-    LISTS,
-    TRAINABLE,
-    Problem,
-    each_need,
-    each_of,
-    each_way,
-    eager,
-    frozen_or_all,
-    fused,
-    in_dtype,
-    make_problem,
-    with_gradients,
-)
+from accuracy import with_gradients
+from loss_cases import FORMS, LISTS, each_need, each_of, each_way, eager, frozen_or_all, fused
+from problem import TRAINABLE, Problem, in_dtype, make_problem
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

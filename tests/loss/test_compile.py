@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import FORMS, Forms, Problem, each_plan, fused, fused_output, make_problem
+from loss_cases import FORMS, Forms, each_plan, fused, fused_output
+from problem import Problem, make_problem
 from torch import Tensor
 
 from fastkl.loss import policy_gradient_loss

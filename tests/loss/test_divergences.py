@@ -6,17 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import (
-    DIVERGENCES,
-    Problem,
-    each_need,
-    eager,
-    fused,
-    fused_output,
-    make_problem,
-    reference_logits,
-    with_gradients,
-)
+from accuracy import with_gradients
+from loss_cases import DIVERGENCES, each_need, eager, fused, fused_output, reference_logits
+from problem import Problem, make_problem
 from torch import Tensor
 
 from fastkl import reference

@@ -10,20 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import (
-    HEADS,
-    NEEDS,
-    POLICIES,
-    REDUCED,
-    WAYS,
-    Problem,
-    each_head,
-    each_need,
-    each_way,
-    fused,
-    fused_output,
-    make_problem,
-)
+from loss_cases import HEADS, NEEDS, POLICIES, REDUCED, WAYS, each_head, each_need, each_way, fused, fused_output
+from problem import Problem, make_problem
 from torch import Tensor
 
 REDUCTIONS: dict[str, dict[str, Any]] = {

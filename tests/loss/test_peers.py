@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_cases import HEADS, TRAINABLE, Problem, fused, fused_output, make_problem, reference_logits
+from loss_cases import HEADS, fused, fused_output, reference_logits
+from problem import TRAINABLE, Problem, make_problem
 from torch import Tensor
 
 from fastkl import reference

@@ -5,22 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accuracy import Result, assert_same, with_gradients
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import (
-    LOSSES,
-    REDUCED,
-    TRAINABLE,
-    Problem,
-    Result,
-    assert_same,
-    each_way,
-    fused,
-    fused_output,
-    make_problem,
-    unreduced,
-    with_gradients,
-)
+from loss_cases import LOSSES, REDUCED, each_way, fused, fused_output, unreduced
+from problem import TRAINABLE, Problem, make_problem
 from property_settings import PROPERTY
 from torch import Tensor
 

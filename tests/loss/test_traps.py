@@ -6,21 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import (
-    REDUCED,
-    WAYS,
-    Problem,
-    assert_same,
-    each_way,
-    eager,
-    frozen_or_all,
-    fused,
-    fused_output,
-    generator,
-    make_problem,
-    unreduced,
-    with_gradients,
-)
+from accuracy import assert_same, with_gradients
+from loss_cases import REDUCED, WAYS, each_way, eager, frozen_or_all, fused, fused_output, unreduced
+from problem import Problem, generator, make_problem
 from torch import Tensor
 
 from fastkl import loss

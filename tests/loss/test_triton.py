@@ -9,22 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import assert_same, largest, logit_scale, with_gradients
 from devices import triton_device
-from loss_cases import (
-    DIVERGENCES,
-    HEADS,
-    TRAINABLE,
-    Forms,
-    Problem,
-    assert_same,
-    fused,
-    fused_output,
-    largest,
-    logit_scale,
-    make_problem,
-    with_gradients,
-)
+from loss_cases import DIVERGENCES, HEADS, Forms, fused, fused_output
 from masked_rows import clean_and_dirty, masked_problem
+from problem import TRAINABLE, Problem, make_problem
 from torch import Tensor
 
 from fastkl.kernels.epilogue import triton as epilogue_triton

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import DIVERGENCES, LOSSES, each_loss, fused, fused_output, make_problem, pattern
+from loss_cases import DIVERGENCES, LOSSES, each_loss, fused, fused_output, pattern
+from problem import make_problem
 from tiny_models import causal_lm
 from torch import nan, nn, ones, zeros
 from torch.testing._internal.two_tensor import TwoTensor

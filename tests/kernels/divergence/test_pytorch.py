@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accuracy import assert_as_accurate, largest
 from divergence_cases import (
     EXTREME,
     KINDS,
@@ -24,7 +25,7 @@ from divergence_cases import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import DIVERGENCES, PARAMETERS, assert_as_accurate, largest
+from loss_cases import DIVERGENCES, PARAMETERS
 from property_settings import PROPERTY
 from row_cases import INF, Caps, Outcome, Rows, UnderTest, assert_accurate, close_rows, edges, random_rows
 

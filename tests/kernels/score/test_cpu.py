@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import generator
+from problem import generator
 from torch import Tensor
 
 from bench.lib.measure import peak_allocated

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from accuracy import assert_as_accurate, largest
 from devices import INTERPRETED, triton_device
-from loss_cases import assert_as_accurate, generator, largest
+from problem import generator
 from row_cases import INF, LOWEST, Rows, edge, edges, finite, ramp
 from row_contract import outside
 from torch import Tensor

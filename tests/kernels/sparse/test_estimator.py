@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import Result, each_need, fused, fused_output, generator, make_problem, with_gradients
+from accuracy import Result, with_gradients
+from loss_cases import each_need, fused, fused_output
+from problem import generator, make_problem
 from sparse_cases import (
     SEED,
     SPARSE,

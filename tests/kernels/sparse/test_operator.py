@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import with_gradients
 from largest_tensor import LargestTensor
-from loss_cases import each_loss, each_plan, frozen_or_all, fused, fused_output, make_problem, with_gradients
+from loss_cases import each_loss, each_plan, frozen_or_all, fused, fused_output
+from problem import make_problem
 from sparse_cases import FORMS, SEED, SPARSE, each_form, peaked_problem, relative_error, use_small_blocks
 from torch import Tensor
 

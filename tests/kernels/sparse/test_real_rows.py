@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import generator
+from problem import generator
 from sparse_cases import relative_error
 from torch import Tensor
 

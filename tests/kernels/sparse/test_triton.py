@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import Result, with_gradients
 from determinism import refused_non_determinism
 from devices import INTERPRETED, triton_device
-from loss_cases import TRAINABLE, Result, frozen_or_all, fused, fused_output, generator, with_gradients
+from loss_cases import frozen_or_all, fused, fused_output
+from problem import TRAINABLE, generator
 from row_cases import gap, laid_out
 from sparse_cases import bias_over_noise, peaked_problem, relative_error, use_small_blocks
 from torch import Tensor

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import FORMS, TRAINABLE, Forms, each_of, each_plan, frozen_or_all
+from loss_cases import FORMS, Forms, each_of, each_plan, frozen_or_all
+from problem import TRAINABLE
 from sparse_cases import bias_over_noise, peaked_problem, use_small_blocks, with_flat_rows
 from torch import Tensor
 

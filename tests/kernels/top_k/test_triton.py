@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from devices import triton_device
-from loss_cases import generator
+from problem import generator
 from row_cases import INF, Outcome, Rows, assert_same_bits, assert_terms_accurate, hard_rows, random_rows, run
 from torch import Tensor
 

@@ -6,22 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import Result, assert_results_as_accurate, assert_same, with_gradients
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import (
-    DIVERGENCES,
-    HEADS,
-    NEEDS,
-    Problem,
-    Result,
-    assert_results_as_accurate,
-    assert_same,
-    eager,
-    fused,
-    fused_output,
-    make_problem,
-    with_gradients,
-)
+from loss_cases import DIVERGENCES, HEADS, NEEDS, eager, fused, fused_output
+from problem import Problem, make_problem
 from property_settings import PROPERTY
 from torch import Tensor
 

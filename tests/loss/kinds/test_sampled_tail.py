@@ -7,21 +7,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from accuracy import assert_same, with_gradients
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import (
-    HEADS,
-    NEEDS,
-    TRAINABLE,
-    Problem,
-    assert_same,
-    fused,
-    fused_output,
-    generator,
-    make_problem,
-    reference_logits,
-    with_gradients,
-)
+from loss_cases import HEADS, NEEDS, fused, fused_output, reference_logits
+from problem import TRAINABLE, Problem, generator, make_problem
 from property_settings import PROPERTY
 from torch import Tensor
 

@@ -6,20 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import Result, assert_as_accurate, assert_results_as_accurate, assert_same
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import (
-    HEADS,
-    NEEDS,
-    Problem,
-    Result,
-    assert_as_accurate,
-    assert_results_as_accurate,
-    assert_same,
-    each_head,
-    each_need,
-    make_problem,
-)
+from loss_cases import HEADS, NEEDS, each_head, each_need
+from problem import Problem, make_problem
 from property_settings import PROPERTY
 from sparse_cases import use_small_blocks
 from torch import Tensor

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import with_gradients
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import HEADS, eager, fused, fused_output, make_problem, reference_logits, teacher_list, with_gradients
+from loss_cases import HEADS, eager, fused, fused_output, reference_logits, teacher_list
+from problem import make_problem
 from property_settings import PROPERTY
 
 from fastkl import loss, reference

@@ -6,18 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import (
-    FORMS,
-    LISTS,
-    Problem,
-    assert_results_as_accurate,
-    each_of,
-    eager,
-    fused,
-    in_dtype,
-    make_problem,
-    with_gradients,
-)
+from accuracy import assert_results_as_accurate, with_gradients
+from loss_cases import FORMS, LISTS, each_of, eager, fused
+from problem import Problem, in_dtype, make_problem
 
 from fastkl.loss import linear_list_logprobs, linear_ranks, linear_top_k, reverse_kl_loss
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from loss_cases import LOSSES, fused, make_problem
+from loss_cases import LOSSES, fused
+from problem import make_problem
 from torch import Tensor, tensor
 
 from fastkl import loss

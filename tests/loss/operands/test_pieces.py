@@ -9,23 +9,11 @@ from typing import Any
 import pieces
 import pytest
 import torch
+from accuracy import Result, assert_as_accurate, assert_results_as_accurate, largest, with_gradients
 from groups import in_group
-from loss_cases import (
-    DIVERGENCES,
-    HEADS,
-    LOSSES,
-    NEEDS,
-    TRAINABLE,
-    WAYS,
-    Result,
-    assert_as_accurate,
-    assert_results_as_accurate,
-    eager,
-    largest,
-    pattern,
-    with_gradients,
-)
+from loss_cases import DIVERGENCES, HEADS, LOSSES, NEEDS, WAYS, eager, pattern
 from pieces import LIKELIEST, TOKEN_STATS, Case, everything, merged, of_dtensors, of_processes
+from problem import TRAINABLE
 from torch import Tensor
 
 from fastkl.loss import Sparse

@@ -11,9 +11,10 @@ from typing import Any
 import pieces
 import pytest
 import torch
+from accuracy import assert_as_accurate, largest
 from devices import INTERPRETED
 from groups import in_group
-from loss_cases import HEADS, NEEDS, assert_as_accurate, largest
+from loss_cases import HEADS, NEEDS
 from pieces import TOKEN_STATS, Case, everything, merged, of_processes
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the processes of a group are on a CPU")

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accuracy import with_gradients
 from groups import alone_in_group
-from loss_cases import FORMS, LISTS, Problem, each_of, fused, make_problem, with_gradients
+from loss_cases import FORMS, LISTS, each_of, fused
+from problem import Problem, make_problem
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import generator, packed_advantages
+from loss_cases import packed_advantages
+from problem import generator
 from property_settings import PROPERTY
 from torch import Tensor
 

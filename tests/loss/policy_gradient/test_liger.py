@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import Problem, generator, make_problem
+from problem import Problem, generator, make_problem
 from torch import Tensor
 
 from fastkl.loss import LossOutput, policy_gradient_loss

@@ -6,18 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import (
-    POLICIES,
-    Problem,
-    assert_same,
-    eager,
-    frozen_or_all,
-    fused,
-    fused_output,
-    make_problem,
-    reference_logits,
-    with_gradients,
-)
+from accuracy import assert_same, with_gradients
+from loss_cases import POLICIES, eager, frozen_or_all, fused, fused_output, reference_logits
+from problem import Problem, make_problem
 from torch import Tensor
 
 from fastkl import reference

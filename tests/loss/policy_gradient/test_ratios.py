@@ -7,18 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import assert_same, with_gradients
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import (
-    Problem,
-    assert_same,
-    eager,
-    frozen_or_all,
-    fused,
-    fused_output,
-    make_problem,
-    with_gradients,
-)
+from loss_cases import eager, frozen_or_all, fused, fused_output
+from problem import Problem, make_problem
 from property_settings import PROPERTY
 from torch import Tensor
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_cases import generator
+from problem import generator
 from property_settings import PROPERTY
 from torch import Tensor
 

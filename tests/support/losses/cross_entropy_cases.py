@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from loss_cases import generator
+from problem import generator
 from row_cases import UnderTest
 from torch import Tensor
 

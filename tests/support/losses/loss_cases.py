@@ -1,4 +1,4 @@
-"""Problems, the losses by name, and the acceptance rule, shared by the tests of the losses."""
+"""The losses by name, each beside its definition, and the ways to call them, shared by the tests of the losses."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
+from problem import HEAD_OPTIONS, TRAINABLE, Problem
 from torch import Tensor
 
 from fastkl import loss, reference
 from fastkl.kernels.divergence.formula import Divergence
-
-HEAD_OPTIONS = ("temperature", "logit_scale", "softcap")
-TRAINABLE = ("hidden", "weight", "bias")
 
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -53,87 +51,9 @@ frozen_or_all = pytest.mark.parametrize("needs", [NEEDS["frozen-head"], NEEDS["a
 each_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 
 
-class Problem(NamedTuple):
-    """Everything a loss may be given. Per-token tensors are float32 at least."""
-
-    hidden: Tensor  # [..., D]
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    tokens: Tensor  # [...]
-    mask: Tensor | None  # [...]
-    advantages: Tensor  # [...]
-    sampler_logprobs: Tensor | None  # [...]
-    teacher_logprobs: Tensor  # [...]
-    teacher_hidden: Tensor  # [..., D_t]
-    teacher_weight: Tensor  # [V, D_t]
-    teacher_bias: Tensor | None  # [V]
-
-    def to_dtype(self, dtype: torch.dtype) -> Problem:
-        return Problem(*[t.to(dtype) if t is not None and t.is_floating_point() else t for t in self])
-
-    def double(self) -> Problem:
-        return self.to_dtype(torch.float64)
-
-    def to(self, device: str) -> Problem:
-        return Problem(*[None if t is None else t.to(device) for t in self])
-
-    def sampled_under(self, **options: Any) -> Problem:
-        """The same noise between sampler and policy, for a head with other options than the plain one."""
-        double = self.double()
-        shift = eager("linear_logprobs", double, **options) - eager("linear_logprobs", double)
-        behaviour = [self.sampler_logprobs + shift, self.teacher_logprobs + shift]
-        sampler, teacher = (t.clamp(max=0.0).to(self.teacher_logprobs.dtype) for t in behaviour)
-        return self._replace(sampler_logprobs=sampler, teacher_logprobs=teacher)
-
-    def leaves(self, needs: tuple[str, ...] = TRAINABLE) -> Problem:
-        """Detached copies, of which those named in `needs` require a gradient."""
-        pairs = zip(self._fields, self, strict=True)
-        return Problem(*[None if t is None else t.detach().clone().requires_grad_(f in needs) for f, t in pairs])
-
-
 def pattern(message: str) -> str:
     """A regular expression for the parts of an error message, which " / " sets apart, in their order."""
     return ".*".join(map(re.escape, message.split(" / ")))
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def make_problem(
-    lead: tuple[int, ...] = (6,),
-    vocabulary: int = 11,
-    dim: int = 5,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-    spread: float = 2.0,
-) -> Problem:
-    """Logits of standard deviation `spread`; about one token in six is ignored, and a mask of weights 0, ½, 1 and 2.
-
-    The sampler's log-probs are those of the plain head plus noise, so that ratios fall on both sides of every clip.
-    """
-    g, per_token = generator(seed), torch.float64 if dtype == torch.float64 else torch.float32
-    teacher_dim = dim + 2
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(shape, generator=g, dtype=torch.float64) * scale
-
-    hidden, weight, bias = normal(*lead, dim), normal(vocabulary, dim, scale=spread / dim**0.5), normal(vocabulary)
-    tokens = torch.randint(vocabulary, lead, generator=g)
-    sampler = reference.logprobs(reference.logits(hidden, weight, bias), tokens) + normal(*lead, scale=0.4)
-    sampler = sampler.clamp(max=0.0)
-    tokens = tokens.where(torch.rand(lead, generator=g) > 1 / 6, -100)
-    mask = torch.tensor([0.0, 0.5, 1.0, 2.0])[torch.randint(4, lead, generator=g)]
-    heads = [t.to(dtype) for t in (hidden, weight, bias)]
-    teacher = [normal(*lead, teacher_dim), normal(vocabulary, teacher_dim, scale=spread / teacher_dim**0.5)]
-    advantages, by_teacher = normal(*lead), (sampler + normal(*lead, scale=0.5)).clamp(max=0.0)
-    rest = [t.to(per_token) for t in (mask, advantages, sampler, by_teacher)]
-    return Problem(*heads, tokens, *rest, *[t.to(dtype) for t in (*teacher, normal(vocabulary))])
-
-
-def in_dtype(p: Problem, dtype: torch.dtype, *fields: str) -> Problem:
-    """The problem with these fields in another dtype."""
-    return p._replace(**{f: getattr(p, f).to(dtype) for f in fields})
 
 
 class Plain(NamedTuple):
@@ -388,78 +308,3 @@ def packed_advantages(sampler: Tensor, teacher: Tensor, mask: Tensor, ids: Tenso
             own = groups[row] == one
             out[row, own] = reference.reverse_kl_advantages(*[t[row, own] for t in rows], **options)
     return out.reshape(sampler.shape)
-
-
-class Result(NamedTuple):
-    value: Tensor
-    gradients: dict[str, Tensor]
-
-
-def with_gradients(
-    function: Callable[..., Tensor], name: str, p: Problem, needs: tuple[str, ...] = TRAINABLE, **options: Any
-) -> Result:
-    """Value and gradients of `fused` or `eager`; each entry of a per-token result gets an upstream value of its own."""
-    p = p.leaves(needs)
-    value = function(name, p, **options)
-    upstream = None
-    if value.dim():
-        upstream = torch.linspace(-1.0, 2.0, value.numel(), dtype=value.dtype, device=value.device).reshape(value.shape)
-    value.backward(upstream)
-    wanted = {f: getattr(p, f) for f in needs if getattr(p, f) is not None}
-    return Result(value.detach(), {f: torch.zeros_like(t) if t.grad is None else t.grad for f, t in wanted.items()})
-
-
-def logit_scale(p: Problem, **options: Any) -> float:
-    """The largest finite logit, at least 1: a float32 logit is off by about eps times that, whoever computes it."""
-    head = {k: v for k, v in options.items() if k in HEAD_OPTIONS}
-    double = p.double()
-    z = reference.logits(double.hidden, double.weight, double.bias, **head)
-    return float(z.where(z.isfinite(), 0.0).abs().max().clamp(min=1.0)) if z.numel() else 1.0
-
-
-def assert_as_accurate(what: str, ours: Tensor, peer: Tensor, exact: Tensor, slack: float, factor: float = 2.0) -> None:
-    """|ours − exact| ≤ factor · max |peer − exact| + slack, everywhere; the message has the worst place.
-
-    The maximum runs over the whole tensor: a peer that happens to be exact at one place says nothing about that place. Nor
-    does one that has NaN there.
-    """
-    assert ours.shape == exact.shape, f"{what}: {list(ours.shape)} instead of {list(exact.shape)}"
-    if ours.numel() == 0:
-        return
-    error = (ours.double() - exact).abs()
-    allowed = float(factor * (peer.double() - exact).abs().nan_to_num(nan=0.0).max() + slack)
-    worst = int(error.nan_to_num(nan=torch.inf).argmax())
-    values = [float(t.reshape(-1)[worst]) for t in (ours, peer, exact)]
-    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), ours.shape))
-    assert float(error.reshape(-1)[worst]) <= allowed, (
-        f"{what} at {place}: fastkl {values[0]!r}, eager {values[1]!r}, float64 {values[2]!r}; allowed error {allowed:.3g}"
-    )
-
-
-def assert_results_as_accurate(ours: Result, peer: Result, exact: Result, p: Problem, **options: Any) -> None:
-    """The rule for the value and every gradient of problem `p`.
-
-    On top of the peer's error: the rounding of float32 logits; of float32 probabilities, which cancel in p − 1 (a product
-    with the other factor of the GEMM carries that into a gradient); and of a gradient to its own dtype, which happens
-    twice (the unit gradient, then its product with the upstream one).
-    """
-    float32, logits = 4 * torch.finfo(torch.float32).eps, logit_scale(p, **options)
-    value_size = max(1.0, largest(exact.value))
-    assert_as_accurate("value", ours.value, peer.value, exact.value, float32 * logits * value_size)
-    factors = {"hidden": largest(p.weight), "weight": largest(p.hidden), "bias": 1.0}
-    for field, gradient in ours.gradients.items():
-        expected = exact.gradients[field]
-        own = 4 * torch.finfo(gradient.dtype).eps
-        slack = (float32 * logits + own) * largest(expected) + float32 * factors[field]
-        assert_as_accurate(f"gradient of {field}", gradient, peer.gradients[field], expected, slack)
-
-
-def largest(t: Tensor) -> float:
-    return float(t.abs().max()) if t.numel() else 0.0
-
-
-def assert_same(ours: Result, other: Result, tolerance: float = 1e-10) -> None:
-    """Equal up to the rounding of float64 sums."""
-    torch.testing.assert_close(ours.value, other.value, rtol=tolerance, atol=tolerance)
-    for field, gradient in ours.gradients.items():
-        torch.testing.assert_close(gradient, other.gradients[field], rtol=tolerance, atol=tolerance)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from loss_cases import DIVERGENCES, LISTS, Problem, make_problem, reference_logits, teacher_list
+from loss_cases import DIVERGENCES, LISTS, reference_logits, teacher_list
+from problem import Problem, make_problem
 from torch import Tensor
 
 GARBAGE = (torch.nan, torch.inf, -torch.inf)

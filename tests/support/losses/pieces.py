@@ -9,7 +9,8 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from loss_cases import LISTS, TRAINABLE, Problem, fused_output, make_problem
+from loss_cases import LISTS, fused_output
+from problem import TRAINABLE, Problem, make_problem
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from loss_cases import assert_as_accurate, generator, largest
+from accuracy import assert_as_accurate, largest
+from problem import generator
 from torch import Tensor
 
 from fastkl.kernels.gemm import compute_dtype

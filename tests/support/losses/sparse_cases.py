@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import Forms, Problem, each_of, fused, generator, make_problem, with_gradients
+from accuracy import with_gradients
+from loss_cases import Forms, each_of, fused
+from problem import Problem, generator, make_problem
 from torch import Tensor
 
 from fastkl.kernels.sparse import estimator as sparse_estimator

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from launches import give_samples, together
+from run_cases import check_same
+from run_settings import arguments, distillation
 from tiny_data import sums, write_jsonl
 from tiny_models import CHARACTERS, save_model, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -112,3 +116,29 @@ def teacher_logprobs(folder: Path, sample: dict[str, Any]) -> list[float]:
         logprobs = torch.log_softmax(model(ids).logits[0, :-1], -1)
     start = len(sample["teacher_prompt"]) - 1
     return logprobs[range(start, ids.shape[1] - 1), ids[0, start + 1 :]].tolist()
+
+
+def both_kinds_of_teachers(pair: Path, folder: Path) -> dict[str, object]:
+    """Settings of a mixture: a teacher with its own tokenizer, the same with a context, and one with the student's."""
+    save_model(folder / "kin", words("characters"), seed=2)
+    data = {"path": str(pair / "sums.jsonl")}
+    teachers: dict[str, dict[str, object]] = {
+        "own": {"path": str(pair / "teacher"), "tokenizer": "own"},
+        "told": {"path": str(pair / "teacher"), "tokenizer": "own", "context": {"system": "in words"}},
+        "kin": {"path": str(folder / "kin")},
+    }
+    mixture = {name: {"data": data, "teacher": teacher} for name, teacher in teachers.items()}
+    return {"teacher__path": "", "data__path": "null", "optim__steps": 2, "mixture": json.dumps(mixture)}
+
+
+def alone_and_together(folder: Path, pair: Path, fsdp: bool, **options: object) -> list[Path]:
+    """The run folders of one process and of two, which have learned the same."""
+    runs = []
+    for count in (1, 2):
+        line = arguments("distill", distillation(folder / str(count), pair, **options))
+        before = dict.fromkeys(range(count), give_samples)
+        codes, said = together(line, folder / "said", count=count, fsdp=fsdp and count > 1, before=before)
+        assert codes == [0] * count, said
+        runs.append(folder / str(count))
+    check_same(runs[1], runs[0])
+    return runs

@@ -72,9 +72,8 @@ class Packed(OnDemand[T]):
     def _begin(self) -> None:
         self._last: list[T] = []  # too few to pack yet
         self._stream = BytesIO()
-        self._pickler = pickle.Pickler(
-            self._stream, pickle.HIGHEST_PROTOCOL
-        )  # what several rows share stands there once
+        # One for all rows of a block: what several of them share stands there once.
+        self._pickler = pickle.Pickler(self._stream, pickle.HIGHEST_PROTOCOL)
 
     def at(self, place: int) -> T:
         number = bisect_right(self._starts, place) - 1

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from launches import give_samples, together
-from run_cases import check_equal, check_same, distilled, interrupt, run
+from run_cases import check_equal, distilled, interrupt, run
 from run_settings import arguments, distillation
-from segment_cases import OWN, completion, segments, strangers, teacher_logprobs, words
+from segment_cases import (
+    OWN,
+    alone_and_together,
+    both_kinds_of_teachers,
+    completion,
+    segments,
+    strangers,
+    teacher_logprobs,
+    words,
+)
 from server_cases import served
 from stub_server import serving
-from tiny_models import save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -182,27 +188,11 @@ def test_it_goes_on_in_the_middle(pair: Path, tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("name", ["jsd", "top_k"])
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
 def test_two_processes_learn_what_one_learns(tmp_path: Path, pair: Path, fsdp: bool, name: str) -> None:
-    runs = []
-    for count in (1, 2):
-        line = arguments("distill", distillation(tmp_path / str(count), pair, **OWN, loss__objective=name))
-        before = dict.fromkeys(range(count), give_samples)
-        codes, said = together(line, tmp_path / "said", count=count, fsdp=fsdp and count > 1, before=before)
-        assert codes == [0] * count, said
-        runs.append(tmp_path / str(count))
-    check_same(runs[1], runs[0])
+    alone_and_together(tmp_path, pair, fsdp, **OWN, loss__objective=name)
 
 
 def test_a_mixture_of_both_kinds_of_teachers(pair: Path, tmp_path: Path) -> None:
-    save_model(tmp_path / "kin", words("characters"), seed=2)
-    data = {"path": str(pair / "sums.jsonl")}
-    teachers: dict[str, dict[str, object]] = {
-        "own": {"path": str(pair / "teacher"), "tokenizer": "own"},
-        "told": {"path": str(pair / "teacher"), "tokenizer": "own", "context": {"system": "in words"}},
-        "kin": {"path": str(tmp_path / "kin")},
-    }
-    mixture = {name: {"data": data, "teacher": teacher} for name, teacher in teachers.items()}
-    options = {"teacher__path": "", "data__path": "null", "optim__steps": 2, "mixture": json.dumps(mixture)}
-    done = run(tmp_path / "run", pair, **options, loss__objective="jsd")
+    done = run(tmp_path / "run", pair, **both_kinds_of_teachers(pair, tmp_path), loss__objective="jsd")
     assert {"teacher_kl/own", "teacher_kl/told", "teacher_kl/kin"} < done.metrics[0].keys()
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launches import give_samples, together
-from run_cases import check_equal, check_same, check_same_weights, distilled, interrupt, log, run
+from run_cases import check_equal, check_same_weights, distilled, interrupt, log, run
 from run_settings import arguments, distillation
 from segment_cases import (
     OF_OWN,
     OWN,
+    alone_and_together,
     answered,
+    both_kinds_of_teachers,
     completion,
     gaps,
     segments,
@@ -158,15 +158,8 @@ def test_it_goes_on_in_the_middle(
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
 def test_two_processes_learn_what_one_learns(tmp_path: Path, pair: Path, fsdp: bool) -> None:
     options: dict[str, object] = {"loss__baseline": "mean", "loss__discount": 0.5, **OWN}
-    runs = []
-    for count in (1, 2):
-        line = arguments("distill", distillation(tmp_path / str(count), pair, **options))
-        before = dict.fromkeys(range(count), give_samples)
-        codes, said = together(line, tmp_path / "said", count=count, fsdp=fsdp and count > 1, before=before)
-        assert codes == [0] * count, said
-        runs.append(tmp_path / str(count))
-    check_same(runs[1], runs[0])
-    ours, theirs = (read_jsonl(path / "samples.jsonl") for path in (runs[1], runs[0]))
+    runs = alone_and_together(tmp_path, pair, fsdp, **options)
+    theirs, ours = (read_jsonl(path / "samples.jsonl") for path in runs)
     for name in ("teacher_completion", "segments", "teacher_segments"):
         assert [sample[name] for sample in ours] == [sample[name] for sample in theirs]
 
@@ -181,17 +174,8 @@ def test_a_cache_knows_the_teachers_tokens(pair: Path, tmp_path: Path) -> None:
 
 def test_a_mixture_of_both_kinds_of_teachers(pair: Path, folder: Path, tmp_path: Path) -> None:
     """And two data sets of one teacher, which is loaded once."""
-    save_model(tmp_path / "kin", words("characters"), seed=2)
-    data = {"path": str(pair / "sums.jsonl")}
-    teachers: dict[str, dict[str, object]] = {
-        "own": {"path": str(pair / "teacher"), "tokenizer": "own"},
-        "told": {"path": str(pair / "teacher"), "tokenizer": "own", "context": {"system": "in words"}},
-        "kin": {"path": str(tmp_path / "kin")},
-    }
-    mixture = {name: {"data": data, "teacher": teacher} for name, teacher in teachers.items()}
-    options = {"teacher__path": "", "data__path": "null", "optim__steps": 2, "mixture": json.dumps(mixture)}
-    done = run(tmp_path / "run", pair, **options, loss__baseline="mean")
-    assert {sample["dataset"] for sample in done.samples} == set(teachers)
+    done = run(tmp_path / "run", pair, **both_kinds_of_teachers(pair, tmp_path), loss__baseline="mean")
+    assert {sample["dataset"] for sample in done.samples} == {"own", "told", "kin"}
     for sample in done.samples:
         if sample["dataset"] == "kin":
             assert "segments" not in sample
