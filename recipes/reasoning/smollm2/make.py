@@ -1,5 +1,7 @@
 """Numbers for SmolLM2 to repeat: runs/reasoning/smollm2/prompts.jsonl, validation.jsonl and test.jsonl.
 
+The second is there to choose rates with. None of the configs here reads it: they have one rate each.
+
 python recipes/smollm2/make.py            # says what to install; writes teacher and student
 python recipes/reasoning/smollm2/make.py
 """
