@@ -103,9 +103,17 @@ GROUPS = (
         Metric("sampler_mismatch/mean_abs", "nats", MISMATCH,
                "Mean of |ℓ − ℓ_sampler|. Sampler and trainer compute the same number in two ways.",
                "about 1e-5 where both compute in float32"),
+        Metric("sampler_mismatch/missing", "probability", MISMATCH,
+               "1 − mean of r: what the trainer gives to tokens that the sampler does not draw. From 200 tokens on.",
+               "about 0; 0.01 to 0.02 with a top-p of 0.9 or 0.95"),
+        Metric("sampler_mismatch/missing_se", "probability", MISMATCH, "Standard error of `sampler_mismatch/missing`."),
         Metric("sampler_mismatch/outside_0.9_1.1", "share of ratios", MISMATCH,
                "Tokens whose ratio exp(ℓ − ℓ_sampler) is below 0.9 or above 1.1."),
         Metric("sampler_mismatch/p95_abs", "nats", MISMATCH, "The 95th percentile of |ℓ − ℓ_sampler|."),
+        Metric("sampler_mismatch/slope", "", MISMATCH,
+               "Slope of ℓ_sampler − ℓ over ℓ, by least squares. Another temperature tilts it. From 200 tokens on.",
+               "within 0.02 of 0; about −0.07 where a sampler has temperature 1.1 in place of 1"),
+        Metric("sampler_mismatch/slope_se", "", MISMATCH, "Standard error of `sampler_mismatch/slope`."),
     )),
     Group("Age of the samples", "mismatch", (
         Metric("staleness/max", "steps", AHEAD, "How much older the oldest weights that wrote a sample are than those that "

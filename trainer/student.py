@@ -219,7 +219,7 @@ class Student:
                         share = batch.weighed_tokens / tokens / optim.substeps
                         policy.add(output.metrics, share)
                     if first == 0 and output.logprobs is not None:
-                        mismatch.append(batch.sampler_mismatch(output.logprobs).cpu())
+                        mismatch.append(batch.beside_sampler(output.logprobs).cpu())
                 norms.append(self._clip())
                 self._step(step, norms[-1], coarse)
                 self.version += 1

@@ -62,6 +62,7 @@ NOT_HERE |= {"teacher_cache/hits", "teacher_cache/misses"}
 # tests/trainer/teachers/alignment/test_common_runs.py
 NOT_HERE |= {"alignment/compared_fraction", "policy/rest_mass", "policy/teacher_rest_mass"}
 NOT_HERE |= {"guards/RULE", "advantages/top_share"}  # tests/trainer/runs/guards; a step of more tokens
+NOT_HERE |= {f"sampler_mismatch/{name}" for name in ("missing", "missing_se", "slope", "slope_se")}  # the same
 
 
 @pytest.fixture(scope="module")

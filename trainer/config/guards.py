@@ -33,6 +33,9 @@ class GuardsConfig:
         max_looping: Allow this share of completions that are cut while they repeat themselves.
         max_mismatch: Allow this KL between sampler and trainer, in nats per token. null: 0.002; 0.02 for a mixture of
             experts; 0.05 where sampling.dtype or mixed_precision rounds to bfloat16.
+        max_missing: Allow the sampler this probability of tokens that it does not draw.
+        max_slope: Allow the sampler's log-probs to differ from the trainer's by this share of themselves. null: 0.03; 0.06
+            for a mixture of experts, and where rounding is allowed for in max_mismatch.
         max_top_share: Allow the 1 % of tokens with the largest advantages this share of the sum.
         max_rest: Allow student and teacher this probability of tokens that the other one's tokenizer does not have.
         evaluations: Wait for this many evaluations in a row below the best, each by more than chance.
@@ -54,13 +57,15 @@ class GuardsConfig:
     max_truncated: float = 0.5
     max_looping: float = 0.2
     max_mismatch: float | None = None
+    max_missing: float = 0.005
+    max_slope: float | None = None
     max_top_share: float = 0.9
     max_rest: float = 0.5
     evaluations: int = 3
 
     def __post_init__(self) -> None:
         at_least(0, self, "guards.", "min_teacher_std", "min_teacher_kl", "min_entropy")
-        shares = "min_entropy_share", "max_truncated", "max_looping", "max_top_share", "max_rest"
+        shares = "min_entropy_share", "max_truncated", "max_looping", "max_missing", "max_top_share", "max_rest"
         fraction(self, "guards.", *shares)
-        positive(self, "guards.", "max_mismatch")
+        positive(self, "guards.", "max_mismatch", "max_slope")
         at_least(1, self, "guards.", "evaluations")

@@ -67,8 +67,8 @@ class Batch:
         """[n] which tokens are of completions that the data give."""
         return self._which(lambda sample: sample.given)
 
-    def sampler_mismatch(self, logprobs: Tensor) -> Tensor:
-        """[m] of log-probs [n]: how far they are from the sampler's, for the tokens that the student sampled.
+    def beside_sampler(self, logprobs: Tensor) -> Tensor:
+        """[m, 2] of log-probs [n]: they and the sampler's, for the tokens that the student sampled.
 
         Only of those that count: the losses give no log-probs of the others.
         """
@@ -76,11 +76,11 @@ class Batch:
         known = {id(sample) for sample in sampled}
         sampler = torch.from_numpy(_counted(sampled, "sampler_logprobs")).to(logprobs.device)
         chosen = self._which(lambda sample: id(sample) in known)
-        difference = logprobs[chosen] - sampler
+        both = torch.stack([logprobs[chosen], sampler.to(logprobs.dtype)], -1)
         if not self.is_weighed:
-            return difference
+            return both
         counts = torch.from_numpy(_counted(self.samples, "weights") != 0).to(chosen.device)
-        return difference[counts[chosen]]
+        return both[counts[chosen]]
 
     def _which(self, chosen: Callable[[Sample], bool]) -> Tensor:
         """[n] which tokens are of samples that are chosen."""

@@ -197,7 +197,7 @@ def _read(texts: dict[str, list[str]], known: Any, ids: list[int]) -> float:
 def test_rows_without_answers_are_not_graded(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bare.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "2+2="}\n')
     said = probed(capsys, settings(tmp_path / "run", folder, data__path=tmp_path / "bare.jsonl"))
-    assert said["accuracy"] == {"student": {}, "teacher": {}, "gap": {}}
+    assert said["accuracy"] == {"student": {}, "teacher": {}, "gap": {}, "gap_se": {}}
     assert "nothing is graded" in said["missing"][0]
 
 
@@ -226,6 +226,7 @@ GOOD: dict[str, Any] = {
         "student": {"greedy": {"mean": 0.25, "se": 0.05}},
         "teacher": {"greedy": {"mean": 0.98, "se": 0.02}},
         "gap": {"greedy": 0.73},
+        "gap_se": {"greedy": 0.05},
     },
     "teacher_kl": {"mean": 0.5, "p50": 0.0},
     "entropy": {"mean": 0.13, "p50": 0.0},
@@ -264,8 +265,23 @@ VERDICTS: dict[str, tuple[dict[str, Any], str]] = {
         "completions repeat themselves",
     ),
     "strangers": ({"metrics": {"teacher_kl": 6.0}}, "too far apart"),
+    "strangers-that-know-no-end": (
+        {"metrics": {"teacher_kl": 8.7, "completions/truncated_fraction": 1.0}},
+        "too far apart",
+    ),
+    "long-completions": (
+        {"share_of_gap": {"first_token": 0.03, "first_token_mean": 12.0, "first_tokens_of_all": 0.002}},
+        "formats differ",
+    ),
+    "surprised-ever-after": ({"share_of_gap": {"first_token": 0.24, "first_token_mean": 14.0}}, "formats differ"),
+    "as-far-at-the-first": (
+        {"metrics": {"teacher_kl": 8.7}, "share_of_gap": {"first_token": 0.09, "first_token_mean": 8.7}},
+        "too far apart",
+    ),
     "other-words": ({"top_k": {"overlap": 0.1}}, "too far apart"),
     "no-better": ({"accuracy": {"gap": {"greedy": 0.05}}}, "the teacher is no better"),
+    "always-a-little-better": ({"accuracy": {"gap": {"greedy": 0.05}, "gap_se": {"greedy": 0.02}}}, "fine"),
+    "one-prompt": ({"accuracy": {"gap": {"greedy": 0.0}, "gap_se": {"greedy": None}}}, "fine"),
     "outliers": ({"metrics": {"advantages/top_share": 0.95}}, "few tokens have it all"),
     "sampler": ({"metrics": {"sampler_mismatch/kl": 0.1}}, "the sampler is wrong"),
     "flat": ({"metrics": {"teacher_logprobs/std": 0.0}}, "the teacher is broken"),
@@ -287,6 +303,39 @@ def test_verdicts(changes: dict[str, Any], verdict: str) -> None:
     text = "\n".join(lines(found))
     assert text.endswith(f"verdict: {verdict}")
     assert f"\n{verdict}: " in text or verdict == "fine"
+    assert "too far apart" not in text or "likeliest" not in text or changes.get("top_k")
+
+
+def test_a_low_temperature_sets_all_log_probs_apart() -> None:
+    """Those of both are of the samples' temperature."""
+    changes = {"teacher_kl": 9.0, "teacher_logprobs/mean": -60.0}
+    said = GOOD | {"metrics": GOOD["metrics"] | changes}
+    cold = config("probe", MINIMAL["distill"] | {"sampling.temperature": 0.1})
+    assert judged(said, cold)["verdict"] == "fine"
+    assert judged(said, config("probe", MINIMAL["distill"]))["verdict"] == "the teacher is broken"
+
+
+def test_a_gap_is_as_sure_as_its_differences_by_prompt() -> None:
+    """Prompts are hard or easy for both."""
+
+    def scores(*values: float, samples: int = 1) -> list[written.Score]:
+        return [written.Score(prompt, value) for prompt, value in enumerate(values) for _ in range(samples)]
+
+    student = {"greedy": scores(0, 0, 1, 1), "sampled": scores(0, 0, 1, 1, samples=2)}
+    teacher = {"greedy": scores(0, 1, 1, 1), "sampled": scores(1, 1, 1, 1)}
+    found = compare._accuracies(written.Written([], student, teacher, [], None))
+    assert found["gap"] == {"greedy": 0.25, "sampled": 0.5}
+    assert found["gap_se"]["greedy"] == pytest.approx(np.std([0, 1, 0, 0], ddof=1) / 2)
+    assert found["gap_se"]["sampled"] == pytest.approx(np.std([1, 1, 0, 0], ddof=1) / 2)
+
+
+def test_few_tokens_are_few_to_judge_by() -> None:
+    few, many = (
+        "\n".join(lines(GOOD | {"tokens": tokens, "verdict": "fine", "reasons": [], "objective": "reverse_kl"}))
+        for tokens in (13, 900)
+    )
+    assert "13 tokens are few to judge by" in few
+    assert "few to judge by" not in many
 
 
 @pytest.mark.parametrize(
@@ -328,6 +377,8 @@ def test_something_else_teaches_without_a_gap(lesson: dict[str, object]) -> None
         ({"teacher.path": "", "loss.kl_coef": 0, **REWARD}, ["has no teacher"]),
         ({"prompts": 0}, ["prompts is 0"]),
         ({"output": "nowhere/found.json"}, ["output is nowhere/found.json, where no file can be written"]),
+        ({"output": "/proc/found.json"}, ["output is /proc/found.json, where no file can be written"]),
+        ({"output": "."}, ["output is ., where no file can be written"]),
     ],
 )
 def test_what_a_probe_refuses(

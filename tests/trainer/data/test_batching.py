@@ -224,8 +224,8 @@ def test_a_mismatch_is_that_of_sampled_tokens_alone() -> None:
     sampled = make_sample([1, 2], [3, 4], 2, [-1.0, -2.0])
     for order in itertools.permutations([given, sampled, filled]):
         batch = collate(list(order), "padded", torch.device("cpu"))
-        found = batch.sampler_mismatch(torch.full((5,), -0.5))
-        assert found.tolist() == [0.5, 1.5]
+        found = batch.beside_sampler(torch.full((5,), -0.5))
+        assert found.tolist() == [[-0.5, -1.0], [-0.5, -2.0]]
 
 
 @PROPERTY

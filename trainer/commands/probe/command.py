@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from fastkl.trainer.commands.probe.compare import figures
@@ -14,7 +15,7 @@ from fastkl.trainer.commands.probe.table import lines
 from fastkl.trainer.commands.probe.verdict import judged
 from fastkl.trainer.commands.probe.written import write
 from fastkl.trainer.config.offline import ProbeConfig
-from fastkl.trainer.errors import ConfigError
+from fastkl.trainer.errors import ConfigError, RunError, brief
 from fastkl.trainer.runs.files import write_text
 
 
@@ -26,19 +27,36 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("fastkl probe runs in one process; start it without a launcher")
-    output = None if config.output is None else Path(config.output).expanduser()
-    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise ConfigError(
-            f"output is {config.output}, where no file can be written; name a file in a folder that is there"
-        )
-    if output is not None and output.exists():
-        raise ConfigError(f"output {config.output} exists already; move it away or choose another name")
+    output = None if config.output is None else _new_file(config.output)
     with opened(config) as found:
         texts = write(found)
         said = figures(found, texts) | {"run": cost_of_run(config, found, texts)}
     said |= judged(said, config)
     text = json.dumps(said, ensure_ascii=False, indent=1)
-    if output is not None:
-        write_text(output, text + "\n")
     print(text if config.json else "\n".join(lines(said)), flush=True)
+    if output is not None:
+        _write(output, text + "\n")
     return said
+
+
+def _new_file(name: str) -> Path:
+    """A file that is not there yet and can be."""
+    path = Path(name).expanduser()
+    if not path.is_dir() and path.exists():
+        raise ConfigError(f"output {name} exists already; move it away or choose another name")
+    try:
+        with TemporaryFile(dir=path.absolute().parent):
+            pass
+        writable = not path.is_dir()
+    except OSError:
+        writable = False
+    if not writable:
+        raise ConfigError(f"output is {name}, where no file can be written; name a file in a folder that is there")
+    return path
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({brief(error)}); what the probe found is printed above") from error

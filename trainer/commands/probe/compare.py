@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,10 +113,14 @@ def _shares(samples: Sequence[Sample], gaps: Sequence[Array]) -> dict[str, float
 
 
 def _accuracies(written: Written) -> dict[str, Any]:
-    """Means with their standard errors; the gap is the teacher's less the student's."""
+    """Means with their standard errors; the gap is the teacher's less the student's.
+
+    The error of a gap is that of the difference by prompt: both answered the same ones.
+    """
     found: dict[str, Any] = {"student": _means(written.student), "teacher": _means(written.teacher)}
     both = [way for way in (GREEDY, SAMPLED) if way in found["student"] and way in found["teacher"]]
     found["gap"] = {way: found["teacher"][way]["mean"] - found["student"][way]["mean"] for way in both}
+    found["gap_se"] = {way: _paired_error(written.student[way], written.teacher[way]) for way in both}
     return found
 
 
@@ -128,22 +133,36 @@ def _with_error(scores: Sequence[Score]) -> dict[str, float | None]:
     return {"mean": mean(values), "se": standard_error(values, [score.prompt for score in scores])}
 
 
+def _paired_error(ours: Sequence[Score], theirs: Sequence[Score]) -> float | None:
+    """The standard error of the mean difference by prompt."""
+    means = [_by_prompt(scores) for scores in (theirs, ours)]
+    both = sorted(means[0].keys() & means[1].keys())
+    return standard_error([means[0][prompt] - means[1][prompt] for prompt in both], both)
+
+
+def _by_prompt(scores: Sequence[Score]) -> dict[int, float]:
+    values = defaultdict[int, list[float]](list)
+    for score in scores:
+        values[score.prompt].append(score.value)
+    return {prompt: mean(each) for prompt, each in values.items()}
+
+
 def _students(found: Opened, samples: Sequence[Sample]) -> tuple[dict[str, Any], dict[str, float]]:
     """What the student says in a forward pass: entropies, how far it is from its sampler, and of the likeliest tokens."""
     student, temperature = found.student, found.config.sampling.temperature
-    entropies, differences, tops = [], [], []
+    entropies, pairs, tops = [], [], []
     with student.gathered(), scoring(student.wrapped), student.autocast():
         for group in found.teachers.groups(samples):
             for batch in batches(group, found.config.batch.max_tokens, student.layout, student.device):
                 logprobs, entropy, top = _of_batch(found, batch, temperature)
                 entropies.append(entropy.cpu())
-                differences.append(batch.sampler_mismatch(logprobs).cpu())
+                pairs.append(batch.beside_sampler(logprobs).cpu())
                 tops += [] if top is None else [top.cpu()]
     compared = {}
     if tops:
         overlap, ours, theirs = torch.cat(tops).double().mean(0).tolist()
         compared = {"k": _k(samples), "overlap": overlap, "student_mass": ours, "teacher_mass": theirs}
-    return {"entropies": torch.cat(entropies).numpy(), "mismatch": mismatch_metrics(differences)}, compared
+    return {"entropies": torch.cat(entropies).numpy(), "mismatch": mismatch_metrics(pairs)}, compared
 
 
 def _k(samples: Sequence[Sample]) -> int:

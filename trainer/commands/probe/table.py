@@ -7,9 +7,11 @@ from typing import Any
 
 from fastkl.trainer.commands.plan.table import GIB
 from fastkl.trainer.notes import printable
+from fastkl.trainer.runs.guards.measures import FEWEST
 
 Said = Mapping[str, Any]
 WAYS = ("greedy", "sampled")
+WORTH_TELLING = 0.01
 WIDTH = 100  # characters of an aligned text
 
 
@@ -20,10 +22,12 @@ def lines(said: Said) -> Iterator[str]:
     yield _row("teacher_kl", f"{_spread(said['teacher_kl'])} nats per {said['unit']}: ℓ_sampler − ℓ_teacher")
     yield _row("entropy", f"{_spread(said['entropy'])} nats per token: the student's")
     if top := said["top_k"]:
+        chance = top["k"] / max(said["vocabularies"])
+        by_chance = f" ({chance:.0%} by chance)" if chance >= WORTH_TELLING else ""
         yield _row(
             f"top {top['k']}",
-            f"{top['overlap']:.0%} of the teacher's are the student's too; they have {top['teacher_mass']:.1%} of the "
-            f"teacher's probability and {top['student_mass']:.1%} of the student's",
+            f"{top['overlap']:.0%} of the teacher's are the student's too{by_chance}; they have "
+            f"{top['teacher_mass']:.1%} of the teacher's probability and {top['student_mass']:.1%} of the student's",
         )
     yield _row("gap", _shares(said["share_of_gap"], said["unit"]))
     yield from _alignment(said["alignment"])
@@ -48,12 +52,16 @@ def _accuracies(said: Said) -> Iterator[str]:
             parts = [f"{way} {_with_error(found[way])}" for way in WAYS if way in found]
             yield _row("accuracy" if who == "student" else "", f"{who}: {', '.join(parts)}")
     if gap := said["accuracy"]["gap"]:
-        yield _row("", f"gap: {', '.join(f'{way} {value:+.1%}' for way, value in gap.items())}")
+        parts = [f"{way} {value:+.1%}{_plus_minus(said['accuracy']['gap_se'][way])}" for way, value in gap.items()]
+        yield _row("", f"gap: {', '.join(parts)}")
 
 
 def _with_error(found: Mapping[str, float | None]) -> str:
-    error = "" if found["se"] is None else f" ± {found['se']:.1%}"
-    return f"{found['mean']:.1%}{error}"
+    return f"{found['mean']:.1%}{_plus_minus(found['se'])}"
+
+
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.1%}"
 
 
 def _spread(found: Mapping[str, float]) -> str:
@@ -97,6 +105,8 @@ def _verdict(said: Said) -> Iterator[str]:
         yield f"{reason['verdict']}: {reason['text']}. {reason['advice']}."
     if not said["reasons"]:
         yield "Nothing is in the way of this run."
+    if said["tokens"] < FEWEST:
+        yield f"{said['tokens']} tokens are few to judge by. Probe more prompts, with more in data or by --prompts."
     if said["verdict"] == "fine":
         yield f"A student like this one learned well with loss.objective: {said['objective']}."
     yield f"verdict: {said['verdict']}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from fastkl.trainer.config.offline import ProbeConfig
 from fastkl.trainer.runs.guards.rules import CHANCE, RULES, Seen, facts_of, nothing_to_learn
 
 LARGE, FAIR, LOUD = 0.25, 4.0, 2.0  # of Σ|d|; times what so many tokens would have; nats
+SHRILL, RARE = 6.0, 2.0  # nats, however long completions are; times what so many tokens would have
 FAR = 4.0  # nats per token: a student at 2.7 still learned (docs/metrics/probe.md)
 FEW_COMMON = 0.2  # of the likeliest tokens
 SURE, AWAY = 0.1, 1.5  # nats: where whole distributions were two to four times cheaper than sampled tokens
@@ -58,8 +58,8 @@ def _found(said: Said, seen: Seen) -> Iterator[Reason]:
         first_token,
         last_token,
         "repetition",  # what repeats itself is cut too, and a higher limit ends nothing
+        partial(too_far, temperature=seen.facts.temperature),  # nor for a student that knows no end
         truncated,
-        too_far,
         no_better,
         "few_tokens",
     )
@@ -94,7 +94,9 @@ def last_token(said: Said) -> Reason | None:
 def _of_place(said: Said, place: str, verb: str, advice: str) -> Reason | None:
     gap = said["share_of_gap"]
     share, fair, mean = gap[f"{place}_token"], gap[f"{place}_tokens_of_all"], gap[f"{place}_token_mean"]
-    if share < max(LARGE, min(FAIR * fair, (1 + fair) / 2)) or mean < LOUD:
+    is_large = mean >= LOUD and share >= max(LARGE, min(FAIR * fair, (1 + fair) / 2))
+    is_shrill = mean >= SHRILL and share >= min(RARE * fair, (1 + fair) / 2)
+    if not is_large and not is_shrill:
         return None
     return Reason(
         "formats differ",
@@ -113,29 +115,29 @@ def truncated(said: Said) -> Reason | None:
     return Reason("truncated", text, "Raise sampling.max_new_tokens, or teach the student to end (fastkl sft)")
 
 
-def too_far(said: Said) -> Reason | None:
-    """Where the teacher finds nothing of what the student writes likely, its log-probs say little about what is better."""
+def too_far(said: Said, temperature: float) -> Reason | None:
+    """Where the teacher finds nothing of what the student writes likely, its log-probs say little about what is better.
+
+    At a low temperature all log-probs are larger by as much.
+    """
     kl, overlap = said["metrics"]["teacher_kl"], said["top_k"].get("overlap")
-    if kl < FAR and (overlap is None or overlap >= FEW_COMMON):
+    is_strange = overlap is not None and overlap < FEW_COMMON
+    if kl < FAR * max(1.0, 1 / temperature) and not is_strange:
         return None
-    common = "" if overlap is None else f", and {overlap:.0%} of the likeliest tokens are common to both"
+    common = f", and {overlap:.0%} of the likeliest tokens are common to both" if is_strange else ""
     advice = "Fine-tune the student on some of the teacher's answers first (fastkl sft), then distil"
     return Reason("too far apart", f"teacher_kl is {kl:.3g} nats per token{common}", advice)
 
 
 def no_better(said: Said) -> Reason | None:
     """The gap in accuracy is about what distillation can bring (arXiv 2605.30070)."""
-    gap = said["accuracy"]["gap"]
-    if not gap or any(difference > CHANCE * _error(said, way) for way, difference in gap.items()):
+    gap, errors = said["accuracy"]["gap"], said["accuracy"]["gap_se"]
+    known = {way: difference for way, difference in gap.items() if errors[way] is not None}
+    if not known or any(difference > CHANCE * errors[way] for way, difference in known.items()):
         return None
-    text = "; ".join(f"{way} {difference:+.1%}" for way, difference in gap.items())
+    text = "; ".join(f"{way} {difference:+.1%} ± {errors[way]:.1%}" for way, difference in known.items())
     advice = "Take a better teacher or harder prompts; or more prompts (--prompts), if this may be chance"
     return Reason("the teacher is no better", f"its accuracy less the student's: {text}", advice)
-
-
-def _error(said: Said, way: str) -> float:
-    """The standard error of a gap, as if both had answered other prompts."""
-    return math.hypot(*(said["accuracy"][who][way]["se"] or 0.0 for who in ("student", "teacher")))
 
 
 def _objective(said: Said) -> str:

@@ -22,6 +22,8 @@ CONVERGED = 0.1  # nats: below it a few tokens may well hold what is left; the d
 GREW = 4.0  # times as many completions are cut: a recipe with a short limit went from 42 to 96 %, and learned
 CHANCE = 2.0  # standard errors of a difference
 DENSE, EXPERTS = 0.002, 0.02  # nats
+SURE = 6.0  # standard errors, of tokens that depend on each other
+SLOPE = 0.03  # two copies in 16 bits of a small model, at temperature 0.5: 0.017; temperature 1.05 in place of 1: 0.035
 ROUNDED = 0.05  # nats: a small model and its copy in bfloat16 were up to 0.016 apart
 SAMPLED, WHOLE = 0.1, 0.02  # nats: the least teacher_kl that sampled tokens, and distributions, learned from
 
@@ -36,6 +38,7 @@ class Facts(NamedTuple):
     has_dropout: bool = False  # in the update: it sees other log-probs than the sampler then
     learns_otherwise: bool = False  # from something else than its teachers
     compares: bool = False  # distributions, or lists of likely tokens: more than the sampled token
+    temperature: float = 1.0  # of the samples, and of the log-probs of both
     rounds: bool = False  # the sampler, or the update, computes in bfloat16, though the weights have more bits
 
 
@@ -46,7 +49,9 @@ def facts_of(config: RunConfig, vocabularies: Iterable[int], has_experts: bool) 
     compares = config.loss.objective != "policy_gradient"
     in_bfloat16 = config.sampling.dtype == "bfloat16" or config.mixed_precision == "bf16"
     rounds = in_bfloat16 and config.student.dtype != "bfloat16"
-    return Facts(sizes, has_experts, has_dropout, config.learns_otherwise, compares, rounds)
+    return Facts(
+        sizes, has_experts, has_dropout, config.learns_otherwise, compares, config.sampling.temperature, rounds
+    )
 
 
 class Seen(NamedTuple):
@@ -86,6 +91,8 @@ def teacher_constant(seen: Seen) -> str | None:
     """A teacher that finds all tokens equally likely teaches nothing: a broken head, a server that woke up without weights
     (redai-studio/Relax pull request 287). Nor does one whose weights were read in another dtype, or without their scales.
 
+    Log-probs at a temperature below 1 lie farther apart, by its inverse.
+
     Constant: no distribution of a language model is, unless student and teacher are both sure of everything. Uniform:
     every log-prob is about −ln V. Wild: far below that.
     """
@@ -96,7 +103,7 @@ def teacher_constant(seen: Seen) -> str | None:
     is_constant = std < seen.limits.min_teacher_std and row.get("entropy", 1.0) >= seen.limits.min_entropy
     flat = [math.log(size) for size in seen.facts.vocabularies]
     is_uniform = any(std < UNIFORM * each and abs(mean + each) < UNIFORM * each for each in flat)
-    if mean < -WILD * max(flat):
+    if mean < -WILD * max(flat) * max(1.0, 1 / seen.facts.temperature):
         chance = -max(flat)
         return f"the teacher's log-probs are far below chance: mean {mean:.4g} nats; a uniform teacher has {chance:.3g}"
     if not is_constant and not is_uniform:
@@ -121,8 +128,8 @@ def nothing_to_learn(seen: Seen) -> str | None:
         return f"teacher_kl of the first step is {kl:.2g} nats per token: the student is the teacher already"
     if kl < teacher_kl_limit(seen.facts, limits) and entropy < limits.min_entropy:
         return (
-            f"teacher_kl and entropy of the first step are {kl:.2g} and {entropy:.2g} nats per token: on these prompts the "
-            f"student is sure, and the teacher agrees"
+            f"teacher_kl and entropy of the first step's samples are {kl:.2g} and {entropy:.2g} nats per token: on these "
+            f"prompts the student is sure, and the teacher agrees"
         )
     return None
 
@@ -175,10 +182,45 @@ def mismatch(seen: Seen) -> str | None:
         return None
     fresh = [row for row in seen.steps[-WINDOW:] if not row.get("staleness/max")]
     now, limit = _mean(_some(fresh, "sampler_mismatch/kl", WINDOW)), mismatch_limit(seen.facts, seen.limits)
-    if now is None or now <= limit:
+    if now is not None and now > limit:
+        even = ", even where one of the two computes in bfloat16" if seen.facts.rounds else ""
+        return f"the KL between sampler and trainer is {now:.2g} nats per token; above {limit:g} is not healthy{even}"
+    return cuts_off(fresh, seen.limits) or sharpens(fresh, seen)
+
+
+def cuts_off(fresh: Sequence[Row], limits: GuardsConfig) -> str | None:
+    """Rounding moves probability from token to token. Only a sampler that draws from fewer tokens loses some."""
+    missing, error = _with_error(fresh, "sampler_mismatch/missing")
+    if missing <= max(limits.max_missing, SURE * error):
         return None
-    even = ", even where one of the two computes in bfloat16" if seen.facts.rounds else ""
-    return f"the KL between sampler and trainer is {now:.2g} nats per token; above {limit:g} is not healthy{even}"
+    return (
+        f"the sampler does not draw from tokens that have {missing:.1%} of the trainer's probability, as with a top-p, "
+        f"top-k or min-p of its own"
+    )
+
+
+def sharpens(fresh: Sequence[Row], seen: Seen) -> str | None:
+    """Rounding knows nothing of what is likely. A temperature moves log-probs in proportion to themselves."""
+    slope, error = _with_error(fresh, "sampler_mismatch/slope")
+    if abs(slope) <= max(slope_limit(seen.facts, seen.limits), SURE * error):
+        return None
+    what = "flatter" if slope < 0 else "sharper"
+    return (
+        f"the sampler is {what} than the trainer: its log-probs differ by {slope:+.1%} of themselves, as with another "
+        f"temperature"
+    )
+
+
+def slope_limit(facts: Facts, limits: GuardsConfig) -> float:
+    if limits.max_slope is not None:
+        return limits.max_slope
+    return SLOPE * (2 if facts.rounds or facts.has_experts else 1)
+
+
+def _with_error(rows: Sequence[Row], name: str) -> tuple[float, float]:
+    """The mean of a metric over rows, with its standard error; 0 and 0 without any."""
+    errors = _some(rows, f"{name}_se", WINDOW)
+    return _mean(_some(rows, name, WINDOW)) or 0.0, math.hypot(*errors) / max(1, len(errors))
 
 
 def mismatch_limit(facts: Facts, limits: GuardsConfig) -> float:
@@ -245,7 +287,8 @@ RULES = (
     Rule(
         "nothing_to_learn",
         nothing_to_learn,
-        "Take other prompts, or a student from before it had memorised these. reverse_kl and top_k may learn a little",
+        "Take other prompts, another teacher, or a student from before it had memorised these. Where the two differ, "
+        "reverse_kl and top_k may learn a little",
     ),
     Rule(
         "entropy_collapse",
@@ -265,9 +308,9 @@ RULES = (
     Rule(
         "mismatch",
         mismatch,
-        "The update sees another distribution than was sampled from. Fewer bits can cause it: unset sampling.dtype and "
-        "mixed_precision, let a server compute as the trainer does, and set student.dtype to float32. Otherwise try "
-        "sampling.engine: generate",
+        "The update sees another distribution than was sampled from. A server's own settings can cause it: "
+        "temperature, top-p, penalties. So can fewer bits: unset sampling.dtype and mixed_precision, let a server compute "
+        "as the trainer does, and set student.dtype to float32. Otherwise try sampling.engine: generate",
     ),
     Rule(
         "few_tokens",

@@ -52,6 +52,10 @@ PATHOLOGIES: dict[str, tuple[dict[str, Any], str, int]] = {
     "loops": ({"completions__looping_fraction": [0.0, 0.5]}, "repetition", 8),
     "loops-from-the-start": ({"completions__looping_fraction": 0.5}, "repetition", 1),
     "sampler": ({"sampler_mismatch__kl": 0.01}, "mismatch", 1),
+    "a-top-p": ({"sampler_mismatch__missing": 0.012, "sampler_mismatch__missing_se": 2e-4}, "mismatch", 1),
+    "a-temperature": ({"sampler_mismatch__slope": -0.035, "sampler_mismatch__slope_se": 0.001}, "mismatch", 1),
+    "a-lower-temperature": ({"sampler_mismatch__slope": 0.07, "sampler_mismatch__slope_se": 0.004}, "mismatch", 1),
+    "sure-with-three-steps": ({"sampler_mismatch__slope": 0.07, "sampler_mismatch__slope_se": 0.015}, "mismatch", 2),
     "outliers": ({"advantages__top_share": 0.95}, "few_tokens", 1),
     "other-tokens": ({"policy__teacher_rest_mass": 0.88, "policy__rest_mass": 0.0}, "rest", 1),
     "other-tokens-of-the-student": ({"policy__teacher_rest_mass": 0.0, "policy__rest_mass": 0.8}, "rest", 1),
@@ -84,6 +88,11 @@ HEALTHY: dict[str, dict[str, Any]] = {
     "always-cut": {"completions__truncated_fraction": [0.8, 1.0], "completions__mean_length": [13, 16]},
     "loops-that-it-unlearns": {"completions__looping_fraction": [0.15, 0.1]},
     "older-samples": {"sampler_mismatch__kl": 0.3, "staleness__max": 2},
+    "float8": {"sampler_mismatch__slope": -0.022, "sampler_mismatch__slope_se": 0.001},
+    "few-tokens-to-say-so": {"sampler_mismatch__slope": -0.1, "sampler_mismatch__slope_se": 0.05},
+    "a-mean-of-few-tokens": {"sampler_mismatch__missing": 0.02, "sampler_mismatch__missing_se": 0.01},
+    "more-than-the-sampler": {"sampler_mismatch__missing": -0.05, "sampler_mismatch__missing_se": 1e-4},
+    "older-samples-of-a-flatter-student": {"sampler_mismatch__slope": -0.2, "staleness__max": 1},
     "swings": {"eval__accuracy": [0.7, 0.66, 0.68, 0.65, 0.68, 0.67], "eval__accuracy_se": 0.024},
     "a-bad-evaluation": {"eval__accuracy": [None, 0.7, None, 0.5, None, 0.7, None, 0.5, None, 0.7, None, 0.6]},
     "nearly-one-tokenizer": {"policy__teacher_rest_mass": 0.05, "policy__rest_mass": 0.1},
@@ -101,6 +110,9 @@ def test_a_mixture_of_experts_may_differ_more_and_dropout_as_it_likes() -> None:
     assert found(change, FACTS._replace(has_experts=True)) == {}
     assert found(change, FACTS._replace(has_dropout=True)) == {}
     assert found(change, FACTS._replace(has_experts=True), max_mismatch=0.001) == {"mismatch": 1}
+    tilted = {"sampler_mismatch__slope": -0.05, "sampler_mismatch__slope_se": 0.001}
+    assert found(tilted, FACTS._replace(has_experts=True)) == found(tilted, FACTS._replace(rounds=True)) == {}
+    assert found(tilted, FACTS._replace(has_experts=True), max_slope=0.04) == {"mismatch": 1}
 
 
 @pytest.mark.parametrize(
