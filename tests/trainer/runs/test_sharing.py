@@ -115,7 +115,7 @@ def test_a_quantile_is_that_of_torch(count: int) -> None:
 
 def test_a_mismatch_of_no_tokens_is_none() -> None:
     assert mismatch_metrics([]) == {}
-    found = mismatch_metrics([torch.tensor([0.0, -0.5]), torch.tensor([0.05])])
+    found = mismatch_metrics([torch.tensor([[-1.0, -1.0], [-1.5, -1.0]]), torch.tensor([[-0.95, -1.0]])])
     assert found["sampler_mismatch/mean_abs"] == pytest.approx(0.55 / 3)
     assert found["sampler_mismatch/outside_0.9_1.1"] == pytest.approx(1 / 3)
 
