@@ -87,7 +87,10 @@ def public(path: str) -> str:
 
 
 def is_hub_id(path: str) -> bool:
-    return _HUB.fullmatch(path) is not None and not Path(path).expanduser().exists()
+    """Whether it can only be one: nothing here has the name, and no folder `owner` may have held it before it was moved."""
+    owner = Path(path).parent
+    is_here = Path(path).exists() or (owner != Path() and owner.is_dir())
+    return _HUB.fullmatch(path) is not None and not is_here
 
 
 def _title(config: RunConfig) -> str:

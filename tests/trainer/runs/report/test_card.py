@@ -117,5 +117,7 @@ def test_a_path_has_its_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "owner" / "here").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert public("owner/here") == "here"
+    assert public("owner/gone") == "gone"
+    assert "base_model" not in checked(card("distill", **{"student.path": "owner/gone"}))
     assert public("../owner/x") == "x"
     assert public("~/models/x") == "x"
