@@ -185,7 +185,7 @@ def _logged(samples: list[Sample], taken: list[Batch], logprobs: list[torch.Tens
     metrics = as_metrics([rollout_means(samples) | teacher_kl(samples) | context_gap(samples)])
     flops: tuple[Callable[[Cost, Sequence[Sample]], float], ...] = (sampling_flops, scoring_flops, training_flops)
     metrics |= {count.__name__: count(COST, samples) for count in flops}
-    metrics |= mismatch_metrics([batch.sampler_mismatch(own) for batch, own in zip(taken, logprobs, strict=True)])
+    metrics |= mismatch_metrics([batch.beside_sampler(own) for batch, own in zip(taken, logprobs, strict=True)])
     json.dumps(metrics)
     texts: Any = Texts()
     for record in sample_records(samples[:LOGGED], texts, 1):
