@@ -7,30 +7,24 @@ from typing import Any
 from bench.lib.markdown import table
 from bench.lib.report import read_recipe
 
-LABELS = {
-    "teacher": "SmolLM2, the teacher",
-    "pruned": "less six layers",
-    "half": "half-trained, the start",
-    "whole": "`reverse_kl`",
-    "sampled": "`policy_gradient`",
-    "sft": "more SFT",
-}
+BEGINS = {"teacher": "the teacher", "pruned": "SmolLM2 less six layers", "half": "half-trained, the start"}
+ARMS = {"whole": "`reverse_kl`", "sampled": "`policy_gradient`", "sft": "more SFT"}
 ACCURACIES = ("eval/accuracy_t0", "eval/accuracy")
+Run = dict[str, Any]
 
 
 def arms() -> str:
-    """Of what has run: the first and the last step, the FLOPs, and the accuracies on the test problems."""
+    """Each arm at each of its rates: the best checkpoint on validation, and of the chosen rate on the test problems too."""
     report = read_recipe("reasoning/smollm2/results")
-    runs = {run["arm"]: run for run in report["runs"]}
-    rows = [
-        [label, *_training(runs[name]), *_tested(runs[name]["test"])]
-        for name, label in LABELS.items()
-        if "test" in runs.get(name, {})
-    ]
-    header = ["", "steps", "loss", "teacher_kl", "FLOPs", "greedy, %", "T = 0.5, %"]
+    runs = report["runs"]
+    begins = {run["arm"]: run for run in runs if run["arm"] in BEGINS}
+    rows = [[BEGINS[name], "", "", "", "", "", *_tested(begins[name])] for name in BEGINS]
+    rows += [_row(run, label) for name, label in ARMS.items() for run in runs if run["arm"] == name]
+    header = ["", "rate", "seed", "steps", "FLOPs", "validation, T = 1, %", "test, greedy, %", "test, T = 1, %"]
+    writing = next(run for run in runs if run["arm"] == "writing")
     conditions = (
-        f"128 problems, ± standard errors, one seed. First → last step. FLOPs without those of writing a transcript: "
-        f"{runs['writing']['flops']:.1e} each"
+        "64 validation problems, 256 test problems, ± standard errors. Steps and FLOPs up to the best checkpoint on "
+        f"validation. FLOPs of SFT with those of writing what it read: {writing['flops']:.1e} a transcript"
     )
     return table(header, rows, conditions, [report], "torch", "transformers")
 
@@ -38,12 +32,13 @@ def arms() -> str:
 TABLES = {"reasoning-smollm2": arms}
 
 
-def _training(run: dict[str, Any]) -> list[str]:
-    if "steps" not in run:
-        return [""] * 4
-    ends = (f"{values[0]:.2f} → {values[-1]:.2f}" if values else "" for values in (run["loss"], run["teacher_kl"]))
-    return [str(run["steps"]), *ends, f"{run['flops']:.1e}"]
+def _row(run: Run, label: str) -> list[str]:
+    best, last = run["curve"][run["best"]], run["curve"][-1]
+    seen = f"{100 * best['sampled']:.1f} ± {100 * best['sampled_se']:.1f}"
+    steps = f"{best['step']} of {last['step']}"
+    return [label, f"{run['rate']:g}", str(run["seed"]), steps, f"{best['flops']:.1e}", seen, *_tested(run)]
 
 
-def _tested(found: dict[str, float]) -> list[str]:
-    return [f"{100 * found[name]:.1f} ± {100 * found[f'{name}_se']:.1f}" for name in ACCURACIES]
+def _tested(run: Run) -> list[str]:
+    found = run.get("test")
+    return [f"{100 * found[name]:.1f} ± {100 * found[f'{name}_se']:.1f}" if found else "" for name in ACCURACIES]

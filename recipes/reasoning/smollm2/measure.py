@@ -1,11 +1,14 @@
-"""Setting H with a real model: SmolLM2 less six layers, half-trained, goes on in several ways.
+"""Setting H with a real model: SmolLM2 less six layers, half-trained, goes on in three ways.
 
-    python recipes/smollm2/make.py                          # says what to install; writes teacher and student
-    python recipes/reasoning/smollm2/measure.py             # all arms
-    python recipes/reasoning/smollm2/measure.py whole sft   # some of the arms
+    python recipes/smollm2/make.py                                # says what to install; writes the two models
+    python recipes/reasoning/smollm2/measure.py                   # all arms, seed 0
+    python recipes/reasoning/smollm2/measure.py sft --seeds 0 1   # some arms; two such commands may run at once
+
+Every arm runs at three learning rates with seed 0. The accuracy at T = 1 on the validation problems chooses the rate,
+and of each run the checkpoint. With other seeds the arm runs at that rate alone. The test problems choose nothing.
 
 Everything is kept in runs/reasoning/smollm2: what is complete is not run again, what was interrupted goes on. After every
-arm the results are written beside this file.
+run the results are written beside this file, and drawn in figures/.
 """
 
 from __future__ import annotations
@@ -14,56 +17,135 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2]))
 
+from curves import draw
 from make import FOLDER
-from make import main as write_prompts
-from series import Row, here, once, run_here, threads, total_flops, write_report
+from make import main as write_rows
+from series import Row, here, once, run_here, threads, write_report
 
 from fastkl.trainer.runs.files import read_jsonl
 
 HERE, MODELS = Path(__file__).parent, Path("runs/smollm2")
-ARMS: dict[str, tuple[str, Row]] = {
-    "whole": ("distill", {}),
-    "sft": ("sft", {}),
-    "sampled": ("distill", {"loss.objective": "policy_gradient"}),
+RATES = (3e-4, 1e-3, 3e-3)
+ACCURACIES = {"sampled": "eval/accuracy", "greedy": "eval/accuracy_t0"}
+EXAMPLES = 120  # that a step of sft.yaml reads
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to go on."""
+
+    label: str
+    command: str  # its config has the same name
+    settings: Row = field(default_factory=dict)
+
+
+ARMS = {
+    "whole": Arm("reverse KL", "distill"),
+    "sampled": Arm("policy gradient", "distill", {"loss.objective": "policy_gradient"}),
+    "sft": Arm("more SFT", "sft"),
 }
-BEGINS = {"teacher": MODELS / "teacher", "pruned": MODELS / "student"}
+
+
+@dataclass(frozen=True)
+class Run:
+    arm: str
+    rate: float
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        return FOLDER / f"{self.arm}-{self.rate:g}-{self.seed}"
 
 
 def main() -> None:
     import torch
 
-    arms = arguments()
+    given = arguments()
     torch.set_num_threads(threads())
-    if not (FOLDER / "prompts.jsonl").exists():
-        write_prompts()
-    once(FOLDER / "writing", lambda: here("sample", HERE / "transcripts.yaml", FOLDER / "writing.log", {}))
-    run_here("sft", HERE / "half.yaml", FOLDER / "half", {})
-    tested("half", saved("half"))
-    for arm in arms:
-        command, settings = ARMS[arm]
-        run_here(command, HERE / f"{command}.yaml", FOLDER / arm, settings)
-        tested(arm, saved(arm))
-        write_report(HERE / "results.json", results())
-    for name, model in BEGINS.items():
+    prepare()
+    for seed in given.seeds:
+        for rate in RATES:  # of all arms before the next: the table is balanced wherever it stops
+            for arm in given.arms:
+                if not seed:
+                    execute(Run(arm, rate, seed))
+        for arm in given.arms:
+            run = Run(arm, chosen_rate(arm), seed)
+            execute(run)
+            tested(run.folder.name, run.folder / "student")
+            report()
+    for name, model in begins().items():
         tested(name, model)
-    write_report(HERE / "results.json", results())
+    report()
 
 
-def arguments() -> list[str]:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arms", nargs="*", metavar="ARM", help=f"some of {', '.join(ARMS)}; all by default")
-    arms: list[str] = parser.parse_args().arms or list(ARMS)
-    if unknown := set(arms) - set(ARMS):
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="0 is run first: it chooses the rates")
+    given = parser.parse_args()
+    given.arms = given.arms or list(ARMS)
+    if unknown := set(given.arms) - set(ARMS):
         parser.error(f"no such arm: {', '.join(sorted(unknown))}; take some of {', '.join(ARMS)}")
-    return arms
+    return given
 
 
-def saved(run: str) -> Path:
-    return FOLDER / run / "student"
+def prepare() -> None:
+    """The rows, the teacher, what it writes, and the half-trained student."""
+    if not (FOLDER / "prompts.jsonl").exists():  # written last
+        write_rows()
+    run_here("sft", HERE / "teacher.yaml", FOLDER / "teacher", {})
+    once(FOLDER / "writing", lambda: here("sample", HERE / "transcripts.yaml", FOLDER / "writing.log", {}))
+    run_here("sft", HERE / "half.yaml", FOLDER / "half", {})
+
+
+def begins() -> dict[str, Path]:
+    return {
+        "teacher": FOLDER / "teacher" / "student",
+        "pruned": MODELS / "student",
+        "half": FOLDER / "half" / "student",
+    }
+
+
+def execute(run: Run) -> None:
+    """The run; nothing where it is complete."""
+    arm = ARMS[run.arm]
+    settings = {"optim.lr": run.rate, "seed": run.seed, **arm.settings}
+    run_here(arm.command, HERE / f"{arm.command}.yaml", run.folder, settings)
+    print(run.folder, flush=True)
+
+
+def chosen_rate(arm: str) -> float:
+    """The rate whose run with seed 0 has the best checkpoint at T = 1."""
+    return max(RATES, key=lambda rate: max(point["sampled"] for point in curve(Run(arm, rate, 0))))
+
+
+def curve(run: Run) -> list[Row]:
+    """At each evaluation of a run the step, the FLOPs so far, and the accuracies on the validation problems with errors."""
+    metrics = read_jsonl(run.folder / "metrics.jsonl")
+    spent = list(accumulate(sum(v for name, v in row.items() if name.startswith("flops/")) for row in metrics))
+    writing = writing_flops() if run.arm == "sft" else 0.0
+    return [
+        {
+            "step": row["step"],
+            "flops": float(f"{flops + writing * EXAMPLES * row['step']:.4g}"),
+            **{name: round(row[key], 4) for name, key in ACCURACIES.items()},
+            **{f"{name}_se": round(row[f"{key}_se"], 4) for name, key in ACCURACIES.items()},
+        }
+        for row, flops in zip(metrics, spent, strict=True)
+        if ACCURACIES["sampled"] in row
+    ]
+
+
+def writing_flops() -> float:
+    """Of one transcript."""
+    found = read(FOLDER / "writing")
+    return float(found["flops"] / found["completions"])
 
 
 def tested(name: str, model: Path) -> Row:
@@ -72,30 +154,52 @@ def tested(name: str, model: Path) -> Row:
     return once(folder, lambda: here("eval", HERE / "test.yaml", folder.with_suffix(".log"), {"model.path": model}))
 
 
-def answered(name: str) -> Row:
-    """What `tested` found, if it was run."""
-    path = FOLDER / "test" / name / "result.json"
-    return {"test": json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
+def report() -> None:
+    write_report(HERE / "results.json", rows := list(results()))
+    draw(rows, HERE.parent / "figures" / "SmolLM2.png", {name: arm.label for name, arm in ARMS.items()})
 
 
 def results() -> Iterator[Row]:
-    """What writing cost, the models that it begins with, and all runs that are complete."""
-    writing = json.loads((FOLDER / "writing" / "result.json").read_text(encoding="utf-8"))
-    yield {"arm": "writing", "flops": writing["flops"] / writing["completions"]}
-    for name in (*BEGINS, "half"):
+    """The models that it begins with, what writing cost, and all runs that are complete."""
+    writing = read(FOLDER / "writing")
+    kept = ("completions", "mean_length", "truncated_fraction", "mean_score")
+    yield {"arm": "writing", "flops": writing_flops(), **{name: writing[name] for name in kept}}
+    for name in begins():
         yield {"arm": name, **answered(name)}
     for arm in ARMS:
-        if saved(arm).exists():
-            yield {"arm": arm, **result(arm)}
+        tried = [Run(arm, rate, 0) for rate in RATES]
+        chosen = chosen_rate(arm) if all(map(complete, tried)) else None
+        for path in sorted(FOLDER.glob(f"{arm}-*/student")):
+            _, rate, seed = path.parent.name.rsplit("-", 2)
+            yield result(Run(arm, float(rate), int(seed)), float(rate) == chosen)
 
 
-def result(run: str) -> Row:
-    """The figures of the steps, and what the test found; FLOPs without the transcripts."""
-    steps = read_jsonl(FOLDER / run / "metrics.jsonl")
+def complete(run: Run) -> bool:
+    return (run.folder / "student" / "config.json").exists()
+
+
+def result(run: Run, chosen: bool) -> Row:
+    """The curve of a run, the figures of its steps, and what the test found; `best`: the place of its best checkpoint."""
+    steps = read_jsonl(run.folder / "metrics.jsonl")
     figures = {
-        name: [round(row[name], 4) for row in steps if name in row] for name in ("loss", "teacher_kl", "entropy")
+        name: [round(row[name], 4) for row in steps if name in row]
+        for name in ("loss", "teacher_kl", "entropy", "completions/mean_length", "completions/truncated_fraction")
     }
-    return {"steps": len(steps), "flops": total_flops(FOLDER / run), **figures, **answered(run)}
+    points = curve(run)
+    merits = [point["sampled"] for point in points]
+    best = merits.index(max(merits))
+    return {**asdict(run), "chosen": chosen, "curve": points, "best": best, **figures, **answered(run.folder.name)}
+
+
+def answered(name: str) -> Row:
+    """What `tested` found, if it was run."""
+    folder = FOLDER / "test" / name
+    return {"test": read(folder)} if (folder / "result.json").exists() else {}
+
+
+def read(folder: Path) -> Row:
+    found: Row = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return found
 
 
 if __name__ == "__main__":
