@@ -18,7 +18,7 @@ def arms() -> str:
     report = read_recipe("reasoning/smollm2/results")
     runs = report["runs"]
     begins = {run["arm"]: run for run in runs if run["arm"] in BEGINS}
-    rows = [[BEGINS[name], "", "", "", "", "", *_tested(begins[name])] for name in BEGINS]
+    rows = [[BEGINS[name], "", "", "", "", "", *_tested(begins[name])] for name in BEGINS if "test" in begins[name]]
     rows += [_row(run, label) for name, label in ARMS.items() for run in runs if run["arm"] == name]
     header = ["", "rate", "seed", "steps", "FLOPs", "validation, T = 1, %", "test, greedy, %", "test, T = 1, %"]
     writing = next(run for run in runs if run["arm"] == "writing")

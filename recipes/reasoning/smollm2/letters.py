@@ -27,6 +27,8 @@ def rows(count: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def right(completion: str, row: Prompt) -> float:
-    """A grader: 1 if the completion names every letter once, with its number."""
-    found = re.findall(r"([a-z]) is (\d+)", completion)
-    return float(sorted(found) == re.findall(r"([a-z])(\d+)", row.answer or ""))
+    """A grader: the share of the letters that are named once, with the right number."""
+    said = re.findall(r"\b([a-z]) is (\d+)", completion)
+    numbers = re.findall(r"([a-z])(\d+)", row.answer or "")
+    letters = [letter for letter, _ in said]
+    return sum(pair in said and letters.count(pair[0]) == 1 for pair in numbers) / len(numbers)

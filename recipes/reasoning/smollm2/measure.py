@@ -31,7 +31,7 @@ from series import Row, here, once, run_here, threads, write_report
 from fastkl.trainer.runs.files import read_jsonl
 
 HERE, MODELS = Path(__file__).parent, Path("runs/smollm2")
-RATES = (3e-4, 1e-3, 3e-3)
+RATES, SEEDS = (3e-4, 1e-3, 3e-3), 5  # as many seeds as may be asked for
 ACCURACIES = {"sampled": "eval/accuracy", "greedy": "eval/accuracy_t0"}
 EXAMPLES = 120  # that a step of sft.yaml reads
 
@@ -87,7 +87,9 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arms", nargs="*", metavar="ARM", help=f"some of {', '.join(ARMS)}; all by default")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="0 is run first: it chooses the rates")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], choices=range(SEEDS), help="0 is run first: it chooses the rates"
+    )
     given = parser.parse_args()
     given.arms = given.arms or list(ARMS)
     if unknown := set(given.arms) - set(ARMS):
@@ -115,14 +117,19 @@ def begins() -> dict[str, Path]:
 def execute(run: Run) -> None:
     """The run; nothing where it is complete."""
     arm = ARMS[run.arm]
-    settings = {"optim.lr": run.rate, "seed": run.seed, **arm.settings}
-    run_here(arm.command, HERE / f"{arm.command}.yaml", run.folder, settings)
+    run_here(arm.command, HERE / f"{arm.command}.yaml", run.folder, settings_of(run))
     print(run.folder, flush=True)
 
 
+def settings_of(run: Run) -> Row:
+    """What differs from the arm's config."""
+    return {"optim.lr": run.rate, "seed": run.seed, **ARMS[run.arm].settings}
+
+
 def chosen_rate(arm: str) -> float:
-    """The rate whose run with seed 0 has the best checkpoint at T = 1."""
-    return max(RATES, key=lambda rate: max(point["sampled"] for point in curve(Run(arm, rate, 0))))
+    """Of the rates that are complete with seed 0, the one whose run has the best checkpoint at T = 1."""
+    tried = [rate for rate in RATES if complete(Run(arm, rate, 0))]
+    return max(tried, key=lambda rate: max(point["sampled"] for point in curve(Run(arm, rate, 0))))
 
 
 def curve(run: Run) -> list[Row]:
@@ -162,16 +169,14 @@ def report() -> None:
 def results() -> Iterator[Row]:
     """The models that it begins with, what writing cost, and all runs that are complete."""
     writing = read(FOLDER / "writing")
-    kept = ("completions", "mean_length", "truncated_fraction", "mean_score")
+    kept = ("completions", "mean_length", "truncated_fraction")
     yield {"arm": "writing", "flops": writing_flops(), **{name: writing[name] for name in kept}}
     for name in begins():
         yield {"arm": name, **answered(name)}
     for arm in ARMS:
-        tried = [Run(arm, rate, 0) for rate in RATES]
-        chosen = chosen_rate(arm) if all(map(complete, tried)) else None
-        for path in sorted(FOLDER.glob(f"{arm}-*/student")):
-            _, rate, seed = path.parent.name.rsplit("-", 2)
-            yield result(Run(arm, float(rate), int(seed)), float(rate) == chosen)
+        runs = [Run(arm, rate, seed) for rate in RATES for seed in range(SEEDS)]
+        for run in filter(complete, runs):
+            yield result(run, run.rate == chosen_rate(arm))
 
 
 def complete(run: Run) -> bool:
