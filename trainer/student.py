@@ -38,7 +38,7 @@ from fastkl.trainer.models.scoring import (
 from fastkl.trainer.models.self_checks.layouts import batch_layout
 from fastkl.trainer.models.self_checks.probe import Probe
 from fastkl.trainer.models.self_checks.update import check_update
-from fastkl.trainer.models.sharding import GatheredCopy, give_back_large_blocks, head_gathered_once, name_layers
+from fastkl.trainer.models.sharding import GatheredCopy, head_gathered_once, name_layers
 from fastkl.trainer.models.sizes.flops import cost_of, training_flops
 from fastkl.trainer.runs import checkpoint, processes
 from fastkl.trainer.runs.identity import weights_fingerprint
@@ -73,8 +73,6 @@ class Student:
         self.fingerprint = weights_fingerprint(self.model)  # before the first update
         self.version = 0  # of the weights: another one after every change
         self.cost = cost_of(self.model)
-        if accelerator.is_fsdp2:
-            give_back_large_blocks()
         self._gathered_copy = GatheredCopy(self.model) if accelerator.is_fsdp2 else None
         probe = Probe(self.model, "student")
         self.layout = batch_layout(config.batch, self.model, probe)

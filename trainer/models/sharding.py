@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,22 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-
-M_MMAP_THRESHOLD = -3  # of <malloc.h>
-LARGE = 2**20  # bytes
-
-
-def give_back_large_blocks() -> None:
-    """From now on glibc gives blocks of a MiB or more back to the kernel when they are freed.
-
-    By itself it raises that limit up to 32 MiB, and keeps smaller blocks in its heap. On a CPU the layers that FSDP gathers
-    and lets go of lie there between activations, which stay: the heap grows by more than what is alive. It costs page
-    faults, so it is for sharded models only. Where the environment has `MALLOC_MMAP_THRESHOLD_`, that holds.
-    """
-    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not every C library has it
-        if mallopt is not None:
-            mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def name_layers(model: Any) -> None:

@@ -5,6 +5,7 @@ With one process nothing is exchanged. Every function here is called by all proc
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import sys
@@ -24,6 +25,8 @@ from fastkl.trainer.errors import ConfigError
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=6)  # how long one waits for the slowest: a rollout, a teacher that is away
+M_MMAP_THRESHOLD = -3  # of <malloc.h>
+LARGE = 2**20  # bytes
 KNOWN = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP")
 
 # Freed while a thread of its own lets go of a tensor, gloo's group would wait for that, and the thread for Python's lock.
@@ -35,7 +38,9 @@ def start(config: RunConfig) -> Accelerator:
     """Joins the processes, if there are several; refuses what this trainer cannot be run with."""
     disable_fsdp_ram_efficient_loading()  # it would leave a teacher without weights on every process but the first
     on_cpu = join().distributed_type == DistributedType.MULTI_CPU
-    if on_cpu:  # accelerate shards on accelerators alone; what it does there runs on CPUs as well
+    if on_cpu:
+        give_back_large_blocks()
+        # accelerate shards on accelerators alone; what it does there runs on CPUs as well
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     accelerator = Accelerator(
         cpu=on_cpu,
@@ -61,6 +66,19 @@ def join() -> PartialState:
     """Joins the processes, if there are several; says which device is this one's."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return PartialState(cpu=several and not torch.cuda.is_available(), timeout=PATIENCE) if several else PartialState()
+
+
+def give_back_large_blocks() -> None:
+    """From now on glibc gives blocks of a MiB or more back to the kernel when they are freed.
+
+    By itself it raises that limit up to 32 MiB, and keeps smaller blocks in its heap. There buckets, and layers that FSDP
+    gathers and lets go of, lie between activations, which stay: the heap grows by more than what is alive, in each process.
+    It costs page faults, so one process goes without. `MALLOC_MMAP_THRESHOLD_` in the environment has the last word.
+    """
+    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not every C library has it
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def leave() -> None:

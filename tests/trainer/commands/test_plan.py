@@ -160,6 +160,16 @@ def test_advice_is_in_order_and_each_lowers_the_peak(bare: Path) -> None:
     assert len(list(advice(run, changes[0].peak))) == 1
 
 
+def test_whole_students_are_sharded_before_there_are_more_of_them(bare: Path) -> None:
+    """DDP's two processes go on as two with FSDP 2. Where there is one process, or they have shards, it takes more."""
+    save_model(bare / "student", layers=4, width=256)  # its weights are most of the peak
+    fsdp = {"accelerate": str(ROOT / "recipes/accelerate/fsdp2.yaml")}
+    for more, count in (({}, 2), ({"processes": 2}, 2), ({"processes": 2, **fsdp}, 4)):
+        run = planned(of(bare, sampling__prompts_per_step=64, **more)).run
+        least = list(advice(run, 1.0))[-1].peak
+        assert f"FSDP 2 on {count} processes" in list(advice(run, 0.98 * least))[-1].words
+
+
 TRAINING = [
     path
     for path in sorted((ROOT / "recipes").glob("*/**/*.yaml"))

@@ -396,3 +396,49 @@ def test_accelerate_launch(tmp_path: Path, deep: Path, way: str, name: str, mach
     assert [process.returncode for process in running] == [0] * machines, "\n".join(said)
     assert "".join(said).count("step 3/3") == "".join(said).count(f"2 processes, {name}") == 1
     assert [row["step"] for row in log(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+# Large blocks between small ones that stay, after a freed block has raised glibc's limit to 16 MiB.
+HOLES = """
+import ctypes, sys
+from pathlib import Path
+from fastkl.trainer.runs.processes import give_back_large_blocks
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+def block(size):
+    start = allocate(size)
+    ctypes.memset(start, 1, size)
+    return start
+
+libc = ctypes.CDLL(None)
+allocate, free = libc.malloc, libc.free
+allocate.restype, free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+free(block(16 << 20))
+if sys.argv[1] == "given back":
+    give_back_large_blocks()
+large = []
+for _ in range(50):
+    large.append(block(2 << 20))
+    block(64 << 10)
+before = resident()
+for start in large:
+    free(start)
+print((before - resident()) >> 20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.confstr("CS_GNU_LIBC_VERSION") is None, reason="of glibc")
+@pytest.mark.parametrize(
+    ("call", "limit", "freed"),
+    [("given back", None, True), ("kept", None, False), ("given back", str(32 << 20), False)],
+)
+def test_what_is_freed_between_blocks_that_stay_is_given_back(call: str, limit: str | None, freed: bool) -> None:
+    """Of 100 MiB; what the environment says of the limit stays."""
+    environment = {name: value for name, value in os.environ.items() if name != "MALLOC_MMAP_THRESHOLD_"}
+    if limit is not None:
+        environment["MALLOC_MMAP_THRESHOLD_"] = limit
+    line = [sys.executable, "-c", HOLES, call]
+    ran = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
+    assert (int(ran.stdout) > 90) == freed

@@ -93,18 +93,18 @@ def _teacher_server(run: Run, room: float) -> tuple[str, Run] | None:
 
 
 def _shards(run: Run, room: float) -> tuple[str, Run] | None:
-    """More processes, by powers of two, with FSDP 2."""
+    """FSDP 2: on the processes that are there, if each holds a whole student; then on more, by powers of two."""
     count = run.processes.count
-    while count < MOST_PROCESSES:
+    if count == 1 or run.processes.sharded:
         count *= 2
-        if count > len(run.samples):
-            return None
+    while count <= min(MOST_PROCESSES, len(run.samples)):
         changed = run._replace(processes=dataclasses.replace(run.processes, count=count, sharded=True))
         if Memory(changed).peak <= room:
             return (
                 f"FSDP 2 on {count} processes (--accelerate recipes/accelerate/fsdp2.yaml --processes {count})",
                 changed,
             )
+        count *= 2
     return None
 
 
