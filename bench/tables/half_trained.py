@@ -23,8 +23,8 @@ def arms() -> str:
     header = ["", "rate", "seed", "steps", "FLOPs", "validation, T = 1, %", "test, greedy, %", "test, T = 1, %"]
     writing = next(run for run in runs if run["arm"] == "writing")
     conditions = (
-        "64 validation problems, 256 test problems, ± standard errors. Steps and FLOPs up to the best checkpoint on "
-        f"validation. FLOPs of SFT with those of writing what it read: {writing['flops']:.1e} a transcript"
+        "64 validation problems, 256 test problems, ± standard errors. Steps and FLOPs up to the best on validation.\n"
+        f"FLOPs of SFT with those of writing what it read: {writing['flops']:.1e} a transcript"
     )
     return table(header, rows, conditions, [report], "torch", "transformers")
 
