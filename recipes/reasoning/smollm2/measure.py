@@ -2,10 +2,11 @@
 
     python recipes/smollm2/make.py                                # says what to install; writes the two models
     python recipes/reasoning/smollm2/measure.py                   # all arms, seed 0
-    python recipes/reasoning/smollm2/measure.py sft --seeds 0 1   # some arms; two such commands may run at once
+    python recipes/reasoning/smollm2/measure.py sft --seeds 0 1   # some of the arms, more seeds
 
 Every arm runs at three learning rates with seed 0. The accuracy at T = 1 on the validation problems chooses the rate,
 and of each run the checkpoint. With other seeds the arm runs at that rate alone. The test problems choose nothing.
+Once half/student is there, two commands with other arms may run at once.
 
 Everything is kept in runs/reasoning/smollm2: what is complete is not run again, what was interrupted goes on. After every
 run the results are written beside this file, and drawn in figures/.

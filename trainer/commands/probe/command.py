@@ -42,17 +42,19 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
 def _new_file(name: str) -> Path:
     """A file that is not there yet and can be."""
     path = Path(name).expanduser()
-    if not path.is_dir() and path.exists():
-        raise ConfigError(f"output {name} exists already; move it away or choose another name")
-    try:
-        with TemporaryFile(dir=path.absolute().parent):
-            pass
-        writable = not path.is_dir()
-    except OSError:
-        writable = False
-    if not writable:
+    if path.is_dir() or not _takes_files(path.absolute().parent):
         raise ConfigError(f"output is {name}, where no file can be written; name a file in a folder that is there")
+    if path.exists():
+        raise ConfigError(f"output {name} exists already; move it away or choose another name")
     return path
+
+
+def _takes_files(folder: Path) -> bool:
+    try:
+        with TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _write(path: Path, text: str) -> None:

@@ -48,16 +48,17 @@ def _slope(logprobs: Tensor, shift: Tensor, tokens: int) -> dict[str, float]:
     """The least-squares slope of ℓ_sampler − ℓ over ℓ, with White's standard error, which lets the spread depend on ℓ."""
     (centre, _), (shifted, _) = _mean(logprobs, tokens), _mean(shift, tokens)
     x, y = logprobs - centre, shift - shifted
-    squares, products = processes.add({"xx": (x * x).sum().item(), "xy": (x * y).sum().item()}).values()
+    squares, products = processes.add({"xx": x.dot(x).item(), "xy": x.dot(y).item()}).values()
     if squares == 0:
         return {}
     slope = products / squares
-    (spread,) = processes.add({"sum": (x * (y - slope * x)).square().sum().item()}).values()
+    residuals = y.sub_(x, alpha=slope).mul_(x)
+    (spread,) = processes.add({"sum": residuals.dot(residuals).item()}).values()
     return {"sampler_mismatch/slope": slope, "sampler_mismatch/slope_se": math.sqrt(spread) / squares}
 
 
 def _mean(values: Tensor, tokens: int) -> tuple[float, float]:
     """Over all processes, with its standard error."""
-    total, squares = processes.add({"sum": values.sum().item(), "squares": values.square().sum().item()}).values()
+    total, squares = processes.add({"sum": values.sum().item(), "squares": values.dot(values).item()}).values()
     mean = total / tokens
     return mean, math.sqrt(max(0.0, squares / tokens - mean * mean) / tokens)
